@@ -1,0 +1,60 @@
+"""Ranks arranged as ring x ulysses, with the process groups of each axis. The one place that makes process groups."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from ..config import Layout
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mesh:
+    """This rank's place in a layout. A group is None where its axis has one rank: nothing is sent then.
+
+    world is the group that gathers the final result, in rank order.
+    """
+
+    layout: Layout
+    rank: int
+    device: torch.device
+    world: dist.ProcessGroup | None = None
+    ulysses: dist.ProcessGroup | None = None
+    ring: dist.ProcessGroup | None = None
+
+    @property
+    def ring_position(self) -> int:
+        return self.rank // self.layout.ulysses
+
+    @property
+    def ulysses_position(self) -> int:
+        return self.rank % self.layout.ulysses
+
+
+def single_rank_mesh(device: torch.device) -> Mesh:
+    """A mesh of one rank; needs no process group."""
+    return Mesh(layout=Layout(ulysses=1, ring=1), rank=0, device=device)
+
+
+def make_mesh(layout: Layout, device: torch.device) -> Mesh:
+    """Builds the groups of `layout` over the default process group. Collective: every rank calls it with the same layout."""
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    if layout.ranks != ranks:
+        raise ValueError(f"layout {layout} needs {layout.ranks} ranks, the pool has {ranks}")
+    u, r = layout.ulysses, layout.ring
+    rows = [[j * u + i for i in range(u)] for j in range(r)]
+    columns = [[j * u + i for j in range(r)] for i in range(u)]
+    return Mesh(
+        layout=layout,
+        rank=rank,
+        device=device,
+        world=dist.group.WORLD if ranks > 1 else None,
+        ulysses=_own_group(rows, rank) if u > 1 else None,
+        ring=_own_group(columns, rank) if r > 1 else None,
+    )
+
+
+def _own_group(partition: list[list[int]], rank: int) -> dist.ProcessGroup:
+    """Makes every group of the partition (all ranks must) and returns the one that holds `rank`."""
+    groups = [(members, dist.new_group(members)) for members in partition]
+    return next(group for members, group in groups if rank in members)

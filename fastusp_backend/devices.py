@@ -1,0 +1,120 @@
+"""The `gpus` input: which devices make up a pool.
+
+`auto` = the largest set of identical GPUs, `all` = every visible GPU, `0,1,3` = by nvidia-smi index, `cpu:N` = N CPU ranks.
+GPUs are asked of nvidia-smi, so that looking at them initialises no CUDA context in the host.
+"""
+
+import csv
+import functools
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from dataclasses import dataclass
+
+from .errors import DeviceError
+
+MAX_CPU_RANKS = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gpu:
+    index: int
+    name: str
+    uuid: str
+    compute_capability: tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Devices:
+    """The devices of one pool, one rank each; it is the pool's key. gpus: nvidia-smi indices, empty for CPU ranks."""
+
+    ranks: int
+    gpus: tuple[int, ...] = ()
+
+    @property
+    def type(self) -> str:
+        return "cuda" if self.gpus else "cpu"
+
+    def __str__(self) -> str:
+        return "gpu " + ",".join(map(str, self.gpus)) if self.gpus else f"cpu:{self.ranks}"
+
+
+@functools.cache
+def list_gpus() -> tuple[Gpu, ...]:
+    """All GPUs of the machine in nvidia-smi order; empty where there is no nvidia-smi. Asked once a process."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return ()
+    query = [command, "--query-gpu=index,name,uuid,compute_cap", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, timeout=30)
+    if answer.returncode != 0:
+        return ()
+    rows = csv.reader(answer.stdout.splitlines(), skipinitialspace=True)
+    return tuple(
+        Gpu(index=int(i), name=name, uuid=uuid, compute_capability=tuple(map(int, cc.split("."))))
+        for i, name, uuid, cc in rows
+    )
+
+
+def visible_gpus(gpus: tuple[Gpu, ...], visible: str | None) -> tuple[Gpu, ...]:
+    """Those of `gpus` that a CUDA_VISIBLE_DEVICES value leaves; None leaves all."""
+    if visible is None:
+        return gpus
+    names = [x.strip() for x in visible.split(",") if x.strip()]
+    return tuple(
+        g for g in gpus if str(g.index) in names or any(g.uuid.startswith(n) for n in names if not n.isdigit())
+    )
+
+
+def parse_devices(text: str, *, gpus: tuple[Gpu, ...] | None = None, visible: str | None = None) -> Devices:
+    """Reads a `gpus` input. `gpus` and `visible` default to this machine's.
+
+    Raises DeviceError naming the value and what exists.
+    """
+    if gpus is None:
+        gpus = list_gpus()
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    seen = visible_gpus(gpus, visible)
+    value = text.strip().lower()
+
+    if match := re.fullmatch(r"cpu(?::(\d+))?", value):
+        ranks = int(match[1] or 1)
+        if not 1 <= ranks <= MAX_CPU_RANKS:
+            raise DeviceError(f"gpus = {text!r}: between 1 and {MAX_CPU_RANKS} CPU ranks can be used")
+        return Devices(ranks=ranks)
+    if value == "auto":
+        if not seen:
+            return Devices(ranks=1)
+        name = Counter(g.name for g in seen).most_common(1)[0][0]
+        return _of(tuple(g.index for g in seen if g.name == name))
+    if value == "all":
+        if not seen:
+            raise DeviceError(f"gpus = {text!r}: no GPU is visible here; use 'cpu:N' for N CPU ranks")
+        return _of(tuple(g.index for g in seen))
+    if re.fullmatch(r"\d+(\s*,\s*\d+)*", value):
+        wanted = tuple(int(x) for x in value.split(","))
+        existing = {g.index for g in gpus}
+        missing = [i for i in wanted if i not in existing]
+        if missing:
+            have = ", ".join(f"{g.index} ({g.name})" for g in gpus) or "no GPU at all; use 'cpu:N' for N CPU ranks"
+            raise DeviceError(
+                f"gpus = {text!r}: GPU {', '.join(map(str, missing))} does not exist. This machine has {have}"
+            )
+        if len(set(wanted)) != len(wanted):
+            raise DeviceError(f"gpus = {text!r}: a GPU is named twice; each rank needs a GPU of its own")
+        return _of(wanted)
+    raise DeviceError(
+        f"gpus = {text!r} is not understood: expected 'auto', 'all', GPU indices such as '0,1', or 'cpu:N'"
+    )
+
+
+def _of(indices: tuple[int, ...]) -> Devices:
+    return Devices(ranks=len(indices), gpus=indices)
+
+
+def supports_bfloat16(devices: Devices) -> bool:
+    """Whether every device computes bfloat16 natively (compute capability 8.0); CPU ranks compute in float32 instead."""
+    by_index = {g.index: g for g in list_gpus()}
+    return bool(devices.gpus) and all(by_index[i].compute_capability >= (8, 0) for i in devices.gpus)

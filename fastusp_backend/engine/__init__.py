@@ -1,0 +1,6 @@
+"""The denoise step: what one evaluation of the model is on the ranks of a layout."""
+
+from .denoiser import Conditioning, Denoiser
+from .engine import Engine
+
+__all__ = ["Conditioning", "Denoiser", "Engine"]

@@ -1,0 +1,33 @@
+"""Exceptions that cross room borders. Every message names the input, what was expected and what to do."""
+
+
+class FastUSPError(Exception):
+    """Base of all errors that FastUSP raises for its users."""
+
+
+class CheckpointError(FastUSPError):
+    """A model file that cannot be used: unknown family, truncated, corrupt, wrong tensors."""
+
+
+class LayoutError(FastUSPError, ValueError):
+    """A parallel layout that the ranks or the model's heads do not allow."""
+
+
+class DeviceError(FastUSPError, ValueError):
+    """A `gpus` value that names devices which do not exist."""
+
+
+class RequestError(FastUSPError):
+    """A sampling request that the workers refused; the pool stays usable."""
+
+
+class ProtocolError(FastUSPError):
+    """A frame that is malformed, too large, of another version or of an unknown kind."""
+
+
+class PoolError(FastUSPError):
+    """The worker processes could not start, or died; the next request starts new ones."""
+
+
+class Cancelled(FastUSPError):
+    """The request was cancelled by its client; the workers stay warm."""

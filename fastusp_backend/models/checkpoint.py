@@ -1,0 +1,72 @@
+"""Reading safetensors files: the header alone (host, validation), or the tensors, memory-mapped."""
+
+from dataclasses import dataclass
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..errors import CheckpointError
+
+_TYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def read_header(path: str) -> dict[str, TensorInfo]:
+    """Names, shapes and types of the tensors in a file, without reading them.
+
+    Raises CheckpointError for a file that is missing, truncated, corrupt or not in safetensors format.
+    """
+    with _open(path) as file:
+        header = {}
+        for name in file.keys():
+            part = file.get_slice(name)
+            kind = part.get_dtype()
+            if kind not in _TYPES:
+                raise CheckpointError(f"{path}: tensor {name!r} has type {kind}, which FastUSP does not read")
+            header[name] = TensorInfo(tuple(part.get_shape()), _TYPES[kind])
+        return header
+
+
+def read_tensors(
+    path: str, names: list[str], device: torch.device, dtype: torch.dtype | None
+) -> dict[str, torch.Tensor]:
+    """The named tensors on `device`, converted to `dtype` unless it is None.
+
+    On the CPU, tensors of the wished type are views of the mapped file: ranks share its pages.
+    """
+    with _open(path) as file:
+        tensors = {}
+        for name in names:
+            tensor = file.get_tensor(name)
+            tensors[name] = tensor.to(device=device, dtype=dtype if dtype is not None else tensor.dtype)
+        return tensors
+
+
+def _open(path: str):
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"there is no model file {path}") from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as safetensors ({error}): it is truncated, corrupt or of another format. "
+            "Download it again, or convert it to safetensors"
+        ) from error

@@ -1,0 +1,41 @@
+"""Random checkpoints in the true key layout, for the demo, tests and benchmarks: shapes and speed are real, images are not."""
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from .flux import Flux, FluxConfig
+
+TINY_FLUX = FluxConfig(
+    hidden=512,
+    heads=4,
+    channels=16,
+    context=4096,
+    pooled=768,
+    mlp=2048,
+    double_blocks=2,
+    single_blocks=2,
+    guidance=True,
+)
+
+
+def random_state(model: nn.Module, *, seed: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Values for a (meta) model's parameters: weights N(0, 1 / fan_in), head norms 1, biases N(0, 0.02^2)."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, parameter in model.named_parameters():
+        if name.endswith("scale"):
+            value = torch.ones(parameter.shape)
+        else:
+            std = parameter.shape[1] ** -0.5 if parameter.dim() == 2 else 0.02
+            value = torch.randn(parameter.shape, generator=generator) * std
+        state[name] = value.to(dtype)
+    return state
+
+
+def write_flux(path: str, config: FluxConfig = TINY_FLUX, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
+    """Writes a random FLUX file in BFL key layout."""
+    with torch.device("meta"):
+        model = Flux(config)
+    state = random_state(model, seed=seed, dtype=dtype)
+    save_file({Flux.file_key(name): tensor for name, tensor in state.items()}, path)

@@ -1,0 +1,210 @@
+"""A pool of worker processes for one list of devices, warm between requests, started anew after a failure."""
+
+import atexit
+import itertools
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..devices import Devices
+from ..errors import Cancelled, FastUSPError, PoolError, ProtocolError, RequestError
+from ..protocol import Cancel, Done, Failed, Message, Phase, Release, Shutdown, Step
+from ..protocol.messages import Request
+from .workers import Workers
+
+POLL_SECONDS = 0.05
+START_SECONDS = 300.0
+DEATH_SECONDS = 8.0
+CANCEL_SECONDS = 120.0
+
+Tensors = dict[str, torch.Tensor]
+
+
+def _nothing(*_) -> None:
+    pass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """How a caller follows a request. All three are called on the thread that called `Pool.run`.
+
+    step: each step, with tensors x and denoised. phase: what happens before the first step. interrupted: polled; True
+    cancels the request, and `run` then raises Cancelled. An exception from any of them cancels the request too.
+    """
+
+    step: Callable[[Step, Tensors], None] = _nothing
+    phase: Callable[[str], None] = _nothing
+    interrupted: Callable[[], bool] = lambda: False
+
+
+class Pool:
+    """Workers for `devices`. Processes start with `start` or the first request; requests run one at a time."""
+
+    def __init__(self, devices: Devices):
+        self.devices = devices
+        self.generation = 0
+        self._workers: Workers | None = None
+        self._ids = itertools.count(1)
+        self._busy = threading.Lock()
+        self._state = threading.Lock()
+        self._closed = False
+        _pools.add(self)
+
+    def start(self) -> None:
+        """Starts the processes, if none run, without waiting for them. What a failed generation left is removed."""
+        with self._state:
+            if self._closed:
+                raise PoolError(f"the FastUSP pool on {self.devices} was closed")
+            if self._workers is not None and self._workers.alive:
+                return
+            if self._workers is not None:
+                self._workers.dispose()
+            self._workers = Workers(self.devices)
+            self.generation += 1
+
+    def run(
+        self,
+        make: Callable[[int], Request],
+        tensors: Tensors,
+        progress: Progress = Progress(),
+    ) -> Tensors:
+        """Submits make(id) and waits for its result.
+
+        Raises Cancelled, RequestError (refused; the pool goes on) or PoolError (the workers died; the next call starts new
+        ones).
+        """
+        return self._submit(make, tensors, progress)
+
+    def release(self) -> None:
+        """Drops the resident model on all ranks; the processes stay warm. Does nothing where none run."""
+        with self._state:
+            standing = self._workers is not None and self._workers.alive and self._workers.channel is not None
+        if standing:
+            self._submit(lambda number: Release(id=number), {}, Progress())
+
+    def status(self) -> dict:
+        """What people want to know: devices, state (`off`, `starting`, `idle`, `busy`), processes."""
+        workers = self._workers
+        alive = workers is not None and workers.alive
+        ready = workers.ready if alive else None
+        state = "off" if not alive else "starting" if ready is None else "busy" if self._busy.locked() else "idle"
+        status = {
+            "devices": str(self.devices),
+            "ranks": self.devices.ranks,
+            "state": state,
+            "generation": self.generation,
+        }
+        if ready is not None:
+            status |= {"pids": ready.pids, "names": ready.devices, "torch": ready.torch, "transport": ready.transport}
+        return status
+
+    def close(self) -> None:
+        """Ends the processes and removes all their traces. May be called twice; no request can follow."""
+        with self._state:
+            self._closed = True
+            workers, self._workers = self._workers, None
+        if workers is None:
+            return
+        if workers.channel is not None and workers.alive and self._busy.acquire(blocking=False):
+            try:
+                workers.channel.send(Shutdown())
+                workers.wait_until_ended(5)
+            except OSError:
+                pass  # they are ending already
+            finally:
+                self._busy.release()
+        workers.dispose()
+
+    def _submit(self, make: Callable[[int], Message], tensors: Tensors, progress: Progress) -> Tensors:
+        with self._busy:
+            number = next(self._ids)
+            workers = self._standing_workers(progress)
+            try:
+                workers.channel.send(make(number), tensors)
+                try:
+                    return self._follow(workers, number, progress)
+                except (FastUSPError, OSError, EOFError):
+                    raise
+                except BaseException:
+                    # The caller's own exception (ComfyUI's interruption among them): the ranks must stop as well.
+                    self._cancel(workers, number)
+                    raise
+            except (OSError, EOFError) as error:
+                raise self._failed(workers, "stopped while a prompt ran") from error
+
+    def _standing_workers(self, progress: Progress) -> Workers:
+        self.start()
+        workers = self._workers
+        if workers.ready is None:
+            progress.phase(f"starting {self.devices.ranks} worker(s) on {self.devices}")
+        deadline = time.monotonic() + START_SECONDS
+        while not workers.try_connect():
+            if progress.interrupted():
+                raise Cancelled("interrupted while the workers started")
+            if time.monotonic() > deadline:
+                error = workers.failure(f"did not start within {START_SECONDS:.0f} s")
+                workers.kill()
+                raise error
+            time.sleep(POLL_SECONDS)
+        return workers
+
+    def _follow(self, workers: Workers, number: int, progress: Progress) -> Tensors:
+        cancelled_at: float | None = None
+        while True:
+            if cancelled_at is None and progress.interrupted():
+                workers.channel.send(Cancel(id=number))
+                cancelled_at = time.monotonic()
+            if not workers.channel.poll(POLL_SECONDS):
+                if not workers.alive:
+                    raise self._failed(workers, "stopped while a prompt ran")
+                if cancelled_at is not None and time.monotonic() - cancelled_at > CANCEL_SECONDS:
+                    raise self._failed(workers, f"did not answer a cancel within {CANCEL_SECONDS:.0f} s")
+                continue
+            message, tensors = workers.channel.receive()
+            if isinstance(message, Failed) and message.id is None:
+                raise ProtocolError(f"the workers refused a message: {message.text}")
+            if message.id != number:
+                continue  # the reply of a request that was given up
+            if isinstance(message, Step):
+                if cancelled_at is None:
+                    progress.step(message, tensors)
+            elif isinstance(message, Phase):
+                progress.phase(message.text)
+            elif isinstance(message, Done):
+                return tensors
+            elif message.kind == "cancelled":
+                raise Cancelled(f"request {number} was cancelled")
+            elif message.kind == "out_of_memory":
+                raise RequestError(
+                    f"rank {message.rank} ran out of memory while it loaded the model: {message.text}. Use a smaller image "
+                    "or batch, more GPUs, or free memory on this GPU"
+                )
+            else:
+                raise RequestError(message.text)
+
+    def _cancel(self, workers: Workers, number: int) -> None:
+        """Cancels and waits for the end, so that the next request finds the ranks free."""
+        try:
+            workers.channel.send(Cancel(id=number))
+            self._follow(workers, number, Progress())
+        except (FastUSPError, OSError, EOFError):
+            pass  # ended, one way or another; the caller's exception is what is raised
+
+    def _failed(self, workers: Workers, event: str) -> PoolError:
+        """The error for workers that ended or must end; waits for torchrun's own account of it."""
+        if not workers.wait_until_ended(DEATH_SECONDS):
+            workers.kill()
+        return workers.failure(event)
+
+
+_pools: "weakref.WeakSet[Pool]" = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for pool in list(_pools):
+        pool.close()

@@ -1,0 +1,76 @@
+"""A pool's run directory: control socket, key, logs. Its owner holds a lock on it; one without an owner is swept.
+
+It lies at <temporary directory>/fastusp-<uid>/<token>, readable by the user alone. Everything that a pool writes is in it,
+torchrun's own files too, so removing it removes all traces, also those of a process that was killed with SIGKILL.
+"""
+
+import fcntl
+import os
+import secrets
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+# sockaddr_un holds 108 bytes; what follows the base is 1 + 12 + len("/control.sock").
+_LONGEST_BASE = 80
+_SETTLING_SECONDS = 60
+
+
+def _base() -> Path:
+    name = f"fastusp-{os.getuid()}"
+    base = Path(tempfile.gettempdir()) / name
+    if len(os.fsencode(base)) > _LONGEST_BASE:
+        base = Path("/tmp") / name
+    base.mkdir(mode=0o700, exist_ok=True)
+    if base.stat().st_uid != os.getuid() or base.stat().st_mode & 0o077:
+        raise PermissionError(
+            f"{base} is not private to this user; remove it, or set TMPDIR to a directory of your own"
+        )
+    return base
+
+
+class RunDir:
+    """Creates a fresh run directory and sweeps those whose owners are gone."""
+
+    def __init__(self):
+        base = _base()
+        sweep(base)
+        self.path = base / secrets.token_hex(6)
+        self.path.mkdir(mode=0o700)
+        self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self.key = secrets.token_bytes(32)
+        fd = os.open(self.path / "key", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(fd, "wb") as file:
+            file.write(self.key)
+
+    @property
+    def address(self) -> str:
+        return str(self.path / "control.sock")
+
+    def remove(self) -> None:
+        """Removes the directory. May be called twice."""
+        if self._lock >= 0:
+            shutil.rmtree(self.path, ignore_errors=True)
+            os.close(self._lock)
+            self._lock = -1
+
+
+def sweep(base: Path) -> None:
+    """Removes run directories that no process owns any more."""
+    for path in base.iterdir():
+        try:
+            fd = os.open(path / "lock", os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            # Perhaps just being made: its owner has not locked it yet.
+            if path.exists() and time.time() - path.stat().st_mtime > _SETTLING_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path, ignore_errors=True)
+        except BlockingIOError:
+            pass  # its owner lives
+        finally:
+            os.close(fd)

@@ -1,0 +1,203 @@
+"""One generation of worker processes: torchrun as a child, its control channel, and why it ended."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from multiprocessing.connection import Client
+from pathlib import Path
+
+from ..devices import Devices
+from ..errors import PoolError
+from ..protocol import VERSION, Channel, Failed, Hello, Ready
+from ..protocol.messages import ToClient
+from ..worker.process import PARENT_VARIABLE, RUN_DIR_VARIABLE
+from .rundir import RunDir
+
+PACKAGE_ROOT = Path(__file__).resolve().parents[2]
+LOG_LINES = 12
+
+# Not handed down: allocator settings of the host (cudaMallocAsync breaks sharing memory between processes) and what another
+# torchrun around the host would have set.
+_DENIED = {
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "PYTORCH_ALLOC_CONF",
+    "CUDA_VISIBLE_DEVICES",
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "GROUP_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+}
+_DENIED_PREFIXES = ("TORCHELASTIC_", "ROLE_", "FASTUSP_")
+
+
+def worker_environment(devices: Devices, run_dir: Path, inherited: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a pool's processes: inherited, less a denylist, plus what the workers need."""
+    env = {k: v for k, v in inherited.items() if k not in _DENIED and not k.startswith(_DENIED_PREFIXES)}
+    env[RUN_DIR_VARIABLE] = str(run_dir)
+    env[PARENT_VARIABLE] = str(os.getpid())
+    env["FASTUSP_DEVICE_TYPE"] = devices.type
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACKAGE_ROOT), inherited.get("PYTHONPATH")]))
+    if devices.gpus:
+        env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # nvidia-smi's order
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices.gpus))
+    else:
+        env["CUDA_VISIBLE_DEVICES"] = ""
+        env.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // devices.ranks)))
+    return env
+
+
+class Workers:
+    """Starts the processes at once and returns; `connect` waits until they stand."""
+
+    def __init__(self, devices: Devices):
+        self.devices = devices
+        self.run_dir = RunDir()
+        self.ready: Ready | None = None
+        self.channel: Channel | None = None
+        self._process: subprocess.Popen | None = None
+        self._started = threading.Event()
+        self._ended = threading.Event()
+        # Linux sends the parent-death signal when the *thread* that started a child ends, so one thread starts torchrun and
+        # stays until it has ended.
+        threading.Thread(target=self._supervise, name=f"fastusp {devices}", daemon=True).start()
+        self._started.wait()
+
+    def _supervise(self) -> None:
+        directory = self.run_dir.path
+        command = [sys.executable, "-m", "fastusp_backend.worker.launch"]
+        command += [
+            "--nnodes=1",
+            f"--nproc-per-node={self.devices.ranks}",
+            "--max-restarts=0",
+            "--monitor-interval=0.1",
+        ]
+        command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", f"--rdzv-id={directory.name}"]
+        command += ["--local-addr=127.0.0.1", f"--log-dir={directory / 'ranks'}", "--redirects=3"]
+        command += ["-m", "fastusp_backend.worker"]
+        try:
+            with open(directory / "torchrun.log", "wb") as output:
+                self._process = subprocess.Popen(
+                    command,
+                    cwd=directory,
+                    env=worker_environment(self.devices, directory, os.environ),
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                )
+            self._started.set()
+            self._process.wait()
+        finally:
+            self._ended.set()
+            self._started.set()
+
+    @property
+    def alive(self) -> bool:
+        return not self._ended.is_set()
+
+    def try_connect(self) -> bool:
+        """Whether the workers stand. Raises PoolError when they ended instead, or speak another version."""
+        if self.channel is not None:
+            return True
+        if not self.alive:
+            raise self.failure("did not start")
+        try:
+            connection = Client(self.run_dir.address, family="AF_UNIX", authkey=self.run_dir.key)
+            channel = Channel(connection, ToClient)
+            channel.send(Hello(version=VERSION))
+            reply, _ = channel.receive()
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+        except (EOFError, OSError) as error:
+            self.wait_until_ended(5)
+            raise self.failure("ended while they started") from error
+        if isinstance(reply, Failed) or not isinstance(reply, Ready) or reply.version != VERSION:
+            channel.close()
+            raise PoolError(f"the workers speak another protocol version: {reply}; restart ComfyUI")
+        self.channel, self.ready = channel, reply
+        return True
+
+    def wait_until_ended(self, seconds: float) -> bool:
+        return self._ended.wait(seconds)
+
+    def kill(self) -> None:
+        """Ends all processes at once: the ranks die with torchrun."""
+        if self._process is not None and self.alive:
+            self._process.send_signal(signal.SIGKILL)
+            self._ended.wait(10)
+        self._wait_for_ranks()
+
+    def _wait_for_ranks(self) -> None:
+        """Ranks are not our children: wait, briefly, until the kernel has ended them, so that no caller meets one."""
+        deadline = time.monotonic() + 5
+        for pid in self.ready.pids if self.ready else ():
+            while os.path.exists(f"/proc/{pid}") and time.monotonic() < deadline:
+                time.sleep(0.01)
+
+    def dispose(self) -> None:
+        """Kills what still runs and removes all traces."""
+        self.kill()
+        if self.channel is not None:
+            self.channel.close()
+        self.run_dir.remove()
+
+    def failure(self, event: str) -> PoolError:
+        """Why the workers ended: the rank that failed first, its error or signal, and the last log lines."""
+        cause = self._cause()
+        lines = self._last_log_lines()
+        log = "\nLast log lines:\n" + "\n".join(f"  {line}" for line in lines) if lines else ""
+        return PoolError(
+            f"The FastUSP workers on {self.devices} {event}: {cause}. The next prompt starts new ones.{log}"
+        )
+
+    def _cause(self) -> str:
+        directory = self.run_dir.path
+        exits = _read_json(directory / "exit.json") or []
+        records = [r for path in directory.glob("failure-*.json") if (r := _read_json(path))]
+        told = {record["rank"] for record in records}
+        for failed in exits:
+            if failed["exitcode"] < 0 and failed["exitcode"] != -signal.SIGTERM and failed["rank"] not in told:
+                name = signal.Signals(-failed["exitcode"]).name
+                hint = " (killed by hand, or by the system when memory ran out)" if name == "SIGKILL" else ""
+                return f"rank {failed['rank']} (process {failed['pid']}) was ended by {name}{hint}"
+        if records:
+            first = min(records, key=lambda r: (r["peer_lost"], r["time"]))
+            return f"rank {first['rank']} failed with {first['text']}"
+        code = self._process.returncode if self._process else None
+        return f"torchrun ended with exit code {code}"
+
+    def _last_log_lines(self) -> list[str]:
+        directory = self.run_dir.path
+        lines = []
+        for line in _tail(directory / "pool.log"):
+            record = json.loads(line)
+            trace = record.get("trace", "").strip().splitlines()[-1:]
+            lines.append(" ".join([f"[rank {record['rank']}] {record['level']}: {record['text']}", *trace]))
+        if not lines:
+            lines = _tail(directory / "torchrun.log")
+        for path in sorted(directory.glob("ranks/**/stderr.log")):
+            lines += [f"[rank {path.parent.name} stderr] {line}" for line in _tail(path)[-3:]]
+        return lines[-LOG_LINES:]
+
+
+def _read_json(path: Path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None  # absent, or its writer died in the middle of it
+
+
+def _tail(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
+    except FileNotFoundError:
+        return []

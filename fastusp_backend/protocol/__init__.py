@@ -1,0 +1,35 @@
+"""What client and workers say to each other, and how it is framed. Both sides import this room; nothing here runs a model."""
+
+from .channel import Channel
+from .messages import (
+    VERSION,
+    Cancel,
+    Done,
+    Evaluate,
+    Failed,
+    Hello,
+    Message,
+    Phase,
+    Ready,
+    Release,
+    Sample,
+    Shutdown,
+    Step,
+)
+
+__all__ = [
+    "VERSION",
+    "Cancel",
+    "Channel",
+    "Done",
+    "Evaluate",
+    "Failed",
+    "Hello",
+    "Message",
+    "Phase",
+    "Ready",
+    "Release",
+    "Sample",
+    "Shutdown",
+    "Step",
+]

@@ -1,0 +1,127 @@
+"""The messages of the control channel, as msgspec structs told apart by a tag.
+
+Tensors never sit inside a message: a frame carries them beside it under names (see channel.py). Shapes use
+B batch, C latent channels, h w latent height and width, T text tokens, E text width.
+"""
+
+from typing import Literal
+
+import msgspec
+
+from ..config import Layout, ModelSpec, Settings
+
+VERSION = 1
+"""Raised whenever a message or the framing changes: client and workers of different versions refuse each other."""
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
+    """Base of all messages."""
+
+
+class Hello(Message):
+    """Client's first message."""
+
+    version: int
+
+
+class Ready(Message):
+    """Rank 0's answer: the pool stands. devices: one name per rank; pids: the processes, in rank order."""
+
+    version: int
+    devices: list[str]
+    pids: list[int]
+    torch: str
+    transport: str
+
+
+class Request(Message):
+    """What every piece of work names. id: chosen by the client, carried by all replies, so that stale ones are dropped."""
+
+    id: int
+    model: ModelSpec
+    layout: Layout
+    settings: Settings
+
+
+class Sample(Request):
+    """Run a whole sampling loop in the workers; answered by a Step per step, then Done.
+
+    sampler: a name of `fastusp_backend.sampling`. options: its numbers, such as eta. timestep_scale: model timestep per
+    sigma. cfg: guidance scale; 1 evaluates the positive conditioning alone.
+
+    Tensors: x (B, C, h, w), already noised; sigmas (n + 1,) float32; noise (k, B, C, h, w), the k draws of the sampler;
+    positive.context (B, T, E), positive.y (B, V), positive.guidance (B,) or (1,), the same under negative; for a masked
+    request mask (broadcastable to x), latent_image and inpaint_noise, as x. All but x and sigmas may be absent.
+    """
+
+    sampler: str
+    options: dict[str, float]
+    timestep_scale: float
+    cfg: float
+
+
+class Evaluate(Request):
+    """One evaluation of the model; answered by Done with tensor `output` (B, C, h, w).
+
+    Tensors: x (B, C, h, w), timestep (B,), and context, y, guidance as in Sample. A tensor named in `keep` is kept by the
+    workers under that number, one named in `reuse` was kept before; numbers in `forget` are dropped first.
+    """
+
+    keep: dict[str, int] = {}
+    reuse: dict[str, int] = {}
+    forget: list[int] = []
+
+
+class Cancel(Message):
+    """Stop request `id` at its next evaluation; answered by Failed of kind `cancelled`. Unknown ids are ignored."""
+
+    id: int
+
+
+class Release(Message):
+    """Drop the resident model; the processes stay."""
+
+    id: int
+
+
+class Shutdown(Message):
+    """End all ranks."""
+
+
+class Phase(Message):
+    """What request `id` is doing before its first step, for people to read."""
+
+    id: int
+    text: str
+
+
+class Step(Message):
+    """Step `index` of `total` was evaluated, `seconds` after the previous one. Tensors: x and denoised (B, C, h, w)."""
+
+    id: int
+    index: int
+    total: int
+    sigma: float
+    seconds: float
+
+
+class Done(Message):
+    """Request `id` has ended well. Tensors: `output`, where the request has one."""
+
+    id: int
+
+
+class Failed(Message):
+    """Request `id` has ended without a result; id is None when the frame itself was refused.
+
+    kind: `cancelled` by the client, `refused` (bad request or file; the pool is fine), `protocol`, `out_of_memory`.
+    """
+
+    id: int | None
+    kind: Literal["cancelled", "refused", "protocol", "out_of_memory"]
+    rank: int
+    text: str
+
+
+ToWorker = Hello | Sample | Evaluate | Cancel | Release | Shutdown
+ToClient = Ready | Phase | Step | Done | Failed

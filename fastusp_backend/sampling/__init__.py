@@ -1,0 +1,6 @@
+"""Sampling loops as pure functions: they know the model as f(x, sigma) -> denoised, and nothing of ranks."""
+
+from .guidance import GuidedModel, Inpainting
+from .samplers import SAMPLERS, Sampler, StepState
+
+__all__ = ["SAMPLERS", "GuidedModel", "Inpainting", "Sampler", "StepState"]

@@ -1,0 +1,1 @@
+"""What runs in the worker processes. Entry points: `launch` (torchrun) and `__main__` (one rank)."""

@@ -1,0 +1,71 @@
+"""One rank of a pool; started by torchrun as `-m fastusp_backend.worker`."""
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ..engine import Engine
+from ..protocol import VERSION, Ready
+from .control import Control
+from .crew import Crew
+from .process import RUN_DIR_VARIABLE, die_with_parent, log_to_pool, record_failure
+from .runner import Runner
+
+log = logging.getLogger(__name__)
+
+
+def _device() -> torch.device:
+    if os.environ["FASTUSP_DEVICE_TYPE"] == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+
+
+def _work(run_dir: Path) -> None:
+    device = _device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+        name = torch.cuda.get_device_name(device)
+    else:
+        dist.init_process_group("gloo")
+        name = f"cpu ({torch.get_num_threads()} threads)"
+    crew = Crew()
+    log.info("rank %d of %d on %s", crew.rank, crew.size, name)
+    members = [json.loads(x) for x in crew.gather(json.dumps([name, os.getpid()]))]
+    control = None
+    if crew.rank == 0:
+        ready = Ready(
+            version=VERSION,
+            devices=[name for name, _ in members],
+            pids=[pid for _, pid in members],
+            torch=str(torch.__version__),
+            transport=dist.get_backend() if device.type == "cpu" else "nccl",
+        )
+        key = (run_dir / "key").read_bytes()
+        control = Control(str(run_dir / "control.sock"), key, ready)
+    Runner(crew, Engine(device), control).serve()
+    crew.agree(True)
+    dist.destroy_process_group()
+
+
+def main() -> int:
+    die_with_parent()
+    run_dir, rank = Path(os.environ[RUN_DIR_VARIABLE]), int(os.environ["RANK"])
+    log_to_pool(run_dir, rank)
+    try:
+        _work(run_dir)
+    except BaseException as error:
+        log.exception("rank %d failed", rank)
+        record_failure(run_dir, rank, error)
+        # Threads and process groups of a failed rank may hang on their way out; the trace is written, so leave at once.
+        os._exit(1)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""How the ranks' CPUs agree: rank 0 decides, all follow, over a gloo group of their own.
+
+Waiting for the next request is part of the job here, so the group's timeout is a year: nobody waits idle inside NCCL.
+"""
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+class Crew:
+    """All ranks of a pool. Every method is collective: all ranks call it in the same order."""
+
+    def __init__(self):
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
+
+    def share(self, payload: bytes | None) -> bytes:
+        """Rank 0's payload, on every rank; the others pass None."""
+        if self.size == 1:
+            return payload
+        length = torch.tensor([len(payload) if payload is not None else 0])
+        dist.broadcast(length, 0, group=self._group)
+        data = torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload is not None else None
+        if data is None:
+            data = torch.empty(int(length), dtype=torch.uint8)
+        dist.broadcast(data, 0, group=self._group)
+        return payload if payload is not None else data.numpy().tobytes()
+
+    def agree(self, stop: bool) -> bool:
+        """Rank 0's answer, on every rank."""
+        if self.size == 1:
+            return stop
+        flag = torch.tensor([int(stop)], dtype=torch.uint8)
+        dist.broadcast(flag, 0, group=self._group)
+        return bool(flag)
+
+    def gather(self, text: str) -> list[str]:
+        """Every rank's text, in rank order, on every rank."""
+        if self.size == 1:
+            return [text]
+        return [self._share_from(source, text) for source in range(self.size)]
+
+    def _share_from(self, source: int, text: str) -> str:
+        data = text.encode() if source == self.rank else b""
+        length = torch.tensor([len(data)])
+        dist.broadcast(length, source, group=self._group)
+        buffer = torch.zeros(max(1, int(length)), dtype=torch.uint8)
+        if data:
+            buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        dist.broadcast(buffer, source, group=self._group)
+        return buffer.numpy().tobytes()[: int(length)].decode()

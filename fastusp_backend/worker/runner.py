@@ -1,0 +1,234 @@
+"""The work of a rank: take the next request, prepare it, run it, with all other ranks, for ever.
+
+A request has two parts. While it is prepared nothing is exchanged between the models, so an error on any rank is gathered
+and refused, and the pool goes on. Once it runs, an error on one rank would leave the others waiting inside an exchange:
+it is fatal to the pool, and the client starts a new one.
+"""
+
+import logging
+import time
+from collections import deque
+
+import msgspec
+import safetensors.torch
+import torch
+
+from ..config import Layout
+from ..engine import Conditioning, Denoiser, Engine
+from ..errors import Cancelled, FastUSPError, LayoutError, RequestError
+from ..protocol import Done, Evaluate, Failed, Phase, Release, Sample, Shutdown, Step
+from ..protocol.messages import Request
+from ..sampling import SAMPLERS, GuidedModel, Inpainting, StepState
+from .control import Control
+from .crew import Crew
+
+log = logging.getLogger(__name__)
+
+Work = Sample | Evaluate | Release | Shutdown
+Tensors = dict[str, torch.Tensor]
+
+RUN_AHEAD = 2
+"""Evaluations that may be queued on a GPU: enough that it never waits for its CPU, few enough that a cancel is felt."""
+
+
+class Runner:
+    """control is given on rank 0 alone: the others follow."""
+
+    def __init__(self, crew: Crew, engine: Engine, control: Control | None):
+        self._crew = crew
+        self._engine = engine
+        self._control = control
+        self._kept: dict[int, torch.Tensor] = {}
+        self._work = msgspec.msgpack.Decoder(Work)
+        self._queued: deque[torch.cuda.Event] = deque()
+
+    def serve(self) -> None:
+        """Returns after Shutdown."""
+        while True:
+            message, tensors = self._next()
+            if isinstance(message, Shutdown):
+                return
+            if isinstance(message, Release):
+                self._engine.release()
+                self._kept.clear()
+                self._reply(Done(id=message.id))
+                continue
+            started = time.perf_counter()
+            try:
+                if isinstance(message, Sample):
+                    self._sample(message, tensors)
+                else:
+                    self._evaluate(message, tensors)
+            except Cancelled:
+                self._reply(Failed(id=message.id, kind="cancelled", rank=0, text="cancelled"))
+            except _Refused as refused:
+                self._reply(Failed(id=message.id, kind=refused.kind, rank=refused.rank, text=str(refused)))
+            log.info("request %d (%s) took %.3f s", message.id, type(message).__name__, time.perf_counter() - started)
+
+    def _next(self) -> tuple[Work, Tensors]:
+        body = blob = None
+        if self._control is not None:
+            message, tensors = self._control.next_request()
+            body = msgspec.msgpack.encode(message)
+            blob = safetensors.torch.save(tensors) if tensors else b""
+        body, blob = self._crew.share(body), self._crew.share(blob)
+        if self._control is None:
+            message = self._work.decode(body)
+            tensors = safetensors.torch.load(blob) if blob else {}
+        return message, {name: t.to(self._engine.device) for name, t in tensors.items()}
+
+    def _reply(self, message, tensors: Tensors | None = None) -> None:
+        if self._control is not None:
+            self._control.send(message, tensors)
+
+    def _sample(self, request: Sample, tensors: Tensors) -> None:
+        def prepare() -> tuple[GuidedModel, torch.Tensor, torch.Tensor]:
+            if request.sampler not in SAMPLERS:
+                raise RequestError(f"sampler {request.sampler!r} is not one of: {', '.join(SAMPLERS)}")
+            unknown = request.options.keys() - SAMPLERS[request.sampler].options.keys()
+            if unknown:
+                raise RequestError(f"sampler {request.sampler!r} has no option {', '.join(sorted(unknown))}")
+            sigmas = _take(tensors, "sigmas").cpu()
+            draws = SAMPLERS[request.sampler].noise_draws(sigmas, request.options)
+            if len(tensors.get("noise", ())) != draws:
+                raise RequestError(
+                    f"{request.sampler} takes {draws} draws of noise, got {len(tensors.get('noise', ()))}"
+                )
+            x = _take(tensors, "x")
+            denoiser = self._engine.denoiser(request.layout, request.settings)
+            positive = _conditioning(tensors, "positive.")
+            negative = _conditioning(tensors, "negative.") if "negative.context" in tensors else None
+            for conditioning in filter(None, (positive, negative)):
+                denoiser.check(x, conditioning)
+            masked = "mask" in tensors
+            model = GuidedModel(
+                velocity=self._velocity(request, denoiser),
+                positive=positive,
+                negative=negative,
+                cfg=request.cfg,
+                timestep_scale=request.timestep_scale,
+                inpainting=Inpainting(
+                    mask=_take(tensors, "mask"),
+                    latent_image=_take(tensors, "latent_image"),
+                    noise=_take(tensors, "inpaint_noise"),
+                )
+                if masked
+                else None,
+            )
+            return model, x, sigmas
+
+        model, x, sigmas = self._prepare(request, prepare)
+        last = time.perf_counter()
+
+        def report(state: StepState) -> None:
+            nonlocal last
+            now = time.perf_counter()
+            self._reply(
+                Step(
+                    id=request.id,
+                    index=state.index,
+                    total=len(sigmas) - 1,
+                    sigma=float(state.sigma),
+                    seconds=now - last,
+                ),
+                {"x": state.x, "denoised": state.denoised},
+            )
+            last = now
+
+        noise = iter(tensors.get("noise", ()))
+        run = SAMPLERS[request.sampler].run
+        with torch.inference_mode():
+            output = run(model, x, sigmas, noise=noise, callback=report, **request.options)
+        self._reply(Done(id=request.id), {"output": output})
+
+    def _evaluate(self, request: Evaluate, tensors: Tensors) -> None:
+        def prepare() -> tuple[Denoiser, Conditioning, torch.Tensor, torch.Tensor]:
+            for number in request.forget:
+                self._kept.pop(number, None)
+            for name, number in request.keep.items():
+                self._kept[number] = _take(tensors, name)
+            for name, number in request.reuse.items():
+                if number not in self._kept:
+                    raise RequestError(f"tensor {name!r} should have been kept as {number}, but was not")
+                tensors[name] = self._kept[number]
+            x, conditioning = _take(tensors, "x"), _conditioning(tensors, "")
+            denoiser = self._engine.denoiser(request.layout, request.settings)
+            denoiser.check(x, conditioning)
+            return denoiser, conditioning, x, _take(tensors, "timestep")
+
+        denoiser, conditioning, x, timestep = self._prepare(request, prepare)
+        output = self._velocity(request, denoiser)(x, timestep, conditioning)
+        self._reply(Done(id=request.id), {"output": output})
+
+    def _prepare(self, request: Request, build):
+        """Loads the model and calls `build`; raises _Refused on all ranks when any of them failed, Cancelled likewise."""
+        problem, built = "", None
+        try:
+            if request.layout.ranks != self._crew.size:
+                raise LayoutError(f"layout {request.layout} does not fit a pool of {self._crew.size} ranks")
+            if not self._engine.holds(request.model):
+                self._reply(Phase(id=request.id, text="loading the model"))
+                started = time.perf_counter()
+                self._engine.load(request.model)
+                log.info("loaded %s in %.2f s", request.model.path, time.perf_counter() - started)
+            self._check_heads(request.layout)
+            built = build()
+        except (FastUSPError, ValueError) as error:
+            problem = f"refused\n{error}"
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            self._engine.release()
+            problem = f"out_of_memory\n{error}"
+        for rank, text in enumerate(self._crew.gather(problem)):
+            if text:
+                raise _Refused(rank, *text.split("\n", 1))
+        return built
+
+    def _check_heads(self, layout: Layout) -> None:
+        heads = self._engine.heads
+        if heads % layout.ulysses:
+            raise LayoutError(
+                f"a Ulysses degree of {layout.ulysses} does not divide the model's {heads} attention heads"
+            )
+
+    def _velocity(self, request: Request, denoiser: Denoiser):
+        """The denoiser with the ranks' agreement before each evaluation; raises Cancelled on all of them alike."""
+
+        def velocity(x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+            stop = self._control is not None and self._control.cancelled(request.id)
+            if self._crew.agree(stop):
+                raise Cancelled(f"request {request.id}")
+            output = denoiser(x, timestep, conditioning)
+            self._limit_run_ahead()
+            return output
+
+        return velocity
+
+    def _limit_run_ahead(self) -> None:
+        if self._engine.device.type != "cuda":
+            return
+        event = torch.cuda.Event()
+        event.record()
+        self._queued.append(event)
+        if len(self._queued) > RUN_AHEAD:
+            self._queued.popleft().synchronize()
+
+
+class _Refused(Exception):
+    def __init__(self, rank: int, kind: str, text: str):
+        super().__init__(text)
+        self.rank = rank
+        self.kind = kind
+
+
+def _take(tensors: Tensors, name: str) -> torch.Tensor:
+    if name not in tensors:
+        raise RequestError(f"the request lacks tensor {name!r}")
+    return tensors[name]
+
+
+def _conditioning(tensors: Tensors, prefix: str) -> Conditioning:
+    return Conditioning(
+        context=_take(tensors, prefix + "context"),
+        y=tensors.get(prefix + "y"),
+        guidance=tensors.get(prefix + "guidance"),
+    )
