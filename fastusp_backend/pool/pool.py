@@ -8,20 +8,17 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
 from ..devices import Devices
 from ..errors import Cancelled, FastUSPError, PoolError, ProtocolError, RequestError
 from ..protocol import Cancel, Done, Failed, Message, Phase, Release, Shutdown, Step
 from ..protocol.messages import Request
+from .kept import KeptTensors, Tensors
 from .workers import Workers
 
 POLL_SECONDS = 0.05
 START_SECONDS = 300.0
 DEATH_SECONDS = 8.0
 CANCEL_SECONDS = 120.0
-
-Tensors = dict[str, torch.Tensor]
 
 
 def _nothing(*_) -> None:
@@ -41,12 +38,19 @@ class Progress:
     interrupted: Callable[[], bool] = lambda: False
 
 
+QUIET = Progress()
+
+
 class Pool:
     """Workers for `devices`. Processes start with `start` or the first request; requests run one at a time."""
 
     def __init__(self, devices: Devices):
         self.devices = devices
         self.generation = 0
+        """How often processes were started."""
+        self.epoch = 0
+        """Changes whenever the workers have forgotten what they were given."""
+        self.kept = KeptTensors()
         self._workers: Workers | None = None
         self._ids = itertools.count(1)
         self._busy = threading.Lock()
@@ -65,12 +69,13 @@ class Pool:
                 self._workers.dispose()
             self._workers = Workers(self.devices)
             self.generation += 1
+            self.epoch += 1
 
     def run(
         self,
         make: Callable[[int], Request],
         tensors: Tensors,
-        progress: Progress = Progress(),
+        progress: Progress = QUIET,
     ) -> Tensors:
         """Submits make(id) and waits for its result.
 
@@ -84,7 +89,8 @@ class Pool:
         with self._state:
             standing = self._workers is not None and self._workers.alive and self._workers.channel is not None
         if standing:
-            self._submit(lambda number: Release(id=number), {}, Progress())
+            self._submit(lambda number: Release(id=number), {}, QUIET)
+            self.epoch += 1
 
     def status(self) -> dict:
         """What people want to know: devices, state (`off`, `starting`, `idle`, `busy`), processes."""
@@ -190,7 +196,7 @@ class Pool:
         """Cancels and waits for the end, so that the next request finds the ranks free."""
         try:
             workers.channel.send(Cancel(id=number))
-            self._follow(workers, number, Progress())
+            self._follow(workers, number, QUIET)
         except (FastUSPError, OSError, EOFError):
             pass  # ended, one way or another; the caller's exception is what is raised
 

@@ -1,0 +1,106 @@
+"""One model under one layout on one pool, as its users see it: evaluate, or sample."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..config import Layout, ModelSpec, Settings
+from ..errors import RequestError
+from ..protocol import Evaluate, Sample
+from .kept import Tensors
+from .pool import QUIET, Pool, Progress
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Conditioning as tensors: context (B, T, E), y (B, V) pooled text, guidance (B,) or (1,)."""
+
+    context: torch.Tensor
+    y: torch.Tensor | None = None
+    guidance: torch.Tensor | None = None
+
+    def tensors(self) -> Tensors:
+        named = {"context": self.context, "y": self.y, "guidance": self.guidance}
+        return {name: t for name, t in named.items() if t is not None}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mask:
+    """mask: 1 where sampled, 0 where latent_image is kept; noise: what the kept part is noised with. All as x."""
+
+    mask: torch.Tensor
+    latent_image: torch.Tensor
+    noise: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """Cheap to make: processes start with the first call, weights load there too."""
+
+    pool: Pool
+    model: ModelSpec
+    layout: Layout
+    settings: Settings
+
+    def evaluate(self, x: torch.Tensor, timestep: torch.Tensor, prompt: Prompt, progress: Progress) -> torch.Tensor:
+        """One evaluation: x (B, C, h, w), timestep (B,) -> velocity (B, C, h, w) on the CPU. Raises as `Pool.run`."""
+        while True:
+            self.pool.start()
+            epoch = self.pool.epoch
+            try:
+                return self._evaluate_once(x, timestep, prompt, progress, epoch)
+            except RequestError:
+                if self.pool.epoch == epoch:
+                    raise
+                # The workers were replaced between `start` and `run`, and the new ones hold nothing yet: send all.
+
+    def _evaluate_once(self, x, timestep, prompt: Prompt, progress: Progress, epoch: int) -> torch.Tensor:
+        send, keep, reuse, forget = self.pool.kept.sort(prompt.tensors(), epoch)
+
+        def request(number: int) -> Evaluate:
+            return Evaluate(id=number, **self._what(), keep=keep, reuse=reuse, forget=forget)
+
+        return self.pool.run(request, {"x": x, "timestep": timestep, **send}, progress)["output"]
+
+    def sample(
+        self,
+        x: torch.Tensor,
+        sigmas: torch.Tensor,
+        *,
+        sampler: str,
+        positive: Prompt,
+        negative: Prompt | None = None,
+        cfg: float = 1.0,
+        options: dict[str, float] | None = None,
+        noise: torch.Tensor | None = None,
+        mask: Mask | None = None,
+        timestep_scale: float = 1.0,
+        progress: Progress = QUIET,
+    ) -> torch.Tensor:
+        """A sampling loop: noised x (B, C, h, w), sigmas (n + 1,) -> latents, as x, on the CPU. Raises as `Pool.run`.
+
+        noise (k, B, C, h, w): the sampler's draws (`sampling.SAMPLERS[sampler].noise_draws` says how many).
+        """
+        tensors = {"x": x, "sigmas": sigmas}
+        tensors |= {f"positive.{name}": t for name, t in positive.tensors().items()}
+        if negative is not None:
+            tensors |= {f"negative.{name}": t for name, t in negative.tensors().items()}
+        if noise is not None:
+            tensors["noise"] = noise
+        if mask is not None:
+            tensors |= {"mask": mask.mask, "latent_image": mask.latent_image, "inpaint_noise": mask.noise}
+        return self.pool.run(
+            lambda number: Sample(
+                id=number,
+                **self._what(),
+                sampler=sampler,
+                options=options or {},
+                timestep_scale=timestep_scale,
+                cfg=cfg,
+            ),
+            tensors,
+            progress,
+        )["output"]
+
+    def _what(self) -> dict:
+        return {"model": self.model, "layout": self.layout, "settings": self.settings}

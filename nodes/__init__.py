@@ -1,0 +1,18 @@
+"""The nodes, and everything else that touches ComfyUI. Nothing outside this folder imports the host."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from . import status
+from .loader import USPLoader
+from .sampler import USPSampler
+from .settings import USPSettings
+
+
+class FastUSPExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [USPLoader, USPSampler, USPSettings]
+
+
+async def comfy_entrypoint() -> ComfyExtension:
+    status.add_routes()
+    return FastUSPExtension()

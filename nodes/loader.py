@@ -1,0 +1,122 @@
+"""USP Loader: a MODEL whose transformer lives in worker processes."""
+
+import os
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..fastusp_backend.config import DType, ModelSpec, Settings
+from ..fastusp_backend.devices import Devices, parse_devices, supports_bfloat16
+from ..fastusp_backend.errors import FastUSPError
+from ..fastusp_backend.models.checkpoint import read_header
+from ..fastusp_backend.models.detection import detect
+from ..fastusp_backend.planner import plan
+from ..fastusp_backend.pool import Session
+from .pools import pool_for
+from .remote_model import remote_model
+from .settings import SettingsType
+
+STORAGE: dict[str, DType | None] = {"default": None, "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+class USPLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FastUSPLoader",
+            display_name="USP Loader",
+            category="FastUSP",
+            description="Loads a FLUX transformer onto several GPUs (or CPU ranks) that compute every step of one image together.",
+            inputs=[
+                io.Combo.Input(
+                    "unet_name",
+                    options=folder_paths.get_filename_list("diffusion_models"),
+                    tooltip="A FLUX.1 dev or schnell file in models/diffusion_models.",
+                ),
+                io.Combo.Input(
+                    "weight_dtype",
+                    options=list(STORAGE),
+                    default="default",
+                    tooltip="The type in which weights are stored. default: as in the file.",
+                ),
+                io.String.Input(
+                    "gpus",
+                    default="auto",
+                    tooltip="auto: all identical GPUs. all: every visible GPU. 0,1,3: these, in nvidia-smi's order. "
+                    "cpu:2: two CPU ranks.",
+                ),
+                io.Int.Input(
+                    "ulysses",
+                    default=0,
+                    min=0,
+                    max=64,
+                    tooltip="Ranks that share attention heads; must divide the head count. 0: chosen for you.",
+                ),
+                io.Int.Input(
+                    "ring",
+                    default=0,
+                    min=0,
+                    max=64,
+                    tooltip="Ranks that pass keys and values round. ulysses x ring is the number of ranks. 0: chosen for you.",
+                ),
+                SettingsType.Input(
+                    "settings", optional=True, tooltip="From USP Optimization Settings; without it the defaults apply."
+                ),
+            ],
+            outputs=[
+                io.Model.Output(
+                    display_name="model", tooltip="A standard MODEL, for KSampler, USP Sampler and all others."
+                )
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, unet_name=None, gpus=None, ulysses=None, ring=None) -> bool | str:
+        """Refuses impossible combinations before the prompt runs; an input that is linked is not known yet (None)."""
+        try:
+            devices = parse_devices(gpus) if gpus is not None else None
+            if unet_name is None:
+                return True
+            path = folder_paths.get_full_path("diffusion_models", unet_name)
+            if path is None:
+                return f"unet_name = {unet_name!r}: there is no such file in models/diffusion_models"
+            config = detect(read_header(path), path)
+            if devices is not None and ulysses is not None and ring is not None:
+                plan(devices.ranks, config.heads, ulysses=ulysses, ring=ring)
+        except FastUSPError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, unet_name, **_others):
+        """Runs again when the file was replaced."""
+        stat = os.stat(folder_paths.get_full_path_or_raise("diffusion_models", unet_name))
+        return f"{unet_name} {stat.st_mtime_ns} {stat.st_size}"
+
+    @classmethod
+    def execute(cls, unet_name, weight_dtype, gpus, ulysses, ring, settings: Settings | None = None) -> io.NodeOutput:
+        path = folder_paths.get_full_path_or_raise("diffusion_models", unet_name)
+        header = read_header(path)
+        config = detect(header, path)
+        devices = parse_devices(gpus)
+        file_dtype = str(header["img_in.weight"].dtype).removeprefix("torch.")
+        storage, compute = choose_types(STORAGE[weight_dtype], file_dtype, devices)
+        session = Session(
+            pool_for(devices),
+            ModelSpec.of_file(path, storage=storage, compute=compute),
+            plan(devices.ranks, config.heads, ulysses=ulysses, ring=ring),
+            settings or Settings(),
+        )
+        session.pool.start()
+        return io.NodeOutput(remote_model(session, header))
+
+
+def choose_types(storage: DType | None, file_dtype: DType, devices: Devices) -> tuple[DType | None, DType]:
+    """(storage, compute). CPU ranks compute in float32, as ComfyUI does on a CPU. GPUs compute in the storage type, which
+    by default is the file's; float32 files are stored, as ComfyUI stores them, in 16 bits unless fp32 is asked for."""
+    if devices.type == "cpu":
+        return storage, "float32"
+    half: DType = "bfloat16" if supports_bfloat16(devices) else "float16"
+    if storage is None:
+        storage = "float16" if file_dtype == "float16" else half
+    return storage, half if storage == "bfloat16" else storage

@@ -1,0 +1,129 @@
+"""A standard MODEL whose transformer lives in worker processes.
+
+ComfyUI's own detection builds the host's half (conditioning, latent format, noise schedule) from the file's header alone; in
+place of the transformer stands `RemoteTransformer`, which sends each evaluation to the workers. Samplers, guiders and
+wrappers run on the host as ever.
+"""
+
+import comfy.model_detection
+import comfy.model_management
+import comfy.model_patcher
+import torch
+from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
+
+from ..fastusp_backend.models.checkpoint import TensorInfo
+from ..fastusp_backend.models.flux import PATCH
+from ..fastusp_backend.pool import Prompt, Session
+from .host import Unsupported, following, progress
+from .remote_loop import sample_in_workers
+
+
+class RemoteTransformer(torch.nn.Module):
+    """Called as ComfyUI calls FLUX; evaluates on the workers. It has no weights, but names those of the file."""
+
+    def __init__(self, session: Session, header: dict[str, TensorInfo], dtype: torch.dtype):
+        super().__init__()
+        self.session = session
+        self.dtype = dtype
+        self.patch_size = PATCH
+        self._header = header
+
+    def state_dict(self, *, destination=None, prefix="", keep_vars=False):
+        """Tensors on the meta device under the file's own names, for nodes that look weights up."""
+        destination = {} if destination is None else destination
+        for name, info in self._header.items():
+            destination[prefix + name] = torch.empty(info.shape, dtype=info.dtype, device="meta")
+        return destination
+
+    def forward(
+        self,
+        x,
+        timestep,
+        context,
+        y=None,
+        guidance=None,
+        ref_latents=None,
+        control=None,
+        transformer_options={},  # noqa: B006 - ComfyUI's own signature
+        **kwargs,
+    ):
+        return WrapperExecutor.new_class_executor(
+            self._evaluate, self, get_all_wrappers(WrappersMP.DIFFUSION_MODEL, transformer_options)
+        ).execute(x, timestep, context, y, guidance, ref_latents, control, transformer_options, **kwargs)
+
+    def _evaluate(self, x, timestep, context, y, guidance, ref_latents, control, transformer_options, **kwargs):
+        refuse_unsupported(ref_latents, control, transformer_options, kwargs)
+        prompt = Prompt(context, y, guidance)
+        with following():
+            return self.session.evaluate(x, timestep, prompt, progress()).to(x.device)
+
+
+def refuse_unsupported(ref_latents, control, transformer_options: dict, extra: dict) -> None:
+    """Raises Unsupported, naming the node feature, for what would have to happen inside the transformer."""
+    if ref_latents is not None:
+        raise Unsupported("Reference latents (ReferenceLatent, FLUX Kontext)")
+    if control is not None:
+        raise Unsupported("ControlNet (Apply ControlNet)")
+    for kind in ("patches", "patches_replace"):
+        names = [name for name, value in transformer_options.get(kind, {}).items() if value]
+        if names:
+            raise Unsupported(f"A patch inside the transformer ({kind}: {', '.join(names)})")
+    for option, node in (
+        ("rope_options", "Scaled rotary positions (ScaleROPE)"),
+        ("optimized_attention_override", "A replaced attention function"),
+    ):
+        if transformer_options.get(option) is not None:
+            raise Unsupported(node)
+    for name, value in extra.items():
+        if value is not None:
+            raise Unsupported(f"The conditioning's {name!r}")
+
+
+class RemotePatcher(comfy.model_patcher.ModelPatcher):
+    """A ModelPatcher with nothing to move: the host holds no weights, so loading and unloading cost it no memory."""
+
+    def model_size(self):
+        return 0
+
+    def loaded_size(self):
+        return 0
+
+    def memory_required(self, input_shape):
+        return 0
+
+    def add_patches(self, patches, strength_patch=1.0, strength_model=1.0):
+        if patches:
+            raise Unsupported("A weight patch (LoRA)")
+        return []
+
+    def add_hook_patches(self, hook, patches, strength_patch=1.0, strength_model=1.0):
+        if patches:
+            raise Unsupported("A weight hook (Create Hook LoRA)")
+
+    def get_key_patches(self, filter_prefix=None):
+        raise Unsupported("Reading the weights (model merging, saving)")
+
+
+def remote_model(session: Session, header: dict[str, TensorInfo]) -> RemotePatcher:
+    """The MODEL for `session`. header: the file's tensors, from which ComfyUI detects its half of the model.
+
+    Raises Unsupported where this ComfyUI does not know the file's sizes.
+    """
+    compute = getattr(torch, session.model.compute)
+    transformer = RemoteTransformer(session, header, compute)
+    meta = transformer.state_dict()
+    config = comfy.model_detection.model_config_from_unet(meta, "")
+    hidden = header["img_in.weight"].shape[0]
+    if config is None or config.unet_config.get("hidden_size") != hidden:
+        raise Unsupported(f"This version of ComfyUI does not know a FLUX model of hidden size {hidden}")
+    config.unet_config["disable_unet_model_creation"] = True
+    config.set_inference_dtype(compute, None)
+    model = config.get_model(meta, "")
+    model.diffusion_model = transformer
+    patcher = RemotePatcher(
+        model,
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
+    patcher.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, "fastusp", sample_in_workers)
+    return patcher

@@ -1,0 +1,144 @@
+"""A real ComfyUI as a child process, driven over its HTTP API and websocket."""
+
+import json
+import os
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import websocket
+from safetensors.torch import load_file
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+class PromptFailed(Exception):
+    """The host refused a prompt, or a node raised; `text` is what the page would show."""
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        self.text = text
+
+
+@dataclass
+class Outcome:
+    """What one prompt brought: saved latents by node id, and the websocket's events."""
+
+    latents: dict = field(default_factory=dict)
+    progress: list = field(default_factory=list)
+    previews: int = 0
+    texts: list = field(default_factory=list)
+    interrupted: bool = False
+
+
+class ComfyUI:
+    """Starts `path`'s ComfyUI on the CPU with this repository and the test pack as its custom nodes."""
+
+    def __init__(self, path: Path, base: Path):
+        self.path, self.base = path, base
+        for folder in ("custom_nodes", "models/diffusion_models", "output", "input", "temp", "user"):
+            (base / folder).mkdir(parents=True, exist_ok=True)
+        (base / "custom_nodes/ComfyUI-FastUSP").symlink_to(REPOSITORY)
+        (base / "custom_nodes/fastusp-test-pack").symlink_to(REPOSITORY / "tests/host/pack")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        python = os.environ.get("COMFYUI_PYTHON") or str(path / "venv/bin/python")
+        command = [python, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(self.port)]
+        command += ["--disable-auto-launch", "--base-directory", str(base), "--preview-method", "latent2rgb"]
+        command += ["--database-url", f"sqlite:///{base}/user/comfyui.db"]
+        self.log = base / "comfyui.log"
+        env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        with open(self.log, "wb") as output:
+            self.process = subprocess.Popen(command, cwd=path, stdout=output, stderr=subprocess.STDOUT, env=env)
+        self.client = uuid.uuid4().hex
+
+    def wait_until_ready(self, seconds: float = 120) -> None:
+        deadline = time.monotonic() + seconds
+        while True:
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"ComfyUI did not start:\n{self.log_text()[-3000:]}")
+            try:
+                self.get("/system_stats")
+                return
+            except (urllib.error.URLError, ConnectionError):
+                time.sleep(0.2)
+
+    def log_text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def get(self, route: str):
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{route}", timeout=60) as answer:
+            return json.load(answer)
+
+    def post(self, route: str, body: dict):
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{route}",
+            data=json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                text = answer.read()
+                return json.loads(text) if text else None
+        except urllib.error.HTTPError as error:
+            raise PromptFailed(error.read().decode()) from error
+
+    def run(self, prompt: dict, *, on_progress=None) -> Outcome:
+        """Queues an API prompt and follows it to its end. on_progress(value, max) is called for each progress event."""
+        outcome = Outcome()
+        ws = websocket.create_connection(f"ws://127.0.0.1:{self.port}/ws?clientId={self.client}", timeout=300)
+        try:
+            number = self.post("/prompt", {"prompt": prompt, "client_id": self.client})["prompt_id"]
+            while True:
+                frame = ws.recv()
+                if isinstance(frame, bytes):
+                    kind = int.from_bytes(frame[:4], "big")
+                    if kind in (1, 4):
+                        outcome.previews += 1
+                    elif kind == 3:
+                        length = int.from_bytes(frame[4:8], "big")
+                        outcome.texts.append((frame[8 : 8 + length].decode(), frame[8 + length :].decode()))
+                    continue
+                event = json.loads(frame)
+                data = event.get("data", {})
+                if data.get("prompt_id") not in (None, number):
+                    continue
+                if event["type"] == "progress":
+                    outcome.progress.append((data["value"], data["max"], time.monotonic()))
+                    if on_progress:
+                        on_progress(data["value"], data["max"])
+                elif event["type"] == "execution_error":
+                    raise PromptFailed(data["exception_message"])
+                elif event["type"] == "execution_interrupted":
+                    outcome.interrupted = True
+                    return outcome
+                elif event["type"] in ("execution_success",) or (
+                    event["type"] == "executing" and data.get("node") is None
+                ):
+                    break
+        finally:
+            ws.close()
+        for _ in range(100):
+            history = self.get(f"/history/{number}")
+            if number in history:
+                break
+            time.sleep(0.05)
+        for node, output in history[number]["outputs"].items():
+            for saved in output.get("latents", ()):
+                file = self.base / "output" / saved["subfolder"] / saved["filename"]
+                outcome.latents[node] = load_file(file)["latent_tensor"]
+        return outcome
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
