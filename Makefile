@@ -1,0 +1,25 @@
+# Everything runs in .venv, which the first target sets up. PYTHON: 3.10 or newer.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test lint clean
+
+$(VENV)/ready: requirements.txt requirements-dev.txt constraints-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --constraint constraints-dev.txt torch
+	$(RUN) -m pip install --quiet --constraint constraints-dev.txt -r requirements.txt -r requirements-dev.txt
+	touch $@
+
+demo: $(VENV)/ready
+	$(RUN) -m fastusp_backend demo
+
+test: $(VENV)/ready
+	$(RUN) -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+clean:
+	rm -rf $(VENV) demo_output

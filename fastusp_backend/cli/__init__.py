@@ -1,0 +1,1 @@
+"""The command line's subcommands: `python -m fastusp_backend <command>`."""

@@ -1,0 +1,81 @@
+"""`demo`: the main job on what every machine has - CPU ranks and a tiny random FLUX file - checked against one rank."""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ..config import ModelSpec, Settings
+from ..devices import Devices, parse_devices
+from ..models.synthetic import TINY_FLUX, write_flux
+from ..planner import plan
+from ..pool import Pool, Progress, Prompt, Session
+from .preview import latent_picture
+
+TOLERANCE = 2e-5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gpus", default="cpu:2", help="as USP Loader's input: auto, all, 0,1 or cpu:N (default cpu:2)")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--size", type=int, default=512, help="edge of the image in pixels (default 512)")
+    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for checkpoint and picture")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    checkpoint = arguments.output / "tiny_flux.safetensors"
+    write_flux(str(checkpoint), TINY_FLUX)
+    print(f"wrote {checkpoint}: FLUX.1 layout, hidden {TINY_FLUX.hidden}, 2 + 2 blocks, random weights")
+
+    devices = parse_devices(arguments.gpus)
+    one = Devices(ranks=1, gpus=devices.gpus[:1])
+    shared = _sample(devices, str(checkpoint), arguments)
+    alone = _sample(one, str(checkpoint), arguments)
+
+    picture = arguments.output / "preview.png"
+    latent_picture(shared[0]).save(picture)
+    difference = ((shared - alone).abs().max() / alone.abs().max()).item()
+    print(f"wrote {picture}: the latents' principal components (the weights are random, so the picture is, too)")
+    print(f"largest difference between {devices.ranks} ranks and 1, relative to the latents' max: {difference:.1e}")
+    if not difference <= TOLERANCE:
+        print(f"that is above {TOLERANCE:.0e}: the ranks do not agree")
+        return 1
+    return 0
+
+
+def _sample(devices: Devices, checkpoint: str, arguments: argparse.Namespace) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    edge = arguments.size // 8
+    noise = torch.randn(1, 16, edge, edge, generator=generator)
+    prompt = Prompt(
+        torch.randn(1, 64, TINY_FLUX.context, generator=generator),
+        torch.randn(1, TINY_FLUX.pooled, generator=generator),
+        torch.tensor([3.5]),
+    )
+    layout = plan(devices.ranks, TINY_FLUX.heads)
+    session = Session(
+        Pool(devices), ModelSpec.of_file(checkpoint, storage=None, compute="float32"), layout, Settings()
+    )
+    bar = tqdm(total=arguments.steps, desc=f"{devices}, {layout}", unit="step")
+
+    def step(event, _tensors) -> None:
+        bar.set_postfix_str(f"{event.seconds * 1000:.0f} ms/step")
+        bar.update()
+
+    started = time.perf_counter()
+    try:
+        latents = session.sample(
+            noise,
+            torch.linspace(1, 0, arguments.steps + 1),
+            sampler="euler",
+            positive=prompt,
+            progress=Progress(step=step, phase=lambda text: bar.set_postfix_str(text)),
+        )
+    finally:
+        bar.close()
+        session.pool.close()
+    print(f"{devices}: {time.perf_counter() - started:.1f} s with start-up")
+    return latents
