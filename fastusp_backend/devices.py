@@ -1,6 +1,7 @@
 """The `gpus` input: which devices make up a pool.
 
-`auto` = the largest set of identical GPUs, `all` = every visible GPU, `0,1,3` = by nvidia-smi index, `cpu:N` = N CPU ranks.
+`auto` = the largest set of identical GPUs, `all` = every visible GPU, `0,1,3` = by nvidia-smi index, `cpu:N` = N CPU
+ranks.
 GPUs are asked of nvidia-smi, so that looking at them initialises no CUDA context in the host.
 """
 
@@ -115,6 +116,7 @@ def _of(indices: tuple[int, ...]) -> Devices:
 
 
 def supports_bfloat16(devices: Devices) -> bool:
-    """Whether every device computes bfloat16 natively (compute capability 8.0); CPU ranks compute in float32 instead."""
+    """Whether every device computes bfloat16 natively (compute capability 8.0); CPU ranks compute in float32
+    instead."""
     by_index = {g.index: g for g in list_gpus()}
     return bool(devices.gpus) and all(by_index[i].compute_capability >= (8, 0) for i in devices.gpus)

@@ -15,7 +15,8 @@ class Unsupported(FastUSPError):
 
     def __init__(self, what: str):
         super().__init__(
-            f"{what}: a model of USP Loader does not support this yet. Take that node out of the path between USP Loader "
+            f"{what}: a model of USP Loader does not support this yet. Take that node out of the path between USP "
+            f"Loader "
             "and the sampler, or load the model with Load Diffusion Model"
         )
 

@@ -26,7 +26,8 @@ class USPLoader(io.ComfyNode):
             node_id="FastUSPLoader",
             display_name="USP Loader",
             category="FastUSP",
-            description="Loads a FLUX transformer onto several GPUs (or CPU ranks) that compute every step of one image together.",
+            description="Loads a FLUX transformer onto several GPUs (or CPU ranks) that compute every step of one "
+            "image together.",
             inputs=[
                 io.Combo.Input(
                     "unet_name",
@@ -57,7 +58,8 @@ class USPLoader(io.ComfyNode):
                     default=0,
                     min=0,
                     max=64,
-                    tooltip="Ranks that pass keys and values round. ulysses x ring is the number of ranks. 0: chosen for you.",
+                    tooltip="Ranks that pass keys and values round. ulysses x ring is the number of ranks. 0: "
+                    "chosen for you.",
                 ),
                 SettingsType.Input(
                     "settings", optional=True, tooltip="From USP Optimization Settings; without it the defaults apply."
@@ -112,8 +114,9 @@ class USPLoader(io.ComfyNode):
 
 
 def choose_types(storage: DType | None, file_dtype: DType, devices: Devices) -> tuple[DType | None, DType]:
-    """(storage, compute). CPU ranks compute in float32, as ComfyUI does on a CPU. GPUs compute in the storage type, which
-    by default is the file's; float32 files are stored, as ComfyUI stores them, in 16 bits unless fp32 is asked for."""
+    """(storage, compute). CPU ranks compute in float32, as ComfyUI does on a CPU. GPUs compute in the storage type,
+    which by default is the file's; float32 files are stored, as ComfyUI stores them, in 16 bits unless fp32 is asked
+    for."""
     if devices.type == "cpu":
         return storage, "float32"
     half: DType = "bfloat16" if supports_bfloat16(devices) else "float16"

@@ -1,8 +1,8 @@
 """The sampling loop in the workers, behind ComfyUI's own seam (WrappersMP.SAMPLER_SAMPLE).
 
-The host keeps noise, masks, conditioning and latent scaling; only the sampler's function is exchanged for one that hands
-sigmas, noise and conditioning to the workers and follows their steps. What the workers' loop cannot take is sampled step by
-step from here instead, with the same result, and the node's status line says why.
+The host keeps noise, masks, conditioning and latent scaling; only the sampler's function is exchanged for one that
+hands sigmas, noise and conditioning to the workers and follows their steps. What the workers' loop cannot take is
+sampled step by step from here instead, with the same result, and the node's status line says why.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
 """A standard MODEL whose transformer lives in worker processes.
 
-ComfyUI's own detection builds the host's half (conditioning, latent format, noise schedule) from the file's header alone; in
-place of the transformer stands `RemoteTransformer`, which sends each evaluation to the workers. Samplers, guiders and
-wrappers run on the host as ever.
+ComfyUI's own detection builds the host's half (conditioning, latent format, noise schedule) from the file's header
+alone; in place of the transformer stands `RemoteTransformer`, which sends each evaluation to the workers. Samplers,
+guiders and wrappers run on the host as ever.
 """
 
 import comfy.model_detection

@@ -13,7 +13,8 @@ class USPSampler(io.ComfyNode):
             node_id="FastUSPSampler",
             display_name="USP Sampler",
             category="FastUSP",
-            description="Samples a MODEL of USP Loader on all its ranks, with the same result as KSampler. Any other MODEL is "
+            description="Samples a MODEL of USP Loader on all its ranks, with the same result as KSampler. Any "
+            "other MODEL is "
             "sampled as KSampler does.",
             inputs=[
                 io.Model.Input("model", tooltip="The model to sample with; USP Loader's runs on all ranks."),
@@ -33,13 +34,15 @@ class USPSampler(io.ComfyNode):
                     max=100.0,
                     step=0.1,
                     round=0.01,
-                    tooltip="Guidance scale. 1 leaves the negative prompt out and takes one evaluation a step: right for FLUX, "
+                    tooltip="Guidance scale. 1 leaves the negative prompt out and takes one evaluation a step: "
+                    "right for FLUX, "
                     "whose guidance is FluxGuidance's.",
                 ),
                 io.Combo.Input(
                     "sampler_name",
                     options=comfy.samplers.KSampler.SAMPLERS,
-                    tooltip="The sampling algorithm. The common ones loop in the workers; every other one steps from here.",
+                    tooltip="The sampling algorithm. The common ones loop in the workers; every other one steps "
+                    "from here.",
                 ),
                 io.Combo.Input(
                     "scheduler",

@@ -16,7 +16,8 @@ class USPSettings(io.ComfyNode):
             node_id="FastUSPSettings",
             display_name="USP Optimization Settings",
             category="FastUSP",
-            description="Options of the distributed transformer. Connect it to USP Loader; without it the defaults apply.",
+            description="Options of the distributed transformer. Connect it to USP Loader; without it the defaults "
+            "apply.",
             inputs=[
                 io.Combo.Input(
                     "wire",
@@ -28,7 +29,8 @@ class USPSettings(io.ComfyNode):
                     "attention",
                     options=list(get_args(AttentionChoice)),
                     default="auto",
-                    tooltip="Attention kernel on each rank. auto: the fastest for the device. cudnn, flash (16-bit) and "
+                    tooltip="Attention kernel on each rank. auto: the fastest for the device. cudnn, flash (16-bit) "
+                    "and "
                     "efficient run on GPUs, flash also on CPU ranks; math is the slow reference and runs everywhere.",
                 ),
             ],

@@ -1,8 +1,8 @@
 """Unified sequence parallelism (Ulysses x ring, arXiv 2405.07719) as one attention call.
 
-Ulysses trades tokens for heads: before attention an all-to-all gives each rank of a Ulysses group all of the group's tokens
-for its own heads, after it another gives the tokens back. The ring then passes keys and values round, so that every token
-sees all others; the partial results are merged by their LSE (arXiv 2310.01889).
+Ulysses trades tokens for heads: before attention an all-to-all gives each rank of a Ulysses group all of the group's
+tokens for its own heads, after it another gives the tokens back. The ring then passes keys and values round, so that
+every token sees all others; the partial results are merged by their LSE (arXiv 2310.01889).
 """
 
 import torch

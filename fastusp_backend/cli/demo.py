@@ -18,7 +18,9 @@ TOLERANCE = 2e-5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--gpus", default="cpu:2", help="as USP Loader's input: auto, all, 0,1 or cpu:N (default cpu:2)")
+    parser.add_argument(
+        "--gpus", default="cpu:2", help="as USP Loader's input: auto, all, 0,1 or cpu:N (default cpu:2)"
+    )
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--size", type=int, default=512, help="edge of the image in pixels (default 512)")
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for checkpoint and picture")
@@ -56,9 +58,7 @@ def _sample(devices: Devices, checkpoint: str, arguments: argparse.Namespace) ->
         torch.tensor([3.5]),
     )
     layout = plan(devices.ranks, TINY_FLUX.heads)
-    session = Session(
-        Pool(devices), ModelSpec.of_file(checkpoint, storage=None, compute="float32"), layout, Settings()
-    )
+    session = Session(Pool(devices), ModelSpec.of_file(checkpoint, storage=None, compute="float32"), layout, Settings())
     bar = tqdm(total=arguments.steps, desc=f"{devices}, {layout}", unit="step")
 
     def step(event, _tensors) -> None:

@@ -37,7 +37,8 @@ def single_rank_mesh(device: torch.device) -> Mesh:
 
 
 def make_mesh(layout: Layout, device: torch.device) -> Mesh:
-    """Builds the groups of `layout` over the default process group. Collective: every rank calls it with the same layout."""
+    """Builds the groups of `layout` over the default process group. Collective: every rank calls it with the same
+    layout."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
     if layout.ranks != ranks:
         raise ValueError(f"layout {layout} needs {layout.ranks} ranks, the pool has {ranks}")

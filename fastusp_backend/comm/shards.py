@@ -1,9 +1,9 @@
 """Which tokens of the joint sequence [text, image] a rank holds, and which gathered tokens are real.
 
 Each stream is cut into equal local lengths, padded only as far as that needs: text in front of its first token, image
-behind its last. A rank holds [its text, its image], so in the common case all padding of the gathered sequence lies at its
-two ends and one slice removes it. Padded tokens are computed (they are finite) but never attended and never returned:
-attention is exact at any length.
+behind its last. A rank holds [its text, its image], so in the common case all padding of the gathered sequence lies
+at its two ends and one slice removes it. Padded tokens are computed (they are finite) but never attended and never
+returned: attention is exact at any length.
 """
 
 from dataclasses import dataclass

@@ -47,7 +47,8 @@ class Denoiser:
             raise RequestError(f"latents {tuple(x.shape)} do not fit the model: expected (B, {config.channels}, h, w)")
         if context.dim() != 3 or context.shape[0] != b or context.shape[1] < 1 or context.shape[2] != config.context:
             raise RequestError(
-                f"the prompt's tensor {tuple(context.shape)} does not fit the model: expected ({b}, T, {config.context}). "
+                f"the prompt's tensor {tuple(context.shape)} does not fit the model: expected ({b}, T, "
+                f"{config.context}). "
                 "Was it made by the text encoders of another model?"
             )
         if y is not None and (y.shape[0] != b or y.shape[1] < config.pooled):
@@ -82,7 +83,8 @@ class Denoiser:
 
 
 def patchify(x: torch.Tensor) -> torch.Tensor:
-    """x (B, C, h, w) -> (B, S, 4 C) in channel, row, column order; odd sizes are padded circularly, as ComfyUI pads them."""
+    """x (B, C, h, w) -> (B, S, 4 C) in channel, row, column order; odd sizes are padded circularly, as ComfyUI pads
+    them."""
     b, c, height, width = x.shape
     x = F.pad(x, (0, width % PATCH, 0, height % PATCH), mode="circular")
     x = x.unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH))  # B, C, rows, 2, columns, 2

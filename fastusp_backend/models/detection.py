@@ -43,7 +43,8 @@ def detect(header: dict[str, TensorInfo], path: str) -> FluxConfig:
         if not info.dtype.is_floating_point or info.dtype.itemsize == 1 or name == "scaled_fp8":
             kind = str(info.dtype).removeprefix("torch.")
             raise CheckpointError(
-                f"{path} is quantised (tensor {name!r} is {kind}), which FastUSP does not read yet; use a bf16 or fp16 file"
+                f"{path} is quantised (tensor {name!r} is {kind}), which FastUSP does not read yet; use a bf16 or "
+                f"fp16 file"
             )
     return flux_config(header, path)
 
@@ -65,7 +66,8 @@ def flux_config(header: dict[str, TensorInfo], path: str) -> FluxConfig:
     out_features = shape("final_layer.linear.weight")[0]
     if in_features != out_features:
         raise CheckpointError(
-            f"{path} takes {in_features // 4} latent channels and gives {out_features // 4}: it is a FLUX.1 Fill, Canny or "
+            f"{path} takes {in_features // 4} latent channels and gives {out_features // 4}: it is a FLUX.1 Fill, "
+            f"Canny or "
             "Depth model, which FastUSP does not run yet; it runs FLUX.1 dev and schnell"
         )
     return FluxConfig(

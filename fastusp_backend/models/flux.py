@@ -119,7 +119,8 @@ class DoubleBlock(nn.Module):
 
 
 class SingleBlock(nn.Module):
-    """Attention and MLP side by side (arXiv 2302.05442): linear1 holds qkv and the MLP's input, linear2 both outputs."""
+    """Attention and MLP side by side (arXiv 2302.05442): linear1 holds qkv and the MLP's input, linear2 both
+    outputs."""
 
     def __init__(self, config: FluxConfig):
         super().__init__()
@@ -176,7 +177,8 @@ class Flux(nn.Module):
 
     @staticmethod
     def module_key(key: str) -> str:
-        """The name in this module of a file's key: towers are submodules here, prefixes there; newer files say `weight`."""
+        """The name in this module of a file's key: towers are submodules here, prefixes there; newer files say
+        `weight`."""
         parts = key.split(".")
         if parts[0] == "double_blocks" and len(parts) > 2 and parts[2][:4] in ("img_", "txt_"):
             parts[2:3] = parts[2].split("_", 1)

@@ -1,4 +1,5 @@
-"""Random checkpoints in the true key layout, for the demo, tests and benchmarks: shapes and speed are real, images are not."""
+"""Random checkpoints in the true key layout, for the demo, tests and benchmarks: shapes and speed are real, images
+are not."""
 
 import torch
 from safetensors.torch import save_file

@@ -79,8 +79,8 @@ class Pool:
     ) -> Tensors:
         """Submits make(id) and waits for its result.
 
-        Raises Cancelled, RequestError (refused; the pool goes on) or PoolError (the workers died; the next call starts new
-        ones).
+        Raises Cancelled, RequestError (refused; the pool goes on) or PoolError (the workers died; the next call
+        starts new ones).
         """
         return self._submit(make, tensors, progress)
 
@@ -186,7 +186,8 @@ class Pool:
                 raise Cancelled(f"request {number} was cancelled")
             elif message.kind == "out_of_memory":
                 raise RequestError(
-                    f"rank {message.rank} ran out of memory while it loaded the model: {message.text}. Use a smaller image "
+                    f"rank {message.rank} ran out of memory while it loaded the model: {message.text}. Use a "
+                    f"smaller image "
                     "or batch, more GPUs, or free memory on this GPU"
                 )
             else:

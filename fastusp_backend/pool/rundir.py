@@ -1,7 +1,8 @@
 """A pool's run directory: control socket, key, logs. Its owner holds a lock on it; one without an owner is swept.
 
-It lies at <temporary directory>/fastusp-<uid>/<token>, readable by the user alone. Everything that a pool writes is in it,
-torchrun's own files too, so removing it removes all traces, also those of a process that was killed with SIGKILL.
+It lies at <temporary directory>/fastusp-<uid>/<token>, readable by the user alone. Everything that a pool writes is
+in it, torchrun's own files too, so removing it removes all traces, also those of a process that was killed with
+SIGKILL.
 """
 
 import fcntl

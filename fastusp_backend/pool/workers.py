@@ -21,8 +21,8 @@ from .rundir import RunDir
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 LOG_LINES = 12
 
-# Not handed down: allocator settings of the host (cudaMallocAsync breaks sharing memory between processes) and what another
-# torchrun around the host would have set.
+# Not handed down: allocator settings of the host (cudaMallocAsync breaks sharing memory between processes) and what
+# another torchrun around the host would have set.
 _DENIED = {
     "PYTORCH_CUDA_ALLOC_CONF",
     "PYTORCH_ALLOC_CONF",
@@ -67,8 +67,8 @@ class Workers:
         self._process: subprocess.Popen | None = None
         self._started = threading.Event()
         self._ended = threading.Event()
-        # Linux sends the parent-death signal when the *thread* that started a child ends, so one thread starts torchrun and
-        # stays until it has ended.
+        # Linux sends the parent-death signal when the *thread* that started a child ends, so one thread starts
+        # torchrun and stays until it has ended.
         threading.Thread(target=self._supervise, name=f"fastusp {devices}", daemon=True).start()
         self._started.wait()
 

@@ -1,4 +1,5 @@
-"""What client and workers say to each other, and how it is framed. Both sides import this room; nothing here runs a model."""
+"""What client and workers say to each other, and how it is framed. Both sides import this room; nothing here runs a
+model."""
 
 from .channel import Channel
 from .messages import (

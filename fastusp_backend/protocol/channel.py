@@ -1,9 +1,9 @@
 """Frames over a `multiprocessing.connection`: a message and the tensors that travel with it.
 
 A frame is one `send_bytes`: 8 bytes (magic, carrier, length of the message, big endian), the msgpack message, and the
-tensors as a safetensors file. Tensors of more than 256 KiB together go into an anonymous shared-memory file instead, whose
-descriptor follows the frame on the same AF_UNIX socket: it has no name that could outlive a killed process. Nothing that
-arrives is ever unpickled.
+tensors as a safetensors file. Tensors of more than 256 KiB together go into an anonymous shared-memory file instead,
+whose descriptor follows the frame on the same AF_UNIX socket: it has no name that could outlive a killed process.
+Nothing that arrives is ever unpickled.
 """
 
 import array

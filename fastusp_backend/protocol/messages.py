@@ -35,7 +35,8 @@ class Ready(Message):
 
 
 class Request(Message):
-    """What every piece of work names. id: chosen by the client, carried by all replies, so that stale ones are dropped."""
+    """What every piece of work names. id: chosen by the client, carried by all replies, so that stale ones are
+    dropped."""
 
     id: int
     model: ModelSpec
@@ -63,8 +64,8 @@ class Sample(Request):
 class Evaluate(Request):
     """One evaluation of the model; answered by Done with tensor `output` (B, C, h, w).
 
-    Tensors: x (B, C, h, w), timestep (B,), and context, y, guidance as in Sample. A tensor named in `keep` is kept by the
-    workers under that number, one named in `reuse` was kept before; numbers in `forget` are dropped first.
+    Tensors: x (B, C, h, w), timestep (B,), and context, y, guidance as in Sample. A tensor named in `keep` is kept
+    by the workers under that number, one named in `reuse` was kept before; numbers in `forget` are dropped first.
     """
 
     keep: dict[str, int] = {}

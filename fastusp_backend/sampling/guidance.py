@@ -20,7 +20,8 @@ class Inpainting:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GuidedModel:
-    """denoised = model(x, sigma) in float32, for x = sigma noise + (1 - sigma) image (rectified flow, arXiv 2209.03003).
+    """denoised = model(x, sigma) in float32, for x = sigma noise + (1 - sigma) image (rectified flow, arXiv
+    2209.03003).
 
     negative None leaves guidance out. timestep_scale: the model's timestep per sigma.
     """

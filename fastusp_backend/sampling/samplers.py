@@ -142,7 +142,8 @@ def lcm(model: Model, x, sigmas, *, noise: Iterator[torch.Tensor], callback: Cal
 
 @dataclass(frozen=True, slots=True)
 class Sampler:
-    """run: the loop. options: its numbers with their defaults. draws: whether it draws noise, once a step but the last."""
+    """run: the loop. options: its numbers with their defaults. draws: whether it draws noise, once a step but the
+    last."""
 
     run: Callable[..., torch.Tensor]
     options: dict[str, float] = field(default_factory=dict)

@@ -1,8 +1,8 @@
 """The work of a rank: take the next request, prepare it, run it, with all other ranks, for ever.
 
-A request has two parts. While it is prepared nothing is exchanged between the models, so an error on any rank is gathered
-and refused, and the pool goes on. Once it runs, an error on one rank would leave the others waiting inside an exchange:
-it is fatal to the pool, and the client starts a new one.
+A request has two parts. While it is prepared nothing is exchanged between the models, so an error on any rank is
+gathered and refused, and the pool goes on. Once it runs, an error on one rank would leave the others waiting inside
+an exchange: it is fatal to the pool, and the client starts a new one.
 """
 
 import logging
@@ -161,7 +161,8 @@ class Runner:
         self._reply(Done(id=request.id), {"output": output})
 
     def _prepare(self, request: Request, build):
-        """Loads the model and calls `build`; raises _Refused on all ranks when any of them failed, Cancelled likewise."""
+        """Loads the model and calls `build`; raises _Refused on all ranks when any of them failed, Cancelled
+        likewise."""
         problem, built = "", None
         try:
             if request.layout.ranks != self._crew.size:
