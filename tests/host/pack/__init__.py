@@ -33,7 +33,11 @@ class SeededLatent:
 
     @classmethod
     def INPUT_TYPES(cls):
-        sizes = {"width": ("INT", {"default": 64}), "height": ("INT", {"default": 64}), "batch": ("INT", {"default": 1})}
+        sizes = {
+            "width": ("INT", {"default": 64}),
+            "height": ("INT", {"default": 64}),
+            "batch": ("INT", {"default": 1}),
+        }
         return {"required": {"seed": ("INT", {"default": 0}), **sizes, "masked": ("BOOLEAN", {"default": False})}}
 
     RETURN_TYPES = ("LATENT",)
