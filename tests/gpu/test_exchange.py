@@ -1,4 +1,4 @@
-"""Symmetric memory between two processes: joint attention equals one rank's, over shapes, graph replays and messages."""
+"""Symmetric memory between two processes: joint attention equals one rank's, over shapes, graph replays."""
 
 import os
 import subprocess
