@@ -105,7 +105,11 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
             raise Unsupported("A weight hook (Create Hook LoRA)")
 
     def get_key_patches(self, filter_prefix=None):
-        raise Unsupported("Reading the weights (model merging, saving)")
+        _no_weights()
+
+
+def _no_weights(*_args, **_kwargs):
+    raise Unsupported("Reading the weights (model merging, saving)")
 
 
 def remote_model(session: Session, header: dict[str, TensorInfo]) -> RemotePatcher:
@@ -126,6 +130,7 @@ def remote_model(session: Session, header: dict[str, TensorInfo]) -> RemotePatch
     config.set_inference_dtype(compute, None)
     model = config.get_model(meta, "")
     model.diffusion_model = transformer
+    model.state_dict_for_saving = _no_weights  # would be a file of meta tensors
     patcher = RemotePatcher(
         model,
         load_device=comfy.model_management.get_torch_device(),
