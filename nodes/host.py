@@ -7,11 +7,11 @@ import comfy.model_management
 
 from ..fastusp_backend.errors import Cancelled, FastUSPError
 from ..fastusp_backend.pool import Progress
-from .status import show_on_node
+from .status import node_status
 
 
 class Unsupported(FastUSPError):
-    """Something in the workflow that a remote transformer does not do yet."""
+    """A node wants of a remote transformer what it does not do yet. what: names the node's feature."""
 
     def __init__(self, what: str):
         super().__init__(
@@ -25,9 +25,7 @@ def progress(step: Callable | None = None) -> Progress:
     """Progress that listens to ComfyUI's interrupt and shows phases on the running node. step: see `Progress`."""
     hooks = {"step": step} if step is not None else {}
     return Progress(
-        interrupted=comfy.model_management.processing_interrupted,
-        phase=lambda text: show_on_node(f"FastUSP: {text}"),
-        **hooks,
+        interrupted=comfy.model_management.processing_interrupted, phase=lambda text: node_status().phase(text), **hooks
     )
 
 

@@ -109,8 +109,9 @@ class USPLoader(io.ComfyNode):
             plan(devices.ranks, config.heads, ulysses=ulysses, ring=ring),
             settings or Settings(),
         )
+        model = remote_model(session, header)
         session.pool.start()
-        return io.NodeOutput(remote_model(session, header))
+        return io.NodeOutput(model)
 
 
 def choose_types(storage: DType | None, file_dtype: DType, devices: Devices) -> tuple[DType | None, DType]:

@@ -20,7 +20,7 @@ from tqdm.auto import trange
 from ..fastusp_backend.pool import Mask, Prompt, Session
 from ..fastusp_backend.sampling import SAMPLERS
 from .host import following, progress
-from .status import show_on_node
+from .status import node_status, set_headline
 
 _BY_FUNCTION = {getattr(k_diffusion, f"sample_{name}"): name for name in SAMPLERS}
 
@@ -52,10 +52,10 @@ def sample_in_workers(executor, guider, sigmas, extra_args, callback, noise, *ar
     """A SAMPLER_SAMPLE wrapper."""
     obstacle = why_not(executor.class_obj, guider, sigmas, extra_args["model_options"])
     if obstacle is not None:
-        show_on_node(f"FastUSP: stepping from ComfyUI, since {obstacle}")
+        set_headline(f"stepping from ComfyUI, since {obstacle}")
         return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
     session: Session = guider.inner_model.diffusion_model.session
-    show_on_node(f"FastUSP: {session.layout} on {session.pool.devices}, loop in the workers")
+    set_headline(f"{session.layout} on {session.pool.devices}, loop in the workers")
     sampler = copy.copy(executor.class_obj)
     sampler.sampler_function = _loop_for(session, _BY_FUNCTION[sampler.sampler_function])
     executor.class_obj, executor.original = sampler, sampler.sample
@@ -156,6 +156,7 @@ def _loop_for(session: Session, name: str):
         bar = trange(len(sigmas) - 1, disable=disable)
 
         def step(event, tensors) -> None:
+            node_status().restore()
             if callback is not None:
                 callback(
                     {

@@ -11,11 +11,13 @@ import comfy.model_patcher
 import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 
+from ..fastusp_backend.errors import FastUSPError
 from ..fastusp_backend.models.checkpoint import TensorInfo
 from ..fastusp_backend.models.flux import PATCH
 from ..fastusp_backend.pool import Prompt, Session
 from .host import Unsupported, following, progress
 from .remote_loop import sample_in_workers
+from .status import node_status
 
 
 class RemoteTransformer(torch.nn.Module):
@@ -55,7 +57,9 @@ class RemoteTransformer(torch.nn.Module):
         refuse_unsupported(ref_latents, control, transformer_options, kwargs)
         prompt = Prompt(context, y, guidance)
         with following():
-            return self.session.evaluate(x, timestep, prompt, progress()).to(x.device)
+            output = self.session.evaluate(x, timestep, prompt, progress())
+        node_status().restore()
+        return output.to(x.device)
 
 
 def refuse_unsupported(ref_latents, control, transformer_options: dict, extra: dict) -> None:
@@ -101,13 +105,17 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
             raise Unsupported("A weight hook (Create Hook LoRA)")
 
     def get_key_patches(self, filter_prefix=None):
-        raise Unsupported("Reading the weights (model merging, saving)")
+        _no_weights()
+
+
+def _no_weights(*_args, **_kwargs):
+    raise Unsupported("Reading the weights (model merging, saving)")
 
 
 def remote_model(session: Session, header: dict[str, TensorInfo]) -> RemotePatcher:
     """The MODEL for `session`. header: the file's tensors, from which ComfyUI detects its half of the model.
 
-    Raises Unsupported where this ComfyUI does not know the file's sizes.
+    Raises FastUSPError where this ComfyUI does not know the file's sizes.
     """
     compute = getattr(torch, session.model.compute)
     transformer = RemoteTransformer(session, header, compute)
@@ -115,11 +123,14 @@ def remote_model(session: Session, header: dict[str, TensorInfo]) -> RemotePatch
     config = comfy.model_detection.model_config_from_unet(meta, "")
     hidden = header["img_in.weight"].shape[0]
     if config is None or config.unet_config.get("hidden_size") != hidden:
-        raise Unsupported(f"This version of ComfyUI does not know a FLUX model of hidden size {hidden}")
+        raise FastUSPError(
+            f"{session.model.path}: this ComfyUI does not know a FLUX model of hidden size {hidden}; update it"
+        )
     config.unet_config["disable_unet_model_creation"] = True
     config.set_inference_dtype(compute, None)
     model = config.get_model(meta, "")
     model.diffusion_model = transformer
+    model.state_dict_for_saving = _no_weights  # would be a file of meta tensors
     patcher = RemotePatcher(
         model,
         load_device=comfy.model_management.get_torch_device(),

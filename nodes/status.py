@@ -1,5 +1,7 @@
 """What people see of the pools: a line of text on the running node, and a route for the side panel."""
 
+from contextvars import ContextVar
+
 from aiohttp import web
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
@@ -7,8 +9,42 @@ from server import PromptServer
 from .pools import all_pools
 
 
-def show_on_node(text: str) -> None:
-    """Writes a status line on the node that is executing; where none is (a script), there is nobody to show it to."""
+class NodeStatus:
+    """The status line of the executing node: a headline that stays, and phases that cover it while they last."""
+
+    def __init__(self, headline: str):
+        self._headline = headline
+        self._covered = False
+        _show(headline)
+
+    def phase(self, text: str) -> None:
+        self._covered = True
+        _show(f"FastUSP: {text}")
+
+    def restore(self) -> None:
+        """Shows the headline again, if a phase covers it."""
+        if self._covered:
+            self._covered = False
+            _show(self._headline)
+
+
+_current: ContextVar[NodeStatus | None] = ContextVar("fastusp_node_status", default=None)
+
+
+def set_headline(text: str) -> None:
+    """Starts a new status line for what the executing node does now."""
+    _current.set(NodeStatus(f"FastUSP: {text}"))
+
+
+def node_status() -> NodeStatus:
+    """The current status line; one is begun where a model is called outside of any sampler."""
+    if _current.get() is None:
+        set_headline("evaluating in the workers")
+    return _current.get()
+
+
+def _show(text: str) -> None:
+    """Where no node is executing (a script), there is nobody to show it to."""
     context = get_executing_context()
     if context is not None and PromptServer.instance is not None:
         PromptServer.instance.send_progress_text(text, context.node_id)

@@ -56,19 +56,21 @@ class Denoiser:
 
     def check(self, x: torch.Tensor, conditioning: Conditioning) -> None:
         """Raises RequestError for tensors that do not fit the model."""
-        config, b = self.model.config, x.shape[0]
-        context, y = conditioning.context, conditioning.y
-        if x.dim() != 4 or x.shape[1] != config.channels:
+        config, b = self.model.config, len(x) if x.dim() else 0
+        context, y, guidance = conditioning.context, conditioning.y, conditioning.guidance
+        if x.dim() != 4 or x.shape[1] != config.channels or not x.numel():
             raise RequestError(f"latents {tuple(x.shape)} do not fit the model: expected (B, {config.channels}, h, w)")
         if context.dim() != 3 or context.shape[0] != b or context.shape[1] < 1 or context.shape[2] != config.context:
             raise RequestError(
                 f"the prompt's tensor {tuple(context.shape)} does not fit the model: "
                 f"expected ({b}, T, {config.context}). Was it made by the text encoders of another model?"
             )
-        if y is not None and (y.shape[0] != b or y.shape[1] < config.pooled):
+        if y is not None and (y.dim() != 2 or y.shape[0] != b or y.shape[1] < config.pooled):
             raise RequestError(
                 f"the pooled text {tuple(y.shape)} does not fit the model: expected ({b}, {config.pooled})"
             )
+        if guidance is not None and guidance.shape not in ((1,), (b,)):
+            raise RequestError(f"the guidance {tuple(guidance.shape)} does not fit the latents: expected ({b},)")
 
     @torch.inference_mode()
     def prepare(self, timesteps: list[float], conditioning: Conditioning) -> None:

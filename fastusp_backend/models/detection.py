@@ -52,9 +52,13 @@ def detect(header: dict[str, TensorInfo], path: str) -> FluxConfig:
 def flux_config(header: dict[str, TensorInfo], path: str) -> FluxConfig:
     """FLUX's sizes, as its tensors give them."""
 
-    def shape(name: str) -> tuple[int, ...]:
+    def shape(name: str) -> tuple[int, int]:
         if name not in header:
             raise CheckpointError(f"{path} is an incomplete FLUX.1 file: tensor {name!r} is missing")
+        if len(header[name].shape) != 2:
+            raise CheckpointError(
+                f"{path} is no FLUX.1 file: tensor {name!r} is {header[name].shape}, expected a matrix"
+            )
         return header[name].shape
 
     def count(blocks: str) -> int:

@@ -17,12 +17,14 @@ class KeptTensors:
     def __init__(self):
         self._epoch = -1
         self._numbers: dict[int, torch.Tensor] = {}
+        self._distrusted: list[int] = []
         self._next = 0
 
     def sort(self, tensors: Tensors, epoch: int) -> tuple[Tensors, dict[str, int], dict[str, int], list[int]]:
         """tensors -> (those to send, keep, reuse, forget): see `protocol.Evaluate`."""
         if epoch != self._epoch:
             self._numbers.clear()
+            self._distrusted.clear()
             self._epoch = epoch
         send, keep, reuse = {}, {}, {}
         for name, tensor in tensors.items():
@@ -35,10 +37,16 @@ class KeptTensors:
             self._numbers[number] = self._numbers.pop(number)  # used last, forgotten last
             reuse[name] = number
         surplus = len(self._numbers) - KEPT_TENSORS
-        forget = list(self._numbers)[: max(0, surplus)]
-        for number in forget:
+        surplus_numbers = list(self._numbers)[: max(0, surplus)]
+        for number in surplus_numbers:
             del self._numbers[number]
+        forget, self._distrusted = self._distrusted + surplus_numbers, []
         return send, keep, reuse, forget
+
+    def distrust(self, forget: list[int]) -> None:
+        """After a request that failed, perhaps before it arrived: all is sent anew. forget: what it was to drop."""
+        self._distrusted = forget + list(self._numbers)
+        self._numbers.clear()
 
     def _find(self, tensor: torch.Tensor) -> int | None:
         for number, known in self._numbers.items():

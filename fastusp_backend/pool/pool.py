@@ -129,18 +129,23 @@ class Pool:
         with self._busy:
             number = next(self._ids)
             workers = self._standing_workers(progress)
+            message = make(number)
             try:
-                workers.channel.send(make(number), tensors)
-                try:
-                    return self._follow(workers, number, progress)
-                except (FastUSPError, OSError, EOFError):
-                    raise
-                except BaseException:
-                    # The caller's own exception (ComfyUI's interruption among them): the ranks must stop as well.
-                    self._cancel(workers, number)
-                    raise
+                workers.channel.send(message, tensors)
+            except OSError as error:
+                raise self._failed(workers, "stopped before a prompt ran") from error
+            try:
+                return self._follow(workers, number, progress)
+            except _CallersOwn as own:
+                self._cancel(workers, number)
+                raise own.error from own.error.__cause__
             except (OSError, EOFError) as error:
                 raise self._failed(workers, "stopped while a prompt ran") from error
+            except FastUSPError:
+                raise
+            except BaseException:
+                self._cancel(workers, number)  # Ctrl-C: the ranks must stop as well
+                raise
 
     def _standing_workers(self, progress: Progress) -> Workers:
         self.start()
@@ -161,7 +166,7 @@ class Pool:
     def _follow(self, workers: Workers, number: int, progress: Progress) -> Tensors:
         cancelled_at: float | None = None
         while True:
-            if cancelled_at is None and progress.interrupted():
+            if cancelled_at is None and _call(progress.interrupted):
                 workers.channel.send(Cancel(id=number))
                 cancelled_at = time.monotonic()
             if not workers.channel.poll(POLL_SECONDS):
@@ -177,9 +182,9 @@ class Pool:
                 continue  # the reply of a request that was given up
             if isinstance(message, Step):
                 if cancelled_at is None:
-                    progress.step(message, tensors)
+                    _call(progress.step, message, tensors)
             elif isinstance(message, Phase):
-                progress.phase(message.text)
+                _call(progress.phase, message.text)
             elif isinstance(message, Done):
                 return tensors
             elif message.kind == "cancelled":
@@ -196,8 +201,7 @@ class Pool:
     def _cancel(self, workers: Workers, number: int) -> None:
         """Cancels and waits for the end, so that the next request finds the ranks free."""
         try:
-            workers.channel.send(Cancel(id=number))
-            self._follow(workers, number, QUIET)
+            self._follow(workers, number, Progress(interrupted=lambda: True))
         except (FastUSPError, OSError, EOFError):
             pass  # ended, one way or another; the caller's exception is what is raised
 
@@ -206,6 +210,20 @@ class Pool:
         if not workers.wait_until_ended(DEATH_SECONDS):
             workers.kill()
         return workers.failure(event)
+
+
+class _CallersOwn(Exception):
+    """Carries an exception of the caller's callbacks (ComfyUI's interruption among them) past those of the channel."""
+
+    def __init__(self, error: BaseException):
+        self.error = error
+
+
+def _call(callback: Callable, *arguments):
+    try:
+        return callback(*arguments)
+    except BaseException as error:
+        raise _CallersOwn(error) from error
 
 
 _pools: "weakref.WeakSet[Pool]" = weakref.WeakSet()

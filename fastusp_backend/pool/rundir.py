@@ -39,8 +39,10 @@ class RunDir:
         sweep(base)
         self.path = base / secrets.token_hex(6)
         self.path.mkdir(mode=0o700)
-        self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        # Locked before it has its name: a sweep by another process never meets it without its owner.
+        self._lock = os.open(self.path / "lock.new", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
+        os.rename(self.path / "lock.new", self.path / "lock")
         self.key = secrets.token_bytes(32)
         fd = os.open(self.path / "key", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(fd, "wb") as file:
@@ -63,6 +65,8 @@ def sweep(base: Path) -> None:
     for path in base.iterdir():
         try:
             fd = os.open(path / "lock", os.O_RDWR | os.O_CLOEXEC)
+        except NotADirectoryError:
+            continue  # not ours
         except FileNotFoundError:
             # Perhaps just being made: its owner has not locked it yet.
             if path.exists() and time.time() - path.stat().st_mtime > _SETTLING_SECONDS:

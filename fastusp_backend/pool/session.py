@@ -60,7 +60,11 @@ class Session:
         def request(number: int) -> Evaluate:
             return Evaluate(id=number, **self._what(), keep=keep, reuse=reuse, forget=forget)
 
-        return self.pool.run(request, {"x": x, "timestep": timestep, **send}, progress)["output"]
+        try:
+            return self.pool.run(request, {"x": x, "timestep": timestep, **send}, progress)["output"]
+        except BaseException:
+            self.pool.kept.distrust(forget)
+            raise
 
     def sample(
         self,

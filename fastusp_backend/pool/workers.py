@@ -179,7 +179,10 @@ class Workers:
         directory = self.run_dir.path
         lines = []
         for line in _tail(directory / "pool.log"):
-            record = json.loads(line)
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # its writer died in the middle of it
             trace = record.get("trace", "").strip().splitlines()[-1:]
             lines.append(" ".join([f"[rank {record['rank']}] {record['level']}: {record['text']}", *trace]))
         if not lines:

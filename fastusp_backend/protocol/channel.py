@@ -2,11 +2,10 @@
 
 A frame is one `send_bytes`: 8 bytes (magic, carrier, length of the message, big endian), the msgpack message, and the
 tensors as a safetensors file. Tensors of more than 256 KiB together go into an anonymous shared-memory file instead,
-whose descriptor follows the frame on the same AF_UNIX socket: it has no name that could outlive a killed process.
+whose descriptor comes with the frame over the AF_UNIX socket: it has no name that could outlive a killed process.
 Nothing that arrives is ever unpickled.
 """
 
-import array
 import fcntl
 import os
 import socket
@@ -23,6 +22,8 @@ from ..errors import ProtocolError
 from .messages import Message
 
 _HEADER = struct.Struct(">2sBxI")
+_LENGTH = struct.Struct("!i")
+_FD = struct.Struct("i")
 _MAGIC = b"FU"
 _NONE, _INLINE, _SHARED = range(3)
 
@@ -43,11 +44,12 @@ class Channel:
         self._limit = limit
         self._send_lock = threading.Lock()
         self._socket = socket.socket(fileno=os.dup(connection.fileno()))
+        self._socket.settimeout(None)  # whatever default the process has set
         self.shares_memory = self._socket.family == socket.AF_UNIX and hasattr(os, "memfd_create")
 
     def send(self, message: Message, tensors: dict[str, torch.Tensor] | None = None) -> None:
         """Raises OSError when the other end is gone."""
-        tensors = {name: t.detach().cpu().contiguous() for name, t in (tensors or {}).items()}
+        tensors = _standing_alone(tensors or {})
         size = sum(t.nbytes for t in tensors.values())
         carrier = _NONE if not tensors else _SHARED if size > INLINE_LIMIT and self.shares_memory else _INLINE
         body = msgspec.msgpack.encode(message)
@@ -63,8 +65,7 @@ class Channel:
                     file.write(blob)
                 # Sealed, so that a receiver's mapping cannot be cut short under its feet.
                 fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
-                self._connection.send_bytes(frame)
-                socket.send_fds(self._socket, [_MAGIC[:1]], [fd])
+                self._send_with_descriptor(frame, fd)
             finally:
                 os.close(fd)
 
@@ -78,40 +79,82 @@ class Channel:
         Raises EOFError when the other end closed, OSError when the connection broke or the frame was too large (the
         stream is unusable then), ProtocolError when the frame was refused (the next one can still be received).
         """
-        frame = self._connection.recv_bytes(self._limit)
+        frame, fd = self._receive_frame()
+        try:
+            return self._read(frame, fd)
+        except (msgspec.MsgspecError, ValueError, SafetensorError, KeyError) as error:
+            raise ProtocolError(f"a frame was refused: {error}") from error
+        finally:
+            _close(fd)
+
+    def _read(self, frame: bytes, fd: int | None) -> tuple[Message, dict[str, torch.Tensor]]:
         if len(frame) < _HEADER.size:
             raise ProtocolError(f"a frame of {len(frame)} bytes is too short")
         magic, carrier, length = _HEADER.unpack_from(frame)
         body, blob = frame[_HEADER.size : _HEADER.size + length], frame[_HEADER.size + length :]
-        if magic != _MAGIC or len(body) != length or carrier > _SHARED:
+        if magic != _MAGIC or len(body) != length or carrier > _SHARED or (blob and carrier != _INLINE):
             raise ProtocolError("a frame has a malformed header")
-        try:
-            # The descriptor is read before anything can be refused: it must not stay in the stream.
-            tensors = self._receive_shared() if carrier == _SHARED else {}
-            if carrier == _INLINE:
-                tensors = safetensors.torch.load(blob)
-            return self._decoder.decode(body), tensors
-        except (msgspec.MsgspecError, ValueError, SafetensorError, KeyError) as error:
-            raise ProtocolError(f"a frame was refused: {error}") from error
+        message = self._decoder.decode(body)
+        if carrier == _NONE:
+            return message, {}
+        return message, safetensors.torch.load(blob) if carrier == _INLINE else _load_shared(fd)
 
-    def _receive_shared(self) -> dict[str, torch.Tensor]:
-        if not self.shares_memory:
-            raise ProtocolError("a frame announces shared memory, which this connection cannot carry")
-        fds = array.array("i")
-        _, received, _, _ = socket.recv_fds(self._socket, 1, 1)
-        fds.extend(received)
-        if not fds:
-            raise ProtocolError("a frame announces shared memory but no descriptor followed")
+    def _send_with_descriptor(self, frame: bytes, fd: int) -> None:
+        data = _LENGTH.pack(len(frame)) + frame
+        sent = socket.send_fds(self._socket, [data], [fd])
+        self._socket.sendall(data[sent:])
+
+    def _receive_frame(self) -> tuple[bytes, int | None]:
+        """The next frame, and the descriptor that came with it. Its length prefix is `Connection.send_bytes`'s."""
+        prefix, ancillary, _, _ = self._socket.recvmsg(_LENGTH.size, socket.CMSG_LEN(_FD.size))
+        if not prefix:
+            raise EOFError
+        fd = next((_FD.unpack(data)[0] for _, kind, data in ancillary if kind == socket.SCM_RIGHTS), None)
         try:
-            if not fcntl.fcntl(fds[0], fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
-                raise ProtocolError("a frame's shared memory is not sealed")
-            return safetensors.torch.load_file(f"/proc/self/fd/{fds[0]}")
-        except OSError as error:
-            raise ProtocolError(f"a frame's descriptor is no shared memory: {error}") from error
-        finally:
-            for fd in fds:
-                os.close(fd)
+            (length,) = _LENGTH.unpack(prefix + self._receive_exactly(_LENGTH.size - len(prefix)))
+            if not 0 <= length <= self._limit:
+                raise OSError(f"a frame of {length} bytes is too large")
+            return self._receive_exactly(length), fd
+        except BaseException:
+            _close(fd)
+            raise
+
+    def _receive_exactly(self, length: int) -> bytes:
+        data = bytearray()
+        while len(data) < length:
+            part = self._socket.recv(min(length - len(data), 1 << 20))
+            if not part:
+                raise EOFError
+            data += part
+        return bytes(data)
 
     def close(self) -> None:
         self._socket.close()
         self._connection.close()
+
+
+def _load_shared(fd: int | None) -> dict[str, torch.Tensor]:
+    if fd is None:
+        raise ProtocolError("a frame announces shared memory but no descriptor came with it")
+    try:
+        if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+            raise ProtocolError("a frame's shared memory is not sealed")
+        return safetensors.torch.load_file(f"/proc/self/fd/{fd}")
+    except OSError as error:
+        raise ProtocolError(f"a frame's descriptor is no shared memory: {error}") from error
+
+
+def _close(fd: int | None) -> None:
+    if fd is not None:
+        os.close(fd)
+
+
+def _standing_alone(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """On the CPU, contiguous, and no two on the same memory, which safetensors would refuse."""
+    alone, storages = {}, set()
+    for name, t in tensors.items():
+        t = t.detach().cpu().contiguous()
+        t = t.clone() if t.untyped_storage().data_ptr() in storages else t
+        storages.add(t.untyped_storage().data_ptr())
+        alone[name] = t
+    return alone

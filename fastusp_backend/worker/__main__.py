@@ -13,7 +13,7 @@ from ..engine import Engine
 from ..protocol import VERSION, Ready
 from .control import Control
 from .crew import Crew
-from .process import RUN_DIR_VARIABLE, die_with_parent, log_to_pool, record_failure
+from .process import PARENT_VARIABLE, RUN_DIR_VARIABLE, die_with_parent, log_to_pool, record_failure
 from .runner import Runner
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def _work(run_dir: Path) -> None:
 
 
 def main() -> int:
-    die_with_parent()
+    die_with_parent(int(os.environ[PARENT_VARIABLE]))
     run_dir, rank = Path(os.environ[RUN_DIR_VARIABLE]), int(os.environ["RANK"])
     log_to_pool(run_dir, rank)
     try:

@@ -22,8 +22,11 @@ class Crew:
             return payload
         length = torch.tensor([len(payload) if payload is not None else 0])
         dist.broadcast(length, 0, group=self._group)
-        data = torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload is not None else None
-        if data is None:
+        if not length:
+            return b""
+        if payload is not None:
+            data = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+        else:
             data = torch.empty(int(length), dtype=torch.uint8)
         dist.broadcast(data, 0, group=self._group)
         return payload if payload is not None else data.numpy().tobytes()

@@ -17,6 +17,7 @@ from .process import PARENT_VARIABLE, RUN_DIR_VARIABLE, die_with_parent
 
 def main(arguments: list[str]) -> int:
     die_with_parent(int(os.environ[PARENT_VARIABLE]))
+    os.environ[PARENT_VARIABLE] = str(os.getpid())  # for the ranks
     run_dir = Path(os.environ[RUN_DIR_VARIABLE])
     try:
         torchrun.run(torchrun.parse_args(arguments))

@@ -15,7 +15,7 @@ PARENT_VARIABLE = "FASTUSP_PARENT_PID"
 _PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent(parent: int | None = None) -> None:
+def die_with_parent(parent: int) -> None:
     """Asks Linux to kill this process when its parent dies (torchrun gives every rank a session of its own).
 
     parent: the expected parent's pid; if it is gone already, this process ends at once. A no-op on other systems, where
@@ -25,7 +25,7 @@ def die_with_parent(parent: int | None = None) -> None:
         return
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    if parent is not None and os.getppid() != parent:
+    if os.getppid() != parent:
         os._exit(1)
 
 

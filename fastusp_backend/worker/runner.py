@@ -90,13 +90,15 @@ class Runner:
             unknown = request.options.keys() - SAMPLERS[request.sampler].options.keys()
             if unknown:
                 raise RequestError(f"sampler {request.sampler!r} has no option {', '.join(sorted(unknown))}")
-            sigmas = _take(tensors, "sigmas").cpu()
+            x, sigmas = _take(tensors, "x"), _take(tensors, "sigmas").cpu()
+            if sigmas.dim() != 1 or not len(sigmas):
+                raise RequestError(f"sigmas {tuple(sigmas.shape)} are no list of levels")
             draws = SAMPLERS[request.sampler].noise_draws(sigmas, request.options)
-            if len(tensors.get("noise", ())) != draws:
+            noise = tensors.get("noise", x.new_empty(0, *x.shape))
+            if noise.shape != (draws, *x.shape):
                 raise RequestError(
-                    f"{request.sampler} takes {draws} draws of noise, got {len(tensors.get('noise', ()))}"
+                    f"{request.sampler} takes {draws} draws of noise {tuple(x.shape)}, got {tuple(noise.shape)}"
                 )
-            x = _take(tensors, "x")
             denoiser = self._engine.denoiser(request.layout, request.settings)
             positive = _conditioning(tensors, "positive.")
             negative = _conditioning(tensors, "negative.") if "negative.context" in tensors else None
@@ -112,9 +114,9 @@ class Runner:
                 cfg=request.cfg,
                 timestep_scale=request.timestep_scale,
                 inpainting=Inpainting(
-                    mask=_take(tensors, "mask"),
-                    latent_image=_take(tensors, "latent_image"),
-                    noise=_take(tensors, "inpaint_noise"),
+                    mask=_like(x, tensors, "mask"),
+                    latent_image=_like(x, tensors, "latent_image"),
+                    noise=_like(x, tensors, "inpaint_noise"),
                 )
                 if masked
                 else None,
@@ -150,7 +152,12 @@ class Runner:
             x, conditioning = _take(tensors, "x"), self._kept_conditioning(request, tensors)
             denoiser = self._engine.denoiser(request.layout, request.settings)
             denoiser.check(x, conditioning)
-            return denoiser, conditioning, x, _take(tensors, "timestep").cpu()
+            timestep = _take(tensors, "timestep").cpu()
+            if timestep.shape != x.shape[:1]:
+                raise RequestError(
+                    f"timestep {tuple(timestep.shape)} does not fit the latents: expected {len(x)} values"
+                )
+            return denoiser, conditioning, x, timestep
 
         denoiser, conditioning, x, timestep = self._prepare(request, prepare)
         output = self._velocity(request, denoiser)(x, timestep, conditioning)
@@ -170,25 +177,22 @@ class Runner:
         numbers = request.keep | request.reuse
         key = tuple(numbers.get(name, -1) for name in ("context", "y", "guidance"))
         if any(name in tensors and name not in numbers for name in ("context", "y", "guidance")):
-            return _conditioning(tensors, "")
-        if key not in self._conditionings:
-            self._conditionings[key] = _conditioning(tensors, "")
-        return self._conditionings[key]
+            return _conditioning(tensors, "")  # not all of it was kept
+        return self._conditionings.setdefault(key, _conditioning(tensors, ""))
 
     def _prepare(self, request: Request, build):
-        """Loads the model and calls `build`; raises _Refused on all ranks when any of them failed, Cancelled
-        likewise."""
-        problem, built = "", None
+        """Loads the model and calls `build`; raises _Refused on all ranks when any of them failed.
+
+        They agree on the model first: `build` makes a mesh, for which all ranks must come.
+        """
+        self._together(lambda: self._load(request))
+        return self._together(build)
+
+    def _together(self, prepare):
+        """prepare(), or _Refused when it failed on any rank."""
+        problem, prepared = "", None
         try:
-            if request.layout.ranks != self._crew.size:
-                raise LayoutError(f"layout {request.layout} does not fit a pool of {self._crew.size} ranks")
-            if not self._engine.holds(request.model):
-                self._reply(Phase(id=request.id, text="loading the model"))
-                started = time.perf_counter()
-                self._engine.load(request.model)
-                log.info("loaded %s in %.2f s", request.model.path, time.perf_counter() - started)
-            self._check_heads(request.layout)
-            built = build()
+            prepared = prepare()
         except (FastUSPError, ValueError) as error:
             problem = f"refused\n{error}"
         except (torch.OutOfMemoryError, MemoryError) as error:
@@ -197,7 +201,17 @@ class Runner:
         for rank, text in enumerate(self._crew.gather(problem)):
             if text:
                 raise _Refused(rank, *text.split("\n", 1))
-        return built
+        return prepared
+
+    def _load(self, request: Request) -> None:
+        if request.layout.ranks != self._crew.size:
+            raise LayoutError(f"layout {request.layout} does not fit a pool of {self._crew.size} ranks")
+        if not self._engine.holds(request.model):
+            self._reply(Phase(id=request.id, text="loading the model"))
+            started = time.perf_counter()
+            self._engine.load(request.model)
+            log.info("loaded %s in %.2f s", request.model.path, time.perf_counter() - started)
+        self._check_heads(request.layout)
 
     def _check_heads(self, layout: Layout) -> None:
         heads = self._engine.heads
@@ -240,6 +254,16 @@ def _take(tensors: Tensors, name: str) -> torch.Tensor:
     if name not in tensors:
         raise RequestError(f"the request lacks tensor {name!r}")
     return tensors[name]
+
+
+def _like(x: torch.Tensor, tensors: Tensors, name: str) -> torch.Tensor:
+    tensor = _take(tensors, name)
+    try:
+        return tensor.expand(x.shape)
+    except RuntimeError as error:
+        raise RequestError(
+            f"tensor {name!r} {tuple(tensor.shape)} does not fit the latents {tuple(x.shape)}"
+        ) from error
 
 
 def _conditioning(tensors: Tensors, prefix: str) -> Conditioning:

@@ -35,6 +35,10 @@ class Outcome:
     texts: list = field(default_factory=list)
     interrupted: bool = False
 
+    def texts_of(self, node: str) -> list[str]:
+        """The status lines that a node showed."""
+        return [text for number, text in self.texts if number == node]
+
 
 class ComfyUI:
     """Starts `path`'s ComfyUI on the CPU with this repository and the test pack as its custom nodes."""
@@ -88,6 +92,10 @@ class ComfyUI:
                 return json.loads(text) if text else None
         except urllib.error.HTTPError as error:
             raise PromptFailed(error.read().decode()) from error
+
+    def pool(self, devices: str) -> dict:
+        """What the status route says of a pool."""
+        return next(pool for pool in self.get("/fastusp/status")["pools"] if pool["devices"] == devices)
 
     def run(self, prompt: dict, *, on_progress=None) -> Outcome:
         """Queues an API prompt and follows it to its end. on_progress(value, max) is called for each progress event."""

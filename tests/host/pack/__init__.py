@@ -1,6 +1,7 @@
 """A node pack for tests, linked into the host beside FastUSP: conditioning without a text encoder."""
 
 import torch
+from comfy.controlnet import ControlBase
 
 
 class SeededConditioning:
@@ -54,4 +55,33 @@ class SeededLatent:
         return (latent,)
 
 
-NODE_CLASS_MAPPINGS = {"TestSeededConditioning": SeededConditioning, "TestSeededLatent": SeededLatent}
+class _Control(ControlBase):
+    """What a ControlNet gives its model: something to add after each block."""
+
+    def get_control(self, x_noisy, t, cond, batched_number, *_):
+        return {"input": [torch.zeros(1, 1, 1)], "output": []}
+
+    def inference_memory_requirements(self, dtype):
+        return 0
+
+
+class AppliedControl:
+    """A prompt with a ControlNet applied."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"conditioning": ("CONDITIONING",)}}
+
+    RETURN_TYPES = ("CONDITIONING",)
+    FUNCTION = "apply"
+    CATEGORY = "test"
+
+    def apply(self, conditioning):
+        return ([[c, {**extra, "control": _Control(), "control_apply_to_uncond": False}] for c, extra in conditioning],)
+
+
+NODE_CLASS_MAPPINGS = {
+    "TestSeededConditioning": SeededConditioning,
+    "TestSeededLatent": SeededLatent,
+    "TestAppliedControl": AppliedControl,
+}

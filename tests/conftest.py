@@ -1,0 +1,1 @@
+"""What all tests share: `support` beside this file is importable."""

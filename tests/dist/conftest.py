@@ -1,0 +1,76 @@
+"""Pools of gloo ranks: one per number of ranks for the whole session, and fresh ones for tests that harm them."""
+
+import os
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from support import SMALL
+
+from fastusp_backend.devices import Devices
+from fastusp_backend.models.synthetic import write_flux
+from fastusp_backend.pool import Pool
+
+
+@pytest.fixture(scope="session", autouse=True)
+def run_dirs(tmp_path_factory):
+    """Where the run directories of these tests lie, apart from those of other sessions; short, for socket addresses."""
+    tmp_path_factory.getbasetemp()
+    base = Path(tempfile.mkdtemp(dir="/tmp"))
+    before, tempfile.tempdir = tempfile.tempdir, str(base)
+    environment = os.environ.get("TMPDIR")
+    os.environ["TMPDIR"] = str(base)
+    yield base / f"fastusp-{os.getuid()}"
+    tempfile.tempdir = before
+    del os.environ["TMPDIR"]
+    if environment is not None:
+        os.environ["TMPDIR"] = environment
+    shutil.rmtree(base)
+
+
+@pytest.fixture(scope="session")
+def dev(tmp_path_factory):
+    """A small model with guidance."""
+    path = tmp_path_factory.mktemp("models") / "dev.safetensors"
+    write_flux(str(path), SMALL, seed=1)
+    return path
+
+
+@pytest.fixture(scope="session")
+def schnell(tmp_path_factory):
+    """A smaller one without guidance."""
+    path = tmp_path_factory.mktemp("models") / "schnell.safetensors"
+    write_flux(str(path), replace(SMALL, guidance=False, double_blocks=1, single_blocks=1), seed=2)
+    return path
+
+
+@pytest.fixture(scope="session")
+def shared_pool(run_dirs):
+    """shared_pool(ranks): warm from its first use to the end of the session."""
+    pools: dict[int, Pool] = {}
+
+    def of(ranks: int) -> Pool:
+        if ranks not in pools:
+            pools[ranks] = Pool(Devices(ranks=ranks))
+        return pools[ranks]
+
+    yield of
+    for pool in pools.values():
+        pool.close()
+
+
+@pytest.fixture
+def new_pool(run_dirs):
+    """new_pool(ranks): started, closed after the test."""
+    pools: list[Pool] = []
+
+    def start(ranks: int) -> Pool:
+        pools.append(Pool(Devices(ranks=ranks)))
+        pools[-1].start()
+        return pools[-1]
+
+    yield start
+    for pool in pools:
+        pool.close()

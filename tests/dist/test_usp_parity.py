@@ -1,0 +1,148 @@
+"""Every layout gives one rank's result: single evaluations over lengths and sizes, and whole sampling loops."""
+
+import pytest
+import torch
+from support import SMALL, inputs, randn, relative_difference, spec_of
+
+from fastusp_backend.config import Layout, Settings
+from fastusp_backend.pool import Progress
+from fastusp_backend.pool.session import Mask, Prompt, Session
+from fastusp_backend.sampling import SAMPLERS
+
+pytestmark = pytest.mark.dist
+
+LAYOUTS = [(1, 1), (2, 1), (1, 2), (1, 3), (2, 2), (4, 1), (1, 4)]
+TEXTS = (1, 7, 24, 301, 512)
+# 1, 6, 20, 63 and 96 image tokens: odd sizes, fewer tokens than ranks, and counts that no number of ranks divides.
+SIZES = [((2, 2), 1), ((3, 5), 2), ((10, 7), 1), ((14, 18), 2), ((24, 16), 1)]
+TOLERANCE = 2e-5
+
+
+@pytest.fixture(scope="module")
+def session_of(shared_pool, dev):
+    def make(ulysses: int, ring: int, model=dev, **settings) -> Session:
+        layout = Layout(ulysses=ulysses, ring=ring)
+        return Session(shared_pool(layout.ranks), spec_of(model), layout, Settings(**settings))
+
+    return make
+
+
+def evaluate(session: Session, given) -> torch.Tensor:
+    return session.evaluate(given.x, given.timestep, Prompt(given.context, given.y, given.guidance), Progress())
+
+
+@pytest.fixture(scope="module")
+def reference(session_of):
+    """One rank's answers with the plain attention, each computed once."""
+    known = {}
+
+    def of(text, size, batch):
+        key = text, size, batch
+        if key not in known:
+            given = inputs(SMALL, text=text, size=size, batch=batch, seed=text)
+            known[key] = given, evaluate(session_of(1, 1, attention="math"), given)
+        return known[key]
+
+    return of
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("ulysses, ring", LAYOUTS)
+def test_an_evaluation(session_of, reference, ulysses, ring, text):
+    session = session_of(ulysses, ring)
+    for size, batch in SIZES:
+        given, expected = reference(text, size, batch)
+        got = evaluate(session, given)
+        assert got.dtype == torch.float32 and torch.isfinite(got).all()
+        assert relative_difference(got, expected) < TOLERANCE, (size, batch)
+
+
+@pytest.mark.parametrize("ulysses, ring", [(2, 1), (1, 2)])
+@pytest.mark.parametrize("attention", ["math", "flash"])
+def test_attention_back_ends(session_of, reference, ulysses, ring, attention):
+    given, expected = reference(24, (10, 7), 1)
+    got = evaluate(session_of(ulysses, ring, attention=attention), given)
+    assert relative_difference(got, expected) < TOLERANCE
+
+
+def test_the_comparison_would_notice_a_missing_token(session_of, reference):
+    given, expected = reference(301, (14, 18), 2)
+    less = Prompt(given.context[:, 1:], given.y, given.guidance)
+    got = session_of(2, 1).evaluate(given.x, given.timestep, less, Progress())
+    assert relative_difference(got, expected) > 10 * TOLERANCE
+
+
+def test_schnell(session_of, schnell):
+    given = inputs(SMALL, text=24, size=(8, 7))
+    prompt = Prompt(given.context, given.y)
+    one, two = (
+        s.evaluate(given.x, given.timestep, prompt, Progress())
+        for s in (session_of(1, 1, schnell), session_of(1, 2, schnell))
+    )
+    assert relative_difference(two, one) < TOLERANCE
+
+
+SIGMAS = torch.tensor([1.0, 0.8, 0.5, 0.2, 0.0])
+SIZE = (10, 7)
+
+
+def sample(session: Session, name: str, *, masked: bool = False, cfg: float = 1.0, batch: int = 2, steps=None):
+    given, other = (inputs(SMALL, text=n, size=SIZE, batch=batch, seed=n) for n in (24, 7))
+    draws = SAMPLERS[name].noise_draws(SIGMAS, {})
+    mask = None
+    if masked:
+        ones = (randn(1, 1, *SIZE, seed=30) > 0).float().expand(batch, 16, *SIZE)
+        mask = Mask(mask=ones, latent_image=randn(batch, 16, *SIZE, seed=31), noise=randn(batch, 16, *SIZE, seed=32))
+    result = session.sample(
+        given.x,
+        SIGMAS,
+        sampler=name,
+        positive=Prompt(given.context, given.y, given.guidance),
+        negative=Prompt(other.context, other.y, other.guidance) if cfg != 1.0 else None,
+        cfg=cfg,
+        noise=randn(draws, batch, 16, *SIZE, seed=33) if draws else None,
+        mask=mask,
+        progress=Progress(step=lambda event, tensors: steps.append((event, tensors)) if steps is not None else None),
+    )
+    return result, mask
+
+
+@pytest.mark.parametrize("masked, cfg", [(False, 1.0), (True, 1.0), (False, 3.0), (True, 3.0)])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_sampling_loop(session_of, name, masked, cfg):
+    one, mask = sample(session_of(1, 1), name, masked=masked, cfg=cfg)
+    two, _ = sample(session_of(2, 1), name, masked=masked, cfg=cfg)
+    assert relative_difference(two, one) < TOLERANCE
+    if mask:
+        kept = mask.mask == 0
+        torch.testing.assert_close(two[kept], mask.latent_image[kept], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("ulysses, ring", [(1, 2), (2, 2), (1, 3)])
+def test_a_sampling_loop_on_other_layouts(session_of, ulysses, ring):
+    one, _ = sample(session_of(1, 1), "heun", cfg=3.0)
+    more, _ = sample(session_of(ulysses, ring), "heun", cfg=3.0)
+    assert relative_difference(more, one) < TOLERANCE
+
+
+def test_guidance_and_masks_matter(session_of):
+    session = session_of(2, 1)
+    results = [sample(session, "euler", masked=masked, cfg=cfg)[0] for masked in (False, True) for cfg in (1.0, 3.0)]
+    for i, result in enumerate(results):
+        assert all(relative_difference(result, other) > 0.01 for other in results[:i])
+
+
+def test_the_remote_loop_is_the_local_loop_over_remote_evaluations(session_of):
+    """The steps that are streamed are those of Euler's method on `evaluate`."""
+    session, steps = session_of(2, 1), []
+    result, _ = sample(session, "euler", batch=1, steps=steps)
+    given = inputs(SMALL, text=24, size=SIZE, seed=24)
+    prompt, x = Prompt(given.context, given.y, given.guidance), given.x
+    assert [event.index for event, _ in steps] == [0, 1, 2, 3]
+    for (event, tensors), sigma, following in zip(steps, SIGMAS[:-1], SIGMAS[1:], strict=True):
+        assert event.total == 4 and event.sigma == pytest.approx(float(sigma)) and event.seconds > 0
+        velocity = session.evaluate(x, sigma[None], prompt, Progress())
+        assert relative_difference(tensors["x"], x) < TOLERANCE
+        assert relative_difference(tensors["denoised"], x - sigma * velocity) < TOLERANCE
+        x = x + (following - sigma) * velocity
+    assert relative_difference(result, x) < TOLERANCE

@@ -1,0 +1,66 @@
+"""The hosts: COMFYUI_PATHS, else ~/ComfyUI; each is started once and its pools stay warm from test to test.
+
+A host older than 0.4 knows FLUX at hidden size 3072 alone, which is slow on a CPU: it runs the tests marked `any_host`.
+"""
+
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from comfy import ComfyUI
+from workflows import DEV, SCHNELL
+
+from fastusp_backend.models.synthetic import TINY_FLUX, write_flux
+
+SMALL = replace(TINY_FLUX, double_blocks=1, single_blocks=1)
+FULL_SIZE = replace(SMALL, hidden=3072, heads=24, mlp=12288)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "any_host: cheap enough for hosts that know full-sized FLUX alone")
+
+
+def host_paths() -> list[Path]:
+    value = os.environ.get("COMFYUI_PATHS") or "~/ComfyUI"
+    paths = [Path(text).expanduser() for text in value.split(os.pathsep) if text]
+    return [path for path in paths if (path / "main.py").is_file()]
+
+
+def version(path: Path) -> str:
+    return re.search(r'__version__ = "(.+)"', (path / "comfyui_version.py").read_text())[1]
+
+
+def knows_small_flux(path: Path) -> bool:
+    return tuple(map(int, version(path).split(".")[:2])) >= (0, 4)
+
+
+def pytest_generate_tests(metafunc):
+    if "host" not in metafunc.fixturenames:
+        return
+    paths, reason = host_paths(), "no ComfyUI at COMFYUI_PATHS or ~/ComfyUI"
+    if paths and not metafunc.definition.get_closest_marker("any_host"):
+        paths, reason = [p for p in paths if knows_small_flux(p)], "needs a ComfyUI of version 0.4 or newer"
+    params = [pytest.param(p, id=version(p)) for p in paths]
+    params = params or [pytest.param(None, id="none", marks=pytest.mark.skip(reason=reason))]
+    metafunc.parametrize("host", params, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
+def host(request, tmp_path_factory):
+    """A running ComfyUI with a dev and a schnell file of the sizes that it knows."""
+    base = tmp_path_factory.mktemp("host")
+    comfyui = ComfyUI(request.param, base)
+    try:
+        models = base / "models/diffusion_models"
+        if knows_small_flux(request.param):
+            write_flux(str(models / DEV), SMALL)
+            write_flux(str(models / SCHNELL), replace(SMALL, guidance=False), seed=1)
+        else:
+            write_flux(str(models / DEV), FULL_SIZE, dtype=torch.bfloat16)
+        comfyui.wait_until_ready()
+        yield comfyui
+    finally:
+        comfyui.stop()

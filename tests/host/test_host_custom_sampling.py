@@ -1,0 +1,156 @@
+"""Custom sampling, guiders, wrappers and special conditioning: stock's latents, in the workers' loop or stepped."""
+
+import pytest
+from workflows import IN_WORKERS, STEPPING, Comparison
+
+pytestmark = pytest.mark.host
+
+
+class Custom(Comparison):
+    """Adds SamplerCustomAdvanced runs on both models."""
+
+    def __init__(self):
+        super().__init__()
+        self.usp, self.stock = self.graph.usp(), self.graph.stock()
+        self.positive, self.negative = self.graph.prompt(1), self.graph.prompt(2)
+        self.noise = self.graph.node("RandomNoise", noise_seed=11)
+        self.latent = self.graph.empty()
+
+    def both(self, label, build, where=IN_WORKERS):
+        """build(model) -> latent."""
+        self.add(label, build(self.usp), build(self.stock), where)
+
+    def run(self, guider, sampler, sigmas, *, noise=None, latent=None):
+        inputs = {"noise": noise or self.noise, "latent_image": latent or self.latent}
+        return self.graph.node("SamplerCustomAdvanced", guider=guider, sampler=sampler, sigmas=sigmas, **inputs)
+
+    def named(self, name="euler"):
+        return self.graph.node("KSamplerSelect", sampler_name=name)
+
+    def sigmas(self, model, steps=6, scheduler="simple"):
+        return self.graph.node("BasicScheduler", model=model, scheduler=scheduler, steps=steps, denoise=1.0)
+
+    def guider(self, model):
+        return self.graph.node("BasicGuider", model=model, conditioning=self.positive)
+
+
+def test_sampler_custom_advanced(host):
+    custom = Custom()
+    node = custom.graph.node
+
+    def shifted(model):
+        return node("ModelSamplingFlux", model=model, max_shift=1.15, base_shift=0.5, width=1024, height=768)
+
+    def basic(model):
+        model = shifted(model)
+        return custom.run(custom.guider(model), custom.named("dpmpp_2m"), custom.sigmas(model, 20))
+
+    def guided(model):
+        model = shifted(model)
+        guider = node("CFGGuider", model=model, positive=custom.positive, negative=custom.negative, cfg=2.5)
+        return custom.run(guider, custom.named("euler_ancestral"), custom.sigmas(model, 8, "beta"))
+
+    def dual(model):
+        conds = {"cond1": custom.positive, "cond2": custom.negative, "negative": custom.negative}
+        scales = {"cfg_conds": 2.0, "cfg_cond2_negative": 1.5, "style": "regular"}
+        guider = node("DualCFGGuider", model=model, **conds, **scales)
+        return custom.run(guider, custom.named(), custom.sigmas(model, 4))
+
+    def perpendicular(model):
+        conds = {"positive": custom.positive, "negative": custom.negative, "empty_conditioning": custom.negative}
+        guider = node("PerpNegGuider", model=model, **conds, cfg=2.0, neg_scale=0.5)
+        return custom.run(guider, custom.named(), custom.sigmas(model, 4))
+
+    custom.both("BasicGuider", basic)
+    custom.both("CFGGuider", guided)
+    custom.both("DualCFGGuider", dual, STEPPING)
+    custom.both("PerpNegGuider", perpendicular, STEPPING)
+    custom.check(host)
+
+
+def test_samplers_with_options_and_parts_of_a_schedule(host):
+    custom = Custom()
+    node = custom.graph.node
+
+    def with_sampler(kind, **options):
+        return lambda model: custom.run(custom.guider(model), node(kind, **options), custom.sigmas(model))
+
+    def in_two_parts(model):
+        split = node("SplitSigmas", sigmas=custom.sigmas(model), step=2)
+        first = custom.run(custom.guider(model), custom.named(), split)
+        lower = [split[0], 1]
+        return custom.run(custom.guider(model), custom.named(), lower, noise=node("DisableNoise"), latent=first)
+
+    def advanced(model):
+        more = {"positive": custom.positive, "negative": custom.negative, "latent_image": custom.latent}
+        more |= {"steps": 8, "cfg": 1.0, "sampler_name": "dpmpp_2m", "scheduler": "simple", "noise_seed": 3}
+        steps = {"add_noise": "enable", "start_at_step": 2, "end_at_step": 6, "return_with_leftover_noise": "enable"}
+        return node("KSamplerAdvanced", model=model, **more, **steps)
+
+    custom.both("eta", with_sampler("SamplerEulerAncestral", eta=0.5, s_noise=0.9))
+    custom.both("eta 0", with_sampler("SamplerEulerAncestral", eta=0.0, s_noise=1.0))
+    custom.both("lcm scaled", with_sampler("SamplerLCM", s_noise=0.8, s_noise_end=1.0, noise_clip_std=0.0), STEPPING)
+    custom.both("two parts", in_two_parts)
+    custom.both("KSamplerAdvanced", advanced)
+    custom.check(host)
+
+
+@pytest.mark.parametrize("kind", ["EasyCache", "LazyCache"])
+def test_step_caches(host, kind):
+    custom = Custom()
+
+    def cached(model):
+        span = {"reuse_threshold": 0.2, "start_percent": 0.1, "end_percent": 0.95}
+        model = custom.graph.node(kind, model=model, **span, verbose=False)
+        inputs = {"positive": custom.positive, "negative": custom.negative, "latent_image": custom.latent}
+        return custom.graph.sample(model, steps=12, **inputs)
+
+    custom.both(kind, cached, STEPPING)
+    custom.check(host)
+
+
+def test_special_conditioning(host):
+    custom = Custom()
+    node, sample = custom.graph.node, custom.graph.sample
+    positive, negative = custom.positive, custom.negative
+    mask = node("SolidMask", value=0.5, width=128, height=128)
+    area = {"width": 64, "height": 64, "x": 64, "y": 0, "strength": 1.0}
+    early = node("ConditioningSetTimestepRange", conditioning=positive, start=0.0, end=0.5)
+    late = node("ConditioningSetTimestepRange", conditioning=negative, start=0.5, end=1.0)
+    latent = custom.graph.empty(128, 128)
+    for label, conditioning, where in (
+        ("combined", node("ConditioningCombine", conditioning_1=positive, conditioning_2=negative), STEPPING),
+        ("area", node("ConditioningSetArea", conditioning=positive, **area), STEPPING),
+        ("range", node("ConditioningCombine", conditioning_1=early, conditioning_2=late), STEPPING),
+        (
+            "mask",
+            node("ConditioningSetMask", conditioning=positive, mask=mask, strength=0.7, set_cond_area="default"),
+            STEPPING,
+        ),
+        ("no guidance", node("FluxDisableGuidance", conditioning=positive), IN_WORKERS),
+        ("weak guidance", node("FluxGuidance", conditioning=positive, guidance=1.5), IN_WORKERS),
+    ):
+        inputs = {"positive": conditioning, "negative": negative, "latent_image": latent, "steps": 4}
+        custom.both(label, lambda model, inputs=inputs: sample(model, **inputs), where)
+        custom.both(f"{label}, cfg", lambda model, inputs=inputs: sample(model, cfg=2.0, **inputs), where)
+    custom.check(host)
+
+
+def test_nodes_that_change_the_guidance(host):
+    custom = Custom()
+    masked = custom.graph.latent(masked=True)
+    for kind, options in (
+        ("RescaleCFG", {"multiplier": 0.7}),
+        ("Mahiro", {}),
+        ("CFGZeroStar", {}),
+        ("TCFG", {}),
+        ("DifferentialDiffusion", {}),
+    ):
+
+        def patched(model, kind=kind, options=options):
+            model = custom.graph.node(kind, model=model, **options)
+            inputs = {"positive": custom.positive, "negative": custom.negative, "latent_image": masked}
+            return custom.graph.sample(model, steps=4, cfg=2.0, **inputs)
+
+        custom.both(kind, patched, STEPPING)
+    custom.check(host)

@@ -1,0 +1,175 @@
+"""What cannot be done is refused in words that name it: by validation where it can be known, else by the node."""
+
+import json
+
+import pytest
+import torch
+from comfy import PromptFailed
+from safetensors.torch import load_file, save_file
+from workflows import DEV, Graph
+
+pytestmark = pytest.mark.host
+
+
+def short_run(host, graph: Graph, model, **inputs):
+    graph.save(graph.sample(model, **({"steps": 2} | inputs)))
+    return host.run(graph)
+
+
+def failure(host, graph: Graph, model, **inputs) -> str:
+    with pytest.raises(PromptFailed) as error:
+        short_run(host, graph, model, **inputs)
+    return error.value.text
+
+
+def refusal(host, *args, **inputs) -> str:
+    """What validation says; nothing has run then."""
+    graph = Graph()
+    answer = json.loads(failure(host, graph, graph.usp(*args, **inputs)))
+    assert answer["error"]["type"] == "prompt_outputs_failed_validation"
+    return "\n".join(error["details"] for node in answer["node_errors"].values() for error in node["errors"])
+
+
+@pytest.mark.any_host
+@pytest.mark.parametrize(
+    ("gpus", "ulysses", "ring", "words"),
+    [
+        ("7", 0, 0, ["'7'", "GPU 7 does not exist", "cpu:N"]),
+        ("foo", 0, 0, ["'foo' is not understood", "'auto'", "'cpu:N'"]),
+        ("cpu:4", 2, 1, ["ulysses x ring = 2 is not the number of ranks, 4", "Legal layouts", "2"]),
+        ("cpu:5", 5, 1, ["Ulysses degree of 5", "attention heads", "Legal layouts: ulysses 1 x ring 5"]),
+    ],
+)
+def test_impossible_combinations(host, gpus, ulysses, ring, words):
+    text = refusal(host, gpus, ulysses, ring)
+    assert all(word in text for word in words), text
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("truncated", ["truncated, corrupt"]),
+        ("text", ["truncated, corrupt"]),
+        ("flux2", ["holds FLUX.2", "FLUX.1 dev and schnell"]),
+        ("chroma", ["holds Chroma"]),
+        ("fp8", ["is quantised", "float8_e4m3fn"]),
+        ("incomplete", ["incomplete", "final_layer.linear.weight"]),
+    ],
+)
+def test_files_of_other_models(host, name, words):
+    models = host.base / "models/diffusion_models"
+    file = models / f"{name}.safetensors"
+    state = load_file(models / DEV)
+    if name == "truncated":
+        file.write_bytes((models / DEV).read_bytes()[:-1000])
+    elif name == "text":
+        file.write_text("version https://git-lfs.github.com/spec/v1\n")
+    else:
+        one = torch.zeros(4, 4)
+        if name == "flux2":
+            state["double_stream_modulation_img.lin.weight"] = one
+        elif name == "chroma":
+            state["distilled_guidance_layer.in_proj.weight"] = one
+        elif name == "fp8":
+            state["img_in.weight"] = state["img_in.weight"].to(torch.float8_e4m3fn)
+        else:
+            del state["final_layer.linear.weight"]
+        save_file(state, file)
+    try:
+        text = refusal(host, file=file.name)
+    finally:
+        file.unlink()
+    assert all(word in text for word in (file.name, *words)), text
+
+
+def test_linked_inputs_are_checked_when_the_loader_runs(host):
+    graph = Graph()
+    text = failure(host, graph, graph.usp(graph.node("PrimitiveString", value="foo")))
+    assert "'foo' is not understood" in text
+
+
+@pytest.fixture
+def lora(host):
+    """The name of a small LoRA in BFL's names."""
+    rank, hidden, name = 2, 512, "lora_unet_double_blocks_0_img_attn_qkv"
+    folder = host.base / "models/loras"
+    folder.mkdir(exist_ok=True)
+    down, up = torch.randn(rank, hidden), torch.randn(3 * hidden, rank)
+    tensors = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(1.0)}
+    save_file(tensors, folder / "tiny.safetensors")
+    return "tiny.safetensors"
+
+
+def test_lora(host, lora):
+    graph = Graph()
+    model = graph.node("LoraLoaderModelOnly", model=graph.usp(), lora_name=lora, strength_model=1.0)
+    assert "LoRA" in failure(host, graph, model)
+
+
+def test_lora_hook(host, lora):
+    graph = Graph()
+    hooks = graph.node("CreateHookLoraModelOnly", lora_name=lora, strength_model=1.0)
+    positive = graph.node(
+        "ConditioningSetProperties", cond_NEW=graph.prompt(), strength=1.0, set_cond_area="default", hooks=hooks
+    )
+    assert "LoRA" in failure(host, graph, graph.usp(), positive=positive)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "uni_pc"])
+def test_reference_latents_and_control(host, sampler):
+    for kind, inputs, word in (
+        ("ReferenceLatent", {"latent": 0}, "ReferenceLatent"),
+        ("TestAppliedControl", {}, "ControlNet"),
+    ):
+        graph = Graph()
+        inputs = {name: graph.latent() for name in inputs}
+        positive = graph.node(kind, conditioning=graph.prompt(), **inputs)
+        text = failure(host, graph, graph.usp(), positive=positive, sampler_name=sampler)
+        assert word in text and "USP Loader" in text, text
+
+
+LAYERS = {"double_layers": "0", "single_layers": "", "scale": 3.0, "start_percent": 0.0, "end_percent": 1.0}
+NO_ROPE = {f"{what}_{axis}": value for axis in "xyt" for what, value in (("scale", 2.0), ("shift", 0.0))}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "words"),
+    [
+        ("SkipLayerGuidanceDiT", {**LAYERS, "rescaling_scale": 0.0}, ["patch inside the transformer", "dit"]),
+        ("PerturbedAttentionGuidance", {"scale": 3.0}, ["patch inside the transformer", "attn1"]),
+        ("NAGuidance", {"nag_scale": 5.0, "nag_alpha": 0.5, "nag_tau": 1.5}, ["patch inside", "attn1_output_patch"]),
+        ("ScaleROPE", NO_ROPE, ["ScaleROPE"]),
+    ],
+)
+def test_patches_inside_the_transformer(host, kind, options, words):
+    graph = Graph()
+    text = failure(host, graph, graph.node(kind, model=graph.usp(), **options))
+    assert all(word in text for word in words), text
+
+
+def test_reading_the_weights(host):
+    graph = Graph()
+    merged = graph.node("ModelMergeSimple", model1=graph.stock(), model2=graph.usp(), ratio=0.5)
+    assert "model merging" in failure(host, graph, merged)
+    graph = Graph()
+    graph.node("ModelSave", model=graph.usp(), filename_prefix="saved")
+    with pytest.raises(PromptFailed, match="saving"):
+        host.run(graph)
+    assert not list((host.base / "output").rglob("saved*.safetensors"))
+
+
+def test_an_attention_that_the_ranks_do_not_have(host):
+    graph = Graph()
+    settings = graph.node("FastUSPSettings", wire="exact", attention="cudnn")
+    text = failure(host, graph, graph.usp(settings=settings))
+    assert "'cudnn' does not exist for float32 on cpu ranks" in text and "flash" in text
+    pids = host.pool("cpu:2")["pids"]
+    graph = Graph()
+    assert short_run(host, graph, graph.usp(), seed=21).latents
+    assert host.pool("cpu:2")["pids"] == pids
+
+
+def test_prompts_of_another_model(host):
+    graph = Graph()
+    positive = graph.node("TestSeededConditioning", seed=1, tokens=7, width=2048, guidance=3.5)
+    assert "text encoders of another model" in failure(host, graph, graph.usp(), positive=positive)

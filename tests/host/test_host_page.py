@@ -1,0 +1,101 @@
+"""What saved workflows and the page rely on: ids, inputs and outputs of the nodes, the status route, the examples."""
+
+import json
+
+import pytest
+from comfy import REPOSITORY
+from workflows import DEV
+
+pytestmark = pytest.mark.host
+
+EXAMPLES = sorted(p for p in (REPOSITORY / "example_workflows").rglob("*.json") if "api" in p.name)
+
+# id: (display name, [(input, type, default)], outputs); new inputs are appended, as optional ones.
+NODES = {
+    "FastUSPLoader": (
+        "USP Loader",
+        [
+            ("unet_name", "COMBO", None),
+            ("weight_dtype", "COMBO", "default"),
+            ("gpus", "STRING", "auto"),
+            ("ulysses", "INT", 0),
+            ("ring", "INT", 0),
+            ("settings", "USP_SETTINGS", None),
+        ],
+        ["MODEL"],
+    ),
+    "FastUSPSampler": (
+        "USP Sampler",
+        [
+            ("model", "MODEL", None),
+            ("seed", "INT", 0),
+            ("steps", "INT", 20),
+            ("cfg", "FLOAT", 1.0),
+            ("sampler_name", "COMBO", None),
+            ("scheduler", "COMBO", None),
+            ("positive", "CONDITIONING", None),
+            ("negative", "CONDITIONING", None),
+            ("latent_image", "LATENT", None),
+            ("denoise", "FLOAT", 1.0),
+        ],
+        ["LATENT"],
+    ),
+    "FastUSPSettings": (
+        "USP Optimization Settings",
+        [("wire", "COMBO", "exact"), ("attention", "COMBO", "auto")],
+        ["USP_SETTINGS"],
+    ),
+}
+
+
+@pytest.mark.any_host
+@pytest.mark.parametrize("node", NODES)
+def test_schema(host, node):
+    name, fixed, outputs = NODES[node]
+    info = host.get(f"/object_info/{node}")[node]
+    assert (info["display_name"], info["category"], info["output"]) == (name, "FastUSP", outputs)
+    inputs = [(key, *of) for group in ("required", "optional") for key, of in info["input"].get(group, {}).items()]
+    assert [(key, kind, options.get("default")) for key, kind, options in inputs][: len(fixed)] == fixed
+    assert {key for key, *_ in fixed} - {"settings"} == set(info["input"]["required"])
+    assert all(options.get("tooltip") for *_, options in inputs)
+    assert info["description"]
+
+
+@pytest.mark.any_host
+def test_lists(host):
+    def options(node, name):
+        kind, *more = host.get(f"/object_info/{node}")[node]["input"]["required"][name]
+        return more[0]["options"] if kind == "COMBO" else kind
+
+    for name in ("sampler_name", "scheduler"):
+        assert options("FastUSPSampler", name) == options("KSampler", name)
+    assert options("FastUSPLoader", "unet_name") == options("UNETLoader", "unet_name")
+    assert options("FastUSPLoader", "weight_dtype") == ["default", "bf16", "fp16", "fp32"]
+    assert options("FastUSPSettings", "wire")[0] == "exact"
+    assert options("FastUSPSettings", "attention")[0] == "auto"
+
+
+@pytest.mark.any_host
+def test_status_route(host):
+    for pool in host.get("/fastusp/status")["pools"]:
+        assert {"devices", "ranks", "state", "generation"} <= pool.keys()
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_runs(host, path):
+    """As it is, but for what cannot be had in a test: text encoders, VAE and weights, and a size for CPUs."""
+    prompt = json.loads(path.read_text())
+    for number, node in list(prompt.items()):
+        kind, inputs = node["class_type"], node["inputs"]
+        if kind.startswith("CLIPTextEncode"):
+            conditioning = {"seed": int(number), "tokens": 7, "width": 4096, "guidance": 3.5}
+            prompt[number] = {"class_type": "TestSeededConditioning", "inputs": conditioning}
+        elif kind == "VAEDecode":
+            latents = {"samples": inputs["samples"], "filename_prefix": "example"}
+            prompt[number] = {"class_type": "SaveLatent", "inputs": latents}
+        elif kind in ("DualCLIPLoader", "VAELoader", "SaveImage", "PreviewImage"):
+            del prompt[number]
+        else:
+            small = {"unet_name": DEV, "gpus": "cpu:2", "width": 64, "height": 64, "steps": 2}
+            inputs |= {name: value for name, value in small.items() if name in inputs}
+    assert host.run(prompt).latents

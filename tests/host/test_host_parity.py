@@ -1,0 +1,126 @@
+"""The same latents as stock UNETLoader + KSampler, with the loop in the workers: samplers, layouts, sizes, prompts."""
+
+import pytest
+from workflows import SCHNELL, Comparison
+
+pytestmark = pytest.mark.host
+
+LOOP_SAMPLERS = ("euler", "euler_ancestral", "heun", "dpm_2", "dpmpp_2m", "res_multistep", "lcm", "ddim")
+LAYOUTS = {"cpu:1": ((1, 1),), "cpu:2": ((2, 1), (1, 2)), "cpu:3": ((1, 3),), "cpu:4": ((2, 2), (4, 1), (1, 4))}
+
+
+@pytest.mark.any_host
+def test_ksampler_and_usp_sampler(host):
+    both = Comparison()
+    graph = both.graph
+    usp, stock = graph.usp(), graph.stock()
+    for name in ("euler", "euler_ancestral"):
+        inputs = {"sampler_name": name, "steps": 5}
+        want = graph.sample(stock, **inputs)
+        both.add(f"KSampler {name}", graph.sample(usp, **inputs), want)
+        both.add(f"USP Sampler {name}", graph.sample(usp, node="FastUSPSampler", **inputs), want)
+    both.check(host)
+
+
+@pytest.mark.any_host
+def test_usp_sampler_samples_a_stock_model_as_ksampler_does(host):
+    both = Comparison()
+    stock = both.graph.stock()
+    inputs = {"steps": 3, "cfg": 2.0, "sampler_name": "dpmpp_2m"}
+    got, want = both.graph.sample(stock, node="FastUSPSampler", **inputs), both.graph.sample(stock, **inputs)
+    got, want = both.graph.save(got), both.graph.save(want)
+    outcome = host.run(both.graph)
+    assert outcome.latents[got].equal(outcome.latents[want])
+    assert not outcome.texts
+
+
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_loop_samplers(host, cfg):
+    samplers = Comparison()
+    graph = samplers.graph
+    usp, stock = graph.usp(), graph.stock()
+    inputs = {"positive": graph.prompt(1), "negative": graph.prompt(2), "latent_image": graph.empty(), "cfg": cfg}
+    for name in LOOP_SAMPLERS:
+        want = graph.sample(stock, sampler_name=name, **inputs)
+        for node in ("KSampler", "FastUSPSampler"):
+            samplers.add(f"{node} {name}", graph.sample(usp, node=node, sampler_name=name, **inputs), want)
+    samplers.check(host)
+
+
+def test_layouts_where_nothing_divides(host):
+    layouts = Comparison()
+    graph = layouts.graph
+    sizes = {"positive": graph.prompt(1, 7), "negative": graph.prompt(2, 5), "latent_image": graph.empty(120, 136)}
+    one, two = {"cfg": 1.0, **sizes}, {"cfg": 2.0, "steps": 4, **sizes}
+    stock = graph.stock()
+    want, want_two = graph.sample(stock, **one), graph.sample(stock, **two)
+    for gpus, degrees in LAYOUTS.items():
+        for ulysses, ring in degrees:
+            usp, layout = (
+                graph.usp(gpus, ulysses, ring),
+                f"ulysses {ulysses} x ring {ring} on {gpus}, loop in the workers",
+            )
+            layouts.add(layout, graph.sample(usp, **one), want, layout)
+            layouts.add(f"{layout}, cfg", graph.sample(usp, **two), want_two, layout)
+    layouts.check(host)
+
+
+@pytest.mark.parametrize("gpus", ["cpu:2", "cpu:3"])
+def test_images_batches_and_masks(host, gpus):
+    """Odd sizes, img2img, inpainting; cfg with prompts of one length (evaluated together) and of two."""
+    images = Comparison()
+    graph = images.graph
+    usp, stock = graph.usp(gpus), graph.stock()
+    masked, plain = graph.latent(8 * 15, 8 * 17, 2, masked=True), graph.latent(8 * 15, 8 * 17, 2)
+    even, odd = graph.prompt(2, 7), graph.prompt(2, 10)
+    inputs = {"steps": 8, "positive": graph.prompt(1, 7)}
+    for name, latent, denoise, cfg, negative in (
+        ("euler", plain, 0.6, 1.0, even),
+        ("dpmpp_2m", plain, 1.0, 2.0, odd),
+        ("euler", masked, 1.0, 2.0, even),
+        ("euler_ancestral", masked, 0.6, 1.0, even),
+        ("ddim", masked, 0.8, 1.0, even),
+        ("heun", masked, 0.7, 2.0, odd),
+    ):
+        more = {"sampler_name": name, "latent_image": latent, "denoise": denoise, "cfg": cfg, "negative": negative}
+        label = f"{name} denoise {denoise} cfg {cfg} {'masked' if latent is masked else ''}"
+        images.add(label, graph.sample(usp, **inputs, **more), graph.sample(stock, **inputs, **more))
+    images.check(host)
+
+
+def test_schedulers(host):
+    schedulers = Comparison()
+    graph = schedulers.graph
+    usp, stock = graph.usp(), graph.stock()
+    (names, *_) = host.get("/object_info/KSampler")["KSampler"]["input"]["required"]["scheduler"]
+    assert len(names) > 5
+    for name in names:
+        inputs = {"scheduler": name, "steps": 6, "sampler_name": "dpmpp_2m"}
+        schedulers.add(name, graph.sample(usp, **inputs), graph.sample(stock, **inputs))
+    schedulers.check(host)
+
+
+def test_schnell(host):
+    schnell = Comparison()
+    graph = schnell.graph
+    stock = graph.stock(SCHNELL)
+    for inputs in ({"steps": 4}, {"steps": 20, "cfg": 2.0, "sampler_name": "res_multistep"}):
+        want = graph.sample(stock, **inputs)
+        for ulysses, ring in LAYOUTS["cpu:2"]:
+            usp = graph.usp("cpu:2", ulysses, ring, file=SCHNELL)
+            schnell.add(f"{ulysses}x{ring} {inputs}", graph.sample(usp, **inputs), want)
+    schnell.check(host)
+
+
+@pytest.mark.parametrize("gpus", ["cpu:2", "cpu:3"])
+def test_text_of_any_length(host, gpus):
+    texts = Comparison()
+    graph = texts.graph
+    stock = graph.stock()
+    for tokens in (1, 7, 24, 301, 512):
+        inputs = {"positive": graph.prompt(tokens, tokens), "steps": 3}
+        want = graph.sample(stock, **inputs)
+        for ulysses, ring in LAYOUTS[gpus]:
+            usp = graph.usp(gpus, ulysses, ring)
+            texts.add(f"{tokens} tokens, {ulysses}x{ring}", graph.sample(usp, **inputs), want)
+    texts.check(host)

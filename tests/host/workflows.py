@@ -1,0 +1,82 @@
+"""API prompts, built node by node, and the comparison of two models in one of them."""
+
+from comfy import ComfyUI, Outcome
+
+DEV, SCHNELL = "dev.safetensors", "schnell.safetensors"
+IN_WORKERS, STEPPING = "loop in the workers", "stepping from ComfyUI"
+TOLERANCE = 2e-5
+"""Of the latents' largest value: float32 rounding in another order, over the steps of a run."""
+
+Link = list
+
+
+class Graph(dict):
+    """An API prompt under construction; `node` returns the link to a new node's first output."""
+
+    def node(self, kind: str, **inputs) -> Link:
+        number = str(len(self) + 1)
+        self[number] = {"class_type": kind, "inputs": inputs}
+        return [number, 0]
+
+    def stock(self, file: str = DEV) -> Link:
+        return self.node("UNETLoader", unet_name=file, weight_dtype="default")
+
+    def usp(self, gpus: str = "cpu:2", ulysses: int = 0, ring: int = 0, *, file: str = DEV, **more) -> Link:
+        inputs = {"unet_name": file, "weight_dtype": "default", "gpus": gpus, "ulysses": ulysses, "ring": ring}
+        return self.node("FastUSPLoader", **(inputs | more))
+
+    def prompt(self, seed: int = 1, tokens: int = 7, guidance: float = 3.5) -> Link:
+        return self.node("TestSeededConditioning", seed=seed, tokens=tokens, width=4096, guidance=guidance)
+
+    def latent(self, width: int = 64, height: int = 64, batch: int = 1, *, masked: bool = False) -> Link:
+        """An image's latent, for img2img."""
+        return self.node("TestSeededLatent", seed=3, width=width, height=height, batch=batch, masked=masked)
+
+    def empty(self, width: int = 64, height: int = 64, batch: int = 1) -> Link:
+        return self.node("EmptySD3LatentImage", width=width, height=height, batch_size=batch)
+
+    def sample(self, model: Link, *, node: str = "KSampler", **inputs) -> Link:
+        """A KSampler, or another node with its inputs; what is not given gets a small default."""
+        given = {"seed": 5, "steps": 20, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+        given |= inputs
+        for name, make in (("positive", self.prompt), ("negative", self._negative), ("latent_image", self.empty)):
+            if given.get(name) is None:
+                given[name] = make()
+        return self.node(node, model=model, **given)
+
+    def _negative(self) -> Link:
+        return self.prompt(seed=2)
+
+    def save(self, latent: Link) -> str:
+        """Saves; returns the node by whose id `Outcome.latents` holds the tensor."""
+        return self.node("SaveLatent", samples=latent, filename_prefix="latent")[0]
+
+
+def difference(got, want) -> float:
+    """The largest difference over the largest value; NaN (never within a bound) where either holds one."""
+    return ((got - want).abs().max() / want.abs().max()).item()
+
+
+class Comparison:
+    """One prompt in which stock and FastUSP branches stand side by side."""
+
+    def __init__(self):
+        self.graph = Graph()
+        self._pairs: list[tuple[str, str, str, str, str]] = []
+
+    def add(self, label: str, got: Link, want: Link, where: str = IN_WORKERS) -> None:
+        """got, want: latents of sampler nodes. where: what the status of the one that gives `got` must say."""
+        self._pairs.append((label, where, got[0], self.graph.save(got), self.graph.save(want)))
+
+    def check(self, host: ComfyUI) -> Outcome:
+        outcome = host.run(self.graph)
+        wrong = []
+        for label, where, sampler, got, want in self._pairs:
+            distance = difference(outcome.latents[got], outcome.latents[want])
+            if not distance <= TOLERANCE:
+                wrong.append(f"{label}: {distance:.1e}")
+            said = outcome.texts_of(sampler)
+            if not any(where in text for text in said):
+                wrong.append(f"{label}: not {where!r} but {said}")
+        assert not wrong, "\n".join(wrong)
+        return outcome

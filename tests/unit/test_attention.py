@@ -1,0 +1,74 @@
+"""Attention back ends against float64, and the merge of parts."""
+
+import pytest
+import torch
+from support import randn, relative_difference
+
+from fastusp_backend.attention import local
+
+pytestmark = pytest.mark.unit
+
+CPU = torch.device("cpu")
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def qkv(queries: int, keys: int, *, heads: int = 3, d: int = 128, batch: int = 2):
+    return tuple(randn(batch, n, heads, d, seed=i) for i, n in enumerate((queries, keys, keys)))
+
+
+def reference(q, k, v, scale):
+    q, k, v = (t.double().transpose(1, 2) for t in (q, k, v))
+    scores = q @ k.transpose(-1, -2) * scale
+    return (scores.softmax(-1) @ v).transpose(1, 2), scores.logsumexp(-1)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("lengths", [(1, 1), (7, 33), (65, 9), (130, 257)], ids=str)
+@pytest.mark.parametrize("name", ["flash", "math", "auto"])
+def test_back_ends(name, lengths, dtype):
+    q, k, v = (t.to(dtype) for t in qkv(*lengths))
+    chosen, attend = local.choose(name, CPU, dtype)
+    assert chosen == ("flash" if name == "auto" else name)
+    out, lse = attend(q, k, v, 0.07)
+    expected, expected_lse = reference(q, k, v, 0.07)
+    assert out.dtype == dtype and out.shape == q.shape
+    assert lse.dtype == torch.float32 and lse.shape == (2, 3, lengths[0])
+    assert relative_difference(out.double(), expected) < TOLERANCE[dtype]
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("name", ["flash", "math"])
+def test_views_are_taken(name):
+    q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in qkv(5, 12))
+    _, attend = local.choose(name, CPU, torch.float32)
+    out, _ = attend(q, k[:, 2:9], v[:, 2:9], 0.1)
+    assert relative_difference(out.double(), reference(q, k[:, 2:9], v[:, 2:9], 0.1)[0]) < 2e-6
+
+
+@pytest.mark.parametrize("splits", [(17,), (1, 30), (5, 6, 28), (40,)], ids=str)
+@pytest.mark.parametrize("name", ["flash", "math"])
+def test_parts_merge_to_the_whole(name, splits):
+    q, k, v = qkv(11, 41)
+    k = k * 4  # uneven parts
+    _, attend = local.choose(name, CPU, torch.float32)
+    parts = zip(k.tensor_split(splits, 1), v.tensor_split(splits, 1), strict=True)
+    merged = None
+    for part in (attend(q, *pair, 0.1) for pair in parts):
+        merged = part if merged is None else local.merge(*merged, *part)
+    expected, expected_lse = reference(q, k, v, 0.1)
+    assert relative_difference(merged[0].double(), expected) < 2e-6
+    torch.testing.assert_close(merged[1].double(), expected_lse, rtol=1e-5, atol=1e-5)
+
+
+def test_a_merge_works_in_float32_and_bears_extremes():
+    out, part = torch.ones(1, 1, 1, 2).bfloat16(), torch.full((1, 1, 1, 2), 3.0).bfloat16()
+    for lse, part_lse, expected in ((200.0, -200.0, 1.0), (-200.0, 200.0, 3.0), (500.0, 500.0, 2.0)):
+        merged, total = local.merge(out, torch.full((1, 1, 1), lse), part, torch.full((1, 1, 1), part_lse))
+        assert merged.dtype == torch.float32 and merged.unique().tolist() == [expected]
+        assert float(total) == pytest.approx(max(lse, part_lse), abs=1)
+
+
+@pytest.mark.parametrize("name", ["cudnn", "efficient"])
+def test_what_the_device_lacks_is_refused_with_the_choices(name):
+    with pytest.raises(ValueError, match=f"'{name}' does not exist for float32 on cpu ranks.*: flash, math"):
+        local.choose(name, CPU, torch.float32)

@@ -1,0 +1,250 @@
+"""FLUX.1 files of any size and naming are recognised and read; every other file is refused by name."""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support import SMALL, spec_of
+
+from fastusp_backend.config import ModelSpec
+from fastusp_backend.errors import CheckpointError
+from fastusp_backend.models.checkpoint import TensorInfo, read_header
+from fastusp_backend.models.detection import detect
+from fastusp_backend.models.loading import load_model
+from fastusp_backend.models.synthetic import write_flux
+
+pytestmark = pytest.mark.unit
+
+CPU = torch.device("cpu")
+MINI = replace(SMALL, hidden=128, heads=1, mlp=256, double_blocks=1, single_blocks=1)
+
+
+@pytest.fixture(scope="module")
+def mini(tmp_path_factory):
+    path = tmp_path_factory.mktemp("mini") / "mini.safetensors"
+    write_flux(str(path), MINI, seed=1)
+    return path
+
+
+@pytest.fixture
+def changed(mini, tmp_path):
+    """changed(drop=, add=): the mini file with other tensors, as a path."""
+
+    def write(drop=(), add=None):
+        tensors = {name: t for name, t in load_file(mini).items() if name not in drop} | (add or {})
+        path = tmp_path / "changed.safetensors"
+        save_file(tensors, path)
+        return path
+
+    return write
+
+
+def refusal(path, spec: ModelSpec | None = None) -> str:
+    with pytest.raises(CheckpointError) as refused:
+        load_model(spec or spec_of(path), CPU)
+    assert str(path) in str(refused.value)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MINI,
+        replace(MINI, guidance=False),
+        replace(MINI, hidden=384, heads=3, mlp=1536, double_blocks=3, single_blocks=2),
+        replace(MINI, double_blocks=12, single_blocks=11),
+        replace(MINI, channels=4, context=96, pooled=48),
+    ],
+    ids=["dev", "schnell", "wide", "deep", "other inputs"],
+)
+def test_sizes_are_read_from_the_file(tmp_path, config):
+    path = tmp_path / "flux.safetensors"
+    write_flux(str(path), config)
+    assert detect(read_header(str(path)), str(path)) == config
+    model = load_model(spec_of(path), CPU)
+    assert model.config == config
+    tensors = load_file(path)
+    state = model.state_dict()
+    assert len(state) == len(tensors)
+    for name, tensor in state.items():
+        assert torch.equal(tensor, tensors[model.file_key(name)])
+
+
+def test_full_sized_headers(tmp_path):
+    """FLUX.1 dev's own sizes, without its 24 GB."""
+    from fastusp_backend.models.flux import Flux, FluxConfig
+
+    dev = FluxConfig(
+        hidden=3072,
+        heads=24,
+        channels=16,
+        context=4096,
+        pooled=768,
+        mlp=12288,
+        double_blocks=19,
+        single_blocks=38,
+        guidance=True,
+    )
+    with torch.device("meta"):
+        model = Flux(dev)
+    header = {model.file_key(name): TensorInfo(tuple(p.shape), torch.bfloat16) for name, p in model.named_parameters()}
+    assert detect(header, "dev") == dev
+    assert len(header) == 780
+    assert "double_blocks.18.txt_attn.norm.key_norm.scale" in header
+
+
+def test_newer_norm_names(mini, changed):
+    tensors = load_file(mini)
+    scales = [name for name in tensors if name.endswith("_norm.scale")]
+    assert len(scales) == 6
+    path = changed(scales, {name.replace(".scale", ".weight"): tensors[name] + 1 for name in scales})
+    state = load_model(spec_of(path), CPU).state_dict()
+    assert torch.equal(state["single_blocks.0.norm.key_norm.scale"], torch.full((128,), 2.0))
+
+
+@pytest.mark.parametrize("storage, held", [(None, "bfloat16"), ("float32", "float32"), ("float16", "float16")])
+def test_storage_type(tmp_path, storage, held):
+    path = tmp_path / "half.safetensors"
+    write_flux(str(path), MINI, dtype=torch.bfloat16)
+    model = load_model(ModelSpec.of_file(str(path), storage=storage, compute="float32"), CPU)
+    assert {p.dtype for p in model.parameters()} == {getattr(torch, held)}
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "family, keys",
+    [
+        ("FLUX.2", ["double_stream_modulation_img.lin.weight", "double_blocks.0.img_attn.qkv.weight", "img_in.weight"]),
+        ("Chroma", ["distilled_guidance_layer.in_proj.weight", "double_blocks.0.img_attn.qkv.weight", "img_in.weight"]),
+        ("Chroma Radiance", ["nerf_blocks.0.param_generator.weight", "double_blocks.0.img_attn.qkv.weight"]),
+        ("Qwen-Image", ["txt_norm.weight", "transformer_blocks.0.attn.to_q.weight", "img_in.weight"]),
+        ("Stable Diffusion 3", ["joint_blocks.0.x_block.attn.qkv.weight", "x_embedder.proj.weight"]),
+        ("diffusers' key layout", ["transformer_blocks.0.norm1_context.linear.weight", "x_embedder.weight"]),
+        ("Stable Diffusion U-Net", ["input_blocks.0.0.weight"]),
+        ("all-in-one", ["model.diffusion_model.double_blocks.0.img_attn.qkv.weight", "vae.encoder.conv_in.weight"]),
+        ("text encoder", ["text_model.encoder.layers.0.mlp.fc1.weight"]),
+        ("text encoder or VAE", ["encoder.conv_in.weight", "decoder.conv_in.weight"]),
+        ("LoRA", ["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"]),
+        ("no FLUX.1 transformer", ["something.else"]),
+        ("no tensors at all", []),
+    ],
+)
+def test_other_families_are_refused_by_name(tmp_path, family, keys):
+    path = tmp_path / "other.safetensors"
+    save_file({key: torch.zeros(2, 2) for key in keys}, path)
+    assert family in refusal(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8])
+def test_quantised_files_are_refused(changed, dtype):
+    name = "double_blocks.0.img_attn.qkv.weight"
+    path = changed((name,), {name: torch.zeros(384, 128, dtype=dtype)})
+    text = refusal(path)
+    assert "quantised" in text and name in text and str(dtype).removeprefix("torch.") in text
+
+
+def test_the_mark_of_a_scaled_fp8_file_is_enough(changed):
+    assert "quantised" in refusal(changed(add={"scaled_fp8": torch.zeros(2)}))
+
+
+@pytest.mark.parametrize("channels", [96, 32])
+def test_fill_and_control_models_are_refused(changed, channels):
+    assert "Fill, Canny or Depth" in refusal(
+        changed(("img_in.weight",), {"img_in.weight": torch.zeros(128, channels * 4)})
+    )
+
+
+@pytest.mark.parametrize("kept", [0, 4, 8, 100, 0.5, -1], ids=str)
+def test_truncated_files_are_refused(mini, tmp_path, kept):
+    data = mini.read_bytes()
+    path = tmp_path / "cut.safetensors"
+    path.write_bytes(data[: int(len(data) * kept)] if isinstance(kept, float) else data[:kept])
+    assert "truncated, corrupt or of another format" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        b"\xff" * 8,
+        (2**40).to_bytes(8, "little"),
+        (10).to_bytes(8, "little") + b"not json!!",
+        b"PK\x03\x04" + b"\0" * 60,
+    ],
+    ids=["length", "huge", "json", "zip"],
+)
+def test_corrupt_headers_are_refused(mini, tmp_path, start):
+    path = tmp_path / "corrupt.safetensors"
+    path.write_bytes(start + mini.read_bytes()[len(start) :])
+    assert "truncated, corrupt or of another format" in refusal(path)
+
+
+def test_a_directory_is_refused(tmp_path):
+    assert "cannot be read" in refusal(tmp_path)
+
+
+def test_an_absent_file_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="there is no model file .*absent"):
+        read_header(str(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "final_layer.linear.bias",
+        "final_layer.linear.weight",
+        "txt_in.weight",
+        "double_blocks.0.txt_attn.norm.key_norm.scale",
+        "single_blocks.0.linear2.weight",
+        "guidance_in.out_layer.bias",
+    ],
+)
+def test_a_missing_tensor_is_named(changed, name):
+    text = refusal(changed((name,)))
+    assert "missing" in text and name.replace("txt_attn", "txt.attn") in text.replace("txt_attn", "txt.attn")
+
+
+def test_an_extra_tensor_is_named(changed):
+    assert "'single_blocks.0.extra' is unknown" in refusal(changed(add={"single_blocks.0.extra": torch.zeros(1)}))
+
+
+def test_many_problems_are_counted(changed):
+    assert "(and 2 more)" in refusal(changed(add={f"extra.{i}": torch.zeros(1) for i in range(5)}))
+
+
+@pytest.mark.parametrize(
+    "name, shape",
+    [
+        ("time_in.in_layer.weight", (128, 255)),
+        ("single_blocks.0.norm.key_norm.scale", (64,)),
+        ("img_in.weight", (100, 64)),
+        ("img_in.weight", (128,)),
+        ("txt_in.weight", (128,)),
+        ("final_layer.linear.weight", ()),
+    ],
+)
+def test_a_wrong_shape_is_named(changed, name, shape):
+    text = refusal(changed((name,), {name: torch.zeros(shape)}))
+    assert name in text or "hidden size 100" in text
+
+
+@pytest.mark.parametrize("how", ["replaced", "touched"])
+def test_a_file_that_changed_after_the_client_looked_is_refused(mini, tmp_path, how):
+    path = tmp_path / "flux.safetensors"
+    path.write_bytes(mini.read_bytes())
+    spec = spec_of(path)
+    if how == "replaced":
+        write_flux(str(path), replace(MINI, double_blocks=2))
+    else:
+        os.utime(path, ns=(spec.mtime_ns, spec.mtime_ns + 1))
+    assert "was replaced" in refusal(path, spec)
+    assert load_model(spec_of(path), CPU)
+
+
+def test_a_file_removed_after_the_client_looked_is_refused(mini, tmp_path):
+    path = tmp_path / "flux.safetensors"
+    path.write_bytes(mini.read_bytes())
+    spec = spec_of(path)
+    path.unlink()
+    assert "cannot read the model file" in refusal(path, spec)

@@ -1,0 +1,99 @@
+"""The `gpus` input: what each form means on a given machine, and what is refused."""
+
+import pytest
+
+from fastusp_backend import devices
+from fastusp_backend.devices import MAX_CPU_RANKS, Devices, Gpu, list_gpus, parse_devices, supports_bfloat16
+from fastusp_backend.errors import DeviceError
+
+pytestmark = pytest.mark.unit
+
+
+def gpu(index: int, name: str = "H200", capability: tuple[int, int] = (9, 0)) -> Gpu:
+    return Gpu(index=index, name=name, uuid=f"GPU-{index}abc", compute_capability=capability)
+
+
+MIXED = (gpu(0, "T4", (7, 5)), gpu(1), gpu(2), gpu(3, "T4", (7, 5)), gpu(4))
+TWINS = (gpu(0), gpu(1))
+
+
+@pytest.mark.parametrize(
+    "text, gpus, visible, expected",
+    [
+        ("auto", MIXED, None, Devices(ranks=3, gpus=(1, 2, 4))),
+        ("auto", MIXED, "0,3,4", Devices(ranks=2, gpus=(0, 3))),
+        ("auto", TWINS, None, Devices(ranks=2, gpus=(0, 1))),
+        ("auto", TWINS, "1", Devices(ranks=1, gpus=(1,))),
+        ("auto", TWINS, "", Devices(ranks=1)),
+        ("auto", (), None, Devices(ranks=1)),
+        ("all", MIXED, None, Devices(ranks=5, gpus=(0, 1, 2, 3, 4))),
+        ("all", MIXED, "GPU-2a, GPU-4", Devices(ranks=2, gpus=(2, 4))),
+        ("0,1", TWINS, None, Devices(ranks=2, gpus=(0, 1))),
+        (" 4 , 1 ", MIXED, None, Devices(ranks=2, gpus=(4, 1))),
+        ("AUTO", TWINS, None, Devices(ranks=2, gpus=(0, 1))),
+        ("cpu", TWINS, None, Devices(ranks=1)),
+        ("cpu:1", (), None, Devices(ranks=1)),
+        ("CPU:2", TWINS, None, Devices(ranks=2)),
+        (f"cpu:{MAX_CPU_RANKS}", (), None, Devices(ranks=MAX_CPU_RANKS)),
+    ],
+)
+def test_understood(text, gpus, visible, expected):
+    assert parse_devices(text, gpus=gpus, visible=visible) == expected
+
+
+@pytest.mark.parametrize(
+    "text, gpus, message",
+    [
+        ("0,7", TWINS, r"GPU 7 does not exist. This machine has 0 \(H200\), 1 \(H200\)"),
+        ("5,6", TWINS, "GPU 5, 6 does not exist"),
+        ("0", (), "no GPU at all; use 'cpu:N'"),
+        ("all", (), "no GPU is visible here; use 'cpu:N'"),
+        ("1,1", TWINS, "named twice"),
+        ("cpu:0", (), f"between 1 and {MAX_CPU_RANKS} CPU ranks"),
+        (f"cpu:{MAX_CPU_RANKS + 1}", (), f"between 1 and {MAX_CPU_RANKS} CPU ranks"),
+        ("", TWINS, "is not understood"),
+        ("cuda:0", TWINS, "is not understood"),
+        ("0,", TWINS, "is not understood"),
+        ("-1", TWINS, "is not understood"),
+        ("cpu:-1", TWINS, "is not understood"),
+        ("0;1", TWINS, "is not understood"),
+    ],
+)
+def test_refused_by_name(text, gpus, message):
+    with pytest.raises(DeviceError, match=message) as refusal:
+        parse_devices(text, gpus=gpus, visible=None)
+    assert repr(text) in str(refusal.value)
+
+
+def test_devices_are_a_key_and_tell_their_kind():
+    assert Devices(ranks=2, gpus=(0, 1)).type == "cuda"
+    assert Devices(ranks=2).type == "cpu"
+    assert str(Devices(ranks=2, gpus=(1, 0))) == "gpu 1,0"
+    assert str(Devices(ranks=2)) == "cpu:2"
+    assert len({Devices(ranks=2), Devices(ranks=2), Devices(ranks=2, gpus=(0, 1)), Devices(ranks=2, gpus=(1, 0))}) == 3
+
+
+def test_bfloat16_needs_every_gpu(monkeypatch):
+    monkeypatch.setattr(devices, "list_gpus", lambda: MIXED)
+    assert supports_bfloat16(Devices(ranks=2, gpus=(1, 2)))
+    assert not supports_bfloat16(Devices(ranks=2, gpus=(0, 1)))
+    assert not supports_bfloat16(Devices(ranks=2))
+
+
+@pytest.mark.parametrize("code", [0, 9])
+def test_nvidia_smi_is_read(monkeypatch, tmp_path, code):
+    tool = tmp_path / "nvidia-smi"
+    row = "0, NVIDIA A100, GPU-1, 8.0\\n1, NVIDIA L4, GPU-2, 8.9\\n"
+    tool.write_text(f"#!/bin/sh\nprintf '{row}'\nexit {code}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    list_gpus.cache_clear()
+    try:
+        found = list_gpus()
+    finally:
+        list_gpus.cache_clear()
+    expected = (
+        Gpu(index=0, name="NVIDIA A100", uuid="GPU-1", compute_capability=(8, 0)),
+        Gpu(index=1, name="NVIDIA L4", uuid="GPU-2", compute_capability=(8, 9)),
+    )
+    assert found == (() if code else expected)

@@ -1,0 +1,143 @@
+"""Our FLUX against diffusers' FluxTransformer2DModel with the same weights in float32."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from support import inputs, relative_difference, spec_of
+
+from fastusp_backend.comm.mesh import single_rank_mesh
+from fastusp_backend.config import Settings
+from fastusp_backend.engine import Conditioning, Denoiser
+from fastusp_backend.engine.denoiser import patchify, positions, unpatchify
+from fastusp_backend.models.loading import load_model
+from fastusp_backend.models.synthetic import TINY_FLUX, write_flux
+
+diffusers = pytest.importorskip("diffusers")
+pytestmark = pytest.mark.unit
+
+CPU = torch.device("cpu")
+
+DOUBLE = {
+    "img_mod.lin": "norm1.linear",
+    "txt_mod.lin": "norm1_context.linear",
+    "img_attn.proj": "attn.to_out.0",
+    "txt_attn.proj": "attn.to_add_out",
+    "img_mlp.0": "ff.net.0.proj",
+    "img_mlp.2": "ff.net.2",
+    "txt_mlp.0": "ff_context.net.0.proj",
+    "txt_mlp.2": "ff_context.net.2",
+}
+NORMS = {
+    "img_attn.norm.query_norm.scale": "attn.norm_q.weight",
+    "img_attn.norm.key_norm.scale": "attn.norm_k.weight",
+    "txt_attn.norm.query_norm.scale": "attn.norm_added_q.weight",
+    "txt_attn.norm.key_norm.scale": "attn.norm_added_k.weight",
+}
+OUTER = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "final_layer.linear": "proj_out",
+    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+}
+
+
+def to_diffusers(state: dict[str, torch.Tensor], hidden: int) -> dict[str, torch.Tensor]:
+    """A file's tensors under diffusers' names: qkv and linear1 split, the final layer's scale before its shift."""
+    out = {}
+    for key, tensor in state.items():
+        module, _, kind = key.rpartition(".")
+        if module in OUTER:
+            out[f"{OUTER[module]}.{kind}"] = tensor
+            continue
+        if module == "final_layer.adaLN_modulation.1":
+            shift, scale = tensor.chunk(2)
+            out[f"norm_out.linear.{kind}"] = torch.cat([scale, shift])
+            continue
+        blocks, index, rest = key.split(".", 2)
+        part = rest.rpartition(".")[0]
+        if blocks == "double_blocks":
+            prefix = f"transformer_blocks.{index}"
+            if rest in NORMS:
+                out[f"{prefix}.{NORMS[rest]}"] = tensor
+            elif part in DOUBLE:
+                out[f"{prefix}.{DOUBLE[part]}.{kind}"] = tensor
+            else:
+                names = {
+                    "img_attn.qkv": ("to_q", "to_k", "to_v"),
+                    "txt_attn.qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+                }
+                for name, piece in zip(names[part], tensor.chunk(3), strict=True):
+                    out[f"{prefix}.attn.{name}.{kind}"] = piece
+            continue
+        prefix = f"single_transformer_blocks.{index}"
+        if part == "linear1":
+            q, k, v, mlp = tensor.split([hidden, hidden, hidden, len(tensor) - 3 * hidden])
+            for name, piece in (("attn.to_q", q), ("attn.to_k", k), ("attn.to_v", v), ("proj_mlp", mlp)):
+                out[f"{prefix}.{name}.{kind}"] = piece
+        else:
+            names = {
+                "linear2": "proj_out",
+                "modulation.lin": "norm.linear",
+                "norm.query_norm": "attn.norm_q",
+                "norm.key_norm": "attn.norm_k",
+            }
+            out[f"{prefix}.{names[part]}.{'weight' if kind == 'scale' else kind}"] = tensor
+    return out
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["dev", "schnell"])
+def models(request, tmp_path_factory):
+    config = replace(TINY_FLUX, guidance=request.param)
+    path = tmp_path_factory.mktemp("oracle") / "flux.safetensors"
+    write_flux(str(path), config, seed=5)
+    ours = load_model(spec_of(path), CPU)
+    # Norm scales of one would hide a mix-up of query and key.
+    state = {
+        ours.file_key(name): t + torch.linspace(-0.5, 0.5, len(t)) * (1 + i % 5) / 5 if name.endswith("scale") else t
+        for i, (name, t) in enumerate(ours.state_dict().items())
+    }
+    ours.load_state_dict({ours.module_key(key): t for key, t in state.items()}, assign=True)
+    theirs = diffusers.FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=64,
+        num_layers=config.double_blocks,
+        num_single_layers=config.single_blocks,
+        attention_head_dim=128,
+        num_attention_heads=config.heads,
+        joint_attention_dim=config.context,
+        pooled_projection_dim=config.pooled,
+        guidance_embeds=config.guidance,
+    )
+    theirs.load_state_dict(to_diffusers(state, config.hidden))
+    return Denoiser(ours, single_rank_mesh(CPU), Settings(), torch.float32), theirs.eval()
+
+
+@pytest.mark.parametrize(
+    "text, size, batch",
+    [(1, (8, 8), 1), (7, (16, 12), 1), (24, (7, 9), 2), (301, (10, 6), 1), (512, (4, 4), 1)],
+    ids=lambda value: str(value).replace(" ", ""),
+)
+def test_velocity(models, text, size, batch):
+    denoiser, theirs = models
+    given = inputs(denoiser.model.config, text=text, size=size, batch=batch, seed=text)
+    ours = denoiser(given.x, given.timestep, Conditioning(given.context, given.y, given.guidance))
+    grid = -(-size[0] // 2), -(-size[1] // 2)
+    text_ids, image_ids = positions(text, grid, CPU)
+    with torch.inference_mode():
+        tokens = theirs(
+            hidden_states=patchify(given.x),
+            encoder_hidden_states=given.context,
+            pooled_projections=given.y,
+            timestep=given.timestep,
+            guidance=given.guidance if denoiser.model.config.guidance else None,
+            txt_ids=text_ids.float(),
+            img_ids=image_ids.float(),
+        ).sample
+    expected = unpatchify(tokens, grid)[..., : size[0], : size[1]]
+    assert relative_difference(ours, expected) < 1e-5

@@ -1,0 +1,139 @@
+"""The client's bookkeeping: kept tensors, what a session sends after failures, the workers' environment."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from support import randn
+
+from fastusp_backend.config import Layout, ModelSpec, Settings
+from fastusp_backend.devices import Devices
+from fastusp_backend.errors import Cancelled, RequestError
+from fastusp_backend.pool.kept import KEPT_TENSORS, KeptTensors
+from fastusp_backend.pool.pool import QUIET
+from fastusp_backend.pool.session import Prompt, Session
+from fastusp_backend.pool.workers import worker_environment
+
+pytestmark = pytest.mark.unit
+
+
+@dataclass
+class Pool:
+    """Stands for a pool: holds what it was told to keep, as the workers do; fails as often as `failures` says."""
+
+    failures: list[BaseException] = field(default_factory=list)
+    epoch: int = 1
+    kept: KeptTensors = field(default_factory=KeptTensors)
+    held: dict[int, torch.Tensor] = field(default_factory=dict)
+    sent: list[set[str]] = field(default_factory=list)
+
+    def start(self):
+        pass
+
+    def run(self, make, tensors, progress):
+        if self.failures:
+            raise self.failures.pop()
+        request = make(1)
+        self.sent.append(set(tensors))
+        for number in request.forget:
+            self.held.pop(number, None)
+        self.held |= {number: tensors[name] for name, number in request.keep.items()}
+        missing = [name for name, number in request.reuse.items() if number not in self.held]
+        if missing:
+            raise RequestError(f"not kept: {missing}")
+        used = {name: self.held[number] for name, number in (request.keep | request.reuse).items()}
+        return {"output": used["context"]}
+
+
+def session(pool) -> Session:
+    spec = ModelSpec(path="/m", mtime_ns=0, size=0, storage=None, compute="float32")
+    return Session(pool, spec, Layout(ulysses=1, ring=1), Settings())
+
+
+def evaluate(pool, context: torch.Tensor) -> torch.Tensor:
+    x = torch.zeros(1, 16, 4, 4)
+    return session(pool).evaluate(x, torch.ones(1), Prompt(context, torch.ones(1, 4)), QUIET)
+
+
+def test_a_prompt_is_sent_once():
+    pool = Pool()
+    contexts = [randn(1, 3, 4, seed=i) for i in range(2)]
+    for context in (contexts[0], contexts[0].clone(), contexts[1], contexts[0]):
+        assert torch.equal(evaluate(pool, context), context)
+    assert pool.sent == [{"x", "timestep", "context", "y"}, {"x", "timestep"}, {"x", "timestep", "context"}] + [
+        {"x", "timestep"}
+    ]
+
+
+def test_a_tensor_that_its_owner_changes_is_sent_again():
+    pool, context = Pool(), torch.zeros(1, 3, 4)
+    evaluate(pool, context)
+    context += 1
+    assert torch.equal(evaluate(pool, context), torch.ones(1, 3, 4))
+
+
+def test_types_are_told_apart():
+    pool = Pool()
+    evaluate(pool, torch.zeros(1, 3, 4))
+    assert evaluate(pool, torch.zeros(1, 3, 4).half()).dtype == torch.float16
+
+
+def test_what_is_used_last_is_forgotten_last():
+    pool = Pool()
+    first = randn(1, 3, 4, seed=100)
+    for i in range(3 * KEPT_TENSORS):
+        evaluate(pool, first)
+        evaluate(pool, randn(1, 3, 4, seed=i))
+    assert len(pool.held) <= KEPT_TENSORS + 1
+    assert sum("context" in names for names in pool.sent) == 3 * KEPT_TENSORS + 1
+
+
+@pytest.mark.parametrize("error", [Cancelled("while starting"), RequestError("refused"), KeyboardInterrupt()], ids=repr)
+def test_after_a_failure_everything_is_sent_anew(error):
+    pool, contexts = Pool(), [randn(1, 3, 4, seed=i) for i in range(2)]
+    evaluate(pool, contexts[0])
+    pool.failures = [error]
+    with pytest.raises(type(error)):
+        evaluate(pool, contexts[1])
+    for context in contexts:
+        assert torch.equal(evaluate(pool, context), context)
+    assert "context" in pool.sent[-1] and "context" in pool.sent[-2]
+    assert len(pool.held) == 3
+
+
+def test_a_new_generation_is_sent_everything():
+    pool, context = Pool(), randn(1, 3, 4, seed=0)
+    evaluate(pool, context)
+    pool.held.clear()
+    pool.epoch += 1
+    assert torch.equal(evaluate(pool, context), context)
+
+
+def test_the_environment_is_inherited_less_a_denylist(tmp_path):
+    inherited = {
+        "HOME": "/home/me",
+        "HF_HOME": "/cache",
+        "PYTHONPATH": "/mine",
+        "NCCL_DEBUG": "INFO",
+        "PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync",
+        "PYTORCH_ALLOC_CONF": "x",
+        "CUDA_VISIBLE_DEVICES": "7",
+        "RANK": "5",
+        "LOCAL_RANK": "5",
+        "WORLD_SIZE": "8",
+        "MASTER_ADDR": "elsewhere",
+        "MASTER_PORT": "1",
+        "TORCHELASTIC_RUN_ID": "1",
+        "FASTUSP_RUN_DIR": "/old",
+    }
+    cpu = worker_environment(Devices(ranks=2), tmp_path, inherited)
+    assert cpu["FASTUSP_RUN_DIR"] == str(tmp_path) and cpu["FASTUSP_DEVICE_TYPE"] == "cpu"
+    assert cpu["CUDA_VISIBLE_DEVICES"] == ""
+    kept = {"HOME", "HF_HOME", "NCCL_DEBUG"}
+    assert {name: cpu[name] for name in kept} == {name: inherited[name] for name in kept}
+    assert not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"} & cpu.keys()
+    assert not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "LOCAL_RANK"} & cpu.keys()
+    assert cpu["PYTHONPATH"].split(":")[1:] == ["/mine"]
+    gpu = worker_environment(Devices(ranks=2, gpus=(3, 1)), tmp_path, inherited)
+    assert gpu["FASTUSP_DEVICE_TYPE"] == "cuda"
+    assert gpu["CUDA_VISIBLE_DEVICES"] == "3,1" and gpu["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"

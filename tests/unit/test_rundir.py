@@ -1,0 +1,140 @@
+"""Run directories are private, and a sweep removes those alone whose owners are gone."""
+
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from fastusp_backend.pool import rundir
+from fastusp_backend.pool.rundir import RunDir, sweep
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def temporary(monkeypatch):
+    """A temporary directory of this test's own, as short as socket addresses need it."""
+    path = Path(tempfile.mkdtemp(dir="/tmp"))
+    monkeypatch.setattr(tempfile, "tempdir", str(path))
+    yield path
+    shutil.rmtree(path)
+
+
+def mode(path) -> int:
+    return os.stat(path).st_mode & 0o777
+
+
+def owner(temporary: Path) -> tuple[subprocess.Popen, Path]:
+    """A process that owns a run directory, and the directory."""
+    program = (
+        "from fastusp_backend.pool.rundir import RunDir\n"
+        "import time\n"
+        "directory = RunDir()\n"
+        "print(directory.path, flush=True)\n"
+        "time.sleep(60)"
+    )
+    env = os.environ | {"TMPDIR": str(temporary), "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=env)
+    return process, Path(process.stdout.readline().strip())
+
+
+def test_everything_is_private(temporary):
+    old = os.umask(0)
+    try:
+        directory = RunDir()
+    finally:
+        os.umask(old)
+    assert directory.path.parent == temporary / f"fastusp-{os.getuid()}"
+    assert mode(directory.path.parent) == mode(directory.path) == 0o700
+    assert mode(directory.path / "key") == mode(directory.path / "lock") == 0o600
+    assert (directory.path / "key").read_bytes() == directory.key and len(directory.key) == 32
+    assert len(os.fsencode(directory.address)) < 108
+    other = RunDir()
+    assert other.path != directory.path and other.key != directory.key
+    directory.remove()
+    directory.remove()
+    assert not directory.path.exists() and other.path.exists()
+    other.remove()
+
+
+def test_a_base_that_others_can_read_is_refused(temporary):
+    base = temporary / f"fastusp-{os.getuid()}"
+    base.mkdir()
+    base.chmod(0o755)
+    with pytest.raises(PermissionError, match="set TMPDIR"):
+        RunDir()
+
+
+def test_a_long_temporary_directory_is_not_used(monkeypatch, temporary):
+    long = temporary / ("x" * 90)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    directory = RunDir()
+    assert directory.path.is_relative_to("/tmp") and len(os.fsencode(directory.address)) < 108
+    directory.remove()
+
+
+def test_the_lock_is_not_handed_to_children(temporary):
+    directory = RunDir()
+    child = subprocess.Popen(["sleep", "30"], close_fds=False)
+    try:
+        os.close(directory._lock)
+        directory._lock = -1
+        sweep(directory.path.parent)
+        assert not directory.path.exists()
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_a_directory_goes_with_its_owner(temporary):
+    process, path = owner(temporary)
+    try:
+        RunDir().remove()
+        assert (path / "key").exists()
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert path.exists()
+        RunDir().remove()
+        assert not path.exists()
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_a_directory_without_a_lock_goes_when_it_is_old(temporary):
+    mine = RunDir()
+    base = mine.path.parent
+    young, old = base / "young", base / "old"
+    young.mkdir()
+    old.mkdir()
+    past = time.time() - 1000
+    os.utime(old, (past, past))
+    (base / "a file").write_text("not ours")
+    sweep(base)
+    assert young.exists() and not old.exists() and mine.path.exists() and (base / "a file").exists()
+    mine.remove()
+
+
+def test_a_sweep_at_the_moment_of_birth_removes_nothing(temporary, monkeypatch):
+    real = fcntl.flock
+
+    def flock(fd, how):
+        if how == fcntl.LOCK_EX:
+            sweep(temporary / f"fastusp-{os.getuid()}")
+        real(fd, how)
+
+    monkeypatch.setattr(rundir.fcntl, "flock", flock)
+    directory = RunDir()
+    assert (directory.path / "key").exists() and (directory.path / "lock").exists()
+    directory.remove()

@@ -1,0 +1,86 @@
+"""Over all ranks every token is held once, for any lengths and layout, and padding is never among the valid runs."""
+
+import pytest
+import torch
+from support import randn
+
+from fastusp_backend.comm.shards import SequenceShards, select_runs
+from fastusp_backend.config import Layout
+from fastusp_backend.engine.denoiser import patchify, positions, unpatchify
+
+pytestmark = pytest.mark.unit
+
+LAYOUTS = [(u, r) for u in range(1, 9) for r in range(1, 9) if u * r <= 8]
+LENGTHS = (1, 2, 3, 5, 7, 8, 16, 24, 301, 512)
+
+
+@pytest.mark.parametrize("ulysses, ring", LAYOUTS)
+def test_every_token_is_valid_exactly_once(ulysses, ring):
+    layout = Layout(ulysses=ulysses, ring=ring)
+    for text in LENGTHS:
+        for image in LENGTHS:
+            shards = SequenceShards(layout, text, image)
+            text_ids, image_ids = torch.arange(1, text + 1), -torch.arange(1, image + 1)
+            held = [
+                torch.cat([shards.take_text(text_ids, rank, dim=0), shards.take_image(image_ids, rank, dim=0)])
+                for rank in range(layout.ranks)
+            ]
+            assert {len(part) for part in held} == {shards.local} == {shards.local_text + shards.local_image}
+            valid = []
+            for position in range(ring):
+                gathered = torch.cat(held[position * ulysses : (position + 1) * ulysses])
+                runs = shards.valid_runs(position)
+                assert all(start < stop for start, stop in runs)
+                assert all(before[1] < after[0] for before, after in zip(runs, runs[1:], strict=False))
+                valid.append(select_runs(gathered, runs, dim=0))
+            everything = sorted(torch.cat(valid).tolist())
+            assert everything == sorted(torch.cat([text_ids, image_ids]).tolist())
+
+
+@pytest.mark.parametrize("ulysses, ring", [(1, 1), (2, 1), (1, 3), (2, 2), (1, 8)])
+@pytest.mark.parametrize("image", [1, 3, 8, 13, 64])
+def test_image_parts_join_to_the_whole(ulysses, ring, image):
+    layout = Layout(ulysses=ulysses, ring=ring)
+    shards = SequenceShards(layout, 5, image)
+    x = randn(2, image, 3, seed=0)
+    parts = torch.stack([shards.take_image(x, rank, dim=1) for rank in range(layout.ranks)])
+    assert parts.shape == (layout.ranks, 2, shards.local_image, 3)
+    assert torch.equal(shards.join_image(parts), x)
+    assert parts.count_nonzero() == x.count_nonzero()
+
+
+def test_tokens_can_be_taken_along_any_dimension():
+    shards = SequenceShards(Layout(ulysses=2, ring=1), 5, 7)
+    x = randn(3, 7, 2, seed=1)
+    for rank in range(2):
+        taken = shards.take_image(x, rank, dim=1)
+        assert torch.equal(shards.take_image(x.transpose(1, 2), rank, dim=2), taken.transpose(1, 2))
+
+
+def test_a_single_run_is_a_view():
+    x = randn(2, 9, 4, seed=2)
+    run = select_runs(x, [(2, 7)], dim=1)
+    assert torch.equal(run, x[:, 2:7]) and run.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+    assert torch.equal(select_runs(x, [(0, 2), (5, 6)], dim=1), x[:, [0, 1, 5]])
+    assert select_runs(x, [], dim=1).shape == (2, 0, 4)
+
+
+@pytest.mark.parametrize("size", [(2, 2), (16, 12), (1, 1), (1, 4), (7, 6), (6, 7), (33, 17)])
+def test_patches(size):
+    height, width = size
+    x = randn(2, 3, *size, seed=3)
+    grid = (height + 1) // 2, (width + 1) // 2
+    tokens = patchify(x)
+    assert tokens.shape == (2, grid[0] * grid[1], 12)
+    assert torch.equal(unpatchify(tokens, grid)[..., :height, :width], x)
+    for row in range(grid[0]):
+        for column in range(grid[1]):
+            # Odd sizes wrap round: a row too many is the first one.
+            patch = x[:, :, [2 * row, (2 * row + 1) % height]][..., [2 * column, (2 * column + 1) % width]]
+            assert torch.equal(tokens[:, row * grid[1] + column], patch.flatten(1))
+
+
+def test_positions():
+    text, image = positions(2, (2, 3), torch.device("cpu"))
+    assert text.tolist() == [[0, 0, 0]] * 2
+    assert image.tolist() == [[0, 0, 0], [0, 0, 1], [0, 0, 2], [0, 1, 0], [0, 1, 1], [0, 1, 2]]

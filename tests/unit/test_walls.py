@@ -1,0 +1,160 @@
+"""Who may import whom: the backend knows nothing of ComfyUI, rooms import downwards only, nothing unpickles."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).resolve().parents[2]
+BACKEND = ROOT / "fastusp_backend"
+NODES = ROOT / "nodes"
+COMFYUI = {
+    "comfy",
+    "comfy_api",
+    "comfy_execution",
+    "comfy_extras",
+    "execution",
+    "folder_paths",
+    "latent_preview",
+    "node_helpers",
+    "nodes",
+    "server",
+}
+
+# A room's allowed imports within fastusp_backend; what is named with a dot is allowed alone.
+BASE = {"config", "errors"}
+ROOMS = {
+    "": set(),
+    "config": {"errors"},
+    "errors": set(),
+    "devices": {"errors"},
+    "planner": BASE,
+    "protocol": BASE,
+    "comm": BASE,
+    "attention": BASE | {"comm"},
+    "models": BASE,
+    "engine": BASE | {"models", "attention", "comm"},
+    "sampling": set(),
+    "worker": BASE | {"sampling", "engine", "protocol", "devices"},
+    "worker.process": set(),
+    "pool": BASE | {"protocol", "devices", "worker.process"},
+}
+ABOVE_ALL = {"cli", "__main__"}
+FOR_NODES = BASE | {"pool", "protocol", "planner", "devices", "sampling", "models.detection", "models.checkpoint"}
+
+
+def imports(path: Path) -> list[tuple[int, str]]:
+    """(level, dotted name) of every import in a file, also those inside functions; from a import b gives a.b."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [(0, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found += [(node.level, ".".join(filter(None, (node.module, alias.name)))) for alias in node.names]
+    return found
+
+
+def backend_module(path: Path) -> str:
+    return ".".join(path.relative_to(BACKEND).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+
+
+def resolve(package: list[str], level: int, name: str) -> str | None:
+    """The dotted name within fastusp_backend that a relative import means; None where it leaves the package."""
+    if level - 1 > len(package):
+        return None
+    return ".".join([*package[: len(package) - (level - 1)], *filter(None, name.split("."))])
+
+
+def allows(allowed: set[str], target: str) -> bool:
+    return any(target == name or target.startswith(name + ".") for name in allowed)
+
+
+def exists(target: str) -> bool:
+    """Whether a dotted name is a module (else its last part is a name inside one)."""
+    path = BACKEND.joinpath(*target.split("."))
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+BACKEND_FILES = sorted(BACKEND.rglob("*.py"))
+NODE_FILES = sorted(NODES.rglob("*.py"))
+
+
+def test_there_is_something_to_check():
+    assert len(BACKEND_FILES) > 30
+    assert {backend_module(path).split(".")[0] for path in BACKEND_FILES} <= {*ROOMS, *ABOVE_ALL}
+
+
+@pytest.mark.parametrize("path", BACKEND_FILES, ids=backend_module)
+def test_backend_imports(path):
+    module = backend_module(path)
+    package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+    package = [part for part in package if part]
+    room = module if module in ROOMS else module.split(".")[0]
+    for level, name in imports(path):
+        if level == 0:
+            top = name.split(".")[0]
+            assert top not in COMFYUI, f"{module} imports {name}"
+            assert top != "fastusp_backend", f"{module} imports {name} absolutely"
+            continue
+        target = resolve(package, level, name)
+        assert target is not None, f"{module} imports {'.' * level}{name}, beyond the backend"
+        if room in ABOVE_ALL or target.split(".")[0] == module.split(".")[0] and module not in ROOMS:
+            continue
+        if path.name == "__init__.py" and target.startswith(f"{module}."):
+            continue
+        package_facts = not exists(target) and "." not in target  # such as __version__
+        assert package_facts or allows(ROOMS[room], target), f"{module} imports {target}"
+
+
+@pytest.mark.parametrize("path", NODE_FILES, ids=lambda path: path.stem)
+def test_node_imports(path):
+    for level, name in imports(path):
+        if level == 0:
+            assert name.split(".")[0] != "fastusp_backend", f"{path.name} imports {name} absolutely"
+        elif level == 2:
+            assert name.startswith("fastusp_backend."), f"{path.name} imports ..{name}"
+            target = name.removeprefix("fastusp_backend.")
+            assert allows(FOR_NODES, target), f"{path.name} imports {name}"
+        else:
+            assert level == 1, f"{path.name} imports {name}"
+
+
+FORBIDDEN_MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+FORBIDDEN_CALLS = {"send_object_list", "recv_object_list", "broadcast_object_list", "all_gather_object"}
+SOCKETS = {"_socket"}
+
+
+@pytest.mark.parametrize("path", [*BACKEND_FILES, *NODE_FILES], ids=lambda path: f"{path.parent.name}.{path.stem}")
+def test_nothing_is_pickled(path):
+    for _, name in imports(path):
+        assert not FORBIDDEN_MODULES & set(name.split(".")), name
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+            continue
+        call = ast.unparse(node.func)
+        owner = node.func.value.attr if isinstance(node.func.value, ast.Attribute) else call.split(".")[0]
+        assert call not in ("torch.load", "torch.save", "np.load", "numpy.load"), call
+        if node.func.attr == "recv":
+            assert owner in SOCKETS, f"{path.name}: {call} (Connection.recv unpickles)"
+        elif node.func.attr == "send":
+            assert "connection" not in owner, f"{path.name}: {call} (Connection.send pickles)"
+        else:
+            assert node.func.attr not in FORBIDDEN_CALLS, f"{path.name}: {call}"
+
+
+def test_the_backend_brings_nothing_of_comfyui():
+    program = (
+        "import sys\n"
+        "import fastusp_backend.worker.runner, fastusp_backend.worker.control, fastusp_backend.pool\n"
+        "import fastusp_backend.planner, fastusp_backend.devices\n"
+        f"print(sorted({COMFYUI!r} & {{name.split('.')[0] for name in sys.modules}}))"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env, cwd=ROOT)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.strip() == "[]"
