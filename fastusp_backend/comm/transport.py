@@ -3,6 +3,7 @@ group's own collectives (NCCL on GPUs, gloo on CPU ranks)."""
 
 import os
 import socket
+import zlib
 
 import torch
 import torch.distributed as dist
@@ -46,9 +47,12 @@ class Transport:
 
 def _all_are_peers(mesh: Mesh) -> bool:
     """Whether every rank of the Ulysses group can write to every other's memory; NCCL_P2P_DISABLE is respected."""
-    mine = (socket.gethostname(), torch.cuda.current_device(), os.environ.get("NCCL_P2P_DISABLE", "0") == "1")
-    members: list = [None] * mesh.layout.ulysses
-    dist.all_gather_object(members, mine, group=mesh.ulysses)
-    if any(host != mine[0] or disabled for host, _, disabled in members):
-        return False
-    return all(device == mine[1] or torch.cuda.can_device_access_peer(mine[1], device) for _, device, _ in members)
+    host = zlib.crc32(socket.gethostname().encode())
+    device, disabled = torch.cuda.current_device(), int(os.environ.get("NCCL_P2P_DISABLE", "0") == "1")
+    mine = torch.tensor([host, device, disabled], device=mesh.device)
+    members = mine.new_empty(mesh.layout.ulysses, 3)
+    dist.all_gather_into_tensor(members.view(-1), mine, group=mesh.ulysses)
+    return all(
+        other == host and not off and (peer == device or torch.cuda.can_device_access_peer(device, peer))
+        for other, peer, off in members.tolist()
+    )

@@ -7,9 +7,10 @@ import torch
 from support import inputs, relative_difference, spec_of
 
 from fastusp_backend.comm.mesh import single_rank_mesh
+from fastusp_backend.comm.transport import Transport
 from fastusp_backend.config import Settings
 from fastusp_backend.engine import Conditioning, Denoiser
-from fastusp_backend.engine.denoiser import patchify, positions, unpatchify
+from fastusp_backend.engine.latents import patchify, positions, unpatchify
 from fastusp_backend.models.loading import load_model
 from fastusp_backend.models.synthetic import TINY_FLUX, write_flux
 
@@ -115,7 +116,8 @@ def models(request, tmp_path_factory):
         guidance_embeds=config.guidance,
     )
     theirs.load_state_dict(to_diffusers(state, config.hidden))
-    return Denoiser(ours, single_rank_mesh(CPU), Settings(), torch.float32), theirs.eval()
+    mesh = single_rank_mesh(CPU)
+    return Denoiser(ours, mesh, Transport(mesh), Settings(), torch.float32), theirs.eval()
 
 
 @pytest.mark.parametrize(
