@@ -49,7 +49,7 @@ class USPSettings(io.ComfyNode):
                     "overlap",
                     optional=True,
                     default=True,
-                    tooltip="Ranks go on computing while their exchanges travel. Off: each exchange is awaited at once.",
+                    tooltip="Ranks compute on while their exchanges travel. Off: each exchange is awaited at once.",
                 ),
             ],
             outputs=[SettingsType.Output(display_name="settings", tooltip="Connect to USP Loader.")],
