@@ -53,6 +53,8 @@ def worker_environment(devices: Devices, run_dir: Path, inherited: Mapping[str, 
         env["CUDA_VISIBLE_DEVICES"] = ""
         env.setdefault("GLOO_SOCKET_IFNAME", "lo")
         env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // devices.ranks)))
+        # Ranks, host and others share the cores: threads that spin while they wait take them from those that work.
+        env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return env
 
 
