@@ -78,8 +78,10 @@ class Control:
                 self._greet(channel)
                 self._read(channel)
             except EOFError:
-                log.info("the client is gone; ending")
-                os._exit(CLIENT_GONE)
+                if self._channel is not None:
+                    log.info("the client is gone; ending")
+                    os._exit(CLIENT_GONE)
+                log.warning("a client left before it was greeted")
             except (ProtocolError, OSError) as error:
                 log.warning("a client was dropped: %s", error)
             finally:

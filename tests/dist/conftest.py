@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,14 +20,11 @@ def run_dirs(tmp_path_factory):
     """Where the run directories of these tests lie, apart from those of other sessions; short, for socket addresses."""
     tmp_path_factory.getbasetemp()
     base = Path(tempfile.mkdtemp(dir="/tmp"))
-    before, tempfile.tempdir = tempfile.tempdir, str(base)
-    environment = os.environ.get("TMPDIR")
-    os.environ["TMPDIR"] = str(base)
-    yield base / f"fastusp-{os.getuid()}"
-    tempfile.tempdir = before
-    del os.environ["TMPDIR"]
-    if environment is not None:
-        os.environ["TMPDIR"] = environment
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(base))
+        patch.setenv("TMPDIR", str(base))
+        patch.setenv("OMP_NUM_THREADS", "1")  # ranks of several pools share few cores
+        yield base / f"fastusp-{os.getuid()}"
     shutil.rmtree(base)
 
 
@@ -57,8 +55,8 @@ def shared_pool(run_dirs):
         return pools[ranks]
 
     yield of
-    for pool in pools.values():
-        pool.close()
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(Pool.close, pools.values()))
 
 
 @pytest.fixture

@@ -57,7 +57,7 @@ class ComfyUI:
         command += ["--disable-auto-launch", "--base-directory", str(base), "--preview-method", "latent2rgb"]
         command += ["--database-url", f"sqlite:///{base}/user/comfyui.db"]
         self.log = base / "comfyui.log"
-        env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_WAIT_POLICY": "PASSIVE"}
         with open(self.log, "wb") as output:
             self.process = subprocess.Popen(command, cwd=path, stdout=output, stderr=subprocess.STDOUT, env=env)
         self.client = uuid.uuid4().hex

@@ -1,7 +1,7 @@
 """The same latents as stock UNETLoader + KSampler, with the loop in the workers: samplers, layouts, sizes, prompts."""
 
 import pytest
-from workflows import SCHNELL, Comparison
+from workflows import IN_WORKERS, SCHNELL, STEPPING, Comparison
 
 pytestmark = pytest.mark.host
 
@@ -14,11 +14,15 @@ def test_ksampler_and_usp_sampler(host):
     both = Comparison()
     graph = both.graph
     usp, stock = graph.usp(), graph.stock()
-    for name in ("euler", "euler_ancestral"):
-        inputs = {"sampler_name": name, "steps": 5}
+    for name, nodes, where in (
+        ("euler", ("KSampler", "FastUSPSampler"), IN_WORKERS),
+        ("euler_ancestral", ("FastUSPSampler",), IN_WORKERS),
+        ("uni_pc", ("KSampler",), STEPPING),
+    ):
+        inputs = {"sampler_name": name, "steps": 4}
         want = graph.sample(stock, **inputs)
-        both.add(f"KSampler {name}", graph.sample(usp, **inputs), want)
-        both.add(f"USP Sampler {name}", graph.sample(usp, node="FastUSPSampler", **inputs), want)
+        for node in nodes:
+            both.add(f"{node} {name}", graph.sample(usp, node=node, **inputs), want, where)
     both.check(host)
 
 

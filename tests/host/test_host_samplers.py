@@ -47,6 +47,5 @@ def test_every_sampler_of_the_host(host):
     check(host, names, steps=4)
 
 
-@pytest.mark.any_host
 def test_some_with_guidance(host):
     check(host, ("dpmpp_2m", "uni_pc", "euler_cfg_pp"), steps=3, cfg=2.0)

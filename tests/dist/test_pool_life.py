@@ -1,0 +1,540 @@
+"""Workers stay warm through everything that a client does, and leave nothing behind when they end."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client
+from pathlib import Path
+
+import pytest
+import torch
+from support import SMALL, inputs, open_descriptors, randn, relative_difference, spec_of
+
+from fastusp_backend.config import Layout, Settings
+from fastusp_backend.devices import Devices
+from fastusp_backend.errors import Cancelled, FastUSPError, PoolError, ProtocolError, RequestError
+from fastusp_backend.pool import Pool, Progress, workers
+from fastusp_backend.pool.session import Prompt, Session
+from fastusp_backend.protocol import VERSION, Channel, Evaluate, Failed, Hello, Ready, Release, Sample, Step
+from fastusp_backend.protocol.messages import ToClient
+
+pytestmark = pytest.mark.dist
+
+ROOT = Path(__file__).resolve().parents[2]
+GIVEN = inputs(SMALL, text=7, size=(8, 6))
+PROMPT = Prompt(GIVEN.context, GIVEN.y, GIVEN.guidance)
+TENSORS = {"x": GIVEN.x, **{f"positive.{name}": t for name, t in PROMPT.tensors().items()}}
+SHORT = torch.linspace(1, 0, 4)
+LONG = torch.linspace(1, 0, 20_001)
+"""More steps than any test waits for."""
+
+
+def session(pool: Pool, model, layout: Layout | None = None, **settings) -> Session:
+    return Session(pool, spec_of(model), layout or Layout(ulysses=pool.devices.ranks, ring=1), Settings(**settings))
+
+
+def evaluate(pool: Pool, model, layout: Layout | None = None, **settings) -> torch.Tensor:
+    return session(pool, model, layout, **settings).evaluate(GIVEN.x, GIVEN.timestep, PROMPT, Progress())
+
+
+def sample(pool: Pool, model, sigmas=SHORT, progress: Progress | None = None) -> torch.Tensor:
+    return session(pool, model).sample(
+        GIVEN.x, sigmas, sampler="euler", positive=PROMPT, progress=progress or Progress()
+    )
+
+
+def pids(pool: Pool) -> list[int]:
+    return pool.status()["pids"]
+
+
+def run_dir(pool: Pool) -> Path:
+    return pool._workers.run_dir.path
+
+
+def processes_of(directory: Path) -> set[int]:
+    """All processes that were started for a run directory."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                environment = (entry / "environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if f"FASTUSP_RUN_DIR={directory}".encode() in environment:
+                found.add(int(entry.name))
+    return found
+
+
+def wait_until(condition, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.02)
+
+
+class Stopwatch:
+    def __init__(self):
+        self.start = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.start
+
+
+@pytest.fixture(scope="module")
+def pool(shared_pool):
+    return shared_pool(2)
+
+
+@pytest.fixture
+def still_right(pool, dev, request):
+    """After the test: the same processes as before it, with the right answers."""
+    expected = request.getfixturevalue("expected")
+    evaluate(pool, dev)
+    before = pids(pool)
+    yield
+    assert relative_difference(evaluate(pool, dev), expected) < 2e-5
+    assert pids(pool) == before
+
+
+@pytest.fixture(scope="module")
+def expected(shared_pool, dev):
+    return evaluate(shared_pool(1), dev)
+
+
+def test_model_layout_and_settings_restart_nothing(pool, dev, schnell, expected, still_right):
+    generation = pool.generation
+    first = sample(pool, dev)
+    other = sample(pool, schnell)
+    assert relative_difference(other, first) > 0.01
+    assert relative_difference(evaluate(pool, dev, Layout(ulysses=1, ring=2)), expected) < 2e-5
+    assert relative_difference(evaluate(pool, dev, attention="math"), expected) < 2e-5
+    assert torch.equal(sample(pool, dev), first)
+    assert torch.equal(sample(pool, schnell), other)
+    assert pool.generation == generation
+    assert pool.status()["state"] == "idle" and pool.status()["ranks"] == 2
+
+
+def test_phases_and_states_are_told(pool, dev, still_right):
+    phases, states = [], []
+    pool.release()
+    sample(pool, dev, progress=Progress(phase=phases.append, step=lambda *_: states.append(pool.status()["state"])))
+    assert phases == ["loading the model"] and states == ["busy"] * 3
+    sample(pool, dev, progress=Progress(phase=phases.append))
+    assert len(phases) == 1
+
+
+def test_release_drops_the_model_alone(pool, dev, still_right):
+    pool.release()
+    pool.release()
+    phases = []
+    sample(pool, dev, progress=Progress(phase=phases.append))
+    assert phases == ["loading the model"]
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_a_cancel_in_mid_run(pool, dev, still_right, after):
+    steps = []
+    with pytest.raises(Cancelled):
+        sample(pool, dev, LONG, Progress(step=lambda *_: steps.append(1), interrupted=lambda: len(steps) >= after))
+    # What was under way when the cancel was sent is not shown.
+    assert len(steps) == after
+
+
+def test_a_cancel_takes_effect_within_two_evaluations(pool, dev, still_right, monkeypatch):
+    """Evaluations are made slow here, so that the step that is shown is the one that the workers have just done."""
+    slow = inputs(SMALL, text=301, size=(64, 48))
+    prompt = Prompt(slow.context, slow.y, slow.guidance)
+    channel, evaluated = pool._workers.channel, []
+    receive = channel.receive
+
+    def recording_receive():
+        message, tensors = receive()
+        if isinstance(message, Step):
+            evaluated.append(message.index)
+        return message, tensors
+
+    def step(event, tensors):
+        if event.index == 2:
+            raise Interrupted
+
+    monkeypatch.setattr(channel, "receive", recording_receive)
+    with pytest.raises(Interrupted):
+        session(pool, dev).sample(slow.x, LONG, sampler="euler", positive=prompt, progress=Progress(step=step))
+    assert evaluated in ([0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4])
+
+
+class Interrupted(BaseException):
+    """As ComfyUI's own: no Exception."""
+
+
+ERRORS = [Interrupted("now"), ValueError("theirs"), OSError("disk full"), EOFError("theirs"), FastUSPError("theirs")]
+
+
+@pytest.mark.parametrize("where", ["step", "phase", "interrupted"])
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_the_callers_exceptions_cancel_and_come_through(pool, dev, still_right, error, where):
+    def fail(*_):
+        raise error
+
+    if where == "phase":
+        pool.release()
+    watch = Stopwatch()
+    with pytest.raises(type(error)) as raised:
+        sample(pool, dev, LONG, Progress(**{where: fail}))
+    assert raised.value is error
+    assert watch.seconds < 5
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """A request that cannot be served, and what its refusal says."""
+
+    says: str
+    tensors: dict = None
+    drop: str = ""
+    sampler: str = "euler"
+    options: dict = None
+    layout: Layout = Layout(ulysses=2, ring=1)
+    settings: Settings = Settings()
+    file: str = "right"
+
+
+WRONG = {
+    "sampler": Wrong("sampler 'euler_x' is not one of: euler,", sampler="euler_x"),
+    "option": Wrong("sampler 'euler' has no option eta", options={"eta": 1.0}),
+    "context width": Wrong("text encoders of another model", {"positive.context": randn(1, 7, 65, seed=0)}),
+    "context batch": Wrong(r"expected \(1, T, 64\)", {"positive.context": randn(2, 7, 64, seed=0)}),
+    "context rank": Wrong("the prompt's tensor", {"positive.context": randn(64, seed=0)}),
+    "no text": Wrong("the prompt's tensor", {"positive.context": torch.zeros(1, 0, 64)}),
+    "no context": Wrong("lacks tensor 'positive.context'", drop="positive.context"),
+    "channels": Wrong("do not fit the model", {"x": randn(1, 4, 8, 6, seed=0)}),
+    "latent rank": Wrong("do not fit the model", {"x": torch.tensor(1.0)}),
+    "no latents": Wrong("do not fit the model", {"x": torch.zeros(1, 16, 0, 6)}),
+    "no x": Wrong("lacks tensor 'x'", drop="x"),
+    "pooled width": Wrong("the pooled text", {"positive.y": randn(1, 31, seed=0)}),
+    "pooled rank": Wrong("the pooled text", {"positive.y": randn(32, seed=0)}),
+    "guidance": Wrong("the guidance", {"positive.guidance": torch.ones(3)}),
+    "negative": Wrong("the prompt's tensor", {"negative.context": randn(1, 7, 65, seed=0)}),
+    "sigmas": Wrong("are no list of levels", {"sigmas": torch.tensor(1.0)}),
+    "no sigmas": Wrong("lacks tensor 'sigmas'", drop="sigmas"),
+    "no noise": Wrong("lcm takes 2 draws of noise", sampler="lcm"),
+    "noise shape": Wrong("lcm takes 2 draws", {"noise": randn(2, 1, 16, 8, 5, seed=0)}, sampler="lcm"),
+    "noise rank": Wrong("lcm takes 2 draws", {"noise": torch.tensor(2.0)}, sampler="lcm"),
+    "mask alone": Wrong("lacks tensor 'latent_image'", {"mask": torch.ones(1, 1, 8, 6)}),
+    "mask shape": Wrong("'mask' .* does not fit", {"mask": torch.ones(1, 1, 8, 5)}),
+    "layout": Wrong("ulysses 1 x ring 1 does not fit a pool of 2 ranks", layout=Layout(ulysses=1, ring=1)),
+    "larger layout": Wrong("does not fit a pool of 2 ranks", layout=Layout(ulysses=2, ring=2)),
+    "attention": Wrong("'cudnn' does not exist", settings=Settings(attention="cudnn")),
+    "missing file": Wrong("cannot read the model file", file="missing"),
+    "truncated file": Wrong("truncated", file="truncated"),
+    "replaced file": Wrong("was replaced", file="replaced"),
+}
+
+
+def spec_for(kind: str, dev: Path, directory: Path):
+    if kind == "right":
+        return spec_of(dev)
+    path = directory / "model.safetensors"
+    data = dev.read_bytes()
+    path.write_bytes(data[: len(data) // 2] if kind == "truncated" else data)
+    spec = spec_of(path)
+    if kind == "missing":
+        path.unlink()
+    if kind == "replaced":
+        path.write_bytes(data + b"more")
+    return spec
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+def test_a_refused_request_harms_nothing(pool, dev, tmp_path, still_right, wrong):
+    tensors = {"sigmas": SHORT, **TENSORS, **(wrong.tensors or {})}
+    tensors.pop(wrong.drop, None)
+
+    def request(number: int) -> Sample:
+        return Sample(
+            id=number,
+            model=spec_for(wrong.file, dev, tmp_path),
+            layout=wrong.layout,
+            settings=wrong.settings,
+            sampler=wrong.sampler,
+            options=wrong.options or {},
+            timestep_scale=1.0,
+            cfg=1.0,
+        )
+
+    with pytest.raises(RequestError, match=wrong.says):
+        pool.run(request, tensors)
+
+
+def test_a_degree_that_the_heads_forbid_is_refused(shared_pool, dev):
+    three = shared_pool(3)
+    with pytest.raises(RequestError, match="Ulysses degree of 3 does not divide the model's 4 attention heads"):
+        evaluate(three, dev, Layout(ulysses=3, ring=1))
+    before = pids(three)
+    evaluate(three, dev, Layout(ulysses=1, ring=3))
+    assert pids(three) == before
+
+
+def test_tensors_are_kept_reused_and_forgotten(pool, dev, expected, still_right):
+    what = {"model": spec_of(dev), "layout": Layout(ulysses=1, ring=2), "settings": Settings()}
+    step, prompt = {"x": GIVEN.x, "timestep": GIVEN.timestep}, PROMPT.tensors()
+    numbers = {"context": 1001, "y": 1002, "guidance": 1003}
+
+    def run(tensors, **changes):
+        return pool.run(lambda number: Evaluate(id=number, **what, **changes), tensors)["output"]
+
+    kept = run(step | prompt, keep=numbers)
+    assert relative_difference(kept, expected) < 2e-5
+    assert torch.equal(run(step, reuse=numbers), kept)
+    # Another context under the name, the kept ones for the rest.
+    other = {"context": randn(1, 9, SMALL.context, seed=40)}
+    rest = {name: number for name, number in numbers.items() if name != "context"}
+    changed = run(step | other, keep={"context": 1004}, reuse=rest)
+    assert torch.equal(changed, run(step | prompt | other))
+    assert torch.equal(run(step, reuse=numbers), kept)
+    with pytest.raises(RequestError, match="'context' should have been kept as 1001"):
+        run(step, reuse=numbers, forget=[1001, 1004])
+    with pytest.raises(RequestError, match="lacks tensor 'context'"):
+        run(step | {"y": GIVEN.y}, reuse={"guidance": 1003})
+    with pytest.raises(RequestError, match="timestep"):
+        run({"x": GIVEN.x, "timestep": torch.ones(3), **prompt})
+    pool.release()
+    with pytest.raises(RequestError, match="should have been kept"):
+        run(step, reuse=numbers)
+
+
+def test_a_session_goes_on_after_a_refusal(pool, dev, expected, still_right, tmp_path):
+    """What a refused request was to keep is sent again."""
+    fresh = Prompt(GIVEN.context + 0, GIVEN.y * 2, GIVEN.guidance)
+    pool.release()
+    wrong = replace(session(pool, dev), model=spec_for("missing", dev, tmp_path))
+    with pytest.raises(RequestError):
+        wrong.evaluate(GIVEN.x, GIVEN.timestep, fresh, Progress())
+    first = session(pool, dev).evaluate(GIVEN.x, GIVEN.timestep, fresh, Progress())
+    assert torch.equal(session(pool, dev).evaluate(GIVEN.x, GIVEN.timestep, fresh, Progress()), first)
+    assert relative_difference(first, expected) > 1e-3
+
+
+def test_threads_take_turns(pool, dev, still_right):
+    alone = sample(pool, dev)
+    with ThreadPoolExecutor(4) as threads:
+        results = list(threads.map(lambda _: sample(pool, dev), range(8)))
+    assert all(torch.equal(result, alone) for result in results)
+
+
+def test_a_malformed_frame_of_the_client_is_refused(pool, dev, still_right):
+    pool._workers.channel._connection.send_bytes(b"FU\x00\x00 no message at all")
+    with pytest.raises(ProtocolError, match="refused a message"):
+        sample(pool, dev)
+
+
+@pytest.fixture(scope="module")
+def mortal(run_dirs):
+    """A pool whose processes these tests end; the next request starts new ones."""
+    pool = Pool(Devices(ranks=2))
+    yield pool
+    pool.close()
+
+
+@pytest.mark.parametrize("victim", [0, 1, "torchrun"])
+def test_death_in_mid_run(mortal, dev, expected, victim):
+    sample(mortal, dev)
+    before, directory = pids(mortal), run_dir(mortal)
+    target = mortal._workers._process.pid if victim == "torchrun" else before[victim]
+    watches = []
+
+    def step(event, tensors):
+        if event.index == 2:
+            with open(directory / "pool.log", "a") as log:
+                log.write('{"time": 1, "ra')  # a rank may die in the middle of a line
+            os.kill(target, signal.SIGKILL)
+            watches.append(Stopwatch())
+
+    with pytest.raises(PoolError) as failure:
+        sample(mortal, dev, LONG, Progress(step=step))
+    assert watches[0].seconds < 10
+    text = str(failure.value)
+    if victim == "torchrun":
+        assert "torchrun ended with exit code -9" in text
+    else:
+        assert f"rank {victim} (process {target}) was ended by SIGKILL" in text
+    assert "Last log lines:" in text and "[rank 1] INFO: rank 1 of 2 on cpu" in text
+    assert "The next prompt starts new ones" in text
+    wait_until(lambda: not processes_of(directory), 5)
+    assert mortal.status()["state"] == "off"
+
+    assert relative_difference(evaluate(mortal, dev), expected) < 2e-5
+    assert not set(pids(mortal)) & set(before)
+    assert not directory.exists()
+
+
+def test_the_next_request_survives_a_death_while_idle(mortal, dev, expected):
+    evaluate(mortal, dev)
+    before = pids(mortal)
+    os.kill(before[1], signal.SIGKILL)
+    wait_until(lambda: mortal.status()["state"] == "off", 10)
+    assert relative_difference(evaluate(mortal, dev), expected) < 2e-5
+    assert not set(pids(mortal)) & set(before)
+
+
+def test_close_in_mid_run_ends_the_request(mortal, dev):
+    sample(mortal, dev)
+    directory = run_dir(mortal)
+    closers = []
+
+    def step(event, tensors):
+        if event.index == 2:
+            closers.append(threading.Thread(target=mortal.close))
+            closers[0].start()
+
+    with pytest.raises(PoolError):
+        sample(mortal, dev, LONG, Progress(step=step))
+    closers[0].join(15)
+    assert not processes_of(directory) and not directory.exists()
+    with pytest.raises(PoolError, match="was closed"):
+        sample(mortal, dev)
+
+
+def test_close_leaves_nothing(run_dirs, shared_pool, dev, expected):
+    """Two pools at once: each has processes, a socket and answers of its own, and the end of one is its own."""
+    shm, descriptors = set(os.listdir("/dev/shm")), open_descriptors()
+    pool, other = Pool(Devices(ranks=2)), shared_pool(2)
+    assert pool.status() == {"devices": "cpu:2", "ranks": 2, "state": "off", "generation": 0}
+    pool.release()
+    pool.start()
+    pool.start()
+    assert pool.generation == 1 and pool.status()["state"] == "starting"
+    with ThreadPoolExecutor(2) as threads:
+        both = list(threads.map(lambda p: evaluate(p, dev), (pool, other)))
+    assert all(relative_difference(result, expected) < 2e-5 for result in both)
+    directory = run_dir(pool)
+    assert directory.parent == run_dirs and directory != run_dir(other)
+    assert not set(pids(pool)) & set(pids(other))
+    assert processes_of(directory) == {*pids(pool), pool._workers._process.pid}
+    pool.close()
+    pool.close()
+    assert not processes_of(directory) and not directory.exists()
+    assert pool.status()["state"] == "off"
+    wait_until(lambda: set(os.listdir("/dev/shm")) <= shm, 2)
+    assert relative_difference(evaluate(other, dev), expected) < 2e-5
+    assert open_descriptors() <= descriptors + 1
+
+
+def test_interrupted_while_the_workers_start(new_pool, dev):
+    pool = new_pool(1)
+    prompt = Prompt(GIVEN.context, GIVEN.y, GIVEN.guidance)
+    with pytest.raises(Cancelled):
+        session(pool, dev).evaluate(GIVEN.x, GIVEN.timestep, prompt, Progress(interrupted=lambda: True))
+    assert session(pool, dev).evaluate(GIVEN.x, GIVEN.timestep, prompt, Progress()).shape == GIVEN.x.shape
+    assert pool.generation == 1
+
+
+def connect(directory: Path, key: bytes):
+    return Client(str(directory / "control.sock"), family="AF_UNIX", authkey=key)
+
+
+def raw(directory: Path, data: bytes) -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(str(directory / "control.sock"))
+        sock.sendall(data)
+
+
+def test_strangers_are_refused(new_pool, dev, expected, monkeypatch):
+    pool = new_pool(1)
+    directory, key = run_dir(pool), pool._workers.run_dir.key
+    wait_until((directory / "control.sock").exists, 60)
+
+    with pytest.raises(AuthenticationError):
+        connect(directory, b"x" * 32)
+    with pytest.raises(AuthenticationError):
+        connect(directory, b"")
+    raw(directory, b"")
+    raw(directory, b"GET / HTTP/1.1\r\n\r\n" * 10)
+    raw(directory, b"\x00\x00\x00\x10" + bytes(16))
+    raw(directory, b"\x7f\xff\xff\xff")
+
+    for frame in (b"", b"garbage", os.urandom(300), b"FU\x00\x00\x00\x00\x00\x01\xc0"):
+        connection = connect(directory, key)
+        connection.send_bytes(frame)
+        with pytest.raises((EOFError, OSError)):
+            connection.recv_bytes()
+        connection.close()
+
+    oversized = connect(directory, key)
+    os.write(oversized.fileno(), b"\x7f\xff\xff\xff")
+    with pytest.raises((EOFError, OSError)):
+        oversized.recv_bytes()
+    oversized.close()
+    connect(directory, key).close()
+
+    for message in (Hello(version=VERSION + 1), Release(id=1)):
+        channel = Channel(connect(directory, key), ToClient)
+        channel.send(message)
+        reply, _ = channel.receive()
+        assert isinstance(reply, Failed) and reply.kind == "protocol"
+        assert f"expected Hello of protocol version {VERSION}" in reply.text
+        with pytest.raises((EOFError, OSError)):
+            channel.receive()
+        channel.close()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workers, "VERSION", VERSION + 1)
+        with pytest.raises(PoolError, match="another protocol version"):
+            evaluate(pool, dev)
+
+    assert relative_difference(evaluate(pool, dev), expected) < 2e-5
+    assert pool.generation == 1 and isinstance(pool._workers.ready, Ready)
+    log = (directory / "pool.log").read_text()
+    assert "a client was refused" in log and "a client was dropped" in log
+
+
+CLIENT = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+from support import SMALL, inputs, spec_of
+from fastusp_backend.config import Layout, Settings
+from fastusp_backend.devices import Devices
+from fastusp_backend.pool import Pool, Progress
+from fastusp_backend.pool.session import Prompt, Session
+pool = Pool(Devices(ranks=2))
+pool.start()
+print(pool._workers.run_dir.path, flush=True)
+given = inputs(SMALL, text=7, size=(8, 6))
+session = Session(pool, spec_of({model!r}), Layout(ulysses=2, ring=1), Settings())
+step = lambda event, tensors: print(event.index, flush=True)
+sigmas = torch.linspace(1, 0, 20_001)
+prompt = Prompt(given.context, given.y, given.guidance)
+session.sample(given.x, sigmas, sampler="euler", positive=prompt, progress=Progress(step=step))
+"""
+
+
+@pytest.mark.parametrize("moment", ["starting", "sampling"])
+def test_a_killed_client_takes_its_workers_along(new_pool, dev, moment):
+    program = CLIENT.format(tests=str(ROOT / "tests"), model=str(dev))
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    client = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=env)
+    try:
+        directory = Path(client.stdout.readline().strip())
+        if moment == "starting":
+            wait_until(lambda: len(processes_of(directory)) == 3, 60)
+        else:
+            assert client.stdout.readline().strip() == "0"
+            assert len(processes_of(directory)) == 3
+        client.send_signal(signal.SIGKILL)
+        client.wait()
+        wait_until(lambda: not processes_of(directory), 5)
+        assert directory.exists()
+        new_pool(1)
+        assert not directory.exists()
+    finally:
+        client.kill()
+        client.wait()
+        client.stdout.close()
