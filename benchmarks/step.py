@@ -18,7 +18,8 @@ import torch.distributed as dist
 from fastusp_backend.comm.mesh import make_mesh, single_rank_mesh
 from fastusp_backend.comm.transport import Transport
 from fastusp_backend.config import Layout, Settings
-from fastusp_backend.engine.denoiser import Conditioning, Denoiser
+from fastusp_backend.engine import Denoiser
+from fastusp_backend.models.family import Conditioning
 from fastusp_backend.models.flux import Flux, FluxConfig
 
 FLUX_DEV = FluxConfig(

@@ -1,4 +1,4 @@
-"""Evaluations of FLUX over all ranks: latents in, velocity out, both whole on every rank.
+"""Evaluations of a transformer over all ranks: latents in, velocity out, both whole on every rank.
 
 What does not change from step to step is computed once: a prompt's text tokens, and the modulations of all its
 timesteps.
@@ -15,8 +15,8 @@ from ..comm.mesh import Mesh
 from ..comm.shards import SequenceShards
 from ..comm.transport import Transport
 from ..config import Settings
-from ..errors import RequestError
-from ..models.flux import PATCH, Flux
+from ..models.family import Conditioning, Transformer
+from ..models.patches import patch_grid
 from ..models.segments import Segments
 from .step import Step
 
@@ -24,16 +24,6 @@ KEPT_STEPS = 4
 """Shapes whose buffers and graphs are kept."""
 KEPT_ROWS = 256
 """Modulation rows kept per prompt: 2.1 MB each for FLUX.1 in bf16, batch 1."""
-
-
-@dataclass(frozen=True, eq=False)
-class Conditioning:
-    """What a prompt gives the model: context (B, T, E), y (B, V) pooled text, guidance (B,) or (1,). Compared by
-    identity: what is computed from it is kept as long as it lives."""
-
-    context: torch.Tensor
-    y: torch.Tensor | None = None
-    guidance: torch.Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -45,7 +35,7 @@ class _Computed:
 class Denoiser:
     """velocity = denoiser(x, timestep, conditioning), computed by all ranks of the mesh together."""
 
-    def __init__(self, model: Flux, mesh: Mesh, transport: Transport, settings: Settings, dtype: torch.dtype):
+    def __init__(self, model: Transformer, mesh: Mesh, transport: Transport, settings: Settings, dtype: torch.dtype):
         self.model, self.mesh, self.transport, self.settings, self.dtype = model, mesh, transport, settings, dtype
         self.attention_name, self._attend = choose(settings.attention, mesh.device, dtype)
         self._segments = Segments(compiled=settings.compile and mesh.device.type == "cuda")
@@ -53,24 +43,6 @@ class Denoiser:
         self._steps: OrderedDict[tuple, Step] = OrderedDict()
         self._generation = transport.generation
         self._graph_memory = torch.cuda.graph_pool_handle() if mesh.device.type == "cuda" else None
-
-    def check(self, x: torch.Tensor, conditioning: Conditioning) -> None:
-        """Raises RequestError for tensors that do not fit the model."""
-        config, b = self.model.config, len(x) if x.dim() else 0
-        context, y, guidance = conditioning.context, conditioning.y, conditioning.guidance
-        if x.dim() != 4 or x.shape[1] != config.channels or not x.numel():
-            raise RequestError(f"latents {tuple(x.shape)} do not fit the model: expected (B, {config.channels}, h, w)")
-        if context.dim() != 3 or context.shape[0] != b or context.shape[1] < 1 or context.shape[2] != config.context:
-            raise RequestError(
-                f"the prompt's tensor {tuple(context.shape)} does not fit the model: "
-                f"expected ({b}, T, {config.context}). Was it made by the text encoders of another model?"
-            )
-        if y is not None and (y.dim() != 2 or y.shape[0] != b or y.shape[1] < config.pooled):
-            raise RequestError(
-                f"the pooled text {tuple(y.shape)} does not fit the model: expected ({b}, {config.pooled})"
-            )
-        if guidance is not None and guidance.shape not in ((1,), (b,)):
-            raise RequestError(f"the guidance {tuple(guidance.shape)} does not fit the latents: expected ({b},)")
 
     @torch.inference_mode()
     def prepare(self, timesteps: list[float], conditioning: Conditioning) -> None:
@@ -96,7 +68,7 @@ class Denoiser:
             context = conditioning.context
             shards = SequenceShards(self.mesh.layout, context.shape[1], 0)
             local = shards.take_text(context.to(self.dtype), self.mesh.rank, dim=1)
-            self._computed[conditioning] = _Computed(self.model.txt_in(local), OrderedDict())
+            self._computed[conditioning] = _Computed(self.model.embed_text(local), OrderedDict())
         return self._computed[conditioning]
 
     def _add_rows(self, computed: _Computed, conditioning: Conditioning, keys: list[tuple[float, ...]]) -> None:
@@ -105,7 +77,7 @@ class Denoiser:
             return
         device = conditioning.context.device
         timesteps = torch.tensor(missing, dtype=torch.float32, device=device)
-        table = self.model.modulation_table(timesteps, conditioning.guidance, conditioning.y, self.dtype)
+        table = self.model.modulation_table(timesteps, conditioning, self.dtype)
         computed.rows.update(zip(missing, table, strict=True))
         while len(computed.rows) > max(KEPT_ROWS, len(keys)):
             computed.rows.popitem(last=False)
@@ -116,9 +88,8 @@ class Denoiser:
             self._generation = self.transport.generation
         key = (*x.shape, text)
         if key not in self._steps:
-            height, width = x.shape[2:]
-            tokens = -(-height // PATCH) * -(-width // PATCH)
-            shards = SequenceShards(self.mesh.layout, text, tokens)
+            rows, columns = patch_grid(*x.shape[-2:])
+            shards = SequenceShards(self.mesh.layout, text, rows * columns)
             while len(self._steps) >= KEPT_STEPS:
                 self._steps.popitem(last=False)
             self._steps[key] = Step(

@@ -5,7 +5,7 @@ import torch
 from ..comm.mesh import Mesh, make_mesh, single_rank_mesh
 from ..comm.transport import Transport
 from ..config import Layout, ModelSpec, Settings
-from ..models.flux import Flux
+from ..models.family import Transformer
 from ..models.loading import load_model
 from .denoiser import Denoiser
 
@@ -16,7 +16,7 @@ class Engine:
     def __init__(self, device: torch.device):
         self.device = device
         self._spec: ModelSpec | None = None
-        self._model: Flux | None = None
+        self._model: Transformer | None = None
         self._meshes: dict[Layout, tuple[Mesh, Transport]] = {}
         self._denoiser: tuple[Layout, Settings, Denoiser] | None = None
 

@@ -9,10 +9,9 @@ from ..comm.mesh import Mesh
 from ..comm.shards import SequenceShards
 from ..comm.transport import Transport
 from ..config import Settings
-from ..models.flux import AXES, PATCH, THETA, Flux
-from ..models.layers import rope_tables
+from ..models.family import Transformer
+from ..models.patches import patch_grid, patchify, unpatchify
 from ..models.segments import Segments
-from .latents import patchify, positions, unpatchify
 
 
 class Step:
@@ -21,7 +20,7 @@ class Step:
 
     def __init__(
         self,
-        model: Flux,
+        model: Transformer,
         mesh: Mesh,
         transport: Transport,
         attend: Attend,
@@ -36,12 +35,12 @@ class Step:
         self._gather = GroupExchange(mesh.world) if mesh.world else None
         exchange = transport.exchange(shards, batch, config.heads, config.hidden // config.heads, dtype)
         self._joint = JointAttention(mesh, attend, shards, exchange, overlap=settings.overlap)
-        self._size = x.shape[2:]
-        self._grid = tuple(-(-n // PATCH) for n in self._size)
-        ids = positions(shards.text, self._grid, x.device)
+        self._size = x.shape[-2:]
+        self._grid = patch_grid(*self._size)
+        text, image = model.rope(shards.text, self._grid, x.device)
         self._rope = (
-            rope_tables(shards.take_text(ids[0], mesh.rank, dim=0), AXES, THETA),
-            rope_tables(shards.take_image(ids[1], mesh.rank, dim=0), AXES, THETA),
+            tuple(shards.take_text(table, mesh.rank, dim=0) for table in text),
+            tuple(shards.take_image(table, mesh.rank, dim=0) for table in image),
         )
         self._x = x.new_empty(x.shape, dtype=dtype)
         self._text = x.new_empty(batch, shards.local_text, config.hidden, dtype=dtype)

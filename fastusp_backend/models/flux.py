@@ -18,12 +18,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..attention import ALL, ONLY_K, ONLY_Q, ONLY_V, JointAttention, Rope
-from .layers import HeadNorm, Linear, timestep_embedding
+from ..errors import RequestError
+from .family import Conditioning, check_prompt
+from .layers import HeadNorm, Linear, rope_tables, timestep_embedding
+from .patches import PATCH
 from .segments import Segments, gelu_linear
 
 AXES = (16, 56, 56)
 THETA = 10_000.0
-PATCH = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +41,9 @@ class FluxConfig:
     double_blocks: int
     single_blocks: int
     guidance: bool
+
+    def build(self) -> "Flux":
+        return Flux(self)
 
 
 class Embedder(nn.Module):
@@ -224,13 +229,33 @@ class Flux(nn.Module):
         config = self.config
         return (12 * config.double_blocks + 3 * config.single_blocks + 2) * config.hidden
 
-    def modulation_table(
-        self, timesteps: torch.Tensor, guidance: torch.Tensor | None, y: torch.Tensor | None, dtype: torch.dtype
-    ) -> torch.Tensor:
-        """timesteps (n, B), guidance (B,) or (1,), y (B, pooled) -> (n, B, modulation_width), computed in `dtype`.
+    def check(self, x: torch.Tensor, conditioning: Conditioning) -> None:
+        """Raises RequestError for latents or a prompt that do not fit the model."""
+        config, y = self.config, conditioning.y
+        if x.dim() != 4 or x.shape[1] != config.channels or not x.numel():
+            raise RequestError(f"latents {tuple(x.shape)} do not fit the model: expected (B, {config.channels}, h, w)")
+        if problem := check_prompt(x, conditioning, width=config.context):
+            raise RequestError(problem)
+        if y is not None and (y.dim() != 2 or len(y) != len(x) or y.shape[1] < config.pooled):
+            raise RequestError(
+                f"the pooled text {tuple(y.shape)} does not fit the model: expected ({len(x)}, {config.pooled})"
+            )
+
+    def embed_text(self, context: torch.Tensor) -> torch.Tensor:
+        return self.txt_in(context)
+
+    def rope(self, text: int, grid: tuple[int, int], device: torch.device) -> tuple[Rope, Rope]:
+        """Text tokens are all at (0, 0, 0), image tokens at (0, row, column)."""
+        rows, columns = torch.meshgrid(*(torch.arange(n, device=device) for n in grid), indexing="ij")
+        image = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
+        return rope_tables(image.new_zeros(text, 3), AXES, THETA), rope_tables(image, AXES, THETA)
+
+    def modulation_table(self, timesteps: torch.Tensor, conditioning: Conditioning, dtype: torch.dtype) -> torch.Tensor:
+        """timesteps (n, B) -> (n, B, modulation_width), computed in `dtype`.
 
         As in ComfyUI, a dev model without guidance gets none and a missing y counts as zeros.
         """
+        guidance, y = conditioning.guidance, conditioning.y
         n, batch = timesteps.shape
         vec = self.time_in(timestep_embedding(timesteps.flatten(), 256).to(dtype)).unflatten(0, (n, batch))
         if self.guidance_in is not None and guidance is not None:

@@ -14,8 +14,9 @@ import safetensors.torch
 import torch
 
 from ..config import Layout
-from ..engine import Conditioning, Denoiser, Engine
+from ..engine import Denoiser, Engine
 from ..errors import Cancelled, FastUSPError, LayoutError, RequestError
+from ..models.family import Conditioning
 from ..protocol import Done, Evaluate, Failed, Phase, Release, Sample, Shutdown, Step
 from ..protocol.messages import Request
 from ..sampling import SAMPLERS, GuidedModel, Inpainting, StepState
@@ -104,7 +105,7 @@ class Runner:
             negative = _conditioning(tensors, "negative.") if "negative.context" in tensors else None
             timesteps = [s * request.timestep_scale for s in SAMPLERS[request.sampler].evaluations(sigmas)]
             for conditioning in filter(None, (positive, negative)):
-                denoiser.check(x, conditioning)
+                denoiser.model.check(x, conditioning)
                 denoiser.prepare(timesteps, conditioning)
             masked = "mask" in tensors
             model = GuidedModel(
@@ -151,7 +152,7 @@ class Runner:
         def prepare() -> tuple[Denoiser, Conditioning, torch.Tensor, torch.Tensor]:
             x, conditioning = _take(tensors, "x"), self._kept_conditioning(request, tensors)
             denoiser = self._engine.denoiser(request.layout, request.settings)
-            denoiser.check(x, conditioning)
+            denoiser.model.check(x, conditioning)
             timestep = _take(tensors, "timestep").cpu()
             if timestep.shape != x.shape[:1]:
                 raise RequestError(

@@ -6,7 +6,8 @@ import torch
 from fastusp_backend.comm.mesh import single_rank_mesh
 from fastusp_backend.comm.transport import Transport
 from fastusp_backend.config import Settings
-from fastusp_backend.engine import Conditioning, Denoiser
+from fastusp_backend.engine import Denoiser
+from fastusp_backend.models.family import Conditioning
 from fastusp_backend.models.flux import Flux
 from fastusp_backend.models.synthetic import TINY_FLUX, random_state
 

@@ -6,7 +6,7 @@ from support import randn
 
 from fastusp_backend.comm.shards import SequenceShards
 from fastusp_backend.config import Layout
-from fastusp_backend.engine.latents import patchify, positions, unpatchify
+from fastusp_backend.models.patches import patchify, unpatchify
 
 pytestmark = pytest.mark.unit
 
@@ -70,9 +70,3 @@ def test_patches(size):
             # Odd sizes wrap round: a row too many is the first one.
             patch = x[:, :, [2 * row, (2 * row + 1) % height]][..., [2 * column, (2 * column + 1) % width]]
             assert torch.equal(tokens[:, row * grid[1] + column], patch.flatten(1))
-
-
-def test_positions():
-    text, image = positions(2, (2, 3), torch.device("cpu"))
-    assert text.tolist() == [[0, 0, 0]] * 2
-    assert image.tolist() == [[0, 0, 0], [0, 0, 1], [0, 0, 2], [0, 1, 0], [0, 1, 1], [0, 1, 2]]

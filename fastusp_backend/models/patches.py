@@ -1,9 +1,14 @@
-"""Between latents and image tokens. Shapes: B batch, C channels, h w latent height and width, S image tokens."""
+"""Between latents and image tokens of 2 x 2 latent pixels. Shapes: B batch, C channels, h w latents, S image tokens."""
 
 import torch
 import torch.nn.functional as F
 
-from ..models.flux import PATCH
+PATCH = 2
+
+
+def patch_grid(height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of patches; odd sizes count as the next even ones."""
+    return -(-height // PATCH), -(-width // PATCH)
 
 
 def patchify(x: torch.Tensor) -> torch.Tensor:
@@ -19,10 +24,3 @@ def unpatchify(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """tokens (B, S, 4 C), grid (rows, columns) -> (B, C, 2 rows, 2 columns)."""
     x = tokens.unflatten(1, grid).unflatten(3, (-1, PATCH, PATCH))  # B, rows, columns, C, 2, 2
     return x.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
-
-
-def positions(text: int, grid: tuple[int, int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """FLUX's rotary positions: (T, 3) zeros for text, (S, 3) of (0, row, column) for image tokens."""
-    rows, columns = torch.meshgrid(*(torch.arange(n, device=device) for n in grid), indexing="ij")
-    image = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
-    return torch.zeros(text, 3, dtype=image.dtype, device=device), image
