@@ -15,7 +15,7 @@ demo: $(VENV)/ready
 	$(RUN) -m fastusp_backend demo
 
 test: $(VENV)/ready
-	$(RUN) -m pytest $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

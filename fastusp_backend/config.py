@@ -43,10 +43,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     wire: what crosses a link; `exact` sends the compute type as it is.
     attention: the local attention back end; `auto` takes the fastest that the device and type allow.
+    compile: element-wise segments through the compiler (GPUs). cuda_graphs: a whole evaluation as one graph (GPUs).
+    overlap: exchanges run beside computation instead of being awaited where they start.
     """
 
     wire: WireChoice = "exact"
     attention: AttentionChoice = "auto"
+    compile: bool = True
+    cuda_graphs: bool = True
+    overlap: bool = True
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):

@@ -13,7 +13,7 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrapper
 
 from ..fastusp_backend.errors import FastUSPError
 from ..fastusp_backend.models.checkpoint import TensorInfo
-from ..fastusp_backend.models.flux import PATCH
+from ..fastusp_backend.models.patches import PATCH
 from ..fastusp_backend.pool import Prompt, Session
 from .host import Unsupported, following, progress
 from .remote_loop import sample_in_workers

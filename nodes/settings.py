@@ -33,10 +33,32 @@ class USPSettings(io.ComfyNode):
                     "and "
                     "efficient run on GPUs, flash also on CPU ranks; math is the slow reference and runs everywhere.",
                 ),
+                io.Boolean.Input(
+                    "compile",
+                    optional=True,
+                    default=True,
+                    tooltip="Fuse the element-wise parts by torch.compile. GPUs only; CPU ranks run them as they are.",
+                ),
+                io.Boolean.Input(
+                    "cuda_graphs",
+                    optional=True,
+                    default=True,
+                    tooltip="Replay a whole evaluation as one CUDA graph, so that no GPU waits for its CPU. GPUs only.",
+                ),
+                io.Boolean.Input(
+                    "overlap",
+                    optional=True,
+                    default=True,
+                    tooltip="Ranks compute on while their exchanges travel. Off: each exchange is awaited at once.",
+                ),
             ],
             outputs=[SettingsType.Output(display_name="settings", tooltip="Connect to USP Loader.")],
         )
 
     @classmethod
-    def execute(cls, wire: str, attention: str) -> io.NodeOutput:
-        return io.NodeOutput(Settings(wire=wire, attention=attention))
+    def execute(
+        cls, wire: str, attention: str, compile: bool = True, cuda_graphs: bool = True, overlap: bool = True
+    ) -> io.NodeOutput:
+        return io.NodeOutput(
+            Settings(wire=wire, attention=attention, compile=compile, cuda_graphs=cuda_graphs, overlap=overlap)
+        )

@@ -1,70 +1,95 @@
-"""Unified sequence parallelism (Ulysses x ring, arXiv 2405.07719) as one attention call.
+"""Unified sequence parallelism (Ulysses x ring, arXiv 2405.07719) as steps that a model's schedule places.
 
-Ulysses trades tokens for heads: before attention an all-to-all gives each rank of a Ulysses group all of the group's
-tokens for its own heads, after it another gives the tokens back. The ring then passes keys and values round, so that
-every token sees all others; the partial results are merged by their LSE (arXiv 2310.01889).
+Ulysses trades tokens for heads: before attention an exchange gives each rank of a Ulysses group all of the group's
+tokens for its own heads, after it another gives the tokens back. Between them the ring passes keys and values round,
+so that every token sees all others; the partial results are merged by their LSE (arXiv 2310.01889).
 """
 
 import torch
 
-from ..comm.exchange import CollectiveExchange, Exchange
+from ..comm.exchange import GroupExchange
 from ..comm.mesh import Mesh
-from ..comm.shards import SequenceShards, select_runs
+from ..comm.shards import SequenceShards
+from ..comm.ulysses import K, Q, UlyssesExchange, V
+from ..kernels.place import place
 from .local import Attend, merge
 
+ALL = slice(Q, V + 1)
+ONLY_Q, ONLY_K, ONLY_V = slice(Q, Q + 1), slice(K, K + 1), slice(V, V + 1)
 
-class USPAttention:
-    """Attention over the whole sequence for the tokens of one rank.
+Rope = tuple[torch.Tensor, torch.Tensor]
 
-    Called with q, k, v (B, L, H, D), where L is the rank's [text, image] tokens and H all heads; returns (B, L, H, D).
+
+class JointAttention:
+    """Attention over the whole sequence for one rank's tokens, for tensors of one shape.
+
+    A layer calls `project` once or more (in the same order on all ranks), then `attend`, then `collect`. With
+    `overlap` the exchanges run beside whatever the layer computes in between; without it each is awaited where it
+    starts.
     """
 
-    def __init__(self, mesh: Mesh, attend: Attend):
-        self._mesh = mesh
-        self._attend = attend
-        self._ulysses: Exchange | None = CollectiveExchange(mesh.ulysses) if mesh.ulysses else None
-        self._ring: Exchange | None = CollectiveExchange(mesh.ring) if mesh.ring else None
+    def __init__(self, mesh: Mesh, attend: Attend, shards: SequenceShards, exchange: UlyssesExchange, *, overlap: bool):
+        self._mesh, self._attend, self._shards, self._exchange = mesh, attend, shards, exchange
+        self._ring = GroupExchange(mesh.ring) if mesh.ring else None
+        self._overlap = overlap
+        self._own_regions = shards.regions(exchange.position)
+        self._valid = [shards.valid(position) for position in range(mesh.layout.ring)]
+        self._scale = exchange.received.shape[-1] ** -0.5
 
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shards: SequenceShards) -> torch.Tensor:
-        scale = q.shape[-1] ** -0.5
-        if self._ulysses is None:
-            return self._over_ring(q, k, v, shards, scale)
-        q, k, v = self._to_heads(q, k, v)
-        return self._to_tokens(self._over_ring(q, k, v, shards, scale))
+    def project(
+        self,
+        projected: torch.Tensor,
+        scales: tuple[torch.Tensor | None, ...],
+        rope: Rope,
+        which: slice = ALL,
+        *,
+        text: bool = True,
+        image: bool = True,
+    ) -> None:
+        """Takes projected (B, R, T C) of this rank's text rows, image rows or both, T tensors `which` of q, k, v,
+        and starts sending them. scales: norm weights (D,), None for v. rope: cos, sin of these rows."""
+        first_row = 0 if text else self._shards.local_text
+        exchange = self._exchange
+        place(
+            projected,
+            scales,
+            rope,
+            which,
+            first_row,
+            exchange.received,
+            exchange.outgoing,
+            exchange.position,
+            self._own_regions,
+        )
+        self._exchange.send(which, text=text, image=image)
+        if not self._overlap:
+            self._exchange.wait()
 
-    def _to_heads(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """n tensors (B, L, H, D) -> n tensors (B, U L, H / U, D), in one exchange."""
-        u = self._mesh.layout.ulysses
-        x = torch.stack(tensors)
-        n, b, length, heads, d = x.shape
-        x = x.reshape(n, b, length, u, heads // u, d).permute(3, 0, 1, 2, 4, 5)
-        received = self._ulysses.all_to_all(x)()  # (U, n, B, L, H / U, D)
-        return received.permute(1, 2, 0, 3, 4, 5).reshape(n, b, u * length, heads // u, d).unbind(0)
+    def attend(self) -> None:
+        """Awaits what was projected, attends, and starts returning the tokens to their owners."""
+        self._exchange.wait()
+        q, k, v = self._exchange.received.unbind(0)
+        attended = self._over_ring(q, self._exchange.received[K:]) if self._ring else self._over_own(q, k, v)
+        self._exchange.give_back(attended)
 
-    def _to_tokens(self, out: torch.Tensor) -> torch.Tensor:
-        """(B, U L, H / U, D) -> (B, L, H, D)."""
-        u = self._mesh.layout.ulysses
-        b, length, heads, d = out.shape
-        x = out.reshape(b, u, length // u, heads, d).transpose(0, 1)
-        received = self._ulysses.all_to_all(x)()  # (U, B, L, H / U, D): chunk p holds rank p's heads
-        return received.permute(1, 2, 0, 3, 4).reshape(b, length // u, u * heads, d)
+    def collect(self) -> torch.Tensor:
+        """The attended tokens of this rank: (B, L, C), text first."""
+        return self._exchange.take_back()
 
-    def _over_ring(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shards: SequenceShards, scale: float
-    ) -> torch.Tensor:
+    def _over_own(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        valid = self._valid[0]
+        return self._attend(q, k[:, valid], v[:, valid], self._scale)[0]
+
+    def _over_ring(self, q: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
+        """block (2, B, N, h, D): keys and values of this rank's place in the ring."""
         position, size = self._mesh.ring_position, self._mesh.layout.ring
-        if size == 1:
-            runs = shards.valid_runs(0)
-            return self._attend(q, select_runs(k, runs, dim=1), select_runs(v, runs, dim=1), scale)[0]
-
-        block = torch.stack((k, v))
         merged: tuple[torch.Tensor, torch.Tensor] | None = None
         for hop in range(size):
             arriving = self._ring.shift(block) if hop < size - 1 else None
             # After `hop` shifts this rank holds the block of the rank `hop` places before it.
-            runs = shards.valid_runs((position - hop) % size)
-            if runs:
-                part = self._attend(q, *select_runs(block, runs, dim=2).unbind(0), scale)
+            valid = self._valid[(position - hop) % size]
+            if valid.start < valid.stop:
+                part = self._attend(q, block[0][:, valid], block[1][:, valid], self._scale)
                 merged = part if merged is None else merge(*merged, *part)
             if arriving:
                 block = arriving()

@@ -1,11 +1,9 @@
 """Moving tensors between ranks: start an exchange, compute something else, await what arrived.
 
-An Exchange belongs to one axis of the mesh. `CollectiveExchange` runs on the process group's own back end: gloo on CPU
-ranks, NCCL on GPUs.
+These run on the process group's own back end: gloo on CPU ranks, NCCL on GPUs. Ulysses' exchange is in ulysses.py.
 """
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -14,34 +12,16 @@ Pending = Callable[[], torch.Tensor]
 """An exchange under way; calling it once waits and returns what arrived."""
 
 
-class Exchange(Protocol):
-    """P ranks in a row; this one is `position`."""
-
-    def all_to_all(self, x: torch.Tensor) -> Pending:
-        """x (P, ...), chunk p for rank p -> (P, ...), chunk p from rank p. x must stay unwritten until awaited."""
-
-    def shift(self, x: torch.Tensor) -> Pending:
-        """Sends x to the next rank of the ring; what arrives is the previous rank's x, of the same shape."""
-
-    def all_gather(self, x: torch.Tensor) -> Pending:
-        """x (...) -> (P, ...), every rank's x in rank order."""
-
-
-class CollectiveExchange:
-    """Exchange by torch.distributed's asynchronous collectives."""
+class GroupExchange:
+    """P ranks in a row, by torch.distributed's asynchronous collectives."""
 
     def __init__(self, group: dist.ProcessGroup):
         self._group = group
         self._ranks = dist.get_process_group_ranks(group)
         self._position = self._ranks.index(dist.get_rank())
 
-    def all_to_all(self, x: torch.Tensor) -> Pending:
-        x = x.contiguous()
-        out = torch.empty_like(x)
-        work = dist.all_to_all_single(out, x, group=self._group, async_op=True)
-        return _awaiting(out, [work], x)
-
     def shift(self, x: torch.Tensor) -> Pending:
+        """Sends x to the next rank of the ring; what arrives is the previous rank's x, of the same shape."""
         x = x.contiguous()
         out = torch.empty_like(x)
         size = len(self._ranks)
@@ -53,6 +33,7 @@ class CollectiveExchange:
         return _awaiting(out, dist.batch_isend_irecv(transfers), x)
 
     def all_gather(self, x: torch.Tensor) -> Pending:
+        """x (...) -> (P, ...), every rank's x in rank order."""
         x = x.contiguous()
         out = x.new_empty(len(self._ranks), *x.shape)
         work = dist.all_gather_into_tensor(out.view(-1), x.view(-1), group=self._group, async_op=True)

@@ -1,9 +1,9 @@
-"""Which tokens of the joint sequence [text, image] a rank holds, and which gathered tokens are real.
+"""Which tokens of the joint sequence [text, image] a rank holds, and where gathered tokens lie.
 
 Each stream is cut into equal local lengths, padded only as far as that needs: text in front of its first token, image
-behind its last. A rank holds [its text, its image], so in the common case all padding of the gathered sequence lies
-at its two ends and one slice removes it. Padded tokens are computed (they are finite) but never attended and never
-returned: attention is exact at any length.
+behind its last. A rank holds [its text, its image]; a Ulysses group gathers [all its text, all its image], so
+padding lies at the two ends of the gathered sequence and one slice removes it. Padded tokens are computed (they are
+finite) but never attended and never returned: attention is exact at any length.
 """
 
 from dataclasses import dataclass
@@ -34,6 +34,11 @@ class SequenceShards:
         return self.local_text + self.local_image
 
     @property
+    def gathered(self) -> int:
+        """Tokens, padding included, that a Ulysses group gathers."""
+        return self.layout.ulysses * self.local
+
+    @property
     def _text_padding(self) -> int:
         return self.local_text * self.layout.ranks - self.text
 
@@ -50,38 +55,25 @@ class SequenceShards:
         whole = parts.transpose(0, 1).flatten(1, 2)
         return whole[:, : self.image]
 
-    def valid_runs(self, ring_position: int) -> list[tuple[int, int]]:
-        """The real tokens, as [start, stop) runs, of what the Ulysses group at `ring_position` gathers.
+    def regions(self, position: int, *, text: bool = True, image: bool = True) -> list[tuple[slice, slice]]:
+        """Where Ulysses rank `position`'s tokens lie: (its local rows, their rows in the gathered sequence), per
+        stream."""
+        u, t, i = self.layout.ulysses, self.local_text, self.local_image
+        found = []
+        if text:
+            found.append((slice(0, t), slice(position * t, (position + 1) * t)))
+        if image:
+            start = u * t + position * i
+            found.append((slice(t, t + i), slice(start, start + i)))
+        return found
 
-        The gathered sequence is the ranks' [text, image] one behind the other: ulysses x (local_text + local_image).
-        """
-        runs: list[tuple[int, int]] = []
-        for i in range(self.layout.ulysses):
-            rank = ring_position * self.layout.ulysses + i
-            base = i * self.local
-            text_start = min(self.local_text, max(0, self._text_padding - rank * self.local_text))
-            image_stop = min(self.local_image, max(0, self.image - rank * self.local_image))
-            for start, stop in (
-                (base + text_start, base + self.local_text),
-                (base + self.local_text, base + self.local_text + image_stop),
-            ):
-                if start == stop:
-                    continue
-                if runs and runs[-1][1] == start:
-                    runs[-1] = (runs[-1][0], stop)
-                else:
-                    runs.append((start, stop))
-        return runs
-
-
-def select_runs(x: torch.Tensor, runs: list[tuple[int, int]], *, dim: int) -> torch.Tensor:
-    """Keeps the tokens in `runs` along `dim`: a view where they are one run, a copy else."""
-    if len(runs) == 1:
-        start, stop = runs[0]
-        return x.narrow(dim, start, stop - start)
-    if not runs:
-        return x.narrow(dim, 0, 0)
-    return torch.cat([x.narrow(dim, start, stop - start) for start, stop in runs], dim)
+    def valid(self, ring_position: int) -> slice:
+        """The real tokens of what the Ulysses group at `ring_position` gathers; may be empty."""
+        u = self.layout.ulysses
+        first = ring_position * u  # the group's first rank
+        text_start = min(u * self.local_text, max(0, self._text_padding - first * self.local_text))
+        image_count = min(u * self.local_image, max(0, self.image - first * self.local_image))
+        return slice(text_start, u * self.local_text + image_count)
 
 
 def _take(x: torch.Tensor, dim: int, start: int, length: int) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """The denoise step: what one evaluation of the model is on the ranks of a layout."""
 
-from .denoiser import Conditioning, Denoiser
+from .denoiser import Denoiser
 from .engine import Engine
 
-__all__ = ["Conditioning", "Denoiser", "Engine"]
+__all__ = ["Denoiser", "Engine"]

@@ -1,106 +1,110 @@
-"""One evaluation of FLUX over all ranks: latents in, velocity out, both whole on every rank.
+"""Evaluations of a transformer over all ranks: latents in, velocity out, both whole on every rank.
 
-Shapes: B batch, C latent channels, h w latent height and width, S image tokens, T text tokens.
+What does not change from step to step is computed once: a prompt's text tokens, and the modulations of all its
+timesteps.
 """
 
+import weakref
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
-from ..attention import USPAttention
 from ..attention.local import choose
-from ..comm.exchange import CollectiveExchange
 from ..comm.mesh import Mesh
 from ..comm.shards import SequenceShards
+from ..comm.transport import Transport
 from ..config import Settings
-from ..errors import RequestError
-from ..models.flux import AXES, PATCH, THETA, Flux
-from ..models.layers import rope_tables
+from ..models.family import Conditioning, Transformer
+from ..models.patches import patch_grid
+from ..models.segments import Segments
+from .step import Step
+
+KEPT_STEPS = 4
+"""Shapes whose buffers and graphs are kept."""
+KEPT_ROWS = 256
+"""Modulation rows kept per prompt: 2.1 MB each for FLUX.1 in bf16, batch 1."""
 
 
-@dataclass(frozen=True, slots=True)
-class Conditioning:
-    """What a prompt gives the model: context (B, T, E), y (B, V) pooled text, guidance (B,) or (1,)."""
-
-    context: torch.Tensor
-    y: torch.Tensor | None = None
-    guidance: torch.Tensor | None = None
+@dataclass(slots=True)
+class _Computed:
+    text: torch.Tensor
+    rows: OrderedDict[tuple[float, ...], torch.Tensor]
 
 
 class Denoiser:
     """velocity = denoiser(x, timestep, conditioning), computed by all ranks of the mesh together."""
 
-    def __init__(self, model: Flux, mesh: Mesh, settings: Settings, dtype: torch.dtype):
-        self.model = model
-        self.mesh = mesh
-        self.dtype = dtype
-        self.attention_name, attend = choose(settings.attention, mesh.device, dtype)
-        self._attention = USPAttention(mesh, attend)
-        self._gather = CollectiveExchange(mesh.world) if mesh.world else None
+    def __init__(self, model: Transformer, mesh: Mesh, transport: Transport, settings: Settings, dtype: torch.dtype):
+        self.model, self.mesh, self.transport, self.settings, self.dtype = model, mesh, transport, settings, dtype
+        self.attention_name, self._attend = choose(settings.attention, mesh.device, dtype)
+        self._segments = Segments(compiled=settings.compile and mesh.device.type == "cuda")
+        self._computed: weakref.WeakKeyDictionary[Conditioning, _Computed] = weakref.WeakKeyDictionary()
+        self._steps: OrderedDict[tuple, Step] = OrderedDict()
+        self._generation = transport.generation
+        self._graph_memory = torch.cuda.graph_pool_handle() if mesh.device.type == "cuda" else None
 
-    def check(self, x: torch.Tensor, conditioning: Conditioning) -> None:
-        """Raises RequestError for tensors that do not fit the model."""
-        config, b = self.model.config, len(x) if x.dim() else 0
-        context, y, guidance = conditioning.context, conditioning.y, conditioning.guidance
-        if x.dim() != 4 or x.shape[1] != config.channels or not x.numel():
-            raise RequestError(f"latents {tuple(x.shape)} do not fit the model: expected (B, {config.channels}, h, w)")
-        if context.dim() != 3 or context.shape[0] != b or context.shape[1] < 1 or context.shape[2] != config.context:
-            raise RequestError(
-                f"the prompt's tensor {tuple(context.shape)} does not fit the model: expected ({b}, T, "
-                f"{config.context}). "
-                "Was it made by the text encoders of another model?"
-            )
-        if y is not None and (y.dim() != 2 or y.shape[0] != b or y.shape[1] < config.pooled):
-            raise RequestError(
-                f"the pooled text {tuple(y.shape)} does not fit the model: expected ({b}, {config.pooled})"
-            )
-        if guidance is not None and guidance.shape not in ((1,), (b,)):
-            raise RequestError(f"the guidance {tuple(guidance.shape)} does not fit the latents: expected ({b},)")
+    @torch.inference_mode()
+    def prepare(self, timesteps: list[float], conditioning: Conditioning) -> None:
+        """Computes the modulations of these timesteps in one product per layer."""
+        batch = conditioning.context.shape[0]
+        keys = [(t,) * batch for t in timesteps]
+        self._add_rows(self._of(conditioning), conditioning, keys)
 
     @torch.inference_mode()
     def __call__(self, x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        """x (B, C, h, w), timestep (B,) in [0, 1] -> velocity (B, C, h, w) in the compute type."""
-        height, width = x.shape[-2:]
-        context = conditioning.context.to(self.dtype)
-        patches = patchify(x.to(self.dtype))
-        grid = -(-height // PATCH), -(-width // PATCH)
-        shards = SequenceShards(self.mesh.layout, context.shape[1], patches.shape[1])
-        rank = self.mesh.rank
+        """x (B, C, h, w), timestep (B,) in [0, 1] on the CPU -> velocity (B, C, h, w) in the compute type, valid until
+        the next call."""
+        computed = self._of(conditioning)
+        key = tuple(timestep.tolist())
+        if key not in computed.rows:
+            self._add_rows(computed, conditioning, [key])
+        computed.rows.move_to_end(key)
+        step = self._step(x, conditioning.context.shape[1])
+        return step.run(x, computed.text, computed.rows[key], self._graph_memory)
 
-        text_ids, image_ids = positions(context.shape[1], grid, x.device)
-        mods = self.model.modulations(timestep, conditioning.guidance, conditioning.y, self.dtype)
-        velocity = self.model(
-            shards.take_image(patches, rank, dim=1),
-            shards.take_text(context, rank, dim=1),
-            mods,
-            (
-                rope_tables(shards.take_text(text_ids, rank, dim=0), AXES, THETA),
-                rope_tables(shards.take_image(image_ids, rank, dim=0), AXES, THETA),
-            ),
-            lambda q, k, v: self._attention(q, k, v, shards),
-        )
-        parts = self._gather.all_gather(velocity)() if self._gather else velocity[None]
-        return unpatchify(shards.join_image(parts), grid)[..., :height, :width]
+    def _of(self, conditioning: Conditioning) -> _Computed:
+        if conditioning not in self._computed:
+            context = conditioning.context
+            shards = SequenceShards(self.mesh.layout, context.shape[1], 0)
+            local = shards.take_text(context.to(self.dtype), self.mesh.rank, dim=1)
+            self._computed[conditioning] = _Computed(self.model.embed_text(local), OrderedDict())
+        return self._computed[conditioning]
 
+    def _add_rows(self, computed: _Computed, conditioning: Conditioning, keys: list[tuple[float, ...]]) -> None:
+        missing = [key for key in dict.fromkeys(keys) if key not in computed.rows]
+        if not missing:
+            return
+        device = conditioning.context.device
+        timesteps = torch.tensor(missing, dtype=torch.float32, device=device)
+        table = self.model.modulation_table(timesteps, conditioning, self.dtype)
+        computed.rows.update(zip(missing, table, strict=True))
+        while len(computed.rows) > max(KEPT_ROWS, len(keys)):
+            computed.rows.popitem(last=False)
 
-def patchify(x: torch.Tensor) -> torch.Tensor:
-    """x (B, C, h, w) -> (B, S, 4 C) in channel, row, column order; odd sizes are padded circularly, as ComfyUI pads
-    them."""
-    b, c, height, width = x.shape
-    x = F.pad(x, (0, width % PATCH, 0, height % PATCH), mode="circular")
-    x = x.unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH))  # B, C, rows, 2, columns, 2
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * PATCH**2)
-
-
-def unpatchify(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """tokens (B, S, 4 C), grid (rows, columns) -> (B, C, 2 rows, 2 columns)."""
-    x = tokens.unflatten(1, grid).unflatten(3, (-1, PATCH, PATCH))  # B, rows, columns, C, 2, 2
-    return x.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
-
-
-def positions(text: int, grid: tuple[int, int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """FLUX's rotary positions: (T, 3) zeros for text, (S, 3) of (0, row, column) for image tokens."""
-    rows, columns = torch.meshgrid(*(torch.arange(n, device=device) for n in grid), indexing="ij")
-    image = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
-    return torch.zeros(text, 3, dtype=image.dtype, device=device), image
+    def _step(self, x: torch.Tensor, text: int) -> Step:
+        if self.transport.generation != self._generation:
+            self._steps.clear()  # their graphs hold addresses that have moved
+            self._generation = self.transport.generation
+        key = (*x.shape, text)
+        if key not in self._steps:
+            rows, columns = patch_grid(*x.shape[-2:])
+            shards = SequenceShards(self.mesh.layout, text, rows * columns)
+            while len(self._steps) >= KEPT_STEPS:
+                self._steps.popitem(last=False)
+            self._steps[key] = Step(
+                self.model,
+                self.mesh,
+                self.transport,
+                self._attend,
+                self.settings,
+                self._segments,
+                x,
+                shards,
+                self.dtype,
+            )
+            if self.transport.generation != self._generation:
+                self._steps = OrderedDict({key: self._steps[key]})
+                self._generation = self.transport.generation
+        self._steps.move_to_end(key)
+        return self._steps[key]

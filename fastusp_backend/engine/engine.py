@@ -1,10 +1,11 @@
-"""What a rank keeps between requests: the resident model and the meshes it has made."""
+"""What a rank keeps between requests: the resident model, the meshes it has made, and its compiled evaluations."""
 
 import torch
 
 from ..comm.mesh import Mesh, make_mesh, single_rank_mesh
+from ..comm.transport import Transport
 from ..config import Layout, ModelSpec, Settings
-from ..models.flux import Flux
+from ..models.family import Transformer
 from ..models.loading import load_model
 from .denoiser import Denoiser
 
@@ -15,8 +16,9 @@ class Engine:
     def __init__(self, device: torch.device):
         self.device = device
         self._spec: ModelSpec | None = None
-        self._model: Flux | None = None
-        self._meshes: dict[Layout, Mesh] = {}
+        self._model: Transformer | None = None
+        self._meshes: dict[Layout, tuple[Mesh, Transport]] = {}
+        self._denoiser: tuple[Layout, Settings, Denoiser] | None = None
 
     @property
     def heads(self) -> int:
@@ -28,11 +30,12 @@ class Engine:
     def holds(self, spec: ModelSpec) -> bool:
         return self._spec == spec
 
-    def mesh(self, layout: Layout) -> Mesh:
+    def mesh(self, layout: Layout) -> tuple[Mesh, Transport]:
         """Collective: all ranks ask for the same layout."""
         if layout not in self._meshes:
             single = layout.ranks == 1
-            self._meshes[layout] = single_rank_mesh(self.device) if single else make_mesh(layout, self.device)
+            mesh = single_rank_mesh(self.device) if single else make_mesh(layout, self.device)
+            self._meshes[layout] = mesh, Transport(mesh)
         return self._meshes[layout]
 
     def load(self, spec: ModelSpec) -> None:
@@ -44,13 +47,21 @@ class Engine:
         self._spec = spec
 
     def denoiser(self, layout: Layout, settings: Settings) -> Denoiser:
-        """The resident model under a layout and options. Raises ValueError for options this device does not have."""
+        """The resident model under a layout and options; the last one asked for is kept, with its graphs.
+
+        Raises ValueError for options this device does not have.
+        """
         if self._model is None or self._spec is None:
             raise RuntimeError("no model is loaded")
-        return Denoiser(self._model, self.mesh(layout), settings, getattr(torch, self._spec.compute))
+        if self._denoiser is None or self._denoiser[:2] != (layout, settings):
+            self._denoiser = None
+            mesh, transport = self.mesh(layout)
+            dtype = getattr(torch, self._spec.compute)
+            self._denoiser = layout, settings, Denoiser(self._model, mesh, transport, settings, dtype)
+        return self._denoiser[2]
 
     def release(self) -> None:
         """Drops the resident model and gives its memory back."""
-        self._spec = self._model = None
+        self._spec = self._model = self._denoiser = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

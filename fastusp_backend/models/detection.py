@@ -2,6 +2,7 @@
 
 from ..errors import CheckpointError
 from .checkpoint import TensorInfo
+from .family import Config
 from .flux import FluxConfig
 
 HEAD_DIM = 128
@@ -24,7 +25,7 @@ _FOREIGN = (
 )
 
 
-def detect(header: dict[str, TensorInfo], path: str) -> FluxConfig:
+def detect(header: dict[str, TensorInfo], path: str) -> Config:
     """The configuration of the model in a file. `path` is for the error.
 
     Raises CheckpointError naming the family that was found instead, or the first tensors that are missing.

@@ -1,27 +1,31 @@
 """FLUX.1 (dev, schnell; any size with head dim 128) in the original (BFL) key layout.
 
 Two towers, text and image, run 'double' blocks that attend jointly; their joined sequence then runs 'single' blocks.
-Everything around attention works token by token, so a rank runs it on its own tokens; attention itself is the caller's.
-Modulations depend on timestep, guidance and pooled text alone and are computed before the blocks.
+Everything around attention works token by token, so a rank runs it on its own tokens. The blocks are schedules: they
+start an exchange as soon as its payload exists and compute what does not need it before they await it. Each residual
+addition is fused with the next block's norm, so blocks pass on (x, normed x).
+
+Modulations depend on timestep, guidance and pooled text alone: one product per layer gives them for all evaluations.
 
 Shapes: B batch, L tokens of this rank (text first), C hidden, H heads, D head dim = 128, M mlp width.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .layers import HeadNorm, Linear, apply_rope, bounded, modulate, timestep_embedding
+from ..attention import ALL, ONLY_K, ONLY_Q, ONLY_V, JointAttention, Rope
+from ..errors import RequestError
+from .family import Conditioning, check_prompt
+from .layers import HeadNorm, Linear, rope_tables, timestep_embedding
+from .patches import PATCH
+from .segments import Segments, gelu_linear
 
 AXES = (16, 56, 56)
 THETA = 10_000.0
-PATCH = 2
-
-Rope = tuple[torch.Tensor, torch.Tensor]
-JointAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +42,9 @@ class FluxConfig:
     single_blocks: int
     guidance: bool
 
+    def build(self) -> "Flux":
+        return Flux(self)
+
 
 class Embedder(nn.Module):
     def __init__(self, width: int, hidden: int):
@@ -50,15 +57,15 @@ class Embedder(nn.Module):
 
 
 class Modulation(nn.Module):
-    """silu(vec) -> `parts` tensors (B, 1, C): shift, scale, gate (and again, for a block's second half)."""
+    """silu(vec) -> `parts` shifts, scales and gates of C each."""
 
     def __init__(self, hidden: int, parts: int):
         super().__init__()
         self.parts = parts
         self.lin = Linear(hidden, parts * hidden)
 
-    def forward(self, vec: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return self.lin(F.silu(vec))[:, None].chunk(self.parts, dim=-1)
+    def forward(self, vec: torch.Tensor) -> torch.Tensor:
+        return self.lin(F.silu(vec))
 
 
 class QKNorm(nn.Module):
@@ -67,10 +74,10 @@ class QKNorm(nn.Module):
         self.query_norm = HeadNorm(dim)
         self.key_norm = HeadNorm(dim)
 
-    def forward(self, qkv: torch.Tensor, heads: int, rope: Rope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """qkv (B, L, 3 C) -> q, k, v (B, L, H, D): q and k normed and rotated."""
-        q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(2)
-        return apply_rope(self.query_norm(q), *rope), apply_rope(self.key_norm(k), *rope), v
+    @property
+    def scales(self) -> tuple[torch.Tensor, torch.Tensor, None]:
+        """For q, k and v, as `JointAttention.project` takes them."""
+        return self.query_norm.scale, self.key_norm.scale, None
 
 
 class SelfAttention(nn.Module):
@@ -81,24 +88,51 @@ class SelfAttention(nn.Module):
         self.proj = Linear(hidden, hidden)
 
 
+class Gates(NamedTuple):
+    """One stream's modulations in a double block, each (B, 1, C): around attention, then around the MLP."""
+
+    shift: torch.Tensor
+    scale: torch.Tensor
+    gate: torch.Tensor
+    mlp_shift: torch.Tensor
+    mlp_scale: torch.Tensor
+    mlp_gate: torch.Tensor
+
+
+class SingleGates(NamedTuple):
+    """Modulations of a single block, each (B, 1, C)."""
+
+    shift: torch.Tensor
+    scale: torch.Tensor
+    gate: torch.Tensor
+
+
 class Tower(nn.Module):
-    """One stream's half of a double block. Its tensors are named img_* or txt_* in the file: see DoubleBlock."""
+    """One stream's half of a double block. Its tensors are named img_* or txt_* in the file: see Flux.module_key."""
 
     def __init__(self, hidden: int, heads: int, mlp: int):
         super().__init__()
-        self.heads = heads
+        self.hidden = hidden
         self.mod = Modulation(hidden, 6)
         self.attn = SelfAttention(hidden, heads)
         self.mlp = nn.Sequential(Linear(hidden, mlp), nn.GELU(approximate="tanh"), Linear(mlp, hidden))
 
-    def project(self, x: torch.Tensor, mods: tuple[torch.Tensor, ...], rope: Rope):
-        shift, scale = mods[:2]
-        return self.attn.norm(self.attn.qkv(modulate(x, shift, scale)), self.heads, rope)
+    def project(self, normed: torch.Tensor, rope: Rope, joint: JointAttention, **stream: bool) -> None:
+        """All of q, k, v in one product and one message: right for a short stream."""
+        joint.project(self.attn.qkv(normed), self.attn.norm.scales, rope, ALL, **stream)
 
-    def combine(self, x: torch.Tensor, attended: torch.Tensor, mods: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        _, _, gate, shift, scale, mlp_gate = mods
-        x = x + gate * self.attn.proj(attended.flatten(2))
-        return bounded(x + mlp_gate * self.mlp(modulate(x, shift, scale)))
+    def project_in_turn(self, normed: torch.Tensor, rope: Rope, joint: JointAttention, **stream: bool) -> None:
+        """v, k, q one after the other: each travels while the next is computed."""
+        for which in (ONLY_V, ONLY_K, ONLY_Q):
+            rows = slice(which.start * self.hidden, which.stop * self.hidden)
+            projected = F.linear(normed, *self.attn.qkv.rows(rows, normed.dtype))
+            joint.project(projected, self.attn.norm.scales[which], rope, which, **stream)
+
+    def combine(self, x, attended, gates: Gates, run: Segments) -> tuple[torch.Tensor, torch.Tensor]:
+        """x (B, L, C) and its attended tokens -> (x, the MLP's output, still to be added)."""
+        x, normed = run.add_norm(x, self.attn.proj(attended), gates.gate, gates.mlp_shift, gates.mlp_scale)
+        widen, narrow = self.mlp[0], self.mlp[2]
+        return x, narrow(gelu_linear(normed, *widen.rows(slice(None), normed.dtype)))
 
 
 class DoubleBlock(nn.Module):
@@ -107,15 +141,17 @@ class DoubleBlock(nn.Module):
         self.txt = Tower(config.hidden, config.heads, config.mlp)
         self.img = Tower(config.hidden, config.heads, config.mlp)
 
-    def forward(self, txt, img, mods, rope: tuple[Rope, Rope], attention: JointAttention):
-        """txt (B, Lt, C), img (B, Li, C), mods and rope a pair (text, image) each -> (txt, img)."""
+    def forward(self, txt, img, txt_normed, img_normed, gates: tuple[Gates, Gates], rope, joint, run: Segments):
+        """txt (B, Lt, C), img (B, Li, C), gates and rope a pair (text, image) -> (txt, img, and what to add to
+        each)."""
+        self.img.project_in_turn(img_normed, rope[1], joint, text=False)
+        self.txt.project(txt_normed, rope[0], joint, image=False)
+        joint.attend()
+        attended = joint.collect()
         length = txt.shape[1]
-        text, image = self.txt.project(txt, mods[0], rope[0]), self.img.project(img, mods[1], rope[1])
-        attended = attention(*(torch.cat(pair, dim=1) for pair in zip(text, image, strict=True)))
-        return (
-            self.txt.combine(txt, attended[:, :length], mods[0]),
-            self.img.combine(img, attended[:, length:], mods[1]),
-        )
+        txt, txt_mlp = self.txt.combine(txt, attended[:, :length], gates[0], run)
+        img, img_mlp = self.img.combine(img, attended[:, length:], gates[1], run)
+        return txt, img, txt_mlp, img_mlp
 
 
 class SingleBlock(nn.Module):
@@ -124,19 +160,22 @@ class SingleBlock(nn.Module):
 
     def __init__(self, config: FluxConfig):
         super().__init__()
-        self.heads = config.heads
         self.hidden = config.hidden
         self.modulation = Modulation(config.hidden, 3)
         self.linear1 = Linear(config.hidden, 3 * config.hidden + config.mlp)
         self.linear2 = Linear(config.hidden + config.mlp, config.hidden)
         self.norm = QKNorm(config.hidden // config.heads)
 
-    def forward(self, x, mods, rope: Rope, attention: JointAttention):
-        """x (B, L, C) -> (B, L, C)."""
-        shift, scale, gate = mods
-        qkv, mlp = self.linear1(modulate(x, shift, scale)).tensor_split([3 * self.hidden], dim=-1)
-        attended = attention(*self.norm(qkv, self.heads, rope)).flatten(2)
-        return bounded(x + gate * self.linear2(torch.cat([attended, F.gelu(mlp, approximate="tanh")], dim=-1)))
+    def forward(self, normed: torch.Tensor, rope: Rope, joint: JointAttention) -> torch.Tensor:
+        """normed (B, L, C) -> what to add to x (B, L, C)."""
+        c, dtype = self.hidden, normed.dtype
+        joint.project(F.linear(normed, *self.linear1.rows(slice(0, 3 * c), dtype)), self.norm.scales, rope)
+        mlp = gelu_linear(normed, *self.linear1.rows(slice(3 * c, None), dtype))  # while q, k, v travel
+        joint.attend()
+        weight, bias = self.linear2.rows(slice(None), dtype)
+        out = F.linear(mlp, weight[:, c:], bias).flatten(0, 1)  # while the attended tokens travel
+        out.addmm_(joint.collect().flatten(0, 1), weight[:, :c].t())
+        return out.view_as(normed)
 
 
 class FinalLayer(nn.Module):
@@ -145,20 +184,13 @@ class FinalLayer(nn.Module):
         self.linear = Linear(hidden, out)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(hidden, 2 * hidden))
 
-    def modulation(self, vec: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return self.adaLN_modulation(vec)[:, None].chunk(2, dim=-1)
 
-    def forward(self, x: torch.Tensor, mods: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        return self.linear(modulate(x, *mods))
+class Modulations(NamedTuple):
+    """The modulations of one evaluation: per double block (text, image), per single block, the final (shift, scale)."""
 
-
-@dataclass(frozen=True, slots=True)
-class Modulations:
-    """All adaLN outputs of one evaluation: per double block (text, image), per single block, and the final layer's."""
-
-    double: list[tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]]
-    single: list[tuple[torch.Tensor, ...]]
-    final: tuple[torch.Tensor, ...]
+    double: list[tuple[Gates, Gates]]
+    single: list[SingleGates]
+    final: tuple[torch.Tensor, torch.Tensor]
 
 
 class Flux(nn.Module):
@@ -191,24 +223,61 @@ class Flux(nn.Module):
         """The inverse of `module_key`, in the original naming."""
         return name.replace(".txt.", ".txt_").replace(".img.", ".img_")
 
-    def modulations(
-        self, timestep: torch.Tensor, guidance: torch.Tensor | None, y: torch.Tensor | None, dtype: torch.dtype
-    ) -> Modulations:
-        """timestep (B,), guidance (B,) or (1,), y (B, pooled) -> the modulations, computed in `dtype`.
+    @property
+    def modulation_width(self) -> int:
+        """Values per evaluation and batch item."""
+        config = self.config
+        return (12 * config.double_blocks + 3 * config.single_blocks + 2) * config.hidden
+
+    def check(self, x: torch.Tensor, conditioning: Conditioning) -> None:
+        """Raises RequestError for latents or a prompt that do not fit the model."""
+        config, y = self.config, conditioning.y
+        if x.dim() != 4 or x.shape[1] != config.channels or not x.numel():
+            raise RequestError(f"latents {tuple(x.shape)} do not fit the model: expected (B, {config.channels}, h, w)")
+        if problem := check_prompt(x, conditioning, width=config.context):
+            raise RequestError(problem)
+        if y is not None and (y.dim() != 2 or len(y) != len(x) or y.shape[1] < config.pooled):
+            raise RequestError(
+                f"the pooled text {tuple(y.shape)} does not fit the model: expected ({len(x)}, {config.pooled})"
+            )
+
+    def embed_text(self, context: torch.Tensor) -> torch.Tensor:
+        return self.txt_in(context)
+
+    def rope(self, text: int, grid: tuple[int, int], device: torch.device) -> tuple[Rope, Rope]:
+        """Text tokens are all at (0, 0, 0), image tokens at (0, row, column)."""
+        rows, columns = torch.meshgrid(*(torch.arange(n, device=device) for n in grid), indexing="ij")
+        image = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
+        return rope_tables(image.new_zeros(text, 3), AXES, THETA), rope_tables(image, AXES, THETA)
+
+    def modulation_table(self, timesteps: torch.Tensor, conditioning: Conditioning, dtype: torch.dtype) -> torch.Tensor:
+        """timesteps (n, B) -> (n, B, modulation_width), computed in `dtype`.
 
         As in ComfyUI, a dev model without guidance gets none and a missing y counts as zeros.
         """
-        vec = self.time_in(timestep_embedding(timestep, 256).to(dtype))
+        guidance, y = conditioning.guidance, conditioning.y
+        n, batch = timesteps.shape
+        vec = self.time_in(timestep_embedding(timesteps.flatten(), 256).to(dtype)).unflatten(0, (n, batch))
         if self.guidance_in is not None and guidance is not None:
             vec = vec + self.guidance_in(timestep_embedding(guidance, 256).to(dtype))
         if y is None:
-            y = vec.new_zeros(timestep.shape[0], self.config.pooled)
+            y = vec.new_zeros(batch, self.config.pooled)
         vec = vec + self.vector_in(y[:, : self.config.pooled].to(dtype))
-        return Modulations(
-            [(b.txt.mod(vec), b.img.mod(vec)) for b in self.double_blocks],
-            [b.modulation(vec) for b in self.single_blocks],
-            self.final_layer.modulation(vec),
-        )
+        layers = [tower.mod for block in self.double_blocks for tower in (block.txt, block.img)]
+        layers += [block.modulation for block in self.single_blocks]
+        layers.append(self.final_layer.adaLN_modulation)
+        return torch.cat([layer(vec) for layer in layers], dim=-1)
+
+    def split_modulations(self, row: torch.Tensor) -> Modulations:
+        """One evaluation's row (B, modulation_width) of the table, as views."""
+        parts = iter(row[:, None].split(self.config.hidden, dim=-1))
+
+        def take(kind: type, count: int):
+            return kind(*(next(parts) for _ in range(count)))
+
+        double = [(take(Gates, 6), take(Gates, 6)) for _ in self.double_blocks]
+        single = [take(SingleGates, 3) for _ in self.single_blocks]
+        return Modulations(double, single, (next(parts), next(parts)))
 
     def forward(
         self,
@@ -216,15 +285,30 @@ class Flux(nn.Module):
         txt: torch.Tensor,
         mods: Modulations,
         rope: tuple[Rope, Rope],
-        attention: JointAttention,
+        joint: JointAttention,
+        run: Segments,
     ) -> torch.Tensor:
-        """img (B, Li, 4 channels) patches, txt (B, Lt, context), rope (text, image) -> velocity patches, as img."""
-        img, txt = self.img_in(img), self.txt_in(txt)
-        for block, block_mods in zip(self.double_blocks, mods.double, strict=True):
-            txt, img = block(txt, img, block_mods, rope, attention)
+        """img (B, Li, 4 channels) patches, txt (B, Lt, C) of `txt_in`, rope (text, image) -> velocity patches, as
+        img."""
+        img = self.img_in(img)
+        first_txt, first_img = mods.double[0]
+        txt_normed = run.norm(txt, first_txt.shift, first_txt.scale)
+        img_normed = run.norm(img, first_img.shift, first_img.scale)
+        following = [*mods.double[1:], None]
+        for block, gates, after in zip(self.double_blocks, mods.double, following, strict=True):
+            txt, img, txt_mlp, img_mlp = block(txt, img, txt_normed, img_normed, gates, rope, joint, run)
+            txt_gate, img_gate = gates[0].mlp_gate, gates[1].mlp_gate
+            if after is None:
+                txt, img = run.add(txt, txt_mlp, txt_gate), run.add(img, img_mlp, img_gate)
+            else:
+                txt, txt_normed = run.add_norm(txt, txt_mlp, txt_gate, after[0].shift, after[0].scale)
+                img, img_normed = run.add_norm(img, img_mlp, img_gate, after[1].shift, after[1].scale)
+
         length = txt.shape[1]
         x = torch.cat([txt, img], dim=1)
         joint_rope = tuple(torch.cat([t, i]) for t, i in zip(*rope, strict=True))
-        for block, block_mods in zip(self.single_blocks, mods.single, strict=True):
-            x = block(x, block_mods, joint_rope, attention)
-        return self.final_layer(x[:, length:], mods.final)
+        ends = [(gates.shift, gates.scale) for gates in mods.single] + [mods.final]
+        normed = run.norm(x, *ends[0])
+        for block, gates, (shift, scale) in zip(self.single_blocks, mods.single, ends[1:], strict=True):
+            x, normed = run.add_norm(x, block(normed, joint_rope, joint), gates.gate, shift, scale)
+        return self.final_layer.linear(normed[:, length:])

@@ -16,23 +16,19 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+        return F.linear(x, *self.rows(slice(None), x.dtype))
+
+    def rows(self, rows: slice, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias of some outputs, in `dtype`: a fused projection is run part by part."""
+        return self.weight[rows].to(dtype), self.bias[rows].to(dtype)
 
 
 class HeadNorm(nn.Module):
-    """RMS norm over the head dim with a learnt scale (FLUX's QKNorm)."""
+    """The learnt scale of an RMS norm over the head dim (FLUX's QKNorm); kernels/place.py applies it."""
 
     def __init__(self, dim: int):
         super().__init__()
         self.scale = nn.Parameter(torch.empty(dim), requires_grad=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.scale.shape, self.scale.to(x.dtype), eps=1e-6)
-
-
-def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """adaLN: layer norm without affine, then (1 + scale) x + shift. x (B, L, C); shift, scale (B, 1, C)."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 
 def timestep_embedding(
@@ -54,15 +50,3 @@ def rope_tables(ids: torch.Tensor, axes: tuple[int, ...], theta: float) -> tuple
         angles.append(ids[:, axis].double()[:, None] * theta**-steps)
     table = torch.cat(angles, dim=-1)
     return table.cos().float(), table.sin().float()
-
-
-def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates neighbouring pairs of x (B, L, H, D) by tables (L, D / 2); in float32, returned in x's type."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
-
-
-def bounded(x: torch.Tensor) -> torch.Tensor:
-    """Keeps a float16 residual stream finite; other types pass through."""
-    return torch.nan_to_num(x, nan=0.0, posinf=65504.0, neginf=-65504.0) if x.dtype == torch.float16 else x

@@ -6,16 +6,16 @@ from ..config import ModelSpec
 from ..errors import CheckpointError
 from .checkpoint import TensorInfo, read_header, read_tensors
 from .detection import detect
-from .flux import Flux
+from .family import Transformer
 
 
-def check_tensors(model: Flux, header: dict[str, TensorInfo], path: str) -> dict[str, str]:
+def check_tensors(model: Transformer, header: dict[str, TensorInfo], path: str) -> dict[str, str]:
     """Compares a file's tensors with what the model needs; returns file key -> module key.
 
     Raises CheckpointError naming what is missing, left over or of another shape.
     """
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    keys = {key: Flux.module_key(key) for key in header}
+    keys = {key: model.module_key(key) for key in header}
     names = set(keys.values())
     problems = [f"tensor {name!r} is missing" for name in sorted(wanted.keys() - names)]
     problems += [f"tensor {key!r} is unknown" for key, name in keys.items() if name not in wanted]
@@ -26,11 +26,11 @@ def check_tensors(model: Flux, header: dict[str, TensorInfo], path: str) -> dict
     ]
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise CheckpointError(f"{path} is no complete FLUX.1 file: {'; '.join(problems[:3])}{more}")
+        raise CheckpointError(f"{path} is no complete {type(model).__name__} file: {'; '.join(problems[:3])}{more}")
     return keys
 
 
-def load_model(spec: ModelSpec, device: torch.device) -> Flux:
+def load_model(spec: ModelSpec, device: torch.device) -> Transformer:
     """Reads the checkpoint of `spec` onto `device`.
 
     Raises CheckpointError when the file is unusable or was replaced after the client looked at it.
@@ -40,7 +40,7 @@ def load_model(spec: ModelSpec, device: torch.device) -> Flux:
         raise CheckpointError(f"{spec.path} was replaced since this workflow loaded it; run the prompt again")
     header = read_header(spec.path)
     with torch.device("meta"):
-        model = Flux(detect(header, spec.path))
+        model = detect(header, spec.path).build()
     keys = check_tensors(model, header, spec.path)
     storage = getattr(torch, spec.storage) if spec.storage else None
     tensors = read_tensors(spec.path, list(keys), device, storage)

@@ -48,5 +48,5 @@ class GuidedModel:
         return denoised
 
     def _denoise(self, x: torch.Tensor, sigma: torch.Tensor, conditioning: object) -> torch.Tensor:
-        timestep = (sigma * self.timestep_scale).to(x).expand(x.shape[0])
+        timestep = (sigma * self.timestep_scale).expand(x.shape[0])  # on sigma's device, the CPU
         return x - self.velocity(x, timestep, conditioning).float() * sigma

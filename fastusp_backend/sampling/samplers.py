@@ -155,6 +155,17 @@ class Sampler:
             return 0
         return int((sigmas[1:] > 0).sum())
 
+    def evaluations(self, sigmas: torch.Tensor) -> list[float]:
+        """The sigmas at which `run` evaluates the model, in order: found by running it on a single number."""
+        seen: list[float] = []
+
+        def model(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            seen.append(float(sigma))
+            return x
+
+        self.run(model, torch.zeros(1), sigmas, noise=iter(torch.zeros(len(sigmas), 1)), callback=lambda state: None)
+        return seen
+
 
 SAMPLERS: dict[str, Sampler] = {
     "euler": Sampler(euler),

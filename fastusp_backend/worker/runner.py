@@ -14,8 +14,9 @@ import safetensors.torch
 import torch
 
 from ..config import Layout
-from ..engine import Conditioning, Denoiser, Engine
+from ..engine import Denoiser, Engine
 from ..errors import Cancelled, FastUSPError, LayoutError, RequestError
+from ..models.family import Conditioning
 from ..protocol import Done, Evaluate, Failed, Phase, Release, Sample, Shutdown, Step
 from ..protocol.messages import Request
 from ..sampling import SAMPLERS, GuidedModel, Inpainting, StepState
@@ -39,6 +40,7 @@ class Runner:
         self._engine = engine
         self._control = control
         self._kept: dict[int, torch.Tensor] = {}
+        self._conditionings: dict[tuple[int, ...], Conditioning] = {}
         self._work = msgspec.msgpack.Decoder(Work)
         self._queued: deque[torch.cuda.Event] = deque()
 
@@ -51,6 +53,7 @@ class Runner:
             if isinstance(message, Release):
                 self._engine.release()
                 self._kept.clear()
+                self._conditionings.clear()
                 self._reply(Done(id=message.id))
                 continue
             started = time.perf_counter()
@@ -100,8 +103,10 @@ class Runner:
             denoiser = self._engine.denoiser(request.layout, request.settings)
             positive = _conditioning(tensors, "positive.")
             negative = _conditioning(tensors, "negative.") if "negative.context" in tensors else None
+            timesteps = [s * request.timestep_scale for s in SAMPLERS[request.sampler].evaluations(sigmas)]
             for conditioning in filter(None, (positive, negative)):
-                denoiser.check(x, conditioning)
+                denoiser.model.check(x, conditioning)
+                denoiser.prepare(timesteps, conditioning)
             masked = "mask" in tensors
             model = GuidedModel(
                 velocity=self._velocity(request, denoiser),
@@ -145,18 +150,10 @@ class Runner:
 
     def _evaluate(self, request: Evaluate, tensors: Tensors) -> None:
         def prepare() -> tuple[Denoiser, Conditioning, torch.Tensor, torch.Tensor]:
-            for number in request.forget:
-                self._kept.pop(number, None)
-            for name, number in request.keep.items():
-                self._kept[number] = _take(tensors, name)
-            for name, number in request.reuse.items():
-                if number not in self._kept:
-                    raise RequestError(f"tensor {name!r} should have been kept as {number}, but was not")
-                tensors[name] = self._kept[number]
-            x, conditioning = _take(tensors, "x"), _conditioning(tensors, "")
+            x, conditioning = _take(tensors, "x"), self._kept_conditioning(request, tensors)
             denoiser = self._engine.denoiser(request.layout, request.settings)
-            denoiser.check(x, conditioning)
-            timestep = _take(tensors, "timestep")
+            denoiser.model.check(x, conditioning)
+            timestep = _take(tensors, "timestep").cpu()
             if timestep.shape != x.shape[:1]:
                 raise RequestError(
                     f"timestep {tuple(timestep.shape)} does not fit the latents: expected {len(x)} values"
@@ -166,6 +163,23 @@ class Runner:
         denoiser, conditioning, x, timestep = self._prepare(request, prepare)
         output = self._velocity(request, denoiser)(x, timestep, conditioning)
         self._reply(Done(id=request.id), {"output": output})
+
+    def _kept_conditioning(self, request: Evaluate, tensors: Tensors) -> Conditioning:
+        """The request's prompt. The same kept tensors give the same object, so that what was computed from it lasts."""
+        for number in request.forget:
+            self._kept.pop(number, None)
+            self._conditionings = {k: v for k, v in self._conditionings.items() if number not in k}
+        for name, number in request.keep.items():
+            self._kept[number] = _take(tensors, name)
+        for name, number in request.reuse.items():
+            if number not in self._kept:
+                raise RequestError(f"tensor {name!r} should have been kept as {number}, but was not")
+            tensors[name] = self._kept[number]
+        numbers = request.keep | request.reuse
+        key = tuple(numbers.get(name, -1) for name in ("context", "y", "guidance"))
+        if any(name in tensors and name not in numbers for name in ("context", "y", "guidance")):
+            return _conditioning(tensors, "")  # not all of it was kept
+        return self._conditionings.setdefault(key, _conditioning(tensors, ""))
 
     def _prepare(self, request: Request, build):
         """Loads the model and calls `build`; raises _Refused on all ranks when any of them failed.

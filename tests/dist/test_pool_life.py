@@ -1,91 +1,21 @@
-"""Workers stay warm through everything that a client does, and leave nothing behind when they end."""
+"""Workers stay warm through everything that a client does to them."""
 
-import os
-import signal
-import socket
-import subprocess
-import sys
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client
 from pathlib import Path
 
 import pytest
 import torch
-from support import SMALL, inputs, open_descriptors, randn, relative_difference, spec_of
+from pools import GIVEN, LONG, PROMPT, SHORT, TENSORS, Stopwatch, evaluate, pids, sample, session
+from support import SMALL, inputs, randn, relative_difference, spec_of
 
 from fastusp_backend.config import Layout, Settings
-from fastusp_backend.devices import Devices
-from fastusp_backend.errors import Cancelled, FastUSPError, PoolError, ProtocolError, RequestError
-from fastusp_backend.pool import Pool, Progress, workers
-from fastusp_backend.pool.session import Prompt, Session
-from fastusp_backend.protocol import VERSION, Channel, Evaluate, Failed, Hello, Ready, Release, Sample, Step
-from fastusp_backend.protocol.messages import ToClient
+from fastusp_backend.errors import Cancelled, FastUSPError, ProtocolError, RequestError
+from fastusp_backend.pool import Progress
+from fastusp_backend.pool.session import Prompt
+from fastusp_backend.protocol import Evaluate, Sample, Step
 
 pytestmark = pytest.mark.dist
-
-ROOT = Path(__file__).resolve().parents[2]
-GIVEN = inputs(SMALL, text=7, size=(8, 6))
-PROMPT = Prompt(GIVEN.context, GIVEN.y, GIVEN.guidance)
-TENSORS = {"x": GIVEN.x, **{f"positive.{name}": t for name, t in PROMPT.tensors().items()}}
-SHORT = torch.linspace(1, 0, 4)
-LONG = torch.linspace(1, 0, 20_001)
-"""More steps than any test waits for."""
-
-
-def session(pool: Pool, model, layout: Layout | None = None, **settings) -> Session:
-    return Session(pool, spec_of(model), layout or Layout(ulysses=pool.devices.ranks, ring=1), Settings(**settings))
-
-
-def evaluate(pool: Pool, model, layout: Layout | None = None, **settings) -> torch.Tensor:
-    return session(pool, model, layout, **settings).evaluate(GIVEN.x, GIVEN.timestep, PROMPT, Progress())
-
-
-def sample(pool: Pool, model, sigmas=SHORT, progress: Progress | None = None) -> torch.Tensor:
-    return session(pool, model).sample(
-        GIVEN.x, sigmas, sampler="euler", positive=PROMPT, progress=progress or Progress()
-    )
-
-
-def pids(pool: Pool) -> list[int]:
-    return pool.status()["pids"]
-
-
-def run_dir(pool: Pool) -> Path:
-    return pool._workers.run_dir.path
-
-
-def processes_of(directory: Path) -> set[int]:
-    """All processes that were started for a run directory."""
-    found = set()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                environment = (entry / "environ").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if f"FASTUSP_RUN_DIR={directory}".encode() in environment:
-                found.add(int(entry.name))
-    return found
-
-
-def wait_until(condition, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.02)
-
-
-class Stopwatch:
-    def __init__(self):
-        self.start = time.monotonic()
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.start
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +120,7 @@ def test_the_callers_exceptions_cancel_and_come_through(pool, dev, still_right, 
     with pytest.raises(type(error)) as raised:
         sample(pool, dev, LONG, Progress(**{where: fail}))
     assert raised.value is error
-    assert watch.seconds < 5
+    assert watch.seconds < 10
 
 
 @dataclass(frozen=True)
@@ -334,207 +264,3 @@ def test_a_malformed_frame_of_the_client_is_refused(pool, dev, still_right):
     pool._workers.channel._connection.send_bytes(b"FU\x00\x00 no message at all")
     with pytest.raises(ProtocolError, match="refused a message"):
         sample(pool, dev)
-
-
-@pytest.fixture(scope="module")
-def mortal(run_dirs):
-    """A pool whose processes these tests end; the next request starts new ones."""
-    pool = Pool(Devices(ranks=2))
-    yield pool
-    pool.close()
-
-
-@pytest.mark.parametrize("victim", [0, 1, "torchrun"])
-def test_death_in_mid_run(mortal, dev, expected, victim):
-    sample(mortal, dev)
-    before, directory = pids(mortal), run_dir(mortal)
-    target = mortal._workers._process.pid if victim == "torchrun" else before[victim]
-    watches = []
-
-    def step(event, tensors):
-        if event.index == 2:
-            with open(directory / "pool.log", "a") as log:
-                log.write('{"time": 1, "ra')  # a rank may die in the middle of a line
-            os.kill(target, signal.SIGKILL)
-            watches.append(Stopwatch())
-
-    with pytest.raises(PoolError) as failure:
-        sample(mortal, dev, LONG, Progress(step=step))
-    assert watches[0].seconds < 10
-    text = str(failure.value)
-    if victim == "torchrun":
-        assert "torchrun ended with exit code -9" in text
-    else:
-        assert f"rank {victim} (process {target}) was ended by SIGKILL" in text
-    assert "Last log lines:" in text and "[rank 1] INFO: rank 1 of 2 on cpu" in text
-    assert "The next prompt starts new ones" in text
-    wait_until(lambda: not processes_of(directory), 5)
-    assert mortal.status()["state"] == "off"
-
-    assert relative_difference(evaluate(mortal, dev), expected) < 2e-5
-    assert not set(pids(mortal)) & set(before)
-    assert not directory.exists()
-
-
-def test_the_next_request_survives_a_death_while_idle(mortal, dev, expected):
-    evaluate(mortal, dev)
-    before = pids(mortal)
-    os.kill(before[1], signal.SIGKILL)
-    wait_until(lambda: mortal.status()["state"] == "off", 10)
-    assert relative_difference(evaluate(mortal, dev), expected) < 2e-5
-    assert not set(pids(mortal)) & set(before)
-
-
-def test_close_in_mid_run_ends_the_request(mortal, dev):
-    sample(mortal, dev)
-    directory = run_dir(mortal)
-    closers = []
-
-    def step(event, tensors):
-        if event.index == 2:
-            closers.append(threading.Thread(target=mortal.close))
-            closers[0].start()
-
-    with pytest.raises(PoolError):
-        sample(mortal, dev, LONG, Progress(step=step))
-    closers[0].join(15)
-    assert not processes_of(directory) and not directory.exists()
-    with pytest.raises(PoolError, match="was closed"):
-        sample(mortal, dev)
-
-
-def test_close_leaves_nothing(run_dirs, shared_pool, dev, expected):
-    """Two pools at once: each has processes, a socket and answers of its own, and the end of one is its own."""
-    shm, descriptors = set(os.listdir("/dev/shm")), open_descriptors()
-    pool, other = Pool(Devices(ranks=2)), shared_pool(2)
-    assert pool.status() == {"devices": "cpu:2", "ranks": 2, "state": "off", "generation": 0}
-    pool.release()
-    pool.start()
-    pool.start()
-    assert pool.generation == 1 and pool.status()["state"] == "starting"
-    with ThreadPoolExecutor(2) as threads:
-        both = list(threads.map(lambda p: evaluate(p, dev), (pool, other)))
-    assert all(relative_difference(result, expected) < 2e-5 for result in both)
-    directory = run_dir(pool)
-    assert directory.parent == run_dirs and directory != run_dir(other)
-    assert not set(pids(pool)) & set(pids(other))
-    assert processes_of(directory) == {*pids(pool), pool._workers._process.pid}
-    pool.close()
-    pool.close()
-    assert not processes_of(directory) and not directory.exists()
-    assert pool.status()["state"] == "off"
-    wait_until(lambda: set(os.listdir("/dev/shm")) <= shm, 2)
-    assert relative_difference(evaluate(other, dev), expected) < 2e-5
-    assert open_descriptors() <= descriptors + 1
-
-
-def test_interrupted_while_the_workers_start(new_pool, dev):
-    pool = new_pool(1)
-    prompt = Prompt(GIVEN.context, GIVEN.y, GIVEN.guidance)
-    with pytest.raises(Cancelled):
-        session(pool, dev).evaluate(GIVEN.x, GIVEN.timestep, prompt, Progress(interrupted=lambda: True))
-    assert session(pool, dev).evaluate(GIVEN.x, GIVEN.timestep, prompt, Progress()).shape == GIVEN.x.shape
-    assert pool.generation == 1
-
-
-def connect(directory: Path, key: bytes):
-    return Client(str(directory / "control.sock"), family="AF_UNIX", authkey=key)
-
-
-def raw(directory: Path, data: bytes) -> None:
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.connect(str(directory / "control.sock"))
-        sock.sendall(data)
-
-
-def test_strangers_are_refused(new_pool, dev, expected, monkeypatch):
-    pool = new_pool(1)
-    directory, key = run_dir(pool), pool._workers.run_dir.key
-    wait_until((directory / "control.sock").exists, 60)
-
-    with pytest.raises(AuthenticationError):
-        connect(directory, b"x" * 32)
-    with pytest.raises(AuthenticationError):
-        connect(directory, b"")
-    raw(directory, b"")
-    raw(directory, b"GET / HTTP/1.1\r\n\r\n" * 10)
-    raw(directory, b"\x00\x00\x00\x10" + bytes(16))
-    raw(directory, b"\x7f\xff\xff\xff")
-
-    for frame in (b"", b"garbage", os.urandom(300), b"FU\x00\x00\x00\x00\x00\x01\xc0"):
-        connection = connect(directory, key)
-        connection.send_bytes(frame)
-        with pytest.raises((EOFError, OSError)):
-            connection.recv_bytes()
-        connection.close()
-
-    oversized = connect(directory, key)
-    os.write(oversized.fileno(), b"\x7f\xff\xff\xff")
-    with pytest.raises((EOFError, OSError)):
-        oversized.recv_bytes()
-    oversized.close()
-    connect(directory, key).close()
-
-    for message in (Hello(version=VERSION + 1), Release(id=1)):
-        channel = Channel(connect(directory, key), ToClient)
-        channel.send(message)
-        reply, _ = channel.receive()
-        assert isinstance(reply, Failed) and reply.kind == "protocol"
-        assert f"expected Hello of protocol version {VERSION}" in reply.text
-        with pytest.raises((EOFError, OSError)):
-            channel.receive()
-        channel.close()
-
-    with monkeypatch.context() as patch:
-        patch.setattr(workers, "VERSION", VERSION + 1)
-        with pytest.raises(PoolError, match="another protocol version"):
-            evaluate(pool, dev)
-
-    assert relative_difference(evaluate(pool, dev), expected) < 2e-5
-    assert pool.generation == 1 and isinstance(pool._workers.ready, Ready)
-    log = (directory / "pool.log").read_text()
-    assert "a client was refused" in log and "a client was dropped" in log
-
-
-CLIENT = """
-import sys, torch
-sys.path.insert(0, {tests!r})
-from support import SMALL, inputs, spec_of
-from fastusp_backend.config import Layout, Settings
-from fastusp_backend.devices import Devices
-from fastusp_backend.pool import Pool, Progress
-from fastusp_backend.pool.session import Prompt, Session
-pool = Pool(Devices(ranks=2))
-pool.start()
-print(pool._workers.run_dir.path, flush=True)
-given = inputs(SMALL, text=7, size=(8, 6))
-session = Session(pool, spec_of({model!r}), Layout(ulysses=2, ring=1), Settings())
-step = lambda event, tensors: print(event.index, flush=True)
-sigmas = torch.linspace(1, 0, 20_001)
-prompt = Prompt(given.context, given.y, given.guidance)
-session.sample(given.x, sigmas, sampler="euler", positive=prompt, progress=Progress(step=step))
-"""
-
-
-@pytest.mark.parametrize("moment", ["starting", "sampling"])
-def test_a_killed_client_takes_its_workers_along(new_pool, dev, moment):
-    program = CLIENT.format(tests=str(ROOT / "tests"), model=str(dev))
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    client = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=env)
-    try:
-        directory = Path(client.stdout.readline().strip())
-        if moment == "starting":
-            wait_until(lambda: len(processes_of(directory)) == 3, 60)
-        else:
-            assert client.stdout.readline().strip() == "0"
-            assert len(processes_of(directory)) == 3
-        client.send_signal(signal.SIGKILL)
-        client.wait()
-        wait_until(lambda: not processes_of(directory), 5)
-        assert directory.exists()
-        new_pool(1)
-        assert not directory.exists()
-    finally:
-        client.kill()
-        client.wait()
-        client.stdout.close()

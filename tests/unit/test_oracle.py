@@ -7,10 +7,12 @@ import torch
 from support import inputs, relative_difference, spec_of
 
 from fastusp_backend.comm.mesh import single_rank_mesh
+from fastusp_backend.comm.transport import Transport
 from fastusp_backend.config import Settings
-from fastusp_backend.engine import Conditioning, Denoiser
-from fastusp_backend.engine.denoiser import patchify, positions, unpatchify
+from fastusp_backend.engine import Denoiser
+from fastusp_backend.models.family import Conditioning
 from fastusp_backend.models.loading import load_model
+from fastusp_backend.models.patches import patchify, unpatchify
 from fastusp_backend.models.synthetic import TINY_FLUX, write_flux
 
 diffusers = pytest.importorskip("diffusers")
@@ -115,7 +117,8 @@ def models(request, tmp_path_factory):
         guidance_embeds=config.guidance,
     )
     theirs.load_state_dict(to_diffusers(state, config.hidden))
-    return Denoiser(ours, single_rank_mesh(CPU), Settings(), torch.float32), theirs.eval()
+    mesh = single_rank_mesh(CPU)
+    return Denoiser(ours, mesh, Transport(mesh), Settings(), torch.float32), theirs.eval()
 
 
 @pytest.mark.parametrize(
@@ -128,7 +131,8 @@ def test_velocity(models, text, size, batch):
     given = inputs(denoiser.model.config, text=text, size=size, batch=batch, seed=text)
     ours = denoiser(given.x, given.timestep, Conditioning(given.context, given.y, given.guidance))
     grid = -(-size[0] // 2), -(-size[1] // 2)
-    text_ids, image_ids = positions(text, grid, CPU)
+    rows, columns = torch.meshgrid(*map(torch.arange, grid), indexing="ij")
+    image_ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
     with torch.inference_mode():
         tokens = theirs(
             hidden_states=patchify(given.x),
@@ -136,7 +140,7 @@ def test_velocity(models, text, size, batch):
             pooled_projections=given.y,
             timestep=given.timestep,
             guidance=given.guidance if denoiser.model.config.guidance else None,
-            txt_ids=text_ids.float(),
+            txt_ids=torch.zeros(text, 3),
             img_ids=image_ids.float(),
         ).sample
     expected = unpatchify(tokens, grid)[..., : size[0], : size[1]]

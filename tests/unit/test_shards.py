@@ -1,12 +1,12 @@
-"""Over all ranks every token is held once, for any lengths and layout, and padding is never among the valid runs."""
+"""Over all ranks every token is held once, for any lengths and layout, and one slice leaves all padding out."""
 
 import pytest
 import torch
 from support import randn
 
-from fastusp_backend.comm.shards import SequenceShards, select_runs
+from fastusp_backend.comm.shards import SequenceShards
 from fastusp_backend.config import Layout
-from fastusp_backend.engine.denoiser import patchify, positions, unpatchify
+from fastusp_backend.models.patches import patchify, unpatchify
 
 pytestmark = pytest.mark.unit
 
@@ -28,11 +28,11 @@ def test_every_token_is_valid_exactly_once(ulysses, ring):
             assert {len(part) for part in held} == {shards.local} == {shards.local_text + shards.local_image}
             valid = []
             for position in range(ring):
-                gathered = torch.cat(held[position * ulysses : (position + 1) * ulysses])
-                runs = shards.valid_runs(position)
-                assert all(start < stop for start, stop in runs)
-                assert all(before[1] < after[0] for before, after in zip(runs, runs[1:], strict=False))
-                valid.append(select_runs(gathered, runs, dim=0))
+                gathered = torch.empty(shards.gathered, dtype=torch.long)
+                for i, part in enumerate(held[position * ulysses : (position + 1) * ulysses]):
+                    for rows, region in shards.regions(i):
+                        gathered[region] = part[rows]
+                valid.append(gathered[shards.valid(position)])
             everything = sorted(torch.cat(valid).tolist())
             assert everything == sorted(torch.cat([text_ids, image_ids]).tolist())
 
@@ -57,14 +57,6 @@ def test_tokens_can_be_taken_along_any_dimension():
         assert torch.equal(shards.take_image(x.transpose(1, 2), rank, dim=2), taken.transpose(1, 2))
 
 
-def test_a_single_run_is_a_view():
-    x = randn(2, 9, 4, seed=2)
-    run = select_runs(x, [(2, 7)], dim=1)
-    assert torch.equal(run, x[:, 2:7]) and run.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
-    assert torch.equal(select_runs(x, [(0, 2), (5, 6)], dim=1), x[:, [0, 1, 5]])
-    assert select_runs(x, [], dim=1).shape == (2, 0, 4)
-
-
 @pytest.mark.parametrize("size", [(2, 2), (16, 12), (1, 1), (1, 4), (7, 6), (6, 7), (33, 17)])
 def test_patches(size):
     height, width = size
@@ -78,9 +70,3 @@ def test_patches(size):
             # Odd sizes wrap round: a row too many is the first one.
             patch = x[:, :, [2 * row, (2 * row + 1) % height]][..., [2 * column, (2 * column + 1) % width]]
             assert torch.equal(tokens[:, row * grid[1] + column], patch.flatten(1))
-
-
-def test_positions():
-    text, image = positions(2, (2, 3), torch.device("cpu"))
-    assert text.tolist() == [[0, 0, 0]] * 2
-    assert image.tolist() == [[0, 0, 0], [0, 0, 1], [0, 0, 2], [0, 1, 0], [0, 1, 1], [0, 1, 2]]

@@ -36,16 +36,21 @@ ROOMS = {
     "planner": BASE,
     "protocol": BASE,
     "comm": BASE,
-    "attention": BASE | {"comm"},
-    "models": BASE,
+    "kernels": set(),
+    "attention": BASE | {"comm", "kernels"},
+    "models": BASE | {"attention"},
     "engine": BASE | {"models", "attention", "comm"},
     "sampling": set(),
-    "worker": BASE | {"sampling", "engine", "protocol", "devices"},
+    "worker": BASE | {"sampling", "engine", "models", "protocol", "devices"},
     "worker.process": set(),
     "pool": BASE | {"protocol", "devices", "worker.process"},
 }
 ABOVE_ALL = {"cli", "__main__"}
-FOR_NODES = BASE | {"pool", "protocol", "planner", "devices", "sampling", "models.detection", "models.checkpoint"}
+FOR_NODES = (
+    BASE
+    | {"pool", "protocol", "planner", "devices", "sampling", "models.detection", "models.checkpoint"}
+    | {"models.patches"}
+)
 
 
 def imports(path: Path) -> list[tuple[int, str]]:

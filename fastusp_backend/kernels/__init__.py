@@ -1,0 +1,1 @@
+"""Triton kernels, each in one file with its launcher and its reference in plain torch, which is what CPU ranks run."""

@@ -1,0 +1,71 @@
+"""What the pool tests share: small requests, and a look at a pool's processes."""
+
+import time
+from pathlib import Path
+
+import torch
+from support import SMALL, inputs, spec_of
+
+from fastusp_backend.config import Layout, Settings
+from fastusp_backend.pool import Pool, Progress
+from fastusp_backend.pool.session import Prompt, Session
+
+ROOT = Path(__file__).resolve().parents[2]
+GIVEN = inputs(SMALL, text=7, size=(8, 6))
+PROMPT = Prompt(GIVEN.context, GIVEN.y, GIVEN.guidance)
+TENSORS = {"x": GIVEN.x, **{f"positive.{name}": t for name, t in PROMPT.tensors().items()}}
+SHORT = torch.linspace(1, 0, 4)
+LONG = torch.linspace(1, 0, 20_001)
+"""More steps than any test waits for."""
+
+
+def session(pool: Pool, model, layout: Layout | None = None, **settings) -> Session:
+    return Session(pool, spec_of(model), layout or Layout(ulysses=pool.devices.ranks, ring=1), Settings(**settings))
+
+
+def evaluate(pool: Pool, model, layout: Layout | None = None, **settings) -> torch.Tensor:
+    return session(pool, model, layout, **settings).evaluate(GIVEN.x, GIVEN.timestep, PROMPT, Progress())
+
+
+def sample(pool: Pool, model, sigmas=SHORT, progress: Progress | None = None) -> torch.Tensor:
+    return session(pool, model).sample(
+        GIVEN.x, sigmas, sampler="euler", positive=PROMPT, progress=progress or Progress()
+    )
+
+
+def pids(pool: Pool) -> list[int]:
+    return pool.status()["pids"]
+
+
+def run_dir(pool: Pool) -> Path:
+    return pool._workers.run_dir.path
+
+
+def processes_of(directory: Path) -> set[int]:
+    """All processes that were started for a run directory."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                environment = (entry / "environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if f"FASTUSP_RUN_DIR={directory}".encode() in environment:
+                found.add(int(entry.name))
+    return found
+
+
+def wait_until(condition, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.02)
+
+
+class Stopwatch:
+    def __init__(self):
+        self.start = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.start

@@ -1,0 +1,41 @@
+"""The Triton kernel that fills the exchange's buffers against its plain torch reference."""
+
+import pytest
+import torch
+
+from fastusp_backend.comm.shards import SequenceShards
+from fastusp_backend.config import Layout
+from fastusp_backend.kernels.place import place, place_reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+BATCH, HEADS, DIM = 2, 4, 128
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 2**-7), (torch.float16, 2**-10), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("which", [slice(0, 3), slice(0, 1), slice(1, 2), slice(2, 3)])
+@pytest.mark.parametrize("text, image", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("ulysses, position", [(1, 0), (2, 0), (2, 1), (4, 2)])
+def test_kernel_equals_reference(ulysses, position, text, image, which, dtype, bound):
+    generator = torch.Generator("cuda").manual_seed(0)
+    like = {"device": "cuda", "generator": generator}
+    shards = SequenceShards(Layout(ulysses=ulysses, ring=1), 37, 101)
+    rows = (shards.local_text if text else 0) + (shards.local_image if image else 0)
+    tensors = which.stop - which.start
+    wide = torch.randn(BATCH, rows, tensors * HEADS * DIM + 64, **like).to(dtype)
+    projected = wide[..., : tensors * HEADS * DIM]  # rows further apart than they are long, as in a fused projection
+    scales = (torch.randn(DIM, **like).to(dtype), torch.randn(DIM, **like).to(dtype), None)[which]
+    rope = torch.randn(rows, DIM // 2, **like), torch.randn(rows, DIM // 2, **like)
+    results = []
+    for function in (place, place_reference):
+        received = torch.zeros(3, BATCH, shards.gathered, HEADS // ulysses, DIM, device="cuda", dtype=dtype)
+        outgoing = torch.zeros(3, ulysses, BATCH, shards.local, HEADS // ulysses, DIM, device="cuda", dtype=dtype)
+        first_row = 0 if text else shards.local_text
+        function(projected, scales, rope, which, first_row, received, outgoing, position, shards.regions(position))
+        results.append(torch.cat([received.flatten(), outgoing.flatten()]).float())
+    kernel, reference = results
+    assert (kernel != 0).any()
+    torch.testing.assert_close(kernel, reference, rtol=bound, atol=bound * reference.abs().max().item())
