@@ -1,7 +1,7 @@
 """A standard MODEL whose transformer lives in worker processes.
 
 ComfyUI's own detection builds the host's half (conditioning, latent format, noise schedule) from the file's header
-alone; in place of the transformer stands `RemoteTransformer`, which sends each evaluation to the workers. Samplers,
+alone; in place of the transformer stands a `RemoteTransformer`, which sends each evaluation to the workers. Samplers,
 guiders and wrappers run on the host as ever.
 """
 
@@ -21,7 +21,11 @@ from .status import node_status
 
 
 class RemoteTransformer(torch.nn.Module):
-    """Called as ComfyUI calls FLUX; evaluates on the workers. It has no weights, but names those of the file."""
+    """Evaluates on the workers. It has no weights, but names those of the file.
+
+    A subclass per family is called as ComfyUI calls the family's own transformer, also by the wrappers around it
+    (WrappersMP.DIFFUSION_MODEL), which see its arguments by position.
+    """
 
     def __init__(self, session: Session, header: dict[str, TensorInfo], dtype: torch.dtype):
         super().__init__()
@@ -30,12 +34,34 @@ class RemoteTransformer(torch.nn.Module):
         self.patch_size = PATCH
         self._header = header
 
+    @classmethod
+    def fits(cls, unet_config: dict, header: dict[str, TensorInfo]) -> bool:
+        """Whether what ComfyUI detected is the file's model."""
+        return True
+
     def state_dict(self, *, destination=None, prefix="", keep_vars=False):
         """Tensors on the meta device under the file's own names, for nodes that look weights up."""
         destination = {} if destination is None else destination
-        for name, info in self._header.items():
-            destination[prefix + name] = torch.empty(info.shape, dtype=info.dtype, device="meta")
+        destination |= {prefix + name: tensor for name, tensor in meta_tensors(self._header).items()}
         return destination
+
+    def _through_wrappers(self, transformer_options: dict, *args, **kwargs) -> torch.Tensor:
+        """`_evaluate`, a subclass's own, inside the wrappers that nodes put around the transformer."""
+        wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, transformer_options)
+        return WrapperExecutor.new_class_executor(self._evaluate, self, wrappers).execute(*args, **kwargs)
+
+    def _on_workers(self, x, timestep, prompt: Prompt) -> torch.Tensor:
+        with following():
+            output = self.session.evaluate(x, timestep, prompt, progress())
+        node_status().restore()
+        return output.to(x.device)
+
+
+class RemoteFlux(RemoteTransformer):
+    @classmethod
+    def fits(cls, unet_config: dict, header: dict[str, TensorInfo]) -> bool:
+        """Old ComfyUI takes every FLUX for one of hidden size 3072."""
+        return unet_config["hidden_size"] == header["img_in.weight"].shape[0]
 
     def forward(
         self,
@@ -49,23 +75,64 @@ class RemoteTransformer(torch.nn.Module):
         transformer_options={},  # noqa: B006 - ComfyUI's own signature
         **kwargs,
     ):
-        return WrapperExecutor.new_class_executor(
-            self._evaluate, self, get_all_wrappers(WrappersMP.DIFFUSION_MODEL, transformer_options)
-        ).execute(x, timestep, context, y, guidance, ref_latents, control, transformer_options, **kwargs)
+        args = x, timestep, context, y, guidance, ref_latents, control, transformer_options
+        return self._through_wrappers(transformer_options, *args, **kwargs)
 
     def _evaluate(self, x, timestep, context, y, guidance, ref_latents, control, transformer_options, **kwargs):
-        refuse_unsupported(ref_latents, control, transformer_options, kwargs)
-        prompt = Prompt(context, y, guidance)
-        with following():
-            output = self.session.evaluate(x, timestep, prompt, progress())
-        node_status().restore()
-        return output.to(x.device)
+        if ref_latents is not None:
+            raise Unsupported("Reference latents (ReferenceLatent, FLUX Kontext)")
+        refuse_unsupported(control, transformer_options, kwargs)
+        return self._on_workers(x, timestep, Prompt(context, y, guidance))
 
 
-def refuse_unsupported(ref_latents, control, transformer_options: dict, extra: dict) -> None:
+class RemoteQwenImage(RemoteTransformer):
+    def forward(
+        self,
+        x,
+        timestep,
+        context,
+        attention_mask=None,
+        ref_latents=None,
+        additional_t_cond=None,
+        transformer_options={},  # noqa: B006 - ComfyUI's own signature
+        **kwargs,
+    ):
+        args = x, timestep, context, attention_mask, ref_latents, additional_t_cond, transformer_options
+        return self._through_wrappers(transformer_options, *args, **kwargs)
+
+    def _evaluate(
+        self,
+        x,
+        timestep,
+        context,
+        attention_mask,
+        ref_latents,
+        additional_t_cond,
+        transformer_options,
+        control=None,
+        **kwargs,
+    ):
+        if ref_latents is not None:
+            raise Unsupported("Reference latents (ReferenceLatent, TextEncodeQwenImageEdit)")
+        if attention_mask is not None:
+            raise Unsupported("A prompt with an attention mask")
+        if additional_t_cond is not None:
+            raise Unsupported("The timestep condition of Qwen-Image-Layered (additional_t_cond)")
+        refuse_unsupported(control, transformer_options, kwargs)
+        return self._on_workers(x, timestep, Prompt(context))
+
+
+_TRANSFORMERS: dict[str, type[RemoteTransformer]] = {"flux": RemoteFlux, "qwen_image": RemoteQwenImage}
+"""By the names that ComfyUI's detection gives."""
+
+
+def meta_tensors(header: dict[str, TensorInfo]) -> dict[str, torch.Tensor]:
+    """A file's tensors on the meta device."""
+    return {name: torch.empty(info.shape, dtype=info.dtype, device="meta") for name, info in header.items()}
+
+
+def refuse_unsupported(control, transformer_options: dict, extra: dict) -> None:
     """Raises Unsupported, naming the node feature, for what would have to happen inside the transformer."""
-    if ref_latents is not None:
-        raise Unsupported("Reference latents (ReferenceLatent, FLUX Kontext)")
     if control is not None:
         raise Unsupported("ControlNet (Apply ControlNet)")
     for kind in ("patches", "patches_replace"):
@@ -118,18 +185,19 @@ def remote_model(session: Session, header: dict[str, TensorInfo]) -> RemotePatch
     Raises FastUSPError where this ComfyUI does not know the file's sizes.
     """
     compute = getattr(torch, session.model.compute)
-    transformer = RemoteTransformer(session, header, compute)
-    meta = transformer.state_dict()
+    meta = meta_tensors(header)
     config = comfy.model_detection.model_config_from_unet(meta, "")
-    hidden = header["img_in.weight"].shape[0]
-    if config is None or config.unet_config.get("hidden_size") != hidden:
+    detected = config.unet_config if config is not None else {}
+    transformer = _TRANSFORMERS.get(detected.get("image_model"))
+    if transformer is None or not transformer.fits(detected, header):
         raise FastUSPError(
-            f"{session.model.path}: this ComfyUI does not know a FLUX model of hidden size {hidden}; update it"
+            f"{session.model.path}: this ComfyUI does not know the model, of hidden size "
+            f"{header['img_in.weight'].shape[0]}; update it"
         )
     config.unet_config["disable_unet_model_creation"] = True
     config.set_inference_dtype(compute, None)
     model = config.get_model(meta, "")
-    model.diffusion_model = transformer
+    model.diffusion_model = transformer(session, header, compute)
     model.state_dict_for_saving = _no_weights  # would be a file of meta tensors
     patcher = RemotePatcher(
         model,

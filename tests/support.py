@@ -7,6 +7,7 @@ import torch
 
 from fastusp_backend.config import ModelSpec
 from fastusp_backend.models.flux import FluxConfig
+from fastusp_backend.models.qwen_image import QwenImageConfig
 
 SMALL = FluxConfig(
     hidden=512,
@@ -19,6 +20,7 @@ SMALL = FluxConfig(
     single_blocks=2,
     guidance=True,
 )
+SMALL_QWEN = QwenImageConfig(hidden=512, heads=4, channels=16, context=64, mlp=1024, blocks=2)
 
 
 def spec_of(path) -> ModelSpec:
@@ -34,17 +36,20 @@ class Inputs:
     x: torch.Tensor
     timestep: torch.Tensor
     context: torch.Tensor
-    y: torch.Tensor
-    guidance: torch.Tensor
+    y: torch.Tensor | None
+    guidance: torch.Tensor | None
 
 
-def inputs(config: FluxConfig, *, text: int, size: tuple[int, int], batch: int = 1, seed: int = 0) -> Inputs:
+def inputs(
+    config: FluxConfig | QwenImageConfig, *, text: int, size: tuple[int, int], batch: int = 1, seed: int = 0
+) -> Inputs:
+    flux = isinstance(config, FluxConfig)
     return Inputs(
         x=randn(batch, config.channels, *size, seed=seed),
         timestep=torch.linspace(0.7, 0.3, batch) if batch > 1 else torch.tensor([0.7]),
         context=randn(batch, text, config.context, seed=seed + 1),
-        y=randn(batch, config.pooled, seed=seed + 2),
-        guidance=torch.full((batch,), 3.5),
+        y=randn(batch, config.pooled, seed=seed + 2) if flux else None,
+        guidance=torch.full((batch,), 3.5) if flux else None,
     )
 
 

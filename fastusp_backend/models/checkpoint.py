@@ -60,6 +60,41 @@ def read_tensors(
         return tensors
 
 
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What the tensors in a file's header say of a model of `family`; errors name both."""
+
+    header: dict[str, TensorInfo]
+    path: str
+    family: str
+
+    def has(self, name: str) -> bool:
+        return name in self.header
+
+    def matrix(self, name: str) -> tuple[int, int]:
+        """(outputs, inputs) of a weight. Raises CheckpointError where it is missing or no matrix."""
+        if name not in self.header:
+            raise CheckpointError(f"{self.path} is an incomplete {self.family} file: tensor {name!r} is missing")
+        shape = self.header[name].shape
+        if len(shape) != 2:
+            raise CheckpointError(
+                f"{self.path} is no {self.family} file: tensor {name!r} is {shape}, expected a matrix"
+            )
+        return shape
+
+    def heads(self, hidden: int, dim: int) -> int:
+        """Attention heads of `dim` in a width. Raises CheckpointError where that leaves a rest."""
+        if hidden % dim:
+            raise CheckpointError(
+                f"{self.path}: hidden size {hidden} is not a multiple of {self.family}'s head dim, {dim}"
+            )
+        return hidden // dim
+
+    def count(self, blocks: str) -> int:
+        """Blocks named `blocks`.0, `blocks`.1, ..."""
+        return len({key.split(".")[1] for key in self.header if key.startswith(blocks + ".")})
+
+
 def _open(path: str):
     try:
         return safe_open(path, framework="pt", device="cpu")

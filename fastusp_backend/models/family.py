@@ -5,12 +5,15 @@ Shapes: B batch, C latent channels, h w latent size, T text tokens, S image toke
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
 from ..attention import JointAttention, Rope
+from .checkpoint import Sizes
 from .segments import Segments
+
+HEAD_DIM = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,10 +27,22 @@ class Conditioning:
 
 
 class Config(Protocol):
-    """Sizes read from a file."""
+    """Sizes read from a file.
+
+    family: its name. runs: the models of the family that FastUSP runs, for refusals of others. marks: keys that tell
+    its files from other families'.
+    """
+
+    family: ClassVar[str]
+    runs: ClassVar[str]
+    marks: ClassVar[frozenset[str]]
 
     hidden: int
     heads: int
+
+    @classmethod
+    def from_sizes(cls, sizes: Sizes) -> "Config":
+        """Raises CheckpointError for a file that is incomplete or of a variant that FastUSP does not run."""
 
     def build(self) -> "Transformer":
         """The transformer, with parameters as torch's default device and type have them."""

@@ -11,16 +11,17 @@ Shapes: B batch, L tokens of this rank (text first), C hidden, H heads, D head d
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..attention import ALL, ONLY_K, ONLY_Q, ONLY_V, JointAttention, Rope
-from ..errors import RequestError
-from .family import Conditioning, check_prompt
-from .layers import HeadNorm, Linear, rope_tables, timestep_embedding
+from ..errors import CheckpointError, RequestError
+from .checkpoint import Sizes
+from .family import HEAD_DIM, Conditioning, check_prompt
+from .layers import Gates, HeadNorm, Linear, rope_tables, timestep_embedding
 from .patches import PATCH
 from .segments import Segments, gelu_linear
 
@@ -32,6 +33,10 @@ THETA = 10_000.0
 class FluxConfig:
     """Sizes read from a file. channels: latent channels; context, pooled: widths of the text inputs; guidance: dev."""
 
+    family: ClassVar[str] = "FLUX.1"
+    runs: ClassVar[str] = "FLUX.1 dev and schnell"
+    marks: ClassVar[frozenset[str]] = frozenset(("img_in.weight", "double_blocks.0.img_attn.qkv.weight"))
+
     hidden: int
     heads: int
     channels: int
@@ -41,6 +46,28 @@ class FluxConfig:
     double_blocks: int
     single_blocks: int
     guidance: bool
+
+    @classmethod
+    def from_sizes(cls, sizes: Sizes) -> "FluxConfig":
+        """Raises CheckpointError for the models that take more than latents."""
+        hidden, in_features = sizes.matrix("img_in.weight")
+        out_features = sizes.matrix("final_layer.linear.weight")[0]
+        if in_features != out_features:
+            raise CheckpointError(
+                f"{sizes.path} takes {in_features // 4} latent channels and gives {out_features // 4}: it is a FLUX.1 "
+                f"Fill, Canny or Depth model, which FastUSP does not run yet; it runs {cls.runs}"
+            )
+        return cls(
+            hidden=hidden,
+            heads=sizes.heads(hidden, HEAD_DIM),
+            channels=in_features // 4,
+            context=sizes.matrix("txt_in.weight")[1],
+            pooled=sizes.matrix("vector_in.in_layer.weight")[1],
+            mlp=sizes.matrix("double_blocks.0.img_mlp.0.weight")[0],
+            double_blocks=sizes.count("double_blocks"),
+            single_blocks=sizes.count("single_blocks"),
+            guidance=sizes.has("guidance_in.in_layer.weight"),
+        )
 
     def build(self) -> "Flux":
         return Flux(self)
@@ -86,17 +113,6 @@ class SelfAttention(nn.Module):
         self.qkv = Linear(hidden, 3 * hidden)
         self.norm = QKNorm(hidden // heads)
         self.proj = Linear(hidden, hidden)
-
-
-class Gates(NamedTuple):
-    """One stream's modulations in a double block, each (B, 1, C): around attention, then around the MLP."""
-
-    shift: torch.Tensor
-    scale: torch.Tensor
-    gate: torch.Tensor
-    mlp_shift: torch.Tensor
-    mlp_scale: torch.Tensor
-    mlp_gate: torch.Tensor
 
 
 class SingleGates(NamedTuple):

@@ -1,6 +1,7 @@
 """Building blocks: weights in their storage type, arithmetic in the type of the activations."""
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,28 @@ class HeadNorm(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.scale = nn.Parameter(torch.empty(dim), requires_grad=False)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) times a learnt weight, over the last dimension. Where it is a head's, kernels/place.py applies it."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), eps=1e-6)
+
+
+class Gates(NamedTuple):
+    """One stream's modulations in a double block, each (B, 1, C): around attention, then around the MLP."""
+
+    shift: torch.Tensor
+    scale: torch.Tensor
+    gate: torch.Tensor
+    mlp_shift: torch.Tensor
+    mlp_scale: torch.Tensor
+    mlp_gate: torch.Tensor
 
 
 def timestep_embedding(

@@ -6,6 +6,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .flux import Flux, FluxConfig
+from .qwen_image import QwenImage, QwenImageConfig
 
 TINY_FLUX = FluxConfig(
     hidden=512,
@@ -18,14 +19,15 @@ TINY_FLUX = FluxConfig(
     single_blocks=2,
     guidance=True,
 )
+TINY_QWEN_IMAGE = QwenImageConfig(hidden=512, heads=4, channels=16, context=3584, mlp=2048, blocks=2)
 
 
 def random_state(model: nn.Module, *, seed: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Values for a (meta) model's parameters: weights N(0, 1 / fan_in), head norms 1, biases N(0, 0.02^2)."""
+    """Values for a (meta) model's parameters: weights N(0, 1 / fan_in), norms 1, biases N(0, 0.02^2)."""
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for name, parameter in model.named_parameters():
-        if name.endswith("scale"):
+        if parameter.dim() == 1 and not name.endswith("bias"):
             value = torch.ones(parameter.shape)
         else:
             std = parameter.shape[1] ** -0.5 if parameter.dim() == 2 else 0.02
@@ -40,3 +42,12 @@ def write_flux(path: str, config: FluxConfig = TINY_FLUX, *, seed: int = 0, dtyp
         model = Flux(config)
     state = random_state(model, seed=seed, dtype=dtype)
     save_file({Flux.file_key(name): tensor for name, tensor in state.items()}, path)
+
+
+def write_qwen_image(
+    path: str, config: QwenImageConfig = TINY_QWEN_IMAGE, *, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> None:
+    """Writes a random Qwen-Image file."""
+    with torch.device("meta"):
+        model = QwenImage(config)
+    save_file(random_state(model, seed=seed, dtype=dtype), path)

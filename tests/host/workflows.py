@@ -25,8 +25,8 @@ class Graph(dict):
         inputs = {"unet_name": file, "weight_dtype": "default", "gpus": gpus, "ulysses": ulysses, "ring": ring}
         return self.node("FastUSPLoader", **(inputs | more))
 
-    def prompt(self, seed: int = 1, tokens: int = 7, guidance: float = 3.5) -> Link:
-        return self.node("TestSeededConditioning", seed=seed, tokens=tokens, width=4096, guidance=guidance)
+    def prompt(self, seed: int = 1, tokens: int = 7, guidance: float = 3.5, width: int = 4096) -> Link:
+        return self.node("TestSeededConditioning", seed=seed, tokens=tokens, width=width, guidance=guidance)
 
     def latent(self, width: int = 64, height: int = 64, batch: int = 1, *, masked: bool = False) -> Link:
         """An image's latent, for img2img."""

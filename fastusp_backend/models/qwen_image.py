@@ -1,0 +1,234 @@
+"""Qwen-Image (arXiv 2508.02324; any size with head dim 128) in its files' own key names, which are diffusers'.
+
+Two streams, text and image, attend jointly in every block; see flux.py for how a block is a schedule and why the
+modulations are a table. Queries, keys and values are separate weights, so each travels while the next is computed.
+After the last attention nothing reads the text any more: its half of the last block is left out.
+
+Shapes: B batch, L tokens of this rank (text first), C hidden, H heads, D head dim = 128, M mlp width.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..attention import ONLY_K, ONLY_Q, ONLY_V, JointAttention, Rope
+from ..errors import CheckpointError, RequestError
+from .checkpoint import Sizes
+from .family import HEAD_DIM, Conditioning, check_prompt
+from .layers import Gates, Linear, RMSNorm, rope_tables, timestep_embedding
+from .patches import PATCH
+from .segments import Segments, gelu_linear
+
+AXES = (16, 56, 56)
+THETA = 10_000.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QwenImageConfig:
+    """Sizes read from a file. channels: latent channels; context: width of the text input."""
+
+    family: ClassVar[str] = "Qwen-Image"
+    runs: ClassVar[str] = "Qwen-Image"
+    marks: ClassVar[frozenset[str]] = frozenset(("img_in.weight", "txt_norm.weight"))
+
+    hidden: int
+    heads: int
+    channels: int
+    context: int
+    mlp: int
+    blocks: int
+
+    @classmethod
+    def from_sizes(cls, sizes: Sizes) -> "QwenImageConfig":
+        """Raises CheckpointError for Mage-Flow, which has the same keys."""
+        hidden, in_features = sizes.matrix("img_in.weight")
+        out_features, context = sizes.matrix("proj_out.weight")[0], sizes.matrix("txt_in.weight")[1]
+        if (out_features, context) == (128, 2560):
+            raise CheckpointError(f"{sizes.path} holds Mage-Flow, which FastUSP does not run yet; it runs {cls.runs}")
+        if in_features != out_features or in_features % PATCH**2:
+            raise CheckpointError(
+                f"{sizes.path} takes {in_features} values per patch and gives {out_features}: it is no {cls.runs} model"
+            )
+        return cls(
+            hidden=hidden,
+            heads=sizes.heads(hidden, HEAD_DIM),
+            channels=in_features // PATCH**2,
+            context=context,
+            mlp=sizes.matrix("transformer_blocks.0.img_mlp.net.0.proj.weight")[0],
+            blocks=sizes.count("transformer_blocks"),
+        )
+
+    def build(self) -> "QwenImage":
+        return QwenImage(self)
+
+
+class TimestepEmbedder(nn.Module):
+    def __init__(self, hidden: int):
+        super().__init__()
+        self.linear_1 = Linear(256, hidden)
+        self.linear_2 = Linear(hidden, hidden)
+
+    def forward(self, timesteps: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """timesteps (n,) -> (n, C) in `dtype`."""
+        return self.linear_2(F.silu(self.linear_1(timestep_embedding(timesteps, 256).to(dtype))))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, hidden: int, mlp: int):
+        super().__init__()
+        self.net = nn.ModuleList([nn.ModuleDict({"proj": Linear(hidden, mlp)}), nn.Identity(), Linear(mlp, hidden)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        widen = self.net[0]["proj"]
+        return self.net[2](gelu_linear(x, *widen.rows(slice(None), x.dtype)))
+
+
+class Attention(nn.Module):
+    """The projections around the joint attention: `to_*` and `norm_*` of the image, `add_*` and `norm_added_*` of the
+    text."""
+
+    def __init__(self, hidden: int, heads: int):
+        super().__init__()
+        dim = hidden // heads
+        self.to_q, self.to_k, self.to_v = (Linear(hidden, hidden) for _ in range(3))
+        self.add_q_proj, self.add_k_proj, self.add_v_proj = (Linear(hidden, hidden) for _ in range(3))
+        self.norm_q, self.norm_k, self.norm_added_q, self.norm_added_k = (RMSNorm(dim) for _ in range(4))
+        self.to_out = nn.ModuleList([Linear(hidden, hidden)])
+        self.to_add_out = Linear(hidden, hidden)
+
+    def forward(self, txt: torch.Tensor, img: torch.Tensor, rope: tuple[Rope, Rope], joint: JointAttention):
+        """Normed txt (B, Lt, C), img (B, Li, C), rope (text, image) -> attended tokens of both, before their output
+        projections."""
+        for layer, norm, which in (
+            (self.to_v, None, ONLY_V),
+            (self.to_k, self.norm_k, ONLY_K),
+            (self.to_q, self.norm_q, ONLY_Q),
+        ):
+            joint.project(layer(img), (norm and norm.weight,), rope[1], which, text=False)
+        for layer, norm, which in (
+            (self.add_v_proj, None, ONLY_V),
+            (self.add_k_proj, self.norm_added_k, ONLY_K),
+            (self.add_q_proj, self.norm_added_q, ONLY_Q),
+        ):
+            joint.project(layer(txt), (norm and norm.weight,), rope[0], which, image=False)
+        joint.attend()
+        attended = joint.collect()
+        return attended[:, : txt.shape[1]], attended[:, txt.shape[1] :]
+
+
+class Block(nn.Module):
+    def __init__(self, config: QwenImageConfig):
+        super().__init__()
+        self.img_mod = nn.Sequential(nn.SiLU(), Linear(config.hidden, 6 * config.hidden))
+        self.txt_mod = nn.Sequential(nn.SiLU(), Linear(config.hidden, 6 * config.hidden))
+        self.attn = Attention(config.hidden, config.heads)
+        self.img_mlp = FeedForward(config.hidden, config.mlp)
+        self.txt_mlp = FeedForward(config.hidden, config.mlp)
+
+
+class Modulations(NamedTuple):
+    """The modulations of one evaluation: per block (text, image), and the final (shift, scale)."""
+
+    blocks: list[tuple[Gates, Gates]]
+    final: tuple[torch.Tensor, torch.Tensor]
+
+
+class QwenImage(nn.Module):
+    def __init__(self, config: QwenImageConfig):
+        super().__init__()
+        self.config = config
+        hidden, width = config.hidden, config.channels * PATCH**2
+        self.img_in = Linear(width, hidden)
+        self.txt_norm = RMSNorm(config.context)
+        self.txt_in = Linear(config.context, hidden)
+        self.time_text_embed = nn.ModuleDict({"timestep_embedder": TimestepEmbedder(hidden)})
+        self.transformer_blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
+        self.norm_out = nn.ModuleDict({"linear": Linear(hidden, 2 * hidden)})
+        self.proj_out = Linear(hidden, width)
+
+    @staticmethod
+    def module_key(key: str) -> str:
+        """The file's own names serve here too."""
+        return key
+
+    @property
+    def modulation_width(self) -> int:
+        """Values per evaluation and batch item."""
+        return (12 * self.config.blocks + 2) * self.config.hidden
+
+    def check(self, x: torch.Tensor, conditioning: Conditioning) -> None:
+        """x (B, channels, h, w) or, with the frame axis of its VAE, (B, channels, 1, h, w). Raises RequestError for
+        latents or a prompt that do not fit the model."""
+        channels = self.config.channels
+        if x.dim() == 5 and x.shape[2] > 1:
+            raise RequestError(
+                f"latents {tuple(x.shape)} hold {x.shape[2]} layers: Qwen-Image-Layered is not supported yet; give it "
+                "one image per batch item"
+            )
+        if x.dim() not in (4, 5) or x.shape[1] != channels or not x.numel():
+            raise RequestError(f"latents {tuple(x.shape)} do not fit the model: expected (B, {channels}, [1,] h, w)")
+        if problem := check_prompt(x, conditioning, width=self.config.context):
+            raise RequestError(problem)
+        if conditioning.y is not None or conditioning.guidance is not None:
+            raise RequestError("Qwen-Image takes neither pooled text nor embedded guidance")
+
+    def embed_text(self, context: torch.Tensor) -> torch.Tensor:
+        return self.txt_in(self.txt_norm(context))
+
+    def rope(self, text: int, grid: tuple[int, int], device: torch.device) -> tuple[Rope, Rope]:
+        """Image tokens are at (0, row, column) counted from the middle, n // 2 of n; text follows on all three axes
+        from half the longer side. As ComfyUI counts: diffusers' middle of an odd n is one later."""
+        sides = [torch.arange(n, device=device) - n // 2 for n in grid]
+        rows, columns = torch.meshgrid(*sides, indexing="ij")
+        image = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
+        words = torch.arange(text, device=device) + max(grid) // 2
+        return rope_tables(words[:, None].expand(-1, 3), AXES, THETA), rope_tables(image, AXES, THETA)
+
+    def modulation_table(self, timesteps: torch.Tensor, conditioning: Conditioning, dtype: torch.dtype) -> torch.Tensor:
+        """timesteps (n, B) -> (n, B, modulation_width), computed in `dtype`."""
+        vec = self.time_text_embed["timestep_embedder"](timesteps.flatten(), dtype).unflatten(0, timesteps.shape)
+        layers = [mod for block in self.transformer_blocks for mod in (block.txt_mod[1], block.img_mod[1])]
+        active = F.silu(vec)
+        return torch.cat([layer(active) for layer in [*layers, self.norm_out["linear"]]], dim=-1)
+
+    def split_modulations(self, row: torch.Tensor) -> Modulations:
+        """One evaluation's row (B, modulation_width) of the table, as views."""
+        parts = iter(row[:, None].split(self.config.hidden, dim=-1))
+        blocks = [tuple(Gates(*(next(parts) for _ in range(6))) for _ in range(2)) for _ in self.transformer_blocks]
+        scale, shift = parts  # in this order, unlike the blocks'
+        return Modulations(blocks, (shift, scale))
+
+    def forward(
+        self,
+        img: torch.Tensor,
+        txt: torch.Tensor,
+        mods: Modulations,
+        rope: tuple[Rope, Rope],
+        joint: JointAttention,
+        run: Segments,
+    ) -> torch.Tensor:
+        """img (B, Li, 4 channels) patches, txt (B, Lt, C) of `embed_text`, rope (text, image) -> velocity patches, as
+        img."""
+        img = self.img_in(img)
+        txt_gates, img_gates = mods.blocks[0]
+        txt_normed = run.norm(txt, txt_gates.shift, txt_gates.scale)
+        img_normed = run.norm(img, img_gates.shift, img_gates.scale)
+        following = [*mods.blocks[1:], None]
+        for block, (txt_gates, img_gates), after in zip(self.transformer_blocks, mods.blocks, following, strict=True):
+            txt_attended, img_attended = block.attn(txt_normed, img_normed, rope, joint)
+            txt_end, img_end = (gates[:2] for gates in after) if after else (None, mods.final)
+            if txt_end:
+                txt, txt_normed = _combine(
+                    txt, block.attn.to_add_out(txt_attended), txt_gates, txt_end, block.txt_mlp, run
+                )
+            img, img_normed = _combine(img, block.attn.to_out[0](img_attended), img_gates, img_end, block.img_mlp, run)
+        return self.proj_out(img_normed)
+
+
+def _combine(x, attended, gates: Gates, end, mlp: FeedForward, run: Segments) -> tuple[torch.Tensor, torch.Tensor]:
+    """x and its projected attended tokens (B, L, C), the (shift, scale) that follow the block -> (x, normed x)."""
+    x, normed = run.add_norm(x, attended, gates.gate, gates.mlp_shift, gates.mlp_scale)
+    return run.add_norm(x, mlp(normed), gates.mlp_gate, *end)
