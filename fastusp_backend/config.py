@@ -13,29 +13,41 @@ from .errors import CheckpointError, LayoutError
 DType = Literal["bfloat16", "float16", "float32"]
 DTYPES: tuple[DType, ...] = ("bfloat16", "float16", "float32")
 
+BatchParallel = Literal["auto", "on", "off"]
 AttentionChoice = Literal["auto", "cudnn", "flash", "efficient", "math"]
 WireChoice = Literal["exact"]
 
 
 class Layout(msgspec.Struct, frozen=True, kw_only=True):
-    """How the ranks share one sequence: `ring` groups of `ulysses` ranks each (USP, arXiv 2405.07719).
+    """How the ranks share a step: `batch` groups evaluate different prompts or images; inside a group, `ring` groups of
+    `ulysses` ranks share one sequence (USP, arXiv 2405.07719).
 
-    Rank r sits at ring position r // ulysses and Ulysses position r % ulysses.
+    Rank r sits at batch position r // (ring x ulysses); its rest, modulo ulysses, is its Ulysses position.
     """
 
     ulysses: int
     ring: int
+    batch: int = 1
 
     def __post_init__(self):
-        if self.ulysses < 1 or self.ring < 1:
-            raise LayoutError(f"ulysses and ring must be at least 1, got ulysses={self.ulysses}, ring={self.ring}")
+        if min(self.ulysses, self.ring, self.batch) < 1:
+            raise LayoutError(
+                f"ulysses, ring and batch must be at least 1, got ulysses={self.ulysses}, ring={self.ring}, "
+                f"batch={self.batch}"
+            )
+
+    @property
+    def sequence_ranks(self) -> int:
+        """Ranks that share one sequence."""
+        return self.ulysses * self.ring
 
     @property
     def ranks(self) -> int:
-        return self.ulysses * self.ring
+        return self.batch * self.sequence_ranks
 
     def __str__(self) -> str:
-        return f"ulysses {self.ulysses} x ring {self.ring}"
+        batch = f"batch {self.batch} x " if self.batch > 1 else ""
+        return f"{batch}ulysses {self.ulysses} x ring {self.ring}"
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,10 +1,12 @@
-"""Chooses the layout ulysses x ring for a number of ranks and a model's heads.
+"""Chooses the layout batch x ring x ulysses for a number of ranks and a model's heads.
 
-Ulysses first: it sends less than a ring inside a node (1.61 against 1.6 GB at 2 ranks, 0.71 against 2.8 GB at 8, per
-FLUX step) and splits the attention's heads, so its degree must divide the head count. The ring takes the rest.
+Where a step needs several evaluations (cond and uncond, or the images of a batch) groups of ranks take them apart
+first: that needs no communication per layer. Inside a group Ulysses comes first: it sends less than a ring inside a
+node (1.61 against 1.6 GB at 2 ranks, 0.71 against 2.8 GB at 8, per FLUX step) and splits the attention's heads, so
+its degree must divide the head count. The ring takes the rest.
 """
 
-from .config import Layout
+from .config import BatchParallel, Layout
 from .errors import LayoutError
 
 
@@ -36,3 +38,32 @@ def plan(ranks: int, heads: int, *, ulysses: int = 0, ring: int = 0) -> Layout:
     raise LayoutError(
         f"{wish} cannot be used on {ranks} ranks: {reason}. Legal layouts: {options}; 0 lets FastUSP choose"
     )
+
+
+def plan_batches(
+    ranks: int, heads: int, *, ulysses: int = 0, ring: int = 0, batch_parallel: BatchParallel = "auto"
+) -> tuple[Layout, ...]:
+    """The layouts for any number of evaluations a step, most batch groups first, a single one last.
+
+    A step uses the first whose batch groups divide its evaluations. `auto`: degrees that are set hold in every
+    layout, so setting both leaves one. `on`: they are those of the groups. Raises LayoutError when the wish cannot
+    be honoured.
+    """
+    if batch_parallel == "off":
+        return (plan(ranks, heads, ulysses=ulysses, ring=ring),)
+    if batch_parallel == "on":
+        if ranks % 2:
+            raise LayoutError(f"batch_parallel = 'on' needs an even number of ranks, not {ranks}; use 'auto' or 'off'")
+        whole = plan(ranks, heads)
+    else:
+        whole = plan(ranks, heads, ulysses=ulysses, ring=ring)
+    layouts = []
+    for batch in (b for b in range(ranks, 1, -1) if ranks % b == 0):
+        try:
+            group = plan(ranks // batch, heads, ulysses=ulysses, ring=ring)
+        except LayoutError:
+            if batch_parallel == "on" and batch == 2:
+                raise
+            continue  # the degrees that are set want larger groups
+        layouts.append(Layout(ulysses=group.ulysses, ring=group.ring, batch=batch))
+    return (*layouts, whole)

@@ -1,16 +1,17 @@
 """USP Loader: a MODEL whose transformer lives in worker processes."""
 
 import os
+from typing import get_args
 
 import folder_paths
 from comfy_api.latest import io
 
-from ..fastusp_backend.config import DType, ModelSpec, Settings
+from ..fastusp_backend.config import BatchParallel, DType, ModelSpec, Settings
 from ..fastusp_backend.devices import Devices, parse_devices, supports_bfloat16
 from ..fastusp_backend.errors import FastUSPError
 from ..fastusp_backend.models.checkpoint import read_header
 from ..fastusp_backend.models.detection import detect
-from ..fastusp_backend.planner import plan
+from ..fastusp_backend.planner import plan_batches
 from ..fastusp_backend.pool import Session
 from .pools import pool_for
 from .remote_model import remote_model
@@ -64,6 +65,15 @@ class USPLoader(io.ComfyNode):
                 SettingsType.Input(
                     "settings", optional=True, tooltip="From USP Optimization Settings; without it the defaults apply."
                 ),
+                io.Combo.Input(
+                    "batch_parallel",
+                    options=list(get_args(BatchParallel)),
+                    default="auto",
+                    optional=True,
+                    tooltip="Let groups of ranks evaluate the positive and negative prompt (cfg above 1), or the "
+                    "images of "
+                    "a batch, at the same time. auto: wherever groups can be had. on: refuse what cannot. off: never.",
+                ),
             ],
             outputs=[
                 io.Model.Output(
@@ -73,7 +83,7 @@ class USPLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, unet_name=None, gpus=None, ulysses=None, ring=None) -> bool | str:
+    def validate_inputs(cls, unet_name=None, gpus=None, ulysses=None, ring=None, batch_parallel="auto") -> bool | str:
         """Refuses impossible combinations before the prompt runs; an input that is linked is not known yet (None)."""
         try:
             devices = parse_devices(gpus) if gpus is not None else None
@@ -84,7 +94,9 @@ class USPLoader(io.ComfyNode):
                 return f"unet_name = {unet_name!r}: there is no such file in models/diffusion_models"
             config = detect(read_header(path), path)
             if devices is not None and ulysses is not None and ring is not None:
-                plan(devices.ranks, config.heads, ulysses=ulysses, ring=ring)
+                plan_batches(
+                    devices.ranks, config.heads, ulysses=ulysses, ring=ring, batch_parallel=batch_parallel or "auto"
+                )
         except FastUSPError as error:
             return str(error)
         return True
@@ -96,7 +108,16 @@ class USPLoader(io.ComfyNode):
         return f"{unet_name} {stat.st_mtime_ns} {stat.st_size}"
 
     @classmethod
-    def execute(cls, unet_name, weight_dtype, gpus, ulysses, ring, settings: Settings | None = None) -> io.NodeOutput:
+    def execute(
+        cls,
+        unet_name,
+        weight_dtype,
+        gpus,
+        ulysses,
+        ring,
+        settings: Settings | None = None,
+        batch_parallel: BatchParallel = "auto",
+    ) -> io.NodeOutput:
         path = folder_paths.get_full_path_or_raise("diffusion_models", unet_name)
         header = read_header(path)
         config = detect(header, path)
@@ -106,7 +127,7 @@ class USPLoader(io.ComfyNode):
         session = Session(
             pool_for(devices),
             ModelSpec.of_file(path, storage=storage, compute=compute),
-            plan(devices.ranks, config.heads, ulysses=ulysses, ring=ring),
+            plan_batches(devices.ranks, config.heads, ulysses=ulysses, ring=ring, batch_parallel=batch_parallel),
             settings or Settings(),
         )
         model = remote_model(session, header)

@@ -55,7 +55,8 @@ def sample_in_workers(executor, guider, sigmas, extra_args, callback, noise, *ar
         set_headline(f"stepping from ComfyUI, since {obstacle}")
         return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
     session: Session = guider.inner_model.diffusion_model.session
-    set_headline(f"{session.layout} on {session.pool.devices}, loop in the workers")
+    evaluations = 2 if len(_prompts(guider)) > 1 else len(noise)
+    set_headline(f"{session.layout(evaluations)} on {session.pool.devices}, loop in the workers")
     sampler = copy.copy(executor.class_obj)
     sampler.sampler_function = _loop_for(session, _BY_FUNCTION[sampler.sampler_function])
     executor.class_obj, executor.original = sampler, sampler.sample

@@ -58,7 +58,9 @@ def _sample(devices: Devices, checkpoint: str, arguments: argparse.Namespace) ->
         torch.tensor([3.5]),
     )
     layout = plan(devices.ranks, TINY_FLUX.heads)
-    session = Session(Pool(devices), ModelSpec.of_file(checkpoint, storage=None, compute="float32"), layout, Settings())
+    session = Session(
+        Pool(devices), ModelSpec.of_file(checkpoint, storage=None, compute="float32"), (layout,), Settings()
+    )
     bar = tqdm(total=arguments.steps, desc=f"{devices}, {layout}", unit="step")
 
     def step(event, _tensors) -> None:

@@ -1,4 +1,4 @@
-"""Ranks arranged as ring x ulysses, with the process groups of each axis. The one place that makes process groups."""
+"""Ranks arranged as batch x ring x ulysses, and the process groups of each axis: the one place that makes groups."""
 
 from dataclasses import dataclass
 
@@ -12,13 +12,16 @@ from ..config import Layout
 class Mesh:
     """This rank's place in a layout. A group is None where its axis has one rank: nothing is sent then.
 
-    world is the group that gathers the final result, in rank order.
+    rank counts within the ranks that share a sequence; sequence is their group, in that order. batch is the group of
+    the ranks at the same place in all batch groups.
     """
 
     layout: Layout
     rank: int
     device: torch.device
-    world: dist.ProcessGroup | None = None
+    batch_position: int = 0
+    batch: dist.ProcessGroup | None = None
+    sequence: dist.ProcessGroup | None = None
     ulysses: dist.ProcessGroup | None = None
     ring: dist.ProcessGroup | None = None
 
@@ -42,14 +45,18 @@ def make_mesh(layout: Layout, device: torch.device) -> Mesh:
     ranks, rank = dist.get_world_size(), dist.get_rank()
     if layout.ranks != ranks:
         raise ValueError(f"layout {layout} needs {layout.ranks} ranks, the pool has {ranks}")
-    u, r = layout.ulysses, layout.ring
-    rows = [[j * u + i for i in range(u)] for j in range(r)]
-    columns = [[j * u + i for j in range(r)] for i in range(u)]
+    u, r, n = layout.ulysses, layout.ring, layout.sequence_ranks
+    groups = [list(range(g * n, (g + 1) * n)) for g in range(layout.batch)]
+    rows = [group[j * u : (j + 1) * u] for group in groups for j in range(r)]
+    columns = [group[i::u] for group in groups for i in range(u)]
+    across = [[group[i] for group in groups] for i in range(n)]
     return Mesh(
         layout=layout,
-        rank=rank,
+        rank=rank % n,
         device=device,
-        world=dist.group.WORLD if ranks > 1 else None,
+        batch_position=rank // n,
+        batch=_own_group(across, rank) if layout.batch > 1 else None,
+        sequence=_own_group(groups, rank) if n > 1 else None,
         ulysses=_own_group(rows, rank) if u > 1 else None,
         ring=_own_group(columns, rank) if r > 1 else None,
     )

@@ -23,11 +23,11 @@ class SequenceShards:
 
     @property
     def local_text(self) -> int:
-        return -(-self.text // self.layout.ranks)
+        return -(-self.text // self.layout.sequence_ranks)
 
     @property
     def local_image(self) -> int:
-        return -(-self.image // self.layout.ranks)
+        return -(-self.image // self.layout.sequence_ranks)
 
     @property
     def local(self) -> int:
@@ -40,7 +40,7 @@ class SequenceShards:
 
     @property
     def _text_padding(self) -> int:
-        return self.local_text * self.layout.ranks - self.text
+        return self.local_text * self.layout.sequence_ranks - self.text
 
     def take_text(self, x: torch.Tensor, rank: int, *, dim: int) -> torch.Tensor:
         """Rank `rank`'s part of a text stream, zeros where it is padded."""

@@ -7,6 +7,7 @@ from ..comm.transport import Transport
 from ..config import Layout, ModelSpec, Settings
 from ..models.family import Transformer
 from ..models.loading import load_model
+from .batch import BatchedDenoiser
 from .denoiser import Denoiser
 
 
@@ -18,7 +19,7 @@ class Engine:
         self._spec: ModelSpec | None = None
         self._model: Transformer | None = None
         self._meshes: dict[Layout, tuple[Mesh, Transport]] = {}
-        self._denoiser: tuple[Layout, Settings, Denoiser] | None = None
+        self._denoiser: tuple[Layout, Settings, BatchedDenoiser] | None = None
 
     @property
     def heads(self) -> int:
@@ -46,7 +47,7 @@ class Engine:
         self._model = load_model(spec, self.device)
         self._spec = spec
 
-    def denoiser(self, layout: Layout, settings: Settings) -> Denoiser:
+    def denoiser(self, layout: Layout, settings: Settings) -> BatchedDenoiser:
         """The resident model under a layout and options; the last one asked for is kept, with its graphs.
 
         Raises ValueError for options this device does not have.
@@ -57,7 +58,8 @@ class Engine:
             self._denoiser = None
             mesh, transport = self.mesh(layout)
             dtype = getattr(torch, self._spec.compute)
-            self._denoiser = layout, settings, Denoiser(self._model, mesh, transport, settings, dtype)
+            denoiser = Denoiser(self._model, mesh, transport, settings, dtype)
+            self._denoiser = layout, settings, BatchedDenoiser(denoiser)
         return self._denoiser[2]
 
     def release(self) -> None:

@@ -32,7 +32,7 @@ class Step:
     ):
         config, batch = model.config, x.shape[0]
         self._model, self._mesh, self._segments, self._shards = model, mesh, segments, shards
-        self._gather = GroupExchange(mesh.world) if mesh.world else None
+        self._gather = GroupExchange(mesh.sequence) if mesh.sequence else None
         exchange = transport.exchange(shards, batch, config.heads, config.hidden // config.heads, dtype)
         self._joint = JointAttention(mesh, attend, shards, exchange, overlap=settings.overlap)
         self._size = x.shape[-2:]

@@ -35,11 +35,14 @@ class Mask:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """Cheap to make: processes start with the first call, weights load there too."""
+    """Cheap to make: processes start with the first call, weights load there too.
+
+    layouts: as `planner.plan_batches` gives them; a request takes the first whose batch groups divide its evaluations.
+    """
 
     pool: Pool
     model: ModelSpec
-    layout: Layout
+    layouts: tuple[Layout, ...]
     settings: Settings
 
     def evaluate(self, x: torch.Tensor, timestep: torch.Tensor, prompt: Prompt, progress: Progress) -> torch.Tensor:
@@ -58,7 +61,7 @@ class Session:
         send, keep, reuse, forget = self.pool.kept.sort(prompt.tensors(), epoch)
 
         def request(number: int) -> Evaluate:
-            return Evaluate(id=number, **self._what(), keep=keep, reuse=reuse, forget=forget)
+            return Evaluate(id=number, **self._what(len(x)), keep=keep, reuse=reuse, forget=forget)
 
         try:
             return self.pool.run(request, {"x": x, "timestep": timestep, **send}, progress)["output"]
@@ -96,7 +99,7 @@ class Session:
         return self.pool.run(
             lambda number: Sample(
                 id=number,
-                **self._what(),
+                **self._what(len(x) if negative is None else 2),
                 sampler=sampler,
                 options=options or {},
                 timestep_scale=timestep_scale,
@@ -106,5 +109,9 @@ class Session:
             progress,
         )["output"]
 
-    def _what(self) -> dict:
-        return {"model": self.model, "layout": self.layout, "settings": self.settings}
+    def layout(self, evaluations: int) -> Layout:
+        """The layout for a step of so many evaluations: images of a batch, or 2 for a guided one."""
+        return next(x for x in self.layouts if evaluations % x.batch == 0)
+
+    def _what(self, evaluations: int) -> dict:
+        return {"model": self.model, "layout": self.layout(evaluations), "settings": self.settings}

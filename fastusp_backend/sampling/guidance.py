@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-Velocity = Callable[[torch.Tensor, torch.Tensor, object], torch.Tensor]
-"""(x (B, C, h, w), timestep (B,), conditioning) -> velocity, as x."""
+Velocities = Callable[[torch.Tensor, torch.Tensor, list], list[torch.Tensor]]
+"""(x (B, C, h, w), timestep (B,), conditionings) -> a velocity, as x, for each of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +26,7 @@ class GuidedModel:
     negative None leaves guidance out. timestep_scale: the model's timestep per sigma.
     """
 
-    velocity: Velocity
+    velocities: Velocities
     positive: object
     negative: object | None
     cfg: float
@@ -39,14 +39,11 @@ class GuidedModel:
         if keep is not None:
             known = sigma * keep.noise + (1 - sigma) * keep.latent_image
             x = x * keep.mask + known * (1 - keep.mask)
-        denoised = self._denoise(x, sigma, self.positive)
-        if self.negative is not None:
-            without = self._denoise(x, sigma, self.negative)
-            denoised = without + (denoised - without) * self.cfg  # arXiv 2207.12598
+        prompts = [self.positive] if self.negative is None else [self.positive, self.negative]
+        timestep = (sigma * self.timestep_scale).expand(x.shape[0])  # on sigma's device, the CPU
+        denoised, *without = (x - v.float() * sigma for v in self.velocities(x, timestep, prompts))
+        if without:
+            denoised = without[0] + (denoised - without[0]) * self.cfg  # arXiv 2207.12598
         if keep is not None:
             denoised = denoised * keep.mask + keep.latent_image * (1 - keep.mask)
         return denoised
-
-    def _denoise(self, x: torch.Tensor, sigma: torch.Tensor, conditioning: object) -> torch.Tensor:
-        timestep = (sigma * self.timestep_scale).expand(x.shape[0])  # on sigma's device, the CPU
-        return x - self.velocity(x, timestep, conditioning).float() * sigma

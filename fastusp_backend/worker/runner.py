@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from ..config import Layout
-from ..engine import Denoiser, Engine
+from ..engine import BatchedDenoiser, Engine
 from ..errors import Cancelled, FastUSPError, LayoutError, RequestError
 from ..models.family import Conditioning
 from ..protocol import Done, Evaluate, Failed, Phase, Release, Sample, Shutdown, Step
@@ -103,13 +103,13 @@ class Runner:
             denoiser = self._engine.denoiser(request.layout, request.settings)
             positive = _conditioning(tensors, "positive.")
             negative = _conditioning(tensors, "negative.") if "negative.context" in tensors else None
+            prompts = [positive] if negative is None else [positive, negative]
+            denoiser.check(x, prompts)
             timesteps = [s * request.timestep_scale for s in SAMPLERS[request.sampler].evaluations(sigmas)]
-            for conditioning in filter(None, (positive, negative)):
-                denoiser.model.check(x, conditioning)
-                denoiser.prepare(timesteps, conditioning)
+            denoiser.prepare(timesteps, prompts)
             masked = "mask" in tensors
             model = GuidedModel(
-                velocity=self._velocity(request, denoiser),
+                velocities=self._velocities(request, denoiser),
                 positive=positive,
                 negative=negative,
                 cfg=request.cfg,
@@ -149,10 +149,10 @@ class Runner:
         self._reply(Done(id=request.id), {"output": output})
 
     def _evaluate(self, request: Evaluate, tensors: Tensors) -> None:
-        def prepare() -> tuple[Denoiser, Conditioning, torch.Tensor, torch.Tensor]:
+        def prepare() -> tuple[BatchedDenoiser, Conditioning, torch.Tensor, torch.Tensor]:
             x, conditioning = _take(tensors, "x"), self._kept_conditioning(request, tensors)
             denoiser = self._engine.denoiser(request.layout, request.settings)
-            denoiser.model.check(x, conditioning)
+            denoiser.check(x, [conditioning])
             timestep = _take(tensors, "timestep").cpu()
             if timestep.shape != x.shape[:1]:
                 raise RequestError(
@@ -161,7 +161,7 @@ class Runner:
             return denoiser, conditioning, x, timestep
 
         denoiser, conditioning, x, timestep = self._prepare(request, prepare)
-        output = self._velocity(request, denoiser)(x, timestep, conditioning)
+        (output,) = self._velocities(request, denoiser)(x, timestep, [conditioning])
         self._reply(Done(id=request.id), {"output": output})
 
     def _kept_conditioning(self, request: Evaluate, tensors: Tensors) -> Conditioning:
@@ -221,18 +221,19 @@ class Runner:
                 f"a Ulysses degree of {layout.ulysses} does not divide the model's {heads} attention heads"
             )
 
-    def _velocity(self, request: Request, denoiser: Denoiser):
+    def _velocities(self, request: Request, denoiser: BatchedDenoiser):
         """The denoiser with the ranks' agreement before each evaluation; raises Cancelled on all of them alike."""
 
-        def velocity(x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        def go_on() -> None:
             stop = self._control is not None and self._control.cancelled(request.id)
             if self._crew.agree(stop):
                 raise Cancelled(f"request {request.id}")
-            output = denoiser(x, timestep, conditioning)
             self._limit_run_ahead()
-            return output
 
-        return velocity
+        def velocities(x: torch.Tensor, timestep: torch.Tensor, prompts: list[Conditioning]) -> list[torch.Tensor]:
+            return denoiser(x, timestep, prompts, go_on)
+
+        return velocities
 
     def _limit_run_ahead(self) -> None:
         if self._engine.device.type != "cuda":

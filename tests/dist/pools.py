@@ -20,7 +20,7 @@ LONG = torch.linspace(1, 0, 20_001)
 
 
 def session(pool: Pool, model, layout: Layout | None = None, **settings) -> Session:
-    return Session(pool, spec_of(model), layout or Layout(ulysses=pool.devices.ranks, ring=1), Settings(**settings))
+    return Session(pool, spec_of(model), (layout or Layout(ulysses=pool.devices.ranks, ring=1),), Settings(**settings))
 
 
 def evaluate(pool: Pool, model, layout: Layout | None = None, **settings) -> torch.Tensor:

@@ -22,7 +22,7 @@ TOLERANCE = 2e-5
 def session_of(shared_pool, dev):
     def make(ulysses: int, ring: int, model=dev, **settings) -> Session:
         layout = Layout(ulysses=ulysses, ring=ring)
-        return Session(shared_pool(layout.ranks), spec_of(model), layout, Settings(**settings))
+        return Session(shared_pool(layout.ranks), spec_of(model), (layout,), Settings(**settings))
 
     return make
 

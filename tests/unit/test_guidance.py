@@ -18,14 +18,14 @@ class Recorder:
     def __init__(self):
         self.calls = []
 
-    def __call__(self, x, timestep, conditioning):
-        self.calls.append((x, timestep, conditioning))
-        return VELOCITIES[conditioning]
+    def __call__(self, x, timestep, conditionings):
+        self.calls += [(x, timestep, conditioning) for conditioning in conditionings]
+        return [VELOCITIES[conditioning] for conditioning in conditionings]
 
 
 def guided(velocity, **changes) -> GuidedModel:
     options = {"positive": "yes", "negative": None, "cfg": 1.0, "timestep_scale": 1.0} | changes
-    return GuidedModel(velocity=velocity, **options)
+    return GuidedModel(velocities=velocity, **options)
 
 
 def test_without_negative_the_positive_alone_is_evaluated():
@@ -48,7 +48,7 @@ def test_the_timestep_is_scaled_and_one_for_each_image():
 
 
 def test_half_precision_velocities_give_float32():
-    got = guided(lambda x, t, c: VELOCITIES[c].bfloat16())(X, SIGMA)
+    got = guided(lambda x, t, prompts: [VELOCITIES[c].bfloat16() for c in prompts])(X, SIGMA)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, X - SIGMA * VELOCITIES["yes"].bfloat16().float())
 

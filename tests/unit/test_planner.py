@@ -4,7 +4,7 @@ import pytest
 
 from fastusp_backend.config import Layout
 from fastusp_backend.errors import LayoutError
-from fastusp_backend.planner import legal_layouts, plan
+from fastusp_backend.planner import legal_layouts, plan, plan_batches
 
 pytestmark = pytest.mark.unit
 
@@ -59,3 +59,30 @@ def test_the_reason_is_told(wish, reason):
 def test_a_layout_has_positive_degrees(ulysses, ring):
     with pytest.raises(LayoutError, match="at least 1"):
         Layout(ulysses=ulysses, ring=ring)
+
+
+@pytest.mark.parametrize(
+    "ranks, wish, expected",
+    [
+        (1, {}, ["ulysses 1 x ring 1"]),
+        (2, {}, ["batch 2 x ulysses 1 x ring 1", "ulysses 2 x ring 1"]),
+        (3, {}, ["batch 3 x ulysses 1 x ring 1", "ulysses 3 x ring 1"]),
+        (
+            4,
+            {},
+            ["batch 4 x ulysses 1 x ring 1", "batch 2 x ulysses 2 x ring 1", "ulysses 4 x ring 1"],
+        ),
+        (4, {"batch_parallel": "off"}, ["ulysses 4 x ring 1"]),
+        (4, {"ulysses": 2, "ring": 2}, ["ulysses 2 x ring 2"]),
+        (4, {"ulysses": 2}, ["batch 2 x ulysses 2 x ring 1", "ulysses 2 x ring 2"]),
+        (4, {"ring": 2, "batch_parallel": "on"}, ["batch 2 x ulysses 1 x ring 2", "ulysses 4 x ring 1"]),
+    ],
+)
+def test_layouts_with_batch_groups(ranks, wish, expected):
+    assert [str(x) for x in plan_batches(ranks, 24, **wish)] == expected
+
+
+@pytest.mark.parametrize("ranks, wish", [(3, {}), (4, {"ulysses": 4}), (1, {}), (4, {"ulysses": 2, "ring": 2})])
+def test_batch_groups_that_cannot_be_had_are_refused(ranks, wish):
+    with pytest.raises(LayoutError):
+        plan_batches(ranks, 24, batch_parallel="on", **wish)

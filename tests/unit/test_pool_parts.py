@@ -47,7 +47,7 @@ class Pool:
 
 def session(pool) -> Session:
     spec = ModelSpec(path="/m", mtime_ns=0, size=0, storage=None, compute="float32")
-    return Session(pool, spec, Layout(ulysses=1, ring=1), Settings())
+    return Session(pool, spec, (Layout(ulysses=1, ring=1),), Settings())
 
 
 def evaluate(pool, context: torch.Tensor) -> torch.Tensor:

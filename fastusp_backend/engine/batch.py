@@ -1,0 +1,87 @@
+"""The batch axis: groups of ranks evaluate different prompts (cond and uncond) or different images of a batch.
+
+Nothing travels per layer; the groups exchange finished velocities. On two ranks a guided step takes the time of one
+evaluation on one rank, which sharing each sequence does not reach.
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ..comm.exchange import GroupExchange
+from ..errors import RequestError
+from ..models.family import Conditioning
+from .denoiser import Denoiser
+
+
+class BatchedDenoiser:
+    """velocities = batched(x, timestep, conditionings): every prompt evaluated at the same x, by all batch groups.
+
+    With several prompts, groups share out the prompts; with one, the images of the batch.
+    """
+
+    def __init__(self, denoiser: Denoiser):
+        self.denoiser = denoiser
+        mesh = denoiser.mesh
+        self._groups, self._position = mesh.layout.batch, mesh.batch_position
+        self._exchange = GroupExchange(mesh.batch) if mesh.batch else None
+        self._parts: weakref.WeakKeyDictionary[Conditioning, Conditioning] = weakref.WeakKeyDictionary()
+
+    def check(self, x: torch.Tensor, conditionings: Sequence[Conditioning]) -> None:
+        """Raises RequestError for tensors that do not fit the model, or that the batch groups do not divide."""
+        for conditioning in conditionings:
+            self.denoiser.model.check(x, conditioning)
+        count = len(conditionings) if len(conditionings) > 1 else len(x)
+        if count % self._groups:
+            raise RequestError(f"{self._groups} batch groups do not divide {count} evaluations a step")
+
+    def prepare(self, timesteps: list[float], conditionings: Sequence[Conditioning]) -> None:
+        """Computes this group's modulations for all of these timesteps."""
+        for conditioning in self._mine(conditionings):
+            self.denoiser.prepare(timesteps, conditioning)
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        timestep: torch.Tensor,
+        conditionings: Sequence[Conditioning],
+        before_each: Callable[[], None],
+    ) -> list[torch.Tensor]:
+        """x (B, C, h, w), timestep (B,) on the CPU -> a velocity (B, C, h, w) per prompt.
+
+        before_each runs ahead of every evaluation of this group, as often on all ranks.
+        """
+        images = slice(None)
+        if self._groups > 1 and len(conditionings) == 1:
+            count = len(x) // self._groups
+            images = slice(self._position * count, (self._position + 1) * count)
+        velocities = []
+        for conditioning in self._mine(conditionings):
+            before_each()
+            velocities.append(self.denoiser(x[images], timestep[images], conditioning).clone())
+        if self._exchange is None:
+            return velocities
+        everything = self._exchange.all_gather(torch.stack(velocities))()  # (groups, prompts of a group, images, ...)
+        return list(everything.flatten(0, 1)) if len(conditionings) > 1 else [everything.flatten(0, 2)]
+
+    def _mine(self, conditionings: Sequence[Conditioning]) -> Sequence[Conditioning]:
+        if self._groups == 1:
+            return conditionings
+        if len(conditionings) == 1:
+            return [self._part(conditionings[0])]
+        count = len(conditionings) // self._groups
+        return conditionings[self._position * count : (self._position + 1) * count]
+
+    def _part(self, conditioning: Conditioning) -> Conditioning:
+        """This group's images of a prompt; the same object each time, so that what is computed from it is kept."""
+        if conditioning not in self._parts:
+            rows = len(conditioning.context) // self._groups
+            mine = slice(self._position * rows, (self._position + 1) * rows)
+            y, guidance = conditioning.y, conditioning.guidance
+            self._parts[conditioning] = Conditioning(
+                conditioning.context[mine],
+                None if y is None else y[mine],
+                guidance if guidance is None or len(guidance) == 1 else guidance[mine],
+            )
+        return self._parts[conditioning]
