@@ -27,13 +27,13 @@ class USPLoader(io.ComfyNode):
             node_id="FastUSPLoader",
             display_name="USP Loader",
             category="FastUSP",
-            description="Loads a FLUX transformer onto several GPUs (or CPU ranks) that compute every step of one "
-            "image together.",
+            description="Loads a FLUX or Qwen-Image transformer onto several GPUs (or CPU ranks) that compute every step "
+            "of one image together.",
             inputs=[
                 io.Combo.Input(
                     "unet_name",
                     options=folder_paths.get_filename_list("diffusion_models"),
-                    tooltip="A FLUX.1 dev or schnell file in models/diffusion_models.",
+                    tooltip="A FLUX.1 dev, FLUX.1 schnell or Qwen-Image file in models/diffusion_models.",
                 ),
                 io.Combo.Input(
                     "weight_dtype",
@@ -123,7 +123,7 @@ class USPLoader(io.ComfyNode):
         config = detect(header, path)
         devices = parse_devices(gpus)
         file_dtype = str(header["img_in.weight"].dtype).removeprefix("torch.")
-        storage, compute = choose_types(STORAGE[weight_dtype], file_dtype, devices)
+        storage, compute = choose_types(STORAGE[weight_dtype], file_dtype, devices, float16=config.float16)
         session = Session(
             pool_for(devices),
             ModelSpec.of_file(path, storage=storage, compute=compute),
@@ -135,13 +135,19 @@ class USPLoader(io.ComfyNode):
         return io.NodeOutput(model)
 
 
-def choose_types(storage: DType | None, file_dtype: DType, devices: Devices) -> tuple[DType | None, DType]:
+def choose_types(
+    storage: DType | None, file_dtype: DType, devices: Devices, *, float16: bool
+) -> tuple[DType | None, DType]:
     """(storage, compute). CPU ranks compute in float32, as ComfyUI does on a CPU. GPUs compute in the storage type,
     which by default is the file's; float32 files are stored, as ComfyUI stores them, in 16 bits unless fp32 is asked
-    for."""
+    for. Where a model does not compute in float16 (or a GPU in bfloat16), the other type computes."""
     if devices.type == "cpu":
         return storage, "float32"
-    half: DType = "bfloat16" if supports_bfloat16(devices) else "float16"
+    bfloat16 = supports_bfloat16(devices)
     if storage is None:
-        storage = "float16" if file_dtype == "float16" else half
-    return storage, half if storage == "bfloat16" else storage
+        storage = "float16" if file_dtype == "float16" or not bfloat16 else "bfloat16"
+    if storage == "bfloat16" and not bfloat16:
+        return storage, "float16" if float16 else "float32"
+    if storage == "float16" and not float16:
+        return storage, "bfloat16" if bfloat16 else "float32"
+    return storage, storage

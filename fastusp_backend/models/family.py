@@ -30,12 +30,13 @@ class Config(Protocol):
     """Sizes read from a file.
 
     family: its name. runs: the models of the family that FastUSP runs, for refusals of others. marks: keys that tell
-    its files from other families'.
+    its files from other families'. float16: whether its activations fit that type.
     """
 
     family: ClassVar[str]
     runs: ClassVar[str]
     marks: ClassVar[frozenset[str]]
+    float16: ClassVar[bool]
 
     hidden: int
     heads: int

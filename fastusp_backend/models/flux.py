@@ -36,6 +36,7 @@ class FluxConfig:
     family: ClassVar[str] = "FLUX.1"
     runs: ClassVar[str] = "FLUX.1 dev and schnell"
     marks: ClassVar[frozenset[str]] = frozenset(("img_in.weight", "double_blocks.0.img_attn.qkv.weight"))
+    float16: ClassVar[bool] = True
 
     hidden: int
     heads: int

@@ -33,6 +33,7 @@ class QwenImageConfig:
     family: ClassVar[str] = "Qwen-Image"
     runs: ClassVar[str] = "Qwen-Image"
     marks: ClassVar[frozenset[str]] = frozenset(("img_in.weight", "txt_norm.weight"))
+    float16: ClassVar[bool] = False
 
     hidden: int
     heads: int

@@ -25,7 +25,7 @@ def session_of(shared_pool, tmp_path_factory):
 
     def make(ulysses: int, ring: int) -> Session:
         layout = Layout(ulysses=ulysses, ring=ring)
-        return Session(shared_pool(layout.ranks), spec_of(path), layout, Settings())
+        return Session(shared_pool(layout.ranks), spec_of(path), (layout,), Settings())
 
     return make
 
