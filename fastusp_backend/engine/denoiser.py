@@ -22,7 +22,7 @@ from .step import Step
 
 KEPT_STEPS = 4
 """Shapes whose buffers and graphs are kept."""
-KEPT_ROWS = 256
+KEPT_ROWS = 64
 """Modulation rows kept per prompt: 2.1 MB each for FLUX.1, 4.4 for Qwen-Image in bf16, batch 1."""
 
 
