@@ -44,19 +44,31 @@ class Devices:
 
 @functools.cache
 def list_gpus() -> tuple[Gpu, ...]:
-    """All GPUs of the machine in nvidia-smi order; empty where there is no nvidia-smi. Asked once a process."""
+    """All GPUs of the machine in nvidia-smi order; empty where there is no nvidia-smi. Asked once a process.
+
+    Raises DeviceError where nvidia-smi fails.
+    """
     command = shutil.which("nvidia-smi")
     if command is None:
         return ()
     query = [command, "--query-gpu=index,name,uuid,compute_cap", "--format=csv,noheader"]
-    answer = subprocess.run(query, capture_output=True, text=True, timeout=30)
-    if answer.returncode != 0:
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise DeviceError(f"nvidia-smi does not answer ({error}); use 'cpu:N' for N CPU ranks") from error
+    if "No devices were found" in answer.stdout + answer.stderr:
         return ()
+    if answer.returncode != 0:
+        text = (answer.stderr or answer.stdout).strip()
+        raise DeviceError(f"nvidia-smi failed: {text}. Mend the driver, or use 'cpu:N' for N CPU ranks")
     rows = csv.reader(answer.stdout.splitlines(), skipinitialspace=True)
-    return tuple(
-        Gpu(index=int(i), name=name, uuid=uuid, compute_capability=tuple(map(int, cc.split("."))))
-        for i, name, uuid, cc in rows
-    )
+    try:
+        return tuple(
+            Gpu(index=int(i), name=name, uuid=uuid, compute_capability=tuple(map(int, cc.split("."))))
+            for i, name, uuid, cc in rows
+        )
+    except ValueError as error:
+        raise DeviceError(f"nvidia-smi's answer is not understood: {answer.stdout.strip()}") from error
 
 
 def visible_gpus(gpus: tuple[Gpu, ...], visible: str | None) -> tuple[Gpu, ...]:
@@ -75,7 +87,7 @@ def parse_devices(text: str, *, gpus: tuple[Gpu, ...] | None = None, visible: st
     Raises DeviceError naming the value and what exists.
     """
     if gpus is None:
-        gpus = list_gpus()
+        gpus = () if text.strip().lower().startswith("cpu") else list_gpus()
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     seen = visible_gpus(gpus, visible)
     value = text.strip().lower()

@@ -32,6 +32,7 @@ class JointAttention:
         self._mesh, self._attend, self._shards, self._exchange = mesh, attend, shards, exchange
         self._ring = GroupExchange(mesh.ring) if mesh.ring else None
         self._overlap = overlap
+        self._returned: torch.Tensor | None = None
         self._own_regions = shards.regions(exchange.position)
         self._valid = [shards.valid(position) for position in range(mesh.layout.ring)]
         self._scale = exchange.received.shape[-1] ** -0.5
@@ -71,10 +72,12 @@ class JointAttention:
         q, k, v = self._exchange.received.unbind(0)
         attended = self._over_ring(q, self._exchange.received[K:]) if self._ring else self._over_own(q, k, v)
         self._exchange.give_back(attended)
+        if not self._overlap:
+            self._returned = self._exchange.take_back()
 
     def collect(self) -> torch.Tensor:
         """The attended tokens of this rank: (B, L, C), text first."""
-        return self._exchange.take_back()
+        return self._exchange.take_back() if self._overlap else self._returned
 
     def _over_own(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         valid = self._valid[0]
@@ -86,11 +89,12 @@ class JointAttention:
         merged: tuple[torch.Tensor, torch.Tensor] | None = None
         for hop in range(size):
             arriving = self._ring.shift(block) if hop < size - 1 else None
+            following = arriving() if arriving and not self._overlap else None
             # After `hop` shifts this rank holds the block of the rank `hop` places before it.
             valid = self._valid[(position - hop) % size]
             if valid.start < valid.stop:
                 part = self._attend(q, block[0][:, valid], block[1][:, valid], self._scale)
                 merged = part if merged is None else merge(*merged, *part)
             if arriving:
-                block = arriving()
+                block = following if following is not None else arriving()
         return merged[0].to(q.dtype)

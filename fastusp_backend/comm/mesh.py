@@ -29,10 +29,6 @@ class Mesh:
     def ring_position(self) -> int:
         return self.rank // self.layout.ulysses
 
-    @property
-    def ulysses_position(self) -> int:
-        return self.rank % self.layout.ulysses
-
 
 def single_rank_mesh(device: torch.device) -> Mesh:
     """A mesh of one rank; needs no process group."""

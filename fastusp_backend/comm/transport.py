@@ -15,7 +15,7 @@ from .ulysses import CollectiveExchange, LocalExchange, UlyssesExchange
 
 
 class Transport:
-    """Makes the Ulysses exchanges of one mesh. `name` is what the pool reports. Made on all ranks together."""
+    """Makes the Ulysses exchanges of one mesh; `name` says how they move. Made on all ranks together."""
 
     def __init__(self, mesh: Mesh):
         self._mesh = mesh
@@ -52,7 +52,10 @@ def _all_are_peers(mesh: Mesh) -> bool:
     mine = torch.tensor([host, device, disabled], device=mesh.device)
     members = mine.new_empty(mesh.layout.ulysses, 3)
     dist.all_gather_into_tensor(members.view(-1), mine, group=mesh.ulysses)
-    return all(
+    reachable = all(
         other == host and not off and (peer == device or torch.cuda.can_device_access_peer(device, peer))
         for other, peer, off in members.tolist()
     )
+    verdict = torch.tensor([int(reachable)], device=mesh.device)
+    dist.all_reduce(verdict, dist.ReduceOp.MIN, group=mesh.ulysses)  # access may be partial: all ranks choose alike
+    return bool(verdict)

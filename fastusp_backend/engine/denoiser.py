@@ -37,7 +37,7 @@ class Denoiser:
 
     def __init__(self, model: Transformer, mesh: Mesh, transport: Transport, settings: Settings, dtype: torch.dtype):
         self.model, self.mesh, self.transport, self.settings, self.dtype = model, mesh, transport, settings, dtype
-        self.attention_name, self._attend = choose(settings.attention, mesh.device, dtype)
+        _, self._attend = choose(settings.attention, mesh.device, dtype)
         self._segments = Segments(compiled=settings.compile and mesh.device.type == "cuda")
         self._computed: weakref.WeakKeyDictionary[Conditioning, _Computed] = weakref.WeakKeyDictionary()
         self._steps: OrderedDict[tuple, Step] = OrderedDict()
@@ -48,7 +48,7 @@ class Denoiser:
     def prepare(self, timesteps: list[float], conditioning: Conditioning) -> None:
         """Computes the modulations of these timesteps in one product per layer."""
         batch = conditioning.context.shape[0]
-        keys = [(t,) * batch for t in timesteps]
+        keys = [(t,) * batch for t in list(dict.fromkeys(timesteps))[:KEPT_ROWS]]  # later ones when they are needed
         self._add_rows(self._of(conditioning), conditioning, keys)
 
     @torch.inference_mode()
@@ -81,7 +81,7 @@ class Denoiser:
         timesteps = torch.tensor(missing, dtype=torch.float32, device=device)
         table = self.model.modulation_table(timesteps, conditioning, self.dtype)
         computed.rows.update(zip(missing, table, strict=True))
-        while len(computed.rows) > max(KEPT_ROWS, len(keys)):
+        while len(computed.rows) > KEPT_ROWS:
             computed.rows.popitem(last=False)
 
     def _step(self, x: torch.Tensor, text: int) -> Step:

@@ -6,7 +6,7 @@ from ..comm.mesh import Mesh, make_mesh, single_rank_mesh
 from ..comm.transport import Transport
 from ..config import Layout, ModelSpec, Settings
 from ..models.family import Transformer
-from ..models.loading import load_model
+from ..models.loading import describe_model, read_weights
 from .batch import BatchedDenoiser
 from .denoiser import Denoiser
 
@@ -40,11 +40,13 @@ class Engine:
         return self._meshes[layout]
 
     def load(self, spec: ModelSpec) -> None:
-        """Makes `spec` the resident model. Raises CheckpointError; then none is resident."""
+        """Makes `spec` the resident model. Raises CheckpointError; a file that is refused by its header leaves the old
+        model in place."""
         if self.holds(spec):
             return
+        model, keys = describe_model(spec)
         self.release()
-        self._model = load_model(spec, self.device)
+        self._model = read_weights(model, keys, spec, self.device)
         self._spec = spec
 
     def denoiser(self, layout: Layout, settings: Settings) -> BatchedDenoiser:

@@ -55,7 +55,12 @@ def read_tensors(
     with _open(path) as file:
         tensors = {}
         for name in names:
-            tensor = file.get_tensor(name)
+            try:
+                tensor = file.get_tensor(name)
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(
+                    f"tensor {name!r} of {path} cannot be read ({error}); get the file again"
+                ) from error
             tensors[name] = tensor.to(device=device, dtype=dtype if dtype is not None else tensor.dtype)
         return tensors
 

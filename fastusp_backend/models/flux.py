@@ -89,7 +89,6 @@ class Modulation(nn.Module):
 
     def __init__(self, hidden: int, parts: int):
         super().__init__()
-        self.parts = parts
         self.lin = Linear(hidden, parts * hidden)
 
     def forward(self, vec: torch.Tensor) -> torch.Tensor:

@@ -30,8 +30,8 @@ def check_tensors(model: Transformer, header: dict[str, TensorInfo], path: str) 
     return keys
 
 
-def load_model(spec: ModelSpec, device: torch.device) -> Transformer:
-    """Reads the checkpoint of `spec` onto `device`.
+def describe_model(spec: ModelSpec) -> tuple[Transformer, dict[str, str]]:
+    """The checkpoint's transformer, still without weights, and file key -> module key.
 
     Raises CheckpointError when the file is unusable or was replaced after the client looked at it.
     """
@@ -41,7 +41,16 @@ def load_model(spec: ModelSpec, device: torch.device) -> Transformer:
     header = read_header(spec.path)
     with torch.device("meta"):
         model = detect(header, spec.path).build()
-    keys = check_tensors(model, header, spec.path)
+    return model, check_tensors(model, header, spec.path)
+
+
+def load_model(spec: ModelSpec, device: torch.device) -> Transformer:
+    """Reads the checkpoint of `spec` onto `device`. Raises as `describe_model`."""
+    return read_weights(*describe_model(spec), spec, device)
+
+
+def read_weights(model: Transformer, keys: dict[str, str], spec: ModelSpec, device: torch.device) -> Transformer:
+    """Gives a described model its weights. Raises CheckpointError when the file cannot be read to its end."""
     storage = getattr(torch, spec.storage) if spec.storage else None
     tensors = read_tensors(spec.path, list(keys), device, storage)
     model.load_state_dict({keys[key]: tensor for key, tensor in tensors.items()}, assign=True)

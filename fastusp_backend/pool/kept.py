@@ -1,5 +1,7 @@
 """Prompt tensors that the workers of a pool hold on to."""
 
+import threading
+
 import torch
 
 Tensors = dict[str, torch.Tensor]
@@ -15,6 +17,8 @@ class KeptTensors:
     """
 
     def __init__(self):
+        self.lock = threading.Lock()
+        """Held from `sort` until its request has ended: what one call keeps, the next may reuse."""
         self._epoch = -1
         self._numbers: dict[int, torch.Tensor] = {}
         self._distrusted: list[int] = []

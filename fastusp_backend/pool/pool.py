@@ -7,18 +7,22 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn
 
 from ..devices import Devices
 from ..errors import Cancelled, FastUSPError, PoolError, ProtocolError, RequestError
 from ..protocol import Cancel, Done, Failed, Message, Phase, Release, Shutdown, Step
-from ..protocol.messages import Request
 from .kept import KeptTensors, Tensors
 from .workers import Workers
 
 POLL_SECONDS = 0.05
 START_SECONDS = 300.0
 DEATH_SECONDS = 8.0
-CANCEL_SECONDS = 120.0
+CANCEL_SECONDS = 5.0
+"""How long a cancel waits for its answer. Loading and compiling do not hear it: the request is then left behind, and
+its late replies are dropped."""
+HANG_SECONDS = 300.0
+"""Workers that have not answered for so long since a request was left behind are taken for hung, at the next cancel."""
 
 
 def _nothing(*_) -> None:
@@ -58,22 +62,23 @@ class Pool:
         self._closed = False
         _pools.add(self)
 
-    def start(self) -> None:
+    def start(self) -> Workers:
         """Starts the processes, if none run, without waiting for them. What a failed generation left is removed."""
         with self._state:
             if self._closed:
                 raise PoolError(f"the FastUSP pool on {self.devices} was closed")
             if self._workers is not None and self._workers.alive:
-                return
+                return self._workers
             if self._workers is not None:
                 self._workers.dispose()
             self._workers = Workers(self.devices)
             self.generation += 1
             self.epoch += 1
+            return self._workers
 
     def run(
         self,
-        make: Callable[[int], Request],
+        make: Callable[[int], Message],
         tensors: Tensors,
         progress: Progress = QUIET,
     ) -> Tensors:
@@ -82,14 +87,36 @@ class Pool:
         Raises Cancelled, RequestError (refused; the pool goes on) or PoolError (the workers died; the next call
         starts new ones).
         """
-        return self._submit(make, tensors, progress)
+        with self._busy:
+            number = next(self._ids)
+            workers = self._standing_workers(progress)
+            message = make(number)
+            try:
+                workers.channel.send(message, tensors)
+            except OSError as error:
+                raise self._failed(workers, "stopped before a prompt ran") from error
+            try:
+                return self._follow(workers, number, progress)
+            except _CallersOwn as own:
+                self._cancel(workers, number)
+                raise own.error from own.error.__cause__
+            except (OSError, EOFError) as error:
+                raise self._failed(workers, "stopped while a prompt ran") from error
+            except ProtocolError:
+                self._cancel(workers, number)  # one message was refused, but the request may run
+                raise
+            except FastUSPError:
+                raise
+            except BaseException:
+                self._cancel(workers, number)  # Ctrl-C: the ranks must stop as well
+                raise
 
     def release(self) -> None:
         """Drops the resident model on all ranks; the processes stay warm. Does nothing where none run."""
         with self._state:
             standing = self._workers is not None and self._workers.alive and self._workers.channel is not None
         if standing:
-            self._submit(lambda number: Release(id=number), {}, QUIET)
+            self.run(lambda number: Release(id=number), {}, QUIET)
             self.epoch += 1
 
     def status(self) -> dict:
@@ -125,31 +152,8 @@ class Pool:
                 self._busy.release()
         workers.dispose()
 
-    def _submit(self, make: Callable[[int], Message], tensors: Tensors, progress: Progress) -> Tensors:
-        with self._busy:
-            number = next(self._ids)
-            workers = self._standing_workers(progress)
-            message = make(number)
-            try:
-                workers.channel.send(message, tensors)
-            except OSError as error:
-                raise self._failed(workers, "stopped before a prompt ran") from error
-            try:
-                return self._follow(workers, number, progress)
-            except _CallersOwn as own:
-                self._cancel(workers, number)
-                raise own.error from own.error.__cause__
-            except (OSError, EOFError) as error:
-                raise self._failed(workers, "stopped while a prompt ran") from error
-            except FastUSPError:
-                raise
-            except BaseException:
-                self._cancel(workers, number)  # Ctrl-C: the ranks must stop as well
-                raise
-
     def _standing_workers(self, progress: Progress) -> Workers:
-        self.start()
-        workers = self._workers
+        workers = self.start()
         if workers.ready is None:
             progress.phase(f"starting {self.devices.ranks} worker(s) on {self.devices}")
         deadline = time.monotonic() + START_SECONDS
@@ -173,9 +177,10 @@ class Pool:
                 if not workers.alive:
                     raise self._failed(workers, "stopped while a prompt ran")
                 if cancelled_at is not None and time.monotonic() - cancelled_at > CANCEL_SECONDS:
-                    raise self._failed(workers, f"did not answer a cancel within {CANCEL_SECONDS:.0f} s")
+                    self._leave_behind(workers, number)
                 continue
             message, tensors = workers.channel.receive()
+            workers.left_behind_since = None
             if isinstance(message, Failed) and message.id is None:
                 raise ProtocolError(f"the workers refused a message: {message.text}")
             if message.id != number:
@@ -191,9 +196,8 @@ class Pool:
                 raise Cancelled(f"request {number} was cancelled")
             elif message.kind == "out_of_memory":
                 raise RequestError(
-                    f"rank {message.rank} ran out of memory while it loaded the model: {message.text}. Use a "
-                    f"smaller image "
-                    "or batch, more GPUs, or free memory on this GPU"
+                    f"rank {message.rank} ran out of memory while it prepared the request: {message.text}. Use a "
+                    "smaller image or batch, more GPUs, or free memory on this GPU"
                 )
             else:
                 raise RequestError(message.text)
@@ -204,6 +208,15 @@ class Pool:
             self._follow(workers, number, Progress(interrupted=lambda: True))
         except (FastUSPError, OSError, EOFError):
             pass  # ended, one way or another; the caller's exception is what is raised
+
+    def _leave_behind(self, workers: Workers, number: int) -> NoReturn:
+        """Raises Cancelled for a request that has not answered; PoolError, ending the workers, if they seem hung."""
+        now = time.monotonic()
+        if workers.left_behind_since is None:
+            workers.left_behind_since = now
+        elif now - workers.left_behind_since > HANG_SECONDS:
+            raise self._failed(workers, f"did not answer for {HANG_SECONDS:.0f} s")
+        raise Cancelled(f"request {number} was cancelled; the workers will come to it")
 
     def _failed(self, workers: Workers, event: str) -> PoolError:
         """The error for workers that ended or must end; waits for torchrun's own account of it."""

@@ -5,10 +5,13 @@ in it, torchrun's own files too, so removing it removes all traces, also those o
 SIGKILL.
 """
 
+import contextlib
 import fcntl
 import os
+import re
 import secrets
 import shutil
+import stat
 import tempfile
 import time
 from pathlib import Path
@@ -16,6 +19,7 @@ from pathlib import Path
 # sockaddr_un holds 108 bytes; what follows the base is 1 + 12 + len("/control.sock").
 _LONGEST_BASE = 80
 _SETTLING_SECONDS = 60
+_NAME = re.compile("[0-9a-f]{12}")
 
 
 def _base() -> Path:
@@ -24,7 +28,8 @@ def _base() -> Path:
     if len(os.fsencode(base)) > _LONGEST_BASE:
         base = Path("/tmp") / name
     base.mkdir(mode=0o700, exist_ok=True)
-    if base.stat().st_uid != os.getuid() or base.stat().st_mode & 0o077:
+    info = base.lstat()  # never through a link that another user may have planted
+    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
         raise PermissionError(
             f"{base} is not private to this user; remove it, or set TMPDIR to a directory of your own"
         )
@@ -63,14 +68,17 @@ class RunDir:
 def sweep(base: Path) -> None:
     """Removes run directories that no process owns any more."""
     for path in base.iterdir():
+        if not _NAME.fullmatch(path.name):
+            continue  # not ours
         try:
             fd = os.open(path / "lock", os.O_RDWR | os.O_CLOEXEC)
         except NotADirectoryError:
-            continue  # not ours
+            continue
         except FileNotFoundError:
-            # Perhaps just being made: its owner has not locked it yet.
-            if path.exists() and time.time() - path.stat().st_mtime > _SETTLING_SECONDS:
-                shutil.rmtree(path, ignore_errors=True)
+            # Perhaps just being made, and not locked yet; perhaps just swept by another process.
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > _SETTLING_SECONDS:
+                    shutil.rmtree(path, ignore_errors=True)
             continue
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

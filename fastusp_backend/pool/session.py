@@ -51,7 +51,8 @@ class Session:
             self.pool.start()
             epoch = self.pool.epoch
             try:
-                return self._evaluate_once(x, timestep, prompt, progress, epoch)
+                with self.pool.kept.lock:
+                    return self._evaluate_once(x, timestep, prompt, progress, epoch)
             except RequestError:
                 if self.pool.epoch == epoch:
                     raise

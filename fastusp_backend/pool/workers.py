@@ -46,12 +46,12 @@ def worker_environment(devices: Devices, run_dir: Path, inherited: Mapping[str, 
     env[PARENT_VARIABLE] = str(os.getpid())
     env["FASTUSP_DEVICE_TYPE"] = devices.type
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACKAGE_ROOT), inherited.get("PYTHONPATH")]))
+    env.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if devices.gpus:
         env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # nvidia-smi's order
         env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices.gpus))
     else:
         env["CUDA_VISIBLE_DEVICES"] = ""
-        env.setdefault("GLOO_SOCKET_IFNAME", "lo")
         env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // devices.ranks)))
         # Ranks, host and others share the cores: threads that spin while they wait take them from those that work.
         env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -59,12 +59,16 @@ def worker_environment(devices: Devices, run_dir: Path, inherited: Mapping[str, 
 
 
 class Workers:
-    """Starts the processes at once and returns; `connect` waits until they stand."""
+    """Starts the processes at once and returns; `try_connect` says when they stand.
+
+    left_behind_since: when a cancelled request was left behind without an answer; reset by any message.
+    """
 
     def __init__(self, devices: Devices):
         self.devices = devices
         self.run_dir = RunDir()
         self.ready: Ready | None = None
+        self.left_behind_since: float | None = None
         self.channel: Channel | None = None
         self._process: subprocess.Popen | None = None
         self._started = threading.Event()
@@ -174,6 +178,8 @@ class Workers:
         if records:
             first = min(records, key=lambda r: (r["peer_lost"], r["time"]))
             return f"rank {first['rank']} failed with {first['text']}"
+        if exits:
+            return f"rank {exits[0]['rank']} ended with exit code {exits[0]['exitcode']}"
         code = self._process.returncode if self._process else None
         return f"torchrun ended with exit code {code}"
 

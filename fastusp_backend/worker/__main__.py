@@ -1,5 +1,6 @@
 """One rank of a pool; started by torchrun as `-m fastusp_backend.worker`."""
 
+import functools
 import json
 import logging
 import os
@@ -29,6 +30,8 @@ def _work(run_dir: Path) -> None:
     device = _device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        # One segment serves every type and also counts of 1: more variants than the default allows.
+        torch._dynamo.config.recompile_limit = 64
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
         name = torch.cuda.get_device_name(device)
     else:
@@ -47,7 +50,7 @@ def _work(run_dir: Path) -> None:
             transport=dist.get_backend() if device.type == "cpu" else "nccl",
         )
         key = (run_dir / "key").read_bytes()
-        control = Control(str(run_dir / "control.sock"), key, ready)
+        control = Control(str(run_dir / "control.sock"), key, ready, functools.partial(record_failure, run_dir, 0))
     Runner(crew, Engine(device), control).serve()
     crew.agree(True)
     dist.destroy_process_group()

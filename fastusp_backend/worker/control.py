@@ -25,9 +25,10 @@ CLIENT_GONE = 3
 
 
 class Control:
-    """Listens at `address` for the one client of this pool; `ready` is what greets it."""
+    """Listens at `address` for the one client of this pool; `ready` is what greets it. on_death leaves a trace of
+    why this rank ends."""
 
-    def __init__(self, address: str, key: bytes, ready: Ready):
+    def __init__(self, address: str, key: bytes, ready: Ready, on_death: Callable[[BaseException], None]):
         self._ready = ready
         self._inbox: queue.Queue[tuple[Message, dict[str, torch.Tensor]]] = queue.Queue()
         self._outbox: queue.Queue[Callable[[Channel], None]] = queue.Queue()
@@ -35,7 +36,7 @@ class Control:
         self._channel: Channel | None = None
         self._listener = Listener(address, family="AF_UNIX", backlog=4, authkey=key)
         for work in (self._read_clients, self._write):
-            threading.Thread(target=_or_end, args=(work,), name=work.__name__, daemon=True).start()
+            threading.Thread(target=_or_end, args=(work, on_death), name=work.__name__, daemon=True).start()
 
     def next_request(self) -> tuple[Message, dict[str, torch.Tensor]]:
         """Waits for the next request."""
@@ -44,14 +45,15 @@ class Control:
     def cancelled(self, request: int) -> bool:
         return request in self._cancelled
 
-    def send(self, message: Message, tensors: dict[str, torch.Tensor] | None = None) -> None:
-        """Queues a reply. Tensors on a GPU are copied to the host while the GPU goes on."""
+    def send(self, message: Message | Callable[[], Message], tensors: dict[str, torch.Tensor] | None = None) -> None:
+        """Queues a reply, or what makes one once its tensors are there: those on a GPU are copied to the host while the
+        GPU goes on."""
         staged, ready = _to_host(tensors or {})
 
         def deliver(channel: Channel) -> None:
             if ready is not None:
                 ready.synchronize()
-            channel.send(message, staged)
+            channel.send(message() if callable(message) else message, staged)
 
         self._outbox.put(deliver)
 
@@ -63,7 +65,10 @@ class Control:
                 continue
             try:
                 deliver(channel)
-            except OSError:
+            except OSError as error:
+                gone = isinstance(error, ConnectionError) or self._channel is not channel
+                if not gone:
+                    raise  # a reply that is lost would leave its client waiting for ever
                 log.info("a reply found no client")
 
     def _read_clients(self) -> None:
@@ -107,16 +112,19 @@ class Control:
                 continue
             if isinstance(message, Cancel):
                 self._cancelled.add(message.id)
+            elif isinstance(message, Hello):
+                channel.send(Failed(id=None, kind="protocol", rank=0, text="Hello was said before"))
             else:
                 self._inbox.put((message, tensors))
 
 
-def _or_end(work: Callable[[], None]) -> None:
+def _or_end(work: Callable[[], None], on_death: Callable[[BaseException], None]) -> None:
     """A rank 0 that cannot hear or speak any more must not live on."""
     try:
         work()
-    except BaseException:
+    except BaseException as error:
         log.exception("a control thread failed")
+        on_death(error)
         os._exit(1)
 
 

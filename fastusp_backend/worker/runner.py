@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 Work = Sample | Evaluate | Release | Shutdown
 Tensors = dict[str, torch.Tensor]
 
-RUN_AHEAD = 2
-"""Evaluations that may be queued on a GPU: enough that it never waits for its CPU, few enough that a cancel is felt."""
+IN_FLIGHT = 2
+"""Evaluations that a GPU may have before it, the running one too: it never waits for its CPU, and a cancel is felt."""
 
 
 class Runner:
@@ -42,7 +42,7 @@ class Runner:
         self._kept: dict[int, torch.Tensor] = {}
         self._conditionings: dict[tuple[int, ...], Conditioning] = {}
         self._work = msgspec.msgpack.Decoder(Work)
-        self._queued: deque[torch.cuda.Event] = deque()
+        self._launched: deque[torch.cuda.Event] = deque()
 
     def serve(self) -> None:
         """Returns after Shutdown."""
@@ -72,6 +72,7 @@ class Runner:
         body = blob = None
         if self._control is not None:
             message, tensors = self._control.next_request()
+        if self._control is not None and self._crew.size > 1:
             body = msgspec.msgpack.encode(message)
             blob = safetensors.torch.save(tensors) if tensors else b""
         body, blob = self._crew.share(body), self._crew.share(blob)
@@ -105,8 +106,9 @@ class Runner:
             negative = _conditioning(tensors, "negative.") if "negative.context" in tensors else None
             prompts = [positive] if negative is None else [positive, negative]
             denoiser.check(x, prompts)
-            timesteps = [s * request.timestep_scale for s in SAMPLERS[request.sampler].evaluations(sigmas)]
-            denoiser.prepare(timesteps, prompts)
+            # In float32, as the loop will compute them: they are looked up by value.
+            evaluated = torch.tensor(SAMPLERS[request.sampler].evaluations(sigmas), dtype=torch.float32)
+            denoiser.prepare((evaluated * request.timestep_scale).tolist(), prompts)
             masked = "mask" in tensors
             model = GuidedModel(
                 velocities=self._velocities(request, denoiser),
@@ -128,19 +130,18 @@ class Runner:
         last = time.perf_counter()
 
         def report(state: StepState) -> None:
-            nonlocal last
-            now = time.perf_counter()
-            self._reply(
-                Step(
+            def step() -> Step:  # made when the step is done, not when it is queued
+                nonlocal last
+                seconds, last = time.perf_counter() - last, time.perf_counter()
+                return Step(
                     id=request.id,
                     index=state.index,
                     total=len(sigmas) - 1,
                     sigma=float(state.sigma),
-                    seconds=now - last,
-                ),
-                {"x": state.x, "denoised": state.denoised},
-            )
-            last = now
+                    seconds=seconds,
+                )
+
+            self._reply(step, {"x": state.x, "denoised": state.denoised})
 
         noise = iter(tensors.get("noise", ()))
         run = SAMPLERS[request.sampler].run
@@ -197,8 +198,9 @@ class Runner:
         except (FastUSPError, ValueError) as error:
             problem = f"refused\n{error}"
         except (torch.OutOfMemoryError, MemoryError) as error:
-            self._engine.release()
             problem = f"out_of_memory\n{error}"
+        if problem.startswith("out_of_memory"):
+            self._engine.release()  # only now: the exception's traceback held tensors
         for rank, text in enumerate(self._crew.gather(problem)):
             if text:
                 raise _Refused(rank, *text.split("\n", 1))
@@ -225,10 +227,10 @@ class Runner:
         """The denoiser with the ranks' agreement before each evaluation; raises Cancelled on all of them alike."""
 
         def go_on() -> None:
+            self._limit_run_ahead()
             stop = self._control is not None and self._control.cancelled(request.id)
             if self._crew.agree(stop):
                 raise Cancelled(f"request {request.id}")
-            self._limit_run_ahead()
 
         def velocities(x: torch.Tensor, timestep: torch.Tensor, prompts: list[Conditioning]) -> list[torch.Tensor]:
             return denoiser(x, timestep, prompts, go_on)
@@ -238,11 +240,11 @@ class Runner:
     def _limit_run_ahead(self) -> None:
         if self._engine.device.type != "cuda":
             return
-        event = torch.cuda.Event()
-        event.record()
-        self._queued.append(event)
-        if len(self._queued) > RUN_AHEAD:
-            self._queued.popleft().synchronize()
+        launched = torch.cuda.Event()
+        launched.record()
+        self._launched.append(launched)
+        if len(self._launched) >= IN_FLIGHT:
+            self._launched.popleft().synchronize()
 
 
 class _Refused(Exception):

@@ -80,20 +80,37 @@ def test_bfloat16_needs_every_gpu(monkeypatch):
     assert not supports_bfloat16(Devices(ranks=2))
 
 
-@pytest.mark.parametrize("code", [0, 9])
-def test_nvidia_smi_is_read(monkeypatch, tmp_path, code):
+@pytest.fixture
+def nvidia_smi(monkeypatch, tmp_path):
+    """nvidia_smi(text, code): puts a tool on the path that prints and exits so."""
     tool = tmp_path / "nvidia-smi"
-    row = "0, NVIDIA A100, GPU-1, 8.0\\n1, NVIDIA L4, GPU-2, 8.9\\n"
-    tool.write_text(f"#!/bin/sh\nprintf '{row}'\nexit {code}\n")
-    tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    list_gpus.cache_clear()
-    try:
-        found = list_gpus()
-    finally:
+
+    def answers(text: str, code: int) -> None:
+        tool.write_text(f"#!/bin/sh\nprintf '{text}'\nexit {code}\n")
+        tool.chmod(0o755)
         list_gpus.cache_clear()
-    expected = (
+
+    yield answers
+    list_gpus.cache_clear()
+
+
+def test_nvidia_smi_is_read(nvidia_smi):
+    nvidia_smi("0, NVIDIA A100, GPU-1, 8.0\\n1, NVIDIA L4, GPU-2, 8.9\\n", 0)
+    assert list_gpus() == (
         Gpu(index=0, name="NVIDIA A100", uuid="GPU-1", compute_capability=(8, 0)),
         Gpu(index=1, name="NVIDIA L4", uuid="GPU-2", compute_capability=(8, 9)),
     )
-    assert found == (() if code else expected)
+
+
+def test_no_devices_is_no_error(nvidia_smi):
+    nvidia_smi("No devices were found", 6)
+    assert list_gpus() == ()
+
+
+@pytest.mark.parametrize("text, code", [("driver mismatch", 9), ("0, Old card, GPU-1, [N/A]", 0)])
+def test_a_failing_nvidia_smi_is_told_and_cpu_ranks_do_not_ask_it(nvidia_smi, text, code):
+    nvidia_smi(text, code)
+    with pytest.raises(DeviceError, match="cpu:N|not understood"):
+        parse_devices("auto")
+    assert parse_devices("cpu:2") == Devices(ranks=2)

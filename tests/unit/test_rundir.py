@@ -115,14 +115,18 @@ def test_a_directory_goes_with_its_owner(temporary):
 def test_a_directory_without_a_lock_goes_when_it_is_old(temporary):
     mine = RunDir()
     base = mine.path.parent
-    young, old = base / "young", base / "old"
+    young, old, foreign = base / ("a" * 12), base / ("b" * 12), base / "something else"
+    foreign.mkdir()
+    os.utime(foreign, (0, 0))
     young.mkdir()
     old.mkdir()
     past = time.time() - 1000
     os.utime(old, (past, past))
     (base / "a file").write_text("not ours")
     sweep(base)
-    assert young.exists() and not old.exists() and mine.path.exists() and (base / "a file").exists()
+    assert (
+        young.exists() and foreign.exists() and not old.exists() and mine.path.exists() and (base / "a file").exists()
+    )
     mine.remove()
 
 
