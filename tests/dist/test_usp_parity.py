@@ -65,6 +65,12 @@ def test_attention_back_ends(session_of, reference, ulysses, ring, attention):
     assert relative_difference(got, expected) < TOLERANCE
 
 
+@pytest.mark.parametrize("ulysses, ring", [(2, 1), (1, 3), (2, 2)])
+def test_without_overlap(session_of, reference, ulysses, ring):
+    given, expected = reference(24, (10, 7), 1)
+    assert relative_difference(evaluate(session_of(ulysses, ring, overlap=False), given), expected) < TOLERANCE
+
+
 def test_the_comparison_would_notice_a_missing_token(session_of, reference):
     given, expected = reference(301, (14, 18), 2)
     less = Prompt(given.context[:, 1:], given.y, given.guidance)
