@@ -124,7 +124,9 @@ class Pool:
         workers = self._workers
         alive = workers is not None and workers.alive
         ready = workers.ready if alive else None
-        state = "off" if not alive else "starting" if ready is None else "busy" if self._busy.locked() else "idle"
+        state = (
+            "off" if not alive else "starting" if not workers.standing else "busy" if self._busy.locked() else "idle"
+        )
         status = {
             "devices": str(self.devices),
             "ranks": self.devices.ranks,

@@ -110,6 +110,11 @@ class Workers:
     def alive(self) -> bool:
         return not self._ended.is_set()
 
+    @property
+    def standing(self) -> bool:
+        """Whether rank 0 listens, connected or not."""
+        return self.alive and os.path.exists(self.run_dir.address)
+
     def try_connect(self) -> bool:
         """Whether the workers stand. Raises PoolError when they ended instead, or speak another version."""
         if self.channel is not None:

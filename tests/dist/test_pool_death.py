@@ -123,6 +123,12 @@ def test_close_leaves_nothing(run_dirs, shared_pool, dev, expected):
     assert open_descriptors() <= descriptors + 1
 
 
+def test_started_workers_are_idle_before_anyone_asks_them(new_pool):
+    pool = new_pool(1)
+    assert pool.status()["state"] == "starting"
+    wait_until(lambda: pool.status()["state"] == "idle", 60)
+
+
 def test_interrupted_while_the_workers_start(new_pool, dev):
     pool = new_pool(1)
     prompt = Prompt(GIVEN.context, GIVEN.y, GIVEN.guidance)
