@@ -20,19 +20,8 @@ from fastusp_backend.comm.transport import Transport
 from fastusp_backend.config import Layout, Settings
 from fastusp_backend.engine import Denoiser
 from fastusp_backend.models.family import Conditioning
-from fastusp_backend.models.flux import Flux, FluxConfig
-
-FLUX_DEV = FluxConfig(
-    hidden=3072,
-    heads=24,
-    channels=16,
-    context=4096,
-    pooled=768,
-    mlp=12288,
-    double_blocks=19,
-    single_blocks=38,
-    guidance=True,
-)
+from fastusp_backend.models.flux import Flux
+from fastusp_backend.models.synthetic import FLUX_DEV
 
 VARIANTS = {
     "eager": Settings(compile=False, cuda_graphs=False, overlap=False),

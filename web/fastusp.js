@@ -41,7 +41,7 @@ function poolView(pool) {
   const rows = [["Ranks", String(pool.ranks)]];
   if (pool.pids) {
     pool.pids.forEach((pid, rank) => rows.push([`Rank ${rank}`, `${pool.names[rank]}, process ${pid}`]));
-    rows.push(["Transport", pool.transport], ["PyTorch", pool.torch]);
+    rows.push(["Process group", pool.transport], ["PyTorch", pool.torch]);
   }
   rows.push(["Started", pool.generation === 1 ? "once" : `${pool.generation} times`]);
   return element(

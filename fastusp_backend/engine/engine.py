@@ -1,5 +1,7 @@
 """What a rank keeps between requests: the resident model, the meshes it has made, and its compiled evaluations."""
 
+import logging
+
 import torch
 
 from ..comm.mesh import Mesh, make_mesh, single_rank_mesh
@@ -9,6 +11,8 @@ from ..models.family import Transformer
 from ..models.loading import describe_model, read_weights
 from .batch import BatchedDenoiser
 from .denoiser import Denoiser
+
+log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -37,6 +41,7 @@ class Engine:
             single = layout.ranks == 1
             mesh = single_rank_mesh(self.device) if single else make_mesh(layout, self.device)
             self._meshes[layout] = mesh, Transport(mesh)
+            log.info("layout %s: Ulysses over %s", layout, self._meshes[layout][1].name)
         return self._meshes[layout]
 
     def load(self, spec: ModelSpec) -> None:

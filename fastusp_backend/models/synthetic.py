@@ -19,6 +19,18 @@ TINY_FLUX = FluxConfig(
     single_blocks=2,
     guidance=True,
 )
+FLUX_DEV = FluxConfig(
+    hidden=3072,
+    heads=24,
+    channels=16,
+    context=4096,
+    pooled=768,
+    mlp=12288,
+    double_blocks=19,
+    single_blocks=38,
+    guidance=True,
+)
+"""FLUX.1-dev's own sizes."""
 TINY_QWEN_IMAGE = QwenImageConfig(hidden=512, heads=4, channels=16, context=3584, mlp=2048, blocks=2)
 
 

@@ -25,7 +25,8 @@ class Hello(Message):
 
 
 class Ready(Message):
-    """Rank 0's answer: the pool stands. devices: one name per rank; pids: the processes, in rank order."""
+    """Rank 0's answer: the pool stands. devices: one name per rank; pids: the processes, in rank order; transport: the
+    process group's back end (what a layout's exchanges use beside it is logged when its mesh is made)."""
 
     version: int
     devices: list[str]

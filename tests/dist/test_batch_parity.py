@@ -82,30 +82,4 @@ def test_a_session_takes_the_layout_that_divides_its_evaluations(shared_pool, de
 
 def test_groups_that_do_not_divide_the_evaluations_are_refused(shared_pool, dev, alone):
     with pytest.raises(RequestError, match="2 batch groups do not divide 3 evaluations"):
-        sample(_forced(session(shared_pool, dev, LAYOUTS[0])), batch=3, cfg=1.0)
-
-
-class _forced:
-    """A session that uses its layout whatever the request."""
-
-    def __init__(self, over: Session):
-        self._over = over
-
-    def sample(self, x, sigmas, *, positive, sampler, **_):
-        from fastusp_backend.protocol import Sample
-
-        over = self._over
-        tensors = {"x": x, "sigmas": sigmas} | {f"positive.{k}": t for k, t in positive.tensors().items()}
-        return over.pool.run(
-            lambda number: Sample(
-                id=number,
-                model=over.model,
-                layout=over.layouts[0],
-                settings=over.settings,
-                sampler=sampler,
-                options={},
-                timestep_scale=1.0,
-                cfg=1.0,
-            ),
-            tensors,
-        )
+        sample(session(shared_pool, dev, LAYOUTS[0]), batch=3, cfg=1.0)

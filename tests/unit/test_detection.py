@@ -13,7 +13,7 @@ from fastusp_backend.errors import CheckpointError
 from fastusp_backend.models.checkpoint import TensorInfo, read_header
 from fastusp_backend.models.detection import detect
 from fastusp_backend.models.loading import load_model
-from fastusp_backend.models.synthetic import write_flux, write_qwen_image
+from fastusp_backend.models.synthetic import FLUX_DEV, write_flux, write_qwen_image
 
 pytestmark = pytest.mark.unit
 
@@ -75,23 +75,10 @@ def test_sizes_are_read_from_the_file(tmp_path, config):
 
 def test_full_sized_headers(tmp_path):
     """FLUX.1 dev's own sizes, without its 24 GB."""
-    from fastusp_backend.models.flux import Flux, FluxConfig
-
-    dev = FluxConfig(
-        hidden=3072,
-        heads=24,
-        channels=16,
-        context=4096,
-        pooled=768,
-        mlp=12288,
-        double_blocks=19,
-        single_blocks=38,
-        guidance=True,
-    )
     with torch.device("meta"):
-        model = Flux(dev)
+        model = FLUX_DEV.build()
     header = {model.file_key(name): TensorInfo(tuple(p.shape), torch.bfloat16) for name, p in model.named_parameters()}
-    assert detect(header, "dev") == dev
+    assert detect(header, "dev") == FLUX_DEV
     assert len(header) == 780
     assert "double_blocks.18.txt_attn.norm.key_norm.scale" in header
 
