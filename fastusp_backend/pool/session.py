@@ -111,8 +111,10 @@ class Session:
         )["output"]
 
     def layout(self, evaluations: int) -> Layout:
-        """The layout for a step of so many evaluations: images of a batch, or 2 for a guided one. Where none divides them
-        it is the last, which the workers then refuse."""
+        """The layout for a step of so many evaluations: images of a batch, or 2 for a guided one.
+
+        Where none divides them it is the last, which the workers then refuse.
+        """
         return next((x for x in self.layouts if evaluations % x.batch == 0), self.layouts[-1])
 
     def _what(self, evaluations: int) -> dict:
