@@ -8,6 +8,9 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""torch 2.13 renamed it; the old name warns there."""
+
 Pending = Callable[[], torch.Tensor]
 """An exchange under way; calling it once waits and returns what arrived."""
 
@@ -36,7 +39,7 @@ class GroupExchange:
         """x (...) -> (P, ...), every rank's x in rank order."""
         x = x.contiguous()
         out = x.new_empty(len(self._ranks), *x.shape)
-        work = dist.all_gather_into_tensor(out.view(-1), x.view(-1), group=self._group, async_op=True)
+        work = all_gather_single(out.view(-1), x.view(-1), group=self._group, async_op=True)
         return _awaiting(out, [work], x)
 
 

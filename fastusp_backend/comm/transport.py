@@ -8,6 +8,7 @@ import zlib
 import torch
 import torch.distributed as dist
 
+from .exchange import all_gather_single
 from .mesh import Mesh
 from .shards import SequenceShards
 from .symmetric import Arena, SymmetricExchange
@@ -51,7 +52,7 @@ def _all_are_peers(mesh: Mesh) -> bool:
     device, disabled = torch.cuda.current_device(), int(os.environ.get("NCCL_P2P_DISABLE", "0") == "1")
     mine = torch.tensor([host, device, disabled], device=mesh.device)
     members = mine.new_empty(mesh.layout.ulysses, 3)
-    dist.all_gather_into_tensor(members.view(-1), mine, group=mesh.ulysses)
+    all_gather_single(members.view(-1), mine, group=mesh.ulysses)
     reachable = all(
         other == host and not off and (peer == device or torch.cuda.can_device_access_peer(device, peer))
         for other, peer, off in members.tolist()

@@ -200,9 +200,10 @@ class Workers:
             lines.append(" ".join([f"[rank {record['rank']}] {record['level']}: {record['text']}", *trace]))
         if not lines:
             lines = _tail(directory / "torchrun.log")
+        printed = []
         for path in sorted(directory.glob("ranks/**/stderr.log")):
-            lines += [f"[rank {path.parent.name} stderr] {line}" for line in _tail(path)[-3:]]
-        return lines[-LOG_LINES:]
+            printed += [f"[rank {path.parent.name} stderr] {line}" for line in _tail(path)[-3:]]
+        return lines + printed[-LOG_LINES:]
 
 
 def _read_json(path: Path):

@@ -60,7 +60,7 @@ def test_death_in_mid_run(mortal, dev, expected, victim):
         assert "torchrun ended with exit code -9" in text
     else:
         assert f"rank {victim} (process {target}) was ended by SIGKILL" in text
-    assert "Last log lines:" in text and "[rank 1] INFO: rank 1 of 2 on cpu" in text
+    assert "[rank " in text.partition("Last log lines:")[2]
     assert "The next prompt starts new ones" in text
     wait_until(lambda: not processes_of(directory), 5)
     assert mortal.status()["state"] == "off"
