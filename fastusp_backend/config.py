@@ -16,6 +16,7 @@ DTYPES: tuple[DType, ...] = ("bfloat16", "float16", "float32")
 BatchParallel = Literal["auto", "on", "off"]
 AttentionChoice = Literal["auto", "cudnn", "flash", "efficient", "math"]
 WireChoice = Literal["exact"]
+PatchKind = Literal["lora", "loha", "lokr", "glora", "diff", "set"]
 
 
 class Layout(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,3 +89,20 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         except OSError as error:
             raise CheckpointError(f"cannot read the model file {path}: {error.strerror}") from error
         return cls(path=path, mtime_ns=stat.st_mtime_ns, size=stat.st_size, storage=storage, compute=compute)
+
+
+class WeightPatch(msgspec.Struct, frozen=True, kw_only=True):
+    """One change of one weight; models/adapters.py has the formulas.
+
+    tensors: role in the formula -> name of the tensor, which travels beside the message. strength scales the change,
+    strength_model the weight before it. alpha: scale over rank, None for 1. offset: (dim, start, length) of the slice
+    that is changed, None for all. swap_halves: the change has its halves along dim 0 in the other order.
+    """
+
+    kind: PatchKind
+    tensors: dict[str, str]
+    strength: float
+    strength_model: float = 1.0
+    alpha: float | None = None
+    offset: tuple[int, int, int] | None = None
+    swap_halves: bool = False

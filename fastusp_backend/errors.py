@@ -21,6 +21,10 @@ class RequestError(FastUSPError):
     """A sampling request that the workers refused; the pool stays usable."""
 
 
+class PatchesLost(RequestError):
+    """The workers' weights do not hold the patch set that a request names; it must be sent anew."""
+
+
 class ProtocolError(FastUSPError):
     """A frame that is malformed, too large, of another version or of an unknown kind."""
 

@@ -5,6 +5,8 @@ alone; in place of the transformer stands a `RemoteTransformer`, which sends eac
 guiders and wrappers run on the host as ever.
 """
 
+from dataclasses import replace
+
 import comfy.model_detection
 import comfy.model_management
 import comfy.model_patcher
@@ -18,10 +20,11 @@ from ..fastusp_backend.pool import Prompt, Session
 from .host import Unsupported, following, progress
 from .remote_loop import sample_in_workers
 from .status import node_status
+from .weight_patches import PREFIX, check_supported, weight_patches
 
 
 class RemoteTransformer(torch.nn.Module):
-    """Evaluates on the workers. It has no weights, but names those of the file.
+    """Evaluates on the workers. It has no weights, but names those of the file. header: by ComfyUI's names.
 
     A subclass per family is called as ComfyUI calls the family's own transformer, also by the wrappers around it
     (WrappersMP.DIFFUSION_MODEL), which see its arguments by position.
@@ -33,6 +36,7 @@ class RemoteTransformer(torch.nn.Module):
         self.dtype = dtype
         self.patch_size = PATCH
         self._header = header
+        self._patches_uuid = None
 
     @classmethod
     def fits(cls, unet_config: dict, header: dict[str, TensorInfo]) -> bool:
@@ -40,10 +44,17 @@ class RemoteTransformer(torch.nn.Module):
         return True
 
     def state_dict(self, *, destination=None, prefix="", keep_vars=False):
-        """Tensors on the meta device under the file's own names, for nodes that look weights up."""
+        """Tensors on the meta device, for nodes that look weights up."""
         destination = {} if destination is None else destination
         destination |= {prefix + name: tensor for name, tensor in meta_tensors(self._header).items()}
         return destination
+
+    def take_patches(self, uuid, patches: dict[str, list[tuple]]) -> None:
+        """Evaluations from now on are by weights with a patcher's `patches`, which `uuid` identifies."""
+        if uuid != self._patches_uuid:
+            shapes = {PREFIX + name: info.shape for name, info in self._header.items()}
+            self.session = replace(self.session, patches=weight_patches(patches, shapes))
+            self._patches_uuid = uuid
 
     def _through_wrappers(self, transformer_options: dict, *args, **kwargs) -> torch.Tensor:
         """`_evaluate`, a subclass's own, inside the wrappers that nodes put around the transformer."""
@@ -151,7 +162,11 @@ def refuse_unsupported(control, transformer_options: dict, extra: dict) -> None:
 
 
 class RemotePatcher(comfy.model_patcher.ModelPatcher):
-    """A ModelPatcher with nothing to move: the host holds no weights, so loading and unloading cost it no memory."""
+    """A ModelPatcher with nothing to move: the host holds no weights, so loading and unloading cost it no memory.
+
+    ComfyUI patches weights while it loads a model, and loads a patcher before it samples with it. Here loading tells
+    the transformer, which all clones share, which patches are meant; the workers get them with the next evaluation.
+    """
 
     def model_size(self):
         return 0
@@ -163,9 +178,14 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         return 0
 
     def add_patches(self, patches, strength_patch=1.0, strength_model=1.0):
-        if patches:
-            raise Unsupported("A weight patch (LoRA)")
-        return []
+        check_supported(patches)
+        return super().add_patches(patches, strength_patch, strength_model)
+
+    def load(self, *args, **kwargs):
+        super().load(*args, **kwargs)
+        transformer = self.model.diffusion_model
+        if isinstance(transformer, RemoteTransformer):
+            transformer.take_patches(self.patches_uuid, self.patches)
 
     def add_hook_patches(self, hook, patches, strength_patch=1.0, strength_model=1.0):
         if patches:
@@ -197,7 +217,7 @@ def remote_model(session: Session, header: dict[str, TensorInfo]) -> RemotePatch
     config.unet_config["disable_unet_model_creation"] = True
     config.set_inference_dtype(compute, None)
     model = config.get_model(meta, "")
-    model.diffusion_model = transformer(session, header, compute)
+    model.diffusion_model = transformer(session, config.process_unet_state_dict(dict(header)), compute)
     model.state_dict_for_saving = _no_weights  # would be a file of meta tensors
     patcher = RemotePatcher(
         model,

@@ -65,6 +65,10 @@ class Denoiser:
         step = self._step(x, conditioning.context.shape[1])
         return step.run(x, computed.text, computed.rows[key], self._graph_memory)
 
+    def forget_prompts(self) -> None:
+        """Drops what was computed from prompts, after weights have changed. Buffers and graphs stay."""
+        self._computed.clear()
+
     def _of(self, conditioning: Conditioning) -> _Computed:
         if conditioning not in self._computed:
             context = conditioning.context

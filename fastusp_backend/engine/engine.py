@@ -1,6 +1,7 @@
 """What a rank keeps between requests: the resident model, the meshes it has made, and its compiled evaluations."""
 
 import logging
+from collections.abc import Mapping
 
 import torch
 
@@ -9,6 +10,7 @@ from ..comm.transport import Transport
 from ..config import Layout, ModelSpec, Settings
 from ..models.family import Transformer
 from ..models.loading import describe_model, read_weights
+from ..models.patching import PatchedWeights, Patches
 from .batch import BatchedDenoiser
 from .denoiser import Denoiser
 
@@ -22,6 +24,7 @@ class Engine:
         self.device = device
         self._spec: ModelSpec | None = None
         self._model: Transformer | None = None
+        self._weights: PatchedWeights | None = None
         self._meshes: dict[Layout, tuple[Mesh, Transport]] = {}
         self._denoiser: tuple[Layout, Settings, BatchedDenoiser] | None = None
 
@@ -31,6 +34,11 @@ class Engine:
         if self._model is None:
             raise RuntimeError("no model is loaded")
         return self._model.config.heads
+
+    @property
+    def patches(self) -> int | None:
+        """The number of the patch set that the weights hold: 0 for none, None where it is not known."""
+        return self._weights.number if self._weights is not None else None
 
     def holds(self, spec: ModelSpec) -> bool:
         return self._spec == spec
@@ -52,7 +60,18 @@ class Engine:
         model, keys = describe_model(spec)
         self.release()
         self._model = read_weights(model, keys, spec, self.device)
+        self._weights = PatchedWeights(self._model, keys, spec)
         self._spec = spec
+
+    def patch(self, weights: Patches, tensors: Mapping[str, torch.Tensor], *, base: int | None, number: int) -> None:
+        """Changes the resident model's weights in place; nothing is captured or compiled again. Raises as
+        `PatchedWeights.change`."""
+        if self._weights is None:
+            raise RuntimeError("no model is loaded")
+        restored, patched = self._weights.change(weights, tensors, base=base, number=number)
+        log.info("patch set %d: %d weights restored, %d patched", number, restored, patched)
+        if self._denoiser is not None:
+            self._denoiser[2].denoiser.forget_prompts()
 
     def denoiser(self, layout: Layout, settings: Settings) -> BatchedDenoiser:
         """The resident model under a layout and options; the last one asked for is kept, with its graphs.
@@ -71,6 +90,6 @@ class Engine:
 
     def release(self) -> None:
         """Drops the resident model and gives its memory back."""
-        self._spec = self._model = self._denoiser = None
+        self._spec = self._model = self._weights = self._denoiser = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from ..devices import Devices
-from ..errors import Cancelled, FastUSPError, PoolError, ProtocolError, RequestError
+from ..errors import Cancelled, FastUSPError, PatchesLost, PoolError, ProtocolError, RequestError
 from ..protocol import Cancel, Done, Failed, Message, Phase, Release, Shutdown, Step
 from .kept import KeptTensors, Tensors
+from .patches import HeldPatches
 from .workers import Workers
 
 POLL_SECONDS = 0.05
@@ -55,6 +56,7 @@ class Pool:
         self.epoch = 0
         """Changes whenever the workers have forgotten what they were given."""
         self.kept = KeptTensors()
+        self.patches = HeldPatches()
         self._workers: Workers | None = None
         self._ids = itertools.count(1)
         self._busy = threading.Lock()
@@ -202,7 +204,7 @@ class Pool:
                     "smaller image or batch, more GPUs, or free memory on this GPU"
                 )
             else:
-                raise RequestError(message.text)
+                raise (PatchesLost if message.kind == "unpatched" else RequestError)(message.text)
 
     def _cancel(self, workers: Workers, number: int) -> None:
         """Cancels and waits for the end, so that the next request finds the ranks free."""

@@ -1,13 +1,15 @@
 """One model under one layout on one pool, as its users see it: evaluate, or sample."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from ..config import Layout, ModelSpec, Settings
-from ..errors import RequestError
-from ..protocol import Evaluate, Sample
+from ..errors import PatchesLost, RequestError
+from ..protocol import Evaluate, Message, Patch, Sample
 from .kept import Tensors
+from .patches import NO_PATCHES, WeightPatches
 from .pool import QUIET, Pool, Progress
 
 
@@ -38,12 +40,14 @@ class Session:
     """Cheap to make: processes start with the first call, weights load there too.
 
     layouts: as `planner.plan_batches` gives them; a request takes the first whose batch groups divide its evaluations.
+    patches: what the model's weights are changed by, before the first request that wants it.
     """
 
     pool: Pool
     model: ModelSpec
     layouts: tuple[Layout, ...]
     settings: Settings
+    patches: WeightPatches = NO_PATCHES
 
     def evaluate(self, x: torch.Tensor, timestep: torch.Tensor, prompt: Prompt, progress: Progress) -> torch.Tensor:
         """One evaluation: x (B, C, h, w), timestep (B,) -> velocity (B, C, h, w) on the CPU. Raises as `Pool.run`."""
@@ -61,11 +65,12 @@ class Session:
     def _evaluate_once(self, x, timestep, prompt: Prompt, progress: Progress, epoch: int) -> torch.Tensor:
         send, keep, reuse, forget = self.pool.kept.sort(prompt.tensors(), epoch)
 
-        def request(number: int) -> Evaluate:
-            return Evaluate(id=number, **self._what(len(x)), keep=keep, reuse=reuse, forget=forget)
+        def request(number: int, patches: int) -> Evaluate:
+            what = self._what(len(x), patches)
+            return Evaluate(id=number, **what, keep=keep, reuse=reuse, forget=forget)
 
         try:
-            return self.pool.run(request, {"x": x, "timestep": timestep, **send}, progress)["output"]
+            return self._run(request, {"x": x, "timestep": timestep, **send}, progress)["output"]
         except BaseException:
             self.pool.kept.distrust(forget)
             raise
@@ -97,10 +102,10 @@ class Session:
             tensors["noise"] = noise
         if mask is not None:
             tensors |= {"mask": mask.mask, "latent_image": mask.latent_image, "inpaint_noise": mask.noise}
-        return self.pool.run(
-            lambda number: Sample(
+        return self._run(
+            lambda number, patches: Sample(
                 id=number,
-                **self._what(len(x) if negative is None else 2),
+                **self._what(len(x) if negative is None else 2, patches),
                 sampler=sampler,
                 options=options or {},
                 timestep_scale=timestep_scale,
@@ -117,5 +122,30 @@ class Session:
         """
         return next((x for x in self.layouts if evaluations % x.batch == 0), self.layouts[-1])
 
-    def _what(self, evaluations: int) -> dict:
-        return {"model": self.model, "layout": self.layout(evaluations), "settings": self.settings}
+    def _what(self, evaluations: int, patches: int) -> dict:
+        layout = self.layout(evaluations)
+        return {"model": self.model, "layout": layout, "settings": self.settings, "patches": patches}
+
+    def _run(self, make: Callable[[int, int], Message], tensors: Tensors, progress: Progress) -> Tensors:
+        """`Pool.run` of make(id, patch set), with this session's patches in the workers' weights. Workers that turn out
+        not to hold what they should get all of it once more."""
+        with self.pool.patches.lock:
+            try:
+                return self._run_patched(make, tensors, progress)
+            except PatchesLost:
+                self.pool.patches.forget()
+                return self._run_patched(make, tensors, progress)
+
+    def _run_patched(self, make: Callable[[int, int], Message], tensors: Tensors, progress: Progress) -> Tensors:
+        held = self.pool.patches
+        self.pool.start()
+        patches, change = held.change(self.patches, self.model, self.pool.epoch)
+        if change is not None:
+            what = {"model": self.model, "number": patches, "base": change.base, "weights": change.weights}
+            try:
+                self.pool.run(lambda number: Patch(id=number, **what), change.tensors, progress)
+            except BaseException:
+                held.forget()
+                raise
+            held.made(change, self.patches)
+        return self.pool.run(lambda number: make(number, patches), tensors, progress)

@@ -10,6 +10,7 @@ from .messages import (
     Failed,
     Hello,
     Message,
+    Patch,
     Phase,
     Ready,
     Release,
@@ -17,6 +18,7 @@ from .messages import (
     Shutdown,
     Step,
 )
+from .shared import map_tensors, share_tensors
 
 __all__ = [
     "VERSION",
@@ -27,10 +29,13 @@ __all__ = [
     "Failed",
     "Hello",
     "Message",
+    "Patch",
     "Phase",
     "Ready",
     "Release",
     "Sample",
     "Shutdown",
     "Step",
+    "map_tensors",
+    "share_tensors",
 ]

@@ -6,7 +6,6 @@ whose descriptor comes with the frame over the AF_UNIX socket: it has no name th
 Nothing that arrives is ever unpickled.
 """
 
-import fcntl
 import os
 import socket
 import struct
@@ -20,6 +19,7 @@ from safetensors import SafetensorError
 
 from ..errors import ProtocolError
 from .messages import Message
+from .shared import map_tensors, share_tensors
 
 _HEADER = struct.Struct(">2sBxI")
 _LENGTH = struct.Struct("!i")
@@ -54,20 +54,17 @@ class Channel:
         carrier = _NONE if not tensors else _SHARED if size > INLINE_LIMIT and self.shares_memory else _INLINE
         body = msgspec.msgpack.encode(message)
         frame = _HEADER.pack(_MAGIC, carrier, len(body)) + body
-        blob = safetensors.torch.save(tensors) if tensors else b""
-        with self._send_lock:
-            if carrier != _SHARED:
+        if carrier != _SHARED:
+            blob = safetensors.torch.save(tensors) if tensors else b""
+            with self._send_lock:
                 self._connection.send_bytes(frame + blob)
-                return
-            fd = os.memfd_create("fastusp", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            try:
-                with os.fdopen(fd, "wb", closefd=False) as file:
-                    file.write(blob)
-                # Sealed, so that a receiver's mapping cannot be cut short under its feet.
-                fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+            return
+        fd = share_tensors(tensors)
+        try:
+            with self._send_lock:
                 self._send_with_descriptor(frame, fd)
-            finally:
-                os.close(fd)
+        finally:
+            os.close(fd)
 
     def poll(self, seconds: float) -> bool:
         """Whether a frame (or the end of the stream) waits. Raises OSError when the connection broke."""
@@ -97,7 +94,11 @@ class Channel:
         message = self._decoder.decode(body)
         if carrier == _NONE:
             return message, {}
-        return message, safetensors.torch.load(blob) if carrier == _INLINE else _load_shared(fd)
+        if carrier == _INLINE:
+            return message, safetensors.torch.load(blob)
+        if fd is None:
+            raise ProtocolError("a frame announces shared memory but no descriptor came with it")
+        return message, map_tensors(fd)
 
     def _send_with_descriptor(self, frame: bytes, fd: int) -> None:
         data = _LENGTH.pack(len(frame)) + frame
@@ -131,17 +132,6 @@ class Channel:
     def close(self) -> None:
         self._socket.close()
         self._connection.close()
-
-
-def _load_shared(fd: int | None) -> dict[str, torch.Tensor]:
-    if fd is None:
-        raise ProtocolError("a frame announces shared memory but no descriptor came with it")
-    try:
-        if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
-            raise ProtocolError("a frame's shared memory is not sealed")
-        return safetensors.torch.load_file(f"/proc/self/fd/{fd}")
-    except OSError as error:
-        raise ProtocolError(f"a frame's descriptor is no shared memory: {error}") from error
 
 
 def _close(fd: int | None) -> None:

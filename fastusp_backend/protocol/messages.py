@@ -8,9 +8,9 @@ from typing import Literal
 
 import msgspec
 
-from ..config import Layout, ModelSpec, Settings
+from ..config import Layout, ModelSpec, Settings, WeightPatch
 
-VERSION = 1
+VERSION = 2
 """Raised whenever a message or the framing changes: client and workers of different versions refuse each other."""
 
 
@@ -35,14 +35,15 @@ class Ready(Message):
     transport: str
 
 
-class Request(Message):
+class Request(Message, kw_only=True):
     """What every piece of work names. id: chosen by the client, carried by all replies, so that stale ones are
-    dropped."""
+    dropped. patches: the number of the patch set that the weights must hold, 0 for none; see Patch."""
 
     id: int
     model: ModelSpec
     layout: Layout
     settings: Settings
+    patches: int = 0
 
 
 class Sample(Request):
@@ -72,6 +73,20 @@ class Evaluate(Request):
     keep: dict[str, int] = {}
     reuse: dict[str, int] = {}
     forget: list[int] = []
+
+
+class Patch(Message):
+    """Make the weights of `model` hold patch set `number`; answered by Done. Tensors: those that the patches name.
+
+    weights: weight's name in the file -> its patches, in order; none restores it. base: the set that the weights hold;
+    those not named stay as they are. None: the workers' weights may hold any set; those not named are restored.
+    """
+
+    id: int
+    model: ModelSpec
+    number: int
+    base: int | None
+    weights: dict[str, tuple[WeightPatch, ...]]
 
 
 class Cancel(Message):
@@ -116,14 +131,15 @@ class Done(Message):
 class Failed(Message):
     """Request `id` has ended without a result; id is None when the frame itself was refused.
 
-    kind: `cancelled` by the client, `refused` (bad request or file; the pool is fine), `protocol`, `out_of_memory`.
+    kind: `cancelled` by the client, `refused` (bad request or file; the pool is fine), `protocol`, `out_of_memory`,
+    `unpatched` (the weights hold another patch set than the request names).
     """
 
     id: int | None
-    kind: Literal["cancelled", "refused", "protocol", "out_of_memory"]
+    kind: Literal["cancelled", "refused", "protocol", "out_of_memory", "unpatched"]
     rank: int
     text: str
 
 
-ToWorker = Hello | Sample | Evaluate | Cancel | Release | Shutdown
+ToWorker = Hello | Sample | Evaluate | Patch | Cancel | Release | Shutdown
 ToClient = Ready | Phase | Step | Done | Failed

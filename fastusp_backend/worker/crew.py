@@ -3,10 +3,17 @@
 Waiting for the next request is part of the job here, so the group's timeout is a year: nobody waits idle inside NCCL.
 """
 
+import os
 from datetime import timedelta
 
+import safetensors.torch
 import torch
 import torch.distributed as dist
+
+from ..protocol import map_tensors, share_tensors
+
+MAPPED = 1 << 24
+"""Tensors of this many bytes are mapped by all ranks rather than sent to each."""
 
 
 class Crew:
@@ -30,6 +37,26 @@ class Crew:
             data = torch.empty(int(length), dtype=torch.uint8)
         dist.broadcast(data, 0, group=self._group)
         return payload if payload is not None else data.numpy().tobytes()
+
+    def share_tensors(self, tensors: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+        """Rank 0's tensors (contiguous, on the CPU), on every rank; the others pass None."""
+        if self.size == 1:
+            return tensors
+        if tensors is None:
+            blob = self.share(None)
+            if not blob.startswith(b"/"):  # no safetensors file does: its first byte is a multiple of 8
+                return safetensors.torch.load(blob) if blob else {}
+            fd = os.open(blob, os.O_RDONLY | os.O_CLOEXEC)
+            tensors = map_tensors(fd)
+        elif sum(t.nbytes for t in tensors.values()) < MAPPED:
+            self.share(safetensors.torch.save(tensors) if tensors else b"")
+            return tensors
+        else:
+            fd = share_tensors(tensors)
+            self.share(f"/proc/{os.getpid()}/fd/{fd}".encode())
+        self.gather("")  # all have opened it
+        os.close(fd)
+        return tensors
 
     def agree(self, stop: bool) -> bool:
         """Rank 0's answer, on every rank."""

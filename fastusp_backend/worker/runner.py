@@ -10,14 +10,13 @@ import time
 from collections import deque
 
 import msgspec
-import safetensors.torch
 import torch
 
-from ..config import Layout
+from ..config import Layout, ModelSpec
 from ..engine import BatchedDenoiser, Engine
-from ..errors import Cancelled, FastUSPError, LayoutError, RequestError
+from ..errors import Cancelled, FastUSPError, LayoutError, PatchesLost, RequestError
 from ..models.family import Conditioning
-from ..protocol import Done, Evaluate, Failed, Phase, Release, Sample, Shutdown, Step
+from ..protocol import Done, Evaluate, Failed, Patch, Phase, Release, Sample, Shutdown, Step
 from ..protocol.messages import Request
 from ..sampling import SAMPLERS, GuidedModel, Inpainting, StepState
 from .control import Control
@@ -25,7 +24,7 @@ from .crew import Crew
 
 log = logging.getLogger(__name__)
 
-Work = Sample | Evaluate | Release | Shutdown
+Work = Sample | Evaluate | Patch | Release | Shutdown
 Tensors = dict[str, torch.Tensor]
 
 IN_FLIGHT = 2
@@ -60,6 +59,8 @@ class Runner:
             try:
                 if isinstance(message, Sample):
                     self._sample(message, tensors)
+                elif isinstance(message, Patch):
+                    self._patch(message, tensors)
                 else:
                     self._evaluate(message, tensors)
             except Cancelled:
@@ -69,16 +70,15 @@ class Runner:
             log.info("request %d (%s) took %.3f s", message.id, type(message).__name__, time.perf_counter() - started)
 
     def _next(self) -> tuple[Work, Tensors]:
-        body = blob = None
+        body = tensors = None
         if self._control is not None:
             message, tensors = self._control.next_request()
-        if self._control is not None and self._crew.size > 1:
             body = msgspec.msgpack.encode(message)
-            blob = safetensors.torch.save(tensors) if tensors else b""
-        body, blob = self._crew.share(body), self._crew.share(blob)
+        body, tensors = self._crew.share(body), self._crew.share_tensors(tensors)
         if self._control is None:
             message = self._work.decode(body)
-            tensors = safetensors.torch.load(blob) if blob else {}
+        if isinstance(message, Patch):  # each is moved when its turn comes
+            return message, tensors
         return message, {name: t.to(self._engine.device) for name, t in tensors.items()}
 
     def _reply(self, message, tensors: Tensors | None = None) -> None:
@@ -165,6 +165,13 @@ class Runner:
         (output,) = self._velocities(request, denoiser)(x, timestep, [conditioning])
         self._reply(Done(id=request.id), {"output": output})
 
+    def _patch(self, request: Patch, tensors: Tensors) -> None:
+        self._together(lambda: self._hold(request.id, request.model))
+        self._reply(Phase(id=request.id, text=f"patching {len(request.weights)} weights"))
+        change = {"base": request.base, "number": request.number}
+        self._together(lambda: self._engine.patch(request.weights, tensors, **change))
+        self._reply(Done(id=request.id))
+
     def _kept_conditioning(self, request: Evaluate, tensors: Tensors) -> Conditioning:
         """The request's prompt. The same kept tensors give the same object, so that what was computed from it lasts."""
         for number in request.forget:
@@ -195,6 +202,8 @@ class Runner:
         problem, prepared = "", None
         try:
             prepared = prepare()
+        except PatchesLost as error:
+            problem = f"unpatched\n{error}"
         except (FastUSPError, ValueError) as error:
             problem = f"refused\n{error}"
         except (torch.OutOfMemoryError, MemoryError) as error:
@@ -209,12 +218,17 @@ class Runner:
     def _load(self, request: Request) -> None:
         if request.layout.ranks != self._crew.size:
             raise LayoutError(f"layout {request.layout} does not fit a pool of {self._crew.size} ranks")
-        if not self._engine.holds(request.model):
-            self._reply(Phase(id=request.id, text="loading the model"))
-            started = time.perf_counter()
-            self._engine.load(request.model)
-            log.info("loaded %s in %.2f s", request.model.path, time.perf_counter() - started)
+        self._hold(request.id, request.model)
+        if self._engine.patches != request.patches:
+            raise PatchesLost(f"the weights hold patch set {self._engine.patches}, not {request.patches}")
         self._check_heads(request.layout)
+
+    def _hold(self, request: int, model: ModelSpec) -> None:
+        if not self._engine.holds(model):
+            self._reply(Phase(id=request, text="loading the model"))
+            started = time.perf_counter()
+            self._engine.load(model)
+            log.info("loaded %s in %.2f s", model.path, time.perf_counter() - started)
 
     def _check_heads(self, layout: Layout) -> None:
         heads = self._engine.heads

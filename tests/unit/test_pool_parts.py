@@ -10,6 +10,7 @@ from fastusp_backend.config import Layout, ModelSpec, Settings
 from fastusp_backend.devices import Devices
 from fastusp_backend.errors import Cancelled, RequestError
 from fastusp_backend.pool.kept import KEPT_TENSORS, KeptTensors
+from fastusp_backend.pool.patches import HeldPatches
 from fastusp_backend.pool.pool import QUIET
 from fastusp_backend.pool.session import Prompt, Session
 from fastusp_backend.pool.workers import worker_environment
@@ -24,6 +25,7 @@ class Pool:
     failures: list[BaseException] = field(default_factory=list)
     epoch: int = 1
     kept: KeptTensors = field(default_factory=KeptTensors)
+    patches: HeldPatches = field(default_factory=HeldPatches)
     held: dict[int, torch.Tensor] = field(default_factory=dict)
     sent: list[set[str]] = field(default_factory=list)
 

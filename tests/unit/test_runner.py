@@ -29,6 +29,9 @@ class Crew:
     def share(self, payload):
         return payload
 
+    def share_tensors(self, tensors):
+        return tensors
+
     def agree(self, stop):
         return stop
 
@@ -49,7 +52,7 @@ class Control:
 
 
 class Engine:
-    device, heads = torch.device("cpu"), 4
+    device, heads, patches = torch.device("cpu"), 4, 0
 
     def __init__(self, load=lambda spec: None):
         self.load = load

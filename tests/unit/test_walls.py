@@ -49,7 +49,7 @@ ABOVE_ALL = {"cli", "__main__"}
 FOR_NODES = (
     BASE
     | {"pool", "protocol", "planner", "devices", "sampling", "models.detection", "models.checkpoint"}
-    | {"models.patches"}
+    | {"models.patches", "models.adapters"}
 )
 
 

@@ -1,0 +1,116 @@
+"""The formulas of weight patches: LoRA and its kin, in float32.
+
+LoRA (arXiv 2106.09685), LoHa and LoKr (LyCORIS, arXiv 2309.14859), GLoRA (arXiv 2306.07967), each as a DoRA
+(arXiv 2402.09353) where there is a `dora_scale`. Which tensors there are, and where alpha and rank enter, is as in the
+adapters of ComfyUI 0.3.64 to 0.33.0. Weights are (out, in), or vectors; adapters of convolutions, with their extra
+dims, fit where those are 1.
+"""
+
+from collections.abc import Mapping
+
+import torch
+
+from ..config import WeightPatch
+from ..errors import RequestError
+
+Parts = dict[str, torch.Tensor]
+
+
+def check(patch: WeightPatch, tensors: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> None:
+    """Raises RequestError where a patch does not fit a weight of `shape`; computes nothing."""
+    absent = sorted(name for name in patch.tensors.values() if name not in tensors)
+    if absent:
+        raise RequestError(f"the patch lacks tensor {absent[0]!r}")
+    meta = {name: tensors[name].to("meta") for name in patch.tensors.values()}
+    try:
+        apply(torch.empty(shape, dtype=torch.float32, device="meta"), patch, meta)
+    except KeyError as error:
+        raise RequestError(f"the {patch.kind} patch has no {error.args[0]!r}") from error
+    except (RuntimeError, IndexError) as error:
+        given = ", ".join(f"{role} {tuple(tensors[name].shape)}" for role, name in patch.tensors.items())
+        place = f", slice {patch.offset}" if patch.offset else ""
+        raise RequestError(
+            f"the {patch.kind} patch ({given}) does not fit a weight of shape {tuple(shape)}{place}"
+        ) from error
+
+
+def apply(weight: torch.Tensor, patch: WeightPatch, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Changes `weight`, float32, in place. It must have passed `check`."""
+    parts = {role: tensors[name].to(weight.device, torch.float32) for role, name in patch.tensors.items()}
+    weight = weight.narrow(*patch.offset) if patch.offset else weight
+    if patch.strength_model != 1.0:
+        weight *= patch.strength_model
+    if patch.kind == "set":
+        weight.copy_(parts["value"])
+        return
+    delta, rank = _DELTAS[patch.kind](parts, weight)
+    if rank is not None and patch.alpha is not None:
+        delta = delta * (patch.alpha / rank)
+    delta = delta.reshape(weight.shape)
+    if patch.swap_halves:
+        delta = torch.cat(delta.chunk(2, dim=0)[::-1])
+    if "dora_scale" in parts:
+        _decompose(weight, delta, parts["dora_scale"], patch.strength)
+    else:
+        weight.add_(delta, alpha=patch.strength)
+
+
+def _decompose(weight: torch.Tensor, delta: torch.Tensor, magnitude: torch.Tensor, strength: float) -> None:
+    """DoRA: the changed weight's rows or columns, whichever `magnitude` counts, take these lengths.
+
+    Rows are divided by the lengths they had before the change, columns by those after it, as ComfyUI has it.
+    """
+    changed = weight + delta
+    by_row = magnitude.shape[0] == weight.shape[0]
+    lengths = torch.linalg.vector_norm(weight if by_row else changed, dim=1 if by_row else 0, keepdim=True)
+    changed *= magnitude / (lengths + torch.finfo(weight.dtype).eps)
+    weight.copy_(changed if strength == 1.0 else weight + strength * (changed - weight))
+
+
+def _lora(parts: Parts, _weight) -> tuple[torch.Tensor, int]:
+    up, down = parts["up"].flatten(1), parts["down"]
+    rank = down.shape[0]
+    if "mid" in parts:
+        down = torch.einsum("o r h w, r i -> o i h w", parts["mid"], down.flatten(1))
+    return up @ down.flatten(1), rank
+
+
+def _loha(parts: Parts, _weight) -> tuple[torch.Tensor, int]:
+    return _product(parts, "w1") * _product(parts, "w2"), parts["w1_b"].shape[0]
+
+
+def _lokr(parts: Parts, _weight) -> tuple[torch.Tensor, int | None]:
+    """Alpha counts where a factor is itself a product, with the rank of the second one first."""
+    w1, w2 = (parts[name] if name in parts else _product(parts, name) for name in ("w1", "w2"))
+    if w2.dim() == 4:
+        w1 = w1[:, :, None, None]
+    rank = next((parts[f"{name}_b"].shape[0] for name in ("w2", "w1") if name not in parts), None)
+    return torch.kron(w1.contiguous(), w2.contiguous()), rank
+
+
+def _product(parts: Parts, name: str) -> torch.Tensor:
+    """a b, or the Tucker product with a core, (ranks a, b, kernel)."""
+    a, b = parts[f"{name}_a"], parts[f"{name}_b"]
+    if f"{name}_t" not in parts:
+        return a @ b
+    return torch.einsum("a b h w, b i, a o -> o i h w", parts[f"{name}_t"], b, a)
+
+
+def _glora(parts: Parts, weight: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """W A + B, with A and B products; older files have the factors of both in the other order."""
+    a1, a2, b1, b2 = (parts[name].flatten(1) for name in ("a1", "a2", "b1", "b2"))
+    old = b2.shape[1] == b1.shape[0] == a1.shape[0] == a2.shape[1]
+    new = b2.shape[0] == b1.shape[1] == a1.shape[1] == a2.shape[0]
+    if old and not (new and not (a2.shape[0] == weight.shape[0] == weight.shape[1])):
+        return b2 @ b1 + weight @ a2 @ a1, a1.shape[0]
+    return weight @ a1 @ a2 + b1 @ b2, a2.shape[0]
+
+
+def _diff(parts: Parts, weight: torch.Tensor) -> tuple[torch.Tensor, None]:
+    if parts["diff"].shape != weight.shape:
+        raise RuntimeError("a difference has the shape of its weight")
+    return parts["diff"], None
+
+
+_DELTAS = {"lora": _lora, "loha": _loha, "lokr": _lokr, "glora": _glora, "diff": _diff}
+"""(parts, weight) -> (what is added at strength 1 and alpha = rank, the rank)."""

@@ -1,0 +1,170 @@
+"""Every formula of a weight patch against the same thing written out in float64, and what does not fit."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import randn
+
+from fastusp_backend.config import WeightPatch
+from fastusp_backend.errors import RequestError
+from fastusp_backend.models.adapters import apply, check
+
+pytestmark = pytest.mark.unit
+
+OUT, IN, RANK = 12, 8, 3
+WEIGHT = randn(OUT, IN, seed=0)
+
+
+def tensors_of(**shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    return {role: randn(*shape, seed=seed) for seed, (role, shape) in enumerate(shapes.items(), 1)}
+
+
+def patched(kind: str, parts: dict[str, torch.Tensor], weight: torch.Tensor = WEIGHT, **more) -> torch.Tensor:
+    patch = WeightPatch(kind=kind, tensors={role: role for role in parts}, **({"strength": 0.7} | more))
+    check(patch, parts, tuple(weight.shape))
+    weight = weight.clone()
+    apply(weight, patch, parts)
+    return weight
+
+
+def assert_is(got: torch.Tensor, want: torch.Tensor) -> None:
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-5)
+
+
+def outer(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a b as a sum of outer products."""
+    return sum(torch.outer(a[:, r].double(), b[r].double()) for r in range(a.shape[1]))
+
+
+W = WEIGHT.double()
+
+
+@pytest.mark.parametrize(("alpha", "scale"), [(None, 1.0), (6.0, 2.0), (0.5, 0.5 / 3)])
+def test_lora(alpha, scale):
+    parts = tensors_of(up=(OUT, RANK), down=(RANK, IN))
+    assert_is(patched("lora", parts, alpha=alpha), W + 0.7 * scale * outer(parts["up"], parts["down"]))
+
+
+def test_lora_in_half_precision_is_computed_in_float32():
+    parts = {role: t.to(torch.bfloat16) for role, t in tensors_of(up=(OUT, RANK), down=(RANK, IN)).items()}
+    assert_is(patched("lora", parts), W + 0.7 * outer(parts["up"], parts["down"]))
+
+
+def test_lora_of_a_convolution_with_mid():
+    """up, mid and down are convolutions one after the other; the weight's kernel is 1 x 1 here."""
+    parts = tensors_of(up=(OUT, RANK, 1, 1), down=(RANK, IN, 1, 1), mid=(RANK, RANK, 1, 1))
+    x = torch.eye(IN, dtype=torch.float64)[:, :, None, None]
+    for name in ("down", "mid", "up"):
+        x = F.conv2d(x, parts[name].double())
+    assert_is(patched("lora", parts, alpha=3.0), W + 0.7 * x[:, :, 0, 0].T)
+
+
+def test_loha():
+    parts = tensors_of(w1_a=(OUT, RANK), w1_b=(RANK, IN), w2_a=(OUT, RANK), w2_b=(RANK, IN))
+    change = outer(parts["w1_a"], parts["w1_b"]) * outer(parts["w2_a"], parts["w2_b"])
+    assert_is(patched("loha", parts, alpha=1.5), W + 0.7 * 0.5 * change)
+
+
+def tucker(core: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """sum over i, j of core[i, j] times row i of a and row j of b."""
+    return a.double().T @ core[:, :, 0, 0].double() @ b.double()
+
+
+def test_loha_with_cores():
+    core = (RANK, RANK, 1, 1)
+    parts = tensors_of(w1_a=(RANK, OUT), w1_b=(RANK, IN), w2_a=(RANK, OUT), w2_b=(RANK, IN), w1_t=core, w2_t=core)
+    one, two = (tucker(parts[f"{w}_t"], parts[f"{w}_a"], parts[f"{w}_b"]) for w in ("w1", "w2"))
+    assert_is(patched("loha", parts, alpha=1.5), W + 0.7 * 0.5 * one * two)
+
+
+def kronecker(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Blocks of b, each times one element of a."""
+    return torch.cat([torch.cat([x.double() * b.double() for x in row], dim=1) for row in a])
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "scale"),
+    [
+        ({"w1": (4, 2)}, {"w2": (3, 4)}, 1.0),  # alpha counts only with a rank
+        ({"w1": (4, 2)}, {"w2_a": (3, 2), "w2_b": (2, 4)}, 3.0),
+        ({"w1_a": (4, 5), "w1_b": (5, 2)}, {"w2": (3, 4)}, 6.0 / 5),
+        ({"w1_a": (4, 5), "w1_b": (5, 2)}, {"w2_a": (3, 2), "w2_b": (2, 4)}, 3.0),
+        ({"w1": (4, 2)}, {"w2_a": (2, 3), "w2_b": (2, 4), "w2_t": (2, 2, 1, 1)}, 3.0),
+    ],
+)
+def test_lokr(first, second, scale):
+    parts = tensors_of(**first, **second)
+    one = parts["w1"] if "w1" in parts else outer(parts["w1_a"], parts["w1_b"])
+    two = parts.get("w2")
+    if "w2_t" in parts:
+        two = tucker(parts["w2_t"], parts["w2_a"], parts["w2_b"])
+    elif two is None:
+        two = outer(parts["w2_a"], parts["w2_b"])
+    assert_is(patched("lokr", parts, alpha=6.0), W + 0.7 * scale * kronecker(one, two))
+
+
+def test_glora():
+    new = tensors_of(a1=(IN, RANK), a2=(RANK, IN), b1=(OUT, RANK), b2=(RANK, IN))
+    change = W @ outer(new["a1"], new["a2"]) + outer(new["b1"], new["b2"])
+    assert_is(patched("glora", new, alpha=6.0), W + 0.7 * 2.0 * change)
+    old = tensors_of(a1=(RANK, IN), a2=(IN, RANK), b1=(RANK, IN), b2=(OUT, RANK))
+    change = W @ outer(old["a2"], old["a1"]) + outer(old["b2"], old["b1"])
+    assert_is(patched("glora", old, alpha=6.0), W + 0.7 * 2.0 * change)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.7, -0.5])
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+def test_dora(strength, axis):
+    shape = (OUT, 1) if axis == "rows" else (1, IN)
+    parts = tensors_of(up=(OUT, RANK), down=(RANK, IN), dora_scale=shape)
+    changed = W + 2.0 * outer(parts["up"], parts["down"])
+    if axis == "rows":
+        lengths = torch.stack([row.square().sum().sqrt() for row in W])[:, None]
+    else:
+        lengths = torch.stack([column.square().sum().sqrt() for column in changed.T])
+    want = changed * parts["dora_scale"].double() / lengths
+    assert_is(patched("lora", parts, alpha=6.0, strength=strength), W + strength * (want - W))
+
+
+def test_diff_and_set():
+    parts = tensors_of(diff=(OUT, IN))
+    assert_is(patched("diff", parts), W + 0.7 * parts["diff"].double())
+    bias = tensors_of(diff=(OUT,))
+    assert_is(patched("diff", bias, WEIGHT[:, 0]), W[:, 0] + 0.7 * bias["diff"].double())
+    value = tensors_of(value=(OUT, IN))
+    assert torch.equal(patched("set", value), value["value"])
+
+
+def test_a_slice_halves_and_the_strength_of_the_weight():
+    parts = tensors_of(up=(4, RANK), down=(RANK, IN))
+    change, want = outer(parts["up"], parts["down"]), W.clone()
+    want[4:8] = 0.5 * want[4:8] + 0.7 * change
+    assert_is(patched("lora", parts, offset=(0, 4, 4), strength_model=0.5), want)
+    whole = tensors_of(diff=(OUT, IN))
+    swapped = torch.cat([whole["diff"][OUT // 2 :], whole["diff"][: OUT // 2]]).double()
+    assert_is(patched("diff", whole, swap_halves=True), W + 0.7 * swapped)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shapes", "more", "words"),
+    [
+        ("lora", {"up": (OUT, 3), "down": (2, IN)}, {}, "lora patch .up .12, 3., down .2, 8.. does not fit"),
+        ("lora", {"up": (OUT, 3), "down": (3, IN + 1)}, {}, "weight of shape .12, 8."),
+        ("lora", {"up": (OUT, 3), "down": (3, IN)}, {"offset": (0, 4, 20)}, "slice .0, 4, 20."),
+        ("lora", {"up": (OUT, 3)}, {}, "has no 'down'"),
+        ("diff", {"diff": (1, IN)}, {}, "does not fit"),
+        ("set", {"value": (5, IN)}, {}, "does not fit"),
+        ("lokr", {"w1": (4, 2)}, {}, "has no 'w2_a'"),
+        ("lora", {"up": (OUT, 3), "down": (3, IN), "dora_scale": (5, 1)}, {}, "does not fit"),
+    ],
+)
+def test_what_does_not_fit_is_named(kind, shapes, more, words):
+    with pytest.raises(RequestError, match=words):
+        patched(kind, tensors_of(**shapes), **more)
+
+
+def test_a_tensor_that_did_not_come_is_named():
+    patch = WeightPatch(kind="diff", tensors={"diff": "7f"}, strength=1.0)
+    with pytest.raises(RequestError, match="lacks tensor '7f'"):
+        check(patch, {}, (OUT, IN))
