@@ -44,15 +44,14 @@ def apply(weight: torch.Tensor, patch: WeightPatch, tensors: Mapping[str, torch.
         weight.copy_(parts["value"])
         return
     delta, rank = _DELTAS[patch.kind](parts, weight)
-    if rank is not None and patch.alpha is not None:
-        delta = delta * (patch.alpha / rank)
+    scale = patch.alpha / rank if rank is not None and patch.alpha is not None else 1.0
     delta = delta.reshape(weight.shape)
     if patch.swap_halves:
         delta = torch.cat(delta.chunk(2, dim=0)[::-1])
     if "dora_scale" in parts:
-        _decompose(weight, delta, parts["dora_scale"], patch.strength)
+        _decompose(weight, scale * delta, parts["dora_scale"], patch.strength)
     else:
-        weight.add_(delta, alpha=patch.strength)
+        weight += (patch.strength * scale) * delta
 
 
 def _decompose(weight: torch.Tensor, delta: torch.Tensor, magnitude: torch.Tensor, strength: float) -> None:

@@ -41,7 +41,9 @@ class PatchedWeights:
         """
         if base is not None and base != self.number:
             raise PatchesLost(f"the weights do not hold patch set {base}")
-        wanted = {self._module_key(key): patches for key, patches in weights.items()}
+        wanted: dict[str, list[WeightPatch]] = {}
+        for key, patches in weights.items():
+            wanted.setdefault(self._module_key(key), []).extend(patches)  # some weights have two names
         for name, patches in wanted.items():
             if name not in self._parameters:
                 raise RequestError(f"the model has no weight {name!r} to patch")

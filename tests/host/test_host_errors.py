@@ -100,12 +100,6 @@ def lora(host):
     return "tiny.safetensors"
 
 
-def test_lora(host, lora):
-    graph = Graph()
-    model = graph.node("LoraLoaderModelOnly", model=graph.usp(), lora_name=lora, strength_model=1.0)
-    assert "LoRA" in failure(host, graph, model)
-
-
 def test_lora_hook(host, lora):
     graph = Graph()
     hooks = graph.node("CreateHookLoraModelOnly", lora_name=lora, strength_model=1.0)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import loras
 import pytest
 import torch
 from comfy import PromptFailed
@@ -67,6 +68,23 @@ def test_shift_odd_sizes_masks_and_stepping(host, qwen):
         got, want = (graph.sample(model, **inputs) for model in models)
         others.add(label, got, want, where)
     others.check(host)
+
+
+def test_loras(host, qwen):
+    names = [
+        loras.write(host.base / "models/loras", f"qwen{i}", loras.qwen_names(FULL_WIDTH.hidden, seed=i))
+        for i in range(2)
+    ]
+    both = Comparison()
+    graph = both.graph
+    models = []
+    for model in (graph.usp("cpu:2", file=qwen), graph.stock(qwen)):
+        for name, strength in zip(names, (0.8, -0.4), strict=True):
+            model = graph.node("LoraLoaderModelOnly", model=model, lora_name=name, strength_model=strength)
+        models.append(model)
+    positive = prompt(graph, 6)
+    both.add("stack", *(graph.sample(model, positive=positive, negative=positive, steps=3) for model in models))
+    both.check(host)
 
 
 @pytest.mark.parametrize(

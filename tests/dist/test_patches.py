@@ -1,0 +1,202 @@
+"""Weight patches change the weights in place, travel once, and leave no trace."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from pools import GIVEN, PROMPT, SHORT, evaluate, pids, session
+from safetensors.torch import load_file, save_file
+from support import randn, relative_difference, spec_of
+
+from fastusp_backend.config import Layout, Settings, WeightPatch
+from fastusp_backend.errors import Cancelled, PatchesLost, RequestError
+from fastusp_backend.pool import NO_PATCHES, Progress, WeightPatches, name_of
+from fastusp_backend.protocol import Evaluate, Patch
+
+pytestmark = pytest.mark.dist
+
+BOUND = 2e-5
+QKV, MLP, TXT = "double_blocks.0.img_attn.qkv.weight", "single_blocks.1.linear1.weight", "txt_in.weight"
+SHAPES = {QKV: (1536, 512), MLP: (2560, 512), TXT: (512, 64)}
+NORM = "double_blocks.0.img_attn.norm.query_norm.weight"
+"""As newer files name it; the tests' say `scale`."""
+
+Lora = tuple[WeightPatch, torch.Tensor, torch.Tensor]
+
+
+def lora(key: str, seed: int, strength: float = 1.0, rank: int = 4) -> Lora:
+    out, width = SHAPES[key]
+    up, down = randn(out, rank, seed=seed) * 0.05, randn(rank, width, seed=seed + 1)
+    roles = {"up": name_of(up), "down": name_of(down)}
+    return WeightPatch(kind="lora", tensors=roles, strength=strength, alpha=float(rank)), up, down
+
+
+def stronger(given: Lora, strength: float) -> Lora:
+    patch, up, down = given
+    values = {name: getattr(patch, name) for name in patch.__struct_fields__} | {"strength": strength}
+    return WeightPatch(**values), up, down
+
+
+def stack(given: dict[str, list[Lora]]) -> WeightPatches:
+    tensors = {name_of(t): t for parts in given.values() for _, *pair in parts for t in pair}
+    return WeightPatches({key: tuple(patch for patch, *_ in parts) for key, parts in given.items()}, tensors)
+
+
+def patched(pool, model, patches: WeightPatches, **progress) -> torch.Tensor:
+    run = replace(session(pool, model), patches=patches)
+    return run.evaluate(GIVEN.x, GIVEN.timestep, PROMPT, Progress(**progress))
+
+
+def looped(pool, model, patches: WeightPatches) -> torch.Tensor:
+    run = replace(session(pool, model), patches=patches)
+    return run.sample(GIVEN.x, SHORT, sampler="euler", positive=PROMPT)
+
+
+@pytest.fixture(scope="module")
+def pool(shared_pool):
+    return shared_pool(2)
+
+
+@pytest.fixture
+def messages(pool, monkeypatch):
+    """The Patch messages that go to the workers: weights and number of tensors."""
+    seen, run = [], pool.run
+
+    def record(make, tensors, *progress):
+        message = make(0)
+        if isinstance(message, Patch):
+            seen.append(({key: len(patches) for key, patches in message.weights.items()}, len(tensors)))
+        return run(make, tensors, *progress)
+
+    monkeypatch.setattr(pool, "run", record)
+    return seen
+
+
+@pytest.fixture
+def merged(shared_pool, dev, tmp_path):
+    """merged(given): what a file with the LoRAs merged into it gives: (an evaluation, a run of the loop)."""
+
+    def run(given: dict[str, list[Lora]]) -> tuple[torch.Tensor, torch.Tensor]:
+        state = load_file(dev)
+        for key, parts in given.items():
+            for patch, up, down in parts:
+                state[key] = state[key] + patch.strength * (up @ down)
+        path = tmp_path / "merged.safetensors"
+        save_file(state, path)
+        return evaluate(shared_pool(1), path), looped(shared_pool(1), path, NO_PATCHES)
+
+    return run
+
+
+def test_patches_are_those_of_a_merged_file_and_leave_no_trace(pool, dev, merged):
+    """In both paths, with the prompt's tensors kept by the workers; one set is large enough to be mapped by them."""
+    content, plain, plain_loop = dev.read_bytes(), evaluate(pool, dev), looped(pool, dev, NO_PATCHES)
+    processes = pids(pool)
+    first, large = lora(QKV, 1), lora(MLP, 3, rank=2048)
+    for given in (
+        {QKV: [first], TXT: [lora(TXT, 5)]},
+        {QKV: [first, lora(QKV, 7, 0.3)], MLP: [stronger(large, 0.02)]},
+        {QKV: [stronger(first, -0.6)], MLP: [stronger(large, 0.02)]},
+    ):
+        patches, (want, want_loop) = stack(given), merged(given)
+        got = patched(pool, dev, patches)
+        assert relative_difference(got, want) < BOUND < 1e-3 < relative_difference(got, plain)
+        assert relative_difference(looped(pool, dev, patches), want_loop) < BOUND
+    assert torch.equal(evaluate(pool, dev), plain)
+    assert torch.equal(looped(pool, dev, NO_PATCHES), plain_loop)
+    assert dev.read_bytes() == content  # CPU ranks map the file
+    assert pids(pool) == processes
+
+
+def test_what_changes_travels_once(pool, dev, messages):
+    qkv, mlp = lora(QKV, 1), lora(MLP, 3, 0.1)
+    both = stack({QKV: [qkv], MLP: [mlp]})
+    first = patched(pool, dev, both)
+    looped(pool, dev, both)
+    patched(pool, dev, stack({QKV: [qkv], MLP: [mlp]}))
+    assert messages == [({QKV: 1, MLP: 1}, 4)]
+    patched(pool, dev, stack({QKV: [qkv], MLP: [stronger(mlp, 0.2)]}))
+    patched(pool, dev, stack({QKV: [qkv, lora(QKV, 5)], MLP: [stronger(mlp, 0.2)]}))
+    patched(pool, dev, stack({QKV: [qkv]}))
+    evaluate(pool, dev)
+    evaluate(pool, dev)
+    assert messages[1:] == [({MLP: 1}, 2), ({QKV: 2}, 4), ({QKV: 1, MLP: 0}, 2), ({QKV: 0}, 0)]
+    assert torch.equal(patched(pool, dev, both), first)
+
+
+def test_models_alternate_on_one_pool(pool, dev, schnell, messages):
+    evaluate(pool, schnell)
+    one, two = stack({QKV: [lora(QKV, 1)]}), stack({TXT: [lora(TXT, 3)]})
+    wants = [patched(pool, dev, one), patched(pool, dev, two), evaluate(pool, schnell)]
+    assert not torch.equal(wants[0], wants[1])
+    for _ in range(2):
+        got = [patched(pool, dev, one), patched(pool, dev, two), evaluate(pool, schnell)]
+        assert all(torch.equal(*pair) for pair in zip(got, wants, strict=True))
+    assert [list(weights) for weights, _ in messages] == [[QKV], [TXT, QKV]] * 3
+
+
+def test_workers_that_lost_their_patches_get_them_again(pool, new_pool, dev, messages):
+    patches = stack({QKV: [lora(QKV, 1)]})
+    plain, want = evaluate(pool, dev), patched(pool, dev, patches)
+    pool.release()
+    assert torch.equal(patched(pool, dev, patches), want)
+    what = {"model": spec_of(dev), "layout": Layout(ulysses=2, ring=1), "settings": Settings()}
+    for number, expected in ((10**6, NO_PATCHES), (10**6 + 1, patches)):  # behind the client's back
+        pool.run(lambda n, number=number: Patch(id=n, model=spec_of(dev), number=number, base=None, weights={}), {})
+        with pytest.raises(PatchesLost, match="hold patch set 1000"):
+            pool.run(lambda n: Evaluate(id=n, patches=5, **what), {})
+        assert torch.equal(patched(pool, dev, expected), want if expected is patches else plain)
+    harmed = new_pool(2)
+    assert torch.equal(patched(harmed, dev, patches), want)
+    harmed._workers.kill()
+    assert torch.equal(patched(harmed, dev, patches), want)
+    assert harmed.generation == 2
+
+
+def test_a_cancel_while_patching(pool, dev):
+    patches = stack({QKV: [lora(QKV, 1)], MLP: [lora(MLP, 3, 0.1)]})
+    plain, want = evaluate(pool, dev), patched(pool, dev, patches)
+    evaluate(pool, dev)
+    phases = []
+    with pytest.raises(Cancelled):
+        patched(pool, dev, patches, phase=phases.append, interrupted=lambda: bool(phases))
+    assert phases == ["patching 2 weights"]
+    assert torch.equal(evaluate(pool, dev), plain)
+    assert torch.equal(patched(pool, dev, patches), want)
+
+
+def test_newer_names_of_a_weight_are_the_same_weight(pool, dev):
+    value = randn(128, seed=9)
+    values = [
+        patched(
+            pool,
+            dev,
+            WeightPatches(
+                {key: (WeightPatch(kind="set", tensors={"value": name_of(value)}, strength=1.0),)},
+                {name_of(value): value},
+            ),
+        )
+        for key in (NORM, NORM.replace("weight", "scale"))
+    ]
+    assert torch.equal(*values) and not torch.equal(values[0], evaluate(pool, dev))
+
+
+def test_what_does_not_fit_is_refused_and_changes_nothing(pool, dev):
+    plain, good = evaluate(pool, dev), lora(QKV, 1)
+    for key, words in (("img_in.weight", "does not fit a weight of shape"), ("foo.weight", "no weight 'foo.weight'")):
+        with pytest.raises(RequestError, match=words):
+            patched(pool, dev, stack({QKV: [good], key: [good]}))
+        assert torch.equal(evaluate(pool, dev), plain)
+
+
+def test_a_file_that_was_replaced_cannot_restore_its_weights(pool, dev, tmp_path):
+    path = tmp_path / "model.safetensors"
+    shutil.copy(dev, path)
+    old = session(pool, path)
+    replace(old, patches=stack({QKV: [lora(QKV, 1)]})).evaluate(GIVEN.x, GIVEN.timestep, PROMPT, Progress())
+    shutil.copy(dev, tmp_path / "other")
+    (tmp_path / "other").rename(path)
+    with pytest.raises(RequestError, match="was replaced while its weights were patched"):
+        old.evaluate(GIVEN.x, GIVEN.timestep, PROMPT, Progress())
+    assert torch.equal(evaluate(pool, path), evaluate(pool, dev))

@@ -1,0 +1,116 @@
+"""Random LoRA files in the names and kinds that trainers write."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+RANK = 4
+
+
+class _Random:
+    def __init__(self, seed: int):
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
+        """N(0, scale^2 / last dim)."""
+        return torch.randn(shape, generator=self._generator) * (scale * shape[-1] ** -0.5)
+
+
+def bfl_names(hidden: int, mlp: int, seed: int) -> dict[str, torch.Tensor]:
+    """Fused projections, as kohya's trainer names them, with alpha."""
+    random, tensors = _Random(seed), {}
+    for name, out, width in (
+        ("double_blocks_0_img_attn_qkv", 3 * hidden, hidden),
+        ("double_blocks_0_txt_mlp_2", hidden, mlp),
+        ("double_blocks_0_img_mod_lin", 6 * hidden, hidden),
+        ("single_blocks_0_linear1", 3 * hidden + mlp, hidden),
+    ):
+        tensors |= {
+            f"lora_unet_{name}.lora_up.weight": random(out, RANK),
+            f"lora_unet_{name}.lora_down.weight": random(RANK, width),
+            f"lora_unet_{name}.alpha": torch.tensor(2.0),
+        }
+    return tensors
+
+
+def diffusers_names(hidden: int, mlp: int, seed: int) -> dict[str, torch.Tensor]:
+    """Split projections: slices of fused weights; norm_out's halves are the other way round in the file."""
+    random, tensors = _Random(seed), {}
+    for name, out, width in (
+        *((f"transformer_blocks.0.attn.{x}", hidden, hidden) for x in ("to_q", "to_k", "to_v", "add_k_proj")),
+        *((f"single_transformer_blocks.0.attn.{x}", hidden, hidden) for x in ("to_q", "to_v")),
+        ("single_transformer_blocks.0.proj_mlp", mlp, hidden),
+        ("norm_out.linear", 2 * hidden, hidden),
+        ("context_embedder", hidden, 4096),
+    ):
+        tensors[f"transformer.{name}.lora_A.weight"] = random(RANK, width).to(torch.bfloat16)
+        tensors[f"transformer.{name}.lora_B.weight"] = random(out, RANK).to(torch.bfloat16)
+    return tensors
+
+
+def all_kinds(hidden: int, mlp: int, seed: int) -> dict[str, torch.Tensor]:
+    """LoHa, LoKr, GLoRA, DoRA by row and by column, differences, values; and what ComfyUI leaves out: an unknown key,
+    a wrong shape."""
+    random = _Random(seed)
+    kinds = {
+        "double_blocks.0.img_mlp.0": {
+            "hada_w1_a": random(mlp, RANK),
+            "hada_w1_b": random(RANK, hidden),
+            "hada_w2_a": random(mlp, RANK),
+            "hada_w2_b": random(RANK, hidden, scale=4),
+            "alpha": torch.tensor(3.0),
+        },
+        "double_blocks.0.img_attn.proj": {
+            "lokr_w1": random(8, 16),
+            "lokr_w2_a": random(hidden // 8, RANK),
+            "lokr_w2_b": random(RANK, hidden // 16),
+            "alpha": torch.tensor(2.0),
+        },
+        "double_blocks.0.txt_attn.proj": {
+            "a1.weight": random(hidden, RANK),
+            "a2.weight": random(RANK, hidden),
+            "b1.weight": random(hidden, RANK),
+            "b2.weight": random(RANK, hidden),
+        },
+        "single_blocks.0.linear2": {
+            "lora_up.weight": random(hidden, RANK),
+            "lora_down.weight": random(RANK, hidden + mlp),
+            "alpha": torch.tensor(1.0),
+            "dora_scale": 1 + random(hidden, 1, scale=0.1),
+        },
+        "double_blocks.0.img_mlp.2": {
+            "lora_up.weight": random(hidden, RANK),
+            "lora_down.weight": random(RANK, mlp),
+            "dora_scale": 1 + random(1, mlp, scale=0.1),
+        },
+        "double_blocks.0.txt_attn.norm.key_norm": {"set_weight": 1 + random(128)},
+        "img_in": {"diff": random(hidden, 64), "diff_b": random(hidden)},
+        "double_blocks.0.txt_mlp.0": {
+            "lora_up.weight": random(mlp, RANK),
+            "lora_down.weight": random(RANK, hidden + 1),
+        },
+        "double_blocks.99.txt_mlp.0": {"diff_b": random(mlp)},
+    }
+    return {f"diffusion_model.{key}.{part}": t for key, parts in kinds.items() for part, t in parts.items()}
+
+
+def qwen_names(hidden: int, seed: int) -> dict[str, torch.Tensor]:
+    random, tensors = _Random(seed), {}
+    block = "transformer_blocks.0"
+    for name, out, width in (
+        (f"{block}.attn.to_q", hidden, hidden),
+        (f"transformer.{block}.attn.add_v_proj", hidden, hidden),
+        (f"diffusion_model.{block}.img_mlp.net.2", hidden, 4 * hidden),
+        (f"{block}.img_mod.1", 6 * hidden, hidden),
+    ):
+        tensors[f"{name}.lora_A.weight"] = random(RANK, width)
+        tensors[f"{name}.lora_B.weight"] = random(out, RANK)
+        tensors[f"{name}.alpha"] = torch.tensor(2.0)
+    return tensors
+
+
+def write(folder: Path, name: str, tensors: dict[str, torch.Tensor]) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / f"{name}.safetensors")
+    return f"{name}.safetensors"

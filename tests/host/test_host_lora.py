@@ -1,0 +1,82 @@
+"""LoRAs through ComfyUI's own nodes: the same latents as stock, changed and taken off without a trace."""
+
+import re
+
+import loras
+import pytest
+from comfy import ComfyUI
+from safetensors import safe_open
+from workflows import DEV, IN_WORKERS, STEPPING, Comparison, Graph, Link
+
+pytestmark = pytest.mark.host
+
+Stack = tuple[tuple[str, float], ...]
+
+
+@pytest.fixture(scope="module")
+def files(host) -> dict[str, str]:
+    """LoRAs for the host's model, by kind."""
+    with safe_open(host.base / "models/diffusion_models" / DEV, "pt") as file:
+        mlp, hidden = file.get_slice("double_blocks.0.img_mlp.0.weight").get_shape()
+    folder = host.base / "models/loras"
+    kinds = {"bfl": loras.bfl_names, "diffusers": loras.diffusers_names, "kinds": loras.all_kinds}
+    return {name: loras.write(folder, name, make(hidden, mlp, seed)) for seed, (name, make) in enumerate(kinds.items())}
+
+
+def loaded(graph: Graph, model: Link, files: dict[str, str], stack: Stack) -> Link:
+    for name, strength in stack:
+        model = graph.node("LoraLoaderModelOnly", model=model, lora_name=files[name], strength_model=strength)
+    return model
+
+
+def latents(host: ComfyUI, files, stack: Stack, *, rerun: bool = False, **inputs):
+    """A run with USP Loader. rerun: with another way to say the same layout, which ComfyUI has not cached."""
+    graph = Graph()
+    model = graph.usp("cpu:2", *((2, 1) if rerun else (0, 0)))
+    saved = graph.save(graph.sample(loaded(graph, model, files, stack), **inputs))
+    return host.run(graph).latents[saved]
+
+
+def test_loras_as_in_stock(host, files):
+    """Each file, and stacks of them, in both paths; alternating in one prompt."""
+    both = Comparison()
+    graph = both.graph
+    usp, stock = graph.usp(), graph.stock()
+    for stack, sampler, where in (
+        ((("bfl", 0.8),), "euler", IN_WORKERS),
+        ((("diffusers", 1.0),), "euler", IN_WORKERS),
+        ((("kinds", 0.7),), "euler", IN_WORKERS),
+        ((("bfl", 0.8), ("diffusers", -0.35)), "euler", IN_WORKERS),
+        ((("bfl", 0.5), ("kinds", 1.0), ("bfl", -0.25)), "uni_pc", STEPPING),
+    ):
+        got, want = (graph.sample(loaded(graph, x, files, stack), sampler_name=sampler) for x in (usp, stock))
+        both.add(str(stack), got, want, where)
+    both.check(host)
+    left_out = re.findall(r"(ERROR lora|weight patch out:) (\S+?):? ", host.log_text())
+    misfit = "diffusion_model.double_blocks.0.txt_mlp.0.weight"
+    assert set(left_out) == {("ERROR lora", misfit), ("weight patch out:", misfit)}
+    unknown = set(re.findall(r"lora key not loaded: (\S+)", host.log_text()))
+    assert unknown == {"diffusion_model.double_blocks.99.txt_mlp.0.diff_b"}
+
+
+def test_a_lora_is_taken_off_without_a_trace(host, files):
+    inputs = {"steps": 3, "seed": 31}
+    plain = latents(host, files, (), **inputs)
+    one = latents(host, files, (("bfl", 1.0),), **inputs)
+    other = latents(host, files, (("bfl", -0.5),), **inputs)
+    assert not one.equal(plain) and not other.equal(one)
+    pids = host.pool("cpu:2")["pids"]
+    assert latents(host, files, (), rerun=True, **inputs).equal(plain)
+    assert latents(host, files, (("bfl", 1.0),), rerun=True, **inputs).equal(one)
+    assert host.pool("cpu:2")["pids"] == pids
+
+
+@pytest.mark.any_host
+def test_every_kind_on_every_host(host, files):
+    both = Comparison()
+    graph = both.graph
+    usp, stock = graph.usp(), graph.stock()
+    stack = (("bfl", 0.8), ("diffusers", 0.5), ("kinds", -0.7))
+    got, want = (graph.sample(loaded(graph, x, files, stack), steps=2) for x in (usp, stock))
+    both.add("all", got, want)
+    both.check(host)
