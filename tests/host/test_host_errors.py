@@ -2,6 +2,7 @@
 
 import json
 
+import loras
 import pytest
 import torch
 from comfy import PromptFailed
@@ -98,6 +99,30 @@ def lora(host):
     tensors = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(1.0)}
     save_file(tensors, folder / "tiny.safetensors")
     return "tiny.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ({"oft_blocks": torch.zeros(8, 64, 64)}, "kind 'oft'"),
+        (
+            {
+                "lora_up.weight": torch.zeros(512, 2),
+                "lora_down.weight": torch.zeros(2, 128),
+                "reshape_weight": torch.tensor([512, 128]),
+            },
+            "Canny and Depth",
+        ),
+    ],
+    ids=["oft", "widened"],
+)
+def test_kinds_of_lora_that_the_workers_do_not_have(host, parts, words):
+    name = loras.write(
+        host.base / "models/loras", "refused", {f"diffusion_model.img_in.{k}": t for k, t in parts.items()}
+    )
+    graph = Graph()
+    model = graph.node("LoraLoaderModelOnly", model=graph.usp(), lora_name=name, strength_model=1.0)
+    assert words in failure(host, graph, model)
 
 
 def test_lora_hook(host, lora):

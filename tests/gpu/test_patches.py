@@ -1,0 +1,59 @@
+"""Weight patches on a GPU: captured graphs see them, nothing is captured or compiled again, and they leave no trace."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support import SMALL, inputs, randn, relative_difference
+
+from fastusp_backend.config import Layout, ModelSpec, Settings, WeightPatch
+from fastusp_backend.engine import Engine
+from fastusp_backend.models.family import Conditioning
+from fastusp_backend.models.synthetic import write_flux
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+KEY = "double_blocks.0.img_attn.qkv.weight"
+FAST, EAGER = Settings(), Settings(compile=False, cuda_graphs=False, overlap=False)
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "float32"])
+def test_captured_graphs_see_patches(tmp_path, storage):
+    path = tmp_path / "flux.safetensors"
+    write_flux(str(path), SMALL, dtype=torch.bfloat16)
+    engine = Engine(torch.device("cuda", 0))
+    engine.load(ModelSpec.of_file(str(path), storage=storage, compute="bfloat16"))
+    given = inputs(SMALL, text=24, size=(16, 12), seed=3)
+    x, *prompt = (t.cuda() for t in (given.x, given.context, given.y, given.guidance))
+    conditioning = Conditioning(*prompt)
+
+    def evaluate(settings=FAST) -> torch.Tensor:
+        denoiser = engine.denoiser(Layout(ulysses=1, ring=1), settings).denoiser
+        return denoiser(x, given.timestep, conditioning).float().clone()
+
+    for _ in range(3):
+        plain = evaluate()
+    step = next(iter(engine.denoiser(Layout(ulysses=1, ring=1), FAST).denoiser._steps.values()))
+    graph, compiled = step._graph, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graph is not None
+    weights = {name: (p.data_ptr(), p.clone()) for name, p in engine._model.named_parameters()}
+    up, down = randn(1536, 4, seed=1) * 0.5, randn(4, 512, seed=2)
+    lora = {"kind": "lora", "tensors": {"up": "u", "down": "d"}}
+    for number, strength in ((1, 1.0), (2, -0.5)):
+        patches = {KEY: (WeightPatch(strength=strength, **lora),)}
+        engine.patch(patches, {"u": up, "d": down}, base=number - 1, number=number)
+        want = load_file(path)[KEY].cuda().float() + strength * (up.cuda() @ down.cuda())
+        parameter = dict(engine._model.named_parameters())["double_blocks.0.img.attn.qkv.weight"]
+        torch.testing.assert_close(parameter.float(), want, rtol=2**-8, atol=1e-5)
+        got = evaluate()
+        assert relative_difference(got, plain) > 0.01
+    assert step._graph is graph and torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
+    engine.patch({KEY: ()}, {}, base=2, number=0)
+    assert torch.equal(evaluate(), plain)
+    for name, parameter in engine._model.named_parameters():
+        address, value = weights[name]
+        assert parameter.data_ptr() == address and torch.equal(parameter, value), name
+    engine.patch({KEY: (WeightPatch(strength=-0.5, **lora),)}, {"u": up, "d": down}, base=0, number=3)
+    assert relative_difference(evaluate(EAGER), got) < 0.02
