@@ -164,8 +164,8 @@ def refuse_unsupported(control, transformer_options: dict, extra: dict) -> None:
 class RemotePatcher(comfy.model_patcher.ModelPatcher):
     """A ModelPatcher with nothing to move: the host holds no weights, so loading and unloading cost it no memory.
 
-    ComfyUI patches weights while it loads a model, and loads a patcher before it samples with it. Here loading tells
-    the transformer, which all clones share, which patches are meant; the workers get them with the next evaluation.
+    ComfyUI patches a model whenever it loads one, and loads a patcher before it samples with it. Here this tells the
+    transformer, which all clones share, whose weight patches are meant; the workers get them with the next evaluation.
     """
 
     def model_size(self):
@@ -181,11 +181,11 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         check_supported(patches)
         return super().add_patches(patches, strength_patch, strength_model)
 
-    def load(self, *args, **kwargs):
-        super().load(*args, **kwargs)
+    def patch_model(self, *args, **kwargs):
         transformer = self.model.diffusion_model
         if isinstance(transformer, RemoteTransformer):
             transformer.take_patches(self.patches_uuid, self.patches)
+        return super().patch_model(*args, **kwargs)
 
     def add_hook_patches(self, hook, patches, strength_patch=1.0, strength_model=1.0):
         if patches:
