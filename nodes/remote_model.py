@@ -178,7 +178,8 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         return 0
 
     def add_patches(self, patches, strength_patch=1.0, strength_model=1.0):
-        check_supported(patches)
+        known = self.model.state_dict()  # a LoRA node passes what it has for text encoders, too
+        check_supported({key: v for key, v in patches.items() if (key if isinstance(key, str) else key[0]) in known})
         return super().add_patches(patches, strength_patch, strength_model)
 
     def patch_model(self, *args, **kwargs):
