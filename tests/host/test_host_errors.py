@@ -117,9 +117,8 @@ def lora(host):
     ids=["oft", "widened"],
 )
 def test_kinds_of_lora_that_the_workers_do_not_have(host, parts, words):
-    name = loras.write(
-        host.base / "models/loras", "refused", {f"diffusion_model.img_in.{k}": t for k, t in parts.items()}
-    )
+    tensors = {f"diffusion_model.img_in.{part}": t for part, t in parts.items()}
+    name = loras.write(host.base / "models/loras", next(iter(parts)), tensors)
     graph = Graph()
     model = graph.node("LoraLoaderModelOnly", model=graph.usp(), lora_name=name, strength_model=1.0)
     assert words in failure(host, graph, model)
