@@ -88,7 +88,7 @@ def main() -> None:
     own = single_rank_mesh(device)
     mesh = make_mesh(Layout(ulysses=world // a.ring, ring=a.ring), device)
     transport, own_transport = Transport(mesh), Transport(own)
-    log(f"{mesh.layout}, transport {transport.name}, weights {torch.cuda.memory_allocated() / 2**30:.1f} GiB")
+    log(f"{mesh.layout}, transport {transport.kind}, weights {torch.cuda.memory_allocated() / 2**30:.1f} GiB")
     for text in map(int, a.text.split(",")):
         generator = torch.Generator(device).manual_seed(1)
         like = {"generator": generator, "device": device}

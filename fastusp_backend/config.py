@@ -15,7 +15,7 @@ DTYPES: tuple[DType, ...] = ("bfloat16", "float16", "float32")
 
 BatchParallel = Literal["auto", "on", "off"]
 AttentionChoice = Literal["auto", "cudnn", "flash", "efficient", "math"]
-WireChoice = Literal["exact"]
+WireChoice = Literal["exact", "fp8"]
 
 
 class Layout(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,10 +53,11 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """The options of USP Optimization Settings.
 
-    wire: what crosses a link; `exact` sends the compute type as it is.
+    wire: what crosses a link; `exact` sends the compute type as it is, `fp8` e4m3 with a scale per (token, head).
     attention: the local attention back end; `auto` takes the fastest that the device and type allow.
     compile: element-wise segments through the compiler (GPUs). cuda_graphs: a whole evaluation as one graph (GPUs).
     overlap: exchanges run beside computation instead of being awaited where they start.
+    ring_pipeline: the ring's next keys and values travel while the current ones are attended.
     """
 
     wire: WireChoice = "exact"
@@ -64,6 +65,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     compile: bool = True
     cuda_graphs: bool = True
     overlap: bool = True
+    ring_pipeline: bool = True
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):

@@ -41,7 +41,7 @@ class Engine:
             single = layout.ranks == 1
             mesh = single_rank_mesh(self.device) if single else make_mesh(layout, self.device)
             self._meshes[layout] = mesh, Transport(mesh)
-            log.info("layout %s: Ulysses over %s", layout, self._meshes[layout][1].name)
+            log.info("layout %s: Ulysses over %s", layout, self._meshes[layout][1].kind)
         return self._meshes[layout]
 
     def load(self, spec: ModelSpec) -> None:

@@ -4,13 +4,12 @@ import torch
 
 from ..attention import JointAttention
 from ..attention.local import Attend
-from ..comm.exchange import GroupExchange
 from ..comm.mesh import Mesh
 from ..comm.shards import SequenceShards
 from ..comm.transport import Transport
 from ..config import Settings
 from ..models.family import Transformer
-from ..models.patches import patch_grid, patchify, unpatchify
+from ..models.patches import PATCH, patch_grid, patchify, unpatchify
 from ..models.segments import Segments
 
 
@@ -32,9 +31,19 @@ class Step:
     ):
         config, batch = model.config, x.shape[0]
         self._model, self._mesh, self._segments, self._shards = model, mesh, segments, shards
-        self._gather = GroupExchange(mesh.sequence) if mesh.sequence else None
-        exchange = transport.exchange(shards, batch, config.heads, config.hidden // config.heads, dtype)
-        self._joint = JointAttention(mesh, attend, shards, exchange, overlap=settings.overlap)
+        links = transport.connect(
+            shards,
+            batch,
+            config.heads,
+            config.hidden // config.heads,
+            dtype,
+            packed=settings.wire == "fp8",
+            width=config.channels * PATCH**2,
+        )
+        self._gather = links.gather
+        self._joint = JointAttention(
+            mesh, attend, shards, links, overlap=settings.overlap, pipelined=settings.ring_pipeline
+        )
         self._size = x.shape[-2:]
         self._grid = patch_grid(*self._size)
         text, image = model.rope(shards.text, self._grid, x.device)

@@ -35,7 +35,7 @@ ROOMS = {
     "devices": {"errors"},
     "planner": BASE,
     "protocol": BASE,
-    "comm": BASE,
+    "comm": BASE | {"kernels"},
     "kernels": set(),
     "attention": BASE | {"comm", "kernels"},
     "models": BASE | {"attention"},
