@@ -45,7 +45,8 @@ def pack_reference(x: torch.Tensor, out: torch.Tensor) -> None:
 def quantise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x (..., D) -> e4m3 values (..., D) and float32 scales (...), with x about values * scales[..., None]."""
     wide = x.float()
-    scales = wide.abs().amax(-1) / E4M3_MAX
+    largest = wide.abs().amax(-1)
+    scales = largest / torch.full_like(largest, E4M3_MAX)  # by a number, GPUs multiply with its rounded inverse
     divisors = torch.where(scales > 0, scales, 1.0)
     scaled = (wide / divisors[..., None]).clamp(-E4M3_MAX, E4M3_MAX)
     return scaled.to(torch.float8_e4m3fn), scales
@@ -120,7 +121,8 @@ if triton is not None:
         """Quantises value (R, D), rows of head `slot`, into the packed rows at base (R, 1) uint8 pointers."""
         wide = value.to(tl.float32)
         # Correctly rounded divisions: the bits must be those of the reference.
-        scale = tl.div_rn(tl.max(tl.abs(wide), axis=1), tl.full((1,), 448.0, tl.float32))[:, None]
+        largest = tl.max(tl.abs(wide), axis=1)
+        scale = tl.div_rn(largest, tl.full(largest.shape, 448.0, tl.float32))[:, None]
         scaled = tl.div_rn(wide, tl.broadcast_to(tl.where(scale > 0, scale, 1.0), wide.shape))
         scaled = tl.minimum(tl.maximum(scaled, -448.0), 448.0)
         tl.store(base + slot * D + tl.arange(0, D)[None, :], encode(scaled), mask=inside)

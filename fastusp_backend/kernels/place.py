@@ -141,11 +141,11 @@ if triton is not None:
             place += (target[:, None].to(tl.int64) * LOCAL_HEADS + slot) * D + column
             tl.store(place, value, mask=inside)
         else:
-            place = ((tensor * ulysses + rank) * batch + item).to(tl.int64) * local + local_row[:, None]
+            leaving = ((tensor * ulysses + rank) * batch + item).to(tl.int64) * local + local_row[:, None]
             if PITCH == 0:
-                tl.store(outgoing + (place * LOCAL_HEADS + slot) * D + column, value, mask=inside)
+                tl.store(outgoing + (leaving * LOCAL_HEADS + slot) * D + column, value, mask=inside)
             else:
-                store_packed(outgoing + place * PITCH, value, slot, inside, LOCAL_HEADS, D)
+                store_packed(outgoing + leaving * PITCH, value, slot, inside, LOCAL_HEADS, D)
 
 
 def _launch(projected, scales, rope, which, first_row, received, outgoing, position, regions) -> None:

@@ -20,7 +20,8 @@ SCRIPT = Path(__file__).with_name("joint_attention.py")
 @pytest.mark.parametrize("kind", ["symmetric memory", "host memory"])
 def test_joint_attention_over_shared_memory(kind, ranks, layouts):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    env = os.environ | {"PYTHONPATH": str(SCRIPT.parents[2]), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(filter(None, [str(SCRIPT.parents[2]), os.environ.get("PYTHONPATH")]))
+    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     if torch.cuda.device_count() < ranks:
         env["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
     done = subprocess.run([*command, str(SCRIPT), kind], env=env, capture_output=True, text=True, timeout=240)
