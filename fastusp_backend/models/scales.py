@@ -1,13 +1,15 @@
 """Which scale belongs to which fp8 weight, and the refusal of every other quantisation by its name.
 
 Three ways to say it, all per tensor, as ComfyUI reads them:
-- old: a tensor `scaled_fp8` marks the file, `layer.scale_weight` and `layer.scale_input` hold the scales;
+- old: a tensor `scaled_fp8` marks the file, `layer.scale_weight` and `layer.scale_input` hold the scales; an input
+  scale of 1 says that none was calibrated;
 - new: the metadata's `_quantization_metadata`, {"layers": {layer: {"format": ...}}}, with `layer.weight_scale` and
   `layer.input_scale`;
 - the same with a tensor `layer.comfy_quant` of JSON bytes, {"format": ...}, for each layer.
 """
 
 import json
+from dataclasses import replace
 
 import torch
 
@@ -75,14 +77,12 @@ def _scale(file, weights: dict[str, TensorInfo], layer: str, scale: str, input_s
         if info is not None and info.size != info.dtype.itemsize:
             raise _refusal(path, f"fp8 with more than one scale per tensor, {info.shape},", name)
         value = torch.frombuffer(bytearray(_bytes(file, info)), dtype=info.dtype).item() if info else None
-        values.append(value)
+        values.append(None if name.endswith(".scale_input") and value == 1 else value)
     weight = weights.get(f"{layer}.weight")
     if weight is None or values[0] is None:
         missing = f"{layer}.weight" if weight is None else f"{layer}.{scale}"
         raise CheckpointError(f"{path} is an incomplete scaled fp8 file: tensor {missing!r} is missing")
-    weights[f"{layer}.weight"] = TensorInfo(
-        weight.shape, weight.dtype, weight.start, weight.packing, scale=values[0], input_scale=values[1]
-    )
+    weights[f"{layer}.weight"] = replace(weight, scale=values[0], input_scale=values[1])
 
 
 def _bytes(file, info: TensorInfo) -> bytes:

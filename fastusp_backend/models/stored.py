@@ -35,7 +35,7 @@ class Stored:
     def dequantise(self) -> torch.Tensor:
         """The values in float32, a tensor of their own."""
         values = self.values(torch.float32)
-        return values.clone() if values is self.data else values
+        return values.clone() if values.data_ptr() == self.data.data_ptr() else values
 
     def store(self, values: torch.Tensor) -> None:
         """Writes values (float32, as `dequantise` gives them) in the stored type, in place: addresses stay. Scaled fp8
