@@ -30,20 +30,20 @@ def _half(blocks: torch.Tensor, start: int) -> torch.Tensor:
     return blocks[:, start : start + 2].contiguous().view(torch.float16).float()
 
 
-def _bits(data: torch.Tensor, width: int, shifts: tuple[int, ...]) -> torch.Tensor:
-    """data (N, n) -> (N, shifts, n): `width` bits of every byte from each shift on."""
-    steps = torch.tensor(shifts, dtype=torch.uint8, device=data.device)[:, None]
-    return (data[:, None] >> steps) & ((1 << width) - 1)
+def _bits(data: torch.Tensor, width: int) -> torch.Tensor:
+    """data (N, n) -> (N, 8 / width, n): `width` bits of every byte after the other, the lowest first."""
+    shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=data.device)[:, None]
+    return (data[:, None] >> shifts) & ((1 << width) - 1)
 
 
 def _nibbles(data: torch.Tensor) -> torch.Tensor:
     """data (N, n) -> (N, 2 n): the low halves of all bytes, then the high ones."""
-    return _bits(data, 4, (0, 4)).flatten(1)
+    return _bits(data, 4).flatten(1)
 
 
 def _fifth_bits(data: torch.Tensor) -> torch.Tensor:
     """data (N, 4), 32 bits -> (N, 32) of 0 or 16."""
-    return _bits(data, 1, tuple(range(8))).transpose(1, 2).flatten(1) << 4
+    return _bits(data, 1).transpose(1, 2).flatten(1) << 4
 
 
 def _q8_0(b):
@@ -79,37 +79,37 @@ def _sub_scales(data: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _q4_k(b):
     scales, minima = _sub_scales(b[:, 4:16])
-    quants = _bits(b[:, 16:].reshape(-1, 32), 4, (0, 4)).reshape(len(b), 8, 32).float()
+    quants = _bits(b[:, 16:].reshape(-1, 32), 4).reshape(len(b), 8, 32).float()
     return (_half(b, 0)[..., None] * scales * quants - _half(b, 2)[..., None] * minima).flatten(1)
 
 
 def _q5_k(b):
     scales, minima = _sub_scales(b[:, 4:16])
-    quants = _bits(b[:, 48:].reshape(-1, 32), 4, (0, 4)).reshape(len(b), 8, 32)
-    quants = (quants | (_bits(b[:, 16:48], 1, tuple(range(8))) << 4)).float()
+    quants = _bits(b[:, 48:].reshape(-1, 32), 4).reshape(len(b), 8, 32)
+    quants = (quants | (_bits(b[:, 16:48], 1) << 4)).float()
     return (_half(b, 0)[..., None] * scales * quants - _half(b, 2)[..., None] * minima).flatten(1)
 
 
 def _q6_k(b):
-    low = _bits(b[:, :128].reshape(-1, 64), 4, (0, 4)).reshape(len(b), 8, 32)
-    high = _bits(b[:, 128:192].reshape(-1, 32), 2, (0, 2, 4, 6)).reshape(len(b), 8, 32)
+    low = _bits(b[:, :128].reshape(-1, 64), 4).reshape(len(b), 8, 32)
+    high = _bits(b[:, 128:192].reshape(-1, 32), 2).reshape(len(b), 8, 32)
     quants = ((low | (high << 4)).to(torch.int8) - 32).reshape(len(b), 16, 16).float()
     scales = b[:, 192:208].view(torch.int8).float()
     return (_half(b, 208) * scales)[..., None].mul(quants).flatten(1)
 
 
 def _q3_k(b):
-    low = _bits(b[:, 32:96].reshape(-1, 32), 2, (0, 2, 4, 6)).reshape(len(b), 16, 16)
-    high = _bits(b[:, :32], 1, tuple(range(8))).reshape(len(b), 16, 16)
+    low = _bits(b[:, 32:96].reshape(-1, 32), 2).reshape(len(b), 16, 16)
+    high = _bits(b[:, :32], 1).reshape(len(b), 16, 16)
     quants = (low.to(torch.int8) - ((high ^ 1) << 2).to(torch.int8)).float()
     first, last = b[:, 96:104], b[:, 104:108]
-    scales = _nibbles(first) | (_bits(last, 2, (0, 2, 4, 6)).flatten(1) << 4)
+    scales = _nibbles(first) | (_bits(last, 2).flatten(1) << 4)
     scales = (scales.to(torch.int8) - 32).float()
     return (_half(b, 108) * scales)[..., None].mul(quants).flatten(1)
 
 
 def _q2_k(b):
-    quants = _bits(b[:, 16:80].reshape(-1, 32), 2, (0, 2, 4, 6)).reshape(len(b), 16, 16).float()
+    quants = _bits(b[:, 16:80].reshape(-1, 32), 2).reshape(len(b), 16, 16).float()
     scales, minima = (b[:, :16] & 15).float(), (b[:, :16] >> 4).float()
     return ((_half(b, 80) * scales)[..., None] * quants - (_half(b, 82) * minima)[..., None]).flatten(1)
 

@@ -30,7 +30,7 @@ class Stored:
         if self.packing:
             return unpack(data, self.packing, dtype)
         values = data.to(dtype)
-        return values if self.scale is None else values * self.scale.to(dtype)
+        return values if self.scale is None else values.mul_(self.scale.to(dtype))
 
     def dequantise(self) -> torch.Tensor:
         """The values in float32, a tensor of their own."""
