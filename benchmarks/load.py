@@ -92,8 +92,8 @@ def main() -> None:
         print(
             f"RESULT turn {turn} rank {rank}: {read - started:6.2f} s (header {described - started:.2f}, room "
             f"{allocated - described:.2f}), {size / (read - allocated) / 1e9:5.1f} GB/s; RSS {grown['VmRSS']:+.0f} "
-            f"MiB, anonymous {grown['RssAnon']:+.0f}, its peak {grown['VmHWM']:+.0f}; GPU weights {held / 2**30:.2f} GiB, "
-            f"peak {peak / 2**30:.2f}",
+            f"MiB, anonymous {grown['RssAnon']:+.0f}, its peak {grown['VmHWM']:+.0f}; GPU weights {held / 2**30:.2f} "
+            f"GiB, peak {peak / 2**30:.2f}",
             flush=True,
         )
         del model, checkpoint

@@ -88,7 +88,7 @@ def read_file_header(path: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
                 tensors, metadata = _safetensors(file, int.from_bytes(start, "little"), length)
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no model file {path}") from error
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise _unreadable(path, str(error)) from error
     for name, info in tensors.items():
         if info.start + info.size > length:
