@@ -23,7 +23,8 @@ class Engine:
         self.device = device
         self._spec: ModelSpec | None = None
         self._model: Transformer | None = None
-        self._checkpoint: Checkpoint | None = None
+        self._checkpoint: Checkpoint | None = None  # of the resident model, to read tensors of it again
+        self._described: Checkpoint | None = None
         self._meshes: dict[Layout, tuple[Mesh, Transport]] = {}
         self._denoiser: tuple[Layout, Settings, BatchedDenoiser] | None = None
 
@@ -43,27 +44,27 @@ class Engine:
         """What the model of `spec` is, by its file's header alone. Raises CheckpointError; nothing has changed then."""
         if self.holds(spec):
             return self._model.config
-        self._checkpoint = Checkpoint(spec)
-        return self._checkpoint.model.config
+        self._described = Checkpoint(spec)
+        return self._described.model.config
 
     def make_room(self) -> None:
         """Drops the resident model and makes room for the one that was described."""
-        checkpoint = self._checkpoint
+        described = self._described
         self.release()
-        checkpoint.allocate(self.device, self._reading_group())
-        self._checkpoint = checkpoint
+        described.allocate(self.device, self._reading_group())
+        self._described = described
 
     def load(self) -> None:
         """Makes the described model the resident one. Collective where GPUs share the reading: an error there is a
         RuntimeError, which ends the rank, since the others wait for it."""
-        checkpoint, self._checkpoint = self._checkpoint, None
+        checkpoint, self._described = self._described, None
         try:
             self._model = checkpoint.read()
         except Exception as error:
             if self._reading_group() is None:
                 raise
             raise RuntimeError(f"reading {checkpoint.spec.path} failed when the ranks had begun: {error}") from error
-        self._spec = checkpoint.spec
+        self._spec, self._checkpoint = checkpoint.spec, checkpoint
 
     def _reading_group(self) -> dist.ProcessGroup | None:
         if self.device.type == "cpu" or not dist.is_initialized() or dist.get_world_size() == 1:
@@ -87,6 +88,7 @@ class Engine:
 
     def release(self) -> None:
         """Drops the resident model and gives its memory back."""
-        self._spec = self._model = self._denoiser = self._checkpoint = None
+        self._spec = self._model = self._denoiser = None
+        self._checkpoint = self._described = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -37,6 +37,13 @@ def check_tensors(model: Transformer, header: dict[str, TensorInfo], path: str) 
     return {keys[key]: info for key, info in header.items()}
 
 
+def check_unchanged(spec: ModelSpec) -> None:
+    """Raises CheckpointError when a file is not the one that the client looked at."""
+    now = ModelSpec.of_file(spec.path, storage=spec.storage, compute=spec.compute, keep_quantised=spec.keep_quantised)
+    if now != spec:
+        raise CheckpointError(f"{spec.path} was replaced since this workflow loaded it; run the prompt again")
+
+
 class Checkpoint:
     """The model of a file: described when it is made, still without weights.
 
@@ -45,11 +52,7 @@ class Checkpoint:
     """
 
     def __init__(self, spec: ModelSpec):
-        now = ModelSpec.of_file(
-            spec.path, storage=spec.storage, compute=spec.compute, keep_quantised=spec.keep_quantised
-        )
-        if now != spec:
-            raise CheckpointError(f"{spec.path} was replaced since this workflow loaded it; run the prompt again")
+        check_unchanged(spec)
         self.spec = spec
         header = read_header(spec.path)
         with torch.device("meta"):
@@ -87,7 +90,11 @@ class Checkpoint:
         return self.model.eval()
 
     def reread(self, names: Iterable[str]) -> Iterator[tuple[str, Stored]]:
-        """Some tensors, by the module's names, as `read` gave them to the model. Each rank reads for itself."""
+        """Some tensors, by the module's names, as `read` gave them to the model. Each rank reads for itself.
+
+        Raises CheckpointError when the file was replaced meanwhile.
+        """
+        check_unchanged(self.spec)
         return self._read({name: self.infos[name] for name in names}, {}, Shares())
 
     def _read(self, infos: dict[str, TensorInfo], rooms: dict[str, torch.Tensor], shares: Shares):
