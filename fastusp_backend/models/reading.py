@@ -69,6 +69,7 @@ def read_tensors(
     Raises CheckpointError naming the tensor that the file does not have to its end.
     """
     copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+    _after_current(copies)
     stages = [_Stage(copies) for _ in range(READERS)]
     pending: deque[tuple[Future, _Stage, torch.Tensor, str | None, torch.Tensor]] = deque()
 
@@ -99,12 +100,19 @@ def read_tensors(
 def _pieces(infos, rooms, shares, device, copies) -> Iterator[tuple[str, int, torch.Tensor, bool, torch.Tensor]]:
     """(tensor's name, offset, target, whether it is the tensor's last, its room) of each piece that this rank reads."""
     for name, info in infos.items():
-        room = rooms[name] if name in rooms else shares.allocate(info, device)
-        if copies is not None:
-            copies.wait_stream(torch.cuda.current_stream(device))  # its memory may still be read there
+        room = rooms.get(name)
+        if room is None:
+            room = shares.allocate(info, device)
+            _after_current(copies)  # which may still read what lay there
         offset, target = shares.own(info, room)
         for start in range(0, max(1, len(target)), PIECE):
             yield name, offset + start, target[start : start + PIECE], start + PIECE >= len(target), room
+
+
+def _after_current(copies: torch.cuda.Stream | None) -> None:
+    """Copies wait for what the current stream does at this time."""
+    if copies is not None:
+        copies.wait_stream(torch.cuda.current_stream(copies.device))
 
 
 class _Stage:
