@@ -12,6 +12,7 @@ from .errors import CheckpointError, LayoutError
 
 DType = Literal["bfloat16", "float16", "float32"]
 DTYPES: tuple[DType, ...] = ("bfloat16", "float16", "float32")
+Storage = Literal["bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m2"]
 
 BatchParallel = Literal["auto", "on", "off"]
 AttentionChoice = Literal["auto", "cudnn", "flash", "efficient", "math"]
@@ -73,20 +74,31 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     path: absolute. mtime_ns, size: the file's state when the client looked, so that a replaced file is read anew.
     storage: type of the weights in memory, None keeps the file's own. compute: type of the activations.
+    keep_quantised: weights that the file holds in fp8 or packed stay so, whatever `storage` is for the others.
     """
 
     path: str
     mtime_ns: int
     size: int
-    storage: DType | None
+    storage: Storage | None
     compute: DType
+    keep_quantised: bool = False
 
     @classmethod
-    def of_file(cls, path: str, *, storage: DType | None, compute: DType) -> "ModelSpec":
+    def of_file(
+        cls, path: str, *, storage: Storage | None, compute: DType, keep_quantised: bool = False
+    ) -> "ModelSpec":
         """Raises CheckpointError when `path` is not a readable file."""
         path = os.path.abspath(path)
         try:
             stat = os.stat(path)
         except OSError as error:
             raise CheckpointError(f"cannot read the model file {path}: {error.strerror}") from error
-        return cls(path=path, mtime_ns=stat.st_mtime_ns, size=stat.st_size, storage=storage, compute=compute)
+        return cls(
+            path=path,
+            mtime_ns=stat.st_mtime_ns,
+            size=stat.st_size,
+            storage=storage,
+            compute=compute,
+            keep_quantised=keep_quantised,
+        )

@@ -3,12 +3,13 @@
 import logging
 
 import torch
+import torch.distributed as dist
 
 from ..comm.mesh import Mesh, make_mesh, single_rank_mesh
 from ..comm.transport import Transport
 from ..config import Layout, ModelSpec, Settings
-from ..models.family import Transformer
-from ..models.loading import describe_model, read_weights
+from ..models.family import Config, Transformer
+from ..models.loading import Checkpoint
 from .batch import BatchedDenoiser
 from .denoiser import Denoiser
 
@@ -22,15 +23,10 @@ class Engine:
         self.device = device
         self._spec: ModelSpec | None = None
         self._model: Transformer | None = None
+        self._checkpoint: Checkpoint | None = None  # of the resident model, to read tensors of it again
+        self._described: Checkpoint | None = None
         self._meshes: dict[Layout, tuple[Mesh, Transport]] = {}
         self._denoiser: tuple[Layout, Settings, BatchedDenoiser] | None = None
-
-    @property
-    def heads(self) -> int:
-        """Attention heads of the resident model."""
-        if self._model is None:
-            raise RuntimeError("no model is loaded")
-        return self._model.config.heads
 
     def holds(self, spec: ModelSpec) -> bool:
         return self._spec == spec
@@ -44,15 +40,36 @@ class Engine:
             log.info("layout %s: Ulysses over %s", layout, self._meshes[layout][1].kind)
         return self._meshes[layout]
 
-    def load(self, spec: ModelSpec) -> None:
-        """Makes `spec` the resident model. Raises CheckpointError; a file that is refused by its header leaves the old
-        model in place."""
+    def describe(self, spec: ModelSpec) -> Config:
+        """What the model of `spec` is, by its file's header alone. Raises CheckpointError; nothing has changed then."""
         if self.holds(spec):
-            return
-        model, keys = describe_model(spec)
+            return self._model.config
+        self._described = Checkpoint(spec)
+        return self._described.model.config
+
+    def make_room(self) -> None:
+        """Drops the resident model and makes room for the one that was described."""
+        described = self._described
         self.release()
-        self._model = read_weights(model, keys, spec, self.device)
-        self._spec = spec
+        described.allocate(self.device, self._reading_group())
+        self._described = described
+
+    def load(self) -> None:
+        """Makes the described model the resident one. Collective where GPUs share the reading: an error there is a
+        RuntimeError, which ends the rank, since the others wait for it."""
+        checkpoint, self._described = self._described, None
+        try:
+            self._model = checkpoint.read()
+        except Exception as error:
+            if self._reading_group() is None:
+                raise
+            raise RuntimeError(f"reading {checkpoint.spec.path} failed when the ranks had begun: {error}") from error
+        self._spec, self._checkpoint = checkpoint.spec, checkpoint
+
+    def _reading_group(self) -> dist.ProcessGroup | None:
+        if self.device.type == "cpu" or not dist.is_initialized() or dist.get_world_size() == 1:
+            return None
+        return dist.group.WORLD
 
     def denoiser(self, layout: Layout, settings: Settings) -> BatchedDenoiser:
         """The resident model under a layout and options; the last one asked for is kept, with its graphs.
@@ -72,5 +89,6 @@ class Engine:
     def release(self) -> None:
         """Drops the resident model and gives its memory back."""
         self._spec = self._model = self._denoiser = None
+        self._checkpoint = self._described = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

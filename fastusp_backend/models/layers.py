@@ -7,21 +7,36 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .stored import Stored
+
 
 class Linear(nn.Module):
-    """y = x W^T + b, with W and b converted to x's type where they are stored in another."""
+    """y = x W^T + b, with W and b converted to x's type where they are stored in another (see stored.py)."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False)
+        self.register_buffer("scale", None, persistent=False)
+        self.register_buffer("input_scale", None, persistent=False)
+        self.packing = ""
+
+    @property
+    def stored(self) -> Stored:
+        """The weight as it lies in memory."""
+        return Stored(self.weight, self.scale, self.input_scale, self.packing)
+
+    @stored.setter
+    def stored(self, stored: Stored) -> None:
+        self.weight = nn.Parameter(stored.data, requires_grad=False)
+        self.scale, self.input_scale, self.packing = stored.scale, stored.input_scale, stored.packing
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, *self.rows(slice(None), x.dtype))
 
     def rows(self, rows: slice, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight and bias of some outputs, in `dtype`: a fused projection is run part by part."""
-        return self.weight[rows].to(dtype), self.bias[rows].to(dtype)
+        return self.stored.values(dtype, rows), self.bias[rows].to(dtype)
 
 
 class HeadNorm(nn.Module):

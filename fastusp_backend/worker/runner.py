@@ -13,7 +13,6 @@ import msgspec
 import safetensors.torch
 import torch
 
-from ..config import Layout
 from ..engine import BatchedDenoiser, Engine
 from ..errors import Cancelled, FastUSPError, LayoutError, RequestError
 from ..models.family import Conditioning
@@ -185,13 +184,34 @@ class Runner:
     def _prepare(self, request: Request, build):
         """Loads the model and calls `build`; raises _Refused on all ranks when any of them failed.
 
-        They agree on the model first: `build` makes a mesh, for which all ranks must come.
+        They agree on the model first: its reading is shared, and `build` makes a mesh: all ranks must come for both.
+        All hold the same model at any time, or none.
         """
-        self._together(lambda: self._load(request))
+        self._together(lambda: self._check(request))
+        if not self._engine.holds(request.model):
+            self._reply(Phase(id=request.id, text="loading the model"))
+            started = time.perf_counter()
+            try:
+                self._together(self._engine.make_room)
+                self._together(self._engine.load)
+            except _Refused:
+                self._engine.release()
+                raise
+            log.info("loaded %s in %.2f s", request.model.path, time.perf_counter() - started)
         return self._together(build)
 
+    def _check(self, request: Request) -> None:
+        layout = request.layout
+        if layout.ranks != self._crew.size:
+            raise LayoutError(f"layout {layout} does not fit a pool of {self._crew.size} ranks")
+        heads = self._engine.describe(request.model).heads
+        if heads % layout.ulysses:
+            raise LayoutError(
+                f"a Ulysses degree of {layout.ulysses} does not divide the model's {heads} attention heads"
+            )
+
     def _together(self, prepare):
-        """prepare(), or _Refused when it failed on any rank."""
+        """prepare(), or _Refused when it failed on any rank. Where memory ran out on one, all drop the model."""
         problem, prepared = "", None
         try:
             prepared = prepare()
@@ -199,29 +219,13 @@ class Runner:
             problem = f"refused\n{error}"
         except (torch.OutOfMemoryError, MemoryError) as error:
             problem = f"out_of_memory\n{error}"
-        if problem.startswith("out_of_memory"):
+        problems = self._crew.gather(problem)
+        if any(text.startswith("out_of_memory") for text in problems):
             self._engine.release()  # only now: the exception's traceback held tensors
-        for rank, text in enumerate(self._crew.gather(problem)):
+        for rank, text in enumerate(problems):
             if text:
                 raise _Refused(rank, *text.split("\n", 1))
         return prepared
-
-    def _load(self, request: Request) -> None:
-        if request.layout.ranks != self._crew.size:
-            raise LayoutError(f"layout {request.layout} does not fit a pool of {self._crew.size} ranks")
-        if not self._engine.holds(request.model):
-            self._reply(Phase(id=request.id, text="loading the model"))
-            started = time.perf_counter()
-            self._engine.load(request.model)
-            log.info("loaded %s in %.2f s", request.model.path, time.perf_counter() - started)
-        self._check_heads(request.layout)
-
-    def _check_heads(self, layout: Layout) -> None:
-        heads = self._engine.heads
-        if heads % layout.ulysses:
-            raise LayoutError(
-                f"a Ulysses degree of {layout.ulysses} does not divide the model's {heads} attention heads"
-            )
 
     def _velocities(self, request: Request, denoiser: BatchedDenoiser):
         """The denoiser with the ranks' agreement before each evaluation; raises Cancelled on all of them alike."""

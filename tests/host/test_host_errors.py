@@ -52,7 +52,7 @@ def test_impossible_combinations(host, gpus, ulysses, ring, words):
         ("text", ["truncated, corrupt"]),
         ("flux2", ["holds FLUX.2", "FLUX.1 dev and schnell"]),
         ("chroma", ["holds Chroma"]),
-        ("fp8", ["is quantised", "float8_e4m3fn"]),
+        ("nvfp4", ["is quantised as nvfp4", "scaled fp8 and GGUF"]),
         ("incomplete", ["incomplete", "final_layer.linear.weight"]),
     ],
 )
@@ -70,8 +70,8 @@ def test_files_of_other_models(host, name, words):
             state["double_stream_modulation_img.lin.weight"] = one
         elif name == "chroma":
             state["distilled_guidance_layer.in_proj.weight"] = one
-        elif name == "fp8":
-            state["img_in.weight"] = state["img_in.weight"].to(torch.float8_e4m3fn)
+        elif name == "nvfp4":
+            state["img_in.comfy_quant"] = torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
         else:
             del state["final_layer.linear.weight"]
         save_file(state, file)
