@@ -50,7 +50,7 @@ def test_impossible_combinations(host, gpus, ulysses, ring, words):
     [
         ("truncated", ["truncated, corrupt"]),
         ("text", ["truncated, corrupt"]),
-        ("flux2", ["holds FLUX.2", "FLUX.1 dev and schnell"]),
+        ("flux2", ["holds FLUX.2", "FLUX.1 dev, schnell"]),
         ("chroma", ["holds Chroma"]),
         ("fp8", ["is quantised", "float8_e4m3fn"]),
         ("incomplete", ["incomplete", "final_layer.linear.weight"]),
