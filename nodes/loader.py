@@ -33,7 +33,8 @@ class USPLoader(io.ComfyNode):
                 io.Combo.Input(
                     "unet_name",
                     options=folder_paths.get_filename_list("diffusion_models"),
-                    tooltip="A FLUX.1 dev, FLUX.1 schnell or Qwen-Image file in models/diffusion_models.",
+                    tooltip="A FLUX.1 (dev, schnell, Kontext, Fill, Canny, Depth), Qwen-Image or Qwen-Image-Edit file "
+                    "in models/diffusion_models.",
                 ),
                 io.Combo.Input(
                     "weight_dtype",
