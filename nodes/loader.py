@@ -41,8 +41,8 @@ class USPLoader(io.ComfyNode):
                 io.Combo.Input(
                     "unet_name",
                     options=model_names(),
-                    tooltip="A FLUX.1 dev, FLUX.1 schnell or Qwen-Image file in models/diffusion_models (safetensors "
-                    "or GGUF), or an all-in-one one in models/checkpoints.",
+                    tooltip="A FLUX.1 (dev, schnell, Kontext, Fill, Canny, Depth), Qwen-Image or Qwen-Image-Edit file "
+                    "in models/diffusion_models (safetensors or GGUF), or an all-in-one one in models/checkpoints.",
                 ),
                 io.Combo.Input(
                     "weight_dtype",

@@ -15,7 +15,6 @@ _FOREIGN = (
     ("distilled_guidance_layer.", "Chroma"),
     ("nerf_blocks.", "Chroma Radiance"),
     ("double_blocks.0.img_mlp.gate_proj.weight", "Ovis-Image or LongCat-Image"),
-    ("__index_timestep_zero__", "Qwen-Image-Edit 2511"),
     ("time_text_embed.addition_t_embedding.", "Qwen-Image-Layered"),
     ("controlnet_", "a ControlNet"),
     ("transformer_blocks.0.img_mlp.w1.weight", "Lens"),

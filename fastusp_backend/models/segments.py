@@ -6,6 +6,7 @@ image size compiles anything. The compiler never sees a collective.
 Shapes: x, y (B, L, C); shift, scale, gate (B, 1, C).
 """
 
+import copy
 import functools
 
 import torch
@@ -30,12 +31,38 @@ def _add_norm(x, y, gate, shift, scale) -> tuple[torch.Tensor, torch.Tensor]:
     return x, _norm(x, shift, scale)
 
 
+def _by_row(segment, streams: int):
+    """`segment` for modulations of several rows (B, n, C), of which token l takes row rows[0, l]. streams: how many of
+    its arguments are (B, L, C)."""
+
+    def chosen(rows: torch.Tensor, *tensors: torch.Tensor):
+        return segment(*tensors[:streams], *(tensor[:, rows[0]] for tensor in tensors[streams:]))
+
+    return chosen
+
+
 class Segments:
     """norm: adaLN, (1 + scale) layer_norm(x) + shift. add: x + gate y. add_norm: both, returning (x, normed)."""
 
     def __init__(self, *, compiled: bool):
         wrap = _compiled if compiled else (lambda function: function)
         self.norm, self.add, self.add_norm = wrap(_norm), wrap(_add), wrap(_add_norm)
+        self._chosen = {
+            name: wrap(_by_row(segment, streams))
+            for name, segment, streams in (("norm", _norm, 1), ("add", _add, 2), ("add_norm", _add_norm, 2))
+        }
+
+    def by_row(self, rows: torch.Tensor) -> "Segments":
+        """The same for a model of which one stream, of L tokens, has modulations of several rows: rows (L,) says which
+        row each of its tokens takes. Modulations of one row stay what they are."""
+        chosen = copy.copy(self)
+        for name, segment in self._chosen.items():
+            setattr(chosen, name, _either(getattr(self, name), functools.partial(segment, rows[None])))
+        return chosen
+
+
+def _either(plain, by_row):
+    return lambda *tensors: (by_row if tensors[-1].shape[1] > 1 else plain)(*tensors)
 
 
 def _compiled(function):

@@ -15,7 +15,7 @@ import torch
 
 from ..engine import BatchedDenoiser, Engine
 from ..errors import Cancelled, FastUSPError, LayoutError, RequestError
-from ..models.family import Conditioning
+from ..models.family import NO_RESIDUALS, Conditioning, Residuals
 from ..protocol import Done, Evaluate, Failed, Phase, Release, Sample, Shutdown, Step
 from ..protocol.messages import Request
 from ..sampling import SAMPLERS, GuidedModel, Inpainting, StepState
@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 Work = Sample | Evaluate | Release | Shutdown
 Tensors = dict[str, torch.Tensor]
+
+_OPTIONAL = ("y", "guidance", "concat")
 
 IN_FLIGHT = 2
 """Evaluations that a GPU may have before it, the running one too: it never waits for its CPU, and a cancel is felt."""
@@ -39,7 +41,7 @@ class Runner:
         self._engine = engine
         self._control = control
         self._kept: dict[int, torch.Tensor] = {}
-        self._conditionings: dict[tuple[int, ...], Conditioning] = {}
+        self._conditionings: dict[tuple[tuple, tuple[int, ...]], Conditioning] = {}
         self._work = msgspec.msgpack.Decoder(Work)
         self._launched: deque[torch.cuda.Event] = deque()
 
@@ -101,8 +103,11 @@ class Runner:
                     f"{request.sampler} takes {draws} draws of noise {tuple(x.shape)}, got {tuple(noise.shape)}"
                 )
             denoiser = self._engine.denoiser(request.layout, request.settings)
-            positive = _conditioning(tensors, "positive.")
-            negative = _conditioning(tensors, "negative.") if "negative.context" in tensors else None
+            methods = request.reference_methods
+            positive = _conditioning(tensors, "positive.", methods.get("positive"))
+            negative = None
+            if "negative.context" in tensors:
+                negative = _conditioning(tensors, "negative.", methods.get("negative"))
             prompts = [positive] if negative is None else [positive, negative]
             denoiser.check(x, prompts)
             # In float32, as the loop will compute them: they are looked up by value.
@@ -149,37 +154,41 @@ class Runner:
         self._reply(Done(id=request.id), {"output": output})
 
     def _evaluate(self, request: Evaluate, tensors: Tensors) -> None:
-        def prepare() -> tuple[BatchedDenoiser, Conditioning, torch.Tensor, torch.Tensor]:
+        def prepare() -> tuple[BatchedDenoiser, Conditioning, torch.Tensor, torch.Tensor, Residuals]:
             x, conditioning = _take(tensors, "x"), self._kept_conditioning(request, tensors)
+            control = _residuals(request.control, tensors)
             denoiser = self._engine.denoiser(request.layout, request.settings)
-            denoiser.check(x, [conditioning])
+            denoiser.check(x, [conditioning], control)
             timestep = _take(tensors, "timestep").cpu()
             if timestep.shape != x.shape[:1]:
                 raise RequestError(
                     f"timestep {tuple(timestep.shape)} does not fit the latents: expected {len(x)} values"
                 )
-            return denoiser, conditioning, x, timestep
+            return denoiser, conditioning, x, timestep, control
 
-        denoiser, conditioning, x, timestep = self._prepare(request, prepare)
-        (output,) = self._velocities(request, denoiser)(x, timestep, [conditioning])
+        denoiser, conditioning, x, timestep, control = self._prepare(request, prepare)
+        (output,) = self._velocities(request, denoiser, control)(x, timestep, [conditioning])
         self._reply(Done(id=request.id), {"output": output})
 
     def _kept_conditioning(self, request: Evaluate, tensors: Tensors) -> Conditioning:
         """The request's prompt. The same kept tensors give the same object, so that what was computed from it lasts."""
         for number in request.forget:
             self._kept.pop(number, None)
-            self._conditionings = {k: v for k, v in self._conditionings.items() if number not in k}
+            self._conditionings = {k: v for k, v in self._conditionings.items() if number not in k[1]}
         for name, number in request.keep.items():
             self._kept[number] = _take(tensors, name)
         for name, number in request.reuse.items():
             if number not in self._kept:
                 raise RequestError(f"tensor {name!r} should have been kept as {number}, but was not")
             tensors[name] = self._kept[number]
-        numbers = request.keep | request.reuse
-        key = tuple(numbers.get(name, -1) for name in ("context", "y", "guidance"))
-        if any(name in tensors and name not in numbers for name in ("context", "y", "guidance")):
-            return _conditioning(tensors, "")  # not all of it was kept
-        return self._conditionings.setdefault(key, _conditioning(tensors, ""))
+        numbers, method = request.keep | request.reuse, request.reference_method
+        conditioning = _conditioning(tensors, "", method)
+        names = [name for name in tensors if name in ("context", *_OPTIONAL) or name.startswith("reference.")]
+        if any(name not in numbers for name in names):
+            return conditioning  # not all of it was kept
+        names.sort()
+        key = (*names, method), tuple(numbers[name] for name in names)
+        return self._conditionings.setdefault(key, conditioning)
 
     def _prepare(self, request: Request, build):
         """Loads the model and calls `build`; raises _Refused on all ranks when any of them failed.
@@ -227,7 +236,7 @@ class Runner:
                 raise _Refused(rank, *text.split("\n", 1))
         return prepared
 
-    def _velocities(self, request: Request, denoiser: BatchedDenoiser):
+    def _velocities(self, request: Request, denoiser: BatchedDenoiser, control: Residuals = NO_RESIDUALS):
         """The denoiser with the ranks' agreement before each evaluation; raises Cancelled on all of them alike."""
 
         def go_on() -> None:
@@ -237,7 +246,7 @@ class Runner:
                 raise Cancelled(f"request {request.id}")
 
         def velocities(x: torch.Tensor, timestep: torch.Tensor, prompts: list[Conditioning]) -> list[torch.Tensor]:
-            return denoiser(x, timestep, prompts, go_on)
+            return denoiser(x, timestep, prompts, go_on, control)
 
         return velocities
 
@@ -274,9 +283,21 @@ def _like(x: torch.Tensor, tensors: Tensors, name: str) -> torch.Tensor:
         ) from error
 
 
-def _conditioning(tensors: Tensors, prefix: str) -> Conditioning:
+def _conditioning(tensors: Tensors, prefix: str, reference_method: str | None) -> Conditioning:
+    references = []
+    while (name := f"{prefix}reference.{len(references)}") in tensors:
+        references.append(tensors[name])
     return Conditioning(
         context=_take(tensors, prefix + "context"),
-        y=tensors.get(prefix + "y"),
-        guidance=tensors.get(prefix + "guidance"),
+        references=tuple(references),
+        reference_method=reference_method,
+        **{name: tensors.get(prefix + name) for name in _OPTIONAL},
+    )
+
+
+def _residuals(control: dict[str, list[int | None]], tensors: Tensors) -> Residuals:
+    last = max((n for places in control.values() for n in places if n is not None), default=-1)
+    return Residuals(
+        tuple(_take(tensors, f"control.{n}") for n in range(last + 1)),
+        *(tuple(control.get(kind, ())) for kind in ("input", "output")),
     )

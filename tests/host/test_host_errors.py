@@ -50,7 +50,7 @@ def test_impossible_combinations(host, gpus, ulysses, ring, words):
     [
         ("truncated", ["truncated, corrupt"]),
         ("text", ["truncated, corrupt"]),
-        ("flux2", ["holds FLUX.2", "FLUX.1 dev and schnell"]),
+        ("flux2", ["holds FLUX.2", "FLUX.1 dev, schnell"]),
         ("chroma", ["holds Chroma"]),
         ("nvfp4", ["is quantised as nvfp4", "scaled fp8 and GGUF"]),
         ("incomplete", ["incomplete", "final_layer.linear.weight"]),
@@ -115,17 +115,25 @@ def test_lora_hook(host, lora):
     assert "LoRA" in failure(host, graph, graph.usp(), positive=positive)
 
 
-@pytest.mark.parametrize("sampler", ["euler", "uni_pc"])
-def test_reference_latents_and_control(host, sampler):
-    for kind, inputs, word in (
-        ("ReferenceLatent", {"latent": 0}, "ReferenceLatent"),
-        ("TestAppliedControl", {}, "ControlNet"),
-    ):
-        graph = Graph()
-        inputs = {name: graph.latent() for name in inputs}
-        positive = graph.node(kind, conditioning=graph.prompt(), **inputs)
-        text = failure(host, graph, graph.usp(), positive=positive, sampler_name=sampler)
-        assert word in text and "USP Loader" in text, text
+def test_an_attention_mask(host):
+    graph = Graph()
+    positive = graph.node("TestMaskedConditioning", conditioning=graph.prompt())
+    text = failure(host, graph, graph.usp(), positive=positive)
+    assert "attention mask" in text and "USP Loader" in text, text
+
+
+def test_references_at_timestep_zero(host):
+    graph = Graph()
+    positive = graph.referring(graph.prompt(), (64, 64), method="index_timestep_zero")
+    assert "FLUX.1 knows no reference method index_timestep_zero" in failure(
+        host, graph, graph.usp(), positive=positive
+    )
+
+
+def test_a_control_net_of_another_width(host):
+    graph = Graph()
+    positive = graph.node("TestAppliedControl", conditioning=graph.prompt(), hidden=256, blocks=0)
+    assert "made for another model" in failure(host, graph, graph.usp(), positive=positive)
 
 
 LAYERS = {"double_layers": "0", "single_layers": "", "scale": 3.0, "start_percent": 0.0, "end_percent": 1.0}

@@ -57,8 +57,10 @@ def refusal(path, spec: ModelSpec | None = None) -> str:
         replace(MINI, hidden=384, heads=3, mlp=1536, double_blocks=3, single_blocks=2),
         replace(MINI, double_blocks=12, single_blocks=11),
         replace(MINI, channels=4, context=96, pooled=48),
+        replace(MINI, concat_channels=80),
+        replace(MINI, concat_channels=16),
     ],
-    ids=["dev", "schnell", "wide", "deep", "other inputs"],
+    ids=["dev", "schnell", "wide", "deep", "other inputs", "Fill", "Canny"],
 )
 def test_sizes_are_read_from_the_file(tmp_path, config):
     path = tmp_path / "flux.safetensors"
@@ -182,7 +184,6 @@ def test_storage_type(tmp_path, storage, held):
         ("FLUX.2", ["double_stream_modulation_img.lin.weight", "double_blocks.0.img_attn.qkv.weight", "img_in.weight"]),
         ("Chroma", ["distilled_guidance_layer.in_proj.weight", "double_blocks.0.img_attn.qkv.weight", "img_in.weight"]),
         ("Chroma Radiance", ["nerf_blocks.0.param_generator.weight", "double_blocks.0.img_attn.qkv.weight"]),
-        ("Qwen-Image-Edit 2511", ["__index_timestep_zero__", "txt_norm.weight", "img_in.weight"]),
         ("Qwen-Image-Layered", ["time_text_embed.addition_t_embedding.weight", "txt_norm.weight", "img_in.weight"]),
         ("ControlNet", ["controlnet_blocks.0.weight", "txt_norm.weight", "img_in.weight"]),
         ("Lens", ["transformer_blocks.0.img_mlp.w1.weight", "txt_norm.weight", "img_in.weight"]),
@@ -211,9 +212,9 @@ def test_quantised_files_are_refused(changed, dtype):
     assert "quantised" in text and name in text and str(dtype).removeprefix("torch.") in text
 
 
-@pytest.mark.parametrize("channels", [96, 32])
-def test_fill_and_control_models_are_refused(changed, channels):
-    assert "Fill, Canny or Depth" in refusal(
+@pytest.mark.parametrize("channels", [8, 48])
+def test_input_channels_of_no_known_model_are_refused(changed, channels):
+    assert "it is none of FLUX.1 dev, schnell, Kontext, Fill" in refusal(
         changed(("img_in.weight",), {"img_in.weight": torch.zeros(128, channels * 4)})
     )
 
