@@ -17,6 +17,7 @@ Storage = Literal["bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m
 BatchParallel = Literal["auto", "on", "off"]
 AttentionChoice = Literal["auto", "cudnn", "flash", "efficient", "math"]
 WireChoice = Literal["exact", "fp8"]
+LinearChoice = Literal["exact", "fp8"]
 
 
 class Layout(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,6 +60,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     compile: element-wise segments through the compiler (GPUs). cuda_graphs: a whole evaluation as one graph (GPUs).
     overlap: exchanges run beside computation instead of being awaited where they start.
     ring_pipeline: the ring's next keys and values travel while the current ones are attended.
+    linear: how the blocks' matrix products are computed; `fp8` with a scale per token and per row of the weights.
     """
 
     wire: WireChoice = "exact"
@@ -67,6 +69,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     cuda_graphs: bool = True
     overlap: bool = True
     ring_pipeline: bool = True
+    linear: LinearChoice = "exact"
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,6 +78,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     path: absolute. mtime_ns, size: the file's state when the client looked, so that a replaced file is read anew.
     storage: type of the weights in memory, None keeps the file's own. compute: type of the activations.
     keep_quantised: weights that the file holds in fp8 or packed stay so, whatever `storage` is for the others.
+    linear: as in Settings, since weights are held for the products that they serve.
     """
 
     path: str
@@ -83,6 +87,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     storage: Storage | None
     compute: DType
     keep_quantised: bool = False
+    linear: LinearChoice = "exact"
 
     @classmethod
     def of_file(

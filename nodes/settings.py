@@ -4,7 +4,7 @@ from typing import get_args
 
 from comfy_api.latest import io
 
-from ..fastusp_backend.config import AttentionChoice, Settings, WireChoice
+from ..fastusp_backend.config import AttentionChoice, LinearChoice, Settings, WireChoice
 
 SettingsType = io.Custom("USP_SETTINGS")
 
@@ -57,6 +57,15 @@ class USPSettings(io.ComfyNode):
                     optional=True,
                     default=True,
                     tooltip="In a ring, the next keys and values travel while the current ones are attended.",
+                ),
+                io.Combo.Input(
+                    "linear",
+                    options=list(get_args(LinearChoice)),
+                    optional=True,
+                    default="exact",
+                    tooltip="The blocks' matrix products. fp8: faster and half the weights' memory, 8 bits with a "
+                    "scale per token and per row of the weights; GPUs from Ada on, in bf16. The picture changes a "
+                    "little.",
                 ),
             ],
             outputs=[SettingsType.Output(display_name="settings", tooltip="Connect to USP Loader.")],

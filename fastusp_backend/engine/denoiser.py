@@ -41,7 +41,8 @@ class Denoiser:
     def __init__(self, model: Transformer, mesh: Mesh, transport: Transport, settings: Settings, dtype: torch.dtype):
         self.model, self.mesh, self.transport, self.settings, self.dtype = model, mesh, transport, settings, dtype
         _, self._attend = choose(settings.attention, mesh.device, dtype)
-        self._segments = Segments(compiled=settings.compile and mesh.device.type == "cuda")
+        compiled = settings.compile and mesh.device.type == "cuda"
+        self._segments = Segments(compiled=compiled, fp8=settings.linear == "fp8")
         self._computed: weakref.WeakKeyDictionary[Conditioning, _Computed] = weakref.WeakKeyDictionary()
         self._steps: OrderedDict[tuple, Step] = OrderedDict()
         self._generation = transport.generation

@@ -10,6 +10,7 @@ from ..comm.transport import Transport
 from ..config import Layout, ModelSpec, Settings
 from ..models.family import Config, Transformer
 from ..models.loading import Checkpoint
+from ..models.products import check_fp8_products
 from .batch import BatchedDenoiser
 from .denoiser import Denoiser
 
@@ -41,9 +42,12 @@ class Engine:
         return self._meshes[layout]
 
     def describe(self, spec: ModelSpec) -> Config:
-        """What the model of `spec` is, by its file's header alone. Raises CheckpointError; nothing has changed then."""
+        """What the model of `spec` is, by its file's header alone. Raises CheckpointError, or ValueError for products
+        that this device does not have; nothing has changed then."""
         if self.holds(spec):
             return self._model.config
+        if spec.linear == "fp8":
+            check_fp8_products(self.device, getattr(torch, spec.compute))
         self._described = Checkpoint(spec)
         return self._described.model.config
 

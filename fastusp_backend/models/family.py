@@ -4,6 +4,7 @@
 Shapes: B batch, C latent channels, h w latent size, T text tokens, S image tokens, L tokens of one rank.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -11,6 +12,7 @@ import torch
 
 from ..attention import JointAttention, Rope
 from .checkpoint import Sizes
+from .layers import Linear
 from .patches import patch_grid
 from .positions import METHODS, References
 from .segments import Segments
@@ -114,6 +116,9 @@ class Transformer(Protocol):
     @staticmethod
     def module_key(key: str) -> str:
         """The name in this module of a file's tensor."""
+
+    def products(self) -> Iterator[Linear]:
+        """The large layers of every step, whose products may be computed in fp8."""
 
     def check(self, x: torch.Tensor, conditioning: Conditioning) -> None:
         """Raises RequestError for latents or a prompt that do not fit the model."""

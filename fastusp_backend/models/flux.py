@@ -8,6 +8,7 @@ Modulations depend on timestep, guidance and pooled text alone: one product per 
 Shapes: B batch, L tokens of this rank (text first), C hidden, H heads, D head dim = 128, M mlp width.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -118,6 +119,14 @@ class Flux(nn.Module):
         """The inverse of `module_key`, in the original naming."""
         return name.replace(".txt.", ".txt_").replace(".img.", ".img_")
 
+    def products(self) -> Iterator[Linear]:
+        """The large layers of every step, whose products may be computed in fp8."""
+        for block in self.double_blocks:
+            for tower in (block.txt, block.img):
+                yield from (tower.attn.qkv, tower.attn.proj, tower.mlp[0], tower.mlp[2])
+        for block in self.single_blocks:
+            yield from (block.linear1, block.linear2)
+
     @property
     def modulation_width(self) -> int:
         """Values per evaluation and batch item."""
@@ -214,5 +223,6 @@ class Flux(nn.Module):
         for i, (block, gates, (shift, scale)) in enumerate(zip(self.single_blocks, mods.single, ends[1:], strict=True)):
             if (residual := control.after_output(i)) is not None:
                 x[:, length:] += residual
-            x, normed = run.add_norm(x, block(normed, joint_rope, joint), gates.gate, shift, scale)
+            after = run if block is not self.single_blocks[-1] else run.exact
+            x, normed = after.add_norm(x, block(normed, joint_rope, joint, run), gates.gate, shift, scale)
         return self.final_layer.linear(normed[:, length:])

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..attention import ALL, ONLY_K, ONLY_Q, ONLY_V, JointAttention, Rope
-from .layers import Gates, HeadNorm, Linear
-from .segments import Segments, gelu_linear
+from .layers import Activations, Gates, HeadNorm, Linear
+from .segments import Segments
 
 if TYPE_CHECKING:
     from .flux import FluxConfig
@@ -79,22 +79,21 @@ class Tower(nn.Module):
         self.attn = SelfAttention(hidden, heads)
         self.mlp = nn.Sequential(Linear(hidden, mlp), nn.GELU(approximate="tanh"), Linear(mlp, hidden))
 
-    def project(self, normed: torch.Tensor, rope: Rope, joint: JointAttention, **stream: bool) -> None:
+    def project(self, normed: Activations, rope: Rope, joint: JointAttention, **stream: bool) -> None:
         """All of q, k, v in one product and one message: right for a short stream."""
         joint.project(self.attn.qkv(normed), self.attn.norm.scales, rope, ALL, **stream)
 
-    def project_in_turn(self, normed: torch.Tensor, rope: Rope, joint: JointAttention, **stream: bool) -> None:
+    def project_in_turn(self, normed: Activations, rope: Rope, joint: JointAttention, **stream: bool) -> None:
         """v, k, q one after the other: each travels while the next is computed."""
         for which in (ONLY_V, ONLY_K, ONLY_Q):
             rows = slice(which.start * self.hidden, which.stop * self.hidden)
-            projected = F.linear(normed, *self.attn.qkv.rows(rows, normed.dtype))
-            joint.project(projected, self.attn.norm.scales[which], rope, which, **stream)
+            joint.project(self.attn.qkv(normed, rows), self.attn.norm.scales[which], rope, which, **stream)
 
     def combine(self, x, attended, gates: Gates, run: Segments) -> tuple[torch.Tensor, torch.Tensor]:
         """x (B, L, C) and its attended tokens -> (x, the MLP's output, still to be added)."""
-        x, normed = run.add_norm(x, self.attn.proj(attended), gates.gate, gates.mlp_shift, gates.mlp_scale)
-        widen, narrow = self.mlp[0], self.mlp[2]
-        return x, narrow(gelu_linear(normed, *widen.rows(slice(None), normed.dtype)))
+        projected = self.attn.proj(run.activations(attended))
+        x, normed = run.add_norm(x, projected, gates.gate, gates.mlp_shift, gates.mlp_scale)
+        return x, self.mlp[2](run.widen(self.mlp[0], normed))
 
 
 class DoubleBlock(nn.Module):
@@ -128,16 +127,14 @@ class SingleBlock(nn.Module):
         self.linear2 = Linear(config.hidden + config.mlp, config.hidden)
         self.norm = QKNorm(config.hidden // config.heads)
 
-    def forward(self, normed: torch.Tensor, rope: Rope, joint: JointAttention) -> torch.Tensor:
+    def forward(self, normed: Activations, rope: Rope, joint: JointAttention, run: Segments) -> torch.Tensor:
         """normed (B, L, C) -> what to add to x (B, L, C)."""
-        c, dtype = self.hidden, normed.dtype
-        joint.project(F.linear(normed, *self.linear1.rows(slice(0, 3 * c), dtype)), self.norm.scales, rope)
-        mlp = gelu_linear(normed, *self.linear1.rows(slice(3 * c, None), dtype))  # while q, k, v travel
+        c = self.hidden
+        joint.project(self.linear1(normed, slice(0, 3 * c)), self.norm.scales, rope)
+        mlp = run.widen(self.linear1, normed, slice(3 * c, None))  # while q, k, v travel
         joint.attend()
-        weight, bias = self.linear2.rows(slice(None), dtype)
-        out = F.linear(mlp, weight[:, c:], bias).flatten(0, 1)  # while the attended tokens travel
-        out.addmm_(joint.collect().flatten(0, 1), weight[:, :c].t())
-        return out.view_as(normed)
+        out = self.linear2(mlp, columns=slice(c, None))  # while the attended tokens travel
+        return self.linear2.add_to(out, run.activations(joint.collect()), slice(0, c))
 
 
 class FinalLayer(nn.Module):

@@ -39,8 +39,8 @@ def check_tensors(model: Transformer, header: dict[str, TensorInfo], path: str) 
 
 def check_unchanged(spec: ModelSpec) -> None:
     """Raises CheckpointError when a file is not the one that the client looked at."""
-    now = ModelSpec.of_file(spec.path, storage=spec.storage, compute=spec.compute, keep_quantised=spec.keep_quantised)
-    if now != spec:
+    now = ModelSpec.of_file(spec.path, storage=spec.storage, compute=spec.compute)
+    if (now.mtime_ns, now.size) != (spec.mtime_ns, spec.size):
         raise CheckpointError(f"{spec.path} was replaced since this workflow loaded it; run the prompt again")
 
 
@@ -58,6 +58,7 @@ class Checkpoint:
         with torch.device("meta"):
             self.model = detect(header, spec.path).build()
         self.infos = check_tensors(self.model, header, spec.path)
+        self._by_rows = set(self.model.products()) if spec.linear == "fp8" else set()
         self._shares = Shares()
         self._device = torch.device("cpu")
         self._rooms: dict[str, torch.Tensor] = {}
@@ -70,7 +71,7 @@ class Checkpoint:
         """
         self._device, self._shares = device, Shares(group)
         if device.type != "cpu":
-            kept = [name for name in self.infos if keeps(self.infos[name], self.spec, matrix=self._is_matrix(name))]
+            kept = [name for name, info in self.infos.items() if keeps(info, self.spec, **self._use(name))]
             self._rooms = {name: self._shares.allocate(self.infos[name], device) for name in kept}
 
     def read(self) -> Transformer:
@@ -103,7 +104,13 @@ class Checkpoint:
         else:
             read = read_tensors(self.spec.path, infos, rooms, shares, self._device)
         for name, raw in read:
-            yield name, hold(raw, infos[name], self.spec, matrix=self._is_matrix(name))
+            yield name, hold(raw, infos[name], self.spec, **self._use(name))
+
+    def _use(self, name: str) -> dict[str, bool]:
+        """What `hold` needs to know of a tensor beside its file's facts."""
+        owner = self.model.get_submodule(name.rpartition(".")[0])
+        matrix = self._is_matrix(name)
+        return {"matrix": matrix, "by_rows": matrix and owner in self._by_rows}
 
     def _is_matrix(self, name: str) -> bool:
         path, _, leaf = name.rpartition(".")

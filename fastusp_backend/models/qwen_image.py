@@ -8,6 +8,7 @@ After the last attention nothing reads the text any more: its half of the last b
 Shapes: B batch, L tokens of this rank (text first), C hidden, H heads, D head dim = 128, M mlp width.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -19,10 +20,10 @@ from ..attention import ONLY_K, ONLY_Q, ONLY_V, JointAttention, Rope
 from ..errors import CheckpointError, RequestError
 from .checkpoint import Sizes
 from .family import HEAD_DIM, NO_RESIDUALS, Conditioning, Residuals, check_prompt
-from .layers import Gates, Linear, RMSNorm, rope_tables, timestep_embedding
+from .layers import Activations, Gates, Linear, RMSNorm, rope_tables, timestep_embedding
 from .patches import PATCH
 from .positions import METHODS, References, image_positions
-from .segments import Segments, gelu_linear
+from .segments import Segments
 
 AXES = (16, 56, 56)
 THETA = 10_000.0
@@ -91,9 +92,8 @@ class FeedForward(nn.Module):
         super().__init__()
         self.net = nn.ModuleList([nn.ModuleDict({"proj": Linear(hidden, mlp)}), nn.Identity(), Linear(mlp, hidden)])
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        widen = self.net[0]["proj"]
-        return self.net[2](gelu_linear(x, *widen.rows(slice(None), x.dtype)))
+    def forward(self, x: Activations, run: Segments) -> torch.Tensor:
+        return self.net[2](run.widen(self.net[0]["proj"], x))
 
 
 class Attention(nn.Module):
@@ -109,9 +109,9 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([Linear(hidden, hidden)])
         self.to_add_out = Linear(hidden, hidden)
 
-    def forward(self, txt: torch.Tensor, img: torch.Tensor, rope: tuple[Rope, Rope], joint: JointAttention):
-        """Normed txt (B, Lt, C), img (B, Li, C), rope (text, image) -> attended tokens of both, before their output
-        projections."""
+    def forward(self, txt: Activations, img: Activations, rope: tuple[Rope, Rope], joint: JointAttention):
+        """Normed txt (B, Lt, C), img (B, Li, C), rope (text, image) -> attended tokens (B, Lt + Li, C), before their
+        output projections."""
         for layer, norm, which in (
             (self.to_v, None, ONLY_V),
             (self.to_k, self.norm_k, ONLY_K),
@@ -125,8 +125,7 @@ class Attention(nn.Module):
         ):
             joint.project(layer(txt), (norm and norm.weight,), rope[0], which, image=False)
         joint.attend()
-        attended = joint.collect()
-        return attended[:, : txt.shape[1]], attended[:, txt.shape[1] :]
+        return joint.collect()
 
 
 class Block(nn.Module):
@@ -165,6 +164,12 @@ class QwenImage(nn.Module):
     def module_key(key: str) -> str:
         """The file's own names serve here too."""
         return key
+
+    def products(self) -> Iterator[Linear]:
+        """The large layers of every step, whose products may be computed in fp8."""
+        for block in self.transformer_blocks:
+            for part in (block.attn, block.img_mlp, block.txt_mlp):
+                yield from (layer for layer in part.modules() if isinstance(layer, Linear))
 
     @property
     def modulation_width(self) -> int:
@@ -230,31 +235,47 @@ class QwenImage(nn.Module):
         txt_gates, img_gates = mods.blocks[0]
         txt_normed = run.norm(txt, txt_gates.shift, txt_gates.scale)
         img_normed = run.norm(img, img_gates.shift, img_gates.scale)
-        following = [*mods.blocks[1:], None]
+        length, following = txt.shape[1], [*mods.blocks[1:], None]
         blocks = zip(self.transformer_blocks, mods.blocks, following, strict=True)
         for i, (block, (txt_gates, img_gates), after) in enumerate(blocks):
-            txt_attended, img_attended = block.attn(txt_normed, img_normed, rope, joint)
+            attended = block.attn(txt_normed, img_normed, rope, joint)
             txt_end, img_end = (gates[:2] for gates in after) if after else (None, mods.final)
             if txt_end:
                 txt, txt_normed = _combine(
-                    txt, block.attn.to_add_out(txt_attended), txt_gates, txt_end, block.txt_mlp, run
+                    txt,
+                    block.attn.to_add_out(run.activations(attended[:, :length])),
+                    txt_gates,
+                    txt_end,
+                    block.txt_mlp,
+                    run,
                 )
             img, img_normed = _combine(
                 img,
-                block.attn.to_out[0](img_attended),
+                block.attn.to_out[0](run.activations(attended[:, length:])),
                 img_gates,
                 img_end,
                 block.img_mlp,
                 run,
                 control.after_input(i),
+                last=after is None,
             )
         return self.proj_out(img_normed)
 
 
-def _combine(x, attended, gates: Gates, end, mlp: FeedForward, run: Segments, residual: torch.Tensor | None = None):
+def _combine(
+    x,
+    attended,
+    gates: Gates,
+    end,
+    mlp: FeedForward,
+    run: Segments,
+    residual: torch.Tensor | None = None,
+    *,
+    last: bool = False,
+):
     """x and its projected attended tokens (B, L, C), the (shift, scale) that follow the block, what a ControlNet adds
     after it -> (x, normed x)."""
     x, normed = run.add_norm(x, attended, gates.gate, gates.mlp_shift, gates.mlp_scale)
     if residual is not None:
         x = x + residual
-    return run.add_norm(x, mlp(normed), gates.mlp_gate, *end)
+    return (run.exact if last else run).add_norm(x, mlp(normed, run), gates.mlp_gate, *end)

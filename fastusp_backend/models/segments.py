@@ -12,6 +12,9 @@ import functools
 import torch
 import torch.nn.functional as F
 
+from .layers import Activations, Linear
+from .products import Quantised, quantise_tokens
+
 
 def _norm(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
@@ -31,6 +34,21 @@ def _add_norm(x, y, gate, shift, scale) -> tuple[torch.Tensor, torch.Tensor]:
     return x, _norm(x, shift, scale)
 
 
+def _gelu(x: torch.Tensor) -> torch.Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def _then_quantise(segment):
+    """`segment` with the last of its results, tokens, quantised (see products.py)."""
+
+    def quantised(*tensors: torch.Tensor):
+        result = segment(*tensors)
+        *first, last = result if isinstance(result, tuple) else (result,)
+        return (*first, *quantise_tokens(last))
+
+    return quantised
+
+
 def _by_row(segment, streams: int):
     """`segment` for modulations of several rows (B, n, C), of which token l takes row rows[0, l]. streams: how many of
     its arguments are (B, L, C)."""
@@ -42,22 +60,53 @@ def _by_row(segment, streams: int):
 
 
 class Segments:
-    """norm: adaLN, (1 + scale) layer_norm(x) + shift. add: x + gate y. add_norm: both, returning (x, normed)."""
+    """norm: adaLN, (1 + scale) layer_norm(x) + shift. add: x + gate y. add_norm: both, returning (x, normed). widen: an
+    MLP's first layer and its gelu.
 
-    def __init__(self, *, compiled: bool):
+    fp8: what norm, add_norm and widen give is quantised in the same pass, for products in fp8; `activations` does so
+    with what comes from elsewhere. exact: the same segments without.
+    """
+
+    def __init__(self, *, compiled: bool, fp8: bool = False):
         wrap = _compiled if compiled else (lambda function: function)
-        self.norm, self.add, self.add_norm = wrap(_norm), wrap(_add), wrap(_add_norm)
-        self._chosen = {
-            name: wrap(_by_row(segment, streams))
-            for name, segment, streams in (("norm", _norm, 1), ("add", _add, 2), ("add_norm", _add_norm, 2))
-        }
+        pack = _then_quantise if fp8 else (lambda function: function)
+        segments = {"norm": (pack(_norm), 1), "add": (_add, 2), "add_norm": (pack(_add_norm), 2)}
+        self._plain = {name: wrap(segment) for name, (segment, _) in segments.items()}
+        self._chosen = {name: wrap(_by_row(segment, streams)) for name, (segment, streams) in segments.items()}
+        self._fp8 = fp8
+        self._quantise, self._gelu = wrap(quantise_tokens), wrap(_then_quantise(_gelu))
+        self.exact = Segments(compiled=compiled) if fp8 else self
+
+    def norm(self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> Activations:
+        normed = self._plain["norm"](x, shift, scale)
+        return Quantised(*normed, x.dtype) if self._fp8 else normed
+
+    def add(self, x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        return self._plain["add"](x, y, gate)
+
+    def add_norm(self, x, y, gate, shift, scale) -> tuple[torch.Tensor, Activations]:
+        x, *normed = self._plain["add_norm"](x, y, gate, shift, scale)
+        return x, Quantised(*normed, x.dtype) if self._fp8 else normed[0]
+
+    def widen(self, layer: Linear, x: Activations, rows: slice = slice(None)) -> Activations:
+        """gelu_tanh(layer(x)) for some of the layer's outputs."""
+        if self._fp8:
+            return Quantised(*self._gelu(layer(x, rows)), x.dtype)
+        return _gelu_linear(x, *layer.rows(rows, x.dtype))
+
+    def activations(self, x: torch.Tensor) -> Activations:
+        """x (B, L, K) as products take it."""
+        return Quantised(*self._quantise(x), x.dtype) if self._fp8 else x
 
     def by_row(self, rows: torch.Tensor) -> "Segments":
         """The same for a model of which one stream, of L tokens, has modulations of several rows: rows (L,) says which
         row each of its tokens takes. Modulations of one row stay what they are."""
         chosen = copy.copy(self)
-        for name, segment in self._chosen.items():
-            setattr(chosen, name, _either(getattr(self, name), functools.partial(segment, rows[None])))
+        chosen._plain = {
+            name: _either(self._plain[name], functools.partial(segment, rows[None]))
+            for name, segment in self._chosen.items()
+        }
+        chosen.exact = self.exact.by_row(rows) if self._fp8 else chosen
         return chosen
 
 
@@ -78,9 +127,9 @@ def _compiled(function):
     return call
 
 
-def gelu_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def _gelu_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """gelu_tanh(x W^T + b); on GPUs the library applies it as the product's epilogue."""
     if x.is_cuda and x.dtype != torch.float32:
         flat = torch.ops.aten._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
         return flat.unflatten(0, x.shape[:-1])
-    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+    return _gelu(F.linear(x, weight, bias))

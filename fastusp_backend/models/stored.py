@@ -6,6 +6,7 @@ import torch
 
 from ..config import ModelSpec
 from ..errors import RequestError
+from ..kernels.fp8 import quantise
 from .headers import FP8, TensorInfo
 from .packing import unpack
 
@@ -14,7 +15,8 @@ from .packing import unpack
 class Stored:
     """A tensor in memory.
 
-    data: (..., n) values, or (..., bytes) uint8 where packed. scale: () float32, what fp8 values are multiplied by.
+    data: (..., n) values, or (..., bytes) uint8 where packed. scale: () float32, what fp8 values are multiplied by, or
+    (rows, 1), one for each row of a matrix.
     input_scale: () float32, for products in fp8 (see TensorInfo). packing: GGUF's block format.
     """
 
@@ -23,14 +25,25 @@ class Stored:
     input_scale: torch.Tensor | None = None
     packing: str = ""
 
-    def values(self, dtype: torch.dtype, rows: slice = slice(None)) -> torch.Tensor:
-        """The values of some rows in `dtype`. fp8 is converted, then multiplied by its scale, both in `dtype`, as
-        ComfyUI does; packed values are rounded once from float32."""
+    def values(self, dtype: torch.dtype, rows: slice = slice(None), columns: slice | None = None) -> torch.Tensor:
+        """The values of some rows (of a matrix: some columns) in `dtype`. fp8 is converted, then multiplied by its
+        scale, both in `dtype`, as ComfyUI does; packed values are rounded once from float32."""
         data = self.data[rows]
         if self.packing:
-            return unpack(data, self.packing, dtype)
-        values = data.to(dtype)
-        return values if self.scale is None else values.mul_(self.scale.to(dtype))
+            values = unpack(data, self.packing, dtype)
+            return values if columns is None else values[:, columns]
+        values = (data if columns is None else data[:, columns]).to(dtype)
+        if self.scale is None:
+            return values
+        return values.mul_((self.scale[rows] if self.scale.dim() else self.scale).to(dtype))
+
+    def by_rows(self) -> "Stored":
+        """A matrix in e4m3 with a scale for each row, for products in fp8; what is in e4m3 keeps its values."""
+        if self.data.dtype == torch.float8_e4m3fn:
+            scale = self.data.new_ones((), dtype=torch.float32) if self.scale is None else self.scale
+            return Stored(self.data, scale.expand(len(self.data), 1).contiguous())
+        values, scales = quantise(self.values(torch.float32))
+        return Stored(values, scales[:, None].contiguous())
 
     def dequantise(self) -> torch.Tensor:
         """The values in float32, a tensor of their own."""
@@ -51,25 +64,33 @@ class Stored:
         if self.data.dtype in FP8:
             limit = torch.finfo(self.data.dtype).max
             if self.scale is not None:
-                self.scale.copy_((values.abs().amax() / limit).clamp(min=torch.finfo(torch.float32).tiny))
+                largest = values.abs().amax(-1, keepdim=True) if self.scale.dim() else values.abs().amax()
+                self.scale.copy_((largest / limit).clamp(min=torch.finfo(torch.float32).tiny))
                 values = values / self.scale
             values = values.clamp(-limit, limit)  # torch's own conversion gives NaN beyond the range of e4m3fn
         self.data.copy_(values)
 
 
-def keeps(info: TensorInfo, spec: ModelSpec, *, matrix: bool) -> bool:
+def keeps(info: TensorInfo, spec: ModelSpec, *, matrix: bool, by_rows: bool = False) -> bool:
     """Whether a tensor stays as it is in the file (`hold` takes its bytes over) or is converted. See `hold`."""
+    if by_rows and info.stored[1] != torch.float8_e4m3fn:
+        return False
     if info.quantised:
         return matrix and (spec.storage is None or spec.keep_quantised)
     return spec.storage is None or getattr(torch, spec.storage) == info.dtype
 
 
-def hold(raw: torch.Tensor, info: TensorInfo, spec: ModelSpec, *, matrix: bool) -> Stored:
+def hold(raw: torch.Tensor, info: TensorInfo, spec: ModelSpec, *, matrix: bool, by_rows: bool = False) -> Stored:
     """What a rank keeps of a tensor read as `raw` (its bytes, uint8): see ModelSpec.
 
     matrix: whether it is the weight of a linear layer. Other tensors are small and read by kernels that know no fp8:
-    they are widened to bfloat16, which holds any fp8 value.
+    they are widened to bfloat16, which holds any fp8 value. by_rows: whether products in fp8 will take it.
     """
+    stored = _hold(raw, info, spec, matrix=matrix)
+    return stored.by_rows() if by_rows else stored
+
+
+def _hold(raw: torch.Tensor, info: TensorInfo, spec: ModelSpec, *, matrix: bool) -> Stored:
     shape, dtype = info.stored
     scale, input_scale = (
         None if value is None else torch.tensor(value, dtype=torch.float32, device=raw.device)

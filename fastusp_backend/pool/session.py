@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import msgspec
 import torch
 
 from ..config import Layout, ModelSpec, Settings
@@ -153,7 +154,8 @@ class Session:
         return next((x for x in self.layouts if evaluations % x.batch == 0), self.layouts[-1])
 
     def _what(self, evaluations: int) -> dict:
-        return {"model": self.model, "layout": self.layout(evaluations), "settings": self.settings}
+        model = msgspec.structs.replace(self.model, linear=self.settings.linear)
+        return {"model": model, "layout": self.layout(evaluations), "settings": self.settings}
 
 
 def _distinct(control: Control, dtype: torch.dtype) -> tuple[dict[str, list[int | None]], Tensors]:

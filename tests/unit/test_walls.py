@@ -38,7 +38,7 @@ ROOMS = {
     "comm": BASE | {"kernels"},
     "kernels": set(),
     "attention": BASE | {"comm", "kernels"},
-    "models": BASE | {"attention", "comm"},
+    "models": BASE | {"kernels", "attention", "comm"},
     "engine": BASE | {"models", "attention", "comm"},
     "sampling": set(),
     "worker": BASE | {"sampling", "engine", "models", "protocol", "devices"},
