@@ -168,6 +168,7 @@ class PeerExchange:
         self._in_flight = 0
 
     def give_back(self, attended: torch.Tensor) -> None:
+        attended = attended.contiguous()  # copy engines move rows that lie in one piece
         rows_of = self._wire.encode(attended)
         self._attended, self._leaving = attended, rows_of  # must not be reused while they travel
         local = [(rows, b) for rows, _ in self._shards.regions(self.position) for b in range(self._batch)]

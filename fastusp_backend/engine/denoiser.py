@@ -41,8 +41,7 @@ class Denoiser:
     def __init__(self, model: Transformer, mesh: Mesh, transport: Transport, settings: Settings, dtype: torch.dtype):
         self.model, self.mesh, self.transport, self.settings, self.dtype = model, mesh, transport, settings, dtype
         _, self._attend = choose(settings.attention, mesh.device, dtype)
-        compiled = settings.compile and mesh.device.type == "cuda"
-        self._segments = Segments(compiled=compiled, fp8=settings.linear == "fp8")
+        self._segments = Segments(mesh.device, fused=settings.compile, fp8=settings.linear == "fp8")
         self._computed: weakref.WeakKeyDictionary[Conditioning, _Computed] = weakref.WeakKeyDictionary()
         self._steps: OrderedDict[tuple, Step] = OrderedDict()
         self._generation = transport.generation

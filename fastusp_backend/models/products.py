@@ -5,8 +5,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..kernels.fp8 import quantise
-
 _MIN_CAPABILITY = (8, 9)
 
 
@@ -16,12 +14,6 @@ class Quantised(NamedTuple):
     values: torch.Tensor
     scales: torch.Tensor
     dtype: torch.dtype
-
-
-def quantise_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (B, L, K) -> values and scales of `Quantised`; for the compiler, which takes no types."""
-    values, scales = quantise(x)
-    return values, scales[..., None]
 
 
 def product(x: Quantised, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

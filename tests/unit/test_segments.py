@@ -13,7 +13,7 @@ ROWS = torch.tensor([0, 0, 1, 0, 1])
 
 @pytest.mark.parametrize("name, streams, modulations", [("norm", 1, 2), ("add", 2, 1), ("add_norm", 2, 3)])
 def test_rows(name, streams, modulations):
-    plain = Segments(compiled=False)
+    plain = Segments(torch.device("cpu"), fused=False)
     by_row = plain.by_row(ROWS)
     x = [randn(2, 5, 8, seed=n) for n in range(streams)]
     two = [randn(2, 2, 8, seed=10 + n) for n in range(modulations)]
