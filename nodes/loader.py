@@ -3,13 +3,12 @@
 import os
 from typing import get_args
 
-import torch
 from comfy_api.latest import io
 
 from ..fastusp_backend.config import BatchParallel, ModelSpec, Settings, Storage
-from ..fastusp_backend.devices import Devices, parse_devices, supports_bfloat16
+from ..fastusp_backend.devices import parse_devices, supports_bfloat16
 from ..fastusp_backend.errors import CheckpointError, FastUSPError
-from ..fastusp_backend.models.checkpoint import main_dtype, read_header
+from ..fastusp_backend.models.checkpoint import choose_types, main_dtype, read_header
 from ..fastusp_backend.models.detection import detect
 from ..fastusp_backend.planner import plan_batches
 from ..fastusp_backend.pool import Session
@@ -129,7 +128,13 @@ class USPLoader(io.ComfyNode):
         header = read_header(path)
         config = detect(header, path)
         devices = parse_devices(gpus)
-        types = choose_types(STORAGE[weight_dtype], main_dtype(header), devices, float16=config.float16)
+        types = choose_types(
+            STORAGE[weight_dtype],
+            main_dtype(header),
+            cpu=devices.type == "cpu",
+            bfloat16=supports_bfloat16(devices),
+            float16=config.float16,
+        )
         session = Session(
             pool_for(devices),
             ModelSpec.of_file(path, **types),
@@ -139,25 +144,6 @@ class USPLoader(io.ComfyNode):
         model = remote_model(session, header)
         session.pool.start()
         return io.NodeOutput(model)
-
-
-def choose_types(storage: Storage | None, file_dtype: torch.dtype, devices: Devices, *, float16: bool) -> dict:
-    """ModelSpec's types. CPU ranks compute in float32, as ComfyUI does on a CPU. GPUs compute in the storage type,
-    which by default is the file's; float32 files are stored, as ComfyUI stores them, in 16 bits unless fp32 is asked
-    for. Where a model does not compute in float16 (or a GPU in bfloat16), the other type computes. Weights that are in
-    fp8 or packed, and by default stay so, are converted as they are used."""
-    own = storage is None
-    if devices.type == "cpu":
-        return {"storage": storage, "compute": "float32"}
-    bfloat16 = supports_bfloat16(devices)
-    if own:
-        storage = "float16" if file_dtype == torch.float16 or not bfloat16 else "bfloat16"
-    compute = "bfloat16" if storage.startswith("float8") else storage
-    if compute == "bfloat16" and not bfloat16:
-        compute = "float16" if float16 else "float32"
-    elif compute == "float16" and not float16:
-        compute = "bfloat16" if bfloat16 else "float32"
-    return {"storage": storage, "compute": compute, "keep_quantised": own}
 
 
 def _path(unet_name: str) -> str:

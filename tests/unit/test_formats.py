@@ -17,7 +17,7 @@ from fastusp_backend.config import ModelSpec, Settings
 from fastusp_backend.engine import Denoiser
 from fastusp_backend.errors import CheckpointError, RequestError
 from fastusp_backend.models import packing
-from fastusp_backend.models.checkpoint import main_dtype, read_header
+from fastusp_backend.models.checkpoint import choose_types, main_dtype, read_header
 from fastusp_backend.models.family import Conditioning
 from fastusp_backend.models.headers import FP8
 from fastusp_backend.models.layers import Linear
@@ -178,6 +178,37 @@ def test_the_main_type(mini, tmp_path):
     for name, dtype in (("fp8_e5m2", torch.float8_e5m2), ("gguf_Q8_0", torch.float32), ("all_in_one", torch.float32)):
         write(name, mini, tmp_path / name)
         assert main_dtype(read_header(str(tmp_path / name))) == dtype
+
+
+BF16, F16, F32, FP8_FILE = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize(
+    "wished, file, gpu_bfloat16, model_float16, expected",
+    [
+        (None, BF16, True, True, ("bfloat16", "bfloat16", True)),
+        (None, F16, True, True, ("float16", "float16", True)),
+        (None, F16, True, False, ("float16", "bfloat16", True)),
+        (None, F32, True, True, ("bfloat16", "bfloat16", True)),
+        (None, BF16, False, True, ("float16", "float16", True)),
+        (None, FP8_FILE, True, True, ("bfloat16", "bfloat16", True)),
+        (None, FP8_FILE, False, False, ("float16", "float32", True)),
+        ("bfloat16", FP8_FILE, True, True, ("bfloat16", "bfloat16", False)),
+        ("bfloat16", BF16, False, True, ("bfloat16", "float16", False)),
+        ("float32", BF16, True, True, ("float32", "float32", False)),
+        ("float8_e4m3fn", BF16, True, True, ("float8_e4m3fn", "bfloat16", False)),
+        ("float8_e5m2", BF16, False, True, ("float8_e5m2", "float16", False)),
+    ],
+)
+def test_types_on_gpus(wished, file, gpu_bfloat16, model_float16, expected):
+    types = choose_types(wished, file, cpu=False, bfloat16=gpu_bfloat16, float16=model_float16)
+    assert (types["storage"], types["compute"], types["keep_quantised"]) == expected
+
+
+def test_types_on_cpu_ranks():
+    for wished in (None, "float16", "float8_e5m2"):
+        types = choose_types(wished, BF16, cpu=True, bfloat16=False, float16=True)
+        assert types == {"storage": wished, "compute": "float32"}
 
 
 def refusal(path) -> str:
