@@ -18,7 +18,7 @@ TOP = 16
 KINDS = {
     "exchange": ("nccl", "signal", "memcpy", "gloo", "c10d", "all_to_all", "all_gather", "barrier"),
     "attention": ("fmha", "flash", "sdpa", "attention", "softmax"),
-    "gemm": ("gemm", "nvjet", "xmma", "cutlass", "cublas", "splitk", "addmm", "aten::mm", "aten::bmm"),
+    "gemm": ("gemm", "nvjet", "xmma", "cutlass", "cublas", "splitk", "linear", "matmul", "aten::addmm"),
 }
 """The first whose word the lower-case name holds; all else is element-wise."""
 
@@ -40,9 +40,10 @@ def breakdown(run: Callable[[], torch.Tensor], median: float, device: torch.devi
         for _ in range(EVALUATIONS):
             run()
         synchronize(device)
-    events = [
-        e for e in profiler.events() if (e.device_type == DeviceType.CUDA) == cuda and (cuda or not e.cpu_children)
-    ]
+    if cuda:
+        events = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    else:
+        events = [event for event in profiler.events() if event.cpu_parent is None]
     per_kind, per_name, calls = Counter(), Counter(), Counter()
     for event in events:
         milliseconds = event.time_range.elapsed_us() / 1000 / EVALUATIONS

@@ -134,23 +134,16 @@ def heading(what: str, about: dict, measured_against: str) -> str:
     )
 
 
-def publish(text: str, data: dict, out: str | None, problems: list[str]) -> None:
-    """Prints the report; with `out` also writes OUT.md and OUT.json, under results/ unless it is a path."""
-    if problems:
-        text += "\n\nNot measured:\n\n" + "\n".join(f"- {problem}" for problem in problems)
+def publish(text: str, what: str, outcome: Outcome, timed: list[dict], out: str | None) -> None:
+    """Prints a report; with `out` also writes OUT.md and OUT.json, under results/ unless it is a path."""
+    if outcome.problems:
+        text += "\n\nNot measured:\n\n" + "\n".join(f"- {problem}" for problem in outcome.problems)
     print(text)
     if out is None:
         return
+    data = {"what": what, "date": str(datetime.date.today()), "command": sys.argv, **outcome.about}
+    data |= {"rows": timed, "problems": outcome.problems}
     path = Path(out) if "/" in out else RESULTS / out
-    path.with_name(path.name + ".md").write_text(text + "\n", encoding="utf-8")
-    path.with_name(path.name + ".json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    for suffix, content in ((".md", text), (".json", json.dumps(data, indent=1))):
+        path.with_name(path.name + suffix).write_text(content + "\n", encoding="utf-8")
     print(f"\nwrote {path}.md and .json")
-
-
-def publish_run(what: str, outcome: Outcome, extra: list[str], out: str | None) -> list[dict]:
-    """The whole report of a run of process sets, with `extra` paragraphs; -> the timed rows."""
-    timed, measured_against = finish(outcome.rows)
-    parts = [heading(what, outcome.about, measured_against), tables(timed), *extra]
-    data = {"what": what, "command": sys.argv, "date": str(datetime.date.today()), **outcome.about, "rows": timed}
-    publish("\n\n".join(filter(None, parts)), data | {"problems": outcome.problems}, out, outcome.problems)
-    return timed

@@ -163,8 +163,10 @@ def main() -> None:
         outcome = run_all(sets, Path(folder), seconds=a.timeout, minutes=a.minutes)
         outcome.problems = left_out + outcome.problems
         outcome.rows, repeats = split_repeats(outcome.rows, sets)
-        report.publish_run(what, outcome, ["\n".join(repeats)] if repeats else [], a.out)
-    if not any("median" in row for row in outcome.rows):
+        timed, measured_against = report.finish(outcome.rows)
+    parts = [report.heading(what, outcome.about, measured_against), report.tables(timed), "\n".join(repeats)]
+    report.publish("\n\n".join(filter(None, parts)), what, outcome, timed, a.out)
+    if not timed:
         raise SystemExit("nothing was measured")
 
 

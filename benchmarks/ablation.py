@@ -1,0 +1,79 @@
+"""The paper's ablation: what each level adds to a step, on each link, and where the time goes.
+
+    python benchmarks/ablation.py --model flux --gpus 2 --link nvlink,slow --out NAME
+
+The baseline is ParaAttention, eager (the paper's own), where it is installed.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import report
+from breakdown import COLUMNS
+from peers import PEERS
+from process_sets import LINKS, ProcessSet, run_all
+from step import TEXTS, add_common, base_job, known, layouts, numbers
+from variants import ABLATION, VARIANTS
+
+BASELINE = "paraattention-ulysses"
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common(made)
+    made.add_argument("--size", type=int, default=1024, help="edge of the image in pixels")
+    made.add_argument("--text", help="token count; default 512 for FLUX, 256 for Qwen-Image")
+    made.add_argument("--layouts", help="one layout for all levels, ulysses x ring such as 2x1; default: planned")
+    made.set_defaults(guided=False)
+    return made
+
+
+def table(rows: list[dict], link: str) -> str:
+    """A row per level: its time, what it gains over the level above and over the first, and its breakdown."""
+    measured = {(row["who"], row["config"]): row for row in rows if row["link"] == link}
+    levels = [("baseline: ParaAttention, eager", (BASELINE, "eager"))]
+    levels += [(label, ("ours", name)) for label, name in ABLATION.items()]
+    levels = [(label, measured[name]) for label, name in levels if name in measured]
+    body, above = [], None
+    for label, row in levels:
+        gain = f"{above / row['median']:.2f}" if above else ""
+        total = f"{levels[0][1]['median'] / row['median']:.2f}"
+        parts = [f"{row['breakdown'][column]:.1f}" for column in COLUMNS] if "breakdown" in row else [""] * len(COLUMNS)
+        body.append([label, f"{row['median']:.1f}", gain, total, *parts, f"{row['error']:.1e}"])
+        above = row["median"]
+    head = ("level", "median ms", "x above", "x first", *COLUMNS, "error")
+    return f"**{link}**\n\n{report.markdown(head, body)}"
+
+
+def main() -> None:
+    a = parser().parse_args()
+    names = [name for name in ABLATION.values() if a.device == "cuda" or not VARIANTS[name].gpu_only]
+    skipped = [name for name in ABLATION.values() if name not in names]
+    case = {"size": a.size, "texts": numbers(a.text or TEXTS[a.model])[:1], "batch": 1}
+    job = base_job(a) | {"cases": [case], "profile": [*names, "eager"]}
+    ours = job | {"who": "ours", "variants": names, "layouts": layouts(a)[:1], "single": False}
+    first = job | {"who": BASELINE, "levels": ["eager"]}
+    links = known(a.link, LINKS, "--link")
+    sets = []
+    for link in links:
+        if a.device == "cuda":
+            module = PEERS[BASELINE].module
+            sets.append(ProcessSet(who=BASELINE, ranks=a.gpus, link=link, job=first, module=module))
+        sets.append(ProcessSet(who="ours", ranks=a.gpus, link=link, job=ours))
+    with tempfile.TemporaryDirectory(prefix="fastusp-bench-") as folder:
+        outcome = run_all(sets, Path(folder), seconds=a.timeout, minutes=a.minutes)
+        if skipped:
+            outcome.problems.insert(0, f"{', '.join(skipped)}, {BASELINE}: skipped, for GPUs only")
+        timed, measured_against = report.finish(outcome.rows)
+    size = "tiny" if a.tiny else "full size"
+    what = f"Ablation: {a.model}, {size}, {a.size} x {a.size}, text {case['texts'][0]}, {a.gpus} x {a.device}"
+    parts = [report.heading(what, outcome.about, measured_against)]
+    parts += [table(timed, link) for link in links if any(row["link"] == link for row in timed)]
+    report.publish("\n\n".join(parts), what, outcome, timed, a.out)
+    if not timed:
+        raise SystemExit("nothing was measured")
+
+
+if __name__ == "__main__":
+    main()
