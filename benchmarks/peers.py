@@ -7,6 +7,7 @@ eager, compiled, and compiled in a CUDA graph. Packages are imported when their 
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -36,12 +37,13 @@ class Task:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Peer:
     """setup(diffusers' model, task) -> the parallel model. module: what must be installed. alone: runs on one rank.
-    whole: compile the model rather than its blocks. lossy: computes or sends less exactly than the model's type."""
+    compile: `blocks`, each without graph breaks, `broken blocks`, with them, or the `whole` model. lossy: sends less
+    exactly than it computes."""
 
     module: str
     setup: Callable[[torch.nn.Module, Task], torch.nn.Module]
     alone: bool = False
-    whole: bool = False
+    compile: Literal["blocks", "broken blocks", "whole"] = "blocks"
     lossy: bool = False
 
 
@@ -91,10 +93,9 @@ def _cache_dit(ring: bool, **options):
         import cache_dit
 
         degrees = {"ring_size": task.ranks} if ring else {"ulysses_size": task.ranks}
-        parallelism = cache_dit.ParallelismConfig(**degrees, **options)
+        parallelism = cache_dit.ParallelismConfig(**degrees, attention_backend="_native_cudnn", **options)
         cache_dit.enable_cache(model, cache_config=None, parallelism_config=parallelism)
-        model.set_attention_backend("_native_cudnn")
-        cache_dit.set_compile_configs()
+        cache_dit.set_compile_configs(descent_tuning=False)  # with it, compiling takes minutes
         return model
 
     return setup
@@ -128,17 +129,19 @@ PEERS = {
     "diffusers-ring": Peer(module="diffusers", setup=_diffusers("ring")),
     "paraattention-ulysses": Peer(module="para_attn", setup=_paraattention(ring=False)),
     "paraattention-ring": Peer(module="para_attn", setup=_paraattention(ring=True)),
-    "xdit-ulysses": Peer(module="xfuser", setup=_xdit(ring=False), whole=True),
-    "xdit-ring": Peer(module="xfuser", setup=_xdit(ring=True), whole=True),
-    "cache-dit-ulysses": Peer(module="cache_dit", setup=_cache_dit(ring=False), whole=True),
-    "cache-dit-async": Peer(module="cache_dit", setup=_cache_dit(ring=False, ulysses_async=True), whole=True),
+    "xdit-ulysses": Peer(module="xfuser", setup=_xdit(ring=False), compile="whole"),
+    "xdit-ring": Peer(module="xfuser", setup=_xdit(ring=True), compile="whole"),
+    "cache-dit-ulysses": Peer(module="cache_dit", setup=_cache_dit(ring=False), compile="broken blocks"),
+    "cache-dit-async": Peer(
+        module="cache_dit", setup=_cache_dit(ring=False, ulysses_async=True), compile="broken blocks"
+    ),
     "cache-dit-float8": Peer(
         module="cache_dit",
         setup=_cache_dit(ring=False, ulysses_async=True, ulysses_float8=True),
-        whole=True,
+        compile="broken blocks",
         lossy=True,
     ),
-    "cache-dit-ring": Peer(module="cache_dit", setup=_cache_dit(ring=True), whole=True),
+    "cache-dit-ring": Peer(module="cache_dit", setup=_cache_dit(ring=True), compile="broken blocks"),
 }
 
 
@@ -238,10 +241,10 @@ def runs(job: dict, ours: Transformer, dtype, device) -> Iterator[tuple[dict, Ca
         return
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.automatic_dynamic_shapes = False  # each shape gets kernels of its own
-    if peer.whole:
+    if peer.compile == "whole":
         model = torch.compile(model)
     else:
-        model.compile_repeated_blocks(fullgraph=True)
+        model.compile_repeated_blocks(fullgraph=peer.compile == "blocks")
     for case in cases:
         if "compile" in job["levels"]:
             yield row(case, "compile"), functools.partial(evaluation, model, case)

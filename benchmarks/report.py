@@ -125,13 +125,11 @@ def markdown(head: tuple, body: list) -> str:
     return "\n".join([line(head), line(["-" * width for width in widths]), *map(line, body)])
 
 
-def heading(what: str, about: dict, measured_against: str) -> str:
+def heading(what: str, about: dict, measured_against: str = "") -> str:
     command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     machine = f"{about.get('device', 'no device')}, torch {about.get('torch', 'unknown')}"
-    return (
-        f"# {what}\n\n{datetime.date.today()}, {machine}. Random weights N(0, 1 / fan_in). "
-        f"Errors: relative, against {measured_against}.\n\n    {command}"
-    )
+    errors = f" Errors: relative, against {measured_against}." if measured_against else ""
+    return f"# {what}\n\n{datetime.date.today()}, {machine}. Random weights N(0, 1 / fan_in).{errors}\n\n    {command}"
 
 
 def publish(text: str, what: str, outcome: Outcome, timed: list[dict], out: str | None) -> None:
