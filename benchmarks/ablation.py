@@ -2,7 +2,8 @@
 
     python benchmarks/ablation.py --model flux --gpus 2 --link nvlink,slow --out NAME
 
-The baseline is ParaAttention, eager (the paper's own), where it is installed.
+The baseline is ParaAttention, eager (the paper's own), where it is installed; for Qwen-Image, which it does not know,
+diffusers, eager.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from process_sets import LINKS, ProcessSet, run_all
 from step import TEXTS, add_common, base_job, known, layouts, numbers
 from variants import ABLATION, VARIANTS
 
-BASELINE = "paraattention-ulysses"
+BASELINES = {"flux": "paraattention-ulysses", "qwen": "diffusers-ulysses"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,10 +30,10 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def table(rows: list[dict], link: str) -> str:
+def table(rows: list[dict], link: str, baseline: str) -> str:
     """A row per level: its time, what it gains over the level above and over the first, and its breakdown."""
     measured = {(row["who"], row["config"]): row for row in rows if row["link"] == link}
-    levels = [("baseline: ParaAttention, eager", (BASELINE, "eager"))]
+    levels = [(f"baseline: {baseline}, eager", (baseline, "eager"))]
     levels += [(label, ("ours", name)) for label, name in ABLATION.items()]
     levels = [(label, measured[name]) for label, name in levels if name in measured]
     body, above = [], None
@@ -48,28 +49,29 @@ def table(rows: list[dict], link: str) -> str:
 
 def main() -> None:
     a = parser().parse_args()
+    baseline = BASELINES[a.model]
     names = [name for name in ABLATION.values() if a.device == "cuda" or not VARIANTS[name].gpu_only]
     skipped = [name for name in ABLATION.values() if name not in names]
     case = {"size": a.size, "texts": numbers(a.text or TEXTS[a.model])[:1], "batch": 1}
     job = base_job(a) | {"cases": [case], "profile": [*names, "eager"]}
     ours = job | {"who": "ours", "variants": names, "layouts": layouts(a)[:1], "single": False}
-    first = job | {"who": BASELINE, "levels": ["eager"]}
+    first = job | {"who": baseline, "levels": ["eager"]}
     links = known(a.link, LINKS, "--link")
     sets = []
     for link in links:
         if a.device == "cuda":
-            module = PEERS[BASELINE].module
-            sets.append(ProcessSet(who=BASELINE, ranks=a.gpus, link=link, job=first, module=module))
+            module = PEERS[baseline].module
+            sets.append(ProcessSet(who=baseline, ranks=a.gpus, link=link, job=first, module=module))
         sets.append(ProcessSet(who="ours", ranks=a.gpus, link=link, job=ours))
     with tempfile.TemporaryDirectory(prefix="fastusp-bench-") as folder:
         outcome = run_all(sets, Path(folder), seconds=a.timeout, minutes=a.minutes)
         if skipped:
-            outcome.problems.insert(0, f"{', '.join(skipped)}, {BASELINE}: skipped, for GPUs only")
+            outcome.problems.insert(0, f"{', '.join(skipped)}, {baseline}: skipped, for GPUs only")
         timed, measured_against = report.finish(outcome.rows)
     size = "tiny" if a.tiny else "full size"
     what = f"Ablation: {a.model}, {size}, {a.size} x {a.size}, text {case['texts'][0]}, {a.gpus} x {a.device}"
     parts = [report.heading(what, outcome.about, measured_against)]
-    parts += [table(timed, link) for link in links if any(row["link"] == link for row in timed)]
+    parts += [table(timed, link, baseline) for link in links if any(row["link"] == link for row in timed)]
     report.publish("\n\n".join(parts), what, outcome, timed, a.out)
     if not timed:
         raise SystemExit("nothing was measured")

@@ -18,7 +18,7 @@ TOP = 16
 KINDS = {
     "exchange": ("nccl", "signal", "memcpy", "gloo", "c10d", "all_to_all", "all_gather", "barrier"),
     "attention": ("fmha", "flash", "sdpa", "attention", "softmax"),
-    "gemm": ("gemm", "nvjet", "xmma", "cutlass", "cublas", "splitk", "linear", "matmul", "aten::addmm"),
+    "gemm": ("gemm", "gemv", "nvjet", "xmma", "cutlass", "cublas", "splitk", "linear", "matmul", "aten::addmm"),
 }
 """The first whose word the lower-case name holds; all else is element-wise."""
 

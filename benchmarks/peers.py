@@ -38,13 +38,14 @@ class Task:
 class Peer:
     """setup(diffusers' model, task) -> the parallel model. module: what must be installed. alone: runs on one rank.
     compile: `blocks`, each without graph breaks, `broken blocks`, with them, or the `whole` model. lossy: sends less
-    exactly than it computes."""
+    exactly than it computes. models: those it knows."""
 
     module: str
     setup: Callable[[torch.nn.Module, Task], torch.nn.Module]
     alone: bool = False
     compile: Literal["blocks", "broken blocks", "whole"] = "blocks"
     lossy: bool = False
+    models: tuple[str, ...] = ("flux", "qwen")
 
 
 def _one_gpu(model, task: Task):
@@ -127,10 +128,10 @@ PEERS = {
     "diffusers-1gpu": Peer(module="diffusers", setup=_one_gpu, alone=True),
     "diffusers-ulysses": Peer(module="diffusers", setup=_diffusers("ulysses")),
     "diffusers-ring": Peer(module="diffusers", setup=_diffusers("ring")),
-    "paraattention-ulysses": Peer(module="para_attn", setup=_paraattention(ring=False)),
-    "paraattention-ring": Peer(module="para_attn", setup=_paraattention(ring=True)),
-    "xdit-ulysses": Peer(module="xfuser", setup=_xdit(ring=False), compile="whole"),
-    "xdit-ring": Peer(module="xfuser", setup=_xdit(ring=True), compile="whole"),
+    "paraattention-ulysses": Peer(module="para_attn", setup=_paraattention(ring=False), models=("flux",)),
+    "paraattention-ring": Peer(module="para_attn", setup=_paraattention(ring=True), models=("flux",)),
+    "xdit-ulysses": Peer(module="xfuser", setup=_xdit(ring=False), compile="whole", models=("flux",)),
+    "xdit-ring": Peer(module="xfuser", setup=_xdit(ring=True), compile="whole", models=("flux",)),
     "cache-dit-ulysses": Peer(module="cache_dit", setup=_cache_dit(ring=False), compile="broken blocks"),
     "cache-dit-async": Peer(
         module="cache_dit", setup=_cache_dit(ring=False, ulysses_async=True), compile="broken blocks"
@@ -193,7 +194,7 @@ def arguments(config: Config, given: Inputs, dtype: torch.dtype) -> list[dict]:
     flux = isinstance(config, FluxConfig)
     if flux:
         rows, columns = torch.meshgrid(*(torch.arange(n, device=x.device) for n in grid), indexing="ij")
-        shared["img_ids"] = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1).to(dtype)
+        shared["img_ids"] = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1).float()
     else:
         shared["img_shapes"] = [[(1, *grid)]] * b
     found = []
@@ -201,7 +202,7 @@ def arguments(config: Config, given: Inputs, dtype: torch.dtype) -> list[dict]:
         own = {"encoder_hidden_states": prompt.context, "return_dict": False}
         if flux:
             own |= {"pooled_projections": prompt.y, "guidance": prompt.guidance}
-            own["txt_ids"] = torch.zeros(prompt.context.shape[1], 3, device=x.device, dtype=dtype)
+            own["txt_ids"] = torch.zeros(prompt.context.shape[1], 3, device=x.device)
         found.append(shared | own)
     return found
 

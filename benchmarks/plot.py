@@ -37,10 +37,8 @@ def main() -> None:
     )
     for axis, (where, group) in zip(axes[:, 0], panels, strict=True):
         group.sort(key=lambda row: -row["median"])
-        colours = [
-            OURS if row["who"] == "ours" and row["ranks"] > 1 else PEER if row["ranks"] > 1 else SINGLE for row in group
-        ]
-        bars = axis.barh([report.name(row) for row in group], [row["median"] for row in group], color=colours)
+        names, medians = [report.name(row) for row in group], [row["median"] for row in group]
+        bars = axis.barh(names, medians, color=[colour(row) for row in group])
         axis.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
         axis.set_title(report.title(where).strip("*"), fontsize=9, loc="left")
         axis.tick_params(labelsize=8)

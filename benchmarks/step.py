@@ -3,7 +3,7 @@
     python benchmarks/step.py --model flux --gpus 2 --single --out NAME
 
 Prints a table per size, text length, batch and link: medians, ratios, relative errors, memory. README.md beside this
-file tells how to read it. Each engine runs in processes of its own, our first variant again at the end.
+file tells how to read it. Each engine runs in processes of its own, our last variant again at the end.
 """
 
 import argparse
@@ -12,6 +12,7 @@ from itertools import product
 from pathlib import Path
 
 import report
+from common import CONFIGS
 from peers import LEVELS, PEERS
 from process_sets import LINKS, ProcessSet, run_all
 from variants import VARIANTS
@@ -40,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--guided", action="store_true", help="one step of two prompts, of --text's two lengths")
     made.add_argument("--single", action="store_true", help="one GPU too: our last variant, and diffusers")
     made.add_argument("--profile", default="", help="names of variants or levels to break down")
-    made.add_argument("--no-repeat", action="store_true", help="do not run our first variant again at the end")
+    made.add_argument("--no-repeat", action="store_true", help="do not run our last variant again at the end")
     return made
 
 
@@ -52,7 +53,7 @@ def add_common(made: argparse.ArgumentParser) -> None:
     made.add_argument("--tiny", action="store_true", help="2 blocks of 512 channels instead of the full size")
     made.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     made.add_argument("--timeout", type=float, default=150, help="seconds for one process set")
-    made.add_argument("--minutes", type=float, default=9, help="no set is started after so many")
+    made.add_argument("--minutes", type=float, default=7, help="no set is started after so many")
     made.add_argument("--out", help="write OUT.md and OUT.json under benchmarks/results/, or to this path")
 
 
@@ -64,7 +65,7 @@ def layouts(a: argparse.Namespace) -> list[dict]:
             *batch, ulysses, ring = (int(x) for x in text.split("x"))
             found.append({"batch": batch[0] if batch else 1, "ulysses": ulysses, "ring": ring})
     else:
-        heads = 4 if a.tiny else 24
+        heads = CONFIGS[a.model, a.tiny].heads
         one = plan(a.gpus, heads)
         found = [{"batch": 1, "ulysses": one.ulysses, "ring": one.ring}]
         if a.guided and a.gpus % 2 == 0:
@@ -99,8 +100,18 @@ def chosen_peers(a: argparse.Namespace) -> list[str]:
         matching = [name for name in PEERS if wanted == name or name.startswith(f"{wanted}-")]
         if not matching:
             raise SystemExit(f"--peers: unknown {wanted}; choose from: {', '.join(PEERS)}")
-        found += [name for name in matching if wanted == name or not PEERS[name].alone or a.single]
+        found += [name for name in matching if wanted == name or not PEERS[name].alone or a.single or a.gpus == 1]
     return found
+
+
+def reason_to_skip(name: str, a: argparse.Namespace) -> str:
+    """Why a peer does not run here; empty if it does."""
+    peer = PEERS[name]
+    if a.model not in peer.models:
+        return f"does not know {a.model}"
+    if not peer.alone and a.gpus == 1:
+        return "needs more than one GPU"
+    return "for GPUs only" if a.device == "cpu" and not peer.alone else ""
 
 
 def base_job(a: argparse.Namespace) -> dict:
@@ -110,32 +121,29 @@ def base_job(a: argparse.Namespace) -> dict:
 
 def process_sets(a: argparse.Namespace) -> tuple[list[ProcessSet], list[str]]:
     """-> (sets in order, what is left out and why)."""
-    left_out = []
     variants, levels = known(a.variants, VARIANTS, "--variants"), known(a.levels, LEVELS, "--levels")
     peers = chosen_peers(a)
+    left_out = {name: reason_to_skip(name, a) for name in peers}
     if a.device == "cpu":
-        skipped = [name for name in variants if VARIANTS[name].gpu_only] + [x for x in levels if x != "eager"]
-        skipped += [name for name in peers if not PEERS[name].alone]
-        if skipped:
-            left_out = [f"{', '.join(skipped)}: skipped, for GPUs only"]
-        variants = [name for name in variants if name not in skipped]
-        levels = [level for level in levels if level not in skipped]
-        peers = [name for name in peers if name not in skipped]
+        left_out |= {name: "for GPUs only" for name in variants if VARIANTS[name].gpu_only}
+        left_out |= {level: "for GPUs only" for level in levels if level != "eager"}
+    left_out = {name: reason for name, reason in left_out.items() if reason}
+    variants, levels, peers = ([name for name in names if name not in left_out] for names in (variants, levels, peers))
     if not variants:
         raise SystemExit(f"--variants {a.variants}: none of them runs on {a.device}; eager and eager-overlap do")
     job = base_job(a) | {"cases": cases(a), "profile": known(a.profile, {*VARIANTS, *LEVELS}, "--profile")}
     ours = job | {"who": "ours", "variants": variants, "layouts": layouts(a), "single": a.single}
-    again = ours | {"variants": variants[:1], "single": False, "cases": job["cases"][:1], "profile": []}
+    again = ours | {"variants": variants[-1:], "single": False, "cases": job["cases"][:1], "profile": []}
     sets = []
-    for link in known(a.link, LINKS, "--link"):
+    for index, link in enumerate(known(a.link, LINKS, "--link")):
         sets.append(ProcessSet(who="ours", ranks=a.gpus, link=link, job=ours))
-        for name in peers:
+        for name in (name for name in peers if index == 0 or not PEERS[name].alone):
             ranks = 1 if PEERS[name].alone else a.gpus
             told = job | {"who": name, "levels": levels}
             sets.append(ProcessSet(who=name, ranks=ranks, link=link, job=told, module=PEERS[name].module))
         if not a.no_repeat:
             sets.append(ProcessSet(who="ours", note=" again", ranks=a.gpus, link=link, job=again))
-    return sets, left_out
+    return sets, [f"{name}: skipped, {reason}" for name, reason in left_out.items()]
 
 
 def split_repeats(rows: list[dict], sets: list[ProcessSet]) -> tuple[list[dict], list[str]]:
