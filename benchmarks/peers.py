@@ -74,7 +74,7 @@ def _paraattention(ring: bool):
 
         for name in ("ulysses_attn_func", "ring_attn_func"):
             setattr(interface, name, _without_gqa(getattr(interface, name)))
-        mesh = init_context_parallel_mesh("cuda", max_ring_dim_size=task.ranks if ring else 1)
+        mesh = init_context_parallel_mesh(model.device.type, max_ring_dim_size=task.ranks if ring else 1)
         return parallelize_transformer(model, mesh=mesh)
 
     return setup

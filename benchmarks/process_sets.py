@@ -6,6 +6,7 @@ A set that fails or hangs is reported and the rest goes on.
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -125,6 +126,5 @@ def _take(line: dict, each: ProcessSet, number: int, outcome: Outcome) -> None:
 
 def _reason(errors: str) -> str:
     """The first rank's exception, which torchrun's own account follows."""
-    lines = [line.strip() for line in errors.splitlines()]
-    lines = [line.split("]:", 1)[-1].strip() for line in lines if "Error" in line and "ChildFailedError" not in line]
-    return (lines[0] if lines else errors.strip()[-200:])[:300]
+    found = re.search(r"(?m)^(?:\[.*?\]:\s*)?((?:\w+\.)*\w*(?:Error|Exception)\b.*)$", errors)
+    return (found[1] if found else errors.strip()[-200:])[:300]
