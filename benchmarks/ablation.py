@@ -30,12 +30,8 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def table(rows: list[dict], link: str, baseline: str) -> str:
+def table(levels: list[tuple[str, dict]], link: str) -> str:
     """A row per level: its time, what it gains over the level above and over the first, and its breakdown."""
-    measured = {(row["who"], row["config"]): row for row in rows if row["link"] == link}
-    levels = [(f"baseline: {baseline}, eager", (baseline, "eager"))]
-    levels += [(label, ("ours", name)) for label, name in ABLATION.items()]
-    levels = [(label, measured[name]) for label, name in levels if name in measured]
     body, above = [], None
     for label, row in levels:
         gain = f"{above / row['median']:.2f}" if above else ""
@@ -50,28 +46,39 @@ def table(rows: list[dict], link: str, baseline: str) -> str:
 def main() -> None:
     a = parser().parse_args()
     baseline = BASELINES[a.model]
-    names = [name for name in ABLATION.values() if a.device == "cuda" or not VARIANTS[name].gpu_only]
-    skipped = [name for name in ABLATION.values() if name not in names]
     case = {"size": a.size, "texts": numbers(a.text or TEXTS[a.model])[:1], "batch": 1}
-    job = base_job(a) | {"cases": [case], "profile": [*names, "eager"]}
-    ours = job | {"who": "ours", "variants": names, "layouts": layouts(a)[:1], "single": False}
-    first = job | {"who": baseline, "levels": ["eager"]}
+    levels = [level for level in ABLATION if a.device == "cuda" or not VARIANTS[level.variant].gpu_only]
+    job = base_job(a) | {"cases": [case], "profile": [*VARIANTS, "eager"]}
     links = known(a.link, LINKS, "--link")
-    sets = []
+    ring = {"batch": 1, "ulysses": 1, "ring": a.gpus}
+    sets, labels = [], {}
     for link in links:
         if a.device == "cuda":
-            module = PEERS[baseline].module
-            sets.append(ProcessSet(who=baseline, ranks=a.gpus, link=link, job=first, module=module))
-        sets.append(ProcessSet(who="ours", ranks=a.gpus, link=link, job=ours))
+            told = job | {"who": baseline, "levels": ["eager"]}
+            sets.append(ProcessSet(who=baseline, ranks=a.gpus, link=link, job=told, module=PEERS[baseline].module))
+        for note, layout in (("", layouts(a)[0]), (" in a ring", ring)):
+            here = [level for level in levels if level.ring == bool(note)]
+            if here:
+                told = job | {
+                    "who": "ours",
+                    "variants": [x.variant for x in here],
+                    "layouts": [layout],
+                    "single": False,
+                }
+                labels |= {(len(sets), level.variant): level.label for level in here}
+                sets.append(ProcessSet(who="ours", note=note, ranks=a.gpus, link=link, job=told))
     with tempfile.TemporaryDirectory(prefix="fastusp-bench-") as folder:
         outcome = run_all(sets, Path(folder), seconds=a.timeout, minutes=a.minutes)
-        if skipped:
-            outcome.problems.insert(0, f"{', '.join(skipped)}, {baseline}: skipped, for GPUs only")
+        if skipped := [level.label for level in ABLATION if level not in levels]:
+            outcome.problems.insert(0, f"{baseline}; {'; '.join(skipped)}: skipped, for GPUs only")
         timed, measured_against = report.finish(outcome.rows)
     size = "tiny" if a.tiny else "full size"
     what = f"Ablation: {a.model}, {size}, {a.size} x {a.size}, text {case['texts'][0]}, {a.gpus} x {a.device}"
     parts = [report.heading(what, outcome.about, measured_against)]
-    parts += [table(timed, link, baseline) for link in links if any(row["link"] == link for row in timed)]
+    for link in links:
+        rows = [row for row in timed if row["link"] == link]  # in the order in which they ran
+        named = [(labels.get((row["set"], row["config"]), f"baseline: {baseline}, eager"), row) for row in rows]
+        parts += [table(named, link)] if named else []
     report.publish("\n\n".join(parts), what, outcome, timed, a.out)
     if not timed:
         raise SystemExit("nothing was measured")

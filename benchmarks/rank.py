@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -46,11 +47,14 @@ def main() -> None:
         row["who"], row["case"] = job["who"], dataclasses.asdict(row["case"])
         run = None
         try:
+            began = time.perf_counter()
             run = make()
+            made = time.perf_counter() - began
             if row["reference"]:
                 figures, out = {}, run().float().cpu()
             else:
                 figures, out = measure(run, job["count"], device)
+                figures["warm_up"] += made  # captures, for some
                 if row["config"] in job["profile"]:
                     figures["breakdown"] = breakdown(run, figures["median"], device)
             if rank == 0:

@@ -40,11 +40,23 @@ VARIANTS = {
 VARIANTS |= {f"{name}+mods": Variant(variant.settings, every_step=True) for name, variant in VARIANTS.items()}
 """`+mods`: modulations at every step."""
 
-ABLATION = {
-    "our kernels and schedule, eager": "eager+mods",
-    "+ compiled segments": "compile+mods",
-    "+ CUDA graph": "graph+mods",
-    "+ overlap": "overlap+mods",
-    "+ modulations once a prompt": "overlap",
-}
-"""The ablation's rows: each adds one level to the one above."""
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """A row of the ablation: a variant, under the planned layout or with all ranks in a ring."""
+
+    label: str
+    variant: str
+    ring: bool = False
+
+
+ABLATION = (
+    Level("our kernels and schedule, eager", "eager+mods"),
+    Level("+ compiled segments", "compile+mods"),
+    Level("+ CUDA graph", "graph+mods"),
+    Level("+ overlap", "overlap+mods"),
+    Level("+ modulations once a prompt", "overlap"),
+    Level("all but overlap, in a ring", "graph", ring=True),
+    Level("+ overlap: the next block travels", "overlap", ring=True),
+)
+"""Each adds one thing to the one above; the ring starts anew."""
