@@ -18,6 +18,8 @@ Run = Callable[[], torch.Tensor]
 
 def evaluation(model: Transformer, mesh: Mesh, transport: Transport, variant: Variant, given: Inputs, dtype) -> Run:
     """One step's evaluations: () -> velocities (prompts, B, C, h, w)."""
+    if variant.settings.linear == "fp8":
+        model = held_by_rows(model)
     batched = BatchedDenoiser(Denoiser(model, mesh, transport, variant.settings, dtype))
     batched.check(given.x, given.prompts)
     timesteps = given.timestep[None].to(given.x.device)
@@ -30,6 +32,16 @@ def evaluation(model: Transformer, mesh: Mesh, transport: Transport, variant: Va
         return torch.stack(batched(given.x, given.timestep, given.prompts, lambda: None))
 
     return run
+
+
+def held_by_rows(model: Transformer) -> Transformer:
+    """The same model with weights for products in fp8; it shares all others."""
+    with torch.device("meta"):
+        held = model.config.build()
+    held.load_state_dict(model.state_dict(), assign=True)
+    for layer in held.products():
+        layer.stored = layer.stored.by_rows()
+    return held.eval()
 
 
 def runs(job: dict, model: Transformer, dtype, device) -> Iterator[tuple[dict, Callable[[], Run]]]:
@@ -45,6 +57,7 @@ def runs(job: dict, model: Transformer, dtype, device) -> Iterator[tuple[dict, C
         configurations += [(*place, name, False) for place in places for name in job["variants"]]
         configurations += [(*own, job["variants"][-1], False)] if job["single"] else []
         for mesh, transport, name, reference in configurations:
-            row = {"case": case, "config": name, "ranks": mesh.layout.ranks, "reference": reference, "lossy": False}
-            row |= {"layout": str(mesh.layout), "transport": transport.name}
+            row = {"case": case, "config": name, "ranks": mesh.layout.ranks, "reference": reference}
+            row["lossy"] = VARIANTS[name].lossy
+            row |= {"layout": str(mesh.layout), "transport": transport.kind}
             yield row, functools.partial(evaluation, model, mesh, transport, VARIANTS[name], given, dtype)

@@ -19,22 +19,34 @@ class Variant:
     def gpu_only(self) -> bool:
         return self.settings.compile or self.settings.cuda_graphs
 
+    @property
+    def lossy(self) -> bool:
+        return "fp8" in (self.settings.wire, self.settings.linear)
+
 
 def _variant(*, every_step: bool = False, **options) -> Variant:
-    plain = {"compile": False, "cuda_graphs": False, "overlap": False}
+    plain = {"compile": False, "cuda_graphs": False, "overlap": False, "ring_pipeline": False}
     return Variant(Settings(**(plain | options)), every_step)
 
 
 _COMPILE = {"compile": True}
 _GRAPH = {"compile": True, "cuda_graphs": True}
 _OVERLAP = {"compile": True, "cuda_graphs": True, "overlap": True}
+_LOSSLESS = {**_OVERLAP, "ring_pipeline": True}
 
 VARIANTS = {
     "eager": _variant(),
     "eager-overlap": _variant(overlap=True),
     "compile": _variant(**_COMPILE),
     "graph": _variant(**_GRAPH),
-    "overlap": _variant(**_OVERLAP),
+    "unpipelined": _variant(**_OVERLAP),
+    "overlap": _variant(**_LOSSLESS),
+    "wire-fp8": _variant(**_LOSSLESS, wire="fp8"),
+    "wire-fp8-unpipelined": _variant(**_OVERLAP, wire="fp8"),
+    "linear-fp8": _variant(**_LOSSLESS, linear="fp8"),
+    "fp8": _variant(**_LOSSLESS, wire="fp8", linear="fp8"),
+    "wire-fp8-eager": _variant(wire="fp8", overlap=True, ring_pipeline=True),
+    "linear-fp8-eager": _variant(linear="fp8"),
     "graph-no-compile": _variant(cuda_graphs=True, overlap=True),
 }
 VARIANTS |= {f"{name}+mods": Variant(variant.settings, every_step=True) for name, variant in VARIANTS.items()}
@@ -56,7 +68,10 @@ ABLATION = (
     Level("+ CUDA graph", "graph+mods"),
     Level("+ overlap", "overlap+mods"),
     Level("+ modulations once a prompt", "overlap"),
-    Level("all but overlap, in a ring", "graph", ring=True),
-    Level("+ overlap: the next block travels", "overlap", ring=True),
+    Level("+ fp8 wire", "wire-fp8"),
+    Level("+ fp8 products", "fp8"),
+    Level("lossless, in a ring that is not pipelined", "unpipelined", ring=True),
+    Level("+ pipelined ring", "overlap", ring=True),
+    Level("+ fp8 wire", "wire-fp8", ring=True),
 )
 """Each adds one thing to the one above; the ring starts anew."""

@@ -14,7 +14,7 @@ TINY = ("--tiny", "--device", "cpu", "--text", "8", "--count", "1")
 
 
 COMMANDS = {
-    "step": ("step.py", "--sizes", "64", "--variants", "eager-overlap,overlap", "--no-repeat")
+    "step": ("step.py", "--sizes", "64", "--variants", "eager-overlap,wire-fp8-eager,linear-fp8-eager,overlap", "--no-repeat")
     + ("--peers", "diffusers-1gpu,diffusers-ring"),
     "ablation": ("ablation.py", "--size", "64", "--model", "qwen"),
 }
@@ -48,9 +48,12 @@ def test_a_step_beside_a_peer(results):
     found = results("step")
     assert [(row["who"], row["config"], row["ranks"]) for row in found["rows"]] == [
         ("ours", "eager-overlap", 2),
+        ("ours", "wire-fp8-eager", 2),
+        ("ours", "linear-fp8-eager", 2),
         ("diffusers-1gpu", "eager", 1),
     ]
-    assert all(row["error"] < 1e-5 for row in found["rows"])
+    exact, wire, linear, peer = (row["error"] for row in found["rows"])
+    assert max(exact, peer) < 1e-5 < 1e-3 < min(wire, linear) and max(wire, linear) < 0.1
     skipped = ("diffusers-ring", "overlap", "compile", "graph")
     assert found["problems"] == [f"{name}: skipped, for GPUs only" for name in skipped]
 
