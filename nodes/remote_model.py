@@ -91,9 +91,12 @@ class RemoteFlux(RemoteTransformer):
         ref_latents,
         control,
         transformer_options,
+        attention_mask=None,
         ref_latents_method=None,
         **kwargs,
     ):
+        if attention_mask is not None:
+            raise Unsupported("A prompt with an attention mask (Apply Style Model with attn_bias)")
         refuse_unsupported(transformer_options, kwargs)
         own = self._unet_config["out_channels"]  # ComfyUI has put the image and mask of Fill, Canny, Depth behind them
         concat = x[:, own:] if x.shape[1] > own else None
@@ -139,9 +142,6 @@ class RemoteQwenImage(RemoteTransformer):
         return self._on_workers(x, timestep, prompt, control, input=self._unet_config["num_layers"])
 
 
-_FEATURES = {"attention_mask": "A prompt with an attention mask (Apply Style Model with attn_bias)"}
-"""Arguments of ComfyUI's transformers, as their users know them."""
-
 _TRANSFORMERS: dict[str, type[RemoteTransformer]] = {"flux": RemoteFlux, "qwen_image": RemoteQwenImage}
 """By the names that ComfyUI's detection gives."""
 
@@ -165,7 +165,7 @@ def refuse_unsupported(transformer_options: dict, extra: dict) -> None:
             raise Unsupported(node)
     for name, value in extra.items():
         if value is not None:
-            raise Unsupported(_FEATURES.get(name, f"The conditioning's {name!r}"))
+            raise Unsupported(f"The conditioning's {name!r}")
 
 
 class RemotePatcher(comfy.model_patcher.ModelPatcher):

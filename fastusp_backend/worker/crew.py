@@ -5,8 +5,13 @@ Waiting for the next request is part of the job here, so the group's timeout is 
 
 from datetime import timedelta
 
+import msgspec
+import safetensors.torch
 import torch
 import torch.distributed as dist
+
+LARGE = 256 * 1024
+"""Bytes of a tensor above which it is sent by itself."""
 
 
 class Crew:
@@ -30,6 +35,25 @@ class Crew:
             data = torch.empty(int(length), dtype=torch.uint8)
         dist.broadcast(data, 0, group=self._group)
         return payload if payload is not None else data.numpy().tobytes()
+
+    def share_tensors(self, tensors: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+        """Rank 0's tensors, on every rank's CPU; the others pass None. Large ones, as a ControlNet's, are sent from
+        where they lie, without a copy."""
+        if self.size == 1:
+            return tensors
+        first = tensors is not None
+        large = {name: t.contiguous() for name, t in tensors.items() if t.nbytes > LARGE} if first else {}
+        small = {name: t for name, t in tensors.items() if name not in large} if first else {}
+        listed = [(name, str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in large.items()]
+        listed = self.share(msgspec.json.encode(listed) if first else None)
+        blob = self.share((safetensors.torch.save(small) if small else b"") if first else None)
+        if not first:
+            small = safetensors.torch.load(blob) if blob else {}
+            for name, dtype, shape in msgspec.json.decode(listed):
+                large[name] = torch.empty(shape, dtype=getattr(torch, dtype))
+        for tensor in large.values():
+            dist.broadcast(tensor.flatten().view(torch.uint8), 0, group=self._group)
+        return small | large
 
     def agree(self, stop: bool) -> bool:
         """Rank 0's answer, on every rank."""

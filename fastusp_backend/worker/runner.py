@@ -10,7 +10,6 @@ import time
 from collections import deque
 
 import msgspec
-import safetensors.torch
 import torch
 
 from ..engine import BatchedDenoiser, Engine
@@ -70,16 +69,14 @@ class Runner:
             log.info("request %d (%s) took %.3f s", message.id, type(message).__name__, time.perf_counter() - started)
 
     def _next(self) -> tuple[Work, Tensors]:
-        body = blob = None
+        body = tensors = None
         if self._control is not None:
             message, tensors = self._control.next_request()
         if self._control is not None and self._crew.size > 1:
             body = msgspec.msgpack.encode(message)
-            blob = safetensors.torch.save(tensors) if tensors else b""
-        body, blob = self._crew.share(body), self._crew.share(blob)
+        body, tensors = self._crew.share(body), self._crew.share_tensors(tensors)
         if self._control is None:
             message = self._work.decode(body)
-            tensors = safetensors.torch.load(blob) if blob else {}
         return message, {name: t.to(self._engine.device) for name, t in tensors.items()}
 
     def _reply(self, message, tensors: Tensors | None = None) -> None:

@@ -114,8 +114,9 @@ def changed_qwen(tmp_path):
         MINI_QWEN,
         replace(MINI_QWEN, hidden=384, heads=3, mlp=1536, blocks=11),
         replace(MINI_QWEN, channels=4, context=96),
+        replace(MINI_QWEN, reference_method="index_timestep_zero"),
     ],
-    ids=["mini", "wide and deep", "other inputs"],
+    ids=["mini", "wide and deep", "other inputs", "Edit 2511"],
 )
 def test_sizes_of_qwen_image(tmp_path, config):
     path = tmp_path / "qwen.safetensors"
