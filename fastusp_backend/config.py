@@ -12,10 +12,12 @@ from .errors import CheckpointError, LayoutError
 
 DType = Literal["bfloat16", "float16", "float32"]
 DTYPES: tuple[DType, ...] = ("bfloat16", "float16", "float32")
+Storage = Literal["bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m2"]
 
 BatchParallel = Literal["auto", "on", "off"]
 AttentionChoice = Literal["auto", "cudnn", "flash", "efficient", "math"]
-WireChoice = Literal["exact"]
+WireChoice = Literal["exact", "fp8"]
+LinearChoice = Literal["exact", "fp8"]
 PatchKind = Literal["lora", "loha", "lokr", "glora", "diff", "set"]
 
 
@@ -54,10 +56,12 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """The options of USP Optimization Settings.
 
-    wire: what crosses a link; `exact` sends the compute type as it is.
+    wire: what crosses a link; `exact` sends the compute type as it is, `fp8` e4m3 with a scale per (token, head).
     attention: the local attention back end; `auto` takes the fastest that the device and type allow.
     compile: element-wise segments through the compiler (GPUs). cuda_graphs: a whole evaluation as one graph (GPUs).
     overlap: exchanges run beside computation instead of being awaited where they start.
+    ring_pipeline: the ring's next keys and values travel while the current ones are attended.
+    linear: how the blocks' matrix products are computed; `fp8` with a scale per token and per row of the weights.
     """
 
     wire: WireChoice = "exact"
@@ -65,6 +69,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     compile: bool = True
     cuda_graphs: bool = True
     overlap: bool = True
+    ring_pipeline: bool = True
+    linear: LinearChoice = "exact"
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,23 +78,36 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     path: absolute. mtime_ns, size: the file's state when the client looked, so that a replaced file is read anew.
     storage: type of the weights in memory, None keeps the file's own. compute: type of the activations.
+    keep_quantised: weights that the file holds in fp8 or packed stay so, whatever `storage` is for the others.
+    linear: as in Settings, since weights are held for the products that they serve.
     """
 
     path: str
     mtime_ns: int
     size: int
-    storage: DType | None
+    storage: Storage | None
     compute: DType
+    keep_quantised: bool = False
+    linear: LinearChoice = "exact"
 
     @classmethod
-    def of_file(cls, path: str, *, storage: DType | None, compute: DType) -> "ModelSpec":
+    def of_file(
+        cls, path: str, *, storage: Storage | None, compute: DType, keep_quantised: bool = False
+    ) -> "ModelSpec":
         """Raises CheckpointError when `path` is not a readable file."""
         path = os.path.abspath(path)
         try:
             stat = os.stat(path)
         except OSError as error:
             raise CheckpointError(f"cannot read the model file {path}: {error.strerror}") from error
-        return cls(path=path, mtime_ns=stat.st_mtime_ns, size=stat.st_size, storage=storage, compute=compute)
+        return cls(
+            path=path,
+            mtime_ns=stat.st_mtime_ns,
+            size=stat.st_size,
+            storage=storage,
+            compute=compute,
+            keep_quantised=keep_quantised,
+        )
 
 
 class WeightPatch(msgspec.Struct, frozen=True, kw_only=True):

@@ -3,21 +3,28 @@
 import os
 from typing import get_args
 
-import folder_paths
 from comfy_api.latest import io
 
-from ..fastusp_backend.config import BatchParallel, DType, ModelSpec, Settings
-from ..fastusp_backend.devices import Devices, parse_devices, supports_bfloat16
-from ..fastusp_backend.errors import FastUSPError
-from ..fastusp_backend.models.checkpoint import read_header
+from ..fastusp_backend.config import BatchParallel, ModelSpec, Settings, Storage
+from ..fastusp_backend.devices import parse_devices, supports_bfloat16
+from ..fastusp_backend.errors import CheckpointError, FastUSPError
+from ..fastusp_backend.models.checkpoint import choose_types, main_dtype, read_header
 from ..fastusp_backend.models.detection import detect
 from ..fastusp_backend.planner import plan_batches
 from ..fastusp_backend.pool import Session
+from .files import model_names, model_path
 from .pools import pool_for
 from .remote_model import remote_model
 from .settings import SettingsType
 
-STORAGE: dict[str, DType | None] = {"default": None, "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+STORAGE: dict[str, Storage | None] = {
+    "default": None,
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "fp32": "float32",
+    "fp8_e4m3fn": "float8_e4m3fn",
+    "fp8_e5m2": "float8_e5m2",
+}
 
 
 class USPLoader(io.ComfyNode):
@@ -32,14 +39,15 @@ class USPLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "unet_name",
-                    options=folder_paths.get_filename_list("diffusion_models"),
-                    tooltip="A FLUX.1 dev, FLUX.1 schnell or Qwen-Image file in models/diffusion_models.",
+                    options=model_names(),
+                    tooltip="A FLUX.1 (dev, schnell, Kontext, Fill, Canny, Depth), Qwen-Image or Qwen-Image-Edit file "
+                    "in models/diffusion_models (safetensors or GGUF), or an all-in-one one in models/checkpoints.",
                 ),
                 io.Combo.Input(
                     "weight_dtype",
                     options=list(STORAGE),
                     default="default",
-                    tooltip="The type in which weights are stored. default: as in the file.",
+                    tooltip="The type in which weights are stored. default: as in the file, fp8 and GGUF too.",
                 ),
                 io.String.Input(
                     "gpus",
@@ -89,9 +97,7 @@ class USPLoader(io.ComfyNode):
             devices = parse_devices(gpus) if gpus is not None else None
             if unet_name is None:
                 return True
-            path = folder_paths.get_full_path("diffusion_models", unet_name)
-            if path is None:
-                return f"unet_name = {unet_name!r}: there is no such file in models/diffusion_models"
+            path = _path(unet_name)
             config = detect(read_header(path), path)
             if devices is not None and ulysses is not None and ring is not None:
                 plan_batches(
@@ -104,7 +110,7 @@ class USPLoader(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, unet_name, **_others):
         """Runs again when the file was replaced."""
-        stat = os.stat(folder_paths.get_full_path_or_raise("diffusion_models", unet_name))
+        stat = os.stat(_path(unet_name))
         return f"{unet_name} {stat.st_mtime_ns} {stat.st_size}"
 
     @classmethod
@@ -118,15 +124,20 @@ class USPLoader(io.ComfyNode):
         settings: Settings | None = None,
         batch_parallel: BatchParallel = "auto",
     ) -> io.NodeOutput:
-        path = folder_paths.get_full_path_or_raise("diffusion_models", unet_name)
+        path = _path(unet_name)
         header = read_header(path)
         config = detect(header, path)
         devices = parse_devices(gpus)
-        file_dtype = str(header["img_in.weight"].dtype).removeprefix("torch.")
-        storage, compute = choose_types(STORAGE[weight_dtype], file_dtype, devices, float16=config.float16)
+        types = choose_types(
+            STORAGE[weight_dtype],
+            main_dtype(header),
+            cpu=devices.type == "cpu",
+            bfloat16=supports_bfloat16(devices),
+            float16=config.float16,
+        )
         session = Session(
             pool_for(devices),
-            ModelSpec.of_file(path, storage=storage, compute=compute),
+            ModelSpec.of_file(path, **types),
             plan_batches(devices.ranks, config.heads, ulysses=ulysses, ring=ring, batch_parallel=batch_parallel),
             settings or Settings(),
         )
@@ -135,19 +146,10 @@ class USPLoader(io.ComfyNode):
         return io.NodeOutput(model)
 
 
-def choose_types(
-    storage: DType | None, file_dtype: DType, devices: Devices, *, float16: bool
-) -> tuple[DType | None, DType]:
-    """(storage, compute). CPU ranks compute in float32, as ComfyUI does on a CPU. GPUs compute in the storage type,
-    which by default is the file's; float32 files are stored, as ComfyUI stores them, in 16 bits unless fp32 is asked
-    for. Where a model does not compute in float16 (or a GPU in bfloat16), the other type computes."""
-    if devices.type == "cpu":
-        return storage, "float32"
-    bfloat16 = supports_bfloat16(devices)
-    if storage is None:
-        storage = "float16" if file_dtype == "float16" or not bfloat16 else "bfloat16"
-    if storage == "bfloat16" and not bfloat16:
-        return storage, "float16" if float16 else "float32"
-    if storage == "float16" and not float16:
-        return storage, "bfloat16" if bfloat16 else "float32"
-    return storage, storage
+def _path(unet_name: str) -> str:
+    path = model_path(unet_name)
+    if path is None:
+        raise CheckpointError(
+            f"unet_name = {unet_name!r}: there is no such file in models/diffusion_models or models/checkpoints"
+        )
+    return path

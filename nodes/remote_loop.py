@@ -34,7 +34,14 @@ _INNER_WRAPPERS = (
 _INNER_CALLBACKS = (CallbacksMP.ON_PREPARE_STATE, CallbacksMP.ON_APPLY_HOOKS)
 _KNOWN_MODEL_OPTIONS = {"transformer_options", "disable_cfg1_optimization", "to_load_options"}
 _KNOWN_TRANSFORMER_OPTIONS = {"wrappers", "callbacks", "sample_sigmas"}
-_PROMPT_TENSORS = {"c_crossattn": "context", "y": "y", "guidance": "guidance"}
+_PROMPT_FIELDS = {
+    "c_crossattn": "context",
+    "y": "y",
+    "guidance": "guidance",
+    "c_concat": "concat",
+    "ref_latents": "references",
+    "ref_latents_method": "reference_method",
+}
 # What ComfyUI leaves beside a prompt's tensors, without effect on the evaluation.
 _PLAIN_CONDITIONING = {
     "model_conds",
@@ -42,6 +49,10 @@ _PLAIN_CONDITIONING = {
     "cross_attn",
     "pooled_output",
     "guidance",
+    "reference_latents",
+    "reference_latents_method",
+    "concat_latent_image",
+    "concat_mask",
     "prompt_type",
     "width",
     "height",
@@ -121,7 +132,7 @@ def _why_not_conditioning(guider) -> str | None:
             return f"the {name} conditioning has {len(prompts or ())} parts"
         (prompt,) = prompts
         special = {k for k, v in prompt.items() if v is not None} - _PLAIN_CONDITIONING
-        special |= prompt["model_conds"].keys() - _PROMPT_TENSORS.keys()
+        special |= prompt["model_conds"].keys() - _PROMPT_FIELDS.keys()
         if prompt.get("strength", 1.0) == 1.0:
             special.discard("strength")
         if special:
@@ -190,11 +201,11 @@ def _loop_for(session: Session, name: str):
 
 
 def _prompt(conditioning: dict, batch: int) -> Prompt:
-    tensors = {
-        _PROMPT_TENSORS[key]: value.process_cond(batch_size=batch, area=None).cond
+    fields = {
+        _PROMPT_FIELDS[key]: value.process_cond(batch_size=batch, area=None).cond
         for key, value in conditioning["model_conds"].items()
     }
-    return Prompt(**tensors)
+    return Prompt(**fields | {"references": tuple(fields.get("references", ()))})
 
 
 def _draw_noise(

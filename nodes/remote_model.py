@@ -30,12 +30,13 @@ class RemoteTransformer(torch.nn.Module):
     (WrappersMP.DIFFUSION_MODEL), which see its arguments by position.
     """
 
-    def __init__(self, session: Session, header: dict[str, TensorInfo], dtype: torch.dtype):
+    def __init__(self, session: Session, header: dict[str, TensorInfo], dtype: torch.dtype, unet_config: dict):
         super().__init__()
         self.session = session
         self.dtype = dtype
         self.patch_size = PATCH
         self._header = header
+        self._unet_config = unet_config
         self._patches_uuid = None
 
     @classmethod
@@ -61,9 +62,11 @@ class RemoteTransformer(torch.nn.Module):
         wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, transformer_options)
         return WrapperExecutor.new_class_executor(self._evaluate, self, wrappers).execute(*args, **kwargs)
 
-    def _on_workers(self, x, timestep, prompt: Prompt) -> torch.Tensor:
+    def _on_workers(self, x, timestep, prompt: Prompt, control: dict | None, **blocks: int) -> torch.Tensor:
+        """blocks: of a ControlNet's residuals under `input` and `output`, how many the model has a block for."""
+        used = {kind: (control.get(kind) or [])[:count] for kind, count in blocks.items()} if control else None
         with following():
-            output = self.session.evaluate(x, timestep, prompt, progress())
+            output = self.session.evaluate(x, timestep, prompt, progress(), used)
         node_status().restore()
         return output.to(x.device)
 
@@ -89,11 +92,28 @@ class RemoteFlux(RemoteTransformer):
         args = x, timestep, context, y, guidance, ref_latents, control, transformer_options
         return self._through_wrappers(transformer_options, *args, **kwargs)
 
-    def _evaluate(self, x, timestep, context, y, guidance, ref_latents, control, transformer_options, **kwargs):
-        if ref_latents is not None:
-            raise Unsupported("Reference latents (ReferenceLatent, FLUX Kontext)")
-        refuse_unsupported(control, transformer_options, kwargs)
-        return self._on_workers(x, timestep, Prompt(context, y, guidance))
+    def _evaluate(
+        self,
+        x,
+        timestep,
+        context,
+        y,
+        guidance,
+        ref_latents,
+        control,
+        transformer_options,
+        attention_mask=None,
+        ref_latents_method=None,
+        **kwargs,
+    ):
+        if attention_mask is not None:
+            raise Unsupported("A prompt with an attention mask (Apply Style Model with attn_bias)")
+        refuse_unsupported(transformer_options, kwargs)
+        own = self._unet_config["out_channels"]  # ComfyUI has put the image and mask of Fill, Canny, Depth behind them
+        concat = x[:, own:] if x.shape[1] > own else None
+        prompt = Prompt(context, y, guidance, concat, tuple(ref_latents or ()), ref_latents_method)
+        counts = {"input": self._unet_config["depth"], "output": self._unet_config["depth_single_blocks"]}
+        return self._on_workers(x[:, :own], timestep, prompt, control, **counts)
 
 
 class RemoteQwenImage(RemoteTransformer):
@@ -121,16 +141,16 @@ class RemoteQwenImage(RemoteTransformer):
         additional_t_cond,
         transformer_options,
         control=None,
+        ref_latents_method=None,
         **kwargs,
     ):
-        if ref_latents is not None:
-            raise Unsupported("Reference latents (ReferenceLatent, TextEncodeQwenImageEdit)")
         if attention_mask is not None:
             raise Unsupported("A prompt with an attention mask")
         if additional_t_cond is not None:
             raise Unsupported("The timestep condition of Qwen-Image-Layered (additional_t_cond)")
-        refuse_unsupported(control, transformer_options, kwargs)
-        return self._on_workers(x, timestep, Prompt(context))
+        refuse_unsupported(transformer_options, kwargs)
+        prompt = Prompt(context, references=tuple(ref_latents or ()), reference_method=ref_latents_method)
+        return self._on_workers(x, timestep, prompt, control, input=self._unet_config["num_layers"])
 
 
 _TRANSFORMERS: dict[str, type[RemoteTransformer]] = {"flux": RemoteFlux, "qwen_image": RemoteQwenImage}
@@ -142,10 +162,8 @@ def meta_tensors(header: dict[str, TensorInfo]) -> dict[str, torch.Tensor]:
     return {name: torch.empty(info.shape, dtype=info.dtype, device="meta") for name, info in header.items()}
 
 
-def refuse_unsupported(control, transformer_options: dict, extra: dict) -> None:
+def refuse_unsupported(transformer_options: dict, extra: dict) -> None:
     """Raises Unsupported, naming the node feature, for what would have to happen inside the transformer."""
-    if control is not None:
-        raise Unsupported("ControlNet (Apply ControlNet)")
     for kind in ("patches", "patches_replace"):
         names = [name for name, value in transformer_options.get(kind, {}).items() if value]
         if names:
@@ -218,7 +236,7 @@ def remote_model(session: Session, header: dict[str, TensorInfo]) -> RemotePatch
     config.unet_config["disable_unet_model_creation"] = True
     config.set_inference_dtype(compute, None)
     model = config.get_model(meta, "")
-    model.diffusion_model = transformer(session, config.process_unet_state_dict(dict(header)), compute)
+    model.diffusion_model = transformer(session, config.process_unet_state_dict(dict(header)), compute, detected)
     model.state_dict_for_saving = _no_weights  # would be a file of meta tensors
     patcher = RemotePatcher(
         model,

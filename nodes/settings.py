@@ -4,7 +4,7 @@ from typing import get_args
 
 from comfy_api.latest import io
 
-from ..fastusp_backend.config import AttentionChoice, Settings, WireChoice
+from ..fastusp_backend.config import AttentionChoice, LinearChoice, Settings, WireChoice
 
 SettingsType = io.Custom("USP_SETTINGS")
 
@@ -23,7 +23,8 @@ class USPSettings(io.ComfyNode):
                     "wire",
                     options=list(get_args(WireChoice)),
                     default="exact",
-                    tooltip="What travels between the ranks. exact: the computed values as they are, no loss.",
+                    tooltip="What travels between the ranks. exact: the computed values, no loss. fp8: half the "
+                    "bytes, 8 bits and a scale per token and head; for slow links (PCIe) and long sequences.",
                 ),
                 io.Combo.Input(
                     "attention",
@@ -51,14 +52,26 @@ class USPSettings(io.ComfyNode):
                     default=True,
                     tooltip="Ranks compute on while their exchanges travel. Off: each exchange is awaited at once.",
                 ),
+                io.Boolean.Input(
+                    "ring_pipeline",
+                    optional=True,
+                    default=True,
+                    tooltip="In a ring, the next keys and values travel while the current ones are attended.",
+                ),
+                io.Combo.Input(
+                    "linear",
+                    options=list(get_args(LinearChoice)),
+                    optional=True,
+                    default="exact",
+                    tooltip="The blocks' matrix products. fp8: faster and half the weights' memory, 8 bits with a "
+                    "scale per token and per row of the weights; GPUs from Ada on, in bf16. The picture changes a "
+                    "little.",
+                ),
             ],
             outputs=[SettingsType.Output(display_name="settings", tooltip="Connect to USP Loader.")],
         )
 
     @classmethod
-    def execute(
-        cls, wire: str, attention: str, compile: bool = True, cuda_graphs: bool = True, overlap: bool = True
-    ) -> io.NodeOutput:
-        return io.NodeOutput(
-            Settings(wire=wire, attention=attention, compile=compile, cuda_graphs=cuda_graphs, overlap=overlap)
-        )
+    def execute(cls, **options) -> io.NodeOutput:
+        """options: the inputs, which are the fields of `Settings`; one that is left out has its default."""
+        return io.NodeOutput(Settings(**options))

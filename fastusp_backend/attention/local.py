@@ -1,7 +1,8 @@
 """Attention on one rank, behind one signature.
 
 Every back end is f(q, k, v, scale) -> (out, lse) with q, out (B, Lq, H, D), k, v (B, Lk, H, D) and lse (B, H, Lq)
-float32, the natural logarithm of the softmax denominators, by which `merge` joins results over parts of the keys.
+float32, the natural logarithm of the softmax denominators, by which kernels/merge.py joins results over parts of the
+keys.
 
 These are torch's own kernels, called by their operator names because `scaled_dot_product_attention` hides the LSE.
 """
@@ -88,17 +89,3 @@ def choose(choice: AttentionChoice, device: torch.device, dtype: torch.dtype) ->
             + ", ".join(have)
         )
     return choice, _BACKENDS[device.type, choice][0]
-
-
-def merge(
-    out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Joins attention over two disjoint sets of keys. out, part (B, L, H, D); lse, part_lse (B, H, L). Works in
-    float32.
-
-    With s = sigmoid(part_lse - lse), the weight of the part: out' = out + s (part - out), lse' = log(e^lse +
-    e^part_lse).
-    """
-    weight = torch.sigmoid(part_lse - lse).transpose(1, 2)[..., None]
-    out = out.float()
-    return out + weight * (part.float() - out), torch.logaddexp(lse, part_lse)

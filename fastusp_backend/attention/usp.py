@@ -7,12 +7,13 @@ so that every token sees all others; the partial results are merged by their LSE
 
 import torch
 
-from ..comm.exchange import GroupExchange
 from ..comm.mesh import Mesh
 from ..comm.shards import SequenceShards
-from ..comm.ulysses import K, Q, UlyssesExchange, V
+from ..comm.transport import Links
+from ..comm.ulysses import K, Q, V
+from ..kernels.merge import merge
 from ..kernels.place import place
-from .local import Attend, merge
+from .local import Attend
 
 ALL = slice(Q, V + 1)
 ONLY_Q, ONLY_K, ONLY_V = slice(Q, Q + 1), slice(K, K + 1), slice(V, V + 1)
@@ -25,17 +26,18 @@ class JointAttention:
 
     A layer calls `project` once or more (in the same order on all ranks), then `attend`, then `collect`. With
     `overlap` the exchanges run beside whatever the layer computes in between; without it each is awaited where it
-    starts.
+    starts. With `pipelined` the ring's next block travels while the current one is attended.
     """
 
-    def __init__(self, mesh: Mesh, attend: Attend, shards: SequenceShards, exchange: UlyssesExchange, *, overlap: bool):
-        self._mesh, self._attend, self._shards, self._exchange = mesh, attend, shards, exchange
-        self._ring = GroupExchange(mesh.ring) if mesh.ring else None
-        self._overlap = overlap
+    def __init__(
+        self, mesh: Mesh, attend: Attend, shards: SequenceShards, links: Links, *, overlap: bool, pipelined: bool
+    ):
+        self._attend, self._shards, self._exchange, self._ring = attend, shards, links.exchange, links.ring
+        self._overlap, self._pipelined = overlap, pipelined
         self._returned: torch.Tensor | None = None
-        self._own_regions = shards.regions(exchange.position)
+        self._own_regions = shards.regions(self._exchange.position)
         self._valid = [shards.valid(position) for position in range(mesh.layout.ring)]
-        self._scale = exchange.received.shape[-1] ** -0.5
+        self._scale = self._exchange.received.shape[-1] ** -0.5
 
     def project(
         self,
@@ -83,18 +85,16 @@ class JointAttention:
         valid = self._valid[0]
         return self._attend(q, k[:, valid], v[:, valid], self._scale)[0]
 
-    def _over_ring(self, q: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
-        """block (2, B, N, h, D): keys and values of this rank's place in the ring."""
-        position, size = self._mesh.ring_position, self._mesh.layout.ring
+    def _over_ring(self, q: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        """own (2, B, N, h, D): keys and values of this rank's place in the ring."""
         merged: tuple[torch.Tensor, torch.Tensor] | None = None
-        for hop in range(size):
-            arriving = self._ring.shift(block) if hop < size - 1 else None
-            following = arriving() if arriving and not self._overlap else None
-            # After `hop` shifts this rank holds the block of the rank `hop` places before it.
-            valid = self._valid[(position - hop) % size]
-            if valid.start < valid.stop:
-                part = self._attend(q, block[0][:, valid], block[1][:, valid], self._scale)
-                merged = part if merged is None else merge(*merged, *part)
-            if arriving:
-                block = following if following is not None else arriving()
+        for position, (k, v) in self._ring.rotate(own, pipelined=self._pipelined):
+            valid = self._valid[position]
+            if valid.start >= valid.stop:
+                continue
+            out, lse = self._attend(q, k[:, valid], v[:, valid], self._scale)
+            if merged is None:
+                merged = out.float().contiguous(), lse.contiguous()
+            else:
+                merge(*merged, out, lse)
         return merged[0].to(q.dtype)

@@ -1,6 +1,7 @@
 """Moving tensors between ranks: start an exchange, compute something else, await what arrived.
 
-These run on the process group's own back end: gloo on CPU ranks, NCCL on GPUs. Ulysses' exchange is in ulysses.py.
+These run on the process group's own back end: gloo on CPU ranks, NCCL on GPUs. Ulysses' exchange is in ulysses.py,
+the ring in ring.py, and both over memory that ranks share in peers.py.
 """
 
 from collections.abc import Callable
@@ -21,14 +22,14 @@ class GroupExchange:
     def __init__(self, group: dist.ProcessGroup):
         self._group = group
         self._ranks = dist.get_process_group_ranks(group)
-        self._position = self._ranks.index(dist.get_rank())
+        self.position, self.size = self._ranks.index(dist.get_rank()), len(self._ranks)
 
     def shift(self, x: torch.Tensor) -> Pending:
         """Sends x to the next rank of the ring; what arrives is the previous rank's x, of the same shape."""
         x = x.contiguous()
         out = torch.empty_like(x)
-        size = len(self._ranks)
-        following, previous = self._ranks[(self._position + 1) % size], self._ranks[(self._position - 1) % size]
+        following = self._ranks[(self.position + 1) % self.size]
+        previous = self._ranks[(self.position - 1) % self.size]
         transfers = [
             dist.P2POp(dist.isend, x, following, self._group),
             dist.P2POp(dist.irecv, out, previous, self._group),
@@ -38,7 +39,7 @@ class GroupExchange:
     def all_gather(self, x: torch.Tensor) -> Pending:
         """x (...) -> (P, ...), every rank's x in rank order."""
         x = x.contiguous()
-        out = x.new_empty(len(self._ranks), *x.shape)
+        out = x.new_empty(self.size, *x.shape)
         work = all_gather_single(out.view(-1), x.view(-1), group=self._group, async_op=True)
         return _awaiting(out, [work], x)
 

@@ -1,62 +1,121 @@
-"""Which exchange a mesh uses, chosen once: symmetric memory where GPUs map each other's memory, else the process
-group's own collectives (NCCL on GPUs, gloo on CPU ranks)."""
+"""How the ranks of a mesh move tensors, chosen once: symmetric memory where GPUs map each other's memory, host memory
+where they share a host alone, else the process group's own collectives (NCCL on GPUs, gloo on CPU ranks)."""
 
 import os
 import socket
 import zlib
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
 
-from .exchange import all_gather_single
+from .exchange import GroupExchange, Pending, all_gather_single
 from .mesh import Mesh
+from .peers import Arena, PeerExchange, PeerGather, PeerRing, carve
+from .ring import CollectiveRing, Ring
 from .shards import SequenceShards
-from .symmetric import Arena, SymmetricExchange
+from .staged import StagedArena
+from .symmetric import SymmetricArena
 from .ulysses import CollectiveExchange, LocalExchange, UlyssesExchange
+from .wire import Wire
+
+Kind = Literal["none", "symmetric memory", "host memory", "nccl", "gloo"]
+
+
+class Gather(Protocol):
+    def all_gather(self, x: torch.Tensor) -> Pending:
+        """x (...) -> (P, ...), every rank's x in rank order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Links:
+    """What moves the tensors of one shape; None where an axis has one rank."""
+
+    exchange: UlyssesExchange
+    ring: Ring | None
+    gather: Gather | None
 
 
 class Transport:
-    """Makes the Ulysses exchanges of one mesh; `name` says how they move. Made on all ranks together."""
+    """Makes the links of one mesh; `kind` says how they move. Made on all ranks together. kind: for measurements, to
+    have another than the one chosen."""
 
-    def __init__(self, mesh: Mesh):
+    def __init__(self, mesh: Mesh, kind: Kind | None = None):
         self._mesh = mesh
-        self.arena: Arena | None = None
-        if mesh.ulysses is None:
-            self.name = "none"
-        elif mesh.device.type == "cpu":
-            self.name = "gloo"
-        elif _all_are_peers(mesh):
-            self.name = "symmetric memory"
-            self.arena = Arena(mesh.ulysses, mesh.device)
-        else:
-            self.name = "nccl"
+        self.kind: Kind = kind or _choose(mesh)
+        make = {"symmetric memory": SymmetricArena, "host memory": StagedArena}.get(self.kind)
+        # The gather's memory must not be another message's in a step of another shape: see peers.py.
+        self._arenas: list[Arena] = [make(mesh.sequence, mesh.device) for _ in range(2)] if make else []
 
     @property
     def generation(self) -> int:
         """Changes when addresses that a CUDA graph holds have moved."""
-        return self.arena.generation if self.arena else 0
+        return sum(arena.generation for arena in self._arenas)
 
-    def exchange(self, shards: SequenceShards, batch: int, heads: int, dim: int, dtype: torch.dtype) -> UlyssesExchange:
-        """Buffers and messages for tensors of one shape. Collective."""
-        if self.arena is not None:
-            return SymmetricExchange(self.arena, shards, batch, heads, dim, dtype)
-        like = torch.empty(0, dtype=dtype, device=self._mesh.device)
-        if self._mesh.ulysses is None:
-            return LocalExchange(shards, batch, heads, dim, like)
-        return CollectiveExchange(self._mesh.ulysses, shards, batch, heads, dim, like)
+    def connect(
+        self, shards: SequenceShards, batch: int, heads: int, dim: int, dtype: torch.dtype, *, packed: bool, width: int
+    ) -> Links:
+        """Buffers and messages for tensors of one shape; width: values per token of the final gather. Collective."""
+        mesh = self._mesh
+        wire = Wire(heads // mesh.layout.ulysses, dim, dtype, packed)
+        if self._arenas:
+            exchange, ring = self._connect_peers(shards, batch, wire)
+            gather = PeerGather(self._arenas[1], (batch, shards.local_image, width), dtype)
+            return Links(exchange, ring, gather)
+        if mesh.ulysses is None:
+            received = (3, batch, shards.local, wire.heads, dim)
+            exchange = LocalExchange(torch.empty(received, dtype=dtype, device=mesh.device))
+        else:
+            exchange = CollectiveExchange(mesh.ulysses, shards, batch, wire, mesh.device)
+        ring = CollectiveRing(GroupExchange(mesh.ring), wire) if mesh.ring else None
+        return Links(exchange, ring, GroupExchange(mesh.sequence) if mesh.sequence else None)
+
+    def _connect_peers(self, shards: SequenceShards, batch: int, wire: Wire) -> tuple[UlyssesExchange, Ring | None]:
+        mesh, u = self._mesh, self._mesh.layout.ulysses
+        row, column = mesh.rank // u, mesh.rank % u
+        received = (3, batch, shards.gathered, wire.heads, wire.dim), wire.dtype
+        arrivals = (3, u, batch, shards.local, *wire.row), wire.carrier
+        returned = (u, batch, shards.local, *wire.row), wire.carrier
+        block = (2, batch, shards.gathered, *wire.row), wire.carrier
+        shapes = [arrivals if wire.packed and u > 1 else received, returned]
+        if wire.packed and mesh.ring:
+            shapes.append(block)
+        regions = carve(self._arenas[0], shapes)
+        if u > 1:
+            ranks = [row * u + i for i in range(u)]
+            exchange = PeerExchange(ranks, shards, wire, regions[0], regions[1], batch)
+        else:
+            exchange = LocalExchange(regions[0].own)
+        if not mesh.ring:
+            return exchange, None
+        ranks = [r * u + column for r in range(mesh.layout.ring)]
+        ring = PeerRing(ranks, wire, regions[2]) if wire.packed else PeerRing(ranks, wire, regions[0], (slice(1, 3),))
+        return exchange, ring
 
 
-def _all_are_peers(mesh: Mesh) -> bool:
-    """Whether every rank of the Ulysses group can write to every other's memory; NCCL_P2P_DISABLE is respected."""
+def _choose(mesh: Mesh) -> Kind:
+    if mesh.sequence is None:
+        return "none"
+    if mesh.device.type == "cpu":
+        return "gloo"
+    return ("nccl", "host memory", "symmetric memory")[_closeness(mesh)]
+
+
+def _closeness(mesh: Mesh) -> int:
+    """2 where every rank of a sequence can write to every other's memory, 1 where they share a host, else 0; the same
+    on all of them. NCCL_P2P_DISABLE is respected."""
     host = zlib.crc32(socket.gethostname().encode())
     device, disabled = torch.cuda.current_device(), int(os.environ.get("NCCL_P2P_DISABLE", "0") == "1")
-    mine = torch.tensor([host, device, disabled], device=mesh.device)
-    members = mine.new_empty(mesh.layout.ulysses, 3)
-    all_gather_single(members.view(-1), mine, group=mesh.ulysses)
-    reachable = all(
-        other == host and not off and (peer == device or torch.cuda.can_device_access_peer(device, peer))
-        for other, peer, off in members.tolist()
-    )
-    verdict = torch.tensor([int(reachable)], device=mesh.device)
-    dist.all_reduce(verdict, dist.ReduceOp.MIN, group=mesh.ulysses)  # access may be partial: all ranks choose alike
-    return bool(verdict)
+    mine = torch.tensor([host, device, disabled])
+    members = mine.new_empty(mesh.layout.sequence_ranks, 3)
+    all_gather_single(members.view(-1), mine, group=mesh.sequence)
+    closeness = 2
+    for other, peer, off in members.tolist():
+        if other != host:
+            closeness = 0
+        elif off or not (peer == device or torch.cuda.can_device_access_peer(device, peer)):
+            closeness = min(closeness, 1)
+    verdict = torch.tensor([closeness])
+    dist.all_reduce(verdict, dist.ReduceOp.MIN, group=mesh.sequence)  # access may be partial: all ranks choose alike
+    return int(verdict)

@@ -11,7 +11,7 @@ import torch
 
 from ..comm.exchange import GroupExchange
 from ..errors import RequestError
-from ..models.family import Conditioning
+from ..models.family import NO_RESIDUALS, Conditioning, Residuals
 from .denoiser import Denoiser
 
 
@@ -28,10 +28,10 @@ class BatchedDenoiser:
         self._exchange = GroupExchange(mesh.batch) if mesh.batch else None
         self._parts: weakref.WeakKeyDictionary[Conditioning, Conditioning] = weakref.WeakKeyDictionary()
 
-    def check(self, x: torch.Tensor, conditionings: Sequence[Conditioning]) -> None:
+    def check(self, x: torch.Tensor, conditionings: Sequence[Conditioning], control: Residuals = NO_RESIDUALS) -> None:
         """Raises RequestError for tensors that do not fit the model, or that the batch groups do not divide."""
         for conditioning in conditionings:
-            self.denoiser.model.check(x, conditioning)
+            self.denoiser.check(x, conditioning, control)
         count = len(conditionings) if len(conditionings) > 1 else len(x)
         if count % self._groups:
             raise RequestError(f"{self._groups} batch groups do not divide {count} evaluations a step")
@@ -47,8 +47,9 @@ class BatchedDenoiser:
         timestep: torch.Tensor,
         conditionings: Sequence[Conditioning],
         before_each: Callable[[], None],
+        control: Residuals = NO_RESIDUALS,
     ) -> list[torch.Tensor]:
-        """x (B, C, h, w), timestep (B,) on the CPU -> a velocity (B, C, h, w) per prompt.
+        """x (B, C, h, w), timestep (B,) on the CPU -> a velocity (B, C, h, w) per prompt, with one `control` for all.
 
         before_each runs ahead of every evaluation of this group, as often on all ranks.
         """
@@ -59,7 +60,8 @@ class BatchedDenoiser:
         velocities = []
         for conditioning in self._mine(conditionings):
             before_each()
-            velocities.append(self.denoiser(x[images], timestep[images], conditioning).clone())
+            velocity = self.denoiser(x[images], timestep[images], conditioning, control.of_images(images))
+            velocities.append(velocity.clone())
         if self._exchange is None:
             return velocities
         everything = self._exchange.all_gather(torch.stack(velocities))()  # (groups, prompts of a group, images, ...)
@@ -78,10 +80,5 @@ class BatchedDenoiser:
         if conditioning not in self._parts:
             rows = len(conditioning.context) // self._groups
             mine = slice(self._position * rows, (self._position + 1) * rows)
-            y, guidance = conditioning.y, conditioning.guidance
-            self._parts[conditioning] = Conditioning(
-                conditioning.context[mine],
-                None if y is None else y[mine],
-                guidance if guidance is None or len(guidance) == 1 else guidance[mine],
-            )
+            self._parts[conditioning] = conditioning.of_images(mine)
         return self._parts[conditioning]

@@ -1,7 +1,7 @@
 """Evaluations of a transformer over all ranks: latents in, velocity out, both whole on every rank.
 
-What does not change from step to step is computed once: a prompt's text tokens, and the modulations of all its
-timesteps.
+What does not change from step to step is computed once: a prompt's text tokens, the patches of its references, and the
+modulations of all its timesteps.
 """
 
 import weakref
@@ -15,10 +15,12 @@ from ..comm.mesh import Mesh
 from ..comm.shards import SequenceShards
 from ..comm.transport import Transport
 from ..config import Settings
-from ..models.family import Conditioning, Transformer
-from ..models.patches import patch_grid
+from ..errors import RequestError
+from ..models.family import NO_RESIDUALS, Conditioning, Residuals, Transformer, check_control, references_of
+from ..models.patches import patchify
+from ..models.positions import References
 from ..models.segments import Segments
-from .step import Step
+from .step import PromptTensors, Shape, Step
 
 KEPT_STEPS = 4
 """Shapes whose buffers and graphs are kept."""
@@ -28,7 +30,8 @@ KEPT_ROWS = 64
 
 @dataclass(slots=True)
 class _Computed:
-    text: torch.Tensor
+    prompt: PromptTensors
+    placed: References
     rows: OrderedDict[tuple[float, ...], torch.Tensor]
 
 
@@ -38,32 +41,53 @@ class Denoiser:
     def __init__(self, model: Transformer, mesh: Mesh, transport: Transport, settings: Settings, dtype: torch.dtype):
         self.model, self.mesh, self.transport, self.settings, self.dtype = model, mesh, transport, settings, dtype
         _, self._attend = choose(settings.attention, mesh.device, dtype)
-        self._segments = Segments(compiled=settings.compile and mesh.device.type == "cuda")
+        self._segments = Segments(mesh.device, fused=settings.compile, fp8=settings.linear == "fp8")
         self._computed: weakref.WeakKeyDictionary[Conditioning, _Computed] = weakref.WeakKeyDictionary()
         self._steps: OrderedDict[tuple, Step] = OrderedDict()
         self._generation = transport.generation
         self._graph_memory = torch.cuda.graph_pool_handle() if mesh.device.type == "cuda" else None
 
+    def check(self, x: torch.Tensor, conditioning: Conditioning, control: Residuals = NO_RESIDUALS) -> None:
+        """Raises RequestError for tensors that do not fit the model."""
+        self.model.check(x, conditioning)
+        if problem := check_control(x, conditioning, control, self.model.config):
+            raise RequestError(problem)
+
     @torch.inference_mode()
     def prepare(self, timesteps: list[float], conditioning: Conditioning) -> None:
         """Computes the modulations of these timesteps in one product per layer."""
-        batch = conditioning.context.shape[0]
-        keys = [(t,) * batch for t in list(dict.fromkeys(timesteps))[:KEPT_ROWS]]  # later ones when they are needed
-        self._add_rows(self._of(conditioning), conditioning, keys)
+        computed, batch = self._of(conditioning), conditioning.context.shape[0]
+        first = [0.0] if computed.placed.at_timestep_zero else []
+        distinct = list(dict.fromkeys(first + timesteps))[:KEPT_ROWS]  # later ones when they are needed
+        self._add_rows(computed, conditioning, [(t,) * batch for t in distinct])
 
     @torch.inference_mode()
-    def __call__(self, x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+    def __call__(
+        self,
+        x: torch.Tensor,
+        timestep: torch.Tensor,
+        conditioning: Conditioning,
+        control: Residuals = NO_RESIDUALS,
+    ) -> torch.Tensor:
         """x (B, C, h, w) or (B, C, 1, h, w), timestep (B,) in [0, 1] on the CPU -> velocity, as x, in the compute type,
         valid until the next call."""
         if x.dim() == 5:
-            return self(x.squeeze(2), timestep, conditioning).unsqueeze(2)
+            return self(x.squeeze(2), timestep, conditioning, control).unsqueeze(2)
         computed = self._of(conditioning)
-        key = tuple(timestep.tolist())
-        if key not in computed.rows:
-            self._add_rows(computed, conditioning, [key])
-        computed.rows.move_to_end(key)
-        step = self._step(x, conditioning.context.shape[1])
-        return step.run(x, computed.text, computed.rows[key], self._graph_memory)
+        keys = [tuple(timestep.tolist())]
+        if computed.placed.at_timestep_zero:
+            keys.append((0.0,) * len(x))
+        self._add_rows(computed, conditioning, keys)
+        shape = Shape(
+            tuple(x.shape),
+            conditioning.context.shape[1],
+            computed.placed,
+            tuple(tuple(tensor.shape) for tensor in control.tensors),
+            control.input,
+            control.output,
+        )
+        rows = [computed.rows[key] for key in keys]
+        return self._step(shape).run(x, computed.prompt, rows, control.tensors, self._graph_memory)
 
     def forget_prompts(self) -> None:
         """Drops what was computed from prompts, after weights have changed. Buffers and graphs stay."""
@@ -71,14 +95,24 @@ class Denoiser:
 
     def _of(self, conditioning: Conditioning) -> _Computed:
         if conditioning not in self._computed:
-            context = conditioning.context
+            context, concat = conditioning.context, conditioning.concat
             shards = SequenceShards(self.mesh.layout, context.shape[1], 0)
             local = shards.take_text(context.to(self.dtype), self.mesh.rank, dim=1)
-            self._computed[conditioning] = _Computed(self.model.embed_text(local), OrderedDict())
+            patches = [patchify(_flat(latent).to(self.dtype)) for latent in conditioning.references]
+            prompt = PromptTensors(
+                self.model.embed_text(local),
+                None if concat is None else _flat(concat).to(self.dtype),
+                torch.cat(patches, dim=1) if patches else None,
+            )
+            placed = references_of(self.model.config, conditioning)
+            self._computed[conditioning] = _Computed(prompt, placed, OrderedDict())
         return self._computed[conditioning]
 
     def _add_rows(self, computed: _Computed, conditioning: Conditioning, keys: list[tuple[float, ...]]) -> None:
         missing = [key for key in dict.fromkeys(keys) if key not in computed.rows]
+        for key in keys:
+            if key in computed.rows:
+                computed.rows.move_to_end(key)  # used last, dropped last
         if not missing:
             return
         device = conditioning.context.device
@@ -88,29 +122,31 @@ class Denoiser:
         while len(computed.rows) > KEPT_ROWS:
             computed.rows.popitem(last=False)
 
-    def _step(self, x: torch.Tensor, text: int) -> Step:
+    def _step(self, shape: Shape) -> Step:
         if self.transport.generation != self._generation:
             self._steps.clear()  # their graphs hold addresses that have moved
             self._generation = self.transport.generation
-        key = (*x.shape, text)
-        if key not in self._steps:
-            rows, columns = patch_grid(*x.shape[-2:])
-            shards = SequenceShards(self.mesh.layout, text, rows * columns)
+        if shape not in self._steps:
             while len(self._steps) >= KEPT_STEPS:
                 self._steps.popitem(last=False)
-            self._steps[key] = Step(
+            self._steps[shape] = Step(
                 self.model,
                 self.mesh,
                 self.transport,
                 self._attend,
                 self.settings,
                 self._segments,
-                x,
-                shards,
+                shape,
+                self.mesh.device,
                 self.dtype,
             )
             if self.transport.generation != self._generation:
-                self._steps = OrderedDict({key: self._steps[key]})
+                self._steps = OrderedDict({shape: self._steps[shape]})
                 self._generation = self.transport.generation
-        self._steps.move_to_end(key)
-        return self._steps[key]
+        self._steps.move_to_end(shape)
+        return self._steps[shape]
+
+
+def _flat(latents: torch.Tensor) -> torch.Tensor:
+    """(B, C, h, w) of latents that may have a frame axis of one."""
+    return latents.squeeze(2) if latents.dim() == 5 else latents

@@ -4,13 +4,15 @@ import logging
 from collections.abc import Mapping
 
 import torch
+import torch.distributed as dist
 
 from ..comm.mesh import Mesh, make_mesh, single_rank_mesh
 from ..comm.transport import Transport
 from ..config import Layout, ModelSpec, Settings
-from ..models.family import Transformer
-from ..models.loading import describe_model, read_weights
+from ..models.family import Config, Transformer
+from ..models.loading import Checkpoint
 from ..models.patching import PatchedWeights, Patches
+from ..models.products import check_fp8_products
 from .batch import BatchedDenoiser
 from .denoiser import Denoiser
 
@@ -25,15 +27,9 @@ class Engine:
         self._spec: ModelSpec | None = None
         self._model: Transformer | None = None
         self._weights: PatchedWeights | None = None
+        self._described: Checkpoint | None = None
         self._meshes: dict[Layout, tuple[Mesh, Transport]] = {}
         self._denoiser: tuple[Layout, Settings, BatchedDenoiser] | None = None
-
-    @property
-    def heads(self) -> int:
-        """Attention heads of the resident model."""
-        if self._model is None:
-            raise RuntimeError("no model is loaded")
-        return self._model.config.heads
 
     @property
     def patches(self) -> int | None:
@@ -49,19 +45,42 @@ class Engine:
             single = layout.ranks == 1
             mesh = single_rank_mesh(self.device) if single else make_mesh(layout, self.device)
             self._meshes[layout] = mesh, Transport(mesh)
-            log.info("layout %s: Ulysses over %s", layout, self._meshes[layout][1].name)
+            log.info("layout %s: Ulysses over %s", layout, self._meshes[layout][1].kind)
         return self._meshes[layout]
 
-    def load(self, spec: ModelSpec) -> None:
-        """Makes `spec` the resident model. Raises CheckpointError; a file that is refused by its header leaves the old
-        model in place."""
+    def describe(self, spec: ModelSpec) -> Config:
+        """What the model of `spec` is, by its file's header alone. Raises CheckpointError, or ValueError for products
+        that this device does not have; nothing has changed then."""
         if self.holds(spec):
-            return
-        model, keys = describe_model(spec)
+            return self._model.config
+        if spec.linear == "fp8":
+            check_fp8_products(self.device, getattr(torch, spec.compute))
+        self._described = Checkpoint(spec)
+        return self._described.model.config
+
+    def make_room(self) -> None:
+        """Drops the resident model and makes room for the one that was described."""
+        described = self._described
         self.release()
-        self._model = read_weights(model, keys, spec, self.device)
-        self._weights = PatchedWeights(self._model, keys, spec)
-        self._spec = spec
+        described.allocate(self.device, self._reading_group())
+        self._described = described
+
+    def load(self) -> None:
+        """Makes the described model the resident one. Collective where GPUs share the reading: an error there is a
+        RuntimeError, which ends the rank, since the others wait for it."""
+        checkpoint, self._described = self._described, None
+        try:
+            self._model = checkpoint.read()
+        except Exception as error:
+            if self._reading_group() is None:
+                raise
+            raise RuntimeError(f"reading {checkpoint.spec.path} failed when the ranks had begun: {error}") from error
+        self._spec, self._weights = checkpoint.spec, PatchedWeights(checkpoint)
+
+    def _reading_group(self) -> dist.ProcessGroup | None:
+        if self.device.type == "cpu" or not dist.is_initialized() or dist.get_world_size() == 1:
+            return None
+        return dist.group.WORLD
 
     def patch(self, weights: Patches, tensors: Mapping[str, torch.Tensor], *, base: int | None, number: int) -> None:
         """Changes the resident model's weights in place; nothing is captured or compiled again. Raises as
@@ -90,6 +109,7 @@ class Engine:
 
     def release(self) -> None:
         """Drops the resident model and gives its memory back."""
-        self._spec = self._model = self._weights = self._denoiser = None
+        self._spec = self._model = self._denoiser = None
+        self._weights = self._described = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -1,22 +1,45 @@
 """One evaluation for tensors of one shape: static buffers, and on GPUs one CUDA graph of everything between them."""
 
+from typing import NamedTuple
+
 import torch
 
 from ..attention import JointAttention
 from ..attention.local import Attend
-from ..comm.exchange import GroupExchange
 from ..comm.mesh import Mesh
 from ..comm.shards import SequenceShards
 from ..comm.transport import Transport
 from ..config import Settings
-from ..models.family import Transformer
-from ..models.patches import patch_grid, patchify, unpatchify
+from ..models.family import Residuals, Transformer
+from ..models.patches import PATCH, patch_grid, patchify, unpatchify
+from ..models.positions import References
 from ..models.segments import Segments
 
 
+class Shape(NamedTuple):
+    """What a Step is made for: x (B, C, h, w), text tokens, references, and a ControlNet's tensors and where they are
+    added."""
+
+    x: tuple[int, ...]
+    text: int
+    references: References
+    residuals: tuple[tuple[int, ...], ...] = ()
+    input: tuple[int | None, ...] = ()
+    output: tuple[int | None, ...] = ()
+
+
+class PromptTensors(NamedTuple):
+    """A prompt as an evaluation takes it: text (B, Lt, hidden), this rank's; concat (B, C', h, w); references (B, R,
+    4 C), patches of all reference images."""
+
+    text: torch.Tensor
+    concat: torch.Tensor | None
+    references: torch.Tensor | None
+
+
 class Step:
-    """run(x, text, modulations) for x (B, C, h, w), text (B, Lt, hidden), modulations (B, width), all copied into
-    buffers that stay where they are. The first run is not captured (it compiles and allocates), the second one is."""
+    """run(...) copies its arguments into buffers that stay where they are. The first run is not captured (it compiles
+    and allocates), the second one is."""
 
     def __init__(
         self,
@@ -26,27 +49,50 @@ class Step:
         attend: Attend,
         settings: Settings,
         segments: Segments,
-        x: torch.Tensor,
-        shards: SequenceShards,
+        shape: Shape,
+        device: torch.device,
         dtype: torch.dtype,
     ):
-        config, batch = model.config, x.shape[0]
-        self._model, self._mesh, self._segments, self._shards = model, mesh, segments, shards
-        self._gather = GroupExchange(mesh.sequence) if mesh.sequence else None
-        exchange = transport.exchange(shards, batch, config.heads, config.hidden // config.heads, dtype)
-        self._joint = JointAttention(mesh, attend, shards, exchange, overlap=settings.overlap)
-        self._size = x.shape[-2:]
-        self._grid = patch_grid(*self._size)
-        text, image = model.rope(shards.text, self._grid, x.device)
+        config, references = model.config, shape.references
+        batch, channels, *size = shape.x
+        self._model, self._mesh, self._segments, self._size = model, mesh, segments, size
+        self._grid = patch_grid(*size)
+        self._tokens = self._grid[0] * self._grid[1]
+        self._shards = shards = SequenceShards(mesh.layout, shape.text, self._tokens + references.tokens)
+        links = transport.connect(
+            shards,
+            batch,
+            config.heads,
+            config.hidden // config.heads,
+            dtype,
+            packed=settings.wire == "fp8",
+            width=config.channels * PATCH**2,
+        )
+        self._gather = links.gather
+        self._joint = JointAttention(
+            mesh, attend, shards, links, overlap=settings.overlap, pipelined=settings.ring_pipeline
+        )
+        text, image = model.rope(shards.text, self._grid, references, device)
         self._rope = (
             tuple(shards.take_text(table, mesh.rank, dim=0) for table in text),
             tuple(shards.take_image(table, mesh.rank, dim=0) for table in image),
         )
-        self._x = x.new_empty(x.shape, dtype=dtype)
-        self._text = x.new_empty(batch, shards.local_text, config.hidden, dtype=dtype)
-        self._row = x.new_empty(batch, model.modulation_width, dtype=dtype)
-        self._modulations = model.split_modulations(self._row)
-        self._captures = settings.cuda_graphs and x.is_cuda
+        like = {"device": device, "dtype": dtype}
+        self._channels = channels
+        self._x = torch.empty(batch, channels + config.concat_channels, *size, **like)
+        self._text = torch.empty(batch, shards.local_text, config.hidden, **like)
+        self._references = torch.empty(batch, references.tokens, self._x.shape[1] * PATCH**2, **like)
+        self._residuals = Residuals(
+            tuple(torch.empty(b, shards.local_image, hidden, **like) for b, _, hidden in shape.residuals),
+            shape.input,
+            shape.output,
+        )
+        self._rows = torch.empty(batch, 2 if references.at_timestep_zero else 1, model.modulation_width, **like)
+        self._modulations = model.split_modulations(self._rows)
+        if references.at_timestep_zero:
+            rows = torch.arange(shards.image, device=device) >= self._tokens
+            self._segments = segments.by_row(shards.take_image(rows.long(), mesh.rank, dim=0))
+        self._captures = settings.cuda_graphs and device.type == "cuda"
         self._runs = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._output: torch.Tensor | None = None
@@ -55,11 +101,27 @@ class Step:
     def captured(self) -> bool:
         return self._graph is not None
 
-    def run(self, x: torch.Tensor, text: torch.Tensor, modulations: torch.Tensor, pool=None) -> torch.Tensor:
-        """-> velocity (B, C, h, w), valid until the next run. pool: the memory pool that all graphs share."""
-        self._x.copy_(x)
-        self._text.copy_(text)
-        self._row.copy_(modulations)
+    def run(
+        self,
+        x: torch.Tensor,
+        prompt: PromptTensors,
+        modulations: list[torch.Tensor],
+        residuals: tuple[torch.Tensor, ...] = (),
+        pool=None,
+    ) -> torch.Tensor:
+        """x (B, C, h, w), modulations: one row (B, width), or two of which references take the second, residuals: a
+        ControlNet's tensors (B or 1, n, hidden) -> velocity (B, C, h, w), valid until the next run. pool: the memory
+        pool that all graphs share."""
+        self._x[:, : self._channels].copy_(x)
+        if prompt.concat is not None:
+            self._x[:, self._channels :].copy_(prompt.concat)
+        self._text.copy_(prompt.text)
+        if prompt.references is not None:
+            self._references.copy_(prompt.references)
+        for position, row in enumerate(modulations):
+            self._rows[:, position].copy_(row)
+        for buffer, tensor in zip(self._residuals.tensors, residuals, strict=True):
+            buffer.copy_(self._shards.take_image(tensor, self._mesh.rank, dim=1))
         self._runs += 1
         if not self._captures or self._runs == 1:
             return self._evaluate()
@@ -73,8 +135,14 @@ class Step:
 
     def _evaluate(self) -> torch.Tensor:
         shards, rank = self._shards, self._mesh.rank
-        patches = shards.take_image(patchify(self._x), rank, dim=1)
-        velocity = self._model(patches, self._text, self._modulations, self._rope, self._joint, self._segments)
+        stream = patchify(self._x)
+        if self._references.shape[1]:
+            stream = torch.cat([stream, self._references], dim=1)
+        patches = shards.take_image(stream, rank, dim=1)
+        velocity = self._model(
+            patches, self._text, self._modulations, self._rope, self._joint, self._segments, self._residuals
+        )
         parts = self._gather.all_gather(velocity)() if self._gather else velocity[None]
         height, width = self._size
-        return unpatchify(shards.join_image(parts), self._grid)[..., :height, :width]
+        image = shards.join_image(parts)[:, : self._tokens]
+        return unpatchify(image, self._grid)[..., :height, :width]

@@ -1,16 +1,20 @@
 """From a projection to the buffers of an exchange in one pass: split heads, normalise q and k, rotate, lay out.
 
 T tensors (of q, k, v) of R rows each: projected (B, R, T H D). A head of this rank (`position`) goes into `received`
-at the row where attention reads it, any other into `outgoing` for the rank that attends it. Everything is read and
-written once.
+at the row where attention reads it, any other into `outgoing` for the rank that attends it, packed in fp8 (fp8.py)
+where `outgoing` holds bytes. Everything is read and written once.
 """
 
 import torch
 import torch.nn.functional as F
 
+from . import fp8
+
 try:
     import triton
     import triton.language as tl
+
+    from .fp8 import store_packed
 except ImportError:  # a CPU build of torch brings no Triton
     triton = None
 
@@ -34,8 +38,8 @@ def place(
     """Writes tensors `which` of local rows [first_row, first_row + R).
 
     scales: per tensor the RMS norm's weight (D,), or None for one that is neither normed nor rotated (v). rope: cos,
-    sin (R, D / 2) float32, neighbouring pairs. received (3, B, N, h, D), outgoing (3, U, B, L, h, D): see
-    comm/ulysses.py.
+    sin (R, D / 2) float32, neighbouring pairs. received (3, B, N, h, D), outgoing (3, U, B, L, h, D) or packed
+    (3, U, B, L, pitch) uint8: see comm/ulysses.py.
     """
     if projected.is_cuda and triton is not None:
         _launch(projected, scales, rope, which, first_row, received, outgoing, position, regions)
@@ -55,7 +59,10 @@ def place_reference(projected, scales, rope, which, first_row, received, outgoin
             value = rotate(F.rms_norm(value, (d,), scale.to(value.dtype), eps=EPS), *rope)
         for rank, part in enumerate(value.split(local_heads, dim=2)):
             if rank != position:
-                outgoing[tensor, rank, :, rows] = part
+                if outgoing.dtype == torch.uint8:
+                    fp8.pack_reference(part, outgoing[tensor, rank, :, rows])
+                else:
+                    outgoing[tensor, rank, :, rows] = part
                 continue
             for mine, region in regions:
                 start, stop = max(rows.start, mine.start), min(rows.stop, mine.stop)
@@ -98,6 +105,7 @@ if triton is not None:
         HEADS: tl.constexpr,
         LOCAL_HEADS: tl.constexpr,
         D: tl.constexpr,
+        PITCH: tl.constexpr,
         ROWS: tl.constexpr,
         eps: tl.constexpr,
     ):
@@ -133,9 +141,11 @@ if triton is not None:
             place += (target[:, None].to(tl.int64) * LOCAL_HEADS + slot) * D + column
             tl.store(place, value, mask=inside)
         else:
-            place = outgoing + (((tensor * ulysses + rank) * batch + item).to(tl.int64) * local) * LOCAL_HEADS * D
-            place += (local_row[:, None].to(tl.int64) * LOCAL_HEADS + slot) * D + column
-            tl.store(place, value, mask=inside)
+            leaving = ((tensor * ulysses + rank) * batch + item).to(tl.int64) * local + local_row[:, None]
+            if PITCH == 0:
+                tl.store(outgoing + (leaving * LOCAL_HEADS + slot) * D + column, value, mask=inside)
+            else:
+                store_packed(outgoing + leaving * PITCH, value, slot, inside, LOCAL_HEADS, D)
 
 
 def _launch(projected, scales, rope, which, first_row, received, outgoing, position, regions) -> None:
@@ -171,6 +181,7 @@ def _launch(projected, scales, rope, which, first_row, received, outgoing, posit
         HEADS=heads,
         LOCAL_HEADS=received.shape[3],
         D=d,
+        PITCH=outgoing.shape[4] if outgoing.dtype == torch.uint8 else 0,
         ROWS=rows_per_program,
         eps=EPS,
         num_warps=4,

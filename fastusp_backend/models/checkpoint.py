@@ -1,68 +1,61 @@
-"""Reading safetensors files: the header alone (host, validation), or the tensors, memory-mapped."""
+"""A checkpoint's transformer, as the header of its file tells it."""
 
+import json
+from collections import Counter
 from dataclasses import dataclass
+from math import prod
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+from ..config import Storage
 from ..errors import CheckpointError
+from .headers import TensorInfo, read_file_header
+from .scales import PREFIX, fold_scales
 
-_TYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+__all__ = ["Sizes", "TensorInfo", "choose_types", "main_dtype", "read_header"]
 
 
 def read_header(path: str) -> dict[str, TensorInfo]:
-    """Names, shapes and types of the tensors in a file, without reading them.
+    """The tensors of a file's transformer under its own names, without reading them: those of an all-in-one checkpoint
+    without their prefix, scales within their weights' entries.
 
-    Raises CheckpointError for a file that is missing, truncated, corrupt or not in safetensors format.
+    Raises CheckpointError for a file that is missing, truncated, corrupt, or of a format that FastUSP does not read.
     """
-    with _open(path) as file:
-        header = {}
-        for name in file.keys():
-            part = file.get_slice(name)
-            kind = part.get_dtype()
-            if kind not in _TYPES:
-                raise CheckpointError(f"{path}: tensor {name!r} has type {kind}, which FastUSP does not read")
-            header[name] = TensorInfo(tuple(part.get_shape()), _TYPES[kind])
-        return header
+    tensors, metadata = read_file_header(path)
+    own = {name.removeprefix(PREFIX): info for name, info in tensors.items() if name.startswith(PREFIX)}
+    try:
+        return fold_scales(own or tensors, metadata, path)
+    except (json.JSONDecodeError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{path}: what it says of its quantisation is malformed ({error})") from error
 
 
-def read_tensors(
-    path: str, names: list[str], device: torch.device, dtype: torch.dtype | None
-) -> dict[str, torch.Tensor]:
-    """The named tensors on `device`, converted to `dtype` unless it is None.
+def main_dtype(header: dict[str, TensorInfo]) -> torch.dtype:
+    """The type of most of the values; packed ones count as float32."""
+    counts = Counter()
+    for info in header.values():
+        counts[info.dtype] += prod(info.shape)
+    return counts.most_common(1)[0][0]
 
-    On the CPU, tensors of the wished type are views of the mapped file: ranks share its pages.
+
+def choose_types(storage: Storage | None, file_dtype: torch.dtype, *, cpu: bool, bfloat16: bool, float16: bool) -> dict:
+    """ModelSpec's types for a wished storage type (None: the default) and a file of mostly `file_dtype`.
+
+    CPU ranks compute in float32, as ComfyUI does on a CPU. GPUs compute in the storage type, which by default is the
+    file's; float32 files are stored, as ComfyUI stores them, in 16 bits unless float32 is asked for. Where a model does
+    not compute in float16 or a GPU in bfloat16 (the flags), the other type computes. Weights that are in fp8 or packed,
+    and by default stay so, are converted as they are used.
     """
-    with _open(path) as file:
-        tensors = {}
-        for name in names:
-            try:
-                tensor = file.get_tensor(name)
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(
-                    f"tensor {name!r} of {path} cannot be read ({error}); get the file again"
-                ) from error
-            tensors[name] = tensor.to(device=device, dtype=dtype if dtype is not None else tensor.dtype)
-        return tensors
+    if cpu:
+        return {"storage": storage, "compute": "float32"}
+    keep = storage is None
+    if storage is None:
+        storage = "float16" if file_dtype == torch.float16 or not bfloat16 else "bfloat16"
+    compute = "bfloat16" if storage.startswith("float8") else storage
+    if compute == "bfloat16" and not bfloat16:
+        compute = "float16" if float16 else "float32"
+    elif compute == "float16" and not float16:
+        compute = "bfloat16" if bfloat16 else "float32"
+    return {"storage": storage, "compute": compute, "keep_quantised": keep}
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,15 +91,3 @@ class Sizes:
     def count(self, blocks: str) -> int:
         """Blocks named `blocks`.0, `blocks`.1, ..."""
         return len({key.split(".")[1] for key in self.header if key.startswith(blocks + ".")})
-
-
-def _open(path: str):
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except FileNotFoundError as error:
-        raise CheckpointError(f"there is no model file {path}") from error
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read as safetensors ({error}): it is truncated, corrupt or of another format. "
-            "Download it again, or convert it to safetensors"
-        ) from error

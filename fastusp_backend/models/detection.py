@@ -15,7 +15,6 @@ _FOREIGN = (
     ("distilled_guidance_layer.", "Chroma"),
     ("nerf_blocks.", "Chroma Radiance"),
     ("double_blocks.0.img_mlp.gate_proj.weight", "Ovis-Image or LongCat-Image"),
-    ("__index_timestep_zero__", "Qwen-Image-Edit 2511"),
     ("time_text_embed.addition_t_embedding.", "Qwen-Image-Layered"),
     ("controlnet_", "a ControlNet"),
     ("transformer_blocks.0.img_mlp.w1.weight", "Lens"),
@@ -25,9 +24,9 @@ _FOREIGN = (
         "a transformer in diffusers' key layout",
     ),
     ("input_blocks.", "a Stable Diffusion U-Net"),
-    ("model.diffusion_model.", "an all-in-one checkpoint"),
     ("cap_embedder.", "Lumina or Z-Image"),
     ("text_model.", "a text encoder"),
+    ("blk.", "a text encoder"),
     ("encoder.", "a text encoder or VAE"),
     ("lora_", "a LoRA"),
 )
@@ -46,11 +45,4 @@ def detect(header: dict[str, TensorInfo], path: str) -> Config:
         some = ", ".join(sorted(header)[:3]) or "no tensors at all"
         names = " or ".join(family.family for family in FAMILIES)
         raise CheckpointError(f"{path} is no {names} transformer in its original key layout; it begins with {some}")
-    for name, info in header.items():
-        if not info.dtype.is_floating_point or info.dtype.itemsize == 1 or name == "scaled_fp8":
-            kind = str(info.dtype).removeprefix("torch.")
-            raise CheckpointError(
-                f"{path} is quantised (tensor {name!r} is {kind}), which FastUSP does not read yet; use a bf16 or "
-                f"fp16 file"
-            )
     return family.from_sizes(Sizes(header, path, family.family))

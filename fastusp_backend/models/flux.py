@@ -1,42 +1,47 @@
-"""FLUX.1 (dev, schnell; any size with head dim 128) in the original (BFL) key layout.
+"""FLUX.1 (dev, schnell, Kontext, Fill, Canny, Depth; any size with head dim 128) in the original (BFL) key layout.
 
 Two towers, text and image, run 'double' blocks that attend jointly; their joined sequence then runs 'single' blocks.
-Everything around attention works token by token, so a rank runs it on its own tokens. The blocks are schedules: they
-start an exchange as soon as its payload exists and compute what does not need it before they await it. Each residual
-addition is fused with the next block's norm, so blocks pass on (x, normed x).
+Everything around attention works token by token, so a rank runs it on its own tokens.
 
 Modulations depend on timestep, guidance and pooled text alone: one product per layer gives them for all evaluations.
 
 Shapes: B batch, L tokens of this rank (text first), C hidden, H heads, D head dim = 128, M mlp width.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from ..attention import ALL, ONLY_K, ONLY_Q, ONLY_V, JointAttention, Rope
+from ..attention import JointAttention, Rope
 from ..errors import CheckpointError, RequestError
 from .checkpoint import Sizes
-from .family import HEAD_DIM, Conditioning, check_prompt
-from .layers import Gates, HeadNorm, Linear, rope_tables, timestep_embedding
+from .family import HEAD_DIM, NO_RESIDUALS, Conditioning, Residuals, check_prompt
+from .flux_blocks import DoubleBlock, Embedder, FinalLayer, SingleBlock, SingleGates
+from .layers import Gates, Linear, rope_tables, timestep_embedding
 from .patches import PATCH
-from .segments import Segments, gelu_linear
+from .positions import References, image_positions
+from .segments import Segments
 
 AXES = (16, 56, 56)
 THETA = 10_000.0
+MASK_CHANNELS = 64
+"""A mask of 8 x 8 pixels per latent pixel."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FluxConfig:
-    """Sizes read from a file. channels: latent channels; context, pooled: widths of the text inputs; guidance: dev."""
+    """Sizes read from a file. channels: latent channels; concat_channels: of an image (Canny, Depth) or an image and a
+    mask (Fill) beside them; context, pooled: widths of the text inputs; guidance: dev."""
 
     family: ClassVar[str] = "FLUX.1"
-    runs: ClassVar[str] = "FLUX.1 dev and schnell"
+    runs: ClassVar[str] = "FLUX.1 dev, schnell, Kontext, Fill, Canny and Depth"
     marks: ClassVar[frozenset[str]] = frozenset(("img_in.weight", "double_blocks.0.img_attn.qkv.weight"))
     float16: ClassVar[bool] = True
+    reference_methods: ClassVar[frozenset[str]] = frozenset(("offset", "index", "uxo"))
+    reference_method: ClassVar[str] = "offset"
 
     hidden: int
     heads: int
@@ -47,21 +52,23 @@ class FluxConfig:
     double_blocks: int
     single_blocks: int
     guidance: bool
+    concat_channels: int = 0
 
     @classmethod
     def from_sizes(cls, sizes: Sizes) -> "FluxConfig":
-        """Raises CheckpointError for the models that take more than latents."""
+        """Raises CheckpointError for a model that takes what ComfyUI would not give it."""
         hidden, in_features = sizes.matrix("img_in.weight")
         out_features = sizes.matrix("final_layer.linear.weight")[0]
-        if in_features != out_features:
+        channels, concat = out_features // PATCH**2, (in_features - out_features) // PATCH**2
+        if in_features % PATCH**2 or out_features % PATCH**2 or concat not in (0, channels, channels + MASK_CHANNELS):
             raise CheckpointError(
-                f"{sizes.path} takes {in_features // 4} latent channels and gives {out_features // 4}: it is a FLUX.1 "
-                f"Fill, Canny or Depth model, which FastUSP does not run yet; it runs {cls.runs}"
+                f"{sizes.path} takes {in_features} values per patch and gives {out_features}: it is none of {cls.runs}"
             )
         return cls(
             hidden=hidden,
             heads=sizes.heads(hidden, HEAD_DIM),
-            channels=in_features // 4,
+            channels=channels,
+            concat_channels=concat,
             context=sizes.matrix("txt_in.weight")[1],
             pooled=sizes.matrix("vector_in.in_layer.weight")[1],
             mlp=sizes.matrix("double_blocks.0.img_mlp.0.weight")[0],
@@ -72,133 +79,6 @@ class FluxConfig:
 
     def build(self) -> "Flux":
         return Flux(self)
-
-
-class Embedder(nn.Module):
-    def __init__(self, width: int, hidden: int):
-        super().__init__()
-        self.in_layer = Linear(width, hidden)
-        self.out_layer = Linear(hidden, hidden)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.out_layer(F.silu(self.in_layer(x)))
-
-
-class Modulation(nn.Module):
-    """silu(vec) -> `parts` shifts, scales and gates of C each."""
-
-    def __init__(self, hidden: int, parts: int):
-        super().__init__()
-        self.lin = Linear(hidden, parts * hidden)
-
-    def forward(self, vec: torch.Tensor) -> torch.Tensor:
-        return self.lin(F.silu(vec))
-
-
-class QKNorm(nn.Module):
-    def __init__(self, dim: int):
-        super().__init__()
-        self.query_norm = HeadNorm(dim)
-        self.key_norm = HeadNorm(dim)
-
-    @property
-    def scales(self) -> tuple[torch.Tensor, torch.Tensor, None]:
-        """For q, k and v, as `JointAttention.project` takes them."""
-        return self.query_norm.scale, self.key_norm.scale, None
-
-
-class SelfAttention(nn.Module):
-    def __init__(self, hidden: int, heads: int):
-        super().__init__()
-        self.qkv = Linear(hidden, 3 * hidden)
-        self.norm = QKNorm(hidden // heads)
-        self.proj = Linear(hidden, hidden)
-
-
-class SingleGates(NamedTuple):
-    """Modulations of a single block, each (B, 1, C)."""
-
-    shift: torch.Tensor
-    scale: torch.Tensor
-    gate: torch.Tensor
-
-
-class Tower(nn.Module):
-    """One stream's half of a double block. Its tensors are named img_* or txt_* in the file: see Flux.module_key."""
-
-    def __init__(self, hidden: int, heads: int, mlp: int):
-        super().__init__()
-        self.hidden = hidden
-        self.mod = Modulation(hidden, 6)
-        self.attn = SelfAttention(hidden, heads)
-        self.mlp = nn.Sequential(Linear(hidden, mlp), nn.GELU(approximate="tanh"), Linear(mlp, hidden))
-
-    def project(self, normed: torch.Tensor, rope: Rope, joint: JointAttention, **stream: bool) -> None:
-        """All of q, k, v in one product and one message: right for a short stream."""
-        joint.project(self.attn.qkv(normed), self.attn.norm.scales, rope, ALL, **stream)
-
-    def project_in_turn(self, normed: torch.Tensor, rope: Rope, joint: JointAttention, **stream: bool) -> None:
-        """v, k, q one after the other: each travels while the next is computed."""
-        for which in (ONLY_V, ONLY_K, ONLY_Q):
-            rows = slice(which.start * self.hidden, which.stop * self.hidden)
-            projected = F.linear(normed, *self.attn.qkv.rows(rows, normed.dtype))
-            joint.project(projected, self.attn.norm.scales[which], rope, which, **stream)
-
-    def combine(self, x, attended, gates: Gates, run: Segments) -> tuple[torch.Tensor, torch.Tensor]:
-        """x (B, L, C) and its attended tokens -> (x, the MLP's output, still to be added)."""
-        x, normed = run.add_norm(x, self.attn.proj(attended), gates.gate, gates.mlp_shift, gates.mlp_scale)
-        widen, narrow = self.mlp[0], self.mlp[2]
-        return x, narrow(gelu_linear(normed, *widen.rows(slice(None), normed.dtype)))
-
-
-class DoubleBlock(nn.Module):
-    def __init__(self, config: FluxConfig):
-        super().__init__()
-        self.txt = Tower(config.hidden, config.heads, config.mlp)
-        self.img = Tower(config.hidden, config.heads, config.mlp)
-
-    def forward(self, txt, img, txt_normed, img_normed, gates: tuple[Gates, Gates], rope, joint, run: Segments):
-        """txt (B, Lt, C), img (B, Li, C), gates and rope a pair (text, image) -> (txt, img, and what to add to
-        each)."""
-        self.img.project_in_turn(img_normed, rope[1], joint, text=False)
-        self.txt.project(txt_normed, rope[0], joint, image=False)
-        joint.attend()
-        attended = joint.collect()
-        length = txt.shape[1]
-        txt, txt_mlp = self.txt.combine(txt, attended[:, :length], gates[0], run)
-        img, img_mlp = self.img.combine(img, attended[:, length:], gates[1], run)
-        return txt, img, txt_mlp, img_mlp
-
-
-class SingleBlock(nn.Module):
-    """Attention and MLP side by side (arXiv 2302.05442): linear1 holds qkv and the MLP's input, linear2 both
-    outputs."""
-
-    def __init__(self, config: FluxConfig):
-        super().__init__()
-        self.hidden = config.hidden
-        self.modulation = Modulation(config.hidden, 3)
-        self.linear1 = Linear(config.hidden, 3 * config.hidden + config.mlp)
-        self.linear2 = Linear(config.hidden + config.mlp, config.hidden)
-        self.norm = QKNorm(config.hidden // config.heads)
-
-    def forward(self, normed: torch.Tensor, rope: Rope, joint: JointAttention) -> torch.Tensor:
-        """normed (B, L, C) -> what to add to x (B, L, C)."""
-        c, dtype = self.hidden, normed.dtype
-        joint.project(F.linear(normed, *self.linear1.rows(slice(0, 3 * c), dtype)), self.norm.scales, rope)
-        mlp = gelu_linear(normed, *self.linear1.rows(slice(3 * c, None), dtype))  # while q, k, v travel
-        joint.attend()
-        weight, bias = self.linear2.rows(slice(None), dtype)
-        out = F.linear(mlp, weight[:, c:], bias).flatten(0, 1)  # while the attended tokens travel
-        out.addmm_(joint.collect().flatten(0, 1), weight[:, :c].t())
-        return out.view_as(normed)
-
-
-class FinalLayer(nn.Module):
-    def __init__(self, hidden: int, out: int):
-        super().__init__()
-        self.linear = Linear(hidden, out)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(hidden, 2 * hidden))
 
 
 class Modulations(NamedTuple):
@@ -214,7 +94,7 @@ class Flux(nn.Module):
         super().__init__()
         self.config = config
         width = config.channels * PATCH**2
-        self.img_in = Linear(width, config.hidden)
+        self.img_in = Linear(width + config.concat_channels * PATCH**2, config.hidden)
         self.txt_in = Linear(config.context, config.hidden)
         self.time_in = Embedder(256, config.hidden)
         self.vector_in = Embedder(config.pooled, config.hidden)
@@ -239,6 +119,14 @@ class Flux(nn.Module):
         """The inverse of `module_key`, in the original naming."""
         return name.replace(".txt.", ".txt_").replace(".img.", ".img_")
 
+    def products(self) -> Iterator[Linear]:
+        """The large layers of every step, whose products may be computed in fp8."""
+        for block in self.double_blocks:
+            for tower in (block.txt, block.img):
+                yield from (tower.attn.qkv, tower.attn.proj, tower.mlp[0], tower.mlp[2])
+        for block in self.single_blocks:
+            yield from (block.linear1, block.linear2)
+
     @property
     def modulation_width(self) -> int:
         """Values per evaluation and batch item."""
@@ -250,8 +138,13 @@ class Flux(nn.Module):
         config, y = self.config, conditioning.y
         if x.dim() != 4 or x.shape[1] != config.channels or not x.numel():
             raise RequestError(f"latents {tuple(x.shape)} do not fit the model: expected (B, {config.channels}, h, w)")
-        if problem := check_prompt(x, conditioning, width=config.context):
+        if problem := check_prompt(x, conditioning, config):
             raise RequestError(problem)
+        if conditioning.references and conditioning.reference_method == "index_timestep_zero":
+            raise RequestError(
+                "FLUX.1 knows no reference method index_timestep_zero; choose offset, index or uxo/uno in Edit Model "
+                "Reference Method"
+            )
         if y is not None and (y.dim() != 2 or len(y) != len(x) or y.shape[1] < config.pooled):
             raise RequestError(
                 f"the pooled text {tuple(y.shape)} does not fit the model: expected ({len(x)}, {config.pooled})"
@@ -260,10 +153,9 @@ class Flux(nn.Module):
     def embed_text(self, context: torch.Tensor) -> torch.Tensor:
         return self.txt_in(context)
 
-    def rope(self, text: int, grid: tuple[int, int], device: torch.device) -> tuple[Rope, Rope]:
-        """Text tokens are all at (0, 0, 0), image tokens at (0, row, column)."""
-        rows, columns = torch.meshgrid(*(torch.arange(n, device=device) for n in grid), indexing="ij")
-        image = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
+    def rope(self, text: int, grid: tuple[int, int], references: References, device: torch.device) -> tuple[Rope, Rope]:
+        """Text tokens are all at (0, 0, 0), the image's at (0, row, column)."""
+        image = image_positions(grid, references, device, centred=False)
         return rope_tables(image.new_zeros(text, 3), AXES, THETA), rope_tables(image, AXES, THETA)
 
     def modulation_table(self, timesteps: torch.Tensor, conditioning: Conditioning, dtype: torch.dtype) -> torch.Tensor:
@@ -284,9 +176,9 @@ class Flux(nn.Module):
         layers.append(self.final_layer.adaLN_modulation)
         return torch.cat([layer(vec) for layer in layers], dim=-1)
 
-    def split_modulations(self, row: torch.Tensor) -> Modulations:
-        """One evaluation's row (B, modulation_width) of the table, as views."""
-        parts = iter(row[:, None].split(self.config.hidden, dim=-1))
+    def split_modulations(self, rows: torch.Tensor) -> Modulations:
+        """One evaluation's row (B, 1, modulation_width) of the table, as views."""
+        parts = iter(rows.split(self.config.hidden, dim=-1))
 
         def take(kind: type, count: int):
             return kind(*(next(parts) for _ in range(count)))
@@ -303,16 +195,19 @@ class Flux(nn.Module):
         rope: tuple[Rope, Rope],
         joint: JointAttention,
         run: Segments,
+        control: Residuals = NO_RESIDUALS,
     ) -> torch.Tensor:
-        """img (B, Li, 4 channels) patches, txt (B, Lt, C) of `txt_in`, rope (text, image) -> velocity patches, as
-        img."""
+        """img (B, Li, 4 (channels + concat_channels)) patches, txt (B, Lt, C) of `txt_in`, rope (text, image), control
+        (B or 1, Li, C) -> velocity patches (B, Li, 4 channels)."""
         img = self.img_in(img)
         first_txt, first_img = mods.double[0]
         txt_normed = run.norm(txt, first_txt.shift, first_txt.scale)
         img_normed = run.norm(img, first_img.shift, first_img.scale)
         following = [*mods.double[1:], None]
-        for block, gates, after in zip(self.double_blocks, mods.double, following, strict=True):
+        for i, (block, gates, after) in enumerate(zip(self.double_blocks, mods.double, following, strict=True)):
             txt, img, txt_mlp, img_mlp = block(txt, img, txt_normed, img_normed, gates, rope, joint, run)
+            if (residual := control.after_input(i)) is not None:
+                img = img + residual
             txt_gate, img_gate = gates[0].mlp_gate, gates[1].mlp_gate
             if after is None:
                 txt, img = run.add(txt, txt_mlp, txt_gate), run.add(img, img_mlp, img_gate)
@@ -325,6 +220,9 @@ class Flux(nn.Module):
         joint_rope = tuple(torch.cat([t, i]) for t, i in zip(*rope, strict=True))
         ends = [(gates.shift, gates.scale) for gates in mods.single] + [mods.final]
         normed = run.norm(x, *ends[0])
-        for block, gates, (shift, scale) in zip(self.single_blocks, mods.single, ends[1:], strict=True):
-            x, normed = run.add_norm(x, block(normed, joint_rope, joint), gates.gate, shift, scale)
+        for i, (block, gates, (shift, scale)) in enumerate(zip(self.single_blocks, mods.single, ends[1:], strict=True)):
+            if (residual := control.after_output(i)) is not None:
+                x[:, length:] += residual
+            after = run if block is not self.single_blocks[-1] else run.exact
+            x, normed = after.add_norm(x, block(normed, joint_rope, joint, run), gates.gate, shift, scale)
         return self.final_layer.linear(normed[:, length:])

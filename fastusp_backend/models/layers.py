@@ -7,21 +7,58 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .products import Quantised, product
+from .stored import Stored
+
+Activations = torch.Tensor | Quantised
+
 
 class Linear(nn.Module):
-    """y = x W^T + b, with W and b converted to x's type where they are stored in another."""
+    """y = x W^T + b, with W and b converted to x's type where they are stored in another (see stored.py); in fp8 where
+    x is quantised, which takes a weight that is held by rows."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False)
+        self.register_buffer("scale", None, persistent=False)
+        self.register_buffer("input_scale", None, persistent=False)
+        self.packing = ""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, *self.rows(slice(None), x.dtype))
+    @property
+    def stored(self) -> Stored:
+        """The weight as it lies in memory."""
+        return Stored(self.weight, self.scale, self.input_scale, self.packing)
+
+    @stored.setter
+    def stored(self, stored: Stored) -> None:
+        self.weight = nn.Parameter(stored.data, requires_grad=False)
+        self.scale, self.input_scale, self.packing = stored.scale, stored.input_scale, stored.packing
+
+    def forward(
+        self,
+        x: Activations,
+        rows: slice = slice(None),
+        columns: slice = slice(None),
+        *,
+        bias: bool = True,
+    ) -> torch.Tensor:
+        """rows: of the outputs, a fused projection is run part by part. columns: of the inputs, which x holds alone."""
+        offset = self.bias[rows].to(x.dtype) if bias else None
+        if isinstance(x, Quantised):
+            return product(x, self.weight[rows, columns], self.scale[rows], offset)
+        return F.linear(x, self.stored.values(x.dtype, rows, columns), offset)
+
+    def add_to(self, out: torch.Tensor, x: Activations, columns: slice) -> torch.Tensor:
+        """out (B, L, N) + x W^T for some columns of W, in out's memory where that is possible."""
+        if isinstance(x, Quantised):
+            return out.add_(self(x, columns=columns, bias=False))
+        weight = self.stored.values(x.dtype, columns=columns)
+        return out.flatten(0, 1).addmm_(x.flatten(0, 1), weight.t()).view_as(out)
 
     def rows(self, rows: slice, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weight and bias of some outputs, in `dtype`: a fused projection is run part by part."""
-        return self.weight[rows].to(dtype), self.bias[rows].to(dtype)
+        """Weight and bias of some outputs, in `dtype`."""
+        return self.stored.values(dtype, rows), self.bias[rows].to(dtype)
 
 
 class HeadNorm(nn.Module):

@@ -1,4 +1,5 @@
-"""Qwen-Image (arXiv 2508.02324; any size with head dim 128) in its files' own key names, which are diffusers'.
+"""Qwen-Image and Qwen-Image-Edit (arXiv 2508.02324; any size with head dim 128) in their files' own key names, which
+are diffusers'.
 
 Two streams, text and image, attend jointly in every block; see flux.py for how a block is a schedule and why the
 modulations are a table. Queries, keys and values are separate weights, so each travels while the next is computed.
@@ -7,6 +8,7 @@ After the last attention nothing reads the text any more: its half of the last b
 Shapes: B batch, L tokens of this rank (text first), C hidden, H heads, D head dim = 128, M mlp width.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -17,23 +19,29 @@ from torch import nn
 from ..attention import ONLY_K, ONLY_Q, ONLY_V, JointAttention, Rope
 from ..errors import CheckpointError, RequestError
 from .checkpoint import Sizes
-from .family import HEAD_DIM, Conditioning, check_prompt
-from .layers import Gates, Linear, RMSNorm, rope_tables, timestep_embedding
+from .family import HEAD_DIM, NO_RESIDUALS, Conditioning, Residuals, check_prompt
+from .layers import Activations, Gates, Linear, RMSNorm, rope_tables, timestep_embedding
 from .patches import PATCH
-from .segments import Segments, gelu_linear
+from .positions import METHODS, References, image_positions
+from .segments import Segments
 
 AXES = (16, 56, 56)
 THETA = 10_000.0
+TIMESTEP_ZERO_MARK = "__index_timestep_zero__"
+"""An empty tensor in files whose references are modulated as at timestep 0."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QwenImageConfig:
-    """Sizes read from a file. channels: latent channels; context: width of the text input."""
+    """Sizes read from a file. channels: latent channels; context: width of the text input; reference_method: index, or
+    index_timestep_zero, which Qwen-Image-Edit 2511 marks its files with."""
 
     family: ClassVar[str] = "Qwen-Image"
-    runs: ClassVar[str] = "Qwen-Image"
+    runs: ClassVar[str] = "Qwen-Image and Qwen-Image-Edit"
     marks: ClassVar[frozenset[str]] = frozenset(("img_in.weight", "txt_norm.weight"))
     float16: ClassVar[bool] = False
+    reference_methods: ClassVar[frozenset[str]] = frozenset(METHODS) - {"uxo"}
+    concat_channels: ClassVar[int] = 0
 
     hidden: int
     heads: int
@@ -41,6 +49,7 @@ class QwenImageConfig:
     context: int
     mlp: int
     blocks: int
+    reference_method: str = "index"
 
     @classmethod
     def from_sizes(cls, sizes: Sizes) -> "QwenImageConfig":
@@ -60,6 +69,7 @@ class QwenImageConfig:
             context=context,
             mlp=sizes.matrix("transformer_blocks.0.img_mlp.net.0.proj.weight")[0],
             blocks=sizes.count("transformer_blocks"),
+            reference_method="index_timestep_zero" if sizes.has(TIMESTEP_ZERO_MARK) else "index",
         )
 
     def build(self) -> "QwenImage":
@@ -82,9 +92,8 @@ class FeedForward(nn.Module):
         super().__init__()
         self.net = nn.ModuleList([nn.ModuleDict({"proj": Linear(hidden, mlp)}), nn.Identity(), Linear(mlp, hidden)])
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        widen = self.net[0]["proj"]
-        return self.net[2](gelu_linear(x, *widen.rows(slice(None), x.dtype)))
+    def forward(self, x: Activations, run: Segments) -> torch.Tensor:
+        return self.net[2](run.widen(self.net[0]["proj"], x))
 
 
 class Attention(nn.Module):
@@ -100,9 +109,9 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([Linear(hidden, hidden)])
         self.to_add_out = Linear(hidden, hidden)
 
-    def forward(self, txt: torch.Tensor, img: torch.Tensor, rope: tuple[Rope, Rope], joint: JointAttention):
-        """Normed txt (B, Lt, C), img (B, Li, C), rope (text, image) -> attended tokens of both, before their output
-        projections."""
+    def forward(self, txt: Activations, img: Activations, rope: tuple[Rope, Rope], joint: JointAttention):
+        """Normed txt (B, Lt, C), img (B, Li, C), rope (text, image) -> attended tokens (B, Lt + Li, C), before their
+        output projections."""
         for layer, norm, which in (
             (self.to_v, None, ONLY_V),
             (self.to_k, self.norm_k, ONLY_K),
@@ -116,8 +125,7 @@ class Attention(nn.Module):
         ):
             joint.project(layer(txt), (norm and norm.weight,), rope[0], which, image=False)
         joint.attend()
-        attended = joint.collect()
-        return attended[:, : txt.shape[1]], attended[:, txt.shape[1] :]
+        return joint.collect()
 
 
 class Block(nn.Module):
@@ -149,11 +157,19 @@ class QwenImage(nn.Module):
         self.transformer_blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
         self.norm_out = nn.ModuleDict({"linear": Linear(hidden, 2 * hidden)})
         self.proj_out = Linear(hidden, width)
+        if config.reference_method == "index_timestep_zero":
+            self.register_parameter(TIMESTEP_ZERO_MARK, nn.Parameter(torch.empty(0), requires_grad=False))
 
     @staticmethod
     def module_key(key: str) -> str:
         """The file's own names serve here too."""
         return key
+
+    def products(self) -> Iterator[Linear]:
+        """The large layers of every step, whose products may be computed in fp8."""
+        for block in self.transformer_blocks:
+            for part in (block.attn, block.img_mlp, block.txt_mlp):
+                yield from (layer for layer in part.modules() if isinstance(layer, Linear))
 
     @property
     def modulation_width(self) -> int:
@@ -171,7 +187,7 @@ class QwenImage(nn.Module):
             )
         if x.dim() not in (4, 5) or x.shape[1] != channels or not x.numel():
             raise RequestError(f"latents {tuple(x.shape)} do not fit the model: expected (B, {channels}, [1,] h, w)")
-        if problem := check_prompt(x, conditioning, width=self.config.context):
+        if problem := check_prompt(x, conditioning, self.config):
             raise RequestError(problem)
         if conditioning.y is not None or conditioning.guidance is not None:
             raise RequestError("Qwen-Image takes neither pooled text nor embedded guidance")
@@ -179,12 +195,10 @@ class QwenImage(nn.Module):
     def embed_text(self, context: torch.Tensor) -> torch.Tensor:
         return self.txt_in(self.txt_norm(context))
 
-    def rope(self, text: int, grid: tuple[int, int], device: torch.device) -> tuple[Rope, Rope]:
+    def rope(self, text: int, grid: tuple[int, int], references: References, device: torch.device) -> tuple[Rope, Rope]:
         """Image tokens are at (0, row, column) counted from the middle, n // 2 of n; text follows on all three axes
         from half the longer side. As ComfyUI counts: diffusers' middle of an odd n is one later."""
-        sides = [torch.arange(n, device=device) - n // 2 for n in grid]
-        rows, columns = torch.meshgrid(*sides, indexing="ij")
-        image = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
+        image = image_positions(grid, references, device, centred=True)
         words = torch.arange(text, device=device) + max(grid) // 2
         return rope_tables(words[:, None].expand(-1, 3), AXES, THETA), rope_tables(image, AXES, THETA)
 
@@ -195,11 +209,14 @@ class QwenImage(nn.Module):
         active = F.silu(vec)
         return torch.cat([layer(active) for layer in [*layers, self.norm_out["linear"]]], dim=-1)
 
-    def split_modulations(self, row: torch.Tensor) -> Modulations:
-        """One evaluation's row (B, modulation_width) of the table, as views."""
-        parts = iter(row[:, None].split(self.config.hidden, dim=-1))
-        blocks = [tuple(Gates(*(next(parts) for _ in range(6))) for _ in range(2)) for _ in self.transformer_blocks]
-        scale, shift = parts  # in this order, unlike the blocks'
+    def split_modulations(self, rows: torch.Tensor) -> Modulations:
+        """One evaluation's rows (B, n, modulation_width) of the table, as views; the text takes the first."""
+        parts = rows.split(self.config.hidden, dim=-1)
+        blocks = [
+            (Gates(*(part[:, :1] for part in parts[first : first + 6])), Gates(*parts[first + 6 : first + 12]))
+            for first in range(0, 12 * self.config.blocks, 12)
+        ]
+        *_, scale, shift = parts  # in this order, unlike the blocks'
         return Modulations(blocks, (shift, scale))
 
     def forward(
@@ -210,26 +227,55 @@ class QwenImage(nn.Module):
         rope: tuple[Rope, Rope],
         joint: JointAttention,
         run: Segments,
+        control: Residuals = NO_RESIDUALS,
     ) -> torch.Tensor:
-        """img (B, Li, 4 channels) patches, txt (B, Lt, C) of `embed_text`, rope (text, image) -> velocity patches, as
-        img."""
+        """img (B, Li, 4 channels) patches, txt (B, Lt, C) of `embed_text`, rope (text, image), control (B or 1, Li, C)
+        -> velocity patches, as img."""
         img = self.img_in(img)
         txt_gates, img_gates = mods.blocks[0]
         txt_normed = run.norm(txt, txt_gates.shift, txt_gates.scale)
         img_normed = run.norm(img, img_gates.shift, img_gates.scale)
-        following = [*mods.blocks[1:], None]
-        for block, (txt_gates, img_gates), after in zip(self.transformer_blocks, mods.blocks, following, strict=True):
-            txt_attended, img_attended = block.attn(txt_normed, img_normed, rope, joint)
+        length, following = txt.shape[1], [*mods.blocks[1:], None]
+        blocks = zip(self.transformer_blocks, mods.blocks, following, strict=True)
+        for i, (block, (txt_gates, img_gates), after) in enumerate(blocks):
+            attended = block.attn(txt_normed, img_normed, rope, joint)
             txt_end, img_end = (gates[:2] for gates in after) if after else (None, mods.final)
             if txt_end:
                 txt, txt_normed = _combine(
-                    txt, block.attn.to_add_out(txt_attended), txt_gates, txt_end, block.txt_mlp, run
+                    txt,
+                    block.attn.to_add_out(run.activations(attended[:, :length])),
+                    txt_gates,
+                    txt_end,
+                    block.txt_mlp,
+                    run,
                 )
-            img, img_normed = _combine(img, block.attn.to_out[0](img_attended), img_gates, img_end, block.img_mlp, run)
+            img, img_normed = _combine(
+                img,
+                block.attn.to_out[0](run.activations(attended[:, length:])),
+                img_gates,
+                img_end,
+                block.img_mlp,
+                run,
+                control.after_input(i),
+                last=after is None,
+            )
         return self.proj_out(img_normed)
 
 
-def _combine(x, attended, gates: Gates, end, mlp: FeedForward, run: Segments) -> tuple[torch.Tensor, torch.Tensor]:
-    """x and its projected attended tokens (B, L, C), the (shift, scale) that follow the block -> (x, normed x)."""
+def _combine(
+    x,
+    attended,
+    gates: Gates,
+    end,
+    mlp: FeedForward,
+    run: Segments,
+    residual: torch.Tensor | None = None,
+    *,
+    last: bool = False,
+):
+    """x and its projected attended tokens (B, L, C), the (shift, scale) that follow the block, what a ControlNet adds
+    after it -> (x, normed x)."""
     x, normed = run.add_norm(x, attended, gates.gate, gates.mlp_shift, gates.mlp_scale)
-    return run.add_norm(x, mlp(normed), gates.mlp_gate, *end)
+    if residual is not None:
+        x = x + residual
+    return (run.exact if last else run).add_norm(x, mlp(normed, run), gates.mlp_gate, *end)

@@ -31,6 +31,8 @@ FLUX_DEV = FluxConfig(
     guidance=True,
 )
 """FLUX.1-dev's own sizes."""
+QWEN_IMAGE = QwenImageConfig(hidden=3072, heads=24, channels=16, context=3584, mlp=12288, blocks=60)
+"""Qwen-Image's own sizes."""
 TINY_QWEN_IMAGE = QwenImageConfig(hidden=512, heads=4, channels=16, context=3584, mlp=2048, blocks=2)
 
 

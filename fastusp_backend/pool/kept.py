@@ -6,8 +6,8 @@ import torch
 
 Tensors = dict[str, torch.Tensor]
 
-KEPT_TENSORS = 8
-"""Two prompts' worth of context, y and guidance, and a little more."""
+KEPT_TENSORS = 16
+"""Two prompts' worth of context, y, guidance, further channels and references, and a little more."""
 
 
 class KeptTensors:
@@ -40,7 +40,7 @@ class KeptTensors:
                 continue
             self._numbers[number] = self._numbers.pop(number)  # used last, forgotten last
             reuse[name] = number
-        surplus = len(self._numbers) - KEPT_TENSORS
+        surplus = len(self._numbers) - max(KEPT_TENSORS, len(tensors))  # never of this prompt
         surplus_numbers = list(self._numbers)[: max(0, surplus)]
         for number in surplus_numbers:
             del self._numbers[number]

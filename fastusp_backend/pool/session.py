@@ -1,8 +1,9 @@
 """One model under one layout on one pool, as its users see it: evaluate, or sample."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import msgspec
 import torch
 
 from ..config import Layout, ModelSpec, Settings
@@ -15,15 +16,26 @@ from .pool import QUIET, Pool, Progress
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Conditioning as tensors: context (B, T, E), y (B, V) pooled text, guidance (B,) or (1,)."""
+    """Conditioning as tensors: context (B, T, E), y (B, V) pooled text, guidance (B,) or (1,), concat (B, C', h, w)
+    input channels beside the latents, references (B, C, h', w') each; reference_method: of `models.positions`, None is
+    the model's own."""
 
     context: torch.Tensor
     y: torch.Tensor | None = None
     guidance: torch.Tensor | None = None
+    concat: torch.Tensor | None = None
+    references: tuple[torch.Tensor, ...] = ()
+    reference_method: str | None = None
 
     def tensors(self) -> Tensors:
-        named = {"context": self.context, "y": self.y, "guidance": self.guidance}
+        named = {"context": self.context, "y": self.y, "guidance": self.guidance, "concat": self.concat}
+        named |= {f"reference.{n}": latent for n, latent in enumerate(self.references)}
         return {name: t for name, t in named.items() if t is not None}
+
+
+Control = Mapping[str, Sequence[torch.Tensor | None]]
+"""A ControlNet's residuals as ComfyUI has them: under `input` (FLUX's double blocks, Qwen-Image's) and `output` (FLUX's
+single blocks), per block (B or 1, n, hidden) or None."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,28 +61,45 @@ class Session:
     settings: Settings
     patches: WeightPatches = NO_PATCHES
 
-    def evaluate(self, x: torch.Tensor, timestep: torch.Tensor, prompt: Prompt, progress: Progress) -> torch.Tensor:
+    def evaluate(
+        self,
+        x: torch.Tensor,
+        timestep: torch.Tensor,
+        prompt: Prompt,
+        progress: Progress,
+        control: Control | None = None,
+    ) -> torch.Tensor:
         """One evaluation: x (B, C, h, w), timestep (B,) -> velocity (B, C, h, w) on the CPU. Raises as `Pool.run`."""
         while True:
             self.pool.start()
             epoch = self.pool.epoch
             try:
                 with self.pool.kept.lock:
-                    return self._evaluate_once(x, timestep, prompt, progress, epoch)
+                    return self._evaluate_once(x, timestep, prompt, progress, control or {}, epoch)
             except RequestError:
                 if self.pool.epoch == epoch:
                     raise
                 # The workers were replaced between `start` and `run`, and the new ones hold nothing yet: send all.
 
-    def _evaluate_once(self, x, timestep, prompt: Prompt, progress: Progress, epoch: int) -> torch.Tensor:
+    def _evaluate_once(
+        self, x, timestep, prompt: Prompt, progress: Progress, control: Control, epoch: int
+    ) -> torch.Tensor:
+        places, residuals = _distinct(control, getattr(torch, self.model.compute))
         send, keep, reuse, forget = self.pool.kept.sort(prompt.tensors(), epoch)
 
         def request(number: int, patches: int) -> Evaluate:
-            what = self._what(len(x), patches)
-            return Evaluate(id=number, **what, keep=keep, reuse=reuse, forget=forget)
+            return Evaluate(
+                id=number,
+                **self._what(len(x), patches),
+                keep=keep,
+                reuse=reuse,
+                forget=forget,
+                reference_method=prompt.reference_method,
+                control=places,
+            )
 
         try:
-            return self._run(request, {"x": x, "timestep": timestep, **send}, progress)["output"]
+            return self._run(request, {"x": x, "timestep": timestep, **send, **residuals}, progress)["output"]
         except BaseException:
             self.pool.kept.distrust(forget)
             raise
@@ -110,6 +139,11 @@ class Session:
                 options=options or {},
                 timestep_scale=timestep_scale,
                 cfg=cfg,
+                reference_methods={
+                    name: prompt.reference_method
+                    for name, prompt in (("positive", positive), ("negative", negative))
+                    if prompt is not None and prompt.reference_method is not None
+                },
             ),
             tensors,
             progress,
@@ -124,7 +158,11 @@ class Session:
 
     def _what(self, evaluations: int, patches: int) -> dict:
         layout = self.layout(evaluations)
-        return {"model": self.model, "layout": layout, "settings": self.settings, "patches": patches}
+        return {"model": self._spec, "layout": layout, "settings": self.settings, "patches": patches}
+
+    @property
+    def _spec(self) -> ModelSpec:
+        return msgspec.structs.replace(self.model, linear=self.settings.linear)
 
     def _run(self, make: Callable[[int, int], Message], tensors: Tensors, progress: Progress) -> Tensors:
         """`Pool.run` of make(id, patch set), with this session's patches in the workers' weights. Workers that turn out
@@ -139,9 +177,9 @@ class Session:
     def _run_patched(self, make: Callable[[int, int], Message], tensors: Tensors, progress: Progress) -> Tensors:
         held = self.pool.patches
         self.pool.start()
-        patches, change = held.change(self.patches, self.model, self.pool.epoch)
+        patches, change = held.change(self.patches, self._spec, self.pool.epoch)
         if change is not None:
-            what = {"model": self.model, "number": patches, "base": change.base, "weights": change.weights}
+            what = {"model": self._spec, "number": patches, "base": change.base, "weights": change.weights}
             try:
                 self.pool.run(lambda number: Patch(id=number, **what), change.tensors, progress)
             except BaseException:
@@ -149,3 +187,19 @@ class Session:
                 raise
             held.made(change, self.patches)
         return self.pool.run(lambda number: make(number, patches), tensors, progress)
+
+
+def _distinct(control: Control, dtype: torch.dtype) -> tuple[dict[str, list[int | None]], Tensors]:
+    """(`Evaluate.control`, its tensors in `dtype`). ControlNets of few blocks give one tensor to several of the
+    model's: it travels once."""
+    numbers: dict[int, int] = {}
+    tensors: Tensors = {}
+    places: dict[str, list[int | None]] = {}
+    for kind, residuals in control.items():
+        places[kind] = []
+        for tensor in residuals:
+            if tensor is not None and id(tensor) not in numbers:
+                numbers[id(tensor)] = len(numbers)
+                tensors[f"control.{len(tensors)}"] = tensor.to(dtype)
+            places[kind].append(None if tensor is None else numbers[id(tensor)])
+    return places, tensors

@@ -10,7 +10,7 @@ import msgspec
 
 from ..config import Layout, ModelSpec, Settings, WeightPatch
 
-VERSION = 2
+VERSION = 3
 """Raised whenever a message or the framing changes: client and workers of different versions refuse each other."""
 
 
@@ -53,26 +53,33 @@ class Sample(Request):
     sigma. cfg: guidance scale; 1 evaluates the positive conditioning alone.
 
     Tensors: x (B, C, h, w), already noised; sigmas (n + 1,) float32; noise (k, B, C, h, w), the k draws of the sampler;
-    positive.context (B, T, E), positive.y (B, V), positive.guidance (B,) or (1,), the same under negative; for a masked
-    request mask (broadcastable to x), latent_image and inpaint_noise, as x. All but x and sigmas may be absent.
+    positive.context (B, T, E), positive.y (B, V), positive.guidance (B,) or (1,), positive.concat (B, C', h, w),
+    positive.reference.0, .1 and so on (B, C, h', w'), the same under negative; for a masked request mask (broadcastable
+    to x), latent_image and inpaint_noise, as x. All but x and sigmas may be absent. reference_methods: under positive
+    and negative, how their references are placed, where not as the model does it by itself.
     """
 
     sampler: str
     options: dict[str, float]
     timestep_scale: float
     cfg: float
+    reference_methods: dict[str, str] = {}
 
 
 class Evaluate(Request):
     """One evaluation of the model; answered by Done with tensor `output` (B, C, h, w).
 
-    Tensors: x (B, C, h, w), timestep (B,), and context, y, guidance as in Sample. A tensor named in `keep` is kept
-    by the workers under that number, one named in `reuse` was kept before; numbers in `forget` are dropped first.
+    Tensors: x (B, C, h, w), timestep (B,), and context, y, guidance, concat, reference.N as in Sample. A tensor named
+    in `keep` is kept by the workers under that number, one named in `reuse` was kept before; numbers in `forget` are
+    dropped first. control: what a ControlNet adds to the image stream, under `input` and `output`, block by block the N
+    of a tensor control.N (B or 1, n, hidden), or None.
     """
 
     keep: dict[str, int] = {}
     reuse: dict[str, int] = {}
     forget: list[int] = []
+    reference_method: str | None = None
+    control: dict[Literal["input", "output"], list[int | None]] = {}
 
 
 class Patch(Message):

@@ -12,8 +12,9 @@ import torch.distributed as dist
 
 from ..protocol import map_tensors, share_tensors
 
-MAPPED = 1 << 24
-"""Tensors of this many bytes are mapped by all ranks rather than sent to each."""
+MAPPED = 1 << 20
+"""Tensors of this many bytes together, such as a LoRA or a ControlNet's, are mapped by all ranks rather than sent to
+each."""
 
 
 class Crew:

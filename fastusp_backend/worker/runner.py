@@ -12,10 +12,10 @@ from collections import deque
 import msgspec
 import torch
 
-from ..config import Layout, ModelSpec
+from ..config import ModelSpec
 from ..engine import BatchedDenoiser, Engine
 from ..errors import Cancelled, FastUSPError, LayoutError, PatchesLost, RequestError
-from ..models.family import Conditioning
+from ..models.family import NO_RESIDUALS, Conditioning, Residuals
 from ..protocol import Done, Evaluate, Failed, Patch, Phase, Release, Sample, Shutdown, Step
 from ..protocol.messages import Request
 from ..sampling import SAMPLERS, GuidedModel, Inpainting, StepState
@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 Work = Sample | Evaluate | Patch | Release | Shutdown
 Tensors = dict[str, torch.Tensor]
+
+_OPTIONAL = ("y", "guidance", "concat")
 
 IN_FLIGHT = 2
 """Evaluations that a GPU may have before it, the running one too: it never waits for its CPU, and a cancel is felt."""
@@ -39,7 +41,7 @@ class Runner:
         self._engine = engine
         self._control = control
         self._kept: dict[int, torch.Tensor] = {}
-        self._conditionings: dict[tuple[int, ...], Conditioning] = {}
+        self._conditionings: dict[tuple[tuple, tuple[int, ...]], Conditioning] = {}
         self._work = msgspec.msgpack.Decoder(Work)
         self._launched: deque[torch.cuda.Event] = deque()
 
@@ -102,8 +104,11 @@ class Runner:
                     f"{request.sampler} takes {draws} draws of noise {tuple(x.shape)}, got {tuple(noise.shape)}"
                 )
             denoiser = self._engine.denoiser(request.layout, request.settings)
-            positive = _conditioning(tensors, "positive.")
-            negative = _conditioning(tensors, "negative.") if "negative.context" in tensors else None
+            methods = request.reference_methods
+            positive = _conditioning(tensors, "positive.", methods.get("positive"))
+            negative = None
+            if "negative.context" in tensors:
+                negative = _conditioning(tensors, "negative.", methods.get("negative"))
             prompts = [positive] if negative is None else [positive, negative]
             denoiser.check(x, prompts)
             # In float32, as the loop will compute them: they are looked up by value.
@@ -150,23 +155,25 @@ class Runner:
         self._reply(Done(id=request.id), {"output": output})
 
     def _evaluate(self, request: Evaluate, tensors: Tensors) -> None:
-        def prepare() -> tuple[BatchedDenoiser, Conditioning, torch.Tensor, torch.Tensor]:
+        def prepare() -> tuple[BatchedDenoiser, Conditioning, torch.Tensor, torch.Tensor, Residuals]:
             x, conditioning = _take(tensors, "x"), self._kept_conditioning(request, tensors)
+            control = _residuals(request.control, tensors)
             denoiser = self._engine.denoiser(request.layout, request.settings)
-            denoiser.check(x, [conditioning])
+            denoiser.check(x, [conditioning], control)
             timestep = _take(tensors, "timestep").cpu()
             if timestep.shape != x.shape[:1]:
                 raise RequestError(
                     f"timestep {tuple(timestep.shape)} does not fit the latents: expected {len(x)} values"
                 )
-            return denoiser, conditioning, x, timestep
+            return denoiser, conditioning, x, timestep, control
 
-        denoiser, conditioning, x, timestep = self._prepare(request, prepare)
-        (output,) = self._velocities(request, denoiser)(x, timestep, [conditioning])
+        denoiser, conditioning, x, timestep, control = self._prepare(request, prepare)
+        (output,) = self._velocities(request, denoiser, control)(x, timestep, [conditioning])
         self._reply(Done(id=request.id), {"output": output})
 
     def _patch(self, request: Patch, tensors: Tensors) -> None:
-        self._together(lambda: self._hold(request.id, request.model))
+        self._together(lambda: self._engine.describe(request.model))
+        self._hold(request.id, request.model)
         self._reply(Phase(id=request.id, text=f"patching {len(request.weights)} weights"))
         change = {"base": request.base, "number": request.number}
         self._together(lambda: self._engine.patch(request.weights, tensors, **change))
@@ -176,29 +183,61 @@ class Runner:
         """The request's prompt. The same kept tensors give the same object, so that what was computed from it lasts."""
         for number in request.forget:
             self._kept.pop(number, None)
-            self._conditionings = {k: v for k, v in self._conditionings.items() if number not in k}
+            self._conditionings = {k: v for k, v in self._conditionings.items() if number not in k[1]}
         for name, number in request.keep.items():
             self._kept[number] = _take(tensors, name)
         for name, number in request.reuse.items():
             if number not in self._kept:
                 raise RequestError(f"tensor {name!r} should have been kept as {number}, but was not")
             tensors[name] = self._kept[number]
-        numbers = request.keep | request.reuse
-        key = tuple(numbers.get(name, -1) for name in ("context", "y", "guidance"))
-        if any(name in tensors and name not in numbers for name in ("context", "y", "guidance")):
-            return _conditioning(tensors, "")  # not all of it was kept
-        return self._conditionings.setdefault(key, _conditioning(tensors, ""))
+        numbers, method = request.keep | request.reuse, request.reference_method
+        conditioning = _conditioning(tensors, "", method)
+        names = [name for name in tensors if name in ("context", *_OPTIONAL) or name.startswith("reference.")]
+        if any(name not in numbers for name in names):
+            return conditioning  # not all of it was kept
+        names.sort()
+        key = (*names, method), tuple(numbers[name] for name in names)
+        return self._conditionings.setdefault(key, conditioning)
 
     def _prepare(self, request: Request, build):
         """Loads the model and calls `build`; raises _Refused on all ranks when any of them failed.
 
-        They agree on the model first: `build` makes a mesh, for which all ranks must come.
+        They agree on the model first: its reading is shared, and `build` makes a mesh: all ranks must come for both.
+        All hold the same model at any time, or none.
         """
-        self._together(lambda: self._load(request))
+        self._together(lambda: self._check(request))
+        self._hold(request.id, request.model)
         return self._together(build)
 
+    def _hold(self, request: int, model: ModelSpec) -> None:
+        """Loads a model that was described."""
+        if self._engine.holds(model):
+            return
+        self._reply(Phase(id=request, text="loading the model"))
+        started = time.perf_counter()
+        try:
+            self._together(self._engine.make_room)
+            self._together(self._engine.load)
+        except _Refused:
+            self._engine.release()
+            raise
+        log.info("loaded %s in %.2f s", model.path, time.perf_counter() - started)
+
+    def _check(self, request: Request) -> None:
+        layout = request.layout
+        if layout.ranks != self._crew.size:
+            raise LayoutError(f"layout {layout} does not fit a pool of {self._crew.size} ranks")
+        heads = self._engine.describe(request.model).heads
+        if heads % layout.ulysses:
+            raise LayoutError(
+                f"a Ulysses degree of {layout.ulysses} does not divide the model's {heads} attention heads"
+            )
+        patches = self._engine.patches if self._engine.holds(request.model) else 0
+        if patches != request.patches:
+            raise PatchesLost(f"the weights hold patch set {patches}, not {request.patches}")
+
     def _together(self, prepare):
-        """prepare(), or _Refused when it failed on any rank."""
+        """prepare(), or _Refused when it failed on any rank. Where memory ran out on one, all drop the model."""
         problem, prepared = "", None
         try:
             prepared = prepare()
@@ -208,36 +247,15 @@ class Runner:
             problem = f"refused\n{error}"
         except (torch.OutOfMemoryError, MemoryError) as error:
             problem = f"out_of_memory\n{error}"
-        if problem.startswith("out_of_memory"):
+        problems = self._crew.gather(problem)
+        if any(text.startswith("out_of_memory") for text in problems):
             self._engine.release()  # only now: the exception's traceback held tensors
-        for rank, text in enumerate(self._crew.gather(problem)):
+        for rank, text in enumerate(problems):
             if text:
                 raise _Refused(rank, *text.split("\n", 1))
         return prepared
 
-    def _load(self, request: Request) -> None:
-        if request.layout.ranks != self._crew.size:
-            raise LayoutError(f"layout {request.layout} does not fit a pool of {self._crew.size} ranks")
-        self._hold(request.id, request.model)
-        if self._engine.patches != request.patches:
-            raise PatchesLost(f"the weights hold patch set {self._engine.patches}, not {request.patches}")
-        self._check_heads(request.layout)
-
-    def _hold(self, request: int, model: ModelSpec) -> None:
-        if not self._engine.holds(model):
-            self._reply(Phase(id=request, text="loading the model"))
-            started = time.perf_counter()
-            self._engine.load(model)
-            log.info("loaded %s in %.2f s", model.path, time.perf_counter() - started)
-
-    def _check_heads(self, layout: Layout) -> None:
-        heads = self._engine.heads
-        if heads % layout.ulysses:
-            raise LayoutError(
-                f"a Ulysses degree of {layout.ulysses} does not divide the model's {heads} attention heads"
-            )
-
-    def _velocities(self, request: Request, denoiser: BatchedDenoiser):
+    def _velocities(self, request: Request, denoiser: BatchedDenoiser, control: Residuals = NO_RESIDUALS):
         """The denoiser with the ranks' agreement before each evaluation; raises Cancelled on all of them alike."""
 
         def go_on() -> None:
@@ -247,7 +265,7 @@ class Runner:
                 raise Cancelled(f"request {request.id}")
 
         def velocities(x: torch.Tensor, timestep: torch.Tensor, prompts: list[Conditioning]) -> list[torch.Tensor]:
-            return denoiser(x, timestep, prompts, go_on)
+            return denoiser(x, timestep, prompts, go_on, control)
 
         return velocities
 
@@ -284,9 +302,21 @@ def _like(x: torch.Tensor, tensors: Tensors, name: str) -> torch.Tensor:
         ) from error
 
 
-def _conditioning(tensors: Tensors, prefix: str) -> Conditioning:
+def _conditioning(tensors: Tensors, prefix: str, reference_method: str | None) -> Conditioning:
+    references = []
+    while (name := f"{prefix}reference.{len(references)}") in tensors:
+        references.append(tensors[name])
     return Conditioning(
         context=_take(tensors, prefix + "context"),
-        y=tensors.get(prefix + "y"),
-        guidance=tensors.get(prefix + "guidance"),
+        references=tuple(references),
+        reference_method=reference_method,
+        **{name: tensors.get(prefix + name) for name in _OPTIONAL},
+    )
+
+
+def _residuals(control: dict[str, list[int | None]], tensors: Tensors) -> Residuals:
+    last = max((n for places in control.values() for n in places if n is not None), default=-1)
+    return Residuals(
+        tuple(_take(tensors, f"control.{n}") for n in range(last + 1)),
+        *(tuple(control.get(kind, ())) for kind in ("input", "output")),
     )

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from formats import LIMITS, write
 from pools import GIVEN, PROMPT, SHORT, evaluate, pids, session
 from safetensors.torch import load_file, save_file
 from support import randn, relative_difference, spec_of
@@ -197,6 +198,19 @@ def test_a_file_that_was_replaced_cannot_restore_its_weights(pool, dev, tmp_path
     replace(old, patches=stack({QKV: [lora(QKV, 1)]})).evaluate(GIVEN.x, GIVEN.timestep, PROMPT, Progress())
     shutil.copy(dev, tmp_path / "other")
     (tmp_path / "other").rename(path)
-    with pytest.raises(RequestError, match="was replaced while its weights were patched"):
+    with pytest.raises(RequestError, match="was replaced since this workflow loaded it"):
         old.evaluate(GIVEN.x, GIVEN.timestep, PROMPT, Progress())
     assert torch.equal(evaluate(pool, path), evaluate(pool, dev))
+
+
+def test_a_scaled_fp8_file(pool, dev, tmp_path):
+    """Against a float32 file of the values that the patched weight is rounded to, and the others have."""
+    path, plain = tmp_path / "fp8.safetensors", tmp_path / "values.safetensors"
+    values, given = write("scaled_metadata", dev, path), lora(QKV, 1)
+    unpatched = evaluate(pool, path)
+    patched_value = values[QKV] + given[1] @ given[2]
+    scale = patched_value.abs().max() / LIMITS[torch.float8_e4m3fn]
+    save_file(values | {QKV: (patched_value / scale).to(torch.float8_e4m3fn).float() * scale}, plain)
+    got = patched(pool, path, stack({QKV: [given]}))
+    assert relative_difference(got, evaluate(pool, plain)) < BOUND < 1e-3 < relative_difference(got, unpatched)
+    assert torch.equal(evaluate(pool, path), unpatched)

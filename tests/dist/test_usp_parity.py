@@ -71,6 +71,24 @@ def test_without_overlap(session_of, reference, ulysses, ring):
     assert relative_difference(evaluate(session_of(ulysses, ring, overlap=False), given), expected) < TOLERANCE
 
 
+@pytest.mark.parametrize("ring", [2, 3])
+def test_without_pipelining_the_ring_the_bits_are_the_same(session_of, reference, ring):
+    given, _ = reference(24, (10, 7), 1)
+    pipelined, awaited = (evaluate(session_of(1, ring, ring_pipeline=on), given) for on in (True, False))
+    assert torch.equal(pipelined, awaited)
+
+
+@pytest.mark.parametrize("ulysses, ring", [(2, 1), (1, 2), (2, 2), (1, 3)])
+def test_an_fp8_wire_is_close_and_in_use(session_of, reference, ulysses, ring):
+    """Uneven lengths, a batch; with few tokens and random weights the error is larger than a real image's."""
+    for text, size, batch in ((7, (3, 5), 2), (301, (14, 18), 1)):
+        given, expected = reference(text, size, batch)
+        got = evaluate(session_of(ulysses, ring, wire="fp8"), given)
+        assert TOLERANCE < relative_difference(got, expected) < 0.05
+        late = evaluate(session_of(ulysses, ring, wire="fp8", overlap=False, ring_pipeline=False), given)
+        assert relative_difference(late, got) < TOLERANCE
+
+
 def test_the_comparison_would_notice_a_missing_token(session_of, reference):
     given, expected = reference(301, (14, 18), 2)
     less = Prompt(given.context[:, 1:], given.y, given.guidance)
@@ -152,3 +170,14 @@ def test_the_remote_loop_is_the_local_loop_over_remote_evaluations(session_of):
         assert relative_difference(tensors["denoised"], x - sigma * velocity) < TOLERANCE
         x = x + (following - sigma) * velocity
     assert relative_difference(result, x) < TOLERANCE
+
+
+def test_fp8_products_are_close_whatever_the_ranks_and_leave_no_trace(session_of, reference):
+    given, expected = reference(24, (10, 7), 1)
+    before = evaluate(session_of(2, 1), given)
+    one, two, ring = (evaluate(session_of(*degrees, linear="fp8"), given) for degrees in ((1, 1), (2, 1), (1, 2)))
+    lost = relative_difference(one, expected)
+    assert 1e-3 < lost < 0.1
+    for more in (two, ring):  # other sums round to other codes here and there
+        assert relative_difference(more, one) < lost and relative_difference(more, expected) < 0.1
+    assert torch.equal(evaluate(session_of(2, 1), given), before)

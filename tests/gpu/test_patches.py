@@ -24,7 +24,9 @@ def test_captured_graphs_see_patches(tmp_path, storage):
     path = tmp_path / "flux.safetensors"
     write_flux(str(path), SMALL, dtype=torch.bfloat16)
     engine = Engine(torch.device("cuda", 0))
-    engine.load(ModelSpec.of_file(str(path), storage=storage, compute="bfloat16"))
+    engine.describe(ModelSpec.of_file(str(path), storage=storage, compute="bfloat16"))
+    engine.make_room()
+    engine.load()
     given = inputs(SMALL, text=24, size=(16, 12), seed=3)
     x, *prompt = (t.cuda() for t in (given.x, given.context, given.y, given.guidance))
     conditioning = Conditioning(*prompt)

@@ -51,9 +51,9 @@ def test_impossible_combinations(host, gpus, ulysses, ring, words):
     [
         ("truncated", ["truncated, corrupt"]),
         ("text", ["truncated, corrupt"]),
-        ("flux2", ["holds FLUX.2", "FLUX.1 dev and schnell"]),
+        ("flux2", ["holds FLUX.2", "FLUX.1 dev, schnell"]),
         ("chroma", ["holds Chroma"]),
-        ("fp8", ["is quantised", "float8_e4m3fn"]),
+        ("nvfp4", ["is quantised as nvfp4", "scaled fp8 and GGUF"]),
         ("incomplete", ["incomplete", "final_layer.linear.weight"]),
     ],
 )
@@ -71,8 +71,8 @@ def test_files_of_other_models(host, name, words):
             state["double_stream_modulation_img.lin.weight"] = one
         elif name == "chroma":
             state["distilled_guidance_layer.in_proj.weight"] = one
-        elif name == "fp8":
-            state["img_in.weight"] = state["img_in.weight"].to(torch.float8_e4m3fn)
+        elif name == "nvfp4":
+            state["img_in.comfy_quant"] = torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
         else:
             del state["final_layer.linear.weight"]
         save_file(state, file)
@@ -133,17 +133,25 @@ def test_lora_hook(host, lora):
     assert "LoRA" in failure(host, graph, graph.usp(), positive=positive)
 
 
-@pytest.mark.parametrize("sampler", ["euler", "uni_pc"])
-def test_reference_latents_and_control(host, sampler):
-    for kind, inputs, word in (
-        ("ReferenceLatent", {"latent": 0}, "ReferenceLatent"),
-        ("TestAppliedControl", {}, "ControlNet"),
-    ):
-        graph = Graph()
-        inputs = {name: graph.latent() for name in inputs}
-        positive = graph.node(kind, conditioning=graph.prompt(), **inputs)
-        text = failure(host, graph, graph.usp(), positive=positive, sampler_name=sampler)
-        assert word in text and "USP Loader" in text, text
+def test_an_attention_mask(host):
+    graph = Graph()
+    positive = graph.node("TestMaskedConditioning", conditioning=graph.prompt())
+    text = failure(host, graph, graph.usp(), positive=positive)
+    assert "attention mask" in text and "USP Loader" in text, text
+
+
+def test_references_at_timestep_zero(host):
+    graph = Graph()
+    positive = graph.referring(graph.prompt(), (64, 64), method="index_timestep_zero")
+    assert "FLUX.1 knows no reference method index_timestep_zero" in failure(
+        host, graph, graph.usp(), positive=positive
+    )
+
+
+def test_a_control_net_of_another_width(host):
+    graph = Graph()
+    positive = graph.node("TestAppliedControl", conditioning=graph.prompt(), hidden=256, blocks=0)
+    assert "made for another model" in failure(host, graph, graph.usp(), positive=positive)
 
 
 LAYERS = {"double_layers": "0", "single_layers": "", "scale": 3.0, "start_percent": 0.0, "end_percent": 1.0}

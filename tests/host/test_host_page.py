@@ -70,7 +70,7 @@ def test_lists(host):
     for name in ("sampler_name", "scheduler"):
         assert options("FastUSPSampler", name) == options("KSampler", name)
     assert options("FastUSPLoader", "unet_name") == options("UNETLoader", "unet_name")
-    assert options("FastUSPLoader", "weight_dtype") == ["default", "bf16", "fp16", "fp32"]
+    assert options("FastUSPLoader", "weight_dtype") == ["default", "bf16", "fp16", "fp32", "fp8_e4m3fn", "fp8_e5m2"]
     assert options("FastUSPSettings", "wire")[0] == "exact"
     assert options("FastUSPSettings", "attention")[0] == "auto"
 

@@ -6,6 +6,7 @@ import loras
 import pytest
 import torch
 from comfy import PromptFailed
+from safetensors.torch import load_file, save_file
 from workflows import STEPPING, Comparison, Graph
 
 from fastusp_backend.models.synthetic import TINY_QWEN_IMAGE, write_qwen_image
@@ -87,28 +88,87 @@ def test_loras(host, qwen):
     both.check(host)
 
 
-@pytest.mark.parametrize(
-    ("kind", "words"),
-    [
-        ("ReferenceLatent", "TextEncodeQwenImageEdit"),
-        ("TestAppliedControl", "ControlNet"),
-        ("layers", "3 layers: Qwen-Image-Layered"),
-    ],
-)
-def test_what_the_variants_take_is_refused(host, qwen, kind, words):
+REFERENCES = ((48, 80), (72, 56))
+
+
+def test_references_and_control(host, qwen):
+    """Qwen-Image-Edit's references, as the host's node says and as the model has it by itself; ControlNet residuals."""
+    edit = Comparison()
+    graph = edit.graph
+    stock, usp = graph.stock(qwen), graph.usp("cpu:2", file=qwen)
+    plain, other = prompt(graph, 7), prompt(graph, 5)
+    two, one = (graph.referring(plain, *REFERENCES[:count], framed=True) for count in (2, 1))
+    beside = graph.referring(plain, *REFERENCES, method="offset", framed=True)
+    area = graph.node("ConditioningSetArea", conditioning=one, width=64, height=64, x=8, y=32, strength=1.0)
+    combined = graph.node("ConditioningCombine", conditioning_1=area, conditioning_2=other)
+    control = graph.node("TestAppliedControl", conditioning=plain, hidden=FULL_WIDTH.hidden, blocks=2)
+    loop = "loop in the workers"
+    for label, inputs, where in (
+        ("index", {"positive": two}, loop),
+        ("offset", {"positive": beside}, loop),
+        ("cfg, one and none", {"positive": one, "negative": other, "cfg": 2.5}, loop),
+        ("stepping", {"positive": two, "sampler_name": "uni_pc"}, STEPPING),
+        ("control", {"positive": control}, STEPPING),
+        ("area", {"positive": combined}, STEPPING),
+    ):
+        inputs = {"steps": 2, "latent_image": graph.empty(72, 112), "negative": other} | inputs
+        got, want = (graph.sample(model, **inputs) for model in (usp, stock))
+        edit.add(label, got, want, where)
+    edit.check(host)
+
+
+def skip_old(host, what: str) -> None:
+    """Skips on a ComfyUI from before Qwen-Image-Edit 2511."""
+    if "index_timestep_zero" not in str(host.get("/object_info/FluxKontextMultiReferenceLatentMethod")):
+        pytest.skip(f"this ComfyUI {what}")
+
+
+def test_references_at_timestep_zero(host, qwen):
+    """Where a node says so, and where the file does (Qwen-Image-Edit 2511); and images before the first."""
+    skip_old(host, "does not know references at timestep 0")
+    path = host.base / "models/diffusion_models/edit.safetensors"
+    state = {k: t for k, t in load_file(path.parent / qwen).items() if not k.startswith("transformer_blocks.1.")}
+    save_file(state | {"__index_timestep_zero__": torch.empty(0)}, path)
+    edit = Comparison()
+    graph = edit.graph
+    plain, other = prompt(graph, 7), prompt(graph, 5)
+    by_file = graph.referring(plain, *REFERENCES, framed=True)
+    by_node = graph.referring(plain, *REFERENCES, method="index_timestep_zero", framed=True)
+    before = graph.node("TestReferenceMethod", conditioning=by_file, method="negative_index")
+    batch = graph.latent(72, 112, 2)
+    for label, file, inputs in (
+        ("file", path.name, {"positive": by_file, "latent_image": batch}),
+        ("file, stepping", path.name, {"positive": by_file, "sampler_name": "uni_pc"}),
+        ("node", qwen, {"positive": by_node}),
+        ("negative", qwen, {"positive": before}),
+    ):
+        inputs = {"steps": 2, "latent_image": graph.empty(72, 112), "negative": other} | inputs
+        where = STEPPING if "sampler_name" in inputs else "loop in the workers"
+        got, want = (graph.sample(m, **inputs) for m in (graph.usp("cpu:2", 1, 2, file=file), graph.stock(file)))
+        edit.add(label, got, want, where)
+    try:
+        edit.check(host)
+    finally:
+        path.unlink()
+
+
+def test_layers_are_refused(host, qwen):
     graph = Graph()
-    positive, inputs = prompt(graph, 6), {}
-    if kind == "layers":
-        if "EmptyQwenImageLayeredLatentImage" not in host.get("/object_info"):
-            pytest.skip("this ComfyUI has no layered latents")
-        inputs["latent_image"] = graph.node(
-            "EmptyQwenImageLayeredLatentImage", width=64, height=64, layers=2, batch_size=1
-        )
-    else:
-        more = {"latent": graph.latent()} if kind == "ReferenceLatent" else {}
-        positive = graph.node(kind, conditioning=positive, **more)
-    usp = graph.usp(file=qwen)
-    graph.save(graph.sample(usp, positive=positive, negative=prompt(graph, 6), steps=2, **inputs))
+    if "EmptyQwenImageLayeredLatentImage" not in host.get("/object_info"):
+        pytest.skip("this ComfyUI has no layered latents")
+    layered = graph.node("EmptyQwenImageLayeredLatentImage", width=64, height=64, layers=2, batch_size=1)
+    inputs = {"positive": prompt(graph, 6), "negative": prompt(graph, 6), "latent_image": layered, "steps": 2}
+    graph.save(graph.sample(graph.usp(file=qwen), **inputs))
     with pytest.raises(PromptFailed) as refused:
         host.run(graph)
-    assert words in refused.value.text
+    assert "3 layers: Qwen-Image-Layered" in refused.value.text
+
+
+def test_attention_masks_are_refused(host, qwen):
+    skip_old(host, "drops the attention masks of Qwen-Image's prompts")
+    graph = Graph()
+    masked = graph.node("TestMaskedConditioning", conditioning=prompt(graph, 6))
+    graph.save(graph.sample(graph.usp(file=qwen), positive=masked, negative=prompt(graph, 6), steps=2))
+    with pytest.raises(PromptFailed) as refused:
+        host.run(graph)
+    assert "attention mask" in refused.value.text

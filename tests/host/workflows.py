@@ -28,9 +28,22 @@ class Graph(dict):
     def prompt(self, seed: int = 1, tokens: int = 7, guidance: float = 3.5, width: int = 4096) -> Link:
         return self.node("TestSeededConditioning", seed=seed, tokens=tokens, width=width, guidance=guidance)
 
-    def latent(self, width: int = 64, height: int = 64, batch: int = 1, *, masked: bool = False) -> Link:
-        """An image's latent, for img2img."""
-        return self.node("TestSeededLatent", seed=3, width=width, height=height, batch=batch, masked=masked)
+    def latent(
+        self, width: int = 64, height: int = 64, batch: int = 1, *, seed: int = 3, masked=False, framed=False
+    ) -> Link:
+        """An image's latent, for img2img and references."""
+        switches = {"masked": masked, "framed": framed}
+        return self.node("TestSeededLatent", seed=seed, width=width, height=height, batch=batch, **switches)
+
+    def referring(self, prompt: Link, *sizes: tuple[int, int], method: str | None = None, framed: bool = False) -> Link:
+        """A prompt with reference latents of these sizes."""
+        for seed, (width, height) in enumerate(sizes):
+            latent = self.latent(width, height, seed=seed, framed=framed)
+            prompt = self.node("ReferenceLatent", conditioning=prompt, latent=latent)
+        if method is None:
+            return prompt
+        kind = "FluxKontextMultiReferenceLatentMethod"
+        return self.node(kind, conditioning=prompt, reference_latents_method=method)
 
     def empty(self, width: int = 64, height: int = 64, batch: int = 1) -> Link:
         return self.node("EmptySD3LatentImage", width=width, height=height, batch_size=batch)

@@ -46,7 +46,7 @@ def test_wire_form(value):
     "kind, fields",
     [
         (Settings, {"attention": "sage"}),
-        (Settings, {"wire": "fp8"}),
+        (Settings, {"wire": "fp4"}),
         (Layout, {"ulysses": 0, "ring": 1}),
         (Layout, {"ulysses": "2", "ring": 1}),
         (ModelSpec, {"path": "/a", "mtime_ns": 0, "size": 0, "storage": "int4", "compute": "float32"}),

@@ -57,8 +57,10 @@ def refusal(path, spec: ModelSpec | None = None) -> str:
         replace(MINI, hidden=384, heads=3, mlp=1536, double_blocks=3, single_blocks=2),
         replace(MINI, double_blocks=12, single_blocks=11),
         replace(MINI, channels=4, context=96, pooled=48),
+        replace(MINI, concat_channels=80),
+        replace(MINI, concat_channels=16),
     ],
-    ids=["dev", "schnell", "wide", "deep", "other inputs"],
+    ids=["dev", "schnell", "wide", "deep", "other inputs", "Fill", "Canny"],
 )
 def test_sizes_are_read_from_the_file(tmp_path, config):
     path = tmp_path / "flux.safetensors"
@@ -112,8 +114,9 @@ def changed_qwen(tmp_path):
         MINI_QWEN,
         replace(MINI_QWEN, hidden=384, heads=3, mlp=1536, blocks=11),
         replace(MINI_QWEN, channels=4, context=96),
+        replace(MINI_QWEN, reference_method="index_timestep_zero"),
     ],
-    ids=["mini", "wide and deep", "other inputs"],
+    ids=["mini", "wide and deep", "other inputs", "Edit 2511"],
 )
 def test_sizes_of_qwen_image(tmp_path, config):
     path = tmp_path / "qwen.safetensors"
@@ -157,7 +160,7 @@ def test_mage_flow_is_refused(changed_qwen):
         ("transformer_blocks.0.extra", torch.zeros(1), "is unknown"),
         ("img_in.weight", torch.zeros(100, 64), "hidden size 100 is not a multiple of Qwen-Image's head dim"),
         ("proj_out.weight", torch.zeros(128, 128), "takes 64 values per patch and gives 128"),
-        ("transformer_blocks.0.attn.to_q.weight", torch.zeros(128, 128, dtype=torch.float8_e4m3fn), "is quantised"),
+        ("transformer_blocks.0.attn.to_q.weight", torch.zeros(128, 128, dtype=torch.int8), "is quantised as int8"),
         ("transformer_blocks.0.attn.to_q.weight", torch.zeros(128, 100), "expected (128, 128)"),
     ],
 )
@@ -182,14 +185,13 @@ def test_storage_type(tmp_path, storage, held):
         ("FLUX.2", ["double_stream_modulation_img.lin.weight", "double_blocks.0.img_attn.qkv.weight", "img_in.weight"]),
         ("Chroma", ["distilled_guidance_layer.in_proj.weight", "double_blocks.0.img_attn.qkv.weight", "img_in.weight"]),
         ("Chroma Radiance", ["nerf_blocks.0.param_generator.weight", "double_blocks.0.img_attn.qkv.weight"]),
-        ("Qwen-Image-Edit 2511", ["__index_timestep_zero__", "txt_norm.weight", "img_in.weight"]),
         ("Qwen-Image-Layered", ["time_text_embed.addition_t_embedding.weight", "txt_norm.weight", "img_in.weight"]),
         ("ControlNet", ["controlnet_blocks.0.weight", "txt_norm.weight", "img_in.weight"]),
         ("Lens", ["transformer_blocks.0.img_mlp.w1.weight", "txt_norm.weight", "img_in.weight"]),
         ("Stable Diffusion 3", ["joint_blocks.0.x_block.attn.qkv.weight", "x_embedder.proj.weight"]),
         ("diffusers' key layout", ["transformer_blocks.0.norm1_context.linear.weight", "x_embedder.weight"]),
         ("Stable Diffusion U-Net", ["input_blocks.0.0.weight"]),
-        ("all-in-one", ["model.diffusion_model.double_blocks.0.img_attn.qkv.weight", "vae.encoder.conv_in.weight"]),
+        ("Stable Diffusion U-Net", ["model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.x.weight"]),
         ("text encoder", ["text_model.encoder.layers.0.mlp.fc1.weight"]),
         ("text encoder or VAE", ["encoder.conv_in.weight", "decoder.conv_in.weight"]),
         ("LoRA", ["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"]),
@@ -203,7 +205,7 @@ def test_other_families_are_refused_by_name(tmp_path, family, keys):
     assert family in refusal(path)
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32])
 def test_quantised_files_are_refused(changed, dtype):
     name = "double_blocks.0.img_attn.qkv.weight"
     path = changed((name,), {name: torch.zeros(384, 128, dtype=dtype)})
@@ -211,13 +213,9 @@ def test_quantised_files_are_refused(changed, dtype):
     assert "quantised" in text and name in text and str(dtype).removeprefix("torch.") in text
 
 
-def test_the_mark_of_a_scaled_fp8_file_is_enough(changed):
-    assert "quantised" in refusal(changed(add={"scaled_fp8": torch.zeros(2)}))
-
-
-@pytest.mark.parametrize("channels", [96, 32])
-def test_fill_and_control_models_are_refused(changed, channels):
-    assert "Fill, Canny or Depth" in refusal(
+@pytest.mark.parametrize("channels", [8, 48])
+def test_input_channels_of_no_known_model_are_refused(changed, channels):
+    assert "it is none of FLUX.1 dev, schnell, Kontext, Fill" in refusal(
         changed(("img_in.weight",), {"img_in.weight": torch.zeros(128, channels * 4)})
     )
 
@@ -236,9 +234,9 @@ def test_truncated_files_are_refused(mini, tmp_path, kept):
         b"\xff" * 8,
         (2**40).to_bytes(8, "little"),
         (10).to_bytes(8, "little") + b"not json!!",
-        b"PK\x03\x04" + b"\0" * 60,
+        b"GGUF" + b"\x07" * 60,
     ],
-    ids=["length", "huge", "json", "zip"],
+    ids=["length", "huge", "json", "gguf"],
 )
 def test_corrupt_headers_are_refused(mini, tmp_path, start):
     path = tmp_path / "corrupt.safetensors"

@@ -7,6 +7,7 @@ from fastusp_backend.attention import ALL, JointAttention
 from fastusp_backend.attention.local import math
 from fastusp_backend.comm.mesh import single_rank_mesh
 from fastusp_backend.comm.shards import SequenceShards
+from fastusp_backend.comm.transport import Links
 from fastusp_backend.comm.ulysses import LocalExchange
 from fastusp_backend.config import Layout
 
@@ -18,8 +19,8 @@ CPU = torch.device("cpu")
 class Recorder(LocalExchange):
     """Notes what is asked of an exchange, in order."""
 
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
+    def __init__(self, received):
+        super().__init__(received)
         self.calls = []
 
     def send(self, which, *, text=True, image=True):
@@ -46,8 +47,9 @@ class Recorder(LocalExchange):
 )
 def test_order(overlap, expected):
     shards = SequenceShards(Layout(ulysses=1, ring=1), 2, 3)
-    exchange = Recorder(shards, 1, 2, 8, torch.empty(0))
-    joint = JointAttention(single_rank_mesh(CPU), math, shards, exchange, overlap=overlap)
+    exchange = Recorder(torch.empty(3, 1, 5, 2, 8))
+    links = Links(exchange, None, None)
+    joint = JointAttention(single_rank_mesh(CPU), math, shards, links, overlap=overlap, pipelined=True)
     scales = torch.ones(8), torch.ones(8), None
     for rows, stream in ((2, {"image": False}), (3, {"text": False})):
         rope = torch.ones(rows, 4), torch.zeros(rows, 4)

@@ -4,15 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import inputs, relative_difference, spec_of
+from support import inputs, randn, relative_difference, spec_of
 
+from benchmarks.diffusers_weights import to_diffusers
 from fastusp_backend.comm.mesh import single_rank_mesh
 from fastusp_backend.comm.transport import Transport
 from fastusp_backend.config import Settings
 from fastusp_backend.engine import Denoiser
-from fastusp_backend.models.family import Conditioning
+from fastusp_backend.errors import RequestError
+from fastusp_backend.models.family import Conditioning, Residuals
+from fastusp_backend.models.flux import FluxConfig
 from fastusp_backend.models.loading import load_model
-from fastusp_backend.models.patches import patchify, unpatchify
+from fastusp_backend.models.patches import patch_grid, patchify, unpatchify
 from fastusp_backend.models.synthetic import TINY_FLUX, write_flux
 
 diffusers = pytest.importorskip("diffusers")
@@ -20,77 +23,21 @@ pytestmark = pytest.mark.unit
 
 CPU = torch.device("cpu")
 
-DOUBLE = {
-    "img_mod.lin": "norm1.linear",
-    "txt_mod.lin": "norm1_context.linear",
-    "img_attn.proj": "attn.to_out.0",
-    "txt_attn.proj": "attn.to_add_out",
-    "img_mlp.0": "ff.net.0.proj",
-    "img_mlp.2": "ff.net.2",
-    "txt_mlp.0": "ff_context.net.0.proj",
-    "txt_mlp.2": "ff_context.net.2",
-}
-NORMS = {
-    "img_attn.norm.query_norm.scale": "attn.norm_q.weight",
-    "img_attn.norm.key_norm.scale": "attn.norm_k.weight",
-    "txt_attn.norm.query_norm.scale": "attn.norm_added_q.weight",
-    "txt_attn.norm.key_norm.scale": "attn.norm_added_k.weight",
-}
-OUTER = {
-    "img_in": "x_embedder",
-    "txt_in": "context_embedder",
-    "final_layer.linear": "proj_out",
-    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
-    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
-    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
-    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
-    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
-    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
-}
 
-
-def to_diffusers(state: dict[str, torch.Tensor], hidden: int) -> dict[str, torch.Tensor]:
-    """A file's tensors under diffusers' names: qkv and linear1 split, the final layer's scale before its shift."""
-    out = {}
-    for key, tensor in state.items():
-        module, _, kind = key.rpartition(".")
-        if module in OUTER:
-            out[f"{OUTER[module]}.{kind}"] = tensor
-            continue
-        if module == "final_layer.adaLN_modulation.1":
-            shift, scale = tensor.chunk(2)
-            out[f"norm_out.linear.{kind}"] = torch.cat([scale, shift])
-            continue
-        blocks, index, rest = key.split(".", 2)
-        part = rest.rpartition(".")[0]
-        if blocks == "double_blocks":
-            prefix = f"transformer_blocks.{index}"
-            if rest in NORMS:
-                out[f"{prefix}.{NORMS[rest]}"] = tensor
-            elif part in DOUBLE:
-                out[f"{prefix}.{DOUBLE[part]}.{kind}"] = tensor
-            else:
-                names = {
-                    "img_attn.qkv": ("to_q", "to_k", "to_v"),
-                    "txt_attn.qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
-                }
-                for name, piece in zip(names[part], tensor.chunk(3), strict=True):
-                    out[f"{prefix}.attn.{name}.{kind}"] = piece
-            continue
-        prefix = f"single_transformer_blocks.{index}"
-        if part == "linear1":
-            q, k, v, mlp = tensor.split([hidden, hidden, hidden, len(tensor) - 3 * hidden])
-            for name, piece in (("attn.to_q", q), ("attn.to_k", k), ("attn.to_v", v), ("proj_mlp", mlp)):
-                out[f"{prefix}.{name}.{kind}"] = piece
-        else:
-            names = {
-                "linear2": "proj_out",
-                "modulation.lin": "norm.linear",
-                "norm.query_norm": "attn.norm_q",
-                "norm.key_norm": "attn.norm_k",
-            }
-            out[f"{prefix}.{names[part]}.{'weight' if kind == 'scale' else kind}"] = tensor
-    return out
+def peer(config: FluxConfig):
+    """diffusers' module of these sizes."""
+    return diffusers.FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4 * (config.channels + config.concat_channels),
+        out_channels=4 * config.channels,
+        num_layers=config.double_blocks,
+        num_single_layers=config.single_blocks,
+        attention_head_dim=128,
+        num_attention_heads=config.heads,
+        joint_attention_dim=config.context,
+        pooled_projection_dim=config.pooled,
+        guidance_embeds=config.guidance,
+    ).eval()
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["dev", "schnell"])
@@ -105,20 +52,32 @@ def models(request, tmp_path_factory):
         for i, (name, t) in enumerate(ours.state_dict().items())
     }
     ours.load_state_dict({ours.module_key(key): t for key, t in state.items()}, assign=True)
-    theirs = diffusers.FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=64,
-        num_layers=config.double_blocks,
-        num_single_layers=config.single_blocks,
-        attention_head_dim=128,
-        num_attention_heads=config.heads,
-        joint_attention_dim=config.context,
-        pooled_projection_dim=config.pooled,
-        guidance_embeds=config.guidance,
-    )
+    theirs = peer(config)
     theirs.load_state_dict(to_diffusers(state, config.hidden))
     mesh = single_rank_mesh(CPU)
-    return Denoiser(ours, mesh, Transport(mesh), Settings(), torch.float32), theirs.eval()
+    return Denoiser(ours, mesh, Transport(mesh), Settings(), torch.float32), theirs
+
+
+def velocity_of(theirs, config, given, size, *, images=(), starts=(), **more) -> torch.Tensor:
+    """diffusers' velocity, for reference latents `images` that begin at `starts` (image, row, column)."""
+    latents, places = (given.x, *images), ((0, 0, 0), *starts)
+    ids = []
+    for latent, (number, row, column) in zip(latents, places, strict=True):
+        rows, columns = patch_grid(*latent.shape[-2:])
+        ids.append(torch.cartesian_prod(torch.tensor([number]), torch.arange(rows), torch.arange(columns)))
+        ids[-1] += torch.tensor([0, row, column])
+    with torch.inference_mode():
+        tokens = theirs(
+            hidden_states=torch.cat([patchify(latent) for latent in latents], dim=1),
+            encoder_hidden_states=given.context,
+            pooled_projections=given.y,
+            timestep=given.timestep,
+            guidance=given.guidance if config.guidance else None,
+            txt_ids=torch.zeros(given.context.shape[1], 3),
+            img_ids=torch.cat(ids).float(),
+            **more,
+        ).sample
+    return unpatchify(tokens[:, : len(ids[0])], patch_grid(*size))[..., : size[0], : size[1]]
 
 
 @pytest.mark.parametrize(
@@ -128,20 +87,98 @@ def models(request, tmp_path_factory):
 )
 def test_velocity(models, text, size, batch):
     denoiser, theirs = models
-    given = inputs(denoiser.model.config, text=text, size=size, batch=batch, seed=text)
+    config = denoiser.model.config
+    given = inputs(config, text=text, size=size, batch=batch, seed=text)
     ours = denoiser(given.x, given.timestep, Conditioning(given.context, given.y, given.guidance))
-    grid = -(-size[0] // 2), -(-size[1] // 2)
-    rows, columns = torch.meshgrid(*map(torch.arange, grid), indexing="ij")
-    image_ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
-    with torch.inference_mode():
-        tokens = theirs(
-            hidden_states=patchify(given.x),
-            encoder_hidden_states=given.context,
-            pooled_projections=given.y,
-            timestep=given.timestep,
-            guidance=given.guidance if denoiser.model.config.guidance else None,
-            txt_ids=torch.zeros(text, 3),
-            img_ids=image_ids.float(),
-        ).sample
-    expected = unpatchify(tokens, grid)[..., : size[0], : size[1]]
+    assert relative_difference(ours, velocity_of(theirs, config, given, size)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "method, starts",
+    [
+        (None, [(1, 0, 0), (1, 3, 0), (1, 0, 5)]),
+        ("negative_index", [(1, 0, 0), (1, 3, 0), (1, 0, 5)]),  # FLUX does not know it
+        ("index", [(1, 0, 0), (2, 0, 0), (3, 0, 0)]),
+        ("uxo", [(0, 4, 6), (0, 7, 11), (0, 11, 13)]),
+    ],
+)
+def test_references(models, method, starts):
+    """Positions worked out by hand from ComfyUI's rules, for an image of 4 x 6 patches."""
+    denoiser, theirs = models
+    config, batch = denoiser.model.config, 2
+    given = inputs(config, text=7, size=(8, 12), batch=batch)
+    images = tuple(randn(batch, 16, *size, seed=n) for n, size in enumerate([(6, 10), (7, 4), (4, 2)]))
+    prompt = Conditioning(given.context, given.y, given.guidance, references=images, reference_method=method)
+    denoiser.check(given.x, prompt)
+    ours = denoiser(given.x, given.timestep, prompt)
+    expected = velocity_of(theirs, config, given, (8, 12), images=images, starts=starts)
     assert relative_difference(ours, expected) < 1e-5
+
+
+def test_control(models):
+    """Residuals after every block, as a ControlNet gives them."""
+    denoiser, theirs = models
+    config = denoiser.model.config
+    given = inputs(config, text=7, size=(8, 7), batch=2)
+    tensors = tuple(randn(2, 16, config.hidden, seed=n) for n in range(4))
+    prompt = Conditioning(given.context, given.y, given.guidance)
+    ours = denoiser(given.x, given.timestep, prompt, Residuals(tensors, (0, 1), (2, 3))).clone()
+    more = {"controlnet_block_samples": tensors[:2], "controlnet_single_block_samples": tensors[2:]}
+    assert relative_difference(ours, velocity_of(theirs, config, given, (8, 7), **more)) < 1e-5
+    # Fewer than the blocks, more than the blocks, one for two, for a part of the tokens, for every image.
+    first = tensors[0][:1, :5]
+    short = denoiser(given.x, given.timestep, prompt, Residuals((first,), (0, None, 0), (0,))).clone()
+    padded = torch.cat([first, torch.zeros(1, 11, config.hidden)], dim=1).expand(2, -1, -1)
+    zeros = torch.zeros_like(padded)
+    more = {"controlnet_block_samples": [padded, zeros], "controlnet_single_block_samples": [padded, zeros]}
+    assert relative_difference(short, velocity_of(theirs, config, given, (8, 7), **more)) < 1e-5
+
+
+@pytest.mark.parametrize("channels", [16, 80], ids=["Canny", "Fill"])
+def test_further_channels(channels, tmp_path):
+    config = replace(TINY_FLUX, concat_channels=channels, double_blocks=1, single_blocks=1)
+    path = tmp_path / "fill.safetensors"
+    write_flux(str(path), config, seed=6)
+    ours = load_model(spec_of(path), CPU)
+    state = {ours.file_key(name): t for name, t in ours.state_dict().items()}
+    theirs = peer(config)
+    theirs.load_state_dict(to_diffusers(state, config.hidden))
+    given = inputs(config, text=7, size=(7, 8), batch=2)
+    concat = randn(2, channels, 7, 8, seed=9)
+    mesh = single_rank_mesh(CPU)
+    denoiser = Denoiser(ours, mesh, Transport(mesh), Settings(), torch.float32)
+    prompt = Conditioning(given.context, given.y, given.guidance, concat)
+    denoiser.check(given.x, prompt)
+    got = denoiser(given.x, given.timestep, prompt)
+    joined = replace(given, x=torch.cat([given.x, concat], dim=1))
+    assert relative_difference(got, velocity_of(theirs, config, joined, (7, 8))) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        ({"references": (torch.ones(1, 16, 4, 4),)}, "a reference latent (1, 16, 4, 4) does not fit"),
+        ({"references": (torch.ones(2, 4, 4, 4),)}, "expected (2, 16, [1,] h, w)"),
+        ({"references": (torch.ones(2, 16, 3, 4, 4),)}, "expected (2, 16, [1,] h, w)"),
+        ({"reference_method": "nearest"}, "reference method 'nearest' is not one of: offset, index"),
+        ({"references": (torch.ones(2, 16, 4, 4),), "reference_method": "index_timestep_zero"}, "offset, index or uxo"),
+        ({"concat": torch.ones(2, 80, 8, 8)}, "it takes latents alone"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_refused(models, more, words):
+    denoiser, _ = models
+    given = inputs(denoiser.model.config, text=7, size=(8, 8), batch=2)
+    with pytest.raises(RequestError) as refused:
+        denoiser.check(given.x, Conditioning(given.context, given.y, given.guidance, **more))
+    assert words in str(refused.value)
+
+
+@pytest.mark.parametrize("shape", [(2, 17, 512), (3, 16, 512), (2, 16, 256), (16, 512), (1, 0, 512)], ids=str)
+def test_control_of_another_model_is_refused(models, shape):
+    denoiser, _ = models
+    given = inputs(denoiser.model.config, text=7, size=(8, 8), batch=2)
+    prompt = Conditioning(given.context, given.y, given.guidance)
+    denoiser.check(given.x, prompt, Residuals((torch.ones(2, 16, 512),), (0,)))
+    with pytest.raises(RequestError, match="Was it made for another model"):
+        denoiser.check(given.x, prompt, Residuals((torch.ones(shape),), (0,)))

@@ -1,5 +1,7 @@
 """Our Qwen-Image against diffusers' QwenImageTransformer2DModel with the same weights in float32."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support import inputs, randn, relative_difference, spec_of
@@ -8,8 +10,9 @@ from fastusp_backend.comm.mesh import single_rank_mesh
 from fastusp_backend.comm.transport import Transport
 from fastusp_backend.config import Settings
 from fastusp_backend.engine import Denoiser
+from fastusp_backend.engine.denoiser import KEPT_ROWS
 from fastusp_backend.errors import RequestError
-from fastusp_backend.models.family import Conditioning
+from fastusp_backend.models.family import Conditioning, Residuals
 from fastusp_backend.models.loading import load_model
 from fastusp_backend.models.patches import patch_grid, patchify, unpatchify
 from fastusp_backend.models.synthetic import TINY_QWEN_IMAGE, write_qwen_image
@@ -64,6 +67,22 @@ def models(tmp_path_factory):
     return Denoiser(ours, mesh, Transport(mesh), Settings(), torch.float32), theirs.eval()
 
 
+def velocity_of(theirs, given, size, *, images=(), **more) -> torch.Tensor:
+    """diffusers' velocity, with reference latents `images`."""
+    latents = (given.x, *images)
+    grids = [patch_grid(*latent.shape[-2:]) for latent in latents]
+    with torch.inference_mode():
+        tokens = theirs(
+            hidden_states=torch.cat([patchify(latent) for latent in latents], dim=1),
+            encoder_hidden_states=given.context,
+            timestep=given.timestep,
+            img_shapes=[[(1, *grid) for grid in grids]] * len(given.x),
+            **more,
+        ).sample
+    count = grids[0][0] * grids[0][1]
+    return unpatchify(tokens[:, :count], grids[0])[..., : size[0], : size[1]]
+
+
 @pytest.mark.parametrize("text", [6, 35, 301])
 @pytest.mark.parametrize(
     "size, batch",
@@ -74,21 +93,84 @@ def test_velocity(models, text, size, batch):
     denoiser, theirs = models
     given = inputs(denoiser.model.config, text=text, size=size, batch=batch, seed=text)
     ours = denoiser(given.x, given.timestep, Conditioning(given.context))
-    grid = patch_grid(*size)
     own_rope = theirs.pos_embed
-    if any(n % 2 for n in grid):
+    if any(n % 2 for n in patch_grid(*size)):
         theirs.pos_embed = ComfyRope()
     try:
-        with torch.inference_mode():
-            tokens = theirs(
-                hidden_states=patchify(given.x),
-                encoder_hidden_states=given.context,
-                timestep=given.timestep,
-                img_shapes=[[(1, *grid)]] * batch,
-            ).sample
+        expected = velocity_of(theirs, given, size)
     finally:
         theirs.pos_embed = own_rope
-    expected = unpatchify(tokens, grid)[..., : size[0], : size[1]]
+    assert relative_difference(ours, expected) < 1e-5
+
+
+@pytest.fixture
+def zeroed(models):
+    """The models again, diffusers' with references at timestep 0."""
+    denoiser, theirs = models
+    theirs.zero_cond_t = True
+    for block in theirs.transformer_blocks:
+        block.zero_cond_t = True
+    yield denoiser, theirs
+    theirs.zero_cond_t = False
+    for block in theirs.transformer_blocks:
+        block.zero_cond_t = False
+
+
+REFERENCES = ((8, 4), (4, 11))
+"""Sizes whose numbers of patches are even, and no larger than the image's: diffusers counts text from the largest."""
+
+
+@pytest.mark.parametrize("method", [None, "index", "index_timestep_zero"])
+def test_references(models, request, method):
+    denoiser, theirs = request.getfixturevalue("zeroed") if method == "index_timestep_zero" else models
+    given = inputs(denoiser.model.config, text=6, size=(8, 12), batch=2)
+    images = tuple(randn(2, 16, *size, seed=n) for n, size in enumerate(REFERENCES))
+    framed = tuple(image[:, :, None] for image in images)
+    prompt = Conditioning(given.context, references=framed, reference_method=method)
+    denoiser.check(given.x[:, :, None], prompt)
+    denoiser.prepare([0.7], prompt)
+    for _ in range(2):
+        ours = denoiser(given.x[:, :, None], given.timestep, prompt).squeeze(2)
+        assert relative_difference(ours, velocity_of(theirs, given, (8, 12), images=images)) < 1e-5
+
+
+def test_timestep_zero_lasts_over_more_timesteps_than_are_kept(zeroed):
+    denoiser, theirs = zeroed
+    given = inputs(denoiser.model.config, text=2, size=(4, 4))
+    image = randn(1, 16, 4, 4, seed=1)
+    prompt = Conditioning(given.context, references=(image,), reference_method="index_timestep_zero")
+    steps = KEPT_ROWS + 6
+    denoiser.prepare([0.5 + n / 200 for n in range(steps)], prompt)
+    for timestep in torch.linspace(0.4, 0.1, steps).unsqueeze(1):
+        ours = denoiser(given.x, timestep, prompt)
+    last = replace(given, timestep=timestep)
+    assert relative_difference(ours, velocity_of(theirs, last, (4, 4), images=(image,))) < 1e-5
+
+
+def test_negative_index_and_offset(models):
+    """diffusers knows neither; a single reference at image 1 is where both `offset` and `index` put it."""
+    denoiser, _ = models
+    given = inputs(denoiser.model.config, text=6, size=(8, 8))
+    image = randn(1, 16, 6, 5, seed=1)
+
+    def velocity(method, *images):
+        prompt = Conditioning(given.context, references=images, reference_method=method)
+        return denoiser(given.x, given.timestep, prompt).clone()
+
+    one = velocity("index", image)
+    assert torch.equal(velocity("offset", image), one) and torch.equal(velocity("uxo", image), one)
+    assert relative_difference(velocity("negative_index", image), one) > 1e-3
+    assert relative_difference(velocity("offset", image, image), velocity("index", image, image)) > 1e-3
+
+
+def test_control(models):
+    """Residuals after every block; the last one reaches the output."""
+    denoiser, theirs = models
+    given = inputs(denoiser.model.config, text=6, size=(8, 8), batch=2)
+    tensors = tuple(randn(2, 16, 512, seed=n) for n in range(2))
+    prompt = Conditioning(given.context)
+    ours = denoiser(given.x, given.timestep, prompt, Residuals(tensors, (0, 1)))
+    expected = velocity_of(theirs, given, (8, 8), controlnet_block_samples=tensors)
     assert relative_difference(ours, expected) < 1e-5
 
 

@@ -74,6 +74,34 @@ def test_a_tensor_that_its_owner_changes_is_sent_again():
     assert torch.equal(evaluate(pool, context), torch.ones(1, 3, 4))
 
 
+def test_a_prompt_of_more_tensors_than_are_kept_is_kept_whole():
+    pool, given = Pool(), torch.ones(1, 3, 4)
+    many = Prompt(given, references=tuple(randn(1, 16, 2, 2, seed=n) for n in range(KEPT_TENSORS + 2)))
+    for _ in range(2):
+        session(pool).evaluate(torch.zeros(1), torch.ones(1), many, QUIET)
+        session(pool).evaluate(torch.zeros(1), torch.ones(1), Prompt(given * 2), QUIET)
+        session(pool).evaluate(torch.zeros(1), torch.ones(1), Prompt(given), QUIET)
+    assert len(pool.held) <= KEPT_TENSORS + 2
+
+
+def test_control_travels_once_a_tensor_in_the_compute_type():
+    """ComfyUI repeats the tensors of a ControlNet with few blocks."""
+    requests = []
+
+    class Recorder(Pool):
+        def run(self, make, tensors, progress):
+            requests.append((make(1).control, {name: t for name, t in tensors.items() if name.startswith("control")}))
+            return super().run(make, tensors, progress)
+
+    one, two = torch.ones(1, 4, 8).half(), torch.zeros(1, 4, 8).half()
+    control = {"input": [one, one, None, two], "output": [two]}
+    session(Recorder()).evaluate(torch.zeros(1), torch.ones(1), Prompt(torch.ones(1, 3, 4)), QUIET, control)
+    ((places, tensors),) = requests
+    assert places == {"input": [0, 0, None, 1], "output": [1]}
+    assert list(tensors) == ["control.0", "control.1"]
+    assert all(t.dtype == torch.float32 for t in tensors.values()) and torch.equal(tensors["control.1"], two.float())
+
+
 def test_types_are_told_apart():
     pool = Pool()
     evaluate(pool, torch.zeros(1, 3, 4))

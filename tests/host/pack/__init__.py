@@ -39,15 +39,18 @@ class SeededLatent:
             "height": ("INT", {"default": 64}),
             "batch": ("INT", {"default": 1}),
         }
-        return {"required": {"seed": ("INT", {"default": 0}), **sizes, "masked": ("BOOLEAN", {"default": False})}}
+        switches = {"masked": ("BOOLEAN", {"default": False}), "framed": ("BOOLEAN", {"default": False})}
+        return {"required": {"seed": ("INT", {"default": 0}), **sizes, **switches}}
 
     RETURN_TYPES = ("LATENT",)
     FUNCTION = "make"
     CATEGORY = "test"
 
-    def make(self, seed, width, height, batch, masked):
+    def make(self, seed, width, height, batch, masked, framed):
         generator = torch.Generator().manual_seed(seed)
         latent = {"samples": torch.randn(batch, 16, height // 8, width // 8, generator=generator)}
+        if framed:  # as Qwen-Image's VAE gives it
+            latent["samples"] = latent["samples"][:, :, None]
         if masked:
             mask = torch.zeros(1, 1, height, width)
             mask[..., : width // 2] = 1
@@ -56,10 +59,21 @@ class SeededLatent:
 
 
 class _Control(ControlBase):
-    """What a ControlNet gives its model: something to add after each block."""
+    """What a ControlNet gives its model: something to add after each block, another at each timestep."""
+
+    def __init__(self, hidden: int, blocks: int):
+        super().__init__()
+        self.hidden, self.blocks = hidden, blocks
 
     def get_control(self, x_noisy, t, cond, batched_number, *_):
-        return {"input": [torch.zeros(1, 1, 1)], "output": []}
+        *_, height, width = x_noisy.shape
+        generator = torch.Generator().manual_seed(int(1e6 * float(t[0])))
+        size = len(x_noisy), -(-height // 2) * -(-width // 2), self.hidden
+
+        def residual():
+            return 0.1 * torch.randn(size, generator=generator)
+
+        return {"input": [residual(), None, *(residual() for _ in range(self.blocks))], "output": [residual()]}
 
     def inference_memory_requirements(self, dtype):
         return 0
@@ -70,6 +84,44 @@ class AppliedControl:
 
     @classmethod
     def INPUT_TYPES(cls):
+        sizes = {"hidden": ("INT", {"default": 512}), "blocks": ("INT", {"default": 0})}
+        return {"required": {"conditioning": ("CONDITIONING",), **sizes}}
+
+    RETURN_TYPES = ("CONDITIONING",)
+    FUNCTION = "apply"
+    CATEGORY = "test"
+
+    def apply(self, conditioning, hidden, blocks):
+        control = {"control": _Control(hidden, blocks), "control_apply_to_uncond": False}
+        return ([[c, {**extra, **control}] for c, extra in conditioning],)
+
+
+class InpaintConditioning:
+    """A prompt with the image, and the mask, that InpaintModelConditioning and InstructPixToPixConditioning give it."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {"conditioning": ("CONDITIONING",), "latent": ("LATENT",)},
+            "optional": {"mask": ("MASK",)},
+        }
+
+    RETURN_TYPES = ("CONDITIONING",)
+    FUNCTION = "apply"
+    CATEGORY = "test"
+
+    def apply(self, conditioning, latent, mask=None):
+        more = {"concat_latent_image": latent["samples"]}
+        if mask is not None:
+            more["concat_mask"] = mask.reshape(1, 1, *mask.shape[-2:])
+        return ([[c, {**extra, **more}] for c, extra in conditioning],)
+
+
+class MaskedConditioning:
+    """A prompt whose tokens are weighted in attention, as StyleModelApply's attn_bias does it."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
         return {"required": {"conditioning": ("CONDITIONING",)}}
 
     RETURN_TYPES = ("CONDITIONING",)
@@ -77,11 +129,34 @@ class AppliedControl:
     CATEGORY = "test"
 
     def apply(self, conditioning):
-        return ([[c, {**extra, "control": _Control(), "control_apply_to_uncond": False}] for c, extra in conditioning],)
+        weighted = []
+        for c, extra in conditioning:
+            tokens = c.shape[1] + 1
+            more = {"attention_mask": torch.zeros(1, tokens, tokens), "attention_mask_img_shape": (1, 1)}
+            weighted.append([c, {**extra, **more}])
+        return (weighted,)
+
+
+class ReferenceMethod:
+    """How references are placed, also in the ways that no node of ComfyUI's own offers."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"conditioning": ("CONDITIONING",), "method": ("STRING", {"default": "index"})}}
+
+    RETURN_TYPES = ("CONDITIONING",)
+    FUNCTION = "apply"
+    CATEGORY = "test"
+
+    def apply(self, conditioning, method):
+        return ([[c, {**extra, "reference_latents_method": method}] for c, extra in conditioning],)
 
 
 NODE_CLASS_MAPPINGS = {
     "TestSeededConditioning": SeededConditioning,
     "TestSeededLatent": SeededLatent,
     "TestAppliedControl": AppliedControl,
+    "TestInpaintConditioning": InpaintConditioning,
+    "TestMaskedConditioning": MaskedConditioning,
+    "TestReferenceMethod": ReferenceMethod,
 }

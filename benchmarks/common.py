@@ -1,0 +1,114 @@
+"""What the benchmarks' ranks share: models of random weights, inputs, timing.
+
+Weights are N(0, 1 / fan_in), norms 1, biases N(0, 0.02^2), made on the device from one seed: every process set of a run
+holds the same ones. Speed and parity are real, images are not.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import paths  # noqa: F401
+import torch
+import torch.distributed as dist
+
+from fastusp_backend.models.family import Conditioning, Config, Transformer
+from fastusp_backend.models.flux import FluxConfig
+from fastusp_backend.models.synthetic import FLUX_DEV, QWEN_IMAGE, TINY_FLUX, TINY_QWEN_IMAGE
+
+CONFIGS: dict[tuple[str, bool], Config] = {
+    ("flux", False): FLUX_DEV,
+    ("flux", True): TINY_FLUX,
+    ("qwen", False): QWEN_IMAGE,
+    ("qwen", True): TINY_QWEN_IMAGE,
+}
+"""By name and whether it is the tiny one."""
+
+TIMESTEP, GUIDANCE = 0.5, 4.0
+"""A thousand times either is exact in bfloat16: diffusers multiplies in the compute type."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One shape: an image of size x size pixels, `texts` the token count of each prompt of a step."""
+
+    size: int
+    texts: tuple[int, ...]
+    batch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """x (B, C, size / 8, size / 8) float32, timestep (B,) on the CPU, a prompt per text."""
+
+    x: torch.Tensor
+    timestep: torch.Tensor
+    prompts: tuple[Conditioning, ...]
+
+
+def random_model(config: Config, device: torch.device, dtype: torch.dtype) -> Transformer:
+    with torch.device("meta"):
+        model = config.build()
+    model = model.to(dtype).to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1 and not name.endswith("bias"):
+            parameter.data.fill_(1)
+        else:
+            std = parameter.shape[1] ** -0.5 if parameter.dim() == 2 else 0.02
+            parameter.data.normal_(std=std, generator=generator)
+    return model.eval().requires_grad_(False)
+
+
+def random_inputs(config: Config, case: Case, device: torch.device, dtype: torch.dtype) -> Inputs:
+    like = {"generator": torch.Generator(device).manual_seed(1), "device": device}
+    b, edge = case.batch, case.size // 8
+    x = torch.randn(b, config.channels, edge, edge, **like)
+
+    def prompt(text: int) -> Conditioning:
+        context = torch.randn(b, text, config.context, **like).to(dtype)
+        if not isinstance(config, FluxConfig):
+            return Conditioning(context)
+        pooled = torch.randn(b, config.pooled, **like).to(dtype)
+        return Conditioning(context, pooled, torch.full((b,), GUIDANCE, device=device))
+
+    return Inputs(x, torch.full((b,), TIMESTEP), tuple(map(prompt, case.texts)))
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(run: Callable[[], torch.Tensor], count: int, device: torch.device) -> tuple[dict, torch.Tensor]:
+    """Three runs to warm up, `count` timed ones; every rank calls this together.
+
+    -> (median, min and max in ms, seconds of the warm-up, peak memory in GiB), and the last run's output.
+    """
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    started = time.perf_counter()
+    for _ in range(3):
+        run()
+    synchronize(device)
+    warm_up = time.perf_counter() - started
+    dist.barrier()
+    times = []
+    for _ in range(count):
+        if cuda:
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            out = run()
+            stop.record()
+            stop.synchronize()
+            times.append(start.elapsed_time(stop))
+        else:
+            begin = time.perf_counter()
+            out = run()
+            times.append((time.perf_counter() - begin) * 1000)
+    figures = {"median": statistics.median(times), "min": min(times), "max": max(times), "warm_up": warm_up}
+    if cuda:
+        figures["peak"] = torch.cuda.max_memory_allocated(device) / 2**30
+    return figures, out.float().cpu()

@@ -1,0 +1,106 @@
+"""Loading a full-size FLUX.1-dev file through the product's path, on one GPU or several that share the reading.
+
+    python benchmarks/load.py --folder /tmp/models
+    torchrun --nproc_per_node=2 benchmarks/load.py --folder /tmp/models --repeat 3
+
+Writes the file (random bf16, 24 GB) where it is missing. Prints per rank and turn the seconds, the rate, what the
+process grew by, and the GPU memory. The first turn of a new file reads from memory as well: it was just written.
+"""
+
+import argparse
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from fastusp_backend.config import ModelSpec
+from fastusp_backend.models.flux import Flux
+from fastusp_backend.models.loading import Checkpoint
+from fastusp_backend.models.synthetic import FLUX_DEV
+
+
+def write(path: Path) -> None:
+    """A tile of random values over and over: the disk and the link do not care."""
+    with torch.device("meta"):
+        model = Flux(FLUX_DEV)
+    header, start = {}, 0
+    for name, parameter in model.named_parameters():
+        size = 2 * math.prod(parameter.shape)
+        shape, offsets = list(parameter.shape), [start, start + size]
+        header[model.file_key(name)] = {"dtype": "BF16", "shape": shape, "data_offsets": offsets}
+        start += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    tile = memoryview((torch.randn(1 << 25) * 0.02).bfloat16().view(torch.uint8).numpy())
+    unfinished = path.with_suffix(".part")
+    with open(unfinished, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for done in range(0, start, len(tile)):
+            file.write(tile[: start - done])
+    unfinished.rename(path)
+
+
+def resident() -> dict[str, int]:
+    """This process's memory in bytes by kind, as Linux counts it."""
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    return {words[0][:-1]: int(words[1]) * 1024 for words in lines if words[0] in ("VmRSS:", "VmHWM:", "RssAnon:")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--repeat", type=int, default=2)
+    parser.add_argument("--storage", choices=["bfloat16", "float16", "float8_e4m3fn"], default="bfloat16")
+    a = parser.parse_args()
+
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    path = a.folder / "flux-dev-random.safetensors"
+    if world > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+        dist.all_reduce(torch.ones(1, device=device))  # connections are made before anything is timed
+    if rank == 0 and not path.exists():
+        a.folder.mkdir(parents=True, exist_ok=True)
+        started = time.perf_counter()
+        write(path)
+        print(f"wrote {path} in {time.perf_counter() - started:.0f} s", flush=True)
+    if world > 1:
+        dist.barrier()
+    size = path.stat().st_size
+    if rank == 0:
+        print(f"{world} x {torch.cuda.get_device_name()}, torch {torch.__version__}, {size / 1e9:.2f} GB", flush=True)
+    for turn in range(a.repeat):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = resident()
+        started = time.perf_counter()
+        checkpoint = Checkpoint(ModelSpec.of_file(str(path), storage=a.storage, compute="bfloat16"))
+        described = time.perf_counter()
+        checkpoint.allocate(device, dist.group.WORLD if world > 1 else None)
+        allocated = time.perf_counter()
+        model = checkpoint.read()
+        torch.cuda.synchronize()
+        read = time.perf_counter()
+        after, peak = resident(), torch.cuda.max_memory_allocated()
+        grown = {name: (after[name] - before[name]) / 2**20 for name in after}
+        held = sum(t.nbytes for t in model.parameters())
+        print(
+            f"RESULT turn {turn} rank {rank}: {read - started:6.2f} s (header {described - started:.2f}, room "
+            f"{allocated - described:.2f}), {size / (read - allocated) / 1e9:5.1f} GB/s; RSS {grown['VmRSS']:+.0f} "
+            f"MiB, anonymous {grown['RssAnon']:+.0f}, its peak {grown['VmHWM']:+.0f}; GPU weights {held / 2**30:.2f} "
+            f"GiB, peak {peak / 2**30:.2f}",
+            flush=True,
+        )
+        del model, checkpoint
+        torch.cuda.empty_cache()
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,10 @@
+"""Where things lie. Importing this first lets the benchmarks run from any folder, without installing the package."""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+RESULTS = HERE / "results"
+
+sys.path.insert(0, str(ROOT))

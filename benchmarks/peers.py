@@ -1,0 +1,273 @@
+"""Other engines on the same weights and inputs: each parallelises diffusers' own transformer in its way.
+
+A peer runs in a process set of its own (enabling one changes diffusers for the whole process), with cuDNN's attention,
+eager, compiled, and compiled in a CUDA graph. Packages are imported when their peer is asked for.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from common import Case, Inputs, random_inputs
+from diffusers_weights import to_diffusers
+
+from fastusp_backend.models.family import Config, Transformer
+from fastusp_backend.models.flux import FluxConfig
+from fastusp_backend.models.patches import patch_grid, patchify, unpatchify
+
+LEVELS = ("eager", "compile", "graph")
+
+
+Run = Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """What a peer is set up for. even: whether the ranks divide all token counts. text: tokens of the first prompt."""
+
+    config: Config
+    ranks: int
+    even: bool
+    text: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Peer:
+    """setup(diffusers' model, task) -> the parallel model. module: what must be installed. alone: runs on one rank.
+    compile: `blocks`, each without graph breaks, `broken blocks`, with them, or the `whole` model. lossy: sends less
+    exactly than it computes. models: those it knows."""
+
+    module: str
+    setup: Callable[[torch.nn.Module, Task], torch.nn.Module]
+    alone: bool = False
+    compile: Literal["blocks", "broken blocks", "whole"] = "blocks"
+    lossy: bool = False
+    models: tuple[str, ...] = ("flux", "qwen")
+
+
+def _one_gpu(model, task: Task):
+    if next(model.parameters()).is_cuda:
+        model.set_attention_backend("_native_cudnn")
+    return model
+
+
+def _diffusers(kind: str):
+    def setup(model, task: Task):
+        from diffusers import ContextParallelConfig
+
+        model.set_attention_backend("_native_cudnn")
+        options = {f"{kind}_degree": task.ranks} | ({} if task.even else {f"{kind}_anything": True})
+        model.enable_parallelism(config=ContextParallelConfig(**options))
+        return model
+
+    return setup
+
+
+def _paraattention(ring: bool):
+    def setup(model, task: Task):
+        import para_attn.para_attn_interface as interface
+        from para_attn.context_parallel import init_context_parallel_mesh
+        from para_attn.context_parallel.diffusers_adapters.flux import parallelize_transformer
+
+        for name in ("ulysses_attn_func", "ring_attn_func"):
+            setattr(interface, name, _without_gqa(getattr(interface, name)))
+        mesh = init_context_parallel_mesh(model.device.type, max_ring_dim_size=task.ranks if ring else 1)
+        return parallelize_transformer(model, mesh=mesh)
+
+    return setup
+
+
+def _without_gqa(function):
+    """ParaAttention's functions do not know the keyword that diffusers passes today."""
+
+    def call(*tensors, enable_gqa=False, **options):
+        return function(*tensors, **options)
+
+    return call
+
+
+def _cache_dit(ring: bool, **options):
+    def setup(model, task: Task):
+        import cache_dit
+
+        degrees = {"ring_size": task.ranks} if ring else {"ulysses_size": task.ranks}
+        parallelism = cache_dit.ParallelismConfig(**degrees, attention_backend="_native_cudnn", **options)
+        cache_dit.enable_cache(model, cache_config=None, parallelism_config=parallelism)
+        cache_dit.set_compile_configs(descent_tuning=False)  # with it, compiling takes minutes
+        return model
+
+    return setup
+
+
+def _xdit(ring: bool):
+    def setup(model, task: Task):
+        from types import SimpleNamespace
+
+        from xfuser import xFuserArgs
+        from xfuser.core.distributed import get_runtime_state, init_distributed_environment, initialize_runtime_state
+        from xfuser.model_executor.models.transformers.transformer_flux import xFuserFlux1Transformer2DWrapper
+
+        init_distributed_environment()
+        degrees = {"ulysses_degree": 1 if ring else task.ranks, "ring_degree": task.ranks if ring else 1}
+        config, _ = xFuserArgs(model="none", attention_backend="CUDNN", **degrees).create_config()
+        with torch.device("meta"):
+            theirs = xFuserFlux1Transformer2DWrapper(**_flux_sizes(task.config))
+        theirs.load_state_dict(model.state_dict(), assign=True)
+        initialize_runtime_state(SimpleNamespace(transformer=theirs, vae_scale_factor=8), config)
+        state = get_runtime_state()
+        state.max_condition_sequence_length, state.split_text_embed_in_sp = task.text, True
+        return theirs.eval()
+
+    return setup
+
+
+PEERS = {
+    "diffusers-1gpu": Peer(module="diffusers", setup=_one_gpu, alone=True),
+    "diffusers-ulysses": Peer(module="diffusers", setup=_diffusers("ulysses")),
+    "diffusers-ring": Peer(module="diffusers", setup=_diffusers("ring")),
+    "paraattention-ulysses": Peer(module="para_attn", setup=_paraattention(ring=False), models=("flux",)),
+    "paraattention-ring": Peer(module="para_attn", setup=_paraattention(ring=True), models=("flux",)),
+    "xdit-ulysses": Peer(module="xfuser", setup=_xdit(ring=False), compile="whole", models=("flux",)),
+    "xdit-ring": Peer(module="xfuser", setup=_xdit(ring=True), compile="whole", models=("flux",)),
+    "cache-dit-ulysses": Peer(module="cache_dit", setup=_cache_dit(ring=False), compile="broken blocks"),
+    "cache-dit-async": Peer(
+        module="cache_dit", setup=_cache_dit(ring=False, ulysses_async=True), compile="broken blocks"
+    ),
+    "cache-dit-float8": Peer(
+        module="cache_dit",
+        setup=_cache_dit(ring=False, ulysses_async=True, ulysses_float8=True),
+        compile="broken blocks",
+        lossy=True,
+    ),
+    "cache-dit-ring": Peer(module="cache_dit", setup=_cache_dit(ring=True), compile="broken blocks"),
+}
+
+
+def diffusers_model(ours: Transformer) -> torch.nn.Module:
+    """diffusers' transformer on the same weights: its parameters are views of ours."""
+    import diffusers
+
+    config = ours.config
+    state = ours.state_dict()
+    if isinstance(config, FluxConfig):
+        with torch.device("meta"):
+            theirs = diffusers.FluxTransformer2DModel(**_flux_sizes(config))
+        state = to_diffusers({ours.file_key(name): t for name, t in state.items()}, config.hidden)
+    else:
+        from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
+
+        with torch.device("meta"):
+            theirs = diffusers.QwenImageTransformer2DModel(
+                in_channels=4 * config.channels,
+                out_channels=config.channels,
+                num_layers=config.blocks,
+                num_attention_heads=config.heads,
+                joint_attention_dim=config.context,
+            )
+        theirs.pos_embed = QwenEmbedRope(theta=10_000, axes_dim=[16, 56, 56], scale_rope=True)  # holds no parameters
+    theirs.load_state_dict(state, assign=True)
+    return theirs.eval().requires_grad_(False)
+
+
+def _flux_sizes(config: Config) -> dict:
+    return {
+        "patch_size": 1,
+        "in_channels": 4 * config.channels,
+        "num_layers": config.double_blocks,
+        "num_single_layers": config.single_blocks,
+        "attention_head_dim": config.hidden // config.heads,
+        "num_attention_heads": config.heads,
+        "joint_attention_dim": config.context,
+        "pooled_projection_dim": config.pooled,
+        "guidance_embeds": config.guidance,
+    }
+
+
+def arguments(config: Config, given: Inputs, dtype: torch.dtype) -> list[dict]:
+    """What diffusers' forward takes for each prompt."""
+    x, b = given.x, given.x.shape[0]
+    grid = patch_grid(*x.shape[-2:])
+    shared = {"hidden_states": patchify(x).to(dtype), "timestep": given.timestep.to(x.device, dtype)}
+    flux = isinstance(config, FluxConfig)
+    if flux:
+        rows, columns = torch.meshgrid(*(torch.arange(n, device=x.device) for n in grid), indexing="ij")
+        shared["img_ids"] = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1).float()
+    else:
+        shared["img_shapes"] = [[(1, *grid)]] * b
+    found = []
+    for prompt in given.prompts:
+        own = {"encoder_hidden_states": prompt.context, "return_dict": False}
+        if flux:
+            own |= {"pooled_projections": prompt.y, "guidance": prompt.guidance}
+            own["txt_ids"] = torch.zeros(prompt.context.shape[1], 3, device=x.device)
+        found.append(shared | own)
+    return found
+
+
+def runs(job: dict, ours: Transformer, dtype, device) -> Iterator[tuple[dict, Callable[[], Run]]]:
+    """Each configuration of a job, described, with what makes its run. One rank's diffusers, eager, comes first: the
+    others' measure."""
+    peer, ranks = PEERS[job["who"]], dist.get_world_size()
+    cases = [Case(**case) for case in job["cases"]]
+    model = diffusers_model(ours)
+
+    def evaluation(model, case: Case) -> Run:
+        given = random_inputs(ours.config, case, device, dtype)
+        keywords, grid = arguments(ours.config, given, dtype), patch_grid(*given.x.shape[-2:])
+
+        @torch.no_grad()
+        def run() -> torch.Tensor:
+            return torch.stack([unpatchify(model(**each)[0], grid) for each in keywords])
+
+        return run
+
+    def row(case: Case, config: str) -> dict:
+        return {"case": case, "config": config, "ranks": ranks, "reference": False, "lossy": peer.lossy}
+
+    for case in cases:
+        yield row(case, "eager") | {"ranks": 1, "reference": True}, functools.partial(evaluation, model, case)
+    if device.type == "cuda":  # scaled_dot_product_attention then takes cuDNN's kernel
+        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
+    counts = {n for case in cases for n in (*case.texts, (case.size // 16) ** 2)}
+    even = all(n % ranks == 0 for n in counts)
+    model = peer.setup(model, Task(config=ours.config, ranks=ranks, even=even, text=cases[0].texts[0]))
+    if "eager" in job["levels"]:
+        for case in cases:
+            yield row(case, "eager"), functools.partial(evaluation, model, case)
+    if not {"compile", "graph"} & set(job["levels"]):
+        return
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.automatic_dynamic_shapes = False  # each shape gets kernels of its own
+    if peer.compile == "whole":
+        model = torch.compile(model)
+    else:
+        model.compile_repeated_blocks(fullgraph=peer.compile == "blocks")
+    for case in cases:
+        if "compile" in job["levels"]:
+            yield row(case, "compile"), functools.partial(evaluation, model, case)
+        if "graph" in job["levels"]:
+            yield row(case, "graph"), lambda case=case: _graphed(evaluation(model, case))
+
+
+def _graphed(run: Run) -> Run:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    dist.barrier()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        out = run()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return out
+
+    return replay

@@ -1,0 +1,147 @@
+"""Rows of a run to tables: ratios, errors against one rank, markdown and JSON."""
+
+import datetime
+import json
+import shlex
+import sys
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from breakdown import COLUMNS
+from paths import RESULTS
+from process_sets import Outcome
+
+BASELINES = (("paraattention-ulysses", "eager"), ("diffusers-ulysses", "eager"), ("ours", "eager"))
+"""The first that was measured: the paper's own, else what stands nearest."""
+
+
+def finish(rows: list[dict]) -> tuple[list[dict], str]:
+    """Adds error, own_error and the ratios; drops the references. -> (timed rows, what `error` is measured against).
+
+    error: relative (Frobenius), against diffusers eager on one rank where a peer ran, else our own; own_error: ours
+    against our own eager on one rank. over_peer, over_baseline: how many times faster than the best lossless peer on
+    as many ranks, and than the baseline, of the same case and link.
+    """
+    rows = [row for row in rows if "failed" not in row]
+    outputs = {row["output"]: torch.load(row["output"], weights_only=True).double() for row in rows}
+    theirs = {key(row): row["output"] for row in rows if row["reference"] and row["who"] != "ours"}
+    own = {key(row): row["output"] for row in rows if row["reference"] and row["who"] == "ours"}
+    timed = [row for row in rows if not row["reference"]]
+    for row in timed:
+        out = outputs[row.pop("output")]
+        case = key(row)
+        if case in theirs or case in own:
+            row["error"] = _relative(out, outputs[theirs.get(case) or own[case]])
+        if row["who"] == "ours":
+            row["own_error"] = _relative(out, outputs[own[case]])
+        alike = [other for other in timed if place(other) == place(row)]
+        peers = [x["median"] for x in alike if x["who"] != "ours" and not x["lossy"] and x["ranks"] == row["ranks"]]
+        if peers:
+            row["over_peer"] = min(peers) / row["median"]
+        base = [x["median"] for name in BASELINES for x in alike if (x["who"], x["config"]) == name]
+        if base:
+            row["over_baseline"] = base[0] / row["median"]
+    return timed, "diffusers, eager, one rank" if theirs else "FastUSP, eager, one rank"
+
+
+def _relative(out: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((out - expected).norm() / expected.norm()).item()
+
+
+def key(row: dict) -> tuple:
+    case = row["case"]
+    return case["size"], tuple(case["texts"]), case["batch"]
+
+
+def place(row: dict) -> tuple:
+    return *key(row), row["link"]
+
+
+def name(row: dict) -> str:
+    if row["who"] != "ours":
+        return f"{row['who']}, {row['config']}"
+    return f"FastUSP {row['config']}, {row['layout'] if row['ranks'] > 1 else '1 rank'}"
+
+
+def tables(timed: list[dict]) -> str:
+    """A markdown table per case and link, the fastest last; then the breakdowns."""
+    found = []
+    for where, group in groupby(sorted(timed, key=place), key=place):
+        group = sorted(group, key=lambda row: -row["median"])
+        found.append(title(where))
+        head = ("configuration", "median ms", "min", "x best peer", "x baseline", "error", "own error", "GiB", "warm s")
+        formats = {"median": ".1f", "min": ".1f", "over_peer": ".2f", "over_baseline": ".2f"}
+        formats |= {"error": ".1e", "own_error": ".1e", "peak": ".1f", "warm_up": ".0f"}
+        body = [[name(row), *(f"{row[n]:{f}}" if n in row else "" for n, f in formats.items())] for row in group]
+        found.append(markdown(head, body))
+        if summary := efficiency(group):
+            found.append(summary)
+    if any("breakdown" in row for row in timed):
+        found += [breakdowns(timed)]
+    return "\n\n".join(found)
+
+
+def title(where: tuple) -> str:
+    size, texts, batch, link = where
+    return f"**{size} x {size}, text {' and '.join(map(str, texts))}, batch {batch}, {link}**"
+
+
+def efficiency(group: list[dict]) -> str:
+    """Our ranks' speed against our own single rank's."""
+    ours = [row for row in group if row["who"] == "ours"]
+    alone = min((row["median"] for row in ours if row["ranks"] == 1), default=None)
+    best = min((row for row in ours if row["ranks"] > 1), key=lambda row: row["median"], default=None)
+    if alone is None or best is None:
+        return ""
+    share = alone / best["median"] / best["ranks"]
+    return f"Parallel efficiency on {best['ranks']} ranks against our own 1: {share:.1%}"
+
+
+def breakdowns(timed: list[dict]) -> str:
+    """ms of one evaluation, and the longest kernels of the fastest configuration that was profiled."""
+    profiled = [row for row in timed if "breakdown" in row]
+    several = len({place(row) for row in profiled}) > 1
+    body = []
+    for row in profiled:
+        label = f"{name(row)}, {row['case']['size']} px, {row['link']}" if several else name(row)
+        body.append([label, f"{row['median']:.1f}", *(f"{row['breakdown'][c]:.1f}" for c in COLUMNS)])
+    fastest = min(profiled, key=lambda row: row["median"])
+    kernels = [[k[:90], f"{ms:.2f}", f"{calls:.0f}"] for k, ms, calls in fastest["breakdown"]["kernels"]]
+    return "\n\n".join(
+        [
+            markdown(("ms of one evaluation", "wall", *COLUMNS), body),
+            markdown((f"kernels of {name(fastest)}", "ms", "calls"), kernels),
+        ]
+    )
+
+
+def markdown(head: tuple, body: list) -> str:
+    widths = [max(len(str(row[i])) for row in [head, *body]) for i in range(len(head))]
+
+    def line(cells) -> str:
+        return "| " + " | ".join(str(cell).ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
+
+    return "\n".join([line(head), line(["-" * width for width in widths]), *map(line, body)])
+
+
+def heading(what: str, about: dict, measured_against: str = "") -> str:
+    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    machine = f"{about.get('device', 'no device')}, torch {about.get('torch', 'unknown')}"
+    errors = f" Errors: relative, against {measured_against}." if measured_against else ""
+    return f"# {what}\n\n{datetime.date.today()}, {machine}. Random weights N(0, 1 / fan_in).{errors}\n\n    {command}"
+
+
+def publish(text: str, what: str, outcome: Outcome, timed: list[dict], out: str | None) -> None:
+    """Prints a report; with `out` also writes OUT.md and OUT.json, under results/ unless it is a path."""
+    if outcome.problems:
+        text += "\n\nNot measured:\n\n" + "\n".join(f"- {problem}" for problem in outcome.problems)
+    print(text)
+    if out is None:
+        return
+    data = {"what": what, "date": str(datetime.date.today()), "command": sys.argv, **outcome.about}
+    data |= {"rows": timed, "problems": outcome.problems}
+    path = Path(out) if "/" in out else RESULTS / out
+    for suffix, content in ((".md", text), (".json", json.dumps(data, indent=1))):
+        path.with_name(path.name + suffix).write_text(content + "\n", encoding="utf-8")
+    print(f"\nwrote {path}.md and .json")

@@ -1,0 +1,77 @@
+"""Our configurations by name, as options of USP Optimization Settings."""
+
+from dataclasses import dataclass
+
+import paths  # noqa: F401
+
+from fastusp_backend.config import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """every_step: modulations are computed at each step, as other engines do, instead of once a prompt. That is no
+    option of the product: the benchmark computes them beside the evaluation."""
+
+    settings: Settings
+    every_step: bool = False
+
+    @property
+    def gpu_only(self) -> bool:
+        return self.settings.compile or self.settings.cuda_graphs
+
+    @property
+    def lossy(self) -> bool:
+        return "fp8" in (self.settings.wire, self.settings.linear)
+
+
+def _variant(*, every_step: bool = False, **options) -> Variant:
+    plain = {"compile": False, "cuda_graphs": False, "overlap": False, "ring_pipeline": False}
+    return Variant(Settings(**(plain | options)), every_step)
+
+
+_COMPILE = {"compile": True}
+_GRAPH = {"compile": True, "cuda_graphs": True}
+_OVERLAP = {"compile": True, "cuda_graphs": True, "overlap": True}
+_LOSSLESS = {**_OVERLAP, "ring_pipeline": True}
+
+VARIANTS = {
+    "eager": _variant(),
+    "eager-overlap": _variant(overlap=True),
+    "compile": _variant(**_COMPILE),
+    "graph": _variant(**_GRAPH),
+    "unpipelined": _variant(**_OVERLAP),
+    "overlap": _variant(**_LOSSLESS),
+    "wire-fp8": _variant(**_LOSSLESS, wire="fp8"),
+    "wire-fp8-unpipelined": _variant(**_OVERLAP, wire="fp8"),
+    "linear-fp8": _variant(**_LOSSLESS, linear="fp8"),
+    "fp8": _variant(**_LOSSLESS, wire="fp8", linear="fp8"),
+    "wire-fp8-eager": _variant(wire="fp8", overlap=True, ring_pipeline=True),
+    "linear-fp8-eager": _variant(linear="fp8"),
+    "graph-no-compile": _variant(cuda_graphs=True, overlap=True),
+}
+VARIANTS |= {f"{name}+mods": Variant(variant.settings, every_step=True) for name, variant in VARIANTS.items()}
+"""`+mods`: modulations at every step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """A row of the ablation: a variant, under the planned layout or with all ranks in a ring."""
+
+    label: str
+    variant: str
+    ring: bool = False
+
+
+ABLATION = (
+    Level("our kernels and schedule, eager", "eager+mods"),
+    Level("+ compiled segments", "compile+mods"),
+    Level("+ CUDA graph", "graph+mods"),
+    Level("+ overlap", "overlap+mods"),
+    Level("+ modulations once a prompt", "overlap"),
+    Level("+ fp8 wire", "wire-fp8"),
+    Level("+ fp8 products", "fp8"),
+    Level("lossless, in a ring that is not pipelined", "unpipelined", ring=True),
+    Level("+ pipelined ring", "overlap", ring=True),
+    Level("+ fp8 wire", "wire-fp8", ring=True),
+)
+"""Each adds one thing to the one above; the ring starts anew."""

@@ -1,0 +1,267 @@
+"""Exchanges between ranks that reach each other's memory: copy engines write and read it, no SM is taken.
+
+An arena (symmetric.py, staged.py) offers memory that peers reach, signals between ranks, and a stream beside the main
+one. Here is the order of messages over it, the same for every arena.
+
+A buffer is written again only when its readers are known to be done. Messages of Ulysses alternate between q/k/v and
+attended tokens, and a rank sends the next of one kind only after it has received the other kind from every peer, which
+they sent after they had read the last one: one slot of each kind is enough, over any number of graph replays. A
+ring's block is read by its peers while they attend; they say when they are done, and only then are attended tokens
+given back. The final gather has an arena of its own: a peer's next one comes after a whole step of other messages.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+
+from .exchange import Pending
+from .ring import Block
+from .shards import SequenceShards
+from .wire import Wire, unpack_gathered, unpack_returned
+
+_RETURN, _READY, _DONE, _FIRST_SEND = range(4)
+"""Signal channels. q, k and v may travel in several messages, each with a channel of its own from the last on."""
+CHANNELS = 16
+_ALIGNMENT = 256
+
+
+class Arena(Protocol):
+    """Memory of this rank that all ranks of a group reach. Ranks count within the group.
+
+    generation: changes when addresses that a CUDA graph holds have moved.
+    """
+
+    rank: int
+    size: int
+    generation: int
+
+    def reserve(self, capacity: int) -> None:
+        """Makes room for so many bytes on every rank. Collective where it grows."""
+
+    def view(self, rank: int, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> torch.Tensor:
+        """Where this rank writes for rank `rank`, and reads what that rank published, at byte `offset`."""
+
+    def own(self, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> torch.Tensor:
+        """This rank's memory on its own device."""
+
+    def beside(self) -> AbstractContextManager:
+        """What is queued inside runs beside the main stream, after what that stream holds so far."""
+
+    def put(self, peer: int, channel: int) -> None:
+        """Signals to `peer`, behind what was queued before on the current stream."""
+
+    def wait(self, peer: int, channel: int) -> None:
+        """Holds the current stream until `peer` has signalled."""
+
+    def publish(self, part: "Part") -> None:
+        """Lets peers read a part of this rank's memory, once a signal says so."""
+
+    def expect(self, peer: int, channel: int, parts: list["Part"]) -> None:
+        """Announces that `peer` will write `parts` of this rank's memory and then signal."""
+
+    def settle(self) -> None:
+        """Holds the main stream until all that was expected has arrived and all that runs beside is done."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """A tensor that has the same place in every rank's memory."""
+
+    arena: Arena
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int
+
+    @cached_property
+    def own(self) -> torch.Tensor:
+        return self.arena.own(self.shape, self.dtype, self.offset)
+
+    @cached_property
+    def _views(self) -> list[torch.Tensor]:
+        return [self.arena.view(r, self.shape, self.dtype, self.offset) for r in range(self.arena.size)]
+
+    def of(self, rank: int) -> torch.Tensor:
+        return self._views[rank]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """region[index]."""
+
+    region: Region
+    index: tuple = ()
+
+    @property
+    def own(self) -> torch.Tensor:
+        return self.region.own[self.index]
+
+    def of(self, rank: int) -> torch.Tensor:
+        return self.region.of(rank)[self.index]
+
+
+def carve(arena: Arena, shapes: list[tuple[tuple[int, ...], torch.dtype]]) -> list[Region]:
+    """Lays out tensors one after the other, from the arena's start. Collective."""
+    regions, offset = [], 0
+    for shape, dtype in shapes:
+        regions.append(Region(arena, shape, dtype, offset))
+        offset += -(-torch.Size(shape).numel() * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+    arena.reserve(offset)
+    return regions
+
+
+class PeerExchange:
+    """See `UlyssesExchange`. ranks: the Ulysses group's ranks in the arena, by position. gathered: the region
+    (3, B, N, h, D) of `received`, or where the wire is packed that of the packed arrivals (3, U, B, L, pitch).
+    returned (U, B, L, *row)."""
+
+    def __init__(
+        self, ranks: list[int], shards: SequenceShards, wire: Wire, gathered: Region, returned: Region, batch: int
+    ):
+        self._arena, self._shards, self._wire, self._ranks = gathered.arena, shards, wire, ranks
+        self._gathered, self._returned = gathered, returned
+        self.position = ranks.index(self._arena.rank)
+        self._batch = batch
+        device = gathered.own.device
+        if wire.packed:
+            received = (3, batch, shards.gathered, wire.heads, wire.dim)
+            self.received = torch.empty(received, dtype=wire.dtype, device=device)
+        else:
+            self.received = gathered.own
+        outgoing = (3, len(ranks), batch, shards.local, *wire.row)
+        self.outgoing = torch.empty(outgoing, dtype=wire.carrier, device=device)
+        self._targets = [(self.position + i) % len(ranks) for i in range(1, len(ranks))]
+        self._in_flight = 0
+        self._attended: torch.Tensor | None = None
+
+    def _arrival(self, source: int, tensors: range, *, text: bool, image: bool) -> list[tuple[Part, tuple]]:
+        """(where a source's rows lie at their destination, where they lie in its `outgoing` behind the target)."""
+        parts = []
+        for tensor in tensors:
+            for rows, region in self._shards.regions(source, text=text, image=image):
+                for b in range(self._batch):
+                    index = (tensor, source, b, rows) if self._wire.packed else (tensor, b, region)
+                    parts.append((Part(self._gathered, index), (b, rows)))
+        return parts
+
+    def send(self, which: slice, *, text: bool = True, image: bool = True) -> None:
+        channel, tensors = _FIRST_SEND + self._in_flight, range(*which.indices(3))
+        self._in_flight += 1
+        mine = self._arrival(self.position, tensors, text=text, image=image)
+        with self._arena.beside():
+            for target in self._targets:
+                for part, rows in mine:
+                    source = self.outgoing[(part.index[0], target, *rows)]
+                    part.of(self._ranks[target]).copy_(source, non_blocking=True)
+                self._arena.put(self._ranks[target], channel)
+        for source in self._targets:
+            parts = [part for part, _ in self._arrival(source, tensors, text=text, image=image)]
+            self._arena.expect(self._ranks[source], channel, parts)
+
+    def wait(self) -> None:
+        self._arena.settle()
+        if self._in_flight and self._wire.packed:
+            unpack_gathered(self._gathered.own, self.received, self._shards, self.position, text=True, image=True)
+        self._in_flight = 0
+
+    def give_back(self, attended: torch.Tensor) -> None:
+        attended = attended.contiguous()  # copy engines move rows that lie in one piece
+        rows_of = self._wire.encode(attended)
+        self._attended, self._leaving = attended, rows_of  # must not be reused while they travel
+        local = [(rows, b) for rows, _ in self._shards.regions(self.position) for b in range(self._batch)]
+        with self._arena.beside():
+            for target in self._targets:
+                for rows, region in self._shards.regions(target):
+                    for b in range(self._batch):
+                        there = Part(self._returned, (self.position, b, rows)).of(self._ranks[target])
+                        there.copy_(rows_of[b, region], non_blocking=True)
+                self._arena.put(self._ranks[target], _RETURN)
+            if not self._wire.packed:
+                for rows, region in self._shards.regions(self.position):
+                    self._returned.own[self.position, :, rows].copy_(attended[:, region])
+        for source in self._targets:
+            parts = [Part(self._returned, (source, b, rows)) for rows, b in local]
+            self._arena.expect(self._ranks[source], _RETURN, parts)
+
+    def take_back(self) -> torch.Tensor:
+        self._arena.settle()
+        attended, self._attended, self._leaving = self._attended, None, None
+        if self._wire.packed:
+            return unpack_returned(self._returned.own, attended, self._shards, self.position)
+        return self._returned.own.permute(1, 2, 0, 3, 4).flatten(2)
+
+
+class PeerRing:
+    """See `Ring`. Every rank reads each block straight from its owner, so nothing is forwarded and no rank waits for
+    its neighbour. ranks: the ring's ranks in the arena, by position. block (2, B, N, *row): what peers read; where
+    the wire is not packed it must be the memory that `rotate` is given."""
+
+    def __init__(self, ranks: list[int], wire: Wire, block: Region, index: tuple = ()):
+        self._arena, self._wire, self._ranks = block.arena, wire, ranks
+        self._block = Part(block, index)
+        self._position = ranks.index(self._arena.rank)
+        own = self._block.own
+        self._buffers = [torch.empty_like(own) for _ in range(min(2, len(ranks) - 1))]
+        shape = (*own.shape[:3], wire.heads, wire.dim)
+        self._unpacked = torch.empty(shape, dtype=wire.dtype, device=own.device) if wire.packed else None
+
+    def rotate(self, own: torch.Tensor, *, pipelined: bool) -> Iterator[Block]:
+        arena, size = self._arena, len(self._ranks)
+        others = [(self._position - hop) % size for hop in range(1, size)]
+        if self._wire.packed:
+            self._block.own.copy_(self._wire.encode(own.flatten(0, 1)).view_as(self._block.own))
+        with arena.beside():
+            arena.publish(self._block)
+            for other in others:
+                arena.put(self._ranks[other], _READY)
+        current = own
+        for hop in range(size):
+            owner = (self._position - hop) % size
+            if hop < size - 1:
+                self._pull(others[hop], self._buffers[hop % 2])
+                if not pipelined:
+                    arena.settle()
+            yield owner, current
+            if hop < size - 1:
+                arena.settle()
+                current = self._wire.decode_ring(self._buffers[hop % 2], self._unpacked)
+        for other in others:
+            arena.wait(self._ranks[other], _DONE)
+
+    def _pull(self, owner: int, buffer: torch.Tensor) -> None:
+        rank = self._ranks[owner]
+        with self._arena.beside():
+            self._arena.wait(rank, _READY)
+            buffer.copy_(self._block.of(rank), non_blocking=True)
+            self._arena.put(rank, _DONE)
+
+
+class PeerGather:
+    """Every rank's x (...) of one shape, on all ranks: as `GroupExchange.all_gather`."""
+
+    def __init__(self, arena: Arena, shape: tuple[int, ...], dtype: torch.dtype):
+        self._arena = arena
+        (self._all,) = carve(arena, [((arena.size, *shape), dtype)])
+
+    def all_gather(self, x: torch.Tensor) -> Pending:
+        """x (...) -> (P, ...), in rank order."""
+        arena, x = self._arena, x.contiguous()
+        others = [(arena.rank + i) % arena.size for i in range(1, arena.size)]
+        mine = Part(self._all, (arena.rank,))
+        with arena.beside():
+            for other in others:
+                mine.of(other).copy_(x, non_blocking=True)
+                arena.put(other, _FIRST_SEND)
+            mine.own.copy_(x)
+        for other in others:
+            arena.expect(other, _FIRST_SEND, [Part(self._all, (other,))])
+
+        def wait() -> torch.Tensor:
+            arena.settle()
+            x.numel()  # `x` lives in this closure: its memory must not be reused while it travels
+            return self._all.own
+
+        return wait

@@ -1,0 +1,151 @@
+"""An arena through host memory: GPUs of one host that cannot map each other's memory.
+
+Every rank owns a mirror of its arena in pinned memory that all ranks map. A peer's copy engine writes into the mirror,
+this rank's copy engine fetches it from there, and memory operations of the streams (cuStreamWaitValue32,
+cuStreamWriteValue32) order the two: no SM and no CPU takes part.
+"""
+
+import ctypes
+import functools
+import mmap
+import os
+
+import torch
+import torch.distributed as dist
+
+from .exchange import all_gather_single
+from .peers import CHANNELS, Part
+
+_WAIT_EQUAL = 1
+_PORTABLE = 1
+
+
+class StagedArena:
+    """See `Arena`. group: ranks of one host."""
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device):
+        self._group, self._device = group, device
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.generation = 0
+        self._sending = torch.cuda.Stream(device, priority=-1)
+        self._fetching = torch.cuda.Stream(device, priority=-1)
+        self._signals = [_map_pinned(m) for m in self._share(_create(self._slot_bytes))]
+        self._mirrors: list[torch.Tensor] = []
+        self._capacity = 0
+
+    @property
+    def _slot_bytes(self) -> int:
+        return 4 * CHANNELS * self.size
+
+    def reserve(self, capacity: int) -> None:
+        if capacity <= self._capacity:
+            return
+        torch.cuda.synchronize(self._device)
+        self._meet()  # nobody writes into what is about to go
+        for mirror in self._mirrors:
+            _unmap(mirror)
+        self._mirrors = [_map_pinned(m) for m in self._share(_create(capacity))]
+        self._buffer = torch.empty(capacity, dtype=torch.uint8, device=self._device)
+        self._capacity = capacity
+        self.generation += 1
+
+    def view(self, rank: int, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> torch.Tensor:
+        return _typed(self._mirrors[rank], shape, dtype, offset)
+
+    def own(self, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> torch.Tensor:
+        return _typed(self._buffer, shape, dtype, offset)
+
+    def beside(self):
+        self._sending.wait_stream(torch.cuda.current_stream())
+        return torch.cuda.stream(self._sending)
+
+    def put(self, peer: int, channel: int) -> None:
+        slot = self._slot(peer, self.rank, channel)
+        _stream_operation("cuStreamWaitValue32_v2", slot, 0, _WAIT_EQUAL)  # the last one was heard
+        _stream_operation("cuStreamWriteValue32_v2", slot, 1, 0)
+
+    def wait(self, peer: int, channel: int) -> None:
+        slot = self._slot(self.rank, peer, channel)
+        _stream_operation("cuStreamWaitValue32_v2", slot, 1, _WAIT_EQUAL)
+        _stream_operation("cuStreamWriteValue32_v2", slot, 0, 0)
+
+    def publish(self, part: Part) -> None:
+        part.of(self.rank).copy_(part.own, non_blocking=True)
+
+    def expect(self, peer: int, channel: int, parts: list[Part]) -> None:
+        self._fetching.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._fetching):
+            self.wait(peer, channel)
+            for part in parts:
+                part.own.copy_(part.of(self.rank), non_blocking=True)
+
+    def settle(self) -> None:
+        torch.cuda.current_stream().wait_stream(self._fetching)
+        torch.cuda.current_stream().wait_stream(self._sending)
+
+    def _slot(self, receiver: int, sender: int, channel: int) -> int:
+        """The device address of a signal; it lies with its receiver."""
+        return _device_address(self._signals[receiver]) + 4 * (sender * CHANNELS + channel)
+
+    def _share(self, descriptor: int) -> list[mmap.mmap]:
+        """Every rank's memory, from descriptors that the ranks open through each other's /proc."""
+        owners = torch.empty(self.size, 2, dtype=torch.int64)
+        all_gather_single(owners.view(-1), torch.tensor([os.getpid(), descriptor]), group=self._group)
+        maps = []
+        for process, number in owners.tolist():
+            with open(f"/proc/{process}/fd/{number}", "r+b", buffering=0) as file:
+                maps.append(mmap.mmap(file.fileno(), 0))
+        self._meet()  # until all have opened it
+        os.close(descriptor)
+        return maps
+
+    def _meet(self) -> None:
+        dist.all_reduce(torch.zeros(1), group=self._group)
+
+
+def _create(size: int) -> int:
+    """A descriptor of zeroed memory that has no name and goes with its last user."""
+    descriptor = os.memfd_create("fastusp-arena")
+    os.ftruncate(descriptor, size)
+    return descriptor
+
+
+def _map_pinned(memory: mmap.mmap) -> torch.Tensor:
+    tensor = torch.frombuffer(memory, dtype=torch.uint8)
+    _check(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.numel(), _PORTABLE), "cudaHostRegister")
+    return tensor
+
+
+def _unmap(tensor: torch.Tensor) -> None:
+    _check(torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr()), "cudaHostUnregister")
+
+
+def _typed(memory: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> torch.Tensor:
+    size = torch.Size(shape).numel() * dtype.itemsize
+    return memory[offset : offset + size].view(dtype).view(shape)
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _device_address(tensor: torch.Tensor) -> int:
+    address = ctypes.c_uint64()
+    _check(
+        _driver().cuMemHostGetDevicePointer_v2(ctypes.byref(address), ctypes.c_void_p(tensor.data_ptr()), 0),
+        "cuMemHostGetDevicePointer",
+    )
+    return address.value
+
+
+def _stream_operation(name: str, address: int, value: int, flags: int) -> None:
+    stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+    _check(
+        getattr(_driver(), name)(stream, ctypes.c_uint64(address), ctypes.c_uint32(value), ctypes.c_uint32(flags)), name
+    )
+
+
+def _check(code, name: str) -> None:
+    if int(code) != 0:
+        raise RuntimeError(f"{name} failed with CUDA error {int(code)}")

@@ -1,0 +1,71 @@
+"""What a row of attention heads looks like while it travels: as computed, or packed in fp8 (kernels/fp8.py).
+
+U Ulysses ranks, B batch, L local and N gathered tokens, h heads of a rank, D head dim.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..kernels import fp8
+from .shards import SequenceShards
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """Rows of `heads` heads of `dim` values of `dtype`; `packed`: in fp8, with a scale per (token, head)."""
+
+    heads: int
+    dim: int
+    dtype: torch.dtype
+    packed: bool
+
+    @property
+    def row(self) -> tuple[int, ...]:
+        """The shape of a token's row on the wire."""
+        return (fp8.pitch(self.heads, self.dim),) if self.packed else (self.heads, self.dim)
+
+    @property
+    def carrier(self) -> torch.dtype:
+        """The type of what travels."""
+        return torch.uint8 if self.packed else self.dtype
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """x (B, R, h, D) -> rows (B, R, *row)."""
+        if not self.packed:
+            return x
+        rows = torch.empty(*x.shape[:2], *self.row, dtype=torch.uint8, device=x.device)
+        fp8.pack(x, rows)
+        return rows
+
+    def decode_ring(self, block: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """block (2, B, N, *row) -> keys and values (2, B, N, h, D); `out` is written where they were packed."""
+        if not self.packed:
+            return block
+        fp8.unpack(block[:, None], out, fp8.Destination(block.shape[2], 0, block.shape[2], 0))
+        return out
+
+
+def unpack_gathered(
+    packed: torch.Tensor, received: torch.Tensor, shards: SequenceShards, position: int, *, text: bool, image: bool
+) -> None:
+    """packed (T, U, B, R, pitch), text rows, image rows or both of all sources, into received (T, B, N, h, D), but for
+    this rank's own (`position`)."""
+    u, t, i = shards.layout.ulysses, shards.local_text, shards.local_image
+    start = u * t
+    fp8.unpack(packed, received, fp8.Destination(t if text else 0, t, start, i, skipped=position))
+
+
+def unpack_returned(
+    packed: torch.Tensor, attended: torch.Tensor, shards: SequenceShards, position: int
+) -> torch.Tensor:
+    """packed (U, B, L, pitch), the attended tokens of this rank by the rank that computed them, and this rank's own
+    attended (B, N, h, D), taken unpacked -> (B, L, U h D)."""
+    heads, dim = attended.shape[2:]
+    t = shards.local_text
+    out = attended.new_empty(packed.shape[1], shards.local, packed.shape[0] * heads, dim)
+    to = fp8.Destination(t, 0, t, 0, head_step=heads, skipped=position)
+    fp8.unpack(packed[None], out[None], to)
+    for rows, region in shards.regions(position):
+        out[:, rows, position * heads : (position + 1) * heads] = attended[:, region]
+    return out.flatten(2)

@@ -1,0 +1,144 @@
+"""FLUX's blocks and what they are made of, with the names of the original (BFL) key layout.
+
+The blocks are schedules: they start an exchange as soon as its payload exists and compute what does not need it before
+they await it. Each residual addition is fused with the next block's norm, so blocks pass on (x, normed x).
+
+Shapes: B batch, L tokens of this rank (text first), C hidden, H heads, D head dim = 128, M mlp width.
+"""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..attention import ALL, ONLY_K, ONLY_Q, ONLY_V, JointAttention, Rope
+from .layers import Activations, Gates, HeadNorm, Linear
+from .segments import Segments
+
+if TYPE_CHECKING:
+    from .flux import FluxConfig
+
+
+class Embedder(nn.Module):
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.in_layer = Linear(width, hidden)
+        self.out_layer = Linear(hidden, hidden)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out_layer(F.silu(self.in_layer(x)))
+
+
+class Modulation(nn.Module):
+    """silu(vec) -> `parts` shifts, scales and gates of C each."""
+
+    def __init__(self, hidden: int, parts: int):
+        super().__init__()
+        self.lin = Linear(hidden, parts * hidden)
+
+    def forward(self, vec: torch.Tensor) -> torch.Tensor:
+        return self.lin(F.silu(vec))
+
+
+class QKNorm(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.query_norm = HeadNorm(dim)
+        self.key_norm = HeadNorm(dim)
+
+    @property
+    def scales(self) -> tuple[torch.Tensor, torch.Tensor, None]:
+        """For q, k and v, as `JointAttention.project` takes them."""
+        return self.query_norm.scale, self.key_norm.scale, None
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, hidden: int, heads: int):
+        super().__init__()
+        self.qkv = Linear(hidden, 3 * hidden)
+        self.norm = QKNorm(hidden // heads)
+        self.proj = Linear(hidden, hidden)
+
+
+class SingleGates(NamedTuple):
+    """Modulations of a single block, each (B, 1, C)."""
+
+    shift: torch.Tensor
+    scale: torch.Tensor
+    gate: torch.Tensor
+
+
+class Tower(nn.Module):
+    """One stream's half of a double block. Its tensors are named img_* or txt_* in the file: see Flux.module_key."""
+
+    def __init__(self, hidden: int, heads: int, mlp: int):
+        super().__init__()
+        self.hidden = hidden
+        self.mod = Modulation(hidden, 6)
+        self.attn = SelfAttention(hidden, heads)
+        self.mlp = nn.Sequential(Linear(hidden, mlp), nn.GELU(approximate="tanh"), Linear(mlp, hidden))
+
+    def project(self, normed: Activations, rope: Rope, joint: JointAttention, **stream: bool) -> None:
+        """All of q, k, v in one product and one message: right for a short stream."""
+        joint.project(self.attn.qkv(normed), self.attn.norm.scales, rope, ALL, **stream)
+
+    def project_in_turn(self, normed: Activations, rope: Rope, joint: JointAttention, **stream: bool) -> None:
+        """v, k, q one after the other: each travels while the next is computed."""
+        for which in (ONLY_V, ONLY_K, ONLY_Q):
+            rows = slice(which.start * self.hidden, which.stop * self.hidden)
+            joint.project(self.attn.qkv(normed, rows), self.attn.norm.scales[which], rope, which, **stream)
+
+    def combine(self, x, attended, gates: Gates, run: Segments) -> tuple[torch.Tensor, torch.Tensor]:
+        """x (B, L, C) and its attended tokens -> (x, the MLP's output, still to be added)."""
+        projected = self.attn.proj(run.activations(attended))
+        x, normed = run.add_norm(x, projected, gates.gate, gates.mlp_shift, gates.mlp_scale)
+        return x, self.mlp[2](run.widen(self.mlp[0], normed))
+
+
+class DoubleBlock(nn.Module):
+    def __init__(self, config: "FluxConfig"):
+        super().__init__()
+        self.txt = Tower(config.hidden, config.heads, config.mlp)
+        self.img = Tower(config.hidden, config.heads, config.mlp)
+
+    def forward(self, txt, img, txt_normed, img_normed, gates: tuple[Gates, Gates], rope, joint, run: Segments):
+        """txt (B, Lt, C), img (B, Li, C), gates and rope a pair (text, image) -> (txt, img, and what to add to
+        each)."""
+        self.img.project_in_turn(img_normed, rope[1], joint, text=False)
+        self.txt.project(txt_normed, rope[0], joint, image=False)
+        joint.attend()
+        attended = joint.collect()
+        length = txt.shape[1]
+        txt, txt_mlp = self.txt.combine(txt, attended[:, :length], gates[0], run)
+        img, img_mlp = self.img.combine(img, attended[:, length:], gates[1], run)
+        return txt, img, txt_mlp, img_mlp
+
+
+class SingleBlock(nn.Module):
+    """Attention and MLP side by side (arXiv 2302.05442): linear1 holds qkv and the MLP's input, linear2 both
+    outputs."""
+
+    def __init__(self, config: "FluxConfig"):
+        super().__init__()
+        self.hidden = config.hidden
+        self.modulation = Modulation(config.hidden, 3)
+        self.linear1 = Linear(config.hidden, 3 * config.hidden + config.mlp)
+        self.linear2 = Linear(config.hidden + config.mlp, config.hidden)
+        self.norm = QKNorm(config.hidden // config.heads)
+
+    def forward(self, normed: Activations, rope: Rope, joint: JointAttention, run: Segments) -> torch.Tensor:
+        """normed (B, L, C) -> what to add to x (B, L, C)."""
+        c = self.hidden
+        joint.project(self.linear1(normed, slice(0, 3 * c)), self.norm.scales, rope)
+        mlp = run.widen(self.linear1, normed, slice(3 * c, None))  # while q, k, v travel
+        joint.attend()
+        out = self.linear2(mlp, columns=slice(c, None))  # while the attended tokens travel
+        return self.linear2.add_to(out, run.activations(joint.collect()), slice(0, c))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, hidden: int, out: int):
+        super().__init__()
+        self.linear = Linear(hidden, out)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(hidden, 2 * hidden))

@@ -1,0 +1,137 @@
+"""What a model file holds, by its header alone. Two formats: safetensors (huggingface.co/docs/safetensors) and GGUF
+(github.com/ggml-org/ggml, docs/gguf.md), told apart by their first bytes, not by names."""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import CheckpointError
+from .packing import PACKINGS
+
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_SAFETENSORS = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_GGUF = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+_LONGEST_HEADER = 100_000_000
+"""Bytes; the limit of the safetensors library."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """A tensor in a file.
+
+    shape: of its values. dtype: theirs; of packed ones, float32. start: where its bytes begin in the file.
+    packing: its GGUF block format, "" for none. scale: what its fp8 values are to be multiplied by.
+    input_scale: what the layer's input is to be divided by for a product in fp8, as the file was calibrated.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    start: int = 0
+    packing: str = ""
+    scale: float | None = None
+    input_scale: float | None = None
+
+    @property
+    def quantised(self) -> bool:
+        return bool(self.packing) or self.dtype in FP8
+
+    @property
+    def stored(self) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and type of what lies in the file: packed rows are bytes."""
+        if not self.packing:
+            return self.shape, self.dtype
+        values, size, _ = PACKINGS[self.packing]
+        return (*self.shape[:-1], self.shape[-1] // values * size), torch.uint8
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        shape, dtype = self.stored
+        return math.prod(shape) * dtype.itemsize
+
+
+def read_file_header(path: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """All tensors of a file, and its metadata (safetensors alone), without reading a tensor.
+
+    Raises CheckpointError for a file that is missing, truncated, corrupt or of another format.
+    """
+    try:
+        with open(path, "rb") as file:
+            length = os.fstat(file.fileno()).st_size
+            start = file.read(8)
+            if start[:4] == b"GGUF":
+                tensors, metadata = dict(_gguf_tensors(path)), {}
+            elif start[:4] == b"PK\x03\x04" or start[:2] == b"\x80\x02":
+                raise CheckpointError(
+                    f"{path} is a PyTorch pickle file, which can run code when it is read; FastUSP reads safetensors "
+                    "and GGUF. Convert it to safetensors"
+                )
+            else:
+                tensors, metadata = _safetensors(file, int.from_bytes(start, "little"), length)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"there is no model file {path}") from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise _unreadable(path, str(error)) from error
+    for name, info in tensors.items():
+        if info.start + info.size > length:
+            raise _unreadable(path, f"tensor {name!r} ends at byte {info.start + info.size}, the file at {length}")
+    return tensors, metadata
+
+
+def _safetensors(file, size: int, length: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    if not 2 <= size <= min(_LONGEST_HEADER, length - 8):
+        raise ValueError(f"its header would have {size} bytes, the file has {length}")
+    header = json.loads(file.read(size))
+    metadata = header.pop("__metadata__", {})
+    tensors = {}
+    for name, entry in header.items():
+        kind, (start, stop) = entry["dtype"], entry["data_offsets"]
+        if kind not in _SAFETENSORS:
+            raise ValueError(f"tensor {name!r} has type {kind}, which FastUSP does not read")
+        info = TensorInfo(tuple(map(int, entry["shape"])), _SAFETENSORS[kind], 8 + size + start)
+        if start < 0 or stop - start != info.size:
+            raise ValueError(f"tensor {name!r} has {stop - start} bytes, its shape {info.shape} takes {info.size}")
+        tensors[name] = info
+    return tensors, metadata
+
+
+def _gguf_tensors(path: str) -> Iterator[tuple[str, TensorInfo]]:
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise CheckpointError(f"{path} is a GGUF file; reading it needs `pip install gguf`") from error
+    for tensor in GGUFReader(path).tensors:
+        kind, shape = tensor.tensor_type.name, tuple(reversed(tensor.shape.tolist()))
+        if kind not in _GGUF and kind not in PACKINGS:
+            some = ", ".join([*_GGUF, *PACKINGS])
+            raise CheckpointError(
+                f"{path} is quantised as GGUF {kind} (tensor {tensor.name!r}), which FastUSP does not read; it reads "
+                f"{some}"
+            )
+        packing = kind if kind in PACKINGS else ""
+        yield tensor.name, TensorInfo(shape, _GGUF.get(kind, torch.float32), int(tensor.data_offset), packing)
+
+
+def _unreadable(path: str, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} cannot be read as safetensors or GGUF ({why}): it is truncated, corrupt or of another format. "
+        "Download it again, or convert it to safetensors"
+    )

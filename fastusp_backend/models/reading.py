@@ -1,0 +1,151 @@
+"""The bytes of tensors from a file: mapped on the CPU, where ranks share the pages; on GPUs through small pinned
+buffers, so that neither the page cache nor copies of the weights count as a rank's memory.
+
+With several GPUs a rank reads its share of every tensor and the others' arrive over their links.
+"""
+
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import cycle
+
+import torch
+import torch.distributed as dist
+
+from ..comm.exchange import all_gather_single
+from ..errors import CheckpointError
+from .headers import TensorInfo
+
+PIECE = 16 << 20
+"""Bytes of one read and one copy to the device."""
+READERS = 8
+"""Threads that read, each with a pinned buffer of `PIECE` bytes: one alone does not fill the link to a GPU."""
+
+
+def map_tensors(path: str, infos: Sequence[TensorInfo]) -> list[torch.Tensor]:
+    """Each tensor's bytes, (n,) uint8, as views of the mapped file. What is written to them stays with this process."""
+    mapped = torch.empty(0, dtype=torch.uint8)
+    mapped.set_(torch.UntypedStorage.from_file(path, False, os.path.getsize(path)))
+    views = [mapped[info.start : info.start + info.size] for info in infos]
+    aligned = [info.start % info.stored[1].itemsize == 0 for info in infos]
+    return [view if fits else view.clone() for view, fits in zip(views, aligned, strict=True)]
+
+
+class Shares:
+    """How the ranks of `group` share the reading: rank r reads part r of every tensor's bytes; parts are equal, the
+    last ones padded. group None: one rank reads everything."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None):
+        self._group = group
+        self.ranks = dist.get_world_size(group) if group else 1
+        self.rank = dist.get_rank(group) if group else 0
+
+    def allocate(self, info: TensorInfo, device: torch.device) -> torch.Tensor:
+        """Room for a tensor's bytes and the padding of its parts, uint8."""
+        return torch.empty(-(-info.size // self.ranks) * self.ranks, dtype=torch.uint8, device=device)
+
+    def own(self, info: TensorInfo, room: torch.Tensor) -> tuple[int, torch.Tensor]:
+        """(offset in the file, target) of the bytes that this rank reads; none where its part is padding alone."""
+        part = len(room) // self.ranks
+        start, stop = (min(index * part, info.size) for index in (self.rank, self.rank + 1))
+        return info.start + start, room[start:stop]
+
+    def gather(self, room: torch.Tensor) -> None:
+        """Brings the others' parts of a tensor into `room`; on a GPU, the current stream waits for them."""
+        if self._group is None or not len(room):
+            return
+        part = len(room) // self.ranks
+        own = room[self.rank * part : (self.rank + 1) * part]
+        all_gather_single(room, own, group=self._group, async_op=True).wait()
+
+
+def read_tensors(
+    path: str, infos: dict[str, TensorInfo], rooms: dict[str, torch.Tensor], shares: Shares, device: torch.device
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, bytes (n,) uint8) of the tensors in turn. rooms: where some of them shall lie, of `Shares.allocate`; the
+    others get room when they are read. Collective over the ranks of `shares`.
+
+    Raises CheckpointError naming the tensor that the file does not have to its end.
+    """
+    copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+    _after_current(copies)
+    stages = [_Stage(copies) for _ in range(READERS)]
+    pending: deque[tuple[Future, _Stage, torch.Tensor, str | None, torch.Tensor]] = deque()
+
+    def finish() -> Iterator[tuple[str, torch.Tensor]]:
+        future, stage, target, last, room = pending.popleft()
+        future.result()
+        stage.send(target)
+        if last is not None:
+            if copies is not None:
+                torch.cuda.current_stream(device).wait_stream(copies)
+            shares.gather(room)
+            yield last, room[: infos[last].size]
+
+    with open(path, "rb", buffering=0) as file, ThreadPoolExecutor(READERS) as threads:
+        for stage, (name, offset, target, last, room) in zip(
+            cycle(stages), _pieces(infos, rooms, shares, device, copies), strict=False
+        ):
+            if len(pending) == len(stages):
+                yield from finish()  # the copy from this stage's buffer is under way then
+            future = threads.submit(stage.fill, file.fileno(), offset, len(target), f"tensor {name!r} of {path}")
+            pending.append((future, stage, target, name if last else None, room))
+        while pending:
+            yield from finish()
+    for stage in stages:
+        stage.wait()
+
+
+def _pieces(infos, rooms, shares, device, copies) -> Iterator[tuple[str, int, torch.Tensor, bool, torch.Tensor]]:
+    """(tensor's name, offset, target, whether it is the tensor's last, its room) of each piece that this rank reads."""
+    for name, info in infos.items():
+        room = rooms.get(name)
+        if room is None:
+            room = shares.allocate(info, device)
+            _after_current(copies)  # which may still read what lay there
+        offset, target = shares.own(info, room)
+        for start in range(0, max(1, len(target)), PIECE):
+            yield name, offset + start, target[start : start + PIECE], start + PIECE >= len(target), room
+
+
+def _after_current(copies: torch.cuda.Stream | None) -> None:
+    """Copies wait for what the current stream does at this time."""
+    if copies is not None:
+        copies.wait_stream(torch.cuda.current_stream(copies.device))
+
+
+class _Stage:
+    """A buffer between the file and the device; copies to a GPU run on the stream `copies`."""
+
+    def __init__(self, copies: torch.cuda.Stream | None):
+        self._copies = copies
+        self._buffer = torch.empty(PIECE, dtype=torch.uint8, pin_memory=copies is not None)
+        self._bytes = memoryview(self._buffer.numpy())
+        self._sent = torch.cuda.Event() if copies is not None else None
+
+    def fill(self, descriptor: int, offset: int, count: int, what: str) -> None:
+        """Reads once the last content has left. Raises CheckpointError where the file ends before."""
+        self.wait()
+        done = 0
+        while done < count:
+            try:
+                got = os.preadv(descriptor, [self._bytes[done:count]], offset + done)
+            except OSError as error:
+                raise CheckpointError(f"{what} cannot be read ({error}); get the file again") from error
+            if not got:
+                raise CheckpointError(f"{what} cannot be read: the file ends at byte {offset + done}; get it again")
+            done += got
+
+    def send(self, target: torch.Tensor) -> None:
+        source = self._buffer[: len(target)]
+        if self._copies is None:
+            target.copy_(source)
+            return
+        with torch.cuda.stream(self._copies):
+            target.copy_(source, non_blocking=True)
+            self._sent.record()
+
+    def wait(self) -> None:
+        if self._sent is not None:
+            self._sent.synchronize()

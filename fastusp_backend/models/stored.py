@@ -1,0 +1,114 @@
+"""How a weight lies in memory: in a float type, in fp8 with or without a scale, or packed (GGUF); and what it means."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..config import ModelSpec
+from ..errors import RequestError
+from ..kernels.fp8 import quantise
+from .headers import FP8, TensorInfo
+from .packing import unpack
+
+
+@dataclass(slots=True, eq=False)
+class Stored:
+    """A tensor in memory.
+
+    data: (..., n) values, or (..., bytes) uint8 where packed. scale: () float32, what fp8 values are multiplied by, or
+    (rows, 1), one for each row of a matrix.
+    input_scale: () float32, for products in fp8 (see TensorInfo). packing: GGUF's block format.
+    """
+
+    data: torch.Tensor
+    scale: torch.Tensor | None = None
+    input_scale: torch.Tensor | None = None
+    packing: str = ""
+
+    def values(self, dtype: torch.dtype, rows: slice = slice(None), columns: slice | None = None) -> torch.Tensor:
+        """The values of some rows (of a matrix: some columns) in `dtype`. fp8 is converted, then multiplied by its
+        scale, both in `dtype`, as ComfyUI does; packed values are rounded once from float32."""
+        data = self.data[rows]
+        if self.packing:
+            values = unpack(data, self.packing, dtype)
+            return values if columns is None else values[:, columns]
+        values = (data if columns is None else data[:, columns]).to(dtype)
+        if self.scale is None:
+            return values
+        return values.mul_((self.scale[rows] if self.scale.dim() else self.scale).to(dtype))
+
+    def by_rows(self) -> "Stored":
+        """A matrix in e4m3 with a scale for each row, for products in fp8; what is in e4m3 keeps its values."""
+        if self.data.dtype == torch.float8_e4m3fn:
+            scale = self.data.new_ones((), dtype=torch.float32) if self.scale is None else self.scale
+            return Stored(self.data, scale.expand(len(self.data), 1).contiguous())
+        values, scales = quantise(self.values(torch.float32))
+        return Stored(values, scales[:, None].contiguous())
+
+    def dequantise(self) -> torch.Tensor:
+        """The values in float32, a tensor of their own."""
+        values = self.values(torch.float32)
+        return values.clone() if values.data_ptr() == self.data.data_ptr() else values
+
+    def check_stores(self) -> None:
+        """Raises RequestError for packed weights, which `store` cannot change."""
+        if self.packing:
+            raise RequestError(
+                f"LoRAs and other weight patches cannot change GGUF {self.packing} weights; set weight_dtype of USP "
+                "Loader to bf16 or fp16, which unpacks them when they are loaded, or use an fp8 file"
+            )
+
+    def store(self, values: torch.Tensor) -> None:
+        """Writes values (float32, as `dequantise` gives them) in the stored type, in place: addresses stay. Scaled fp8
+        gets the scale that takes the largest value to the end of the type's range, as ComfyUI's does.
+
+        Raises as `check_stores`.
+        """
+        self.check_stores()
+        if self.data.dtype in FP8:
+            limit = torch.finfo(self.data.dtype).max
+            if self.scale is not None:
+                largest = values.abs().amax(-1, keepdim=True) if self.scale.dim() else values.abs().amax()
+                self.scale.copy_((largest / limit).clamp(min=torch.finfo(torch.float32).tiny))
+                values = values / self.scale
+            values = values.clamp(-limit, limit)  # torch's own conversion gives NaN beyond the range of e4m3fn
+        self.data.copy_(values)
+
+    def restore(self, other: "Stored") -> None:
+        """Takes over values and scale of the same tensor, read anew, in place: addresses stay."""
+        self.data.copy_(other.data)
+        if self.scale is not None:
+            self.scale.copy_(other.scale)
+
+
+def keeps(info: TensorInfo, spec: ModelSpec, *, matrix: bool, by_rows: bool = False) -> bool:
+    """Whether a tensor stays as it is in the file (`hold` takes its bytes over) or is converted. See `hold`."""
+    if by_rows and info.stored[1] != torch.float8_e4m3fn:
+        return False
+    if info.quantised:
+        return matrix and (spec.storage is None or spec.keep_quantised)
+    return spec.storage is None or getattr(torch, spec.storage) == info.dtype
+
+
+def hold(raw: torch.Tensor, info: TensorInfo, spec: ModelSpec, *, matrix: bool, by_rows: bool = False) -> Stored:
+    """What a rank keeps of a tensor read as `raw` (its bytes, uint8): see ModelSpec.
+
+    matrix: whether it is the weight of a linear layer. Other tensors are small and read by kernels that know no fp8:
+    they are widened to bfloat16, which holds any fp8 value. by_rows: whether products in fp8 will take it.
+    """
+    stored = _hold(raw, info, spec, matrix=matrix)
+    return stored.by_rows() if by_rows else stored
+
+
+def _hold(raw: torch.Tensor, info: TensorInfo, spec: ModelSpec, *, matrix: bool) -> Stored:
+    shape, dtype = info.stored
+    scale, input_scale = (
+        None if value is None else torch.tensor(value, dtype=torch.float32, device=raw.device)
+        for value in (info.scale, info.input_scale)
+    )
+    stored = Stored(raw.view(dtype).view(shape), scale, input_scale, info.packing)
+    if keeps(info, spec, matrix=matrix):
+        return stored
+    storage = getattr(torch, spec.storage) if spec.storage else info.dtype
+    values = stored.values(torch.float32 if storage in FP8 else storage).to(storage)
+    return Stored(values if matrix or storage not in FP8 else values.bfloat16())

@@ -1,0 +1,65 @@
+"""The benchmarks run: on CPU ranks with tiny models, from the command line to the written results."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.dist
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+TINY = ("--tiny", "--device", "cpu", "--text", "8", "--count", "1")
+
+
+COMMANDS = {
+    "step": ("step.py", "--sizes", "64", "--variants", "eager-overlap,wire-fp8-eager,linear-fp8-eager,overlap", "--no-repeat")
+    + ("--peers", "diffusers-1gpu,diffusers-ring"),
+    "ablation": ("ablation.py", "--size", "64", "--model", "qwen"),
+}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """results(name): what a command has written. They run side by side: most of their time is one process' imports."""
+    pytest.importorskip("diffusers")
+    folder = tmp_path_factory.mktemp("benchmarks")
+    running = {}
+    for name, (script, *arguments) in COMMANDS.items():
+        command = [sys.executable, str(BENCHMARKS / script), *TINY, *arguments, "--out", str(folder / name)]
+        running[name] = subprocess.Popen(
+            command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def of(name: str) -> dict:
+        printed, _ = running[name].communicate(timeout=120)
+        assert running[name].returncode == 0, printed
+        assert (folder / f"{name}.md").read_text() in printed
+        return json.loads((folder / f"{name}.json").read_text())
+
+    yield of
+    for process in running.values():
+        process.terminate()
+        process.wait()
+
+
+def test_a_step_beside_a_peer(results):
+    found = results("step")
+    assert [(row["who"], row["config"], row["ranks"]) for row in found["rows"]] == [
+        ("ours", "eager-overlap", 2),
+        ("ours", "wire-fp8-eager", 2),
+        ("ours", "linear-fp8-eager", 2),
+        ("diffusers-1gpu", "eager", 1),
+    ]
+    exact, wire, linear, peer = (row["error"] for row in found["rows"])
+    assert max(exact, peer) < 1e-5 < 1e-3 < min(wire, linear) and max(wire, linear) < 0.1
+    skipped = ("diffusers-ring", "overlap", "compile", "graph")
+    assert found["problems"] == [f"{name}: skipped, for GPUs only" for name in skipped]
+
+
+def test_the_ablation_and_its_breakdown(results):
+    (row,) = results("ablation")["rows"]
+    assert row["config"] == "eager+mods" and row["own_error"] < 1e-5
+    parts = row["breakdown"]
+    assert parts["gemm"] > 0 and parts["attention"] > 0 and parts["exchange"] >= parts["exposed"] > 0

@@ -1,0 +1,139 @@
+"""Reference latents, further input channels and ControlNet residuals: every layout gives one rank's result."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from support import SMALL, SMALL_QWEN, inputs, randn, relative_difference, spec_of
+
+from fastusp_backend.config import Layout, Settings
+from fastusp_backend.errors import RequestError
+from fastusp_backend.models.synthetic import write_flux, write_qwen_image
+from fastusp_backend.pool import Progress
+from fastusp_backend.pool.session import Prompt, Session
+
+pytestmark = pytest.mark.dist
+
+ONE = Layout(ulysses=1, ring=1)
+LAYOUTS = [
+    Layout(ulysses=2, ring=1),
+    Layout(ulysses=1, ring=3),
+    Layout(ulysses=2, ring=2),
+    Layout(batch=2, ulysses=2, ring=1),
+]
+TOLERANCE = 2e-5
+SIZE, BATCH = (7, 10), 2
+REFERENCES = ((5, 3), (8, 7), (2, 2))
+"""6, 16 and 1 tokens behind the image's 20: on four ranks the border lies inside a rank's part."""
+FAMILIES = {"flux": SMALL, "fill": replace(SMALL, concat_channels=80), "qwen": SMALL_QWEN}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("conditioning")
+    for name, config in FAMILIES.items():
+        write = write_qwen_image if name == "qwen" else write_flux
+        write(str(folder / name), config, seed=4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def session_of(shared_pool, files):
+    def make(family: str, layout: Layout) -> Session:
+        return Session(shared_pool(layout.ranks), spec_of(files / family), (layout,), Settings())
+
+    return make
+
+
+def given(family: str, *, text: int = 7, seed: int = 0, references: int = 0, method: str | None = None):
+    """x, its timesteps and a prompt."""
+    config = FAMILIES[family]
+    made = inputs(config, text=text, size=SIZE, batch=BATCH, seed=seed)
+    channels = config.concat_channels
+    prompt = Prompt(
+        made.context,
+        made.y,
+        made.guidance,
+        randn(BATCH, channels, *SIZE, seed=seed + 5) if channels else None,
+        tuple(randn(BATCH, 16, *size, seed=seed + n) for n, size in enumerate(REFERENCES[:references])),
+        method,
+    )
+    return made.x, made.timestep, prompt
+
+
+def evaluate(session: Session, x, timestep, prompt: Prompt, control=None) -> torch.Tensor:
+    for _ in range(2):  # the second time the workers hold the prompt
+        velocity = session.evaluate(x, timestep, prompt, Progress(), control)
+    return velocity
+
+
+CASES = [
+    ("flux", 1, None),
+    ("flux", 2, "index"),
+    ("flux", 3, "uxo"),
+    ("fill", 0, None),
+    ("qwen", 3, None),
+    ("qwen", 2, "negative_index"),
+    ("qwen", 3, "index_timestep_zero"),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_an_evaluation(session_of, layout):
+    results = {}
+    for family, references, method in CASES:
+        what = given(family, references=references, method=method)
+        got, expected = (evaluate(session_of(family, where), *what) for where in (layout, ONE))
+        assert got.shape == what[0].shape
+        assert relative_difference(got, expected) < TOLERANCE, (family, references, method)
+        results[family, references, method] = got
+    zero, index = (results["qwen", 3, method] for method in ("index_timestep_zero", None))
+    assert relative_difference(zero, index) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("family", ["flux", "qwen"])
+def test_control(session_of, layout, family):
+    """A residual of its own for each image, one for all, and one for the first tokens alone."""
+    x, timestep, prompt = given(family, references=1)
+    hidden = FAMILIES[family].hidden
+    own, shared, part = randn(BATCH, 20, hidden, seed=1), randn(1, 20, hidden, seed=2), randn(1, 9, hidden, seed=3)
+    for control in (
+        {"input": [own, shared]},
+        {"input": [None, part, own], "output": [shared, shared]},
+        {"input": [], "output": [None, own]},
+    ):
+        if family == "qwen":
+            control = {"input": control["input"] or [own]}
+        got, expected = (evaluate(session_of(family, where), x, timestep, prompt, control) for where in (layout, ONE))
+        assert relative_difference(got, expected) < TOLERANCE
+        assert relative_difference(got, evaluate(session_of(family, layout), x, timestep, prompt)) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[2], LAYOUTS[3]], ids=str)
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_a_guided_loop(session_of, layout, family):
+    """Positive and negative prompt differ in length and, where the model takes any, in their references."""
+    many = 0 if family == "fill" else 2
+    x, _, positive = given(family, text=9, references=many, method="index_timestep_zero" if family == "qwen" else "uxo")
+    _, _, negative = given(family, text=6, seed=20, references=many // 2, method="index" if many else None)
+    sigmas = torch.tensor([1.0, 0.7, 0.3, 0.0])
+    one, more = (
+        session_of(family, where).sample(
+            x, sigmas, sampler="heun", positive=positive, negative=negative, cfg=2.5, progress=Progress()
+        )
+        for where in (ONE, layout)
+    )
+    assert relative_difference(more, one) < TOLERANCE
+
+
+def test_what_does_not_fit_is_refused_and_the_next_request_runs(session_of):
+    session = session_of("flux", LAYOUTS[0])
+    x, timestep, prompt = given("flux", references=1)
+    with pytest.raises(RequestError, match="a reference latent"):
+        evaluate(session, x, timestep, replace(prompt, references=(torch.ones(BATCH, 4, 2, 2),)))
+    with pytest.raises(RequestError, match="a ControlNet's tensor"):
+        evaluate(session, x, timestep, prompt, {"input": [torch.ones(1, 20, 64)]})
+    with pytest.raises(RequestError, match="takes 80 channels of an image or mask beside the latents; got none"):
+        evaluate(session_of("fill", LAYOUTS[0]), x, timestep, replace(prompt, references=()))
+    assert torch.isfinite(evaluate(session, x, timestep, prompt)).all()

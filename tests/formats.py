@@ -1,0 +1,159 @@
+"""Files in the formats that models come in, and what their weights mean by another way than the product's."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+State = dict[str, torch.Tensor]
+LIMITS = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
+PREFIX = "model.diffusion_model."
+
+
+def is_matrix(tensor: torch.Tensor) -> bool:
+    return tensor.dim() == 2
+
+
+def plain_fp8(state: State, path: Path, dtype: torch.dtype) -> State:
+    """Everything cast, as tools do that know no scales."""
+    save_file({name: tensor.to(dtype) for name, tensor in state.items()}, path)
+    return {name: tensor.to(dtype).float() for name, tensor in state.items()}
+
+
+def _scaled(state: State, dtype: torch.dtype) -> tuple[State, State, State]:
+    """(fp8 tensors, their scales by layer, the values): the middle of a file is quantised, its ends are not."""
+    tensors, scales, values = {}, {}, {}
+    for name, tensor in state.items():
+        tensors[name] = values[name] = tensor.bfloat16()
+        if is_matrix(tensor) and "blocks" in name:
+            scale = tensor.abs().max() / LIMITS[dtype]
+            tensors[name] = (tensor / scale).to(dtype)
+            scales[name.removesuffix(".weight")] = scale
+            values[name] = tensors[name].float() * scale
+    return tensors, scales, {name: value.float() for name, value in values.items()}
+
+
+def scaled_fp8_old(state: State, path: Path, dtype: torch.dtype, prefix: str = "") -> State:
+    """`scaled_fp8`, `scale_weight`, `scale_input`."""
+    tensors, scales, values = _scaled(state, dtype)
+    tensors["scaled_fp8"] = torch.zeros(2, dtype=dtype)
+    for i, (layer, scale) in enumerate(scales.items()):
+        tensors[f"{layer}.scale_weight"] = scale
+        tensors[f"{layer}.scale_input"] = torch.tensor([1.0 + i])
+    save_file({prefix + name: tensor for name, tensor in tensors.items()}, path)
+    return values
+
+
+def _scaled_new(state: State, dtype: torch.dtype) -> tuple[State, dict[str, dict], State]:
+    tensors, scales, values = _scaled(state, dtype)
+    for layer, scale in scales.items():
+        tensors[f"{layer}.weight_scale"] = scale
+        tensors[f"{layer}.input_scale"] = torch.tensor(0.5)
+    return tensors, {layer: {"format": str(dtype).removeprefix("torch.")} for layer in scales}, values
+
+
+def scaled_fp8_metadata(state: State, path: Path, dtype: torch.dtype) -> State:
+    """`_quantization_metadata` in the header."""
+    tensors, layers, values = _scaled_new(state, dtype)
+    save_file(tensors, path, {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})})
+    return values
+
+
+def scaled_fp8_tensors(state: State, path: Path, dtype: torch.dtype) -> State:
+    """A `comfy_quant` tensor per layer."""
+    tensors, layers, values = _scaled_new(state, dtype)
+    for layer, entry in layers.items():
+        tensors[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps(entry).encode()), dtype=torch.uint8)
+    save_file(tensors, path)
+    return values
+
+
+def all_in_one(state: State, path: Path) -> State:
+    """A transformer beside a text encoder and a VAE, which are not to be looked at."""
+    tensors = {PREFIX + name: tensor for name, tensor in state.items()}
+    others = ("text_encoders.t5xxl.scaled_fp8", "vae.encoder.conv_in.weight", "text_encoders.clip_l.ids.qweight")
+    save_file(tensors | {name: torch.zeros(2, dtype=torch.int32) for name in others}, path)
+    return {name: tensor.float() for name, tensor in state.items()}
+
+
+def random_blocks(packing: str, rows: int, columns: int, seed: int) -> np.ndarray:
+    """(rows, bytes) uint8 of a GGUF format, whose values spread about as weights do."""
+    values, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[packing]]
+    random = np.random.default_rng(seed)
+    blocks = random.integers(0, 256, (rows * columns // values, size), dtype=np.uint8)
+    scales, minima, width = HALVES[packing]
+    scale = columns**-0.5 / width * random.uniform(0.8, 1.2, (len(blocks), 1))
+    for start, factor in ((scales, 1.0), (minima, -CENTRES.get(packing, 0.0))):
+        if start is not None:
+            half = (scale * factor).astype(np.float16)
+            blocks[:, start : start + 2] = half.view(np.uint8)
+    return blocks.reshape(rows, -1)
+
+
+HALVES = {
+    "Q8_0": (0, None, 74),
+    "Q4_0": (0, None, 4.6),
+    "Q4_1": (0, 2, 4.6),
+    "Q5_0": (0, None, 9.2),
+    "Q5_1": (0, 2, 9.2),
+    "Q2_K": (80, 82, 12),
+    "Q3_K": (108, None, 46),
+    "Q4_K": (0, 2, 240),
+    "Q5_K": (0, 2, 500),
+    "Q6_K": (208, None, 1400),
+}
+"""Bytes at which a block's scale and minimum begin, and the spread of its values at a scale of 1."""
+CENTRES = {"Q4_1": 7.5, "Q5_1": 15.5, "Q2_K": -1.5, "Q4_K": -7.5, "Q5_K": -15.5}
+"""What times the scale a minimum must be for a mean of zero; of the K formats it is subtracted."""
+
+
+def as_gguf(state: State, path: Path, packing: str) -> State:
+    """The matrices of blocks in `packing`, other matrices in BF16 or F16, vectors in F32, as converters write them."""
+    kind = gguf.GGMLQuantizationType[packing]
+    writer = gguf.GGUFWriter(path, "flux")
+    values = {}
+    for i, (name, tensor) in enumerate(state.items()):
+        if is_matrix(tensor) and "blocks" in name:
+            data = random_blocks(packing, *tensor.shape, seed=i)
+            writer.add_tensor(name, data, raw_dtype=kind)
+            values[name] = torch.from_numpy(gguf.quants.dequantize(data, kind).copy())
+        elif not is_matrix(tensor):
+            writer.add_tensor(name, tensor.float().numpy())
+            values[name] = tensor.float()
+        elif i % 2:
+            writer.add_tensor(name, tensor.half().numpy())
+            values[name] = tensor.half().float()
+        else:
+            data = tensor.bfloat16().view(torch.uint8).numpy()
+            writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType.BF16)
+            values[name] = tensor.bfloat16().float()
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return values
+
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+FORMATS: dict[str, Callable[[State, Path], State]] = {
+    "fp8_e4m3fn": lambda state, path: plain_fp8(state, path, E4M3),
+    "fp8_e5m2": lambda state, path: plain_fp8(state, path, E5M2),
+    "scaled_old": lambda state, path: scaled_fp8_old(state, path, E4M3),
+    "scaled_old_prefixed": lambda state, path: scaled_fp8_old(state, path, E4M3, PREFIX),
+    "scaled_metadata": lambda state, path: scaled_fp8_metadata(state, path, E4M3),
+    "scaled_metadata_e5m2": lambda state, path: scaled_fp8_metadata(state, path, E5M2),
+    "scaled_tensors": lambda state, path: scaled_fp8_tensors(state, path, E4M3),
+    "all_in_one": all_in_one,
+    "gguf_Q8_0": lambda state, path: as_gguf(state, path, "Q8_0"),
+    "gguf_Q4_K": lambda state, path: as_gguf(state, path, "Q4_K"),
+}
+"""writer(state, path) -> the values that the file means, in float32."""
+
+
+def write(name: str, source: Path, path: Path) -> State:
+    """The model of a plain file `source` in a format; returns what it means now."""
+    return FORMATS[name](load_file(source), path)

@@ -1,0 +1,73 @@
+"""References, further channels and ControlNet residuals on one GPU: compiled, captured and replayed evaluations against
+plain eager ones."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastusp_backend.comm.mesh import single_rank_mesh
+from fastusp_backend.comm.transport import Transport
+from fastusp_backend.config import Settings
+from fastusp_backend.engine import Denoiser
+from fastusp_backend.models.family import NO_RESIDUALS, Conditioning, Residuals
+from fastusp_backend.models.synthetic import TINY_FLUX, TINY_QWEN_IMAGE, random_state
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+EAGER = Settings(compile=False, cuda_graphs=False, overlap=False)
+CONFIGS = {"flux": TINY_FLUX, "fill": replace(TINY_FLUX, concat_channels=80), "qwen": TINY_QWEN_IMAGE}
+
+
+def denoisers(family: str, *settings: Settings) -> list[Denoiser]:
+    with torch.device("meta"):
+        model = CONFIGS[family].build()
+    model.load_state_dict(random_state(model, seed=0, dtype=torch.bfloat16), assign=True)
+    model = model.cuda().eval()
+    mesh = single_rank_mesh(torch.device("cuda", 0))
+    return [Denoiser(model, mesh, Transport(mesh), options, torch.bfloat16) for options in settings]
+
+
+def prompt(family: str, randn, references: int, method: str | None) -> Conditioning:
+    config = CONFIGS[family]
+    return Conditioning(
+        randn(1, 24, config.context),
+        None if family == "qwen" else randn(1, config.pooled),
+        None if family == "qwen" else torch.full((1,), 3.5, device="cuda"),
+        randn(1, config.concat_channels, 32, 30) if config.concat_channels else None,
+        tuple(randn(1, 16, 20 + 6 * n, 17) for n in range(references)),
+        method,
+    )
+
+
+@pytest.mark.parametrize("settings", [Settings(), Settings(compile=False), Settings(cuda_graphs=False)], ids=str)
+@pytest.mark.parametrize(
+    "family, references, method, controlled",
+    [
+        ("flux", 2, "uxo", False),
+        ("flux", 1, None, True),
+        ("fill", 0, None, False),
+        ("qwen", 2, "index", True),
+        ("qwen", 2, "index_timestep_zero", False),
+    ],
+)
+def test_options_change_speed_only(family, references, method, controlled, settings):
+    plain, fast = denoisers(family, EAGER, settings)
+    generator = torch.Generator("cuda").manual_seed(1)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device="cuda", generator=generator)
+
+    given, hidden = prompt(family, randn, references, method), CONFIGS[family].hidden
+    for turn in range(4):
+        x, timestep = randn(1, 16, 32, 30), torch.tensor([0.9 - 0.2 * turn])
+        control = NO_RESIDUALS
+        if controlled:
+            residuals = randn(1, 240, hidden).bfloat16(), randn(1, 100, hidden).bfloat16()
+            control = Residuals(residuals, (0, None, 1), (1,))
+        expected, got = (d(x, timestep, given, control).float() for d in (plain, fast))
+        assert ((got - expected).norm() / expected.norm()).item() < 2e-2, f"turn {turn}"
+    assert all(step.captured == settings.cuda_graphs for step in fast._steps.values())

@@ -1,0 +1,93 @@
+"""Files in the formats that people have give what stock gives for them, or for a plain file of the same values."""
+
+import subprocess
+
+import pytest
+from formats import write
+from safetensors.torch import save_file
+from workflows import DEV, SCHNELL, Comparison, Graph
+
+pytestmark = pytest.mark.host
+
+MARK = " [checkpoints]"
+
+
+@pytest.fixture
+def models(host):
+    """The folder of diffusion models; what a test adds goes after it."""
+    folder = host.base / "models"
+    before = set(folder.rglob("*"))
+    yield folder / "diffusion_models"
+    for path in {path for path in folder.rglob("*") if path.is_file()} - before:
+        path.unlink()
+
+
+def names_of(host) -> list[str]:
+    kind, *more = host.get("/object_info/FastUSPLoader")["FastUSPLoader"]["input"]["required"]["unet_name"]
+    return more[0]["options"] if kind == "COMBO" else kind
+
+
+def compare(host, models, names: dict[str, str]) -> None:
+    """Formats and their files against a plain float32 file of the same values, and stock with the file it reads."""
+    formats = Comparison()
+    graph = formats.graph
+    inputs = {"positive": graph.prompt(), "negative": graph.prompt(2), "latent_image": graph.empty()}
+    for name, file in names.items():
+        save_file(write(name, models / DEV, models / file), models / f"plain_{name}.safetensors")
+        got = graph.sample(graph.usp(file=file), **inputs)
+        formats.add(f"{name}, values", got, graph.sample(graph.stock(f"plain_{name}.safetensors"), **inputs))
+        if not file.endswith(".gguf"):
+            formats.add(f"{name}, file", got, graph.sample(graph.stock(file), **inputs))
+    assert set(names.values()) <= set(names_of(host))
+    formats.check(host)
+
+
+def test_fp8(host, models):
+    compare(host, models, {name: f"{name}.safetensors" for name in ("fp8_e4m3fn", "scaled_old", "scaled_metadata")})
+
+
+def test_gguf(host, models):
+    if subprocess.run([host.process.args[0], "-c", "import gguf"], capture_output=True).returncode:
+        pytest.skip("this ComfyUI's Python lacks the pack's requirement gguf")
+    compare(host, models, {name: f"{name}.gguf" for name in ("gguf_Q8_0", "gguf_Q4_K")})
+
+
+@pytest.mark.any_host
+def test_a_plain_file_stored_in_fp8(host):
+    stored = Comparison()
+    graph = stored.graph
+    for dtype in ("fp8_e4m3fn", "fp8_e5m2"):
+        want = graph.sample(graph.node("UNETLoader", unet_name=DEV, weight_dtype=dtype), steps=2)
+        stored.add(dtype, graph.sample(graph.usp(weight_dtype=dtype), steps=2), want)
+    stored.check(host)
+
+
+def test_all_in_one_checkpoints(host, models):
+    """Of the same name as a diffusion model that is another one."""
+    whole = models.parent / "checkpoints" / SCHNELL
+    whole.parent.mkdir(exist_ok=True)
+    write("all_in_one", models / DEV, whole)
+    assert names_of(host)[-1] == SCHNELL + MARK and SCHNELL in names_of(host)
+    both = Comparison()
+    graph = both.graph
+    loaded = graph.node("CheckpointLoaderSimple", ckpt_name=SCHNELL)
+    got = graph.sample(graph.usp(file=SCHNELL + MARK), steps=6)
+    both.add("checkpoint", got, graph.sample(loaded, steps=6))
+    both.add("its transformer", got, graph.sample(graph.stock(DEV), steps=6))
+    both.add(
+        "the other one", graph.sample(graph.usp(file=SCHNELL), steps=4), graph.sample(graph.stock(SCHNELL), steps=4)
+    )
+    both.check(host)
+
+
+def test_storage_types_of_a_quantised_file(host, models):
+    """What is converted when it is loaded has the same values; the workers stay."""
+    write("scaled_tensors", models / DEV, models / "fp8.safetensors")
+    graph = Graph()
+    given = {"steps": 2, "positive": graph.prompt()}
+    kept, converted = (
+        graph.save(graph.sample(graph.usp(file="fp8.safetensors", weight_dtype=dtype), **given))
+        for dtype in ("default", "fp32")
+    )
+    latents = host.run(graph).latents
+    assert latents[kept].equal(latents[converted])

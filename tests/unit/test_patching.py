@@ -1,0 +1,174 @@
+"""Patches in weights however they are stored: rounded to the nearest stored value, in place, and undone to the bit."""
+
+import shutil
+from dataclasses import replace
+
+import msgspec
+import pytest
+import torch
+from formats import LIMITS, write
+from support import SMALL, randn, spec_of
+
+from fastusp_backend.config import WeightPatch
+from fastusp_backend.errors import CheckpointError, RequestError
+from fastusp_backend.models.layers import Linear
+from fastusp_backend.models.loading import Checkpoint
+from fastusp_backend.models.patching import PatchedWeights
+from fastusp_backend.models.synthetic import write_flux
+
+pytestmark = pytest.mark.unit
+
+MINI = replace(SMALL, hidden=256, heads=2, mlp=512, double_blocks=1, single_blocks=1, context=256, pooled=256)
+QKV, NORM = "double_blocks.0.img_attn.qkv", "double_blocks.0.img_attn.norm.query_norm.scale"
+TENSORS = {
+    "up": randn(768, 4, seed=1) * 0.1,
+    "down": randn(4, 256, seed=2),
+    "b": randn(768, seed=3),
+    "n": randn(128, seed=4),
+}
+LORA = WeightPatch(kind="lora", tensors={"up": "up", "down": "down"}, strength=0.7)
+PATCHES = {
+    f"{QKV}.weight": (LORA,),
+    f"{QKV}.bias": (WeightPatch(kind="diff", tensors={"diff": "b"}, strength=1.0),),
+    NORM: (WeightPatch(kind="set", tensors={"value": "n"}, strength=1.0),),
+}
+NONE = dict.fromkeys(PATCHES, ())
+
+
+@pytest.fixture(scope="module")
+def mini(tmp_path_factory):
+    path = tmp_path_factory.mktemp("patching") / "mini.safetensors"
+    write_flux(str(path), MINI, seed=1)
+    return path
+
+
+def loaded(path, **spec) -> Checkpoint:
+    checkpoint = Checkpoint(msgspec.structs.replace(spec_of(path), **spec))
+    checkpoint.allocate(torch.device("cpu"))
+    checkpoint.read()
+    return checkpoint
+
+
+def held(checkpoint: Checkpoint, key: str):
+    return checkpoint.held(checkpoint.model.module_key(key))
+
+
+def everything(checkpoint: Checkpoint) -> dict[str, tuple[int, torch.Tensor]]:
+    """(address, bytes) of all parameters, and of scales."""
+    named = dict(checkpoint.model.named_parameters())
+    for name, module in checkpoint.model.named_modules():
+        if isinstance(module, Linear) and module.scale is not None:
+            named[f"{name}.scale"] = module.scale
+    return {
+        name: (t.data_ptr(), t.detach().contiguous().clone().view(-1).view(torch.uint8)) for name, t in named.items()
+    }
+
+
+def changed(before, after) -> set[str]:
+    assert before.keys() == after.keys()
+    assert all(before[name][0] == after[name][0] for name in before), "a tensor has moved"
+    return {name for name in before if not torch.equal(before[name][1], after[name][1])}
+
+
+def assert_nearest(data: torch.Tensor, want: torch.Tensor) -> None:
+    """No value of data's type is nearer to `want` (float32)."""
+    if data.dtype not in LIMITS:
+        assert torch.equal(data, want.to(data.dtype))
+        return
+    table = torch.arange(256, dtype=torch.uint8).view(data.dtype).float()
+    table = table[table.isfinite()].unique()
+    above = torch.searchsorted(table, want.contiguous()).clamp(1, len(table) - 1)
+    nearest = torch.minimum((want - table[above - 1]).abs(), (want - table[above]).abs())
+    assert torch.equal((want - data.float()).abs(), nearest)
+
+
+STORAGES = {
+    "fp8_e4m3fn": {},
+    "fp8_e5m2": {},
+    "scaled_old": {},
+    "scaled_metadata_e5m2": {},
+    "scaled_tensors": {},
+    "scaled_tensors, by rows": {"linear": "fp8"},
+    "fp8_e4m3fn, by rows": {"linear": "fp8"},
+    "plain, by rows": {"linear": "fp8"},
+    "plain, fp8": {"storage": "float8_e4m3fn"},
+    "plain, bf16": {"storage": "bfloat16"},
+    "gguf_Q8_0, bf16": {"storage": "bfloat16"},
+}
+
+
+@pytest.mark.parametrize("name", STORAGES)
+def test_patches_are_rounded_to_the_nearest_and_leave_no_trace(mini, tmp_path, name):
+    path, form = tmp_path / "model", name.split(",")[0]
+    if form == "plain":
+        path = mini
+    else:
+        write(form, mini, path)
+    checkpoint, content = loaded(path, **STORAGES[name]), path.read_bytes()
+    weights, before = PatchedWeights(checkpoint), everything(checkpoint)
+    old = {key: held(checkpoint, key).dequantise() for key in PATCHES}
+    assert weights.change(PATCHES, TENSORS, base=0, number=1) == (0, 3)
+
+    after, names = everything(checkpoint), {checkpoint.model.module_key(key) for key in PATCHES}
+    scale = checkpoint.model.module_key(f"{QKV}.weight").replace(".weight", ".scale")
+    assert changed(before, after) == names | ({scale} & before.keys())
+    assert_nearest(held(checkpoint, f"{QKV}.bias").data, old[f"{QKV}.bias"] + TENSORS["b"])
+    assert_nearest(held(checkpoint, NORM).data, TENSORS["n"])
+    want, stored = old[f"{QKV}.weight"] + 0.7 * (TENSORS["up"] @ TENSORS["down"]), held(checkpoint, f"{QKV}.weight")
+    if scale in before:
+        largest = want.abs().amax(1, keepdim=True) if stored.scale.dim() else want.abs().amax()
+        torch.testing.assert_close(stored.scale, largest / LIMITS[stored.data.dtype])
+        assert stored.scale.dim() == (2 if name.endswith("by rows") else 0)
+        want = want / stored.scale
+    assert_nearest(stored.data, want)
+
+    assert weights.change({f"{QKV}.weight": (LORA, LORA)}, TENSORS, base=1, number=2) == (1, 1)
+    assert weights.change(PATCHES, TENSORS, base=None, number=3) == (3, 3)
+    assert not changed(after, everything(checkpoint))
+    assert weights.change(NONE, {}, base=3, number=0) == (3, 0)
+    assert not changed(before, everything(checkpoint))
+    assert path.read_bytes() == content
+
+
+def test_packed_weights_are_refused_before_anything_changes(mini, tmp_path):
+    write("gguf_Q8_0", mini, tmp_path / "model")
+    checkpoint = loaded(tmp_path / "model")
+    weights, before = PatchedWeights(checkpoint), everything(checkpoint)
+    rest = {key: patches for key, patches in PATCHES.items() if key != f"{QKV}.weight"}
+    weights.change(rest, TENSORS, base=0, number=1)
+    after = everything(checkpoint)
+    with pytest.raises(RequestError, match="LoRA.*GGUF Q8_0.*weight_dtype"):
+        weights.change({NORM: (), **PATCHES}, TENSORS, base=1, number=2)
+    assert weights.number == 1 and changed(before, after) and not changed(after, everything(checkpoint))
+
+
+def test_a_replaced_file_is_refused_before_anything_changes(mini, tmp_path):
+    shutil.copy(mini, tmp_path / "model")
+    checkpoint = loaded(tmp_path / "model")
+    weights = PatchedWeights(checkpoint)
+    weights.change(PATCHES, TENSORS, base=0, number=1)
+    after = everything(checkpoint)
+    shutil.copy(mini, tmp_path / "other")
+    (tmp_path / "other").rename(tmp_path / "model")
+    with pytest.raises(CheckpointError, match="was replaced"):
+        weights.change(NONE, {}, base=1, number=0)
+    assert weights.number == 1 and not changed(after, everything(checkpoint))
+
+
+def test_a_reading_that_fails_leaves_the_state_unknown_and_can_be_repeated(mini, monkeypatch):
+    checkpoint = loaded(mini)
+    weights, before = PatchedWeights(checkpoint), everything(checkpoint)
+    weights.change(PATCHES, TENSORS, base=0, number=1)
+    reread = checkpoint.reread
+
+    def fail(names):
+        yield next(reread(names))
+        raise CheckpointError("the file ends")
+
+    monkeypatch.setattr(checkpoint, "reread", fail)
+    with pytest.raises(CheckpointError):
+        weights.change(NONE, {}, base=1, number=0)
+    assert weights.number is None
+    monkeypatch.undo()
+    weights.change({}, {}, base=None, number=0)
+    assert weights.number == 0 and not changed(before, everything(checkpoint))

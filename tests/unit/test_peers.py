@@ -1,0 +1,166 @@
+"""The order of messages between ranks that reach each other's memory, played by threads on the CPU: joint attention of
+several layers equals one rank's for every layout, and no rank overtakes the readers of a buffer."""
+
+import contextlib
+import random
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support import relative_difference
+
+from fastusp_backend.attention import ALL, ONLY_K, ONLY_Q, ONLY_V, JointAttention
+from fastusp_backend.attention.local import math
+from fastusp_backend.comm.mesh import Mesh, single_rank_mesh
+from fastusp_backend.comm.shards import SequenceShards
+from fastusp_backend.comm.transport import Transport
+from fastusp_backend.config import Layout
+
+pytestmark = pytest.mark.unit
+
+CPU = torch.device("cpu")
+HEADS, DIM, BATCH = 4, 16, 2
+TEXT, IMAGE = 5, 22
+
+
+class Ground:
+    """What the arenas of all ranks stand on."""
+
+    def __init__(self, size: int):
+        self.size = size
+        self.memory = [torch.zeros(0, dtype=torch.uint8)] * size
+        self.raised: set[tuple[int, int, int]] = set()
+        self.changed = threading.Condition()
+
+
+class ThreadArena:
+    """An arena of threads. It dawdles, so that what is not ordered by signals happens in any order."""
+
+    def __init__(self, ground: Ground, rank: int):
+        self.ground, self.rank, self.size, self.generation = ground, rank, ground.size, 0
+        self._expected = []
+        self._dawdle = random.Random(rank)
+
+    def reserve(self, capacity):
+        self.ground.memory[self.rank] = torch.full((capacity,), 0x7F, dtype=torch.uint8)
+
+    def view(self, rank, shape, dtype, offset):
+        time.sleep(self._dawdle.random() * 1e-3)
+        while self.ground.memory[rank].numel() == 0:
+            time.sleep(1e-3)
+        size = torch.Size(shape).numel() * dtype.itemsize
+        return self.ground.memory[rank][offset : offset + size].view(dtype).view(shape)
+
+    def own(self, shape, dtype, offset):
+        return self.view(self.rank, shape, dtype, offset)
+
+    def beside(self):
+        time.sleep(self._dawdle.random() * 2e-3)
+        return contextlib.nullcontext()
+
+    def put(self, peer, channel):
+        self._when(lambda raised: (peer, self.rank, channel) not in raised, lambda raised: raised.add)(
+            (peer, self.rank, channel)
+        )
+
+    def wait(self, peer, channel):
+        self._when(lambda raised: (self.rank, peer, channel) in raised, lambda raised: raised.discard)(
+            (self.rank, peer, channel)
+        )
+
+    def _when(self, ready, action):
+        def act(signal):
+            with self.ground.changed:
+                assert self.ground.changed.wait_for(lambda: ready(self.ground.raised), timeout=20), f"{signal} hangs"
+                action(self.ground.raised)(signal)
+                self.ground.changed.notify_all()
+
+        return act
+
+    def publish(self, part):
+        pass
+
+    def expect(self, peer, channel, parts):
+        self._expected.append((peer, channel))
+
+    def settle(self):
+        for peer, channel in self._expected:
+            self.wait(peer, channel)
+        self._expected.clear()
+
+
+def layers(joint: JointAttention, x, scales, rope, local_text: int, count: int) -> torch.Tensor:
+    """Double and single blocks' calls in turn, each on the result of the one before."""
+    text_rope, image_rope = (tuple(r[rows] for r in rope) for rows in (slice(local_text), slice(local_text, None)))
+    c = HEADS * DIM
+    for layer in range(count):
+        text, image = x[:, :local_text], x[:, local_text:]
+        if layer % 2:
+            joint.project(x, scales, rope)
+        else:
+            for which in (ONLY_V, ONLY_K, ONLY_Q):
+                part = image[..., which.start * c : which.stop * c]
+                joint.project(part, scales[which], image_rope, which, text=False)
+            joint.project(text, scales, text_rope, ALL, image=False)
+        joint.attend()
+        x = x + joint.collect().repeat(1, 1, 3)
+    return x
+
+
+def run_rank(ground_of, layout, rank, given, *, packed, overlap, results):
+    groups = {"sequence": object(), "ulysses": None, "ring": object() if layout.ring > 1 else None}
+    mesh = Mesh(layout=layout, rank=rank, device=CPU, **groups)
+    transport = Transport(mesh, "gloo")
+    transport._arenas = [ThreadArena(ground, rank) for ground in ground_of]
+    shards = SequenceShards(layout, TEXT, IMAGE)
+    links = transport.connect(shards, BATCH, HEADS, DIM, torch.float32, packed=packed, width=3)
+    joint = JointAttention(mesh, math, shards, links, overlap=overlap, pipelined=overlap)
+
+    def local(x, dim):
+        text, image = x.split([TEXT, IMAGE], dim)
+        return torch.cat([shards.take_text(text, rank, dim=dim), shards.take_image(image, rank, dim=dim)], dim)
+
+    x, scales, rope = given
+    for _ in range(2):
+        out = layers(joint, local(x, 1), scales, tuple(local(r, 0) for r in rope), shards.local_text, 5)
+        image = out[:, shards.local_text :, :3].contiguous()
+        whole = shards.join_image(links.gather.all_gather(image)()).clone()
+        results.append(SimpleNamespace(rank=rank, image=whole))
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("packed, bound", [(False, 1e-6), (True, 0.1)])
+@pytest.mark.parametrize("ulysses, ring", [(2, 1), (1, 2), (4, 1), (2, 2), (1, 3)])
+def test_ranks_agree_with_one(ulysses, ring, packed, bound, overlap):
+    generator = torch.Generator().manual_seed(ulysses * 10 + ring)
+    x = torch.randn(BATCH, TEXT + IMAGE, 3 * HEADS * DIM, generator=generator)
+    angles = torch.rand(TEXT + IMAGE, DIM // 2, generator=generator)
+    scales = torch.rand(DIM, generator=generator), torch.rand(DIM, generator=generator), None
+    given = x, scales, (angles.cos(), angles.sin())
+
+    alone = single_rank_mesh(CPU)
+    shards = SequenceShards(alone.layout, TEXT, IMAGE)
+    links = Transport(alone).connect(shards, BATCH, HEADS, DIM, torch.float32, packed=False, width=3)
+    joint = JointAttention(alone, math, shards, links, overlap=True, pipelined=True)
+    expected = layers(joint, x, scales, given[2], TEXT, 5)[:, TEXT:, :3]
+
+    layout = Layout(ulysses=ulysses, ring=ring)
+    grounds, results = [Ground(layout.ranks), Ground(layout.ranks)], []
+    threads = [
+        threading.Thread(
+            target=run_rank,
+            args=(grounds, layout, rank, given),
+            kwargs={"packed": packed, "overlap": overlap, "results": results},
+        )
+        for rank in range(layout.ranks)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(results) == 2 * layout.ranks
+    for result in results:
+        assert relative_difference(result.image, expected) < bound, f"rank {result.rank}"
+    assert not grounds[0].raised and not grounds[1].raised, "a signal was never heard"
