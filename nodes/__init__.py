@@ -2,7 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import status
+from . import memory, status
 from .loader import USPLoader
 from .sampler import USPSampler
 from .settings import USPSettings
@@ -15,4 +15,5 @@ class FastUSPExtension(ComfyExtension):
 
 async def comfy_entrypoint() -> ComfyExtension:
     status.add_routes()
+    memory.follow_unload_all()
     return FastUSPExtension()

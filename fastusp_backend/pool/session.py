@@ -149,7 +149,7 @@ class Session:
     def holds(self) -> int:
         """Bytes of this session's weights on each device now; 0 while they are parked, dropped or not loaded yet."""
         held = self.pool.held
-        return held.nbytes if held and held.state == "resident" and held.model == self._spec() else 0
+        return held.nbytes if held and held.state == "resident" and held.model == self.spec else 0
 
     def settle(self) -> None:
         """What `residency` says of the weights after a sampling run."""
@@ -174,9 +174,10 @@ class Session:
     def _what(self, evaluations: int) -> dict:
         # What becomes of the weights later is no reason to make graphs anew.
         settings = msgspec.structs.replace(self.settings, residency="keep")
-        return {"model": self._spec(), "layout": self.layout(evaluations), "settings": settings}
+        return {"model": self.spec, "layout": self.layout(evaluations), "settings": settings}
 
-    def _spec(self) -> ModelSpec:
+    @property
+    def spec(self) -> ModelSpec:
         """The model as the workers hold it."""
         return msgspec.structs.replace(self.model, linear=self.settings.linear)
 
