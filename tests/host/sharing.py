@@ -18,6 +18,7 @@ import comfy.options  # noqa: E402
 comfy.options.enable_args_parsing()
 import comfy.model_management as management  # noqa: E402
 import torch  # noqa: E402
+import utils.extra_config  # noqa: E402, F401 - before a dependency brings a `utils` of its own
 
 spec = importlib.util.spec_from_file_location(
     "fastusp_pack", f"{REPOSITORY}/__init__.py", submodule_search_locations=[REPOSITORY]
