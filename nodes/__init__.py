@@ -1,8 +1,7 @@
 """The nodes, and everything else that touches ComfyUI. Nothing outside this folder imports the host."""
 
-from comfy_api.latest import ComfyExtension, io
-
 from . import memory, status
+from .comfyui import ComfyExtension, io
 from .loader import USPLoader
 from .sampler import USPSampler
 from .settings import USPSettings

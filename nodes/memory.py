@@ -7,11 +7,11 @@ ComfyUI's other models leave, and models that need the room later make it leave.
 
 import functools
 
-import comfy.model_management
 import torch
 
 from ..fastusp_backend.devices import holds_gpu
 from ..fastusp_backend.pool import Pool, Session
+from .comfyui import model_management
 from .pools import all_pools
 
 _known: dict[Pool, object] = {}
@@ -40,7 +40,7 @@ def taking(session: Session, device: torch.device, patcher: object) -> None:
         if pool is not session.pool and set(pool.devices.gpus) & set(session.pool.devices.gpus):
             other.session.give_way()
     if shares_gpu(session, device):
-        comfy.model_management.soft_empty_cache()
+        model_management.soft_empty_cache()
 
 
 def leaving(session: Session) -> int:
@@ -56,7 +56,7 @@ def leaving(session: Session) -> int:
 def follow_unload_all() -> None:
     """Has ComfyUI's `unload_all_models` drop the weights of all pools. A patcher is told only that it must leave, which
     it also is when another model needs room on a device where its workers hold nothing."""
-    unload = comfy.model_management.unload_all_models
+    unload = model_management.unload_all_models
 
     @functools.wraps(unload)
     def unload_all_models(*args, **kwargs):
@@ -72,4 +72,4 @@ def follow_unload_all() -> None:
         _known.clear()
         return result
 
-    comfy.model_management.unload_all_models = unload_all_models
+    model_management.unload_all_models = unload_all_models

@@ -5,17 +5,21 @@ alone; in place of the transformer stands a `RemoteTransformer`, which sends eac
 guiders and wrappers run on the host as ever.
 """
 
-import comfy.model_detection
-import comfy.model_management
-import comfy.model_patcher
 import torch
-from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 
 from ..fastusp_backend.errors import FastUSPError
 from ..fastusp_backend.models.checkpoint import TensorInfo, weight_bytes
 from ..fastusp_backend.models.patches import PATCH
 from ..fastusp_backend.pool import Prompt, Session
 from . import memory
+from .comfyui import (
+    ModelPatcher,
+    WrapperExecutor,
+    WrappersMP,
+    get_all_wrappers,
+    model_config_from_unet,
+    model_management,
+)
 from .host import Unsupported, following, progress
 from .remote_loop import sample_in_workers
 from .status import node_status
@@ -173,7 +177,7 @@ _ALL = 1e32
 """As ComfyUI says that there is room for all weights."""
 
 
-class RemotePatcher(comfy.model_patcher.ModelPatcher):
+class RemotePatcher(ModelPatcher):
     """A ModelPatcher with nothing to move: the host holds no weights. Where a worker computes on the host's GPU, it has
     the size of the weights there (see memory.py)."""
 
@@ -243,7 +247,7 @@ def remote_model(session: Session, header: dict[str, TensorInfo]) -> RemotePatch
     """
     compute = getattr(torch, session.model.compute)
     meta = meta_tensors(header)
-    config = comfy.model_detection.model_config_from_unet(meta, "")
+    config = model_config_from_unet(meta, "")
     detected = config.unet_config if config is not None else {}
     transformer = _TRANSFORMERS.get(detected.get("image_model"))
     if transformer is None or not transformer.fits(detected, header):
@@ -259,8 +263,8 @@ def remote_model(session: Session, header: dict[str, TensorInfo]) -> RemotePatch
     model.state_dict_for_saving = _no_weights  # would be a file of meta tensors
     patcher = RemotePatcher(
         model,
-        load_device=comfy.model_management.get_torch_device(),
-        offload_device=comfy.model_management.unet_offload_device(),
+        load_device=model_management.get_torch_device(),
+        offload_device=model_management.unet_offload_device(),
     )
     patcher.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, "fastusp", sample_in_workers)
     return patcher

@@ -2,9 +2,8 @@
 
 from typing import get_args
 
-from comfy_api.latest import io
-
 from ..fastusp_backend.config import AttentionChoice, LinearChoice, Residency, Settings, WireChoice
+from .comfyui import io
 
 SettingsType = io.Custom("USP_SETTINGS")
 

@@ -19,17 +19,20 @@ _ADVICE[PARKING] = "Take residency = keep or release in USP Optimization Setting
 _ADVICE[EVALUATING] = _ADVICE[PREPARING]
 
 
+_PLAIN = re.compile(
+    r"CUDA error: out of memory|\[enforce fail.*can't allocate memory|unable to mmap.*Cannot allocate memory"
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Also where torch says it by a plain RuntimeError: its allocator for CPUs, and CUDA beside its allocator."""
+    """Also where torch says it by a plain RuntimeError: for CPUs, mapped files, and CUDA beside its own allocator."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    text = str(error)
-    plain = text.startswith("CUDA error: out of memory") or re.match(r"\[enforce fail.*can't allocate memory", text)
-    return isinstance(error, RuntimeError) and bool(plain)
+    return isinstance(error, RuntimeError) and _PLAIN.match(str(error)) is not None
 
 
 def explain(error: BaseException, doing: str, held: str) -> str:
     """What was asked for, what the rank held, and what helps. doing: one of the above."""
-    asked = re.search(r"tried to allocate (.+?)\.? *(?:GPU|Error|$)", str(error), re.IGNORECASE | re.MULTILINE)
-    what = f"it asked for {asked[1].rstrip('.')}" if asked else str(error)
+    asked = re.search(r"(?:tried to allocate|unable to mmap) ([\d.]+ \w+)", str(error), re.IGNORECASE)
+    what = f"it asked for {asked[1]}" if asked else str(error)
     return f"{doing}: {what}, and held {held}. {_ADVICE[doing]}"
