@@ -18,6 +18,7 @@ BatchParallel = Literal["auto", "on", "off"]
 AttentionChoice = Literal["auto", "cudnn", "flash", "efficient", "math"]
 WireChoice = Literal["exact", "fp8"]
 LinearChoice = Literal["exact", "fp8"]
+Residency = Literal["keep", "park", "release"]
 
 
 class Layout(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,6 +62,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     overlap: exchanges run beside computation instead of being awaited where they start.
     ring_pipeline: the ring's next keys and values travel while the current ones are attended.
     linear: how the blocks' matrix products are computed; `fp8` with a scale per token and per row of the weights.
+    residency: what becomes of the weights after a sampling run. The client sees to it; the ranks never read it.
     """
 
     wire: WireChoice = "exact"
@@ -70,6 +72,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     overlap: bool = True
     ring_pipeline: bool = True
     linear: LinearChoice = "exact"
+    residency: Residency = "keep"
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):

@@ -146,6 +146,24 @@ class Session:
             progress,
         )["output"]
 
+    def holds(self) -> int:
+        """Bytes of this session's weights on each device now; 0 while they are parked, dropped or not loaded yet."""
+        held = self.pool.held
+        return held.nbytes if held and held.state == "resident" and held.model == self.spec else 0
+
+    def settle(self) -> None:
+        """What `residency` says of the weights after a sampling run."""
+        if self.settings.residency != "keep":
+            self.give_way()
+
+    def give_way(self) -> None:
+        """Makes room on the devices for somebody else: parks the weights where they are to be parked, else drops
+        them."""
+        if self.settings.residency == "park":
+            self.pool.park()
+        else:
+            self.pool.release()
+
     def layout(self, evaluations: int) -> Layout:
         """The layout for a step of so many evaluations: images of a batch, or 2 for a guided one.
 
@@ -154,8 +172,14 @@ class Session:
         return next((x for x in self.layouts if evaluations % x.batch == 0), self.layouts[-1])
 
     def _what(self, evaluations: int) -> dict:
-        model = msgspec.structs.replace(self.model, linear=self.settings.linear)
-        return {"model": model, "layout": self.layout(evaluations), "settings": self.settings}
+        # What becomes of the weights later is no reason to make graphs anew.
+        settings = msgspec.structs.replace(self.settings, residency="keep")
+        return {"model": self.spec, "layout": self.layout(evaluations), "settings": settings}
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model as the workers hold it."""
+        return msgspec.structs.replace(self.model, linear=self.settings.linear)
 
 
 def _distinct(control: Control, dtype: torch.dtype) -> tuple[dict[str, list[int | None]], Tensors]:
