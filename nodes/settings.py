@@ -23,7 +23,8 @@ class USPSettings(io.ComfyNode):
                     options=list(get_args(WireChoice)),
                     default="exact",
                     tooltip="What travels between the ranks. exact: the computed values, no loss. fp8: half the "
-                    "bytes, 8 bits and a scale per token and head; for slow links (PCIe) and long sequences.",
+                    "bytes, 8 bits and a scale per token and head; for slow links (PCIe) and long sequences. auto: "
+                    "fp8 where the measured link is slow.",
                 ),
                 io.Combo.Input(
                     "attention",

@@ -29,6 +29,7 @@ class Engine:
         self._described: Checkpoint | None = None
         self._meshes: dict[Layout, tuple[Mesh, Transport]] = {}
         self._denoiser: tuple[Layout, Settings, BatchedDenoiser] | None = None
+        self._transport: Transport | None = None  # of the last layout
         self._share = HostShare(device)
         self._parked = False
 
@@ -44,7 +45,7 @@ class Engine:
     @property
     def exchanges(self) -> str:
         """How the ranks of the last layout exchange tokens; empty before the first."""
-        return next(reversed(self._meshes.values()))[1].kind if self._meshes else ""
+        return str(self._transport) if self._transport else ""
 
     @property
     def nbytes(self) -> int:
@@ -62,7 +63,6 @@ class Engine:
             single = layout.ranks == 1
             mesh = single_rank_mesh(self.device) if single else make_mesh(layout, self.device)
             self._meshes[layout] = mesh, Transport(mesh)
-            log.info("layout %s: Ulysses over %s", layout, self._meshes[layout][1].kind)
         return self._meshes[layout]
 
     def describe(self, spec: ModelSpec) -> Config:
@@ -109,6 +109,9 @@ class Engine:
         if self._denoiser is None or self._denoiser[:2] != (layout, settings):
             self._denoiser = None
             mesh, transport = self.mesh(layout)
+            self._transport = transport
+            wire = transport.wire(settings.wire)
+            log.info("%s over %s, sending %s values", layout, transport, wire)
             dtype = getattr(torch, self._spec.compute)
             denoiser = Denoiser(self._model, mesh, transport, settings, dtype)
             self._denoiser = layout, settings, BatchedDenoiser(denoiser)
