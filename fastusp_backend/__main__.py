@@ -1,11 +1,11 @@
-"""Command line: `python -m fastusp_backend demo | plan`."""
+"""Command line: `python -m fastusp_backend demo | plan | verify`."""
 
 import argparse
 import sys
 
-from .cli import demo, plan
+from .cli import demo, plan, verify
 
-COMMANDS = {"demo": demo, "plan": plan}
+COMMANDS = {"demo": demo, "plan": plan, "verify": verify}
 
 
 def main() -> int:

@@ -16,8 +16,9 @@ Storage = Literal["bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m
 
 BatchParallel = Literal["auto", "on", "off"]
 AttentionChoice = Literal["auto", "cudnn", "flash", "efficient", "math"]
-WireChoice = Literal["exact", "fp8"]
+WireChoice = Literal["exact", "fp8", "auto"]
 LinearChoice = Literal["exact", "fp8"]
+Residency = Literal["keep", "park", "release"]
 PatchKind = Literal["lora", "loha", "lokr", "glora", "diff", "set"]
 
 
@@ -56,12 +57,14 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """The options of USP Optimization Settings.
 
-    wire: what crosses a link; `exact` sends the compute type as it is, `fp8` e4m3 with a scale per (token, head).
+    wire: what crosses a link; `exact` sends the compute type as it is, `fp8` e4m3 with a scale per (token, head),
+    `auto` fp8 where the measured link is slow.
     attention: the local attention back end; `auto` takes the fastest that the device and type allow.
     compile: element-wise segments through the compiler (GPUs). cuda_graphs: a whole evaluation as one graph (GPUs).
     overlap: exchanges run beside computation instead of being awaited where they start.
     ring_pipeline: the ring's next keys and values travel while the current ones are attended.
     linear: how the blocks' matrix products are computed; `fp8` with a scale per token and per row of the weights.
+    residency: what becomes of the weights after a sampling run. The client sees to it; the ranks never read it.
     """
 
     wire: WireChoice = "exact"
@@ -71,6 +74,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     overlap: bool = True
     ring_pipeline: bool = True
     linear: LinearChoice = "exact"
+    residency: Residency = "keep"
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):

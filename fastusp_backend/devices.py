@@ -127,6 +127,13 @@ def _of(indices: tuple[int, ...]) -> Devices:
     return Devices(ranks=len(indices), gpus=indices)
 
 
+def holds_gpu(devices: Devices, uuid: str) -> bool:
+    """Whether the GPU of this uuid, as torch or nvidia-smi write it, is one of `devices`. Indices would not do: torch
+    counts those that CUDA_VISIBLE_DEVICES leaves, in CUDA_DEVICE_ORDER."""
+    bare = uuid.lower().removeprefix("gpu-")
+    return any(g.index in devices.gpus and g.uuid.lower().removeprefix("gpu-") == bare for g in list_gpus())
+
+
 def supports_bfloat16(devices: Devices) -> bool:
     """Whether every device computes bfloat16 natively (compute capability 8.0); CPU ranks compute in float32
     instead."""

@@ -1,8 +1,7 @@
 """The nodes, and everything else that touches ComfyUI. Nothing outside this folder imports the host."""
 
-from comfy_api.latest import ComfyExtension, io
-
-from . import status
+from . import memory, status
+from .comfyui import ComfyExtension, io
 from .loader import USPLoader
 from .sampler import USPSampler
 from .settings import USPSettings
@@ -15,4 +14,5 @@ class FastUSPExtension(ComfyExtension):
 
 async def comfy_entrypoint() -> ComfyExtension:
     status.add_routes()
+    memory.follow_unload_all()
     return FastUSPExtension()

@@ -4,7 +4,7 @@ Plain names are those of models/diffusion_models (and models/unet), `name [check
 file name that ComfyUI lists ends like that.
 """
 
-import folder_paths
+from .comfyui import folder_paths
 
 _MARK = " [checkpoints]"
 _GGUF = "diffusion_models_gguf"

@@ -3,10 +3,9 @@
 import contextlib
 from collections.abc import Callable, Iterator
 
-import comfy.model_management
-
 from ..fastusp_backend.errors import Cancelled, FastUSPError
 from ..fastusp_backend.pool import Progress
+from .comfyui import model_management
 from .status import node_status
 
 
@@ -25,7 +24,7 @@ def progress(step: Callable | None = None) -> Progress:
     """Progress that listens to ComfyUI's interrupt and shows phases on the running node. step: see `Progress`."""
     hooks = {"step": step} if step is not None else {}
     return Progress(
-        interrupted=comfy.model_management.processing_interrupted, phase=lambda text: node_status().phase(text), **hooks
+        interrupted=model_management.processing_interrupted, phase=lambda text: node_status().phase(text), **hooks
     )
 
 
@@ -35,5 +34,5 @@ def following() -> Iterator[None]:
     try:
         yield
     except Cancelled:
-        comfy.model_management.throw_exception_if_processing_interrupted()
+        model_management.throw_exception_if_processing_interrupted()
         raise

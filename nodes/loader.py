@@ -3,8 +3,6 @@
 import os
 from typing import get_args
 
-from comfy_api.latest import io
-
 from ..fastusp_backend.config import BatchParallel, ModelSpec, Settings, Storage
 from ..fastusp_backend.devices import parse_devices, supports_bfloat16
 from ..fastusp_backend.errors import CheckpointError, FastUSPError
@@ -12,6 +10,7 @@ from ..fastusp_backend.models.checkpoint import choose_types, main_dtype, read_h
 from ..fastusp_backend.models.detection import detect
 from ..fastusp_backend.planner import plan_batches
 from ..fastusp_backend.pool import Session
+from .comfyui import io
 from .files import model_names, model_path
 from .pools import pool_for
 from .remote_model import remote_model

@@ -10,15 +10,12 @@ import copy
 import inspect
 import math
 
-import comfy.k_diffusion.sampling as k_diffusion
-import comfy.samplers
 import torch
-from comfy.model_sampling import CONST
-from comfy.patcher_extension import CallbacksMP, WrappersMP
 from tqdm.auto import trange
 
 from ..fastusp_backend.pool import Mask, Prompt, Session
 from ..fastusp_backend.sampling import SAMPLERS
+from .comfyui import CONST, CallbacksMP, WrappersMP, k_diffusion, samplers
 from .host import following, progress
 from .status import node_status, set_headline
 
@@ -78,7 +75,7 @@ def why_not(sampler, guider, sigmas, model_options: dict) -> str | None:
     """What keeps this run out of the workers' loop, for people to read; None if nothing does."""
     function = getattr(sampler, "sampler_function", None)
     name = _BY_FUNCTION.get(function)
-    if type(sampler) is not comfy.samplers.KSAMPLER or name is None:
+    if type(sampler) is not samplers.KSAMPLER or name is None:
         return f"the workers have no sampler {getattr(function, '__name__', type(sampler).__name__)!r}"
     options = {k: v for k, v in sampler.extra_options.items() if v != _neutral(function, k)}
     foreign = options.keys() - SAMPLERS[name].options.keys()
@@ -88,7 +85,7 @@ def why_not(sampler, guider, sigmas, model_options: dict) -> str | None:
         return "there is nothing to sample"
     if not isinstance(getattr(guider.inner_model.diffusion_model, "session", None), Session):
         return "the transformer was replaced"
-    base = comfy.samplers.CFGGuider
+    base = samplers.CFGGuider
     if any(getattr(type(guider), m) is not getattr(base, m) for m in ("predict_noise", "outer_predict_noise")):
         return f"the guider {type(guider).__name__} has a guidance of its own"
     return (

@@ -7,16 +7,21 @@ guiders and wrappers run on the host as ever.
 
 from dataclasses import replace
 
-import comfy.model_detection
-import comfy.model_management
-import comfy.model_patcher
 import torch
-from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 
 from ..fastusp_backend.errors import FastUSPError
-from ..fastusp_backend.models.checkpoint import TensorInfo
+from ..fastusp_backend.models.checkpoint import TensorInfo, weight_bytes
 from ..fastusp_backend.models.patches import PATCH
 from ..fastusp_backend.pool import Prompt, Session
+from . import memory
+from .comfyui import (
+    ModelPatcher,
+    WrapperExecutor,
+    WrappersMP,
+    get_all_wrappers,
+    model_config_from_unet,
+    model_management,
+)
 from .host import Unsupported, following, progress
 from .remote_loop import sample_in_workers
 from .status import node_status
@@ -179,18 +184,56 @@ def refuse_unsupported(transformer_options: dict, extra: dict) -> None:
             raise Unsupported(f"The conditioning's {name!r}")
 
 
-class RemotePatcher(comfy.model_patcher.ModelPatcher):
-    """A ModelPatcher with nothing to move: the host holds no weights, so loading and unloading cost it no memory.
+_ALL = 1e32
+"""As ComfyUI says that there is room for all weights."""
+
+
+class RemotePatcher(ModelPatcher):
+    """A ModelPatcher with nothing to move: the host holds no weights. Where a worker computes on the host's GPU, it has
+    the size of the weights there (see memory.py).
 
     ComfyUI patches a model whenever it loads one, and loads a patcher before it samples with it. Here this tells the
     transformer, which all clones share, whose weight patches are meant; the workers get them with the next evaluation.
     """
 
+    @property
+    def session(self) -> Session:
+        return self.model.fastusp_session
+
     def model_size(self):
-        return 0
+        return (self.session.holds() or self.model.fastusp_nbytes) if self._shares_gpu() else 0
 
     def loaded_size(self):
+        return self.session.holds() if self._shares_gpu() else 0
+
+    def current_loaded_device(self):
+        return self.load_device
+
+    def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
+        base = self
+        while base.parent is not None:
+            base = base.parent
+        memory.taking(self.session, self.load_device, base)
+        super().partially_load(device_to, _ALL, force_patch_weights)
         return 0
+
+    def partially_unload(self, device_to, memory_to_free=0, **_options):
+        return memory.leaving(self.session)
+
+    def detach(self, unpatch_all=True):
+        model = super().detach(unpatch_all)
+        if unpatch_all and self._shares_gpu():
+            memory.leaving(self.session)
+        return model
+
+    def cleanup(self):
+        """ComfyUI calls it when a sampling run has ended, well or not."""
+        super().cleanup()
+        self.session.settle()
+
+    def _shares_gpu(self) -> bool:
+        device = getattr(self, "load_device", None)  # ComfyUI 0.3.64 asks for the size before there is one
+        return device is not None and memory.shares_gpu(self.session, device)
 
     def memory_required(self, input_shape):
         return 0
@@ -225,7 +268,7 @@ def remote_model(session: Session, header: dict[str, TensorInfo]) -> RemotePatch
     """
     compute = getattr(torch, session.model.compute)
     meta = meta_tensors(header)
-    config = comfy.model_detection.model_config_from_unet(meta, "")
+    config = model_config_from_unet(meta, "")
     detected = config.unet_config if config is not None else {}
     transformer = _TRANSFORMERS.get(detected.get("image_model"))
     if transformer is None or not transformer.fits(detected, header):
@@ -237,11 +280,12 @@ def remote_model(session: Session, header: dict[str, TensorInfo]) -> RemotePatch
     config.set_inference_dtype(compute, None)
     model = config.get_model(meta, "")
     model.diffusion_model = transformer(session, config.process_unet_state_dict(dict(header)), compute, detected)
+    model.fastusp_session, model.fastusp_nbytes = session, weight_bytes(header, session.spec)
     model.state_dict_for_saving = _no_weights  # would be a file of meta tensors
     patcher = RemotePatcher(
         model,
-        load_device=comfy.model_management.get_torch_device(),
-        offload_device=comfy.model_management.unet_offload_device(),
+        load_device=model_management.get_torch_device(),
+        offload_device=model_management.unet_offload_device(),
     )
     patcher.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, "fastusp", sample_in_workers)
     return patcher

@@ -1,9 +1,6 @@
 """USP Sampler: KSampler's inputs, KSampler's result; the loop runs in the workers where it can."""
 
-import comfy.samplers
-from comfy_api.latest import io
-
-from nodes import common_ksampler  # ComfyUI's own nodes.py
+from .comfyui import common_ksampler, io, samplers
 
 
 class USPSampler(io.ComfyNode):
@@ -40,13 +37,13 @@ class USPSampler(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "sampler_name",
-                    options=comfy.samplers.KSampler.SAMPLERS,
+                    options=samplers.KSampler.SAMPLERS,
                     tooltip="The sampling algorithm. The common ones loop in the workers; every other one steps "
                     "from here.",
                 ),
                 io.Combo.Input(
                     "scheduler",
-                    options=comfy.samplers.KSampler.SCHEDULERS,
+                    options=samplers.KSampler.SCHEDULERS,
                     tooltip="How the noise falls over the steps.",
                 ),
                 io.Conditioning.Input("positive", tooltip="What the image should hold."),

@@ -2,9 +2,8 @@
 
 from typing import get_args
 
-from comfy_api.latest import io
-
-from ..fastusp_backend.config import AttentionChoice, LinearChoice, Settings, WireChoice
+from ..fastusp_backend.config import AttentionChoice, LinearChoice, Residency, Settings, WireChoice
+from .comfyui import io
 
 SettingsType = io.Custom("USP_SETTINGS")
 
@@ -24,7 +23,8 @@ class USPSettings(io.ComfyNode):
                     options=list(get_args(WireChoice)),
                     default="exact",
                     tooltip="What travels between the ranks. exact: the computed values, no loss. fp8: half the "
-                    "bytes, 8 bits and a scale per token and head; for slow links (PCIe) and long sequences.",
+                    "bytes, 8 bits and a scale per token and head; for slow links (PCIe) and long sequences. auto: "
+                    "fp8 where the measured link is slow.",
                 ),
                 io.Combo.Input(
                     "attention",
@@ -66,6 +66,15 @@ class USPSettings(io.ComfyNode):
                     tooltip="The blocks' matrix products. fp8: faster and half the weights' memory, 8 bits with a "
                     "scale per token and per row of the weights; GPUs from Ada on, in bf16. The picture changes a "
                     "little.",
+                ),
+                io.Combo.Input(
+                    "residency",
+                    options=list(get_args(Residency)),
+                    optional=True,
+                    default="keep",
+                    tooltip="Where the weights stay after sampling. keep: on the GPUs, until ComfyUI needs the room. "
+                    "park: in host memory, shared out over the ranks, and back in the time of a copy. release: "
+                    "nowhere; the next run reads the file again.",
                 ),
             ],
             outputs=[SettingsType.Output(display_name="settings", tooltip="Connect to USP Loader.")],

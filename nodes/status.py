@@ -3,9 +3,8 @@
 from contextvars import ContextVar
 
 from aiohttp import web
-from comfy_execution.utils import get_executing_context
-from server import PromptServer
 
+from .comfyui import PromptServer, get_executing_context
 from .pools import all_pools
 
 

@@ -3,14 +3,13 @@
 import logging
 from collections.abc import Iterable, Mapping
 
-import comfy.utils
 import torch
-from comfy import weight_adapter
 
 from ..fastusp_backend.config import WeightPatch
 from ..fastusp_backend.errors import RequestError
 from ..fastusp_backend.models import adapters
 from ..fastusp_backend.pool import WeightPatches, name_of
+from .comfyui import swap_scale_shift, weight_adapter
 from .host import Unsupported
 
 log = logging.getLogger(__name__)
@@ -98,6 +97,6 @@ def _parts(patch) -> Parts:
 
 def _swaps(function) -> bool:
     """Whether a patch key's function swaps the halves; it is the one that ComfyUI gives to FLUX's keys."""
-    if function is None or function is comfy.utils.swap_scale_shift:
+    if function is None or function is swap_scale_shift:
         return function is not None
     raise Unsupported(f"A weight patch through the function {getattr(function, '__name__', function)!r}")

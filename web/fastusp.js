@@ -17,6 +17,13 @@ const STATES = {
   busy: "busy: computing",
 };
 
+// What Pool.status calls the whereabouts of the weights.
+const HELD = {
+  resident: (size) => `on the devices, ${size} on each`,
+  parked: (size) => `parked in host memory, ${size} a rank`,
+  none: () => "released: loads with the next run",
+};
+
 const STYLE = `
 .fastusp { padding: 12px; color: var(--fg-color); font-size: 13px; line-height: 1.5; user-select: text; }
 .fastusp h2 { margin: 0 0 12px; font-size: 15px; font-weight: 600; }
@@ -41,7 +48,11 @@ function poolView(pool) {
   const rows = [["Ranks", String(pool.ranks)]];
   if (pool.pids) {
     pool.pids.forEach((pid, rank) => rows.push([`Rank ${rank}`, `${pool.names[rank]}, process ${pid}`]));
-    rows.push(["Process group", pool.transport], ["PyTorch", pool.torch]);
+    if (pool.model) rows.push(["Model", pool.model]);
+    if (pool.held) rows.push(["Weights", HELD[pool.held](`${(pool.nbytes / 1e9).toFixed(1)} GB`)]);
+    rows.push(["Process group", pool.transport]);
+    if (pool.exchanges) rows.push(["Exchanges", pool.exchanges]);
+    rows.push(["PyTorch", pool.torch]);
   }
   rows.push(["Started", pool.generation === 1 ? "once" : `${pool.generation} times`]);
   return element(

@@ -29,6 +29,7 @@ class StagedArena:
         self.generation = 0
         self._sending = torch.cuda.Stream(device, priority=-1)
         self._fetching = torch.cuda.Stream(device, priority=-1)
+        self._busy: set[torch.cuda.Stream] = set()  # with work that the main stream has not waited for
         self._signals = [_map_pinned(m) for m in self._share(_create(self._slot_bytes))]
         self._mirrors: list[torch.Tensor] = []
         self._capacity = 0
@@ -56,8 +57,7 @@ class StagedArena:
         return _typed(self._buffer, shape, dtype, offset)
 
     def beside(self):
-        self._sending.wait_stream(torch.cuda.current_stream())
-        return torch.cuda.stream(self._sending)
+        return self._on(self._sending)
 
     def put(self, peer: int, channel: int) -> None:
         slot = self._slot(peer, self.rank, channel)
@@ -73,15 +73,20 @@ class StagedArena:
         part.of(self.rank).copy_(part.own, non_blocking=True)
 
     def expect(self, peer: int, channel: int, parts: list[Part]) -> None:
-        self._fetching.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._fetching):
+        with self._on(self._fetching):
             self.wait(peer, channel)
             for part in parts:
                 part.own.copy_(part.of(self.rank), non_blocking=True)
 
     def settle(self) -> None:
-        torch.cuda.current_stream().wait_stream(self._fetching)
-        torch.cuda.current_stream().wait_stream(self._sending)
+        for stream in self._busy:  # the others are no part of a capture, which must not wait for them
+            torch.cuda.current_stream().wait_stream(stream)
+        self._busy.clear()
+
+    def _on(self, stream: torch.cuda.Stream):
+        stream.wait_stream(torch.cuda.current_stream())
+        self._busy.add(stream)
+        return torch.cuda.stream(stream)
 
     def _slot(self, receiver: int, sender: int, channel: int) -> int:
         """The device address of a signal; it lies with its receiver."""

@@ -41,6 +41,14 @@ class BatchedDenoiser:
         for conditioning in self._mine(conditionings):
             self.denoiser.prepare(timesteps, conditioning)
 
+    def reserve(
+        self, x: torch.Tensor, conditionings: Sequence[Conditioning], control: Residuals = NO_RESIDUALS
+    ) -> None:
+        """Raises torch.OutOfMemoryError where this group's evaluations of x would not find their memory."""
+        images = self._images(x, conditionings)
+        for conditioning in self._mine(conditionings):
+            self.denoiser.reserve(x[images], conditioning, control.of_images(images))
+
     def __call__(
         self,
         x: torch.Tensor,
@@ -53,10 +61,7 @@ class BatchedDenoiser:
 
         before_each runs ahead of every evaluation of this group, as often on all ranks.
         """
-        images = slice(None)
-        if self._groups > 1 and len(conditionings) == 1:
-            count = len(x) // self._groups
-            images = slice(self._position * count, (self._position + 1) * count)
+        images = self._images(x, conditionings)
         velocities = []
         for conditioning in self._mine(conditionings):
             before_each()
@@ -66,6 +71,13 @@ class BatchedDenoiser:
             return velocities
         everything = self._exchange.all_gather(torch.stack(velocities))()  # (groups, prompts of a group, images, ...)
         return list(everything.flatten(0, 1)) if len(conditionings) > 1 else [everything.flatten(0, 2)]
+
+    def _images(self, x: torch.Tensor, conditionings: Sequence[Conditioning]) -> slice:
+        """This group's images: all of them, where the groups share out the prompts."""
+        if self._groups == 1 or len(conditionings) > 1:
+            return slice(None)
+        count = len(x) // self._groups
+        return slice(self._position * count, (self._position + 1) * count)
 
     def _mine(self, conditionings: Sequence[Conditioning]) -> Sequence[Conditioning]:
         if self._groups == 1:

@@ -17,7 +17,7 @@ from ..comm.transport import Transport
 from ..config import Settings
 from ..errors import RequestError
 from ..models.family import NO_RESIDUALS, Conditioning, Residuals, Transformer, check_control, references_of
-from ..models.patches import patchify
+from ..models.patches import patch_grid, patchify
 from ..models.positions import References
 from ..models.segments import Segments
 from .step import PromptTensors, Shape, Step
@@ -26,6 +26,10 @@ KEPT_STEPS = 4
 """Shapes whose buffers and graphs are kept."""
 KEPT_ROWS = 64
 """Modulation rows kept per prompt: 2.1 MB each for FLUX.1, 4.4 for Qwen-Image in bf16, batch 1."""
+
+
+WORKING_SET = 24
+"""Values of the model's width per token of a rank that an evaluation has at a time, its buffers included."""
 
 
 @dataclass(slots=True)
@@ -78,16 +82,34 @@ class Denoiser:
         if computed.placed.at_timestep_zero:
             keys.append((0.0,) * len(x))
         self._add_rows(computed, conditioning, keys)
-        shape = Shape(
+        shape = self._shape(x, conditioning, control)
+        rows = [computed.rows[key] for key in keys]
+        return self._step(shape).run(x, computed.prompt, rows, control.tensors, self._graph_memory)
+
+    def reserve(self, x: torch.Tensor, conditioning: Conditioning, control: Residuals = NO_RESIDUALS) -> None:
+        """Tries whether an evaluation of these shapes finds its memory, while all ranks can still refuse it together:
+        within one, a rank that fails leaves the others waiting. Raises torch.OutOfMemoryError."""
+        shape = self._shape(_flat(x), conditioning, control)
+        step = self._steps.get(shape)
+        if step is not None and step.captured:
+            return
+        rows, columns = patch_grid(*x.shape[-2:])
+        tokens = rows * columns + shape.references.tokens
+        tokens = SequenceShards(self.mesh.layout, shape.text, tokens).local
+        count = WORKING_SET * len(x) * tokens * self.model.config.hidden
+        torch.empty(count, dtype=self.dtype, device=x.device)  # and free it
+        if x.is_cuda and step is None:
+            torch.cuda.empty_cache()  # exchanges' buffers do not come from torch's cache
+
+    def _shape(self, x: torch.Tensor, conditioning: Conditioning, control: Residuals) -> Shape:
+        return Shape(
             tuple(x.shape),
             conditioning.context.shape[1],
-            computed.placed,
+            references_of(self.model.config, conditioning),
             tuple(tuple(tensor.shape) for tensor in control.tensors),
             control.input,
             control.output,
         )
-        rows = [computed.rows[key] for key in keys]
-        return self._step(shape).run(x, computed.prompt, rows, control.tensors, self._graph_memory)
 
     def forget_prompts(self) -> None:
         """Drops what was computed from prompts, after weights have changed. Buffers and graphs stay."""

@@ -15,6 +15,7 @@ from ..models.patching import PatchedWeights, Patches
 from ..models.products import check_fp8_products
 from .batch import BatchedDenoiser
 from .denoiser import Denoiser
+from .parking import HostShare, device_bytes
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,30 @@ class Engine:
         self._described: Checkpoint | None = None
         self._meshes: dict[Layout, tuple[Mesh, Transport]] = {}
         self._denoiser: tuple[Layout, Settings, BatchedDenoiser] | None = None
+        self._transport: Transport | None = None  # of the last layout
+        self._share = HostShare(device)
+        self._parked = False
+
+    @property
+    def spec(self) -> ModelSpec | None:
+        """The resident model, parked or not."""
+        return self._spec
+
+    @property
+    def parked(self) -> bool:
+        return self._parked
+
+    @property
+    def exchanges(self) -> str:
+        """How the ranks of the last layout exchange tokens; empty before the first."""
+        return str(self._transport) if self._transport else ""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights: on the device, or parked in host memory."""
+        if self._model is None:
+            return 0
+        return self._share.nbytes if self._parked else device_bytes(self._model)
 
     @property
     def patches(self) -> int | None:
@@ -45,7 +70,6 @@ class Engine:
             single = layout.ranks == 1
             mesh = single_rank_mesh(self.device) if single else make_mesh(layout, self.device)
             self._meshes[layout] = mesh, Transport(mesh)
-            log.info("layout %s: Ulysses over %s", layout, self._meshes[layout][1].kind)
         return self._meshes[layout]
 
     def describe(self, spec: ModelSpec) -> Config:
@@ -85,7 +109,7 @@ class Engine:
     def patch(self, weights: Patches, tensors: Mapping[str, torch.Tensor], *, base: int | None, number: int) -> None:
         """Changes the resident model's weights in place; nothing is captured or compiled again. Raises as
         `PatchedWeights.change`."""
-        if self._weights is None:
+        if self._weights is None or self._parked:
             raise RuntimeError("no model is loaded")
         restored, patched = self._weights.change(weights, tensors, base=base, number=number)
         log.info("patch set %d: %d weights restored, %d patched", number, restored, patched)
@@ -97,19 +121,60 @@ class Engine:
 
         Raises ValueError for options this device does not have.
         """
-        if self._model is None or self._spec is None:
+        if self._model is None or self._spec is None or self._parked:
             raise RuntimeError("no model is loaded")
         if self._denoiser is None or self._denoiser[:2] != (layout, settings):
             self._denoiser = None
             mesh, transport = self.mesh(layout)
+            self._transport = transport
+            wire = transport.wire(settings.wire)
+            log.info("%s over %s, sending %s values", layout, transport, wire)
             dtype = getattr(torch, self._spec.compute)
             denoiser = Denoiser(self._model, mesh, transport, settings, dtype)
             self._denoiser = layout, settings, BatchedDenoiser(denoiser)
         return self._denoiser[2]
 
+    def park(self) -> None:
+        """Moves the weights to host memory, 1/P on each rank, and drops what was computed with them. Raises MemoryError
+        where the host has no room."""
+        if self._model is None or self._parked:
+            return
+        self._share.park(self._model)
+        self._parked = True
+        self.drop_evaluations()
+
+    def reserve(self) -> None:
+        """Allocates what a parked model needs to come back. Raises torch.OutOfMemoryError."""
+        self._share.reserve()
+
+    def fetch(self) -> None:
+        """Brings a parked model back, after `reserve`. Collective."""
+        self._share.fetch()
+        self._parked = False
+
+    def drop_evaluations(self) -> None:
+        """Drops buffers, graphs and what was computed of prompts; the weights stay."""
+        self._denoiser = None
+        self._give_back()
+
     def release(self) -> None:
         """Drops the resident model and gives its memory back."""
         self._spec = self._model = self._denoiser = None
         self._weights = self._described = None
+        self._parked = False
+        self._share.close()
+        self._give_back()
+
+    def held(self) -> str:
+        """What this rank's memory holds, for people to read."""
+        weights = device_bytes(self._model) if self._model is not None else 0
+        text = f"{weights / 1e9:.1f} GB of weights"
+        if self.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self.device)
+            rest = torch.cuda.memory_allocated(self.device) - weights
+            text += f" and {rest / 1e9:.1f} GB of other tensors; {free / 1e9:.1f} of {total / 1e9:.1f} GB were free"
+        return text
+
+    def _give_back(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -65,7 +65,7 @@ class Step:
             config.heads,
             config.hidden // config.heads,
             dtype,
-            packed=settings.wire == "fp8",
+            packed=transport.wire(settings.wire) == "fp8",
             width=config.channels * PATCH**2,
         )
         self._gather = links.gather

@@ -2,6 +2,7 @@
 
 import atexit
 import itertools
+import os
 import threading
 import time
 import weakref
@@ -11,7 +12,7 @@ from typing import NoReturn
 
 from ..devices import Devices
 from ..errors import Cancelled, FastUSPError, PatchesLost, PoolError, ProtocolError, RequestError
-from ..protocol import Cancel, Done, Failed, Message, Phase, Release, Shutdown, Step
+from ..protocol import Cancel, Done, Failed, Held, Message, Park, Phase, Release, Shutdown, Step
 from .kept import KeptTensors, Tensors
 from .patches import HeldPatches
 from .workers import Workers
@@ -115,20 +116,48 @@ class Pool:
 
     def release(self) -> None:
         """Drops the resident model on all ranks; the processes stay warm. Does nothing where none run."""
-        with self._state:
-            standing = self._workers is not None and self._workers.alive and self._workers.channel is not None
-        if standing:
-            self.run(lambda number: Release(id=number), {}, QUIET)
+        if self._order(Release):
             self.epoch += 1
 
+    def park(self) -> None:
+        """Moves the resident model to host memory, from where its next request fetches it. Does nothing where there is
+        none."""
+        if self.held is not None and self.held.state == "resident":
+            self._order(Park)
+
+    @property
+    def held(self) -> Held | None:
+        """What the workers hold; None where they have not held anything yet, or none run."""
+        workers = self._workers
+        return workers.held if workers is not None and workers.alive else None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request runs."""
+        return self._busy.locked()
+
+    def _order(self, kind: type[Release] | type[Park]) -> bool:
+        """Has workers that stand do something with their model; whether any stood."""
+        with self._state:
+            workers = self._workers
+        if workers is None or not workers.alive or workers.channel is None:
+            return False
+        if workers.left_behind_since is None:
+            self.run(lambda number: kind(id=number), {}, QUIET)
+            return True
+        with self._busy:  # they come to it after what was given up, which nobody should wait for
+            try:
+                workers.channel.send(kind(id=next(self._ids)))
+            except OSError as error:
+                raise self._failed(workers, "stopped before a prompt ran") from error
+        return True
+
     def status(self) -> dict:
-        """What people want to know: devices, state (`off`, `starting`, `idle`, `busy`), processes."""
+        """What people want to know: devices, state (`off`, `starting`, `idle`, `busy`), processes, the model."""
         workers = self._workers
         alive = workers is not None and workers.alive
         ready = workers.ready if alive else None
-        state = (
-            "off" if not alive else "starting" if not workers.standing else "busy" if self._busy.locked() else "idle"
-        )
+        state = "off" if not alive else "starting" if not workers.standing else "busy" if self.busy else "idle"
         status = {
             "devices": str(self.devices),
             "ranks": self.devices.ranks,
@@ -137,6 +166,9 @@ class Pool:
         }
         if ready is not None:
             status |= {"pids": ready.pids, "names": ready.devices, "torch": ready.torch, "transport": ready.transport}
+        if held := self.held:
+            status |= {"held": held.state, "nbytes": held.nbytes, "exchanges": held.exchanges}
+            status["model"] = os.path.basename(held.model.path) if held.model else None
         return status
 
     def close(self) -> None:
@@ -185,6 +217,9 @@ class Pool:
                 continue
             message, tensors = workers.channel.receive()
             workers.left_behind_since = None
+            if isinstance(message, Held):
+                workers.held = message
+                continue
             if isinstance(message, Failed) and message.id is None:
                 raise ProtocolError(f"the workers refused a message: {message.text}")
             if message.id != number:
@@ -199,10 +234,8 @@ class Pool:
             elif message.kind == "cancelled":
                 raise Cancelled(f"request {number} was cancelled")
             elif message.kind == "out_of_memory":
-                raise RequestError(
-                    f"rank {message.rank} ran out of memory while it prepared the request: {message.text}. Use a "
-                    "smaller image or batch, more GPUs, or free memory on this GPU"
-                )
+                device = workers.ready.devices[message.rank]
+                raise RequestError(f"rank {message.rank} ({device}) ran out of memory {message.text}")
             else:
                 raise (PatchesLost if message.kind == "unpatched" else RequestError)(message.text)
 

@@ -149,6 +149,24 @@ class Session:
             progress,
         )["output"]
 
+    def holds(self) -> int:
+        """Bytes of this session's weights on each device now; 0 while they are parked, dropped or not loaded yet."""
+        held = self.pool.held
+        return held.nbytes if held and held.state == "resident" and held.model == self.spec else 0
+
+    def settle(self) -> None:
+        """What `residency` says of the weights after a sampling run."""
+        if self.settings.residency != "keep":
+            self.give_way()
+
+    def give_way(self) -> None:
+        """Makes room on the devices for somebody else: parks the weights where they are to be parked, else drops
+        them."""
+        if self.settings.residency == "park":
+            self.pool.park()
+        else:
+            self.pool.release()
+
     def layout(self, evaluations: int) -> Layout:
         """The layout for a step of so many evaluations: images of a batch, or 2 for a guided one.
 
@@ -157,11 +175,14 @@ class Session:
         return next((x for x in self.layouts if evaluations % x.batch == 0), self.layouts[-1])
 
     def _what(self, evaluations: int, patches: int) -> dict:
+        # What becomes of the weights later is no reason to make graphs anew.
+        settings = msgspec.structs.replace(self.settings, residency="keep")
         layout = self.layout(evaluations)
-        return {"model": self._spec, "layout": layout, "settings": self.settings, "patches": patches}
+        return {"model": self.spec, "layout": layout, "settings": settings, "patches": patches}
 
     @property
-    def _spec(self) -> ModelSpec:
+    def spec(self) -> ModelSpec:
+        """The model as the workers hold it."""
         return msgspec.structs.replace(self.model, linear=self.settings.linear)
 
     def _run(self, make: Callable[[int, int], Message], tensors: Tensors, progress: Progress) -> Tensors:
@@ -177,9 +198,9 @@ class Session:
     def _run_patched(self, make: Callable[[int, int], Message], tensors: Tensors, progress: Progress) -> Tensors:
         held = self.pool.patches
         self.pool.start()
-        patches, change = held.change(self.patches, self._spec, self.pool.epoch)
+        patches, change = held.change(self.patches, self.spec, self.pool.epoch)
         if change is not None:
-            what = {"model": self._spec, "number": patches, "base": change.base, "weights": change.weights}
+            what = {"model": self.spec, "number": patches, "base": change.base, "weights": change.weights}
             try:
                 self.pool.run(lambda number: Patch(id=number, **what), change.tensors, progress)
             except BaseException:

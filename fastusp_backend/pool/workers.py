@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..devices import Devices
 from ..errors import PoolError
-from ..protocol import VERSION, Channel, Failed, Hello, Ready
+from ..protocol import VERSION, Channel, Failed, Held, Hello, Ready
 from ..protocol.messages import ToClient
 from ..worker.process import PARENT_VARIABLE, RUN_DIR_VARIABLE
 from .rundir import RunDir
@@ -61,7 +61,8 @@ def worker_environment(devices: Devices, run_dir: Path, inherited: Mapping[str, 
 class Workers:
     """Starts the processes at once and returns; `try_connect` says when they stand.
 
-    left_behind_since: when a cancelled request was left behind without an answer; reset by any message.
+    left_behind_since: when a cancelled request was left behind without an answer; reset by any message. held: what they
+    last said to hold.
     """
 
     def __init__(self, devices: Devices):
@@ -69,6 +70,7 @@ class Workers:
         self.run_dir = RunDir()
         self.ready: Ready | None = None
         self.left_behind_since: float | None = None
+        self.held: Held | None = None
         self.channel: Channel | None = None
         self._process: subprocess.Popen | None = None
         self._started = threading.Event()

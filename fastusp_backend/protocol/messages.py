@@ -108,6 +108,12 @@ class Release(Message):
     id: int
 
 
+class Park(Message):
+    """Move the resident model to host memory, 1/P on each rank; the next request for it brings it back."""
+
+    id: int
+
+
 class Shutdown(Message):
     """End all ranks."""
 
@@ -117,6 +123,20 @@ class Phase(Message):
 
     id: int
     text: str
+
+
+class Held(Message):
+    """What the ranks hold from now on; sent when it changes, ahead of the end of request `id`.
+
+    model: None where they hold none. state: `resident` on the devices, `parked` in host memory, or `none`. nbytes: of
+    its weights, on each rank. exchanges: how the ranks of the last layout exchange tokens, empty before the first.
+    """
+
+    id: int
+    model: ModelSpec | None
+    state: Literal["resident", "parked", "none"]
+    nbytes: int
+    exchanges: str
 
 
 class Step(Message):
@@ -148,5 +168,5 @@ class Failed(Message):
     text: str
 
 
-ToWorker = Hello | Sample | Evaluate | Patch | Cancel | Release | Shutdown
-ToClient = Ready | Phase | Step | Done | Failed
+ToWorker = Hello | Sample | Evaluate | Patch | Cancel | Release | Park | Shutdown
+ToClient = Ready | Phase | Held | Step | Done | Failed

@@ -1,8 +1,8 @@
 """The work of a rank: take the next request, prepare it, run it, with all other ranks, for ever.
 
 A request has two parts. While it is prepared nothing is exchanged between the models, so an error on any rank is
-gathered and refused, and the pool goes on. Once it runs, an error on one rank would leave the others waiting inside
-an exchange: it is fatal to the pool, and the client starts a new one.
+gathered and refused, and the pool goes on: what it needs of memory is tried out there. Once it runs, an error on one
+rank would leave the others waiting inside an exchange: it is fatal to the pool, and the client starts a new one.
 """
 
 import logging
@@ -12,22 +12,20 @@ from collections import deque
 import msgspec
 import torch
 
-from ..config import ModelSpec
 from ..engine import BatchedDenoiser, Engine
 from ..errors import Cancelled, FastUSPError, LayoutError, PatchesLost, RequestError
 from ..models.family import NO_RESIDUALS, Conditioning, Residuals
-from ..protocol import Done, Evaluate, Failed, Patch, Phase, Release, Sample, Shutdown, Step
+from ..protocol import Done, Evaluate, Failed, Held, Park, Patch, Phase, Release, Sample, Shutdown, Step
 from ..protocol.messages import Request
 from ..sampling import SAMPLERS, GuidedModel, Inpainting, StepState
 from .control import Control
 from .crew import Crew
+from .memory import EVALUATING, LOADING, PARKING, PATCHING, PREPARING, explain, is_out_of_memory
+from .tensors import OPTIONAL, Tensors, conditioning_of, like, residuals_of, take
 
 log = logging.getLogger(__name__)
 
-Work = Sample | Evaluate | Patch | Release | Shutdown
-Tensors = dict[str, torch.Tensor]
-
-_OPTIONAL = ("y", "guidance", "concat")
+Work = Sample | Evaluate | Patch | Release | Park | Shutdown
 
 IN_FLIGHT = 2
 """Evaluations that a GPU may have before it, the running one too: it never waits for its CPU, and a cancel is felt."""
@@ -44,6 +42,7 @@ class Runner:
         self._conditionings: dict[tuple[tuple, tuple[int, ...]], Conditioning] = {}
         self._work = msgspec.msgpack.Decoder(Work)
         self._launched: deque[torch.cuda.Event] = deque()
+        self._told: tuple = (None, "none", 0, "")
 
     def serve(self) -> None:
         """Returns after Shutdown."""
@@ -55,6 +54,12 @@ class Runner:
                 self._engine.release()
                 self._kept.clear()
                 self._conditionings.clear()
+                self._tell_held(message.id)
+                self._reply(Done(id=message.id))
+                continue
+            if isinstance(message, Park):
+                self._park()
+                self._tell_held(message.id)
                 self._reply(Done(id=message.id))
                 continue
             started = time.perf_counter()
@@ -68,13 +73,19 @@ class Runner:
             except Cancelled:
                 self._reply(Failed(id=message.id, kind="cancelled", rank=0, text="cancelled"))
             except _Refused as refused:
+                self._tell_held(message.id)
                 self._reply(Failed(id=message.id, kind=refused.kind, rank=refused.rank, text=str(refused)))
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise MemoryError(explain(error, EVALUATING, self._engine.held())) from error
+                raise
             log.info("request %d (%s) took %.3f s", message.id, type(message).__name__, time.perf_counter() - started)
 
     def _next(self) -> tuple[Work, Tensors]:
         body = tensors = None
         if self._control is not None:
             message, tensors = self._control.next_request()
+        if self._control is not None and self._crew.size > 1:
             body = msgspec.msgpack.encode(message)
         body, tensors = self._crew.share(body), self._crew.share_tensors(tensors)
         if self._control is None:
@@ -94,7 +105,7 @@ class Runner:
             unknown = request.options.keys() - SAMPLERS[request.sampler].options.keys()
             if unknown:
                 raise RequestError(f"sampler {request.sampler!r} has no option {', '.join(sorted(unknown))}")
-            x, sigmas = _take(tensors, "x"), _take(tensors, "sigmas").cpu()
+            x, sigmas = take(tensors, "x"), take(tensors, "sigmas").cpu()
             if sigmas.dim() != 1 or not len(sigmas):
                 raise RequestError(f"sigmas {tuple(sigmas.shape)} are no list of levels")
             draws = SAMPLERS[request.sampler].noise_draws(sigmas, request.options)
@@ -105,15 +116,16 @@ class Runner:
                 )
             denoiser = self._engine.denoiser(request.layout, request.settings)
             methods = request.reference_methods
-            positive = _conditioning(tensors, "positive.", methods.get("positive"))
+            positive = conditioning_of(tensors, "positive.", methods.get("positive"))
             negative = None
             if "negative.context" in tensors:
-                negative = _conditioning(tensors, "negative.", methods.get("negative"))
+                negative = conditioning_of(tensors, "negative.", methods.get("negative"))
             prompts = [positive] if negative is None else [positive, negative]
             denoiser.check(x, prompts)
             # In float32, as the loop will compute them: they are looked up by value.
             evaluated = torch.tensor(SAMPLERS[request.sampler].evaluations(sigmas), dtype=torch.float32)
             denoiser.prepare((evaluated * request.timestep_scale).tolist(), prompts)
+            denoiser.reserve(x, prompts)
             masked = "mask" in tensors
             model = GuidedModel(
                 velocities=self._velocities(request, denoiser),
@@ -122,9 +134,9 @@ class Runner:
                 cfg=request.cfg,
                 timestep_scale=request.timestep_scale,
                 inpainting=Inpainting(
-                    mask=_like(x, tensors, "mask"),
-                    latent_image=_like(x, tensors, "latent_image"),
-                    noise=_like(x, tensors, "inpaint_noise"),
+                    mask=like(x, tensors, "mask"),
+                    latent_image=like(x, tensors, "latent_image"),
+                    noise=like(x, tensors, "inpaint_noise"),
                 )
                 if masked
                 else None,
@@ -156,15 +168,16 @@ class Runner:
 
     def _evaluate(self, request: Evaluate, tensors: Tensors) -> None:
         def prepare() -> tuple[BatchedDenoiser, Conditioning, torch.Tensor, torch.Tensor, Residuals]:
-            x, conditioning = _take(tensors, "x"), self._kept_conditioning(request, tensors)
-            control = _residuals(request.control, tensors)
+            x, conditioning = take(tensors, "x"), self._kept_conditioning(request, tensors)
+            control = residuals_of(request.control, tensors)
             denoiser = self._engine.denoiser(request.layout, request.settings)
             denoiser.check(x, [conditioning], control)
-            timestep = _take(tensors, "timestep").cpu()
+            timestep = take(tensors, "timestep").cpu()
             if timestep.shape != x.shape[:1]:
                 raise RequestError(
                     f"timestep {tuple(timestep.shape)} does not fit the latents: expected {len(x)} values"
                 )
+            denoiser.reserve(x, [conditioning], control)
             return denoiser, conditioning, x, timestep, control
 
         denoiser, conditioning, x, timestep, control = self._prepare(request, prepare)
@@ -172,11 +185,11 @@ class Runner:
         self._reply(Done(id=request.id), {"output": output})
 
     def _patch(self, request: Patch, tensors: Tensors) -> None:
-        self._together(lambda: self._engine.describe(request.model))
-        self._hold(request.id, request.model)
+        self._bring(request, lambda: self._engine.describe(request.model))
         self._reply(Phase(id=request.id, text=f"patching {len(request.weights)} weights"))
         change = {"base": request.base, "number": request.number}
-        self._together(lambda: self._engine.patch(request.weights, tensors, **change))
+        self._together_or_drop(lambda: self._engine.patch(request.weights, tensors, **change), PATCHING)
+        self._tell_held(request.id)
         self._reply(Done(id=request.id))
 
     def _kept_conditioning(self, request: Evaluate, tensors: Tensors) -> Conditioning:
@@ -185,14 +198,14 @@ class Runner:
             self._kept.pop(number, None)
             self._conditionings = {k: v for k, v in self._conditionings.items() if number not in k[1]}
         for name, number in request.keep.items():
-            self._kept[number] = _take(tensors, name)
+            self._kept[number] = take(tensors, name)
         for name, number in request.reuse.items():
             if number not in self._kept:
                 raise RequestError(f"tensor {name!r} should have been kept as {number}, but was not")
             tensors[name] = self._kept[number]
         numbers, method = request.keep | request.reuse, request.reference_method
-        conditioning = _conditioning(tensors, "", method)
-        names = [name for name in tensors if name in ("context", *_OPTIONAL) or name.startswith("reference.")]
+        conditioning = conditioning_of(tensors, "", method)
+        names = [name for name in tensors if name in ("context", *OPTIONAL) or name.startswith("reference.")]
         if any(name not in numbers for name in names):
             return conditioning  # not all of it was kept
         names.sort()
@@ -205,23 +218,49 @@ class Runner:
         They agree on the model first: its reading is shared, and `build` makes a mesh: all ranks must come for both.
         All hold the same model at any time, or none.
         """
-        self._together(lambda: self._check(request))
-        self._hold(request.id, request.model)
-        return self._together(build)
+        self._bring(request, lambda: self._check(request))
+        prepared = self._together_or_drop(build, PREPARING)
+        self._tell_held(request.id)
+        return prepared
 
-    def _hold(self, request: int, model: ModelSpec) -> None:
-        """Loads a model that was described."""
-        if self._engine.holds(model):
-            return
-        self._reply(Phase(id=request, text="loading the model"))
-        started = time.perf_counter()
+    def _bring(self, request: Request | Patch, check) -> None:
+        """Has the model's weights on all devices, if check() passes, which describes the model."""
+        self._together(check, LOADING)
         try:
-            self._together(self._engine.make_room)
-            self._together(self._engine.load)
+            self._load_or_fetch(request)
         except _Refused:
             self._engine.release()
             raise
-        log.info("loaded %s in %.2f s", model.path, time.perf_counter() - started)
+
+    def _load_or_fetch(self, request: Request | Patch) -> None:
+        engine, started = self._engine, time.perf_counter()
+        if not engine.holds(request.model):
+            self._reply(Phase(id=request.id, text="loading the model"))
+            self._together(engine.make_room, LOADING)
+            self._together(engine.load, LOADING)
+        elif engine.parked:
+            self._reply(Phase(id=request.id, text="bringing the weights back"))
+            self._together(engine.reserve, LOADING)
+            engine.fetch()
+        else:
+            return
+        log.info("loaded %s in %.2f s", request.model.path, time.perf_counter() - started)
+
+    def _park(self) -> None:
+        try:
+            self._together(self._engine.park, PARKING)
+        except _Refused as refused:
+            log.warning("the weights are released, not parked: rank %d: %s", refused.rank, refused)
+            self._engine.release()
+
+    def _tell_held(self, request: int) -> None:
+        """Tells the client what the ranks hold, if that has changed."""
+        engine = self._engine
+        state = "none" if engine.spec is None else "parked" if engine.parked else "resident"
+        now = engine.spec, state, engine.nbytes, engine.exchanges
+        if now != self._told:
+            self._told = now
+            self._reply(Held(id=request, model=now[0], state=now[1], nbytes=now[2], exchanges=now[3]))
 
     def _check(self, request: Request) -> None:
         layout = request.layout
@@ -236,8 +275,8 @@ class Runner:
         if patches != request.patches:
             raise PatchesLost(f"the weights hold patch set {patches}, not {request.patches}")
 
-    def _together(self, prepare):
-        """prepare(), or _Refused when it failed on any rank. Where memory ran out on one, all drop the model."""
+    def _together(self, prepare, doing: str):
+        """prepare(), or _Refused when it failed on any rank; `doing` tells what ran out of memory, see memory.py."""
         problem, prepared = "", None
         try:
             prepared = prepare()
@@ -245,15 +284,23 @@ class Runner:
             problem = f"unpatched\n{error}"
         except (FastUSPError, ValueError) as error:
             problem = f"refused\n{error}"
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            problem = f"out_of_memory\n{error}"
-        problems = self._crew.gather(problem)
-        if any(text.startswith("out_of_memory") for text in problems):
-            self._engine.release()  # only now: the exception's traceback held tensors
-        for rank, text in enumerate(problems):
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            problem = f"out_of_memory\n{explain(error, doing, self._engine.held())}"
+        for rank, text in enumerate(self._crew.gather(problem)):
             if text:
                 raise _Refused(rank, *text.split("\n", 1))
         return prepared
+
+    def _together_or_drop(self, prepare, doing: str):
+        """`_together`; where memory ran out, buffers and graphs are given back."""
+        try:
+            return self._together(prepare, doing)
+        except _Refused as refused:
+            if refused.kind == "out_of_memory":
+                self._engine.drop_evaluations()
+            raise
 
     def _velocities(self, request: Request, denoiser: BatchedDenoiser, control: Residuals = NO_RESIDUALS):
         """The denoiser with the ranks' agreement before each evaluation; raises Cancelled on all of them alike."""
@@ -284,39 +331,3 @@ class _Refused(Exception):
         super().__init__(text)
         self.rank = rank
         self.kind = kind
-
-
-def _take(tensors: Tensors, name: str) -> torch.Tensor:
-    if name not in tensors:
-        raise RequestError(f"the request lacks tensor {name!r}")
-    return tensors[name]
-
-
-def _like(x: torch.Tensor, tensors: Tensors, name: str) -> torch.Tensor:
-    tensor = _take(tensors, name)
-    try:
-        return tensor.expand(x.shape)
-    except RuntimeError as error:
-        raise RequestError(
-            f"tensor {name!r} {tuple(tensor.shape)} does not fit the latents {tuple(x.shape)}"
-        ) from error
-
-
-def _conditioning(tensors: Tensors, prefix: str, reference_method: str | None) -> Conditioning:
-    references = []
-    while (name := f"{prefix}reference.{len(references)}") in tensors:
-        references.append(tensors[name])
-    return Conditioning(
-        context=_take(tensors, prefix + "context"),
-        references=tuple(references),
-        reference_method=reference_method,
-        **{name: tensors.get(prefix + name) for name in _OPTIONAL},
-    )
-
-
-def _residuals(control: dict[str, list[int | None]], tensors: Tensors) -> Residuals:
-    last = max((n for places in control.values() for n in places if n is not None), default=-1)
-    return Residuals(
-        tuple(_take(tensors, f"control.{n}") for n in range(last + 1)),
-        *(tuple(control.get(kind, ())) for kind in ("input", "output")),
-    )

@@ -155,6 +155,18 @@ def test_workers_that_lost_their_patches_get_them_again(pool, new_pool, dev, mes
     assert harmed.generation == 2
 
 
+def test_parked_weights_keep_their_patches(pool, dev, messages):
+    one, two = stack({QKV: [lora(QKV, 1)]}), stack({TXT: [lora(TXT, 3)]})
+    plain, *wants = evaluate(pool, dev), patched(pool, dev, two), patched(pool, dev, one)
+    pool.park()
+    assert pool.held.state == "parked"
+    sent = len(messages)
+    assert torch.equal(patched(pool, dev, one), wants[1]) and len(messages) == sent
+    for patches, want in ((two, wants[0]), (NO_PATCHES, plain)):  # sent while the weights are parked
+        pool.park()
+        assert torch.equal(patched(pool, dev, patches), want) and pool.held.state == "resident"
+
+
 def test_a_cancel_while_patching(pool, dev):
     patches = stack({QKV: [lora(QKV, 1)], MLP: [lora(MLP, 3, 0.1)]})
     plain, want = evaluate(pool, dev), patched(pool, dev, patches)

@@ -5,7 +5,9 @@ import re
 import loras
 import pytest
 from comfy import ComfyUI
+from formats import write
 from safetensors import safe_open
+from safetensors.torch import save_file
 from workflows import DEV, IN_WORKERS, STEPPING, Comparison, Graph, Link
 
 pytestmark = pytest.mark.host
@@ -69,6 +71,24 @@ def test_a_lora_is_taken_off_without_a_trace(host, files):
     assert latents(host, files, (), rerun=True, **inputs).equal(plain)
     assert latents(host, files, (("bfl", 1.0),), rerun=True, **inputs).equal(one)
     assert host.pool("cpu:2")["pids"] == pids
+
+
+def test_a_scaled_fp8_file(host, files):
+    """Its names are those of a plain file; converted when it is loaded, it takes a LoRA as that does."""
+    folder = host.base / "models/diffusion_models"
+    paths = folder / "fp8_lora.safetensors", folder / "fp8_values.safetensors"
+    save_file(write("scaled_metadata", folder / DEV, paths[0]), paths[1])
+    both = Comparison()
+    graph = both.graph
+    usp, stock = graph.usp(file=paths[0].name, weight_dtype="fp32"), graph.stock(paths[1].name)
+    stack = (("bfl", 0.8), ("diffusers", -0.35))
+    got, want = (graph.sample(loaded(graph, x, files, stack), steps=2) for x in (usp, stock))
+    both.add("scaled fp8", got, want)
+    try:
+        both.check(host)
+    finally:
+        for path in paths:
+            path.unlink()
 
 
 @pytest.mark.any_host

@@ -1,5 +1,7 @@
 """The same latents as stock UNETLoader + KSampler, with the loop in the workers: samplers, layouts, sizes, prompts."""
 
+import shutil
+
 import pytest
 from workflows import IN_WORKERS, SCHNELL, STEPPING, Comparison
 
@@ -36,6 +38,18 @@ def test_usp_sampler_samples_a_stock_model_as_ksampler_does(host):
     outcome = host.run(both.graph)
     assert outcome.latents[got].equal(outcome.latents[want])
     assert not outcome.texts
+
+
+@pytest.mark.any_host
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there may be GPUs here")
+def test_a_workflow_for_all_gpus_runs_where_there_is_none(host):
+    both = Comparison()
+    graph = both.graph
+    for name, where in (("euler", "on cpu:1, loop in the workers"), ("uni_pc", STEPPING)):
+        inputs = {"sampler_name": name, "steps": 3}
+        got, want = graph.sample(graph.usp("auto"), **inputs), graph.sample(graph.stock(), **inputs)
+        both.add(name, got, want, where)
+    both.check(host)
 
 
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
@@ -97,7 +111,7 @@ def test_schedulers(host):
     graph = schedulers.graph
     usp, stock = graph.usp(), graph.stock()
     (names, *_) = host.get("/object_info/KSampler")["KSampler"]["input"]["required"]["scheduler"]
-    assert len(names) > 5
+    assert len(names) > 5 and "test_squares" in names
     for name in names:
         inputs = {"scheduler": name, "steps": 6, "sampler_name": "dpmpp_2m"}
         schedulers.add(name, graph.sample(usp, **inputs), graph.sample(stock, **inputs))

@@ -43,8 +43,13 @@ def check(host, names, **inputs) -> None:
 
 def test_every_sampler_of_the_host(host):
     (names, *_) = host.get("/object_info/KSampler")["KSampler"]["input"]["required"]["sampler_name"]
-    assert set(LOOP_SAMPLERS) < set(names)
+    assert {*LOOP_SAMPLERS, "test_midpoint"} < set(names)
     check(host, names, steps=4)
+
+
+@pytest.mark.any_host
+def test_a_sampler_and_a_scheduler_of_another_pack(host):
+    check(host, ("test_midpoint", "euler"), steps=3, scheduler="test_squares")
 
 
 def test_some_with_guidance(host):

@@ -164,3 +164,18 @@ def test_ranks_agree_with_one(ulysses, ring, packed, bound, overlap):
     for result in results:
         assert relative_difference(result.image, expected) < bound, f"rank {result.rank}"
     assert not grounds[0].raised and not grounds[1].raised, "a signal was never heard"
+
+
+@pytest.mark.parametrize("speed, wire", [(390.0, "exact"), (100.0, "exact"), (55.0, "fp8"), (12.0, "fp8")])
+def test_the_wire_follows_the_link(speed, wire, monkeypatch):
+    transport = Transport(single_rank_mesh(CPU), "nccl")
+    monkeypatch.setattr(transport, "_measure", lambda: speed)
+    assert transport.wire("exact") == "exact" and transport.wire("fp8") == "fp8"
+    assert str(transport) == "nccl, fp8 wire"
+    assert transport.wire("auto") == wire
+    assert str(transport) == f"nccl ({speed:.0f} GB/s), {wire} wire"
+
+
+def test_cpu_ranks_share_their_memory():
+    mesh = Mesh(layout=Layout(ulysses=2, ring=1), rank=0, device=CPU, sequence=object())
+    assert Transport(mesh, "gloo").wire("auto") == "exact"

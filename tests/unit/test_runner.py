@@ -7,7 +7,7 @@ import torch
 
 from fastusp_backend.config import Layout, ModelSpec, Settings
 from fastusp_backend.errors import CheckpointError
-from fastusp_backend.protocol import Evaluate, Failed, Shutdown
+from fastusp_backend.protocol import Done, Evaluate, Failed, Park, Shutdown
 from fastusp_backend.worker.runner import Runner
 
 pytestmark = pytest.mark.unit
@@ -41,8 +41,8 @@ class Crew:
 
 
 class Control:
-    def __init__(self):
-        self.work = [(Shutdown(), {}), (REQUEST, {"x": torch.ones(1), "context": torch.ones(1)})]
+    def __init__(self, tensors=()):
+        self.work = [(Shutdown(), {}), (REQUEST, {"x": torch.ones(1), "context": torch.ones(1), **dict(tensors)})]
         self.sent = []
 
     def next_request(self):
@@ -54,10 +54,11 @@ class Control:
 
 class Engine:
     device, patches = torch.device("cpu"), 0
+    spec, parked, nbytes, exchanges = None, False, 0, ""
 
     def __init__(self, describe=lambda: None, load=lambda: None):
         self._describe, self.load = describe, load
-        self.meshes = self.releases = 0
+        self.meshes = self.releases = self.drops = 0
 
     def holds(self, spec):
         return False
@@ -72,34 +73,97 @@ class Engine:
     def release(self):
         self.releases += 1
 
+    def drop_evaluations(self):
+        self.drops += 1
+
+    def held(self):
+        return "9 GB of weights"
+
     def denoiser(self, layout, settings):
         self.meshes += 1
         raise AssertionError("the other rank will never come")
 
 
-def serve(engine: Engine, other: str) -> Failed:
-    control = Control()
+def serve(engine: Engine, other: str, tensors=()) -> Failed:
+    control = Control(tensors)
     Runner(Crew(other), engine, control).serve()
     return control.sent[-1]
 
 
-def test_a_failure_of_another_rank_is_told_before_a_mesh_is_made():
-    engine = Engine()
-    failed = serve(engine, "out_of_memory\nnot enough")
-    assert failed == Failed(id=7, kind="out_of_memory", rank=1, text="not enough")
-    assert engine.meshes == 0 and engine.releases
-
-
-@pytest.mark.parametrize("where, releases", [("describe", False), ("load", True)])
-@pytest.mark.parametrize(
-    "error, kind", [(CheckpointError("bad\nfile"), "refused"), (torch.OutOfMemoryError("bad\nfile"), "out_of_memory")]
-)
-def test_an_own_failure_is_told_whole(error, kind, where, releases):
-    """A file that is refused by its header leaves the resident model; what fails later leaves none on any rank."""
-
-    def fail():
+def fail(error):
+    def failing(*_):
         raise error
 
-    engine = Engine(**{where: fail})
-    assert serve(engine, "") == Failed(id=7, kind=kind, rank=0, text="bad\nfile")
-    assert engine.meshes == 0 and bool(engine.releases) == (releases or kind == "out_of_memory")
+    return failing
+
+
+@pytest.mark.parametrize("what", ["out_of_memory\nnot enough", "refused\nnot enough"])
+def test_a_failure_of_another_rank_is_told_before_a_mesh_is_made(what):
+    engine = Engine()
+    failed = serve(engine, what)
+    assert failed == Failed(id=7, kind=what.split("\n")[0], rank=1, text="not enough")
+    assert engine.meshes == 0
+
+
+@pytest.mark.parametrize("where, releases", [("describe", 0), ("load", 1)])
+def test_an_own_failure_is_told_whole(where, releases):
+    """A file that is refused by its header leaves the resident model; what fails later leaves none on any rank."""
+    engine = Engine(**{where: fail(CheckpointError("bad\nfile"))})
+    assert serve(engine, "") == Failed(id=7, kind="refused", rank=0, text="bad\nfile")
+    assert engine.meshes == 0 and engine.releases == releases
+
+
+CPU_ALLOCATOR = "[enforce fail at x.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"
+CUDA_ALLOCATOR = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.1 GiB"
+
+
+@pytest.mark.parametrize(
+    ("error", "asked"),
+    [
+        (torch.OutOfMemoryError(CUDA_ALLOCATOR), "it asked for 2.50 GiB, and held 9 GB of weights."),
+        (RuntimeError(CPU_ALLOCATOR + ". Error code 12"), "it asked for 99 bytes, and held 9 GB of weights."),
+        (MemoryError("no room"), "no room, and held 9 GB of weights."),
+    ],
+)
+def test_an_own_lack_of_memory_says_what_was_asked_and_held(error, asked):
+    engine = Engine(load=fail(error))
+    failed = serve(engine, "")
+    assert (failed.kind, failed.rank) == ("out_of_memory", 0)
+    assert failed.text.startswith(f"while it loaded the model: {asked} Free memory"), failed.text
+    assert engine.meshes == 0 and engine.releases == 1
+
+
+def test_an_error_after_the_ranks_began_to_read_ends_the_pool():
+    """What it says of memory changes nothing: the other ranks wait for this one's part."""
+    with pytest.raises(RuntimeError, match="had begun"):
+        serve(Engine(load=fail(RuntimeError(f"reading failed when the ranks had begun: {CUDA_ALLOCATOR}"))), "")
+
+
+def test_an_evaluation_that_does_not_fit_drops_what_others_left_but_not_the_weights():
+    engine = Engine()
+    engine.denoiser = fail(torch.OutOfMemoryError(CUDA_ALLOCATOR))
+    failed = serve(engine, "")
+    assert failed.kind == "out_of_memory" and "made room for an evaluation" in failed.text
+    assert (engine.releases, engine.drops) == (0, 1)
+
+
+def test_a_lack_of_memory_within_an_evaluation_ends_the_pool_and_says_why():
+    class Denoiser:
+        def check(self, *_):
+            pass
+
+        reserve = check
+        __call__ = fail(torch.OutOfMemoryError(CUDA_ALLOCATOR))
+
+    engine = Engine()
+    engine.denoiser = lambda *_: Denoiser()
+    with pytest.raises(MemoryError, match="while it evaluated the model: it asked for 2.50 GiB, and held 9 GB"):
+        serve(engine, "", {"timestep": torch.ones(1)})
+
+
+def test_weights_that_cannot_be_parked_are_released():
+    engine, control = Engine(), Control()
+    engine.park = fail(MemoryError("no room"))
+    control.work[1] = (Park(id=3), {})
+    Runner(Crew(""), engine, control).serve()
+    assert control.sent == [Done(id=3)] and engine.releases == 1

@@ -120,7 +120,9 @@ def test_backend_imports(path):
 def test_node_imports(path):
     for level, name in imports(path):
         if level == 0:
-            assert name.split(".")[0] != "fastusp_backend", f"{path.name} imports {name} absolutely"
+            top = name.split(".")[0]
+            assert top != "fastusp_backend", f"{path.name} imports {name} absolutely"
+            assert top not in COMFYUI or path.stem == "comfyui", f"{path.name} imports {name}, not from comfyui.py"
         elif level == 2:
             assert name.startswith("fastusp_backend."), f"{path.name} imports ..{name}"
             target = name.removeprefix("fastusp_backend.")

@@ -1,5 +1,8 @@
-"""A node pack for tests, linked into the host beside FastUSP: conditioning without a text encoder."""
+"""A node pack for tests, linked into the host beside FastUSP: conditioning without a text encoder, and a sampler and a
+scheduler, registered as other packs do."""
 
+import comfy.k_diffusion.sampling
+import comfy.samplers
 import torch
 from comfy.controlnet import ControlBase
 
@@ -151,6 +154,30 @@ class ReferenceMethod:
     def apply(self, conditioning, method):
         return ([[c, {**extra, "reference_latents_method": method}] for c, extra in conditioning],)
 
+
+@torch.no_grad()
+def sample_test_midpoint(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    """Two evaluations a step, the second one half-way."""
+    extra_args, ones = extra_args or {}, x.new_ones(len(x))
+    for i in range(len(sigmas) - 1):
+        middle = (sigmas[i] + sigmas[i + 1]) / 2
+        denoised = model(x, sigmas[i] * ones, **extra_args)
+        half = x + (x - denoised) / sigmas[i] * (middle - sigmas[i])
+        slope = (half - model(half, middle * ones, **extra_args)) / middle
+        if callback is not None:
+            callback({"i": i, "x": x, "denoised": denoised, "sigma": sigmas[i], "sigma_hat": sigmas[i]})
+        x = x + slope * (sigmas[i + 1] - sigmas[i])
+    return x
+
+
+def squares(model_sampling, steps):
+    return torch.linspace(1, 0, steps + 1) ** 2 * model_sampling.sigma_max
+
+
+comfy.k_diffusion.sampling.sample_test_midpoint = sample_test_midpoint
+comfy.samplers.KSampler.SAMPLERS.append("test_midpoint")
+comfy.samplers.SCHEDULER_HANDLERS["test_squares"] = comfy.samplers.SchedulerHandler(squares)
+comfy.samplers.KSampler.SCHEDULERS.append("test_squares")
 
 NODE_CLASS_MAPPINGS = {
     "TestSeededConditioning": SeededConditioning,

@@ -1,0 +1,40 @@
+"""What a rank says when its memory does not suffice."""
+
+import re
+
+import torch
+
+LOADING = "while it loaded the model"
+PATCHING = "while it patched the weights"
+PREPARING = "while it made room for an evaluation"
+PARKING = "while it parked the weights"
+EVALUATING = "while it evaluated the model"
+
+_ADVICE = {
+    LOADING: "Free memory on its device (other programs; ComfyUI's models: Unload Models), or take a smaller file or "
+    "weight_dtype",
+    PREPARING: "Take a smaller image or batch, or more GPUs; cuda_graphs = off in USP Optimization Settings saves "
+    "a graph's memory",
+}
+_ADVICE[PATCHING] = _ADVICE[LOADING]
+_ADVICE[PARKING] = "Take residency = keep or release in USP Optimization Settings"
+_ADVICE[EVALUATING] = _ADVICE[PREPARING]
+
+
+_PLAIN = re.compile(
+    r"CUDA error: out of memory|\[enforce fail.*can't allocate memory|unable to mmap.*Cannot allocate memory"
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Also where torch says it by a plain RuntimeError: for CPUs, mapped files, and CUDA beside its own allocator."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and _PLAIN.match(str(error)) is not None
+
+
+def explain(error: BaseException, doing: str, held: str) -> str:
+    """What was asked for, what the rank held, and what helps. doing: one of the above."""
+    asked = re.search(r"(?:tried to allocate|unable to mmap) ([\d.]+ \w+)", str(error), re.IGNORECASE)
+    what = f"it asked for {asked[1]}" if asked else str(error)
+    return f"{doing}: {what}, and held {held}. {_ADVICE[doing]}"

@@ -1,0 +1,173 @@
+"""Everything of ComfyUI that the nodes use, checked once, when ComfyUI loads the pack: what is missing in a ComfyUI of
+another version is named in its start-up log, not met in the middle of a prompt.
+
+The other files of this folder import ComfyUI from here alone.
+"""
+
+import importlib
+import inspect
+
+TESTED = "0.3.64 to 0.33.0"
+
+USED = {
+    "comfy.conds": ["CONDRegular.process_cond(batch_size, area)"],
+    "comfy.k_diffusion.sampling": [
+        "default_noise_sampler(x, seed)",
+        "sample_dpm_2(model, x, sigmas, extra_args, callback, disable)",
+        "sample_dpmpp_2m(model, x, sigmas, extra_args, callback, disable)",
+        "sample_euler(model, x, sigmas, extra_args, callback, disable)",
+        "sample_euler_ancestral(model, x, sigmas, extra_args, callback, disable)",
+        "sample_heun(model, x, sigmas, extra_args, callback, disable)",
+        "sample_lcm(model, x, sigmas, extra_args, callback, disable)",
+        "sample_res_multistep(model, x, sigmas, extra_args, callback, disable)",
+    ],
+    "comfy.model_detection": ["model_config_from_unet(state_dict, unet_key_prefix)"],
+    "comfy.model_management": [
+        "get_torch_device()",
+        "processing_interrupted()",
+        "soft_empty_cache()",
+        "throw_exception_if_processing_interrupted()",
+        "unet_offload_device()",
+        "unload_all_models()",
+    ],
+    "comfy.model_patcher": [
+        "ModelPatcher(model, load_device, offload_device)",
+        "ModelPatcher.add_hook_patches(hook, patches, strength_patch, strength_model)",
+        "ModelPatcher.add_patches(patches, strength_patch, strength_model)",
+        "ModelPatcher.add_wrapper_with_key(wrapper_type, key, wrapper)",
+        "ModelPatcher.cleanup()",
+        "ModelPatcher.clone()",
+        "ModelPatcher.current_loaded_device()",
+        "ModelPatcher.detach(unpatch_all)",
+        "ModelPatcher.get_key_patches(filter_prefix)",
+        "ModelPatcher.loaded_size()",
+        "ModelPatcher.memory_required(input_shape)",
+        "ModelPatcher.model_size()",
+        "ModelPatcher.partially_load(device_to, extra_memory, force_patch_weights)",
+        "ModelPatcher.partially_unload(device_to, memory_to_free)",
+        "ModelPatcher.patch_model",
+    ],
+    "comfy.model_sampling": ["CONST.calculate_denoised", "CONST.calculate_input", "CONST.noise_scaling"],
+    "comfy.patcher_extension": [
+        "CallbacksMP.ON_APPLY_HOOKS",
+        "CallbacksMP.ON_PREPARE_STATE",
+        "WrapperExecutor.execute",
+        "WrapperExecutor.new_class_executor(original, class_obj, wrappers)",
+        "WrappersMP.APPLY_MODEL",
+        "WrappersMP.CALC_COND_BATCH",
+        "WrappersMP.DIFFUSION_MODEL",
+        "WrappersMP.PREDICT_NOISE",
+        "WrappersMP.SAMPLER_SAMPLE",
+        "get_all_wrappers(wrapper_type, transformer_options)",
+    ],
+    "comfy.samplers": [
+        "CFGGuider.outer_predict_noise",
+        "CFGGuider.predict_noise",
+        "KSAMPLER(sampler_function, extra_options, inpaint_options)",
+        "KSAMPLER.sample(model_wrap, sigmas, extra_args, callback, noise)",
+        "KSampler.SAMPLERS",
+        "KSampler.SCHEDULERS",
+    ],
+    "comfy.supported_models_base": [
+        "BASE.get_model(state_dict, prefix)",
+        "BASE.process_unet_state_dict(state_dict)",
+        "BASE.set_inference_dtype(dtype)",
+    ],
+    "comfy.utils": ["swap_scale_shift(weight)"],
+    "comfy.weight_adapter": ["GLoRAAdapter", "LoHaAdapter", "LoKrAdapter", "LoRAAdapter", "WeightAdapterBase"],
+    "comfy_api.latest": ["ComfyExtension", "io.ComfyNode", "io.Custom", "io.NodeOutput", "io.Schema"],
+    "comfy_execution.utils": ["get_executing_context()"],
+    "folder_paths": [
+        "folder_names_and_paths",
+        "get_filename_list(folder_name)",
+        "get_full_path(folder_name, filename)",
+        "get_full_path_or_raise(folder_name, filename)",
+    ],
+    "nodes": [
+        "common_ksampler(model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent, denoise)",
+    ],
+    "server": ["PromptServer.send_progress_text(text, node_id)"],
+}
+"""By module: a name, with the parameters that a call of it, or a method in its place, relies on."""
+
+
+class UnsupportedComfyUI(ImportError):
+    """A ComfyUI that lacks something of `USED`."""
+
+
+def check() -> None:
+    """Raises UnsupportedComfyUI naming what is missing."""
+    missing = [problem for module, uses in USED.items() for use in uses if (problem := _missing(module, use))]
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise UnsupportedComfyUI(
+            f"FastUSP does not run in this ComfyUI ({_version()}): {missing[0]}{more}. It was tested with "
+            f"ComfyUI {TESTED}: update ComfyUI, or FastUSP if ComfyUI is newer"
+        )
+
+
+def _missing(module: str, use: str) -> str | None:
+    path, _, parameters = use.partition("(")
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        return f"it has no module {error.name}"
+    for name in path.split("."):
+        if not hasattr(found, name):
+            return f"{module}.{path} does not exist"
+        found = getattr(found, name)
+    wanted = [name for name in parameters.rstrip(")").split(", ") if name]
+    if not wanted:
+        return None
+    has = inspect.signature(found).parameters
+    lacking = [name for name in wanted if name not in has]
+    if lacking and not any(p.kind is p.VAR_KEYWORD for p in has.values()):
+        return f"{module}.{path} takes no {', '.join(lacking)}"
+    return None
+
+
+def _version() -> str:
+    try:
+        return f"version {importlib.import_module('comfyui_version').__version__}"
+    except (ImportError, AttributeError):
+        return "of unknown version"
+
+
+check()
+
+import comfy.k_diffusion.sampling as k_diffusion  # noqa: E402
+import comfy.model_management as model_management  # noqa: E402
+import comfy.samplers as samplers  # noqa: E402
+import comfy.weight_adapter as weight_adapter  # noqa: E402
+import folder_paths  # noqa: E402
+from comfy.model_detection import model_config_from_unet  # noqa: E402
+from comfy.model_patcher import ModelPatcher  # noqa: E402
+from comfy.model_sampling import CONST  # noqa: E402
+from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP, get_all_wrappers  # noqa: E402
+from comfy.utils import swap_scale_shift  # noqa: E402
+from comfy_api.latest import ComfyExtension, io  # noqa: E402
+from comfy_execution.utils import get_executing_context  # noqa: E402
+from server import PromptServer  # noqa: E402
+
+from nodes import common_ksampler  # noqa: E402
+
+__all__ = [
+    "CONST",
+    "CallbacksMP",
+    "ComfyExtension",
+    "ModelPatcher",
+    "PromptServer",
+    "WrapperExecutor",
+    "WrappersMP",
+    "common_ksampler",
+    "folder_paths",
+    "get_all_wrappers",
+    "get_executing_context",
+    "io",
+    "k_diffusion",
+    "model_config_from_unet",
+    "model_management",
+    "samplers",
+    "swap_scale_shift",
+    "weight_adapter",
+]

@@ -1,0 +1,132 @@
+"""Weights leave the devices and come back, for every layout alike; memory that does not suffice is said, and survived."""
+
+import resource
+
+import pytest
+import torch
+from pools import GIVEN, LONG, PROMPT, evaluate, pids, sample, session, wait_until
+from support import SMALL, inputs, relative_difference
+
+from fastusp_backend.config import Layout
+from fastusp_backend.errors import Cancelled, RequestError
+from fastusp_backend.pool import Progress, Prompt
+
+pytestmark = pytest.mark.dist
+
+
+@pytest.fixture(scope="module")
+def pool(shared_pool):
+    return shared_pool(2)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_parked_weights_come_back_as_they_were(shared_pool, dev, schnell, ranks):
+    pool, layout = shared_pool(ranks), Layout(ulysses=1, ring=ranks)
+    before = evaluate(pool, dev, layout)
+    loaded = pool.held
+    assert (loaded.state, loaded.model.path) == ("resident", str(dev))
+    for _ in range(2):
+        pool.park()
+        pool.park()
+        assert pool.held.state == "parked" and pool.held.model == loaded.model
+        assert loaded.nbytes <= ranks * pool.held.nbytes < loaded.nbytes + 1e6
+        phases = []
+        again = session(pool, dev, layout).evaluate(GIVEN.x, GIVEN.timestep, PROMPT, Progress(phase=phases.append))
+        assert torch.equal(again, before) and phases == ["bringing the weights back"]
+        assert pool.held.state == "resident"
+    pool.park()
+    evaluate(pool, schnell, layout)  # another model takes the place of the parked one
+    assert pool.held.model.path == str(schnell)
+    assert torch.equal(evaluate(pool, dev, layout), before)
+
+
+def test_residency_is_seen_to_after_a_run(pool, dev):
+    want = sample(pool, dev)
+    for residency, state, phase in (
+        ("park", "parked", "bringing the weights back"),
+        ("release", "none", "loading the model"),
+        ("keep", "resident", None),
+    ):
+        over = session(pool, dev, residency=residency)
+        over.settle()
+        assert pool.held.state == state and bool(over.holds()) == (residency == "keep")
+        assert pool.status()["held"] == state
+        phases = []
+        assert torch.equal(sample(pool, dev, progress=Progress(phase=phases.append)), want)
+        assert phases == ([phase] if phase else [])
+
+
+@pytest.mark.parametrize(("residency", "state"), [("keep", "none"), ("park", "parked"), ("release", "none")])
+def test_who_needs_the_room_gets_it(pool, dev, residency, state):
+    evaluate(pool, dev)
+    session(pool, dev, residency=residency).give_way()
+    assert pool.held.state == state
+
+
+def test_a_change_of_residency_makes_no_new_evaluation(pool, dev):
+    kept = [session(pool, dev, residency=residency)._what(1)["settings"] for residency in ("keep", "park", "release")]
+    assert len(set(kept)) == 1
+
+
+def test_a_cancelled_run_can_be_parked(pool, dev):
+    with pytest.raises(Cancelled):
+        sample(pool, dev, LONG, Progress(interrupted=lambda: True))
+    pool.park()
+    assert sample(pool, dev).isfinite().all()
+
+
+def address_space(pid: int) -> int:
+    with open(f"/proc/{pid}/statm") as file:
+        return int(file.read().split()[0]) * resource.getpagesize()
+
+
+@pytest.fixture
+def cramped(pool, dev):
+    """cramped(rank, spare): from now on that rank's process gets `spare` bytes at most."""
+    evaluate(pool, dev)
+    limited = []
+
+    def limit(rank: int, spare: int) -> None:
+        pid = pids(pool)[rank]
+        limited.append((pid, resource.prlimit(pid, resource.RLIMIT_AS)))
+        resource.prlimit(pid, resource.RLIMIT_AS, (address_space(pid) + spare, limited[-1][1][1]))
+
+    def lift() -> None:
+        while limited:
+            resource.prlimit(limited[-1][0], resource.RLIMIT_AS, limited.pop()[1])
+
+    limit.lift = lift
+    yield limit
+    lift()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_evaluation_that_does_not_fit_is_refused(pool, dev, cramped, rank):
+    large = inputs(SMALL, text=7, size=(128, 96))
+    prompt = Prompt(large.context, large.y, large.guidance)
+    expected, before = evaluate(pool, dev), pids(pool)
+    cramped(rank, 20_000_000)
+    with pytest.raises(RequestError) as error:
+        session(pool, dev).evaluate(large.x, large.timestep, prompt, Progress())
+    cramped.lift()
+    text = str(error.value)
+    assert f"rank {rank} (cpu" in text and "ran out of memory while it made room for an evaluation" in text
+    assert "it asked for" in text and "GB of weights" in text and "smaller image or batch" in text
+    assert pool.held.state == "resident"
+    assert relative_difference(evaluate(pool, dev), expected) < 2e-5
+    assert session(pool, dev).evaluate(large.x, large.timestep, prompt, Progress()).isfinite().all()
+    assert pids(pool) == before
+
+
+def test_weights_that_do_not_fit_are_refused_and_loaded_later(pool, dev, cramped):
+    expected, before = evaluate(pool, dev), pids(pool)
+    loaded = address_space(before[1])
+    pool.release()
+    wait_until(lambda: address_space(before[1]) < loaded - 50_000_000, 10)  # rank 0 answers for all
+    cramped(1, 20_000_000)
+    with pytest.raises(RequestError, match="rank 1 .* ran out of memory while it loaded the model"):
+        evaluate(pool, dev)
+    cramped.lift()
+    assert pool.held.state == "none"
+    assert relative_difference(evaluate(pool, dev), expected) < 2e-5
+    assert pids(pool) == before

@@ -1,0 +1,77 @@
+"""Weights leave the GPU, its memory with them, and come back; what does not fit is refused before it is tried."""
+
+import pytest
+import torch
+from support import SMALL, inputs
+from test_pool import ONE, sample, spec  # noqa: F401 - spec is a fixture
+
+from fastusp_backend.config import Settings
+from fastusp_backend.devices import Devices
+from fastusp_backend.engine import Engine
+from fastusp_backend.errors import RequestError
+from fastusp_backend.models.family import Conditioning
+from fastusp_backend.pool import Pool, Progress, Prompt, Session
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def evaluated(engine: Engine) -> torch.Tensor:
+    given = inputs(SMALL, text=24, size=(32, 32), seed=3)
+    denoiser = engine.denoiser(ONE, Settings())
+    prompt = Conditioning(given.context.cuda(), given.y.cuda(), given.guidance.cuda())
+    denoiser.reserve(given.x.cuda(), [prompt])
+    for _ in range(3):  # eager, captured, replayed
+        (output,) = denoiser(given.x.cuda(), given.timestep, [prompt], lambda: None)
+    return output.cpu()
+
+
+def test_a_parked_model_leaves_nothing_and_comes_back_uncompiled(spec):  # noqa: F811
+    torch.cuda.empty_cache()
+    empty = torch.cuda.memory_reserved()
+    engine = Engine(torch.device("cuda", 0))
+    engine.load(spec)
+    before = evaluated(engine)
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for _ in range(2):
+        engine.park()
+        assert torch.cuda.memory_reserved() <= empty + 2**25 and engine.nbytes >= spec.size * 0.99
+        engine.reserve()
+        engine.fetch()
+        assert torch.equal(evaluated(engine), before)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
+    engine.release()
+    assert torch.cuda.memory_reserved() <= empty + 2**25
+
+
+def test_an_evaluation_that_does_not_fit_is_refused_and_the_next_prompt_runs(spec):  # noqa: F811
+    pool = Pool(Devices(ranks=1, gpus=(0,)))
+    try:
+        sample(pool, spec, ONE)
+        pids, large = pool.status()["pids"], inputs(SMALL, text=24, size=(1024, 1024))
+        hog = torch.empty(torch.cuda.mem_get_info()[0] - 2**31, dtype=torch.uint8, device="cuda")
+        with pytest.raises(RequestError, match=r"rank 0 \(NVIDIA.* ran out of memory .* it asked for .* were free"):
+            Session(pool, spec, (ONE,), Settings()).evaluate(
+                large.x, large.timestep, Prompt(large.context, large.y, large.guidance), Progress()
+            )
+        del hog
+        torch.cuda.empty_cache()
+        sample(pool, spec, ONE)
+        assert pool.status()["pids"] == pids
+    finally:
+        pool.close()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_keep_half_each(spec):  # noqa: F811
+    pool, layout = Pool(Devices(ranks=2, gpus=(0, 1))), ONE.__class__(ulysses=2, ring=1)
+    try:
+        before = sample(pool, spec, layout)
+        for _ in range(2):
+            pool.park()
+            assert pool.held.state == "parked" and pool.held.nbytes < 0.51 * spec.size
+            assert torch.equal(sample(pool, spec, layout), before)
+    finally:
+        pool.close()

@@ -1,0 +1,116 @@
+"""Run by the host's own Python: a remote model in ComfyUI's memory management, as if its worker had ComfyUI's GPU.
+
+Arguments: the host's folder, this repository, a FLUX file. ComfyUI runs on the CPU here and asks nobody to leave it, so
+the pressure is made by hand: `free_memory` with nothing free.
+"""
+
+import gc
+import importlib.util
+import sys
+from dataclasses import replace
+
+HOST, REPOSITORY, FILE = sys.argv[1:]
+sys.argv = ["main.py", "--cpu"]
+sys.path[0] = HOST  # in place of this folder, whose comfy.py is another
+
+import comfy.options  # noqa: E402
+
+comfy.options.enable_args_parsing()
+import comfy.model_management as management  # noqa: E402
+import torch  # noqa: E402
+import utils.extra_config  # noqa: E402, F401 - before a dependency brings a `utils` of its own
+
+spec = importlib.util.spec_from_file_location(
+    "fastusp_pack", f"{REPOSITORY}/__init__.py", submodule_search_locations=[REPOSITORY]
+)
+pack = sys.modules["fastusp_pack"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(pack)
+from fastusp_pack.fastusp_backend.config import Layout, ModelSpec, Settings  # noqa: E402
+from fastusp_pack.fastusp_backend.devices import Devices  # noqa: E402
+from fastusp_pack.fastusp_backend.models.checkpoint import read_header  # noqa: E402
+from fastusp_pack.fastusp_backend.pool import Progress, Prompt, Session  # noqa: E402
+from fastusp_pack.nodes import memory, pools  # noqa: E402
+from fastusp_pack.nodes.remote_model import remote_model  # noqa: E402
+
+CPU = torch.device("cpu")
+header = read_header(FILE)
+model_spec = ModelSpec.of_file(FILE, storage=None, compute="float32")
+size = sum(info.dtype.itemsize * torch.Size(info.shape).numel() for info in header.values())
+context, pooled = header["txt_in.weight"].shape[1], header["vector_in.in_layer.weight"].shape[1]
+
+
+def session_on(ranks: int, residency: str = "keep") -> Session:
+    layout = Layout(ulysses=1, ring=ranks)
+    return Session(pools.pool_for(Devices(ranks=ranks)), model_spec, (layout,), Settings(residency=residency))
+
+
+def evaluate(patcher) -> None:
+    """As a sampler does: ComfyUI loads the patcher, then the model is called."""
+    management.load_models_gpu([patcher])
+    prompt = Prompt(torch.zeros(1, 4, context), torch.zeros(1, pooled), torch.ones(1))
+    patcher.session.evaluate(torch.zeros(1, 16, 4, 4), torch.ones(1), prompt, Progress())
+
+
+def listed() -> int:
+    return len(management.current_loaded_models)
+
+
+def sizes(patcher) -> tuple[int, int, int]:
+    """(model_size, loaded_size, what loading it takes of its device)."""
+    wanted = management.LoadedModel(patcher).model_memory_required(patcher.load_device)
+    return patcher.model_size(), patcher.loaded_size(), wanted
+
+
+base = remote_model(session_on(1), header)
+pool = base.session.pool
+assert sizes(base) == (0, 0, 0), "on other devices it has no size"
+evaluate(base)
+assert pool.held.state == "resident" and sizes(base) == (0, 0, 0)
+management.free_memory(1e30, CPU)
+assert pool.held.state == "resident", "pressure where the workers hold nothing is not theirs"
+
+memory.follow_unload_all()
+evaluate(base)
+management.unload_all_models()
+assert pool.held.state == "none"
+
+memory.shares_gpu = lambda session, device: True
+assert sizes(base) == (size, 0, size)
+evaluate(base)
+loaded = pool.held.nbytes
+assert loaded >= size and sizes(base) == (loaded, loaded, 0)
+
+management.free_memory(0, CPU)
+assert pool.held.state == "resident", "nobody needed the room"
+management.get_free_memory = lambda *args, torch_free_too=False, **kwargs: (0, 0) if torch_free_too else 0
+management.free_memory(1000, CPU)
+assert pool.held.state == "none" and sizes(base) == (size, 0, size)
+
+clone = base.clone()
+evaluate(clone)
+assert pool.held.state == "resident"
+del clone, base
+gc.collect()
+assert listed() == 1, "the weights are there, so ComfyUI must know whom to ask"
+management.free_memory(10 * size, CPU)
+assert pool.held.state == "none"
+
+parking = remote_model(replace(session_on(1, "park")), header)
+evaluate(parking)
+management.free_memory(1000, CPU)
+assert pool.held.state == "parked" and sizes(parking) == (size, 0, size)
+evaluate(parking)
+assert pool.held.state == "resident"
+parking.cleanup()
+assert pool.held.state == "parked", "a run has ended"
+management.unload_all_models()
+assert pool.held.state == "none"
+
+# Two pools that share a GPU: the second takes the place of the first.
+evaluate(parking)
+other = remote_model(session_on(2), header)
+for patcher in (parking, other):
+    object.__setattr__(patcher.session.pool, "devices", replace(patcher.session.pool.devices, gpus=(0,)))
+memory.taking(other.session, CPU, other)
+assert pool.held.state == "parked"
+print("done")
