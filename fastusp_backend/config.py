@@ -60,7 +60,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     wire: what crosses a link; `exact` sends the compute type as it is, `fp8` e4m3 with a scale per (token, head),
     `auto` fp8 where the measured link is slow.
     attention: the local attention back end; `auto` takes the fastest that the device and type allow.
-    compile: element-wise segments through the compiler (GPUs). cuda_graphs: a whole evaluation as one graph (GPUs).
+    compile: element-wise segments fused, by kernels of our own and the compiler (GPUs). cuda_graphs: a whole evaluation
+    as one graph (GPUs).
     overlap: exchanges run beside computation instead of being awaited where they start.
     ring_pipeline: the ring's next keys and values travel while the current ones are attended.
     linear: how the blocks' matrix products are computed; `fp8` with a scale per token and per row of the weights.

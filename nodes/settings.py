@@ -38,7 +38,8 @@ class USPSettings(io.ComfyNode):
                     "compile",
                     optional=True,
                     default=True,
-                    tooltip="Fuse the element-wise parts by torch.compile. GPUs only; CPU ranks run them as they are.",
+                    tooltip="Fuse the element-wise parts, by kernels of our own and torch.compile. GPUs only; CPU "
+                    "ranks run them as they are.",
                 ),
                 io.Boolean.Input(
                     "cuda_graphs",

@@ -63,3 +63,15 @@ def test_the_ablation_and_its_breakdown(results):
     assert row["config"] == "eager+mods" and row["own_error"] < 1e-5
     parts = row["breakdown"]
     assert parts["gemm"] > 0 and parts["attention"] > 0 and parts["exchange"] >= parts["exposed"] > 0
+
+
+def test_the_quality_of_lossy_options():
+    command = [sys.executable, str(BENCHMARKS / "quality.py"), "--tiny", "--device", "cpu"]
+    command += ["--size", "64", "--text", "9", "--steps", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(" | ") for line in done.stdout.splitlines()[3:]]
+    assert len(rows) == 2 * 2 * 4  # weights, layouts, options
+    for _, _, option, single, _ in rows:
+        errors = [float(x) for x in single.split()]
+        assert len(errors) == 3 and all(x < 1e-5 if option == "exact" else 1e-4 < x < 0.1 for x in errors), option

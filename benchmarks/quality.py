@@ -1,0 +1,117 @@
+"""What the fp8 options cost in exactness: full-size random weights, plain and with outlier channels as trained ones.
+
+    python benchmarks/quality.py --model flux --ranks 2
+
+Prints per layout and option the relative (Frobenius) error of one evaluation at three timesteps, and of the latents
+after all steps of Euler's method, against one rank that runs eagerly and exactly. Ranks may share a GPU: this measures
+exactness, not speed.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+
+import paths
+import torch
+import torch.distributed as dist
+from common import CONFIGS, Case, random_inputs, random_model
+from ours import held_by_rows
+
+from fastusp_backend.comm.mesh import make_mesh, single_rank_mesh
+from fastusp_backend.comm.transport import Transport
+from fastusp_backend.config import Layout, Settings
+from fastusp_backend.engine import Denoiser
+from fastusp_backend.models.family import Transformer
+
+TIMESTEPS = (0.95, 0.6, 0.2)
+OPTIONS = {
+    "exact": {},
+    "fp8 wire": {"wire": "fp8"},
+    "fp8 products": {"linear": "fp8"},
+    "fp8 wire and products": {"wire": "fp8", "linear": "fp8"},
+}
+
+
+def add_outliers(model: Transformer, *, share: float = 0.003, factor: float = 30.0) -> None:
+    """Makes a few channels of the residual streams large, and a few dimensions of keys: what block products write
+    there is multiplied by `factor`."""
+    hidden = model.config.hidden
+    generator = torch.Generator().manual_seed(7)
+    channels = torch.randperm(hidden, generator=generator)[: max(1, int(share * hidden))]
+    for layer in model.products():
+        if len(layer.weight) == hidden:
+            layer.weight.data[channels] *= factor
+    for name, parameter in model.named_parameters():
+        if "key_norm" in name or "norm_k" in name or "norm_added_k" in name:
+            parameter.data[torch.randperm(len(parameter), generator=generator)[:4]] *= 6
+
+
+def rank(a: argparse.Namespace) -> None:
+    cuda = a.device == "cuda"
+    number = int(os.environ["RANK"])
+    device = torch.device("cuda", number % torch.cuda.device_count()) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("gloo")  # ranks that share a GPU have no NCCL
+    world, dtype = dist.get_world_size(), torch.bfloat16 if cuda else torch.float32
+    layouts = [Layout(ulysses=u, ring=world // u) for u in range(1, world + 1) if world % u == 0]
+    places = [(mesh, Transport(mesh)) for mesh in (make_mesh(layout, device) for layout in layouts)]
+    alone = single_rank_mesh(device)
+    config = CONFIGS[a.model, a.tiny]
+    given = random_inputs(config, Case(a.size, (a.text,), 1), device, dtype)
+    (prompt,) = given.prompts
+
+    @torch.inference_mode()
+    def results(model, mesh, transport, settings: Settings) -> list[torch.Tensor]:
+        denoiser = Denoiser(model, mesh, transport, settings, dtype)
+        found = [denoiser(given.x, torch.tensor([t]), prompt).float().clone() for t in TIMESTEPS]
+        x, sigmas = given.x.float(), torch.linspace(1, 0, a.steps + 1)
+        for now, after in zip(sigmas, sigmas[1:], strict=False):
+            x = x + (after - now).item() * denoiser(x, now[None], prompt).float()
+        return [*found, x]
+
+    for weights in ("N(0, 1 / fan_in)", "with outlier channels"):
+        model = random_model(config, device, dtype)
+        if "outlier" in weights:
+            add_outliers(model)
+        eager = Settings(compile=False, cuda_graphs=False, overlap=False)
+        wanted = results(model, alone, Transport(alone), eager)
+        rows = held_by_rows(model)
+        for mesh, transport in places:
+            for name, options in OPTIONS.items():
+                held = rows if options.get("linear") == "fp8" else model
+                found = results(held, mesh, transport, Settings(**options))
+                errors = [((f - w).norm() / w.norm()).item() for f, w in zip(found, wanted, strict=True)]
+                if number == 0:
+                    at = " ".join(f"{error:.1e}" for error in errors[:-1])
+                    print(f"| {weights} | {mesh.layout} | {name} | {at} | {errors[-1]:.1e} |", flush=True)
+        del model, rows, wanted
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=("flux", "qwen"), default="flux")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--size", type=int, default=1024)
+    parser.add_argument("--text", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=28)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    a = parser.parse_args()
+    if "RANK" in os.environ:
+        return rank(a)
+    name = torch.cuda.get_device_name() if a.device == "cuda" else "CPU"
+    print(f"{a.model}, {a.ranks} ranks, {name}, torch {torch.__version__}, {a.size} px, text {a.text}, {a.steps} steps")
+    print(f"| weights | layout | option | t = {', '.join(map(str, TIMESTEPS))} | after {a.steps} steps |")
+    print("|---|---|---|---|---|", flush=True)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(paths.ROOT), os.environ.get("PYTHONPATH", "")])}
+    if a.device == "cuda" and torch.cuda.device_count() < a.ranks:
+        env["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={a.ranks}"]
+    sys.exit(subprocess.run([*command, __file__, *sys.argv[1:]], env=env).returncode)
+
+
+if __name__ == "__main__":
+    main()
