@@ -64,7 +64,7 @@ def test_who_needs_the_room_gets_it(pool, dev, residency, state):
 
 
 def test_a_change_of_residency_makes_no_new_evaluation(pool, dev):
-    kept = [session(pool, dev, residency=residency)._what(1)["settings"] for residency in ("keep", "park", "release")]
+    kept = [session(pool, dev, residency=residency)._what(1, 0)["settings"] for residency in ("keep", "park", "release")]
     assert len(set(kept)) == 1
 
 
