@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from comfy import ComfyUI
-from workflows import DEV, SCHNELL
+from workflows import DEV, QWEN_IMAGE, SCHNELL
 
-from fastusp_backend.models.synthetic import TINY_FLUX, write_flux
+from fastusp_backend.models.synthetic import TINY_FLUX, write_flux, write_qwen_image
 
 SMALL = replace(TINY_FLUX, double_blocks=1, single_blocks=1)
 FULL_SIZE = replace(SMALL, hidden=3072, heads=24, mlp=12288)
@@ -64,3 +64,12 @@ def host(request, tmp_path_factory):
         yield comfyui
     finally:
         comfyui.stop()
+
+
+@pytest.fixture(scope="session")
+def qwen(host):
+    """A Qwen-Image file in bf16, which CPU ranks and ComfyUI alike compute in float32."""
+    path = host.base / "models/diffusion_models/qwen.safetensors"
+    write_qwen_image(str(path), QWEN_IMAGE, dtype=torch.bfloat16)
+    yield path.name
+    path.unlink()

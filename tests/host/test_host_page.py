@@ -4,7 +4,7 @@ import json
 
 import pytest
 from comfy import REPOSITORY
-from workflows import DEV
+from workflows import DEV, QWEN_IMAGE
 
 pytestmark = pytest.mark.host
 
@@ -81,21 +81,37 @@ def test_status_route(host):
         assert {"devices", "ranks", "state", "generation"} <= pool.keys()
 
 
+@pytest.mark.any_host
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_example_runs(host, path):
+def test_example_fits_the_nodes_of_the_host(host, path):
+    """Its inputs are the ones that each node has, and its choices are offered, but for files, which are the user's."""
+    for node in json.loads(path.read_text()).values():
+        kind, given = node["class_type"], node["inputs"]
+        info = host.get(f"/object_info/{kind}")[kind]["input"]
+        known = info["required"] | info.get("optional", {})
+        assert info["required"].keys() <= given.keys() <= known.keys(), kind
+        for name in given.keys() - {"unet_name", "clip_name", "clip_name1", "clip_name2", "vae_name"}:
+            choices, *more = known[name]
+            choices = more[0]["options"] if choices == "COMBO" else choices
+            assert not isinstance(choices, list) or given[name] in choices, (kind, name)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_runs(host, qwen, path):
     """As it is, but for what cannot be had in a test: text encoders, VAE and weights, and a size for CPUs."""
     prompt = json.loads(path.read_text())
+    file, context = (qwen, QWEN_IMAGE.context) if path.name.startswith("qwen") else (DEV, 4096)
     for number, node in list(prompt.items()):
         kind, inputs = node["class_type"], node["inputs"]
         if kind.startswith("CLIPTextEncode"):
-            conditioning = {"seed": int(number), "tokens": 7, "width": 4096, "guidance": 3.5}
+            conditioning = {"seed": int(number), "tokens": 7, "width": context, "guidance": 3.5}
             prompt[number] = {"class_type": "TestSeededConditioning", "inputs": conditioning}
         elif kind == "VAEDecode":
             latents = {"samples": inputs["samples"], "filename_prefix": "example"}
             prompt[number] = {"class_type": "SaveLatent", "inputs": latents}
-        elif kind in ("DualCLIPLoader", "VAELoader", "SaveImage", "PreviewImage"):
+        elif kind in ("CLIPLoader", "DualCLIPLoader", "VAELoader", "SaveImage", "PreviewImage"):
             del prompt[number]
         else:
-            small = {"unet_name": DEV, "gpus": "cpu:2", "width": 64, "height": 64, "steps": 2}
+            small = {"unet_name": file, "gpus": "cpu:2", "width": 64, "height": 64, "steps": 2}
             inputs |= {name: value for name, value in small.items() if name in inputs}
     assert host.run(prompt).latents

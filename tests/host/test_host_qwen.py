@@ -1,33 +1,19 @@
 """Qwen-Image gives the same latents as stock UNETLoader + KSampler, and refuses what only its variants take."""
 
-from dataclasses import replace
-
 import loras
 import pytest
 import torch
 from comfy import PromptFailed
 from safetensors.torch import load_file, save_file
-from workflows import STEPPING, Comparison, Graph
-
-from fastusp_backend.models.synthetic import TINY_QWEN_IMAGE, write_qwen_image
+from workflows import QWEN_IMAGE, STEPPING, Comparison, Graph
 
 pytestmark = [pytest.mark.host, pytest.mark.any_host]
 
-# ComfyUI takes every Qwen-Image for one of this width; in bf16, which CPU ranks and ComfyUI alike compute in float32.
-FULL_WIDTH = replace(TINY_QWEN_IMAGE, hidden=3072, heads=24, mlp=12288)
 LAYOUTS = (("cpu:1", 1, 1), ("cpu:2", 2, 1), ("cpu:2", 1, 2))
 
 
-@pytest.fixture(scope="module")
-def qwen(host):
-    path = host.base / "models/diffusion_models/qwen.safetensors"
-    write_qwen_image(str(path), FULL_WIDTH, dtype=torch.bfloat16)
-    yield path.name
-    path.unlink()
-
-
 def prompt(graph: Graph, tokens: int):
-    return graph.prompt(tokens, tokens, width=FULL_WIDTH.context)
+    return graph.prompt(tokens, tokens, width=QWEN_IMAGE.context)
 
 
 def test_layouts_and_guidance(host, qwen):
@@ -54,7 +40,7 @@ def test_shift_odd_sizes_masks_and_stepping(host, qwen):
     """Prompts of one length are evaluated together where ComfyUI steps."""
     others = Comparison()
     graph = others.graph
-    positive, same, shorter = prompt(graph, 12), graph.prompt(2, 12, width=FULL_WIDTH.context), prompt(graph, 6)
+    positive, same, shorter = prompt(graph, 12), graph.prompt(2, 12, width=QWEN_IMAGE.context), prompt(graph, 6)
     stock, usp = graph.stock(qwen), graph.usp("cpu:2", file=qwen)
     shifted = [graph.node("ModelSamplingAuraFlow", model=model, shift=3.1) for model in (usp, stock)]
     odd, masked = graph.empty(8 * 9, 8 * 7), graph.latent(64, 72, 2, masked=True)
@@ -73,7 +59,7 @@ def test_shift_odd_sizes_masks_and_stepping(host, qwen):
 
 def test_loras(host, qwen):
     names = [
-        loras.write(host.base / "models/loras", f"qwen{i}", loras.qwen_names(FULL_WIDTH.hidden, seed=i))
+        loras.write(host.base / "models/loras", f"qwen{i}", loras.qwen_names(QWEN_IMAGE.hidden, seed=i))
         for i in range(2)
     ]
     both = Comparison()
@@ -101,7 +87,7 @@ def test_references_and_control(host, qwen):
     beside = graph.referring(plain, *REFERENCES, method="offset", framed=True)
     area = graph.node("ConditioningSetArea", conditioning=one, width=64, height=64, x=8, y=32, strength=1.0)
     combined = graph.node("ConditioningCombine", conditioning_1=area, conditioning_2=other)
-    control = graph.node("TestAppliedControl", conditioning=plain, hidden=FULL_WIDTH.hidden, blocks=2)
+    control = graph.node("TestAppliedControl", conditioning=plain, hidden=QWEN_IMAGE.hidden, blocks=2)
     loop = "loop in the workers"
     for label, inputs, where in (
         ("index", {"positive": two}, loop),

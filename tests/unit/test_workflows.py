@@ -8,7 +8,7 @@ import pytest
 pytestmark = pytest.mark.unit
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "example_workflows"
-PAGE, API = EXAMPLES / "flux_usp.json", EXAMPLES / "api" / "flux_usp_api.json"
+NAMES = ["flux_usp", "qwen_image_usp"]
 
 # Fixed: links first, then widgets, in the page's order. Inputs added later are optional and come last.
 LINKED = {
@@ -25,14 +25,19 @@ OUTPUTS = {"FastUSPLoader": "MODEL", "FastUSPSampler": "LATENT", "FastUSPSetting
 SEED_CONTROLS = {"fixed", "increment", "decrement", "randomize"}
 
 
-@pytest.fixture
-def page():
-    return json.loads(PAGE.read_text(encoding="utf-8"))
+@pytest.fixture(params=NAMES)
+def name(request):
+    return request.param
 
 
 @pytest.fixture
-def api():
-    return json.loads(API.read_text(encoding="utf-8"))
+def page(name):
+    return json.loads((EXAMPLES / f"{name}.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def api(name):
+    return json.loads((EXAMPLES / "api" / f"{name}_api.json").read_text(encoding="utf-8"))
 
 
 def widget_values(node: dict) -> dict:
@@ -48,9 +53,11 @@ def widget_values(node: dict) -> dict:
 
 def test_templates_have_a_picture_and_only_the_page_form_is_one():
     """ComfyUI lists every JSON file directly in the folder as a template; one in API form would open empty."""
-    assert [x.name for x in EXAMPLES.glob("*.json")] == [PAGE.name]
-    picture = PAGE.with_suffix(".jpg").read_bytes()
-    assert picture.startswith(b"\xff\xd8\xff") and len(picture) < 200_000
+    assert sorted(x.name for x in EXAMPLES.glob("*.json")) == [f"{name}.json" for name in NAMES]
+    assert sorted(x.name for x in EXAMPLES.glob("api/*.json")) == [f"{name}_api.json" for name in NAMES]
+    for name in NAMES:
+        picture = (EXAMPLES / f"{name}.jpg").read_bytes()
+        assert picture.startswith(b"\xff\xd8\xff") and len(picture) < 200_000
 
 
 def test_page_links(page):
