@@ -149,6 +149,7 @@ class PeerExchange:
 
     def send(self, which: slice, *, text: bool = True, image: bool = True) -> None:
         channel, tensors = _FIRST_SEND + self._in_flight, range(*which.indices(3))
+        assert channel < CHANNELS
         self._in_flight += 1
         mine = self._arrival(self.position, tensors, text=text, image=image)
         with self._arena.beside():

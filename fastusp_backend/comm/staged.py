@@ -9,6 +9,7 @@ import ctypes
 import functools
 import mmap
 import os
+import weakref
 
 import torch
 import torch.distributed as dist
@@ -30,22 +31,21 @@ class StagedArena:
         self._sending = torch.cuda.Stream(device, priority=-1)
         self._fetching = torch.cuda.Stream(device, priority=-1)
         self._busy: set[torch.cuda.Stream] = set()  # with work that the main stream has not waited for
-        self._signals = [_map_pinned(m) for m in self._share(_create(self._slot_bytes))]
+        self._pinned: list[int] = []
+        # Before the memory itself goes; at the process' end CUDA is gone first.
+        weakref.finalize(self, _unpin, self._pinned).atexit = False
+        self._signals = self._map(4 * CHANNELS * self.size)
+        self._slots = [_device_address(signals) for signals in self._signals]
         self._mirrors: list[torch.Tensor] = []
         self._capacity = 0
-
-    @property
-    def _slot_bytes(self) -> int:
-        return 4 * CHANNELS * self.size
 
     def reserve(self, capacity: int) -> None:
         if capacity <= self._capacity:
             return
         torch.cuda.synchronize(self._device)
         self._meet()  # nobody writes into what is about to go
-        for mirror in self._mirrors:
-            _unmap(mirror)
-        self._mirrors = [_map_pinned(m) for m in self._share(_create(capacity))]
+        _unpin(self._pinned, keep=self.size)  # the signals'
+        self._mirrors = self._map(capacity)
         self._buffer = torch.empty(capacity, dtype=torch.uint8, device=self._device)
         self._capacity = capacity
         self.generation += 1
@@ -90,39 +90,35 @@ class StagedArena:
 
     def _slot(self, receiver: int, sender: int, channel: int) -> int:
         """The device address of a signal; it lies with its receiver."""
-        return _device_address(self._signals[receiver]) + 4 * (sender * CHANNELS + channel)
+        return self._slots[receiver] + 4 * (sender * CHANNELS + channel)
 
-    def _share(self, descriptor: int) -> list[mmap.mmap]:
-        """Every rank's memory, from descriptors that the ranks open through each other's /proc."""
+    def _map(self, size: int) -> list[torch.Tensor]:
+        """`size` zeroed bytes of every rank, pinned here. A rank opens the others' through their /proc: the memory has
+        no name and goes with its last user."""
+        descriptor = os.memfd_create("fastusp-arena")
+        os.ftruncate(descriptor, size)
         owners = torch.empty(self.size, 2, dtype=torch.int64)
         all_gather_single(owners.view(-1), torch.tensor([os.getpid(), descriptor]), group=self._group)
-        maps = []
+        tensors = []
         for process, number in owners.tolist():
             with open(f"/proc/{process}/fd/{number}", "r+b", buffering=0) as file:
-                maps.append(mmap.mmap(file.fileno(), 0))
+                tensors.append(torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=torch.uint8))
+            address = tensors[-1].data_ptr()
+            _check(torch.cuda.cudart().cudaHostRegister(address, size, _PORTABLE), "cudaHostRegister")
+            self._pinned.append(address)
         self._meet()  # until all have opened it
         os.close(descriptor)
-        return maps
+        return tensors
 
     def _meet(self) -> None:
         dist.all_reduce(torch.zeros(1), group=self._group)
 
 
-def _create(size: int) -> int:
-    """A descriptor of zeroed memory that has no name and goes with its last user."""
-    descriptor = os.memfd_create("fastusp-arena")
-    os.ftruncate(descriptor, size)
-    return descriptor
-
-
-def _map_pinned(memory: mmap.mmap) -> torch.Tensor:
-    tensor = torch.frombuffer(memory, dtype=torch.uint8)
-    _check(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.numel(), _PORTABLE), "cudaHostRegister")
-    return tensor
-
-
-def _unmap(tensor: torch.Tensor) -> None:
-    _check(torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr()), "cudaHostUnregister")
+def _unpin(addresses: list[int], keep: int = 0) -> None:
+    """Takes back the pinning of all but the first `keep`; memory that goes pinned cannot be pinned again where it
+    was."""
+    while len(addresses) > keep:
+        _check(torch.cuda.cudart().cudaHostUnregister(addresses.pop()), "cudaHostUnregister")
 
 
 def _typed(memory: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> torch.Tensor:

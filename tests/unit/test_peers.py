@@ -83,12 +83,36 @@ class ThreadArena:
         pass
 
     def expect(self, peer, channel, parts):
-        self._expected.append((peer, channel))
+        self._expected.append((peer, channel, parts))
 
     def settle(self):
-        for peer, channel in self._expected:
+        for peer, channel, parts in self._expected:
             self.wait(peer, channel)
+            self.fetch(parts)
         self._expected.clear()
+
+    def fetch(self, parts):
+        pass
+
+
+class MirroredArena(ThreadArena):
+    """Peers reach a mirror of a rank's memory alone: what they write must be fetched, what they read published."""
+
+    def reserve(self, capacity):
+        self.device = torch.full((capacity,), 0x7F, dtype=torch.uint8)
+        super().reserve(capacity)
+
+    def own(self, shape, dtype, offset):
+        size = torch.Size(shape).numel() * dtype.itemsize
+        return self.device[offset : offset + size].view(dtype).view(shape)
+
+    def publish(self, part):
+        time.sleep(self._dawdle.random() * 1e-3)
+        part.of(self.rank).copy_(part.own)
+
+    def fetch(self, parts):
+        for part in parts:
+            part.own.copy_(part.of(self.rank))
 
 
 def layers(joint: JointAttention, x, scales, rope, local_text: int, count: int) -> torch.Tensor:
@@ -109,11 +133,11 @@ def layers(joint: JointAttention, x, scales, rope, local_text: int, count: int) 
     return x
 
 
-def run_rank(ground_of, layout, rank, given, *, packed, overlap, results):
+def run_rank(arena, ground_of, layout, rank, given, *, packed, overlap, results):
     groups = {"sequence": object(), "ulysses": None, "ring": object() if layout.ring > 1 else None}
     mesh = Mesh(layout=layout, rank=rank, device=CPU, **groups)
     transport = Transport(mesh, "gloo")
-    transport._arenas = [ThreadArena(ground, rank) for ground in ground_of]
+    transport._arenas = [arena(ground, rank) for ground in ground_of]
     shards = SequenceShards(layout, TEXT, IMAGE)
     links = transport.connect(shards, BATCH, HEADS, DIM, torch.float32, packed=packed, width=3)
     joint = JointAttention(mesh, math, shards, links, overlap=overlap, pipelined=overlap)
@@ -133,7 +157,8 @@ def run_rank(ground_of, layout, rank, given, *, packed, overlap, results):
 @pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("packed, bound", [(False, 1e-6), (True, 0.1)])
 @pytest.mark.parametrize("ulysses, ring", [(2, 1), (1, 2), (4, 1), (2, 2), (1, 3)])
-def test_ranks_agree_with_one(ulysses, ring, packed, bound, overlap):
+@pytest.mark.parametrize("arena", [ThreadArena, MirroredArena])
+def test_ranks_agree_with_one(ulysses, ring, packed, bound, overlap, arena):
     generator = torch.Generator().manual_seed(ulysses * 10 + ring)
     x = torch.randn(BATCH, TEXT + IMAGE, 3 * HEADS * DIM, generator=generator)
     angles = torch.rand(TEXT + IMAGE, DIM // 2, generator=generator)
@@ -151,7 +176,7 @@ def test_ranks_agree_with_one(ulysses, ring, packed, bound, overlap):
     threads = [
         threading.Thread(
             target=run_rank,
-            args=(grounds, layout, rank, given),
+            args=(arena, grounds, layout, rank, given),
             kwargs={"packed": packed, "overlap": overlap, "results": results},
         )
         for rank in range(layout.ranks)

@@ -1,0 +1,20 @@
+"""What the README names exists."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_tests_of_the_compatibility_table_exist():
+    table = README.partition("### What works around the MODEL")[2].partition("###")[0]
+    named = set(re.findall(r"`(test_\w+\.py)`", table))
+    assert len(named) >= 8
+    assert not {name for name in named if not (ROOT / "tests/host" / name).is_file()}
+    rows = [line for line in table.splitlines() if line.startswith("|")][2:]
+    assert all("test_" in row.rsplit("|", 2)[1] or "the same" in row.rsplit("|", 2)[1] for row in rows)
