@@ -99,8 +99,9 @@ class Flux(nn.Module):
         self.time_in = Embedder(256, config.hidden)
         self.vector_in = Embedder(config.pooled, config.hidden)
         self.guidance_in = Embedder(256, config.hidden) if config.guidance else None
-        self.double_blocks = nn.ModuleList(DoubleBlock(config) for _ in range(config.double_blocks))
-        self.single_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.single_blocks))
+        sizes = config.hidden, config.heads, config.mlp
+        self.double_blocks = nn.ModuleList(DoubleBlock(*sizes) for _ in range(config.double_blocks))
+        self.single_blocks = nn.ModuleList(SingleBlock(*sizes) for _ in range(config.single_blocks))
         self.final_layer = FinalLayer(config.hidden, width)
 
     @staticmethod

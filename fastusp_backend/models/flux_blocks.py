@@ -6,7 +6,7 @@ they await it. Each residual addition is fused with the next block's norm, so bl
 Shapes: B batch, L tokens of this rank (text first), C hidden, H heads, D head dim = 128, M mlp width.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,6 @@ from torch import nn
 from ..attention import ALL, ONLY_K, ONLY_Q, ONLY_V, JointAttention, Rope
 from .layers import Activations, Gates, HeadNorm, Linear
 from .segments import Segments
-
-if TYPE_CHECKING:
-    from .flux import FluxConfig
 
 
 class Embedder(nn.Module):
@@ -97,10 +94,10 @@ class Tower(nn.Module):
 
 
 class DoubleBlock(nn.Module):
-    def __init__(self, config: "FluxConfig"):
+    def __init__(self, hidden: int, heads: int, mlp: int):
         super().__init__()
-        self.txt = Tower(config.hidden, config.heads, config.mlp)
-        self.img = Tower(config.hidden, config.heads, config.mlp)
+        self.txt = Tower(hidden, heads, mlp)
+        self.img = Tower(hidden, heads, mlp)
 
     def forward(self, txt, img, txt_normed, img_normed, gates: tuple[Gates, Gates], rope, joint, run: Segments):
         """txt (B, Lt, C), img (B, Li, C), gates and rope a pair (text, image) -> (txt, img, and what to add to
@@ -119,13 +116,13 @@ class SingleBlock(nn.Module):
     """Attention and MLP side by side (arXiv 2302.05442): linear1 holds qkv and the MLP's input, linear2 both
     outputs."""
 
-    def __init__(self, config: "FluxConfig"):
+    def __init__(self, hidden: int, heads: int, mlp: int):
         super().__init__()
-        self.hidden = config.hidden
-        self.modulation = Modulation(config.hidden, 3)
-        self.linear1 = Linear(config.hidden, 3 * config.hidden + config.mlp)
-        self.linear2 = Linear(config.hidden + config.mlp, config.hidden)
-        self.norm = QKNorm(config.hidden // config.heads)
+        self.hidden = hidden
+        self.modulation = Modulation(hidden, 3)
+        self.linear1 = Linear(hidden, 3 * hidden + mlp)
+        self.linear2 = Linear(hidden + mlp, hidden)
+        self.norm = QKNorm(hidden // heads)
 
     def forward(self, normed: Activations, rope: Rope, joint: JointAttention, run: Segments) -> torch.Tensor:
         """normed (B, L, C) -> what to add to x (B, L, C)."""
