@@ -28,8 +28,9 @@ TIMESTEPS = (0.95, 0.6, 0.2)
 OPTIONS = {
     "exact": {},
     "fp8 wire": {"wire": "fp8"},
+    "int8 wire": {"wire": "int8"},
     "fp8 products": {"linear": "fp8"},
-    "fp8 wire and products": {"wire": "fp8", "linear": "fp8"},
+    "int8 wire, fp8 products": {"wire": "int8", "linear": "fp8"},
 }
 
 

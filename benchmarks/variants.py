@@ -21,7 +21,7 @@ class Variant:
 
     @property
     def lossy(self) -> bool:
-        return "fp8" in (self.settings.wire, self.settings.linear)
+        return self.settings.wire != "exact" or self.settings.linear != "exact"
 
 
 def _variant(*, every_step: bool = False, **options) -> Variant:
@@ -42,6 +42,7 @@ VARIANTS = {
     "unpipelined": _variant(**_OVERLAP),
     "overlap": _variant(**_LOSSLESS),
     "wire-fp8": _variant(**_LOSSLESS, wire="fp8"),
+    "wire-int8": _variant(**_LOSSLESS, wire="int8"),
     "wire-fp8-unpipelined": _variant(**_OVERLAP, wire="fp8"),
     "linear-fp8": _variant(**_LOSSLESS, linear="fp8"),
     "fp8": _variant(**_LOSSLESS, wire="fp8", linear="fp8"),

@@ -16,7 +16,7 @@ Storage = Literal["bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m
 
 BatchParallel = Literal["auto", "on", "off"]
 AttentionChoice = Literal["auto", "cudnn", "flash", "efficient", "math"]
-WireChoice = Literal["exact", "fp8", "auto"]
+WireChoice = Literal["exact", "fp8", "auto", "int8"]
 LinearChoice = Literal["exact", "fp8"]
 Residency = Literal["keep", "park", "release"]
 PatchKind = Literal["lora", "loha", "lokr", "glora", "diff", "set"]
@@ -57,8 +57,8 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """The options of USP Optimization Settings.
 
-    wire: what crosses a link; `exact` sends the compute type as it is, `fp8` e4m3 with a scale per (token, head),
-    `auto` fp8 where the measured link is slow.
+    wire: what crosses a link; `exact` sends the compute type as it is, `fp8` e4m3 and `int8` integers with a scale
+    per (token, head), `auto` int8 where the measured link is slow.
     attention: the local attention back end; `auto` takes the fastest that the device and type allow.
     compile: element-wise segments fused, by kernels of our own and the compiler (GPUs). cuda_graphs: a whole evaluation
     as one graph (GPUs).

@@ -22,9 +22,9 @@ class USPSettings(io.ComfyNode):
                     "wire",
                     options=list(get_args(WireChoice)),
                     default="exact",
-                    tooltip="What travels between the ranks. exact: the computed values, no loss. fp8: half the "
-                    "bytes, 8 bits and a scale per token and head; for slow links (PCIe) and long sequences. auto: "
-                    "fp8 where the measured link is slow.",
+                    tooltip="What travels between the ranks. exact: the computed values, no loss. fp8, "
+                    "int8: half the bytes, 8 bits and a scale per token and head, for slow links (PCIe) and long "
+                    "sequences; int8 is the closer one. auto: int8 where the measured link is slow.",
                 ),
                 io.Combo.Input(
                     "attention",

@@ -19,9 +19,9 @@ TIMESTEPS = (0.95, 0.6, 0.2)
 BOUNDS = {"float32": 2e-5, "bfloat16": 5e-2, "float16": 1e-2}
 """By how much the ranks may differ from one, by compute type: rounding in another order."""
 
-_SHARED = {"fp8 wire": {"wire": "fp8"}}
+_SHARED = {"fp8 wire": {"wire": "fp8"}, "int8 wire": {"wire": "int8"}}
 _ANYWHERE = {"fp8 products": {"linear": "fp8"}}
-_BOTH = {"fp8 wire and products": {"wire": "fp8", "linear": "fp8"}}
+_BOTH = {"int8 wire and fp8 products": {"wire": "int8", "linear": "fp8"}}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -129,7 +129,7 @@ def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
 def _row(label: str, found: list[torch.Tensor] | str, wanted: list[torch.Tensor] | str) -> str:
     for result in (found, wanted):
         if isinstance(result, str):
-            return f"{label:40s} not run: {result.splitlines()[0]}"
+            return f"{label:42s} not run: {result.splitlines()[0]}"
     *single, after = [_difference(a, b) for a, b in zip(found, wanted, strict=True)]
     at = "  ".join(f"t={t} {d:.1e}" for t, d in zip(TIMESTEPS, single, strict=True))
-    return f"{label:40s} {at}  after the steps {after:.1e}"
+    return f"{label:42s} {at}  after the steps {after:.1e}"

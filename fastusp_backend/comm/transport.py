@@ -23,6 +23,10 @@ from .wire import Wire
 
 Kind = Literal["none", "symmetric memory", "host memory", "nccl", "gloo"]
 
+Sent = Literal["exact", "fp8", "int8"]
+PACKED: dict[Sent, torch.dtype | None] = {"exact": None, "fp8": torch.uint8, "int8": torch.int8}
+"""What carries each: see kernels/fp8.py."""
+
 FAST_LINK = 100.0
 """GB/s from which `auto` sends exact values. FLUX.1-dev's 1.6 GB a step on 2 GPUs hide behind 60 ms of computing from
 27 GB/s on where all of it overlaps; what does not, and other ranks on the same link, take several times that."""
@@ -54,21 +58,21 @@ class Transport:
         # The gather's memory must not be another message's in a step of another shape: see peers.py.
         self._arenas: list[Arena] = [make(mesh.sequence, mesh.device) for _ in range(2)] if make else []
         self._speed: float | None = None
-        self._wire: Literal["exact", "fp8"] | None = None
+        self._wire: Sent | None = None
 
     def __str__(self) -> str:
         """For people: how tensors move, and what the last wire asked for was."""
         speed = f" ({self._speed:.0f} GB/s)" if self._speed is not None else ""
         return f"{self.kind}{speed}" + (f", {self._wire} wire" if self._wire else "")
 
-    def wire(self, choice: WireChoice) -> Literal["exact", "fp8"]:
-        """What the ranks send. `auto` measures the link once: fp8 where it is slower than FAST_LINK. CPU ranks share
+    def wire(self, choice: WireChoice) -> Sent:
+        """What the ranks send. `auto` measures the link once: int8 where it is slower than FAST_LINK. CPU ranks share
         their memory, so they send exact values then. Collective."""
         self._wire = choice
         if choice == "auto":
             if self.kind not in ("none", "gloo") and self._speed is None:
                 self._speed = self._measure()
-            self._wire = "fp8" if self._speed is not None and self._speed < FAST_LINK else "exact"
+            self._wire = "int8" if self._speed is not None and self._speed < FAST_LINK else "exact"
         return self._wire
 
     def _measure(self) -> float:
@@ -107,9 +111,18 @@ class Transport:
         return sum(arena.generation for arena in self._arenas)
 
     def connect(
-        self, shards: SequenceShards, batch: int, heads: int, dim: int, dtype: torch.dtype, *, packed: bool, width: int
+        self,
+        shards: SequenceShards,
+        batch: int,
+        heads: int,
+        dim: int,
+        dtype: torch.dtype,
+        *,
+        packed: torch.dtype | None,
+        width: int,
     ) -> Links:
-        """Buffers and messages for tensors of one shape; width: values per token of the final gather. Collective."""
+        """Buffers and messages for tensors of one shape; packed: see `Wire`; width: values per token of the final
+        gather. Collective."""
         mesh = self._mesh
         wire = Wire(heads // mesh.layout.ulysses, dim, dtype, packed)
         if self._arenas:

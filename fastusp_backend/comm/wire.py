@@ -1,4 +1,4 @@
-"""What a row of attention heads looks like while it travels: as computed, or packed in fp8 (kernels/fp8.py).
+"""What a row of attention heads looks like while it travels: as computed, or packed in 8 bits (kernels/fp8.py).
 
 U Ulysses ranks, B batch, L local and N gathered tokens, h heads of a rank, D head dim.
 """
@@ -13,12 +13,13 @@ from .shards import SequenceShards
 
 @dataclass(frozen=True, slots=True)
 class Wire:
-    """Rows of `heads` heads of `dim` values of `dtype`; `packed`: in fp8, with a scale per (token, head)."""
+    """Rows of `heads` heads of `dim` values of `dtype`; `packed`: the type of 8-bit rows with a scale per (token,
+    head), None for values as they are."""
 
     heads: int
     dim: int
     dtype: torch.dtype
-    packed: bool
+    packed: torch.dtype | None = None
 
     @property
     def row(self) -> tuple[int, ...]:
@@ -28,13 +29,13 @@ class Wire:
     @property
     def carrier(self) -> torch.dtype:
         """The type of what travels."""
-        return torch.uint8 if self.packed else self.dtype
+        return self.packed or self.dtype
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """x (B, R, h, D) -> rows (B, R, *row)."""
         if not self.packed:
             return x
-        rows = torch.empty(*x.shape[:2], *self.row, dtype=torch.uint8, device=x.device)
+        rows = torch.empty(*x.shape[:2], *self.row, dtype=self.packed, device=x.device)
         fp8.pack(x, rows)
         return rows
 

@@ -8,7 +8,7 @@ from ..attention import JointAttention
 from ..attention.local import Attend
 from ..comm.mesh import Mesh
 from ..comm.shards import SequenceShards
-from ..comm.transport import Transport
+from ..comm.transport import PACKED, Transport
 from ..config import Settings
 from ..models.family import Residuals, Transformer
 from ..models.patches import PATCH, patch_grid, patchify, unpatchify
@@ -65,7 +65,7 @@ class Step:
             config.heads,
             config.hidden // config.heads,
             dtype,
-            packed=transport.wire(settings.wire) == "fp8",
+            packed=PACKED[transport.wire(settings.wire)],
             width=config.channels * PATCH**2,
         )
         self._gather = links.gather

@@ -1,8 +1,8 @@
 """From a projection to the buffers of an exchange in one pass: split heads, normalise q and k, rotate, lay out.
 
 T tensors (of q, k, v) of R rows each: projected (B, R, T H D). A head of this rank (`position`) goes into `received`
-at the row where attention reads it, any other into `outgoing` for the rank that attends it, packed in fp8 (fp8.py)
-where `outgoing` holds bytes. Everything is read and written once.
+at the row where attention reads it, any other into `outgoing` for the rank that attends it, packed in 8 bits
+(fp8.py) where `outgoing` holds bytes. Everything is read and written once.
 """
 
 import torch
@@ -39,7 +39,7 @@ def place(
 
     scales: per tensor the RMS norm's weight (D,), or None for one that is neither normed nor rotated (v). rope: cos,
     sin (R, D / 2) float32, neighbouring pairs. received (3, B, N, h, D), outgoing (3, U, B, L, h, D) or packed
-    (3, U, B, L, pitch) uint8: see comm/ulysses.py.
+    (3, U, B, L, pitch) uint8 or int8: see comm/ulysses.py.
     """
     if projected.is_cuda and triton is not None:
         _launch(projected, scales, rope, which, first_row, received, outgoing, position, regions)
@@ -59,7 +59,7 @@ def place_reference(projected, scales, rope, which, first_row, received, outgoin
             value = rotate(F.rms_norm(value, (d,), scale.to(value.dtype), eps=EPS), *rope)
         for rank, part in enumerate(value.split(local_heads, dim=2)):
             if rank != position:
-                if outgoing.dtype == torch.uint8:
+                if outgoing.dtype in fp8.LARGEST:
                     fp8.pack_reference(part, outgoing[tensor, rank, :, rows])
                 else:
                     outgoing[tensor, rank, :, rows] = part
@@ -106,6 +106,7 @@ if triton is not None:
         LOCAL_HEADS: tl.constexpr,
         D: tl.constexpr,
         PITCH: tl.constexpr,
+        INTEGER: tl.constexpr,
         ROWS: tl.constexpr,
         eps: tl.constexpr,
     ):
@@ -145,7 +146,7 @@ if triton is not None:
             if PITCH == 0:
                 tl.store(outgoing + (leaving * LOCAL_HEADS + slot) * D + column, value, mask=inside)
             else:
-                store_packed(outgoing + leaving * PITCH, value, slot, inside, LOCAL_HEADS, D)
+                store_packed(outgoing + leaving * PITCH, value, slot, inside, LOCAL_HEADS, D, INTEGER)
 
 
 def _launch(projected, scales, rope, which, first_row, received, outgoing, position, regions) -> None:
@@ -181,7 +182,8 @@ def _launch(projected, scales, rope, which, first_row, received, outgoing, posit
         HEADS=heads,
         LOCAL_HEADS=received.shape[3],
         D=d,
-        PITCH=outgoing.shape[4] if outgoing.dtype == torch.uint8 else 0,
+        PITCH=outgoing.shape[4] if outgoing.dtype in fp8.LARGEST else 0,
+        INTEGER=outgoing.dtype == torch.int8,
         ROWS=rows_per_program,
         eps=EPS,
         num_warps=4,

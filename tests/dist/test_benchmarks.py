@@ -71,7 +71,7 @@ def test_the_quality_of_lossy_options():
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     rows = [line.split(" | ") for line in done.stdout.splitlines()[3:]]
-    assert len(rows) == 2 * 2 * 4  # weights, layouts, options
+    assert len(rows) == 2 * 2 * 5  # weights, layouts, options
     for _, _, option, single, _ in rows:
         errors = [float(x) for x in single.split()]
         assert len(errors) == 3 and all(x < 1e-5 if option == "exact" else 1e-4 < x < 0.1 for x in errors), option

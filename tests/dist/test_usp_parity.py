@@ -79,13 +79,14 @@ def test_without_pipelining_the_ring_the_bits_are_the_same(session_of, reference
 
 
 @pytest.mark.parametrize("ulysses, ring", [(2, 1), (1, 2), (2, 2), (1, 3)])
-def test_an_fp8_wire_is_close_and_in_use(session_of, reference, ulysses, ring):
+@pytest.mark.parametrize("wire, bound", [("fp8", 0.05), ("int8", 0.015)])
+def test_a_wire_of_8_bits_is_close_and_in_use(session_of, reference, ulysses, ring, wire, bound):
     """Uneven lengths, a batch; with few tokens and random weights the error is larger than a real image's."""
     for text, size, batch in ((7, (3, 5), 2), (301, (14, 18), 1)):
         given, expected = reference(text, size, batch)
-        got = evaluate(session_of(ulysses, ring, wire="fp8"), given)
-        assert TOLERANCE < relative_difference(got, expected) < 0.05
-        late = evaluate(session_of(ulysses, ring, wire="fp8", overlap=False, ring_pipeline=False), given)
+        got = evaluate(session_of(ulysses, ring, wire=wire), given)
+        assert TOLERANCE < relative_difference(got, expected) < bound
+        late = evaluate(session_of(ulysses, ring, wire=wire, overlap=False, ring_pipeline=False), given)
         assert relative_difference(late, got) < TOLERANCE
 
 

@@ -23,11 +23,12 @@ def rows(*shape, dtype=torch.float32, seed=0):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1e-4, 1.0, 100.0])
 @pytest.mark.parametrize("heads", [1, 3, 12])
-def test_packed_bits_are_the_references(heads, size, dtype):
+@pytest.mark.parametrize("carrier", fp8.LARGEST)
+def test_packed_bits_are_the_references(carrier, heads, size, dtype):
     x = (rows(2, 77, heads, DIM) * size).to(dtype)
     x[0, 5] = 0
     for source in (x, x.transpose(1, 2).contiguous().transpose(1, 2)):
-        kernel, reference = (torch.zeros(2, 77, fp8.pitch(heads, DIM), dtype=torch.uint8, device="cuda") for _ in "ab")
+        kernel, reference = (torch.zeros(2, 77, fp8.pitch(heads, DIM), dtype=carrier, device="cuda") for _ in "ab")
         fp8.pack(source, kernel)
         fp8.pack_reference(source, reference)
         assert torch.equal(kernel, reference)
@@ -42,8 +43,9 @@ def test_packed_bits_are_the_references(heads, size, dtype):
         (fp8.Destination(0, 20, 60, 70), 270, 3),
     ],
 )
-def test_rows_are_unpacked_as_the_reference_does(to, gathered, heads, dtype):
-    packed = torch.zeros(2 * 3 * 2, 70, fp8.pitch(3, DIM), dtype=torch.uint8, device="cuda")
+@pytest.mark.parametrize("carrier", fp8.LARGEST)
+def test_rows_are_unpacked_as_the_reference_does(carrier, to, gathered, heads, dtype):
+    packed = torch.zeros(2 * 3 * 2, 70, fp8.pitch(3, DIM), dtype=carrier, device="cuda")
     fp8.pack_reference(rows(12, 70, 3, DIM), packed)
     packed = packed.unflatten(0, (2, 3, 2))
     kernel, reference = (torch.zeros(2, 2, gathered, heads, DIM, dtype=dtype, device="cuda") for _ in "ab")

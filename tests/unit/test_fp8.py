@@ -1,4 +1,4 @@
-"""The wire's quantiser: its error, its idempotence, and where unpacked rows go."""
+"""The wire's quantisers: their error, their idempotence, and where unpacked rows go."""
 
 import pytest
 import torch
@@ -14,8 +14,8 @@ HEADS, DIM = 3, 8
 WHOLE = fp8.Destination(5, 0, 5, 0)
 
 
-def packed(x: torch.Tensor) -> torch.Tensor:
-    out = torch.empty(*x.shape[:2], fp8.pitch(*x.shape[2:]), dtype=torch.uint8)
+def packed(x: torch.Tensor, carrier: torch.dtype = torch.uint8) -> torch.Tensor:
+    out = torch.empty(*x.shape[:2], fp8.pitch(*x.shape[2:]), dtype=carrier)
     fp8.pack(x, out)
     return out
 
@@ -38,23 +38,34 @@ def test_error_within_half_an_ulp(size, dtype):
     assert ((back - x).abs() <= (ulp / 2 * scale) * (1 + 1e-6) + rounding * x.abs()).all()
 
 
-def test_largest_values_zeros_and_signs_are_kept():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_integers_are_within_half_a_step(dtype):
+    x = torch.randn(2, 5, HEADS, DIM, generator=torch.Generator().manual_seed(0)).to(dtype)
+    back = unpacked(packed(x, torch.int8), x).double()
+    step = x.double().abs().amax(-1, keepdim=True) / 127
+    rounding = 0 if dtype == torch.float32 else 2**-8
+    assert ((back - x.double()).abs() <= step / 2 * (1 + 1e-6) + rounding * x.double().abs()).all()
+
+
+@pytest.mark.parametrize("carrier", fp8.LARGEST)
+def test_largest_values_zeros_and_signs_are_kept(carrier):
     x = torch.zeros(1, 5, HEADS, DIM)
     x[0, 1, 1, 2], x[0, 3, 2, 0] = -7.3, 0.1
-    back = unpacked(packed(x), x)
+    back = unpacked(packed(x, carrier), x)
     torch.testing.assert_close(back, x, rtol=1e-6, atol=0)
 
 
-def test_packing_again_changes_nothing():
+@pytest.mark.parametrize("carrier", fp8.LARGEST)
+def test_packing_again_changes_nothing(carrier):
     x = torch.randn(2, 5, HEADS, DIM, generator=torch.Generator().manual_seed(1))
     filled = HEADS * (DIM + 4)  # the rest is padding
-    once = packed(x)
-    assert torch.equal(packed(unpacked(once, x))[..., :filled], once[..., :filled])
+    once = packed(x, carrier)
+    assert torch.equal(packed(unpacked(once, x), carrier)[..., :filled], once[..., :filled])
 
 
 def test_rows_are_padded_to_sixteen_bytes():
     assert [fp8.pitch(h, 128) for h in (1, 2, 3, 12)] == [144, 272, 400, 1584]
-    assert Wire(3, 128, torch.bfloat16, True).row == (400,) and Wire(3, 128, torch.bfloat16, False).row == (3, 128)
+    assert Wire(3, 128, torch.bfloat16, torch.int8).row == (400,) and Wire(3, 128, torch.bfloat16).row == (3, 128)
 
 
 @pytest.mark.parametrize("text, image", [(True, True), (True, False), (False, True)])

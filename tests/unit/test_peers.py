@@ -155,7 +155,7 @@ def run_rank(arena, ground_of, layout, rank, given, *, packed, overlap, results)
 
 
 @pytest.mark.parametrize("overlap", [True, False])
-@pytest.mark.parametrize("packed, bound", [(False, 1e-6), (True, 0.1)])
+@pytest.mark.parametrize("packed, bound", [(None, 1e-6), (torch.uint8, 0.1), (torch.int8, 0.03)])
 @pytest.mark.parametrize("ulysses, ring", [(2, 1), (1, 2), (4, 1), (2, 2), (1, 3)])
 @pytest.mark.parametrize("arena", [ThreadArena, MirroredArena])
 def test_ranks_agree_with_one(ulysses, ring, packed, bound, overlap, arena):
@@ -167,7 +167,7 @@ def test_ranks_agree_with_one(ulysses, ring, packed, bound, overlap, arena):
 
     alone = single_rank_mesh(CPU)
     shards = SequenceShards(alone.layout, TEXT, IMAGE)
-    links = Transport(alone).connect(shards, BATCH, HEADS, DIM, torch.float32, packed=False, width=3)
+    links = Transport(alone).connect(shards, BATCH, HEADS, DIM, torch.float32, packed=None, width=3)
     joint = JointAttention(alone, math, shards, links, overlap=True, pipelined=True)
     expected = layers(joint, x, scales, given[2], TEXT, 5)[:, TEXT:, :3]
 
@@ -191,7 +191,7 @@ def test_ranks_agree_with_one(ulysses, ring, packed, bound, overlap, arena):
     assert not grounds[0].raised and not grounds[1].raised, "a signal was never heard"
 
 
-@pytest.mark.parametrize("speed, wire", [(390.0, "exact"), (100.0, "exact"), (55.0, "fp8"), (12.0, "fp8")])
+@pytest.mark.parametrize("speed, wire", [(390.0, "exact"), (100.0, "exact"), (55.0, "int8"), (12.0, "int8")])
 def test_the_wire_follows_the_link(speed, wire, monkeypatch):
     transport = Transport(single_rank_mesh(CPU), "nccl")
     monkeypatch.setattr(transport, "_measure", lambda: speed)
