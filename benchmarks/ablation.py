@@ -31,14 +31,17 @@ def parser() -> argparse.ArgumentParser:
 
 
 def table(levels: list[tuple[str, dict]], link: str) -> str:
-    """A row per level: its time, what it gains over the level above and over the first, and its breakdown."""
-    body, above = [], None
+    """A row per level: its time, what it gains over the level above (blank where the ring starts: it builds on nothing
+    above) and over the first, and its breakdown."""
+    body, above = [], {}
     for label, row in levels:
-        gain = f"{above / row['median']:.2f}" if above else ""
+        follows = above and (above["who"] != "ours" or above["set"] == row["set"])
+        gain = f"{above['median'] / row['median']:.2f}" if follows else ""
         total = f"{levels[0][1]['median'] / row['median']:.2f}"
         parts = [f"{row['breakdown'][column]:.1f}" for column in COLUMNS] if "breakdown" in row else [""] * len(COLUMNS)
-        body.append([label, f"{row['median']:.1f}", gain, total, *parts, f"{row['error']:.1e}"])
-        above = row["median"]
+        error = f"{row['error']:.1e}" if "error" in row else ""
+        body.append([label + report.verdict(row), f"{row['median']:.1f}", gain, total, *parts, error])
+        above = row
     head = ("level", "median ms", "x above", "x first", *COLUMNS, "error")
     return f"**{link}**\n\n{report.markdown(head, body)}"
 

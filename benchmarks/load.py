@@ -14,6 +14,7 @@ import os
 import time
 from pathlib import Path
 
+import paths  # noqa: F401
 import torch
 import torch.distributed as dist
 
@@ -51,7 +52,7 @@ def resident() -> dict[str, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--storage", choices=["bfloat16", "float16", "float8_e4m3fn"], default="bfloat16")

@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import paths  # noqa: F401
 import torch
 from safetensors.torch import save_file
 

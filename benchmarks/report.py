@@ -14,14 +14,17 @@ from process_sets import Outcome
 
 BASELINES = (("paraattention-ulysses", "eager"), ("diffusers-ulysses", "eager"), ("ours", "eager"))
 """The first that was measured: the paper's own, else what stands nearest."""
+WRONG = 0.1
+"""A lossless engine whose relative error exceeds this computed something else."""
 
 
 def finish(rows: list[dict]) -> tuple[list[dict], str]:
-    """Adds error, own_error and the ratios; drops the references. -> (timed rows, what `error` is measured against).
+    """Adds errors, `wrong` and ratios; drops the references. -> (timed rows, what `error` is measured against).
 
     error: relative (Frobenius), against diffusers eager on one rank where a peer ran, else our own; own_error: ours
-    against our own eager on one rank. over_peer, over_baseline: how many times faster than the best lossless peer on
-    as many ranks, and than the baseline, of the same case and link.
+    against our own eager on one rank; neither where that reference failed. wrong: a lossless row whose error exceeds
+    `WRONG`; nothing is compared with it. over_peer, over_baseline: how many times faster than the best lossless peer
+    on as many ranks, and than the baseline, of the same case and link.
     """
     rows = [row for row in rows if "failed" not in row]
     outputs = {row["output"]: torch.load(row["output"], weights_only=True).double() for row in rows}
@@ -33,16 +36,19 @@ def finish(rows: list[dict]) -> tuple[list[dict], str]:
         case = key(row)
         if case in theirs or case in own:
             row["error"] = _relative(out, outputs[theirs.get(case) or own[case]])
-        if row["who"] == "ours":
+        if row["who"] == "ours" and case in own:
             row["own_error"] = _relative(out, outputs[own[case]])
-        alike = [other for other in timed if place(other) == place(row)]
+        row["wrong"] = not (row["lossy"] or row.get("error", 0.0) <= WRONG)  # NaN is wrong, too
+    right = [row for row in timed if not row["wrong"]]
+    for row in right:
+        alike = [other for other in right if place(other) == place(row)]
         peers = [x["median"] for x in alike if x["who"] != "ours" and not x["lossy"] and x["ranks"] == row["ranks"]]
         if peers:
             row["over_peer"] = min(peers) / row["median"]
         base = [x["median"] for name in BASELINES for x in alike if (x["who"], x["config"]) == name]
         if base:
             row["over_baseline"] = base[0] / row["median"]
-    return timed, "diffusers, eager, one rank" if theirs else "FastUSP, eager, one rank"
+    return timed, "diffusers, eager, one rank" if theirs else "FastUSP, eager, one rank" if own else ""
 
 
 def _relative(out: torch.Tensor, expected: torch.Tensor) -> float:
@@ -60,8 +66,13 @@ def place(row: dict) -> tuple:
 
 def name(row: dict) -> str:
     if row["who"] != "ours":
-        return f"{row['who']}, {row['config']}"
-    return f"FastUSP {row['config']}, {row['layout'] if row['ranks'] > 1 else '1 rank'}"
+        return f"{row['who']}, {row['config']}{verdict(row)}"
+    return f"FastUSP {row['config']}, {row['layout'] if row['ranks'] > 1 else '1 rank'}{verdict(row)}"
+
+
+def verdict(row: dict) -> str:
+    """What follows a row's name."""
+    return ", result wrong" if row.get("wrong") else ""
 
 
 def tables(timed: list[dict]) -> str:
@@ -88,14 +99,15 @@ def title(where: tuple) -> str:
 
 
 def efficiency(group: list[dict]) -> str:
-    """Our ranks' speed against our own single rank's."""
-    ours = [row for row in group if row["who"] == "ours"]
-    alone = min((row["median"] for row in ours if row["ranks"] == 1), default=None)
-    best = min((row for row in ours if row["ranks"] > 1), key=lambda row: row["median"], default=None)
-    if alone is None or best is None:
+    """Our ranks' speed against our own single rank's, of the fastest configuration that ran on both."""
+    ours = [row for row in group if row["who"] == "ours" and not row["wrong"]]
+    alone = {row["config"]: row["median"] for row in ours if row["ranks"] == 1}
+    both = [row for row in ours if row["ranks"] > 1 and row["config"] in alone]
+    if not both:
         return ""
-    share = alone / best["median"] / best["ranks"]
-    return f"Parallel efficiency on {best['ranks']} ranks against our own 1: {share:.1%}"
+    best = min(both, key=lambda row: row["median"])
+    share = alone[best["config"]] / best["median"] / best["ranks"]
+    return f"Parallel efficiency of {best['config']} on {best['ranks']} ranks against our own 1: {share:.1%}"
 
 
 def breakdowns(timed: list[dict]) -> str:
