@@ -12,8 +12,8 @@ from .checkpoint import TensorInfo, read_header
 from .detection import detect
 from .family import Transformer
 from .layers import Linear
-from .reading import Shares, map_tensors, read_tensors
-from .stored import Stored, hold, keeps
+from .reading import Shares, map_tensors, read_tensors, room
+from .stored import Stored, conversion_bytes, hold, keeps
 
 
 def check_tensors(model: Transformer, header: dict[str, TensorInfo], path: str) -> dict[str, TensorInfo]:
@@ -67,12 +67,23 @@ class Checkpoint:
         """Makes room for the weights on a GPU; raises what torch raises where there is none. CPU ranks need none: they
         map the file.
 
+        Weights that are converted get their room when they are read: it is tried here, with what the largest
+        conversion takes, and given back to torch's allocator, which has it ready then.
+
         group: the ranks that share the reading, each on a GPU of its own.
         """
         self._device, self._shares = device, Shares(group)
         if device.type != "cpu":
             kept = [name for name, info in self.infos.items() if keeps(info, self.spec, **self._use(name))]
             self._rooms = {name: self._shares.allocate(self.infos[name], device) for name in kept}
+            converted = [
+                conversion_bytes(info, self.spec, **self._use(name))
+                for name, info in self.infos.items()
+                if name not in self._rooms
+            ]
+            tried = [room(held, device) for held, _ in converted]
+            tried.append(room(max((passing for _, passing in converted), default=0), device))
+            del tried
 
     def read(self) -> Transformer:
         """Gives the model its weights. Collective over the group: a rank that fails here alone leaves the others

@@ -1,5 +1,6 @@
 """How a weight lies in memory: in a float type, in fp8 with or without a scale, or packed (GGUF); and what it means."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -100,6 +101,15 @@ def hold(raw: torch.Tensor, info: TensorInfo, spec: ModelSpec, *, matrix: bool, 
     """
     stored = _hold(raw, info, spec, matrix=matrix)
     return stored.by_rows() if by_rows else stored
+
+
+def conversion_bytes(info: TensorInfo, spec: ModelSpec, *, matrix: bool, by_rows: bool = False) -> tuple[int, int]:
+    """Of a tensor that `hold` converts: the bytes of what it gives, and about what it takes meanwhile: the file's
+    bytes, with the next tensor's, and the values in float32, of which quantising by rows makes three."""
+    with torch.device("meta"):
+        stored = hold(torch.empty(info.size, dtype=torch.uint8), info, spec, matrix=matrix, by_rows=by_rows)
+    held = sum(tensor.nbytes for tensor in (stored.data, stored.scale) if tensor is not None)
+    return held, 2 * info.size + (12 if by_rows else 4) * math.prod(info.shape)
 
 
 def _hold(raw: torch.Tensor, info: TensorInfo, spec: ModelSpec, *, matrix: bool) -> Stored:
