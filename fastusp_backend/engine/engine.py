@@ -15,7 +15,7 @@ from ..models.patching import PatchedWeights, Patches
 from ..models.products import check_fp8_products
 from .batch import BatchedDenoiser
 from .denoiser import Denoiser
-from .parking import HostShare, device_bytes
+from .parking import HostShare, held_bytes
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Engine:
         """Bytes of the weights: on the device, or parked in host memory."""
         if self._model is None:
             return 0
-        return self._share.nbytes if self._parked else device_bytes(self._model)
+        return self._share.nbytes if self._parked else held_bytes(self._model)
 
     @property
     def patches(self) -> int | None:
@@ -167,7 +167,7 @@ class Engine:
 
     def held(self) -> str:
         """What this rank's memory holds, for people to read."""
-        weights = device_bytes(self._model) if self._model is not None else 0
+        weights = held_bytes(self._model) if self._model is not None else 0
         text = f"{weights / 1e9:.1f} GB of weights"
         if self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.device)
