@@ -2,7 +2,7 @@
 
 A packed row holds a token's h heads: h D bytes of e4m3, then h scales, padded to a multiple of 16 bytes. scale =
 amax / 448 over the head, value = round_to_nearest_even(x / scale): the largest value of a head is met exactly, and
-what was packed and unpacked packs to the same bytes again.
+what was packed and unpacked packs to the same bytes again. A head that is not finite is NaN after the way, whole.
 
 The kernels round with integer arithmetic, since GPUs before Ada have no e4m3 instructions.
 """
@@ -117,12 +117,18 @@ if triton is not None:
         return tl.where(bits >= 0x80, -value, value)
 
     @triton.jit
+    def magnitudes(x):
+        """|x|, infinite for NaN: the maximum of a GPU, unlike torch's, passes NaN over."""
+        return tl.where(x == x, tl.abs(x), float("inf"))
+
+    @triton.jit
     def store_packed(base, value, slot, inside, HEADS: tl.constexpr, D: tl.constexpr):
         """Quantises value (R, D), rows of head `slot`, into the packed rows at base (R, 1) uint8 pointers."""
         wide = value.to(tl.float32)
         # Correctly rounded divisions: the bits must be those of the reference.
-        largest = tl.max(tl.abs(wide), axis=1)
+        largest = tl.max(magnitudes(wide), axis=1)
         scale = tl.div_rn(largest, tl.full(largest.shape, 448.0, tl.float32))[:, None]
+        scale = tl.where(scale < float("inf"), scale, float("nan"))
         scaled = tl.div_rn(wide, tl.broadcast_to(tl.where(scale > 0, scale, 1.0), wide.shape))
         scaled = tl.minimum(tl.maximum(scaled, -448.0), 448.0)
         tl.store(base + slot * D + tl.arange(0, D)[None, :], encode(scaled), mask=inside)
