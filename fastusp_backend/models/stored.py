@@ -112,10 +112,15 @@ def conversion_bytes(info: TensorInfo, spec: ModelSpec, *, matrix: bool, by_rows
     return held, 2 * info.size + (12 if by_rows else 4) * math.prod(info.shape)
 
 
-def _hold(raw: torch.Tensor, info: TensorInfo, spec: ModelSpec, *, matrix: bool) -> Stored:
+def in_file(raw: torch.Tensor, info: TensorInfo) -> Stored:
+    """A tensor read as `raw`, as the file has it."""
     shape, dtype = info.stored
     scale = None if info.scale is None else torch.tensor(info.scale, dtype=torch.float32, device=raw.device)
-    stored = Stored(raw.view(dtype).view(shape), scale, info.packing)
+    return Stored(raw.view(dtype).view(shape), scale, info.packing)
+
+
+def _hold(raw: torch.Tensor, info: TensorInfo, spec: ModelSpec, *, matrix: bool) -> Stored:
+    stored, scale = in_file(raw, info), info.scale
     if keeps(info, spec, matrix=matrix):
         return stored
     storage = getattr(torch, spec.storage) if spec.storage else info.dtype
