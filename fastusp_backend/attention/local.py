@@ -68,6 +68,8 @@ _BACKENDS["cpu", "math"] = math, _ALL
 
 _MIN_CUDNN_CAPABILITY = (9, 0)
 """cuDNN leads from Hopper on: 593 TFLOP/s against flash's 279 on an H200, 24 heads x 4608 tokens."""
+_MIN_FLASH_CAPABILITY = (8, 0)
+"""torch's flash and cuDNN kernels refuse GPUs before Ampere."""
 
 
 def choose(choice: AttentionChoice, device: torch.device, dtype: torch.dtype) -> tuple[AttentionChoice, Attend]:
@@ -75,17 +77,22 @@ def choose(choice: AttentionChoice, device: torch.device, dtype: torch.dtype) ->
 
     Raises ValueError when the device or type does not have the chosen one.
     """
-    if choice == "auto":
-        if device.type == "cuda" and dtype in _HALF:
-            hopper = torch.cuda.get_device_capability(device) >= _MIN_CUDNN_CAPABILITY
-            choice = "cudnn" if hopper else "flash"
-        else:
-            choice = "efficient" if device.type == "cuda" else "flash"
     have = [name for (kind, name), (_, types) in _BACKENDS.items() if kind == device.type and dtype in types]
+    where = f"{device.type} ranks"
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _MIN_FLASH_CAPABILITY:
+            have = [name for name in have if name not in ("cudnn", "flash")]
+            where += f" of compute capability {capability[0]}.{capability[1]}"
+    if choice == "auto":
+        if device.type == "cuda" and "cudnn" in have and capability >= _MIN_CUDNN_CAPABILITY:
+            choice = "cudnn"
+        else:
+            choice = "flash" if "flash" in have else "efficient"
     if choice not in have:
         type_name = str(dtype).removeprefix("torch.")
         raise ValueError(
-            f"attention = {choice!r} does not exist for {type_name} on {device.type} ranks; choose 'auto' or one of: "
+            f"attention = {choice!r} does not exist for {type_name} on {where}; choose 'auto' or one of: "
             + ", ".join(have)
         )
     return choice, _BACKENDS[device.type, choice][0]

@@ -5,6 +5,7 @@ the ring in ring.py, and both over memory that ranks share in peers.py.
 """
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,26 @@ all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_
 
 Pending = Callable[[], torch.Tensor]
 """An exchange under way; calling it once waits and returns what arrived."""
+
+T = TypeVar("T")
+
+
+def allocate_together(allocate: Callable[[], T], group: dist.ProcessGroup) -> T:
+    """What allocate() gives. Where memory ran out on any rank of the group, all of them raise torch.OutOfMemoryError,
+    so that none goes on alone into an exchange. allocate() may be collective if a rank fails in it only after its last
+    exchange. Collective."""
+    made, problem = None, ""
+    try:
+        made = allocate()
+    except (RuntimeError, MemoryError) as error:  # CUDA's driver says it by a plain RuntimeError
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "out of memory" not in str(error):
+            raise
+        problem = str(error)
+    failed = torch.tensor([float(bool(problem))])
+    dist.all_reduce(failed, dist.ReduceOp.MAX, group=group)
+    if failed.item():
+        raise torch.OutOfMemoryError(problem or "memory ran out on another rank")
+    return made
 
 
 class GroupExchange:

@@ -14,7 +14,7 @@ import weakref
 import torch
 import torch.distributed as dist
 
-from .exchange import all_gather_single
+from .exchange import all_gather_single, allocate_together
 from .peers import CHANNELS, Part
 
 _WAIT_EQUAL = 1
@@ -43,10 +43,12 @@ class StagedArena:
         if capacity <= self._capacity:
             return
         torch.cuda.synchronize(self._device)
-        self._meet()  # nobody writes into what is about to go
+        # All ranks have come when this returns: nobody writes into what is about to go.
+        self._buffer = allocate_together(
+            lambda: torch.empty(capacity, dtype=torch.uint8, device=self._device), self._group
+        )
         _unpin(self._pinned, keep=self.size)  # the signals'
         self._mirrors = self._map(capacity)
-        self._buffer = torch.empty(capacity, dtype=torch.uint8, device=self._device)
         self._capacity = capacity
         self.generation += 1
 
@@ -106,12 +108,9 @@ class StagedArena:
             address = tensors[-1].data_ptr()
             _check(torch.cuda.cudart().cudaHostRegister(address, size, _PORTABLE), "cudaHostRegister")
             self._pinned.append(address)
-        self._meet()  # until all have opened it
+        dist.all_reduce(torch.zeros(1), group=self._group)  # until all have opened it
         os.close(descriptor)
         return tensors
-
-    def _meet(self) -> None:
-        dist.all_reduce(torch.zeros(1), group=self._group)
 
 
 def _unpin(addresses: list[int], keep: int = 0) -> None:

@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 
+from .exchange import allocate_together
 from .peers import Part
 
 
@@ -22,7 +23,9 @@ class SymmetricArena:
         if capacity <= self._capacity:
             return
         torch.cuda.synchronize(self._device)
-        self._buffer = symmetric_memory.empty(capacity, dtype=torch.uint8, device=self._device)
+        self._buffer = allocate_together(
+            lambda: symmetric_memory.empty(capacity, dtype=torch.uint8, device=self._device), self._group
+        )
         self._handle = symmetric_memory.rendezvous(self._buffer, self._group)
         self._capacity = capacity
         self.generation += 1

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ..config import WireChoice
-from .exchange import GroupExchange, Pending, all_gather_single
+from .exchange import GroupExchange, Pending, all_gather_single, allocate_together
 from .mesh import Mesh
 from .peers import Arena, PeerExchange, PeerGather, PeerRing, carve
 from .ring import CollectiveRing, Ring
@@ -63,25 +63,28 @@ class Transport:
     def __str__(self) -> str:
         """For people: how tensors move, and what the last wire asked for was."""
         speed = f" ({self._speed:.0f} GB/s)" if self._speed is not None else ""
-        return f"{self.kind}{speed}" + (f", {self._wire} wire" if self._wire else "")
+        return f"{self.kind}{speed}" + (f", {self._wire} wire" if self._wire and self.kind != "none" else "")
 
     def wire(self, choice: WireChoice) -> Sent:
         """What the ranks send. `auto` measures the link once: int8 where it is slower than FAST_LINK. CPU ranks share
-        their memory, so they send exact values then. Collective."""
-        self._wire = choice
+        their memory, so they send exact values then. Collective; raises torch.OutOfMemoryError on all ranks alike."""
         if choice == "auto":
             if self.kind not in ("none", "gloo") and self._speed is None:
                 self._speed = self._measure()
-            self._wire = "int8" if self._speed is not None and self._speed < FAST_LINK else "exact"
-        return self._wire
+            choice = "int8" if self._speed is not None and self._speed < FAST_LINK else "exact"
+        self._wire = choice
+        return choice
 
     def _measure(self) -> float:
         """GB/s at which every rank sends to the next one at once; the slowest rank's."""
         mesh = self._mesh
-        payload = torch.empty(_PROBE_BYTES, dtype=torch.uint8, device=mesh.device)
+        # Two: what a rank sends, and where it receives, unless that is an arena's.
+        payload, _ = allocate_together(
+            lambda: [torch.empty(_PROBE_BYTES, dtype=torch.uint8, device=mesh.device) for _ in range(2)], mesh.sequence
+        )
         if self._arenas:
             arena = type(self._arenas[0])(mesh.sequence, mesh.device)
-            (region,) = carve(arena, [((_PROBE_BYTES,), torch.uint8)])
+            (region,) = allocate_together(lambda: carve(arena, [((_PROBE_BYTES,), torch.uint8)]), mesh.sequence)
             target = region.of((arena.rank + 1) % arena.size)
         else:
             target, ring = None, GroupExchange(mesh.sequence)
@@ -144,7 +147,9 @@ class Transport:
         arrivals = (3, u, batch, shards.local, *wire.row), wire.carrier
         returned = (u, batch, shards.local, *wire.row), wire.carrier
         block = (2, batch, shards.gathered, *wire.row), wire.carrier
-        shapes = [arrivals if wire.packed and u > 1 else received, returned]
+        shapes = [received]
+        if u > 1:
+            shapes = [arrivals if wire.packed else received, returned]
         if wire.packed and mesh.ring:
             shapes.append(block)
         regions = carve(self._arenas[0], shapes)
@@ -156,7 +161,7 @@ class Transport:
         if not mesh.ring:
             return exchange, None
         ranks = [r * u + column for r in range(mesh.layout.ring)]
-        ring = PeerRing(ranks, wire, regions[2]) if wire.packed else PeerRing(ranks, wire, regions[0], (slice(1, 3),))
+        ring = PeerRing(ranks, wire, regions[-1]) if wire.packed else PeerRing(ranks, wire, regions[0], (slice(1, 3),))
         return exchange, ring
 
 

@@ -15,7 +15,7 @@ from ..models.patching import PatchedWeights, Patches
 from ..models.products import check_fp8_products
 from .batch import BatchedDenoiser
 from .denoiser import Denoiser
-from .parking import HostShare, device_bytes
+from .parking import HostShare, held_bytes
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +28,7 @@ class Engine:
         self._spec: ModelSpec | None = None
         self._model: Transformer | None = None
         self._weights: PatchedWeights | None = None
+        self._resident_bytes = 0
         self._described: Checkpoint | None = None
         self._meshes: dict[Layout, tuple[Mesh, Transport]] = {}
         self._denoiser: tuple[Layout, Settings, BatchedDenoiser] | None = None
@@ -54,7 +55,7 @@ class Engine:
         """Bytes of the weights: on the device, or parked in host memory."""
         if self._model is None:
             return 0
-        return self._share.nbytes if self._parked else device_bytes(self._model)
+        return self._share.nbytes if self._parked else self._resident_bytes
 
     @property
     def patches(self) -> int | None:
@@ -100,6 +101,7 @@ class Engine:
                 raise
             raise RuntimeError(f"reading {checkpoint.spec.path} failed when the ranks had begun: {error}") from error
         self._spec, self._weights = checkpoint.spec, PatchedWeights(checkpoint)
+        self._resident_bytes = held_bytes(self._model)
 
     def _reading_group(self) -> dist.ProcessGroup | None:
         if self.device.type == "cpu" or not dist.is_initialized() or dist.get_world_size() == 1:
@@ -167,7 +169,7 @@ class Engine:
 
     def held(self) -> str:
         """What this rank's memory holds, for people to read."""
-        weights = device_bytes(self._model) if self._model is not None else 0
+        weights = 0 if self._model is None or self._parked else self._resident_bytes
         text = f"{weights / 1e9:.1f} GB of weights"
         if self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.device)

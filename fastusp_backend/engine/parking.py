@@ -1,7 +1,7 @@
 """Weights out of the GPU and back: each rank keeps 1/P of them in host memory, so that a machine holds them once.
 
-On the way back each rank uploads its share and the rest comes over the link. Storages are moved as bytes, whatever the
-tensors in them are; a tensor stays the object that it was, with another address.
+On the way back each rank uploads its share and the rest comes over the link. The ranges of memory in which tensors lie
+are moved as bytes, whatever the tensors are; a tensor stays the object that it was, with another address.
 """
 
 from dataclasses import dataclass
@@ -11,16 +11,17 @@ import torch.distributed as dist
 from torch import nn
 
 from ..comm.exchange import all_gather_single
+from .host_memory import available
 
 _ALIGNMENT = 256
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """A tensor's place in a storage."""
+    """A tensor's place: `offset` values into the range of that index."""
 
     tensor: torch.Tensor
-    storage: int
+    range: int
     offset: int
     size: torch.Size
     stride: tuple[int, ...]
@@ -49,23 +50,23 @@ class HostShare:
     def park(self, model: nn.Module) -> None:
         """Copies this rank's share and empties the model's tensors. Raises MemoryError, the model untouched, where the
         host has no room."""
-        tensors = [*model.parameters(), *model.buffers()]
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
-        order = {address: i for i, address in enumerate(storages)}
+        ranges = _ranges(model)
         unit = self._ranks * _ALIGNMENT
-        shares = [-(-s.nbytes() // unit) * _ALIGNMENT for s in storages.values()]
+        shares = [-(-len(whole) // unit) * _ALIGNMENT for whole, _ in ranges]
         self._make_room(sum(shares))
         self._shares = shares
-        for storage, kept in zip(storages.values(), self._memory.split([*shares, self._rest()])[:-1], strict=True):
-            mine = self._mine(_as_bytes(storage), len(kept))
+        for (whole, _), kept in zip(ranges, self._memory.split([*shares, self._rest()])[:-1], strict=True):
+            mine = self._mine(whole, len(kept))
             kept[: len(mine)].copy_(mine, non_blocking=True)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self._places = [
-            _Place(t, order[t.untyped_storage().data_ptr()], t.storage_offset(), t.shape, t.stride()) for t in tensors
+            _Place(t, i, (t.data_ptr() - whole.data_ptr()) // t.itemsize, t.shape, t.stride())
+            for i, (whole, tensors) in enumerate(ranges)
+            for t in tensors
         ]
-        for tensor in tensors:
-            tensor.data = torch.empty(0, dtype=tensor.dtype, device=self.device)
+        for place in self._places:
+            place.tensor.data = torch.empty(0, dtype=place.tensor.dtype, device=self.device)
 
     def reserve(self) -> None:
         """Allocates what `fetch` fills. Raises torch.OutOfMemoryError."""
@@ -87,7 +88,7 @@ class HostShare:
             work.wait()
         for place in self._places:
             t = place.tensor
-            storage = self._arriving[place.storage].untyped_storage()
+            storage = self._arriving[place.range].untyped_storage()
             t.data = torch.empty(0, dtype=t.dtype, device=t.device).set_(
                 storage, place.offset, place.size, place.stride
             )
@@ -105,7 +106,7 @@ class HostShare:
         if wanted <= len(self._memory):
             return
         self.close()
-        have = _available()
+        have = available()
         if have is not None and wanted * self._ranks > have:
             raise MemoryError(
                 f"{_gb(wanted * self._ranks)} of host memory are needed to park the weights, {_gb(have)} are available"
@@ -125,23 +126,39 @@ class HostShare:
         return len(self._memory) - self.nbytes
 
 
-def device_bytes(model: nn.Module) -> int:
-    """Bytes of all storages of a model."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in [*model.parameters(), *model.buffers()]}
-    return sum(storage.nbytes() for storage in storages.values())
+def held_bytes(model: nn.Module) -> int:
+    """Bytes of a model's tensors. What lies beside them in their storages, as in a mapped file, does not count."""
+    return sum(len(whole) for whole, _ in _ranges(model))
 
 
-def _as_bytes(storage: torch.UntypedStorage) -> torch.Tensor:
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+def _ranges(model: nn.Module) -> list[tuple[torch.Tensor, list[torch.Tensor]]]:
+    """The memory that a model's tensors lie in, in pieces (n,) uint8, each with its tensors; those that overlap share
+    one. In the model's order: addresses differ from rank to rank."""
+    order = [*model.parameters(), *model.buffers()]
+    ranges: list[list] = []  # start, stop, indices of tensors
+    for i in sorted(range(len(order)), key=lambda i: order[i].data_ptr()):
+        start, stop = order[i].data_ptr(), order[i].data_ptr() + _extent(order[i])
+        if ranges and start < ranges[-1][1]:
+            ranges[-1][1] = max(ranges[-1][1], stop)
+            ranges[-1][2].append(i)
+        else:
+            ranges.append([start, stop, [i]])
+    ranges.sort(key=lambda r: min(r[2]))
+    return [(_bytes(order[members[0]], stop - start), [order[i] for i in members]) for start, stop, members in ranges]
 
 
-def _available() -> int | None:
-    """Bytes of host memory that can still be had; None where the system does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return None
+def _extent(tensor: torch.Tensor) -> int:
+    """Bytes from a tensor's first value to its last one."""
+    if not tensor.numel():
+        return 0
+    steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (steps + 1) * tensor.itemsize
+
+
+def _bytes(tensor: torch.Tensor, count: int) -> torch.Tensor:
+    """The memory from a tensor's first value on."""
+    offset = tensor.storage_offset() * tensor.itemsize
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage(), offset, (count,))
 
 
 def _gb(count: int) -> str:

@@ -4,7 +4,7 @@ A packed row holds a token's h heads: h D codes, then h scales, padded to a mult
 what the codes are: uint8 holds e4m3 (largest value 448), int8 integers (127). scale = amax / largest over the head,
 code = round_to_nearest_even(x / scale): the largest value of a head is met exactly, and what was packed and unpacked
 packs to the same bytes again. On normally distributed values the relative error of e4m3 is 2.6 %, of integers 0.65 %;
-where one value in a head is far above the others, e4m3 keeps more of the rest.
+where one value in a head is far above the others, e4m3 keeps more of the rest. A head that is not finite is NaN after the way, whole.
 
 The kernels round with integer arithmetic, since GPUs before Ada have no e4m3 instructions.
 """
@@ -125,13 +125,19 @@ if triton is not None:
         return tl.where(bits >= 0x80, -value, value)
 
     @triton.jit
+    def magnitudes(x):
+        """|x|, infinite for NaN: the maximum of a GPU, unlike torch's, passes NaN over."""
+        return tl.where(x == x, tl.abs(x), float("inf"))
+
+    @triton.jit
     def store_packed(base, value, slot, inside, HEADS: tl.constexpr, D: tl.constexpr, INTEGER: tl.constexpr):
         """Quantises value (R, D), rows of head `slot`, into the packed rows at base (R, 1), pointers to bytes."""
         limit: tl.constexpr = 127.0 if INTEGER else 448.0
         wide = value.to(tl.float32)
         # Correctly rounded divisions: the bits must be those of the reference.
-        largest = tl.max(tl.abs(wide), axis=1)
+        largest = tl.max(magnitudes(wide), axis=1)
         scale = tl.div_rn(largest, tl.full(largest.shape, limit, tl.float32))[:, None]
+        scale = tl.where(scale < float("inf"), scale, float("nan"))
         scaled = tl.div_rn(wide, tl.broadcast_to(tl.where(scale > 0, scale, 1.0), wide.shape))
         scaled = tl.minimum(tl.maximum(scaled, -limit), limit)
         place = base + slot * D + tl.arange(0, D)[None, :]

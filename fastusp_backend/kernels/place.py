@@ -113,7 +113,7 @@ if triton is not None:
         # One program: ROWS rows of one head of one tensor of one batch item.
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         head = tl.program_id(1)
-        item = tl.program_id(2) % batch
+        item = (tl.program_id(2) % batch).to(tl.int64)
         index = tl.program_id(2) // batch
         tensor = first_tensor + index
         inside = (row < rows)[:, None]

@@ -14,6 +14,8 @@ from .fp8 import quantise
 try:
     import triton
     import triton.language as tl
+
+    from .fp8 import magnitudes
 except ImportError:  # a CPU build of torch brings no Triton
     triton = None
 
@@ -126,11 +128,11 @@ if triton is not None:
             # 0.5 x (1 + tanh(u)) = x sigmoid(2 u)
             value *= tl.sigmoid(1.5957691216057308 * (value + 0.044715 * value * value * value))
         if FP8:
-            largest = tl.max(tl.where(inside, tl.abs(value), 0.0), axis=0)
+            largest = tl.max(tl.where(inside, magnitudes(value), 0.0), axis=0)
             divisor = tl.where(largest > 0, largest / 448.0, 1.0)
             scaled = tl.minimum(tl.maximum(value / divisor, -448.0), 448.0)
             tl.store(out + place + column, scaled.to(out.dtype.element_ty), mask=inside)
-            tl.store(out_scales + item * rows + row, largest / 448.0)
+            tl.store(out_scales + item * rows + row, tl.where(largest < float("inf"), largest / 448.0, float("nan")))
         else:
             tl.store(out + place + column, value.to(out.dtype.element_ty), mask=inside)
 

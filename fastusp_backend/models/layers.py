@@ -22,18 +22,17 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False)
         self.register_buffer("scale", None, persistent=False)
-        self.register_buffer("input_scale", None, persistent=False)
         self.packing = ""
 
     @property
     def stored(self) -> Stored:
         """The weight as it lies in memory."""
-        return Stored(self.weight, self.scale, self.input_scale, self.packing)
+        return Stored(self.weight, self.scale, self.packing)
 
     @stored.setter
     def stored(self, stored: Stored) -> None:
         self.weight = nn.Parameter(stored.data, requires_grad=False)
-        self.scale, self.input_scale, self.packing = stored.scale, stored.input_scale, stored.packing
+        self.scale, self.packing = stored.scale, stored.packing
 
     def forward(
         self,

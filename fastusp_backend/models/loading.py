@@ -11,9 +11,10 @@ from ..errors import CheckpointError
 from .checkpoint import TensorInfo, read_header
 from .detection import detect
 from .family import Transformer
+from .headers import FP8
 from .layers import Linear
-from .reading import Shares, map_tensors, read_tensors
-from .stored import Stored, hold, keeps
+from .reading import Shares, map_tensors, read_tensors, room
+from .stored import Stored, conversion_bytes, hold, in_file, keeps
 
 
 def check_tensors(model: Transformer, header: dict[str, TensorInfo], path: str) -> dict[str, TensorInfo]:
@@ -67,12 +68,23 @@ class Checkpoint:
         """Makes room for the weights on a GPU; raises what torch raises where there is none. CPU ranks need none: they
         map the file.
 
+        Weights that are converted get their room when they are read: it is tried here, with what the largest
+        conversion takes, and given back to torch's allocator, which has it ready then.
+
         group: the ranks that share the reading, each on a GPU of its own.
         """
         self._device, self._shares = device, Shares(group)
         if device.type != "cpu":
             kept = [name for name, info in self.infos.items() if keeps(info, self.spec, **self._use(name))]
             self._rooms = {name: self._shares.allocate(self.infos[name], device) for name in kept}
+            converted = [
+                conversion_bytes(info, self.spec, **self._use(name))
+                for name, info in self.infos.items()
+                if name not in self._rooms
+            ]
+            tried = [room(held, device) for held, _ in converted]
+            tried.append(room(max((passing for _, passing in converted), default=0), device))
+            del tried
 
     def read(self) -> Transformer:
         """Gives the model its weights. Collective over the group: a rank that fails here alone leaves the others
@@ -80,7 +92,8 @@ class Checkpoint:
 
         Raises CheckpointError when the file cannot be read to its end.
         """
-        for name, stored in self._read(self.infos, self._rooms, self._shares):
+        for name, raw in self._read(self.infos, self._rooms, self._shares):
+            stored = self._hold(name, raw)
             path, _, leaf = name.rpartition(".")
             owner = self.model.get_submodule(path)
             if self._is_matrix(name):
@@ -95,8 +108,15 @@ class Checkpoint:
 
         Raises CheckpointError when the file was replaced meanwhile.
         """
-        check_unchanged(self.spec)
-        return self._read({name: self.infos[name] for name in names}, {}, Shares())
+        return ((name, self._hold(name, raw)) for name, raw in self._reread(names))
+
+    def rounded(self, name: str) -> bool:
+        """Whether a tensor was rounded to fp8 when it was read."""
+        return self.held(name).data.dtype in FP8 and not keeps(self.infos[name], self.spec, **self._use(name))
+
+    def file_values(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The values in float32 that some tensors have in the file. Otherwise as `reread`."""
+        return ((name, in_file(raw, self.infos[name]).dequantise()) for name, raw in self._reread(names))
 
     def held(self, name: str) -> Stored:
         """A tensor of the model, by the module's name, as it lies in memory."""
@@ -106,11 +126,15 @@ class Checkpoint:
 
     def _read(self, infos: dict[str, TensorInfo], rooms: dict[str, torch.Tensor], shares: Shares):
         if self._device.type == "cpu":
-            read = zip(infos, map_tensors(self.spec.path, list(infos.values())), strict=True)
-        else:
-            read = read_tensors(self.spec.path, infos, rooms, shares, self._device)
-        for name, raw in read:
-            yield name, hold(raw, infos[name], self.spec, **self._use(name))
+            return zip(infos, map_tensors(self.spec.path, list(infos.values())), strict=True)
+        return read_tensors(self.spec.path, infos, rooms, shares, self._device)
+
+    def _reread(self, names: Iterable[str]):
+        check_unchanged(self.spec)
+        return self._read({name: self.infos[name] for name in names}, {}, Shares())
+
+    def _hold(self, name: str, raw: torch.Tensor) -> Stored:
+        return hold(raw, self.infos[name], self.spec, **self._use(name))
 
     def _use(self, name: str) -> dict[str, bool]:
         """What `hold` needs to know of a tensor beside its file's facts."""

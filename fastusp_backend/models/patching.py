@@ -1,10 +1,12 @@
 """Patches in the weights of a resident model, and their exact undoing.
 
 A patched weight keeps its place in memory: CUDA graphs hold its address. It is undone by reading it from the file
-again, so that rounding leaves no trace.
+again, so that rounding leaves no trace. One that was rounded to fp8 when it was read is patched from the file's values:
+most of a LoRA's small differences would vanish if they were added to values of fp8 and rounded again.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import torch
 
@@ -43,22 +45,24 @@ class PatchedWeights:
             wanted.setdefault(checkpoint.model.module_key(key), []).extend(patches)  # some weights have two names
         for name, patches in wanted.items():
             self._check(name, patches, tensors)
+        patched = [name for name, patches in wanted.items() if patches]
+        rounded = [name for name in patched if checkpoint.rounded(name)]
         restored = [name for name in self._patched if name in wanted or base is None]
-        again = checkpoint.reread(restored) if restored else ()
+        again = [name for name in restored if name not in rounded]
+        again = checkpoint.reread(again) if again else ()
+        anew = checkpoint.file_values(rounded) if rounded else ()
         self.number = None
         for name, stored in again:
             checkpoint.held(name).restore(stored)
             self._patched.remove(name)
-        for name, patches in wanted.items():
-            if patches:
-                self._patched.add(name)
-                held = checkpoint.held(name)
-                weight = held.dequantise()
-                for patch in patches:
-                    adapters.apply(weight, patch, tensors)
-                held.store(weight)
+        values = ((name, checkpoint.held(name).dequantise()) for name in patched if name not in rounded)
+        for name, weight in chain(values, anew):
+            self._patched.add(name)
+            for patch in wanted[name]:
+                adapters.apply(weight, patch, tensors)
+            checkpoint.held(name).store(weight)
         self.number = number
-        return len(restored), sum(bool(patches) for patches in wanted.values())
+        return len(restored), len(patched)
 
     def _check(self, name: str, patches: Sequence[WeightPatch], tensors: Mapping[str, torch.Tensor]) -> None:
         if name not in self._checkpoint.infos:

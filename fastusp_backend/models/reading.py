@@ -32,6 +32,11 @@ def map_tensors(path: str, infos: Sequence[TensorInfo]) -> list[torch.Tensor]:
     return [view if fits else view.clone() for view, fits in zip(views, aligned, strict=True)]
 
 
+def room(count: int, device: torch.device) -> torch.Tensor:
+    """So many bytes, uint8; raises what torch raises where the device has none."""
+    return torch.empty(count, dtype=torch.uint8, device=device)
+
+
 class Shares:
     """How the ranks of `group` share the reading: rank r reads part r of every tensor's bytes; parts are equal, the
     last ones padded. group None: one rank reads everything."""
@@ -43,7 +48,7 @@ class Shares:
 
     def allocate(self, info: TensorInfo, device: torch.device) -> torch.Tensor:
         """Room for a tensor's bytes and the padding of its parts, uint8."""
-        return torch.empty(-(-info.size // self.ranks) * self.ranks, dtype=torch.uint8, device=device)
+        return room(-(-info.size // self.ranks) * self.ranks, device)
 
     def own(self, info: TensorInfo, room: torch.Tensor) -> tuple[int, torch.Tensor]:
         """(offset in the file, target) of the bytes that this rank reads; none where its part is padding alone."""

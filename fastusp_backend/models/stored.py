@@ -1,5 +1,6 @@
 """How a weight lies in memory: in a float type, in fp8 with or without a scale, or packed (GGUF); and what it means."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,13 +17,11 @@ class Stored:
     """A tensor in memory.
 
     data: (..., n) values, or (..., bytes) uint8 where packed. scale: () float32, what fp8 values are multiplied by, or
-    (rows, 1), one for each row of a matrix.
-    input_scale: () float32, for products in fp8 (see TensorInfo). packing: GGUF's block format.
+    (rows, 1), one for each row of a matrix. packing: GGUF's block format.
     """
 
     data: torch.Tensor
     scale: torch.Tensor | None = None
-    input_scale: torch.Tensor | None = None
     packing: str = ""
 
     def values(self, dtype: torch.dtype, rows: slice = slice(None), columns: slice | None = None) -> torch.Tensor:
@@ -32,7 +31,8 @@ class Stored:
         if self.packing:
             values = unpack(data, self.packing, dtype)
             return values if columns is None else values[:, columns]
-        values = (data if columns is None else data[:, columns]).to(dtype)
+        # What is scaled below is a copy, whatever the stored type.
+        values = (data if columns is None else data[:, columns]).to(dtype, copy=self.scale is not None)
         if self.scale is None:
             return values
         return values.mul_((self.scale[rows] if self.scale.dim() else self.scale).to(dtype))
@@ -83,6 +83,8 @@ class Stored:
 
 def keeps(info: TensorInfo, spec: ModelSpec, *, matrix: bool, by_rows: bool = False) -> bool:
     """Whether a tensor stays as it is in the file (`hold` takes its bytes over) or is converted. See `hold`."""
+    if info.scale is not None and info.dtype not in FP8:
+        return False
     if by_rows and info.stored[1] != torch.float8_e4m3fn:
         return False
     if info.quantised:
@@ -94,21 +96,34 @@ def hold(raw: torch.Tensor, info: TensorInfo, spec: ModelSpec, *, matrix: bool, 
     """What a rank keeps of a tensor read as `raw` (its bytes, uint8): see ModelSpec.
 
     matrix: whether it is the weight of a linear layer. Other tensors are small and read by kernels that know no fp8:
-    they are widened to bfloat16, which holds any fp8 value. by_rows: whether products in fp8 will take it.
+    they are widened to bfloat16, which holds any fp8 value. by_rows: whether products in fp8 will take it. A scale of
+    values that are not fp8 is multiplied into them.
     """
     stored = _hold(raw, info, spec, matrix=matrix)
     return stored.by_rows() if by_rows else stored
 
 
-def _hold(raw: torch.Tensor, info: TensorInfo, spec: ModelSpec, *, matrix: bool) -> Stored:
+def conversion_bytes(info: TensorInfo, spec: ModelSpec, *, matrix: bool, by_rows: bool = False) -> tuple[int, int]:
+    """Of a tensor that `hold` converts: the bytes of what it gives, and about what it takes meanwhile: the file's
+    bytes, with the next tensor's, and the values in float32, of which quantising by rows makes three."""
+    with torch.device("meta"):
+        stored = hold(torch.empty(info.size, dtype=torch.uint8), info, spec, matrix=matrix, by_rows=by_rows)
+    held = sum(tensor.nbytes for tensor in (stored.data, stored.scale) if tensor is not None)
+    return held, 2 * info.size + (12 if by_rows else 4) * math.prod(info.shape)
+
+
+def in_file(raw: torch.Tensor, info: TensorInfo) -> Stored:
+    """A tensor read as `raw`, as the file has it."""
     shape, dtype = info.stored
-    scale, input_scale = (
-        None if value is None else torch.tensor(value, dtype=torch.float32, device=raw.device)
-        for value in (info.scale, info.input_scale)
-    )
-    stored = Stored(raw.view(dtype).view(shape), scale, input_scale, info.packing)
+    scale = None if info.scale is None else torch.tensor(info.scale, dtype=torch.float32, device=raw.device)
+    return Stored(raw.view(dtype).view(shape), scale, info.packing)
+
+
+def _hold(raw: torch.Tensor, info: TensorInfo, spec: ModelSpec, *, matrix: bool) -> Stored:
+    stored, scale = in_file(raw, info), info.scale
     if keeps(info, spec, matrix=matrix):
         return stored
     storage = getattr(torch, spec.storage) if spec.storage else info.dtype
-    values = stored.values(torch.float32 if storage in FP8 else storage).to(storage)
+    exact = storage in FP8 or info.dtype not in FP8 and scale is not None  # rounded once
+    values = stored.values(torch.float32 if exact else storage).to(storage)
     return Stored(values if matrix or storage not in FP8 else values.bfloat16())

@@ -33,6 +33,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and _PLAIN.match(str(error)) is not None
 
 
+def out_of_memory_in(error: BaseException | None) -> BaseException | None:
+    """The first of an error and its causes that says it."""
+    while error is not None and not is_out_of_memory(error):
+        error = error.__cause__
+    return error
+
+
 def explain(error: BaseException, doing: str, held: str) -> str:
     """What was asked for, what the rank held, and what helps. doing: one of the above."""
     asked = re.search(r"(?:tried to allocate|unable to mmap) ([\d.]+ \w+)", str(error), re.IGNORECASE)

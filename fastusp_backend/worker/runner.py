@@ -20,7 +20,7 @@ from ..protocol.messages import Request
 from ..sampling import SAMPLERS, GuidedModel, Inpainting, StepState
 from .control import Control
 from .crew import Crew
-from .memory import EVALUATING, LOADING, PARKING, PATCHING, PREPARING, explain, is_out_of_memory
+from .memory import EVALUATING, LOADING, PARKING, PATCHING, PREPARING, explain, is_out_of_memory, out_of_memory_in
 from .tensors import OPTIONAL, Tensors, conditioning_of, like, residuals_of, take
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ class Runner:
         self._work = msgspec.msgpack.Decoder(Work)
         self._launched: deque[torch.cuda.Event] = deque()
         self._told: tuple = (None, "none", 0, "")
+        self._doing = EVALUATING  # what a failure that ends the rank interrupted, see memory.py
 
     def serve(self) -> None:
         """Returns after Shutdown."""
@@ -76,8 +77,8 @@ class Runner:
                 self._tell_held(message.id)
                 self._reply(Failed(id=message.id, kind=refused.kind, rank=refused.rank, text=str(refused)))
             except Exception as error:
-                if is_out_of_memory(error):
-                    raise MemoryError(explain(error, EVALUATING, self._engine.held())) from error
+                if out := out_of_memory_in(error):
+                    raise MemoryError(explain(out, self._doing, self._engine.held())) from error
                 raise
             log.info("request %d (%s) took %.3f s", message.id, type(message).__name__, time.perf_counter() - started)
 
@@ -277,7 +278,7 @@ class Runner:
 
     def _together(self, prepare, doing: str):
         """prepare(), or _Refused when it failed on any rank; `doing` tells what ran out of memory, see memory.py."""
-        problem, prepared = "", None
+        problem, prepared, self._doing = "", None, doing
         try:
             prepared = prepare()
         except PatchesLost as error:
@@ -291,6 +292,7 @@ class Runner:
         for rank, text in enumerate(self._crew.gather(problem)):
             if text:
                 raise _Refused(rank, *text.split("\n", 1))
+        self._doing = EVALUATING
         return prepared
 
     def _together_or_drop(self, prepare, doing: str):

@@ -101,6 +101,8 @@ def main(kind: str) -> None:
     for layout, packed in itertools.product(layouts, BOUNDS):
         mesh = make_mesh(layout, device)
         transport = Transport(mesh, kind)
+        transport.wire("auto")  # measures over an arena of its own
+        assert "GB/s" in str(transport), transport
         worst = max(check(transport, layout, mesh, packed, shape) for shape in SHAPES)
         torch.cuda.synchronize()
         dist.all_reduce(torch.zeros(1))

@@ -35,6 +35,23 @@ def test_packed_bits_are_the_references(carrier, heads, size, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_head_that_is_not_finite_arrives_as_nan(bad, dtype):
+    x = rows(1, 77, 3, DIM, dtype=dtype)
+    x[0, 5, 1, 7] = x[0, 60, 2, 0] = bad
+    packed, out = (
+        torch.zeros(1, 1, 1, 77, fp8.pitch(3, DIM), dtype=torch.uint8, device="cuda"),
+        torch.zeros_like(x)[None],
+    )
+    for pack, unpack in ((fp8.pack, fp8.unpack), (fp8.pack_reference, fp8.unpack_reference)):
+        pack(x, packed[0, 0])
+        unpack(packed, out, fp8.Destination(77, 0, 77, 0))
+        expected = torch.zeros(77, 3, dtype=torch.bool, device="cuda")
+        expected[5, 1] = expected[60, 2] = True
+        assert torch.equal(out[0, 0].isnan().all(-1), expected) and torch.equal(out[0, 0].isnan().any(-1), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "to, gathered, heads",
     [

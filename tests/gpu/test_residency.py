@@ -32,7 +32,9 @@ def test_a_parked_model_leaves_nothing_and_comes_back_uncompiled(spec):  # noqa:
     torch.cuda.empty_cache()
     empty = torch.cuda.memory_reserved()
     engine = Engine(torch.device("cuda", 0))
-    engine.load(spec)
+    engine.describe(spec)
+    engine.make_room()
+    engine.load()
     before = evaluated(engine)
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for _ in range(2):

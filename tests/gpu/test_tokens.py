@@ -58,6 +58,19 @@ def test_fp8_is_the_quantised_reference(width):
         torch.testing.assert_close(values.float() * scales, expected.float() * expected_scales, rtol=0.13, atol=0.05)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_token_that_is_not_finite_stays_so_in_fp8(bad):
+    x, y, gate, shift, scale = given(torch.bfloat16, 3072)
+    x[1, 60, 7] = bad
+    cases = [tokens.quantise_tokens(x), tokens.norm(x, shift, scale, fp8=True)]
+    cases += [tokens.add_norm(x, y, gate, shift, scale, fp8=True)[1:]]
+    if bad != float("-inf"):  # of which gelu is 0
+        cases.append(tokens.gelu_quantise(x))
+    for values, scales in cases:
+        lost = (values.float() * scales).isnan()
+        assert lost[1, 60].all() and not lost[0].any() and not lost[1, :60].any() and not lost[1, 61:].any()
+
+
 @pytest.mark.parametrize(
     "rows, columns", [(slice(None), slice(None)), (slice(128, 384), slice(None)), (slice(None), slice(256, None))]
 )

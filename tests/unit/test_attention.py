@@ -77,3 +77,20 @@ def test_a_merge_works_in_float32_and_bears_extremes():
 def test_what_the_device_lacks_is_refused_with_the_choices(name):
     with pytest.raises(ValueError, match=f"'{name}' does not exist for float32 on cpu ranks.*: flash, math"):
         local.choose(name, CPU, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("capability", [(7, 0), (7, 5), (8, 0), (8, 9), (9, 0), (12, 0)], ids=str)
+def test_gpus_get_what_they_have(monkeypatch, capability, dtype):
+    """torch's flash and cuDNN kernels begin with Ampere and take no float32."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    device = torch.device("cuda", 0)
+    half, ampere = dtype != torch.float32, capability >= (8, 0)
+    expected = "efficient" if not half or not ampere else "flash" if capability < (9, 0) else "cudnn"
+    assert local.choose("auto", device, dtype)[0] == expected
+    for name in ("cudnn", "flash", "efficient", "math"):
+        if name in ("efficient", "math") or half and ampere:
+            assert local.choose(name, device, dtype)[0] == name
+        else:
+            with pytest.raises(ValueError, match=f"'{name}' does not exist .* on cuda ranks.*: efficient, math$"):
+                local.choose(name, device, dtype)

@@ -3,12 +3,16 @@ read together."""
 
 from dataclasses import replace
 
+import msgspec
 import pytest
 import torch
+from formats import write
 from support import SMALL, spec_of
 
 from fastusp_backend.engine import Engine
 from fastusp_backend.errors import CheckpointError
+from fastusp_backend.models import loading, reading
+from fastusp_backend.models.loading import Checkpoint
 from fastusp_backend.models.synthetic import write_flux
 
 pytestmark = pytest.mark.unit
@@ -69,3 +73,50 @@ def test_a_failure_while_ranks_read_together_ends_the_rank(engine, specs, monkey
             engine.load()
         assert type(fatal.value) is RuntimeError
         assert not engine.holds(specs[1]) and not engine.holds(specs[0])
+
+
+@pytest.mark.parametrize(
+    "name, changes",
+    [
+        ("plain", {}),
+        ("plain", {"linear": "fp8"}),
+        ("plain", {"storage": "bfloat16"}),
+        ("plain", {"storage": "float8_e4m3fn", "linear": "fp8"}),
+        ("scaled_old", {"storage": "bfloat16", "keep_quantised": True}),
+        ("scaled_old", {"storage": "bfloat16"}),
+        ("fp8_e5m2", {"storage": "bfloat16", "keep_quantised": True, "linear": "fp8"}),
+        ("gguf_Q8_0", {"storage": "bfloat16"}),
+    ],
+    ids=str,
+)
+def test_all_weights_have_room_before_the_ranks_read_together(tmp_path, monkeypatch, name, changes):
+    """Converted ones too: what does not fit is refused there, where the ranks still agree."""
+    plain = path = tmp_path / "plain.safetensors"
+    write_flux(str(plain), replace(MINI, hidden=256, heads=2, context=256, pooled=256))
+    if name != "plain":
+        path = tmp_path / name
+        write(name, plain, path)
+    spec = msgspec.structs.replace(spec_of(path), **changes)
+    model = Checkpoint(spec).read()
+    scales = [b for b in model.buffers() if b.dim()]  # the others are four bytes each
+    held = sum(t.nbytes for t in [*model.parameters(), *scales])
+    taken, limit = [], 1 << 40
+
+    def room(count, device):
+        taken.append(count)
+        if sum(taken) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return torch.empty(count, dtype=torch.uint8, device=device)
+
+    monkeypatch.setattr(reading, "room", room)
+    monkeypatch.setattr(loading, "room", room)
+    checkpoint, meta = Checkpoint(spec), torch.device("meta")
+    checkpoint.allocate(meta)
+    assert sum(taken[:-1]) == held
+    largest = max(p.numel() for p in model.parameters())
+    converts = name == "scaled_old" and not changes.get("keep_quantised") or name != "scaled_old" and changes
+    assert taken[-1] >= 4 * largest if converts else taken[-1] < 8 * largest
+    limit = held - 1
+    taken.clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        checkpoint.allocate(meta)

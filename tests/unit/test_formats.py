@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import gguf
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -44,9 +45,9 @@ def linears(model) -> dict[str, Linear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
 
 
-def evaluate(model) -> torch.Tensor:
+def evaluate(model, linear: str = "exact") -> torch.Tensor:
     mesh = single_rank_mesh(CPU)
-    denoiser = Denoiser(model, mesh, Transport(mesh), Settings(), torch.float32)
+    denoiser = Denoiser(model, mesh, Transport(mesh), Settings(linear=linear), torch.float32)
     given = inputs(MINI, text=5, size=(6, 4))
     return denoiser(given.x, given.timestep, Conditioning(given.context, given.y, given.guidance)).clone()
 
@@ -79,14 +80,32 @@ def test_bfloat16_values_are_rounded_as_comfyui_rounds_them(mini, tmp_path, name
         assert torch.equal(weight, linear.weight.to(torch.bfloat16) * linear.scale.to(torch.bfloat16))
 
 
-def test_input_scales_are_kept(mini, tmp_path):
-    """But for the old format's 1, which says that nothing was calibrated."""
-    for name, expected in (("scaled_metadata", {0.5}), ("scaled_old", {None, *range(2, 14)})):
-        write(name, mini, tmp_path / name)
-        model = load_model(spec_of(tmp_path / name), CPU)
-        scales = [linear.input_scale for linear in linears(model).values() if linear.weight.dtype in FP8]
-        assert {scale if scale is None else scale.item() for scale in scales} == expected
-        assert all(scale.shape == () and scale.dtype == torch.float32 for scale in scales if scale is not None)
+@pytest.mark.parametrize("linear", ["exact", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_scale_of_a_weight_that_is_not_fp8_is_multiplied_in(mini, tmp_path, dtype, linear):
+    """As some old scaled files have them; and using a weight never changes it."""
+    path, plain, weight = tmp_path / "x.safetensors", tmp_path / "plain.safetensors", f"{LAYER}.weight"
+    values = write("scaled_old", mini, path)
+    state = load_file(path)
+    original = load_file(mini)[weight].to(dtype)
+    save_file(state | {weight: original, f"{LAYER}.scale_weight": torch.tensor(0.5)}, path)
+    save_file(values | {weight: original.float() / 2}, plain)
+    model = load_model(msgspec.structs.replace(spec_of(path), linear=linear), CPU)
+    first = evaluate(model, linear)
+    assert torch.equal(evaluate(model, linear), first)
+    if linear == "exact":
+        assert torch.equal(first, evaluate(load_model(spec_of(plain), CPU)))
+        assert model.get_submodule(LAYER).weight.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [torch.tensor(0.5), torch.full((4, 1), 0.5)], ids=["tensor", "rows"])
+def test_scaled_values_are_never_the_stored_ones(dtype, scale):
+    stored = Stored(torch.ones(4, 4, dtype=dtype), scale)
+    for _ in range(2):
+        assert stored.values(dtype).eq(0.5).all() and stored.values(dtype, slice(2), slice(1, 3)).eq(0.5).all()
+        assert stored.dequantise().eq(0.5).all()
+    assert stored.data.eq(1).all()
 
 
 @pytest.mark.parametrize("name", ["fp8_e4m3fn", "scaled_metadata", "gguf_Q8_0"])
@@ -171,7 +190,7 @@ def test_what_was_changed_is_read_again(mini, tmp_path, name):
     linear.weight.view(torch.uint8).fill_(1)
     ((_, again),) = checkpoint.reread(["single_blocks.0.linear1.weight"])
     assert torch.equal(again.data.view(torch.uint8), before.view(torch.uint8)) and again.scale == scale
-    assert (again.packing, again.input_scale) == (linear.packing, linear.input_scale)
+    assert again.packing == linear.packing
 
 
 def test_the_main_type(mini, tmp_path):

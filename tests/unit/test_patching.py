@@ -7,6 +7,7 @@ import msgspec
 import pytest
 import torch
 from formats import LIMITS, write
+from safetensors.torch import load_file
 from support import SMALL, randn, spec_of
 
 from fastusp_backend.config import WeightPatch
@@ -91,22 +92,28 @@ STORAGES = {
     "scaled_tensors, by rows": {"linear": "fp8"},
     "fp8_e4m3fn, by rows": {"linear": "fp8"},
     "plain, by rows": {"linear": "fp8"},
+    "fp8_e5m2, by rows": {"linear": "fp8"},
+    "gguf_Q8_0, by rows": {"linear": "fp8"},
     "plain, fp8": {"storage": "float8_e4m3fn"},
     "plain, bf16": {"storage": "bfloat16"},
     "gguf_Q8_0, bf16": {"storage": "bfloat16"},
 }
+ROUNDED = ("plain, by rows", "fp8_e5m2, by rows", "gguf_Q8_0, by rows", "plain, fp8")
+"""Of these, patches find the file's values, not those that were rounded to fp8: all is rounded once."""
 
 
 @pytest.mark.parametrize("name", STORAGES)
 def test_patches_are_rounded_to_the_nearest_and_leave_no_trace(mini, tmp_path, name):
     path, form = tmp_path / "model", name.split(",")[0]
     if form == "plain":
-        path = mini
+        path, values = mini, load_file(mini)
     else:
-        write(form, mini, path)
+        values = write(form, mini, path)
     checkpoint, content = loaded(path, **STORAGES[name]), path.read_bytes()
     weights, before = PatchedWeights(checkpoint), everything(checkpoint)
     old = {key: held(checkpoint, key).dequantise() for key in PATCHES}
+    if name in ROUNDED:
+        old[f"{QKV}.weight"] = values[f"{QKV}.weight"]
     assert weights.change(PATCHES, TENSORS, base=0, number=1) == (0, 3)
 
     after, names = everything(checkpoint), {checkpoint.model.module_key(key) for key in PATCHES}
@@ -128,6 +135,17 @@ def test_patches_are_rounded_to_the_nearest_and_leave_no_trace(mini, tmp_path, n
     assert weights.change(NONE, {}, base=3, number=0) == (3, 0)
     assert not changed(before, everything(checkpoint))
     assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("spec", [{"linear": "fp8"}, {"storage": "float8_e4m3fn"}], ids=str)
+def test_small_differences_are_not_lost_in_fp8(mini, spec):
+    """Each of them is far less than fp8's spacing; together they are what a LoRA does."""
+    checkpoint = loaded(mini, **spec)
+    old, tensors = load_file(mini)[f"{QKV}.weight"], {"diff": 0.01 * load_file(mini)[f"{QKV}.weight"].sign() * 0.06}
+    patch = WeightPatch(kind="diff", tensors={"diff": "diff"}, strength=1.0)
+    PatchedWeights(checkpoint).change({f"{QKV}.weight": (patch,)}, tensors, base=0, number=1)
+    seen = (held(checkpoint, f"{QKV}.weight").dequantise() - old) * old.sign()
+    assert seen.mean() == pytest.approx(6e-4, rel=0.2), seen.mean()
 
 
 def test_packed_weights_are_refused_before_anything_changes(mini, tmp_path):

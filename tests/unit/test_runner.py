@@ -139,6 +139,13 @@ def test_an_error_after_the_ranks_began_to_read_ends_the_pool():
         serve(Engine(load=fail(RuntimeError(f"reading failed when the ranks had begun: {CUDA_ALLOCATOR}"))), "")
 
 
+def test_a_lack_of_memory_while_the_ranks_read_ends_the_pool_and_says_what_helps():
+    fatal = RuntimeError("reading /m failed when the ranks had begun")
+    fatal.__cause__ = torch.OutOfMemoryError(CUDA_ALLOCATOR)
+    with pytest.raises(MemoryError, match="while it loaded the model: it asked for 2.50 GiB.*take a smaller file"):
+        serve(Engine(load=fail(fatal)), "")
+
+
 def test_an_evaluation_that_does_not_fit_drops_what_others_left_but_not_the_weights():
     engine = Engine()
     engine.denoiser = fail(torch.OutOfMemoryError(CUDA_ALLOCATOR))

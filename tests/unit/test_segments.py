@@ -27,3 +27,36 @@ def test_rows(name, streams, modulations):
     one = [m[:, :1] for m in two]
     for mine, wanted in zip(getattr(by_row, name)(*x, *one), getattr(plain, name)(*x, *one), strict=True):
         assert torch.equal(mine, wanted)
+
+
+@pytest.mark.parametrize("name", ["norm", "add_norm"])
+def test_rows_in_fp8(name):
+    """As Qwen-Image-Edit has them with linear = fp8: each token's adaLN by its own row, written out in float64, then a
+    scale per token by which its largest value becomes 448."""
+    by_row = Segments(torch.device("cpu"), fused=False, fp8=True).by_row(ROWS)
+    x, y = randn(2, 5, 64, seed=0), randn(2, 5, 64, seed=1)
+    gate, shift, scale = (randn(2, 2, 64, seed=2 + n) for n in range(3))
+    if name == "norm":
+        summed, normed, exact = x, by_row.norm(x, shift, scale), by_row.exact.norm(x, shift, scale)
+    else:
+        summed, normed = by_row.add_norm(x, y, gate, shift, scale)
+        exact_sum, exact = by_row.exact.add_norm(x, y, gate, shift, scale)
+        assert torch.equal(summed, exact_sum) and torch.equal(summed, by_row.add(x, y, gate))
+    assert normed.values.dtype == torch.float8_e4m3fn and normed.dtype == torch.float32
+    assert normed.scales.shape == (2, 5, 1)
+    for item in range(2):
+        for token, row in enumerate(ROWS.tolist()):
+            wide = x[item, token].double()
+            if name == "add_norm":
+                wide = wide + gate[item, row].double() * y[item, token].double()
+                torch.testing.assert_close(summed[item, token].double(), wide, rtol=1e-6, atol=1e-6)
+            centred = wide - wide.mean()
+            wanted = centred / (centred.square().mean() + 1e-6).sqrt()
+            wanted = wanted * (1 + scale[item, row].double()) + shift[item, row].double()
+            torch.testing.assert_close(exact[item, token].double(), wanted, rtol=1e-5, atol=1e-5)
+            unit = wanted.abs().max() / 448
+            torch.testing.assert_close(normed.scales[item, token, 0].double(), unit, rtol=1e-5, atol=0)
+            got = normed.values[item, token].double() * normed.scales[item, token].double()
+            # Half the spacing of e4m3: 2^-4 of a value at most, of those below 2^-6 units 2^-10 units.
+            assert ((got - wanted).abs() <= (wanted.abs() * 2**-4).clamp(min=unit * 2**-10) * 1.001).all()
+            assert normed.values[item, token].float().abs().max() == 448

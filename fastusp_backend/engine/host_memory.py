@@ -1,0 +1,55 @@
+"""Host memory that can still be had, by the system and by the control groups (cgroups) that containers limit."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+_MEMINFO = Path("/proc/meminfo")
+_OWN_GROUPS = Path("/proc/self/cgroup")
+_GROUPS = Path("/sys/fs/cgroup")
+
+
+def available() -> int | None:
+    """Bytes; None where the system does not say."""
+    try:
+        lines = _MEMINFO.read_text().splitlines()
+        system = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+    return min([system, *_left_in_groups()])
+
+
+def _left_in_groups() -> Iterator[int]:
+    """What each memory group that holds this process has left."""
+    try:
+        entries = [line.split(":", 2) for line in _OWN_GROUPS.read_text().splitlines()]
+    except OSError:
+        return
+    for _, controllers, path in entries:
+        if not controllers:
+            root, names = _GROUPS, ("memory.max", "memory.current", "")
+        elif "memory" in controllers.split(","):
+            root, names = _GROUPS / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+        else:
+            continue
+        own = root / path.lstrip("/")
+        for group in [own, *own.parents]:  # any of them may set the limit; in a container some are not mounted
+            if group == root.parent:
+                break
+            left = _left(group, *names)
+            if left is not None:
+                yield left
+
+
+def _left(group: Path, limit: str, usage: str, prefix: str) -> int | None:
+    """A group's limit less what it uses, without the page cache, which goes when memory is needed. None where it has no
+    limit."""
+    try:
+        most = (group / limit).read_text().strip()
+        if most == "max":
+            return None
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / usage).read_text())
+    except OSError:
+        return None
+    cache = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+    return max(0, int(most) - max(0, used - cache))

@@ -1,0 +1,125 @@
+"""A client's channel, a worker's, and what no channel would send: for the tests of the control channel."""
+
+import fcntl
+import os
+import socket
+import struct
+from multiprocessing import Pipe
+
+import msgspec
+import pytest
+import torch
+
+from fastusp_backend.config import Layout, ModelSpec, Settings
+from fastusp_backend.errors import ProtocolError
+from fastusp_backend.protocol import (
+    VERSION,
+    Cancel,
+    Channel,
+    Done,
+    Evaluate,
+    Failed,
+    Held,
+    Hello,
+    Park,
+    Phase,
+    Ready,
+    Release,
+    Sample,
+    Shutdown,
+    Step,
+)
+from fastusp_backend.protocol.messages import ToClient, ToWorker
+
+WHAT = {
+    "model": ModelSpec(
+        path="/models/flux.safetensors", mtime_ns=1 << 60, size=1 << 35, storage=None, compute="bfloat16"
+    ),
+    "layout": Layout(ulysses=2, ring=3),
+    "settings": Settings(wire="exact", attention="math"),
+}
+TO_WORKER = [
+    Hello(version=VERSION),
+    Sample(id=1, **WHAT, sampler="euler_ancestral", options={"eta": 0.5}, timestep_scale=1.0, cfg=3.5),
+    Evaluate(id=2, **WHAT, keep={"context": 3}, reuse={"y": 1}, forget=[0, 2]),
+    Evaluate(id=2, **WHAT),
+    Cancel(id=1 << 40),
+    Release(id=4),
+    Park(id=5),
+    Shutdown(),
+]
+TO_CLIENT = [
+    Ready(version=VERSION, devices=["a", "b"], pids=[1, 2], torch="2.13", transport="gloo"),
+    Phase(id=1, text="loading the model: größer"),
+    Held(id=1, model=WHAT["model"], state="parked", nbytes=1 << 40, exchanges="gloo"),
+    Held(id=1, model=None, state="none", nbytes=0, exchanges=""),
+    Step(id=1, index=0, total=4, sigma=0.123456789, seconds=1e-9),
+    Done(id=1),
+    Failed(id=None, kind="protocol", rank=0, text="no"),
+    Failed(id=1, kind="out_of_memory", rank=3, text=""),
+]
+NONE, INLINE, SHARED = range(3)
+SENTINEL = Cancel(id=987654321)
+
+
+class Pair:
+    """A client's channel and a worker's, and the client's bare connection for what a channel would not send."""
+
+    def __init__(self, **options):
+        self.bare, other = Pipe()
+        self.client = Channel(self.bare, ToClient)
+        self.worker = Channel(other, ToWorker, **options)
+
+    def send_bytes(self, data: bytes) -> None:
+        self.bare.send_bytes(data)
+
+    def send_with(self, fd: int, data: bytes) -> None:
+        """A frame with a descriptor."""
+        with socket.socket(fileno=os.dup(self.bare.fileno())) as sock:
+            assert socket.send_fds(sock, [struct.pack("!i", len(data)) + data], [fd]) == len(data) + 4
+
+    def close(self) -> None:
+        self.client.close()
+        self.worker.close()
+
+
+def header(carrier: int, length: int, magic: bytes = b"FU") -> bytes:
+    return struct.pack(">2sBxI", magic, carrier, length)
+
+
+def frame(message: object, *, carrier: int = NONE, blob: bytes = b"") -> bytes:
+    body = msgspec.msgpack.encode(message)
+    return header(carrier, len(body)) + body + blob
+
+
+def recorded_frame(message, tensors=None) -> bytes:
+    """What Channel.send writes for a message that travels inline."""
+    ours, other = Pipe()
+    channel = Channel(ours, ToClient)
+    channel.send(message, tensors)
+    data = other.recv_bytes()
+    channel.close()
+    other.close()
+    return data
+
+
+def assert_refused_in_place(pair: Pair) -> None:
+    """What was sent is refused, and a message after it still arrives."""
+    pair.client.send(SENTINEL)
+    with pytest.raises(ProtocolError):
+        pair.worker.receive()
+    assert pair.worker.receive() == (SENTINEL, {})
+    assert not pair.worker.poll(0)
+
+
+def memory(content: bytes, *, sealed: bool) -> int:
+    fd = os.memfd_create("test", os.MFD_ALLOW_SEALING)
+    os.write(fd, content)
+    if sealed:
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+    return fd
+
+
+def tensor_file() -> bytes:
+    valid = recorded_frame(SENTINEL, {"x": torch.ones(3)})
+    return valid[len(frame(SENTINEL)) :]
