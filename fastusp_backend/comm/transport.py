@@ -25,7 +25,7 @@ Kind = Literal["none", "symmetric memory", "host memory", "nccl", "gloo"]
 
 Sent = Literal["exact", "fp8", "int8"]
 PACKED: dict[Sent, torch.dtype | None] = {"exact": None, "fp8": torch.uint8, "int8": torch.int8}
-"""What carries each: see kernels/fp8.py."""
+"""What carries each: see kernels/eight_bits.py."""
 
 FAST_LINK = 100.0
 """GB/s from which `auto` sends exact values. FLUX.1-dev's 1.6 GB a step on 2 GPUs hide behind 60 ms of computing from

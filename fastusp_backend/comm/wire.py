@@ -1,4 +1,4 @@
-"""What a row of attention heads looks like while it travels: as computed, or packed in 8 bits (kernels/fp8.py).
+"""What a row of attention heads looks like while it travels: as computed, or packed in 8 bits (kernels/eight_bits.py).
 
 U Ulysses ranks, B batch, L local and N gathered tokens, h heads of a rank, D head dim.
 """
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..kernels import fp8
+from ..kernels import eight_bits
 from .shards import SequenceShards
 
 
@@ -24,7 +24,7 @@ class Wire:
     @property
     def row(self) -> tuple[int, ...]:
         """The shape of a token's row on the wire."""
-        return (fp8.pitch(self.heads, self.dim),) if self.packed else (self.heads, self.dim)
+        return (eight_bits.pitch(self.heads, self.dim),) if self.packed else (self.heads, self.dim)
 
     @property
     def carrier(self) -> torch.dtype:
@@ -36,14 +36,14 @@ class Wire:
         if not self.packed:
             return x
         rows = torch.empty(*x.shape[:2], *self.row, dtype=self.packed, device=x.device)
-        fp8.pack(x, rows)
+        eight_bits.pack(x, rows)
         return rows
 
     def decode_ring(self, block: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """block (2, B, N, *row) -> keys and values (2, B, N, h, D); `out` is written where they were packed."""
         if not self.packed:
             return block
-        fp8.unpack(block[:, None], out, fp8.Destination(block.shape[2], 0, block.shape[2], 0))
+        eight_bits.unpack(block[:, None], out, eight_bits.Destination(block.shape[2], 0, block.shape[2], 0))
         return out
 
 
@@ -54,7 +54,7 @@ def unpack_gathered(
     this rank's own (`position`)."""
     u, t, i = shards.layout.ulysses, shards.local_text, shards.local_image
     start = u * t
-    fp8.unpack(packed, received, fp8.Destination(t if text else 0, t, start, i, skipped=position))
+    eight_bits.unpack(packed, received, eight_bits.Destination(t if text else 0, t, start, i, skipped=position))
 
 
 def unpack_returned(
@@ -65,8 +65,8 @@ def unpack_returned(
     heads, dim = attended.shape[2:]
     t = shards.local_text
     out = attended.new_empty(packed.shape[1], shards.local, packed.shape[0] * heads, dim)
-    to = fp8.Destination(t, 0, t, 0, head_step=heads, skipped=position)
-    fp8.unpack(packed[None], out[None], to)
+    to = eight_bits.Destination(t, 0, t, 0, head_step=heads, skipped=position)
+    eight_bits.unpack(packed[None], out[None], to)
     for rows, region in shards.regions(position):
         out[:, rows, position * heads : (position + 1) * heads] = attended[:, region]
     return out.flatten(2)

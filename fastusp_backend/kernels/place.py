@@ -2,19 +2,19 @@
 
 T tensors (of q, k, v) of R rows each: projected (B, R, T H D). A head of this rank (`position`) goes into `received`
 at the row where attention reads it, any other into `outgoing` for the rank that attends it, packed in 8 bits
-(fp8.py) where `outgoing` holds bytes. Everything is read and written once.
+(eight_bits.py) where `outgoing` holds bytes. Everything is read and written once.
 """
 
 import torch
 import torch.nn.functional as F
 
-from . import fp8
+from . import eight_bits
 
 try:
     import triton
     import triton.language as tl
 
-    from .fp8 import store_packed
+    from .eight_bits import store_packed
 except ImportError:  # a CPU build of torch brings no Triton
     triton = None
 
@@ -59,8 +59,8 @@ def place_reference(projected, scales, rope, which, first_row, received, outgoin
             value = rotate(F.rms_norm(value, (d,), scale.to(value.dtype), eps=EPS), *rope)
         for rank, part in enumerate(value.split(local_heads, dim=2)):
             if rank != position:
-                if outgoing.dtype in fp8.LARGEST:
-                    fp8.pack_reference(part, outgoing[tensor, rank, :, rows])
+                if outgoing.dtype in eight_bits.LARGEST:
+                    eight_bits.pack_reference(part, outgoing[tensor, rank, :, rows])
                 else:
                     outgoing[tensor, rank, :, rows] = part
                 continue
@@ -182,7 +182,7 @@ def _launch(projected, scales, rope, which, first_row, received, outgoing, posit
         HEADS=heads,
         LOCAL_HEADS=received.shape[3],
         D=d,
-        PITCH=outgoing.shape[4] if outgoing.dtype in fp8.LARGEST else 0,
+        PITCH=outgoing.shape[4] if outgoing.dtype in eight_bits.LARGEST else 0,
         INTEGER=outgoing.dtype == torch.int8,
         ROWS=rows_per_program,
         eps=EPS,

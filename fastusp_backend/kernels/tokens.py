@@ -9,13 +9,13 @@ Shapes: x, y (B, L, C), shift, scale, gate (B, 1, C).
 import torch
 import torch.nn.functional as F
 
-from .fp8 import quantise
+from .eight_bits import quantise
 
 try:
     import triton
     import triton.language as tl
 
-    from .fp8 import magnitudes
+    from .eight_bits import magnitudes
 except ImportError:  # a CPU build of torch brings no Triton
     triton = None
 

@@ -7,7 +7,7 @@ import torch
 
 from ..config import ModelSpec
 from ..errors import RequestError
-from ..kernels.fp8 import quantise
+from ..kernels.eight_bits import quantise
 from .headers import FP8, TensorInfo
 from .packing import unpack
 

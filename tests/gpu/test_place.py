@@ -5,7 +5,7 @@ import torch
 
 from fastusp_backend.comm.shards import SequenceShards
 from fastusp_backend.config import Layout
-from fastusp_backend.kernels.fp8 import Destination, pitch, unpack_reference
+from fastusp_backend.kernels.eight_bits import Destination, pitch, unpack_reference
 from fastusp_backend.kernels.place import place, place_reference
 
 pytestmark = [

@@ -4,7 +4,7 @@ import pytest
 import torch
 from support import relative_difference
 
-from fastusp_backend.kernels.fp8 import quantise
+from fastusp_backend.kernels.eight_bits import quantise
 from fastusp_backend.kernels.tokens import quantise_reference
 from fastusp_backend.models.flux import Flux
 from fastusp_backend.models.layers import Linear

@@ -6,23 +6,23 @@ import torch
 from fastusp_backend.comm.shards import SequenceShards
 from fastusp_backend.comm.wire import Wire, unpack_gathered, unpack_returned
 from fastusp_backend.config import Layout
-from fastusp_backend.kernels import fp8
+from fastusp_backend.kernels import eight_bits
 
 pytestmark = pytest.mark.unit
 
 HEADS, DIM = 3, 8
-WHOLE = fp8.Destination(5, 0, 5, 0)
+WHOLE = eight_bits.Destination(5, 0, 5, 0)
 
 
 def packed(x: torch.Tensor, carrier: torch.dtype = torch.uint8) -> torch.Tensor:
-    out = torch.empty(*x.shape[:2], fp8.pitch(*x.shape[2:]), dtype=carrier)
-    fp8.pack(x, out)
+    out = torch.empty(*x.shape[:2], eight_bits.pitch(*x.shape[2:]), dtype=carrier)
+    eight_bits.pack(x, out)
     return out
 
 
 def unpacked(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     out = torch.full_like(like, torch.nan)[None]
-    fp8.unpack(rows[None, None], out, WHOLE)
+    eight_bits.unpack(rows[None, None], out, WHOLE)
     return out[0]
 
 
@@ -47,7 +47,7 @@ def test_integers_are_within_half_a_step(dtype):
     assert ((back - x.double()).abs() <= step / 2 * (1 + 1e-6) + rounding * x.double().abs()).all()
 
 
-@pytest.mark.parametrize("carrier", fp8.LARGEST)
+@pytest.mark.parametrize("carrier", eight_bits.LARGEST)
 def test_largest_values_zeros_and_signs_are_kept(carrier):
     x = torch.zeros(1, 5, HEADS, DIM)
     x[0, 1, 1, 2], x[0, 3, 2, 0] = -7.3, 0.1
@@ -55,7 +55,7 @@ def test_largest_values_zeros_and_signs_are_kept(carrier):
     torch.testing.assert_close(back, x, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("carrier", fp8.LARGEST)
+@pytest.mark.parametrize("carrier", eight_bits.LARGEST)
 def test_packing_again_changes_nothing(carrier):
     x = torch.randn(2, 5, HEADS, DIM, generator=torch.Generator().manual_seed(1))
     filled = HEADS * (DIM + 4)  # the rest is padding
@@ -64,7 +64,7 @@ def test_packing_again_changes_nothing(carrier):
 
 
 def test_rows_are_padded_to_sixteen_bytes():
-    assert [fp8.pitch(h, 128) for h in (1, 2, 3, 12)] == [144, 272, 400, 1584]
+    assert [eight_bits.pitch(h, 128) for h in (1, 2, 3, 12)] == [144, 272, 400, 1584]
     assert Wire(3, 128, torch.bfloat16, torch.int8).row == (400,) and Wire(3, 128, torch.bfloat16).row == (3, 128)
 
 

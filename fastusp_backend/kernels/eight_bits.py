@@ -4,7 +4,8 @@ A packed row holds a token's h heads: h D codes, then h scales, padded to a mult
 what the codes are: uint8 holds e4m3 (largest value 448), int8 integers (127). scale = amax / largest over the head,
 code = round_to_nearest_even(x / scale): the largest value of a head is met exactly, and what was packed and unpacked
 packs to the same bytes again. On normally distributed values the relative error of e4m3 is 2.6 %, of integers 0.65 %;
-where one value in a head is far above the others, e4m3 keeps more of the rest. A head that is not finite is NaN after the way, whole.
+where one value in a head is far above the others, e4m3 keeps more of the rest. A head that is not finite arrives as
+NaN, whole.
 
 The kernels round with integer arithmetic, since GPUs before Ada have no e4m3 instructions.
 """

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastusp_backend.kernels import fp8, merge
+from fastusp_backend.kernels import eight_bits, merge
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,14 +23,16 @@ def rows(*shape, dtype=torch.float32, seed=0):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1e-4, 1.0, 100.0])
 @pytest.mark.parametrize("heads", [1, 3, 12])
-@pytest.mark.parametrize("carrier", fp8.LARGEST)
+@pytest.mark.parametrize("carrier", eight_bits.LARGEST)
 def test_packed_bits_are_the_references(carrier, heads, size, dtype):
     x = (rows(2, 77, heads, DIM) * size).to(dtype)
     x[0, 5] = 0
     for source in (x, x.transpose(1, 2).contiguous().transpose(1, 2)):
-        kernel, reference = (torch.zeros(2, 77, fp8.pitch(heads, DIM), dtype=carrier, device="cuda") for _ in "ab")
-        fp8.pack(source, kernel)
-        fp8.pack_reference(source, reference)
+        kernel, reference = (
+            torch.zeros(2, 77, eight_bits.pitch(heads, DIM), dtype=carrier, device="cuda") for _ in "ab"
+        )
+        eight_bits.pack(source, kernel)
+        eight_bits.pack_reference(source, reference)
         assert torch.equal(kernel, reference)
 
 
@@ -40,12 +42,15 @@ def test_a_head_that_is_not_finite_arrives_as_nan(bad, dtype):
     x = rows(1, 77, 3, DIM, dtype=dtype)
     x[0, 5, 1, 7] = x[0, 60, 2, 0] = bad
     packed, out = (
-        torch.zeros(1, 1, 1, 77, fp8.pitch(3, DIM), dtype=torch.uint8, device="cuda"),
+        torch.zeros(1, 1, 1, 77, eight_bits.pitch(3, DIM), dtype=torch.uint8, device="cuda"),
         torch.zeros_like(x)[None],
     )
-    for pack, unpack in ((fp8.pack, fp8.unpack), (fp8.pack_reference, fp8.unpack_reference)):
+    for pack, unpack in (
+        (eight_bits.pack, eight_bits.unpack),
+        (eight_bits.pack_reference, eight_bits.unpack_reference),
+    ):
         pack(x, packed[0, 0])
-        unpack(packed, out, fp8.Destination(77, 0, 77, 0))
+        unpack(packed, out, eight_bits.Destination(77, 0, 77, 0))
         expected = torch.zeros(77, 3, dtype=torch.bool, device="cuda")
         expected[5, 1] = expected[60, 2] = True
         assert torch.equal(out[0, 0].isnan().all(-1), expected) and torch.equal(out[0, 0].isnan().any(-1), expected)
@@ -55,19 +60,19 @@ def test_a_head_that_is_not_finite_arrives_as_nan(bad, dtype):
 @pytest.mark.parametrize(
     "to, gathered, heads",
     [
-        (fp8.Destination(20, 20, 60, 50, skipped=1), 210, 3),
-        (fp8.Destination(20, 0, 20, 0, head_step=3, skipped=0), 70, 9),
-        (fp8.Destination(0, 20, 60, 70), 270, 3),
+        (eight_bits.Destination(20, 20, 60, 50, skipped=1), 210, 3),
+        (eight_bits.Destination(20, 0, 20, 0, head_step=3, skipped=0), 70, 9),
+        (eight_bits.Destination(0, 20, 60, 70), 270, 3),
     ],
 )
-@pytest.mark.parametrize("carrier", fp8.LARGEST)
+@pytest.mark.parametrize("carrier", eight_bits.LARGEST)
 def test_rows_are_unpacked_as_the_reference_does(carrier, to, gathered, heads, dtype):
-    packed = torch.zeros(2 * 3 * 2, 70, fp8.pitch(3, DIM), dtype=carrier, device="cuda")
-    fp8.pack_reference(rows(12, 70, 3, DIM), packed)
+    packed = torch.zeros(2 * 3 * 2, 70, eight_bits.pitch(3, DIM), dtype=carrier, device="cuda")
+    eight_bits.pack_reference(rows(12, 70, 3, DIM), packed)
     packed = packed.unflatten(0, (2, 3, 2))
     kernel, reference = (torch.zeros(2, 2, gathered, heads, DIM, dtype=dtype, device="cuda") for _ in "ab")
-    fp8.unpack(packed, kernel, to)
-    fp8.unpack_reference(packed, reference, to)
+    eight_bits.unpack(packed, kernel, to)
+    eight_bits.unpack_reference(packed, reference, to)
     assert kernel.any() and torch.equal(kernel, reference)
 
 
