@@ -21,9 +21,12 @@ USED = {
         "sample_lcm(model, x, sigmas, extra_args, callback, disable)",
         "sample_res_multistep(model, x, sigmas, extra_args, callback, disable)",
     ],
+    "comfy.ldm.qwen_image.model": ["QwenImageTransformer2DModel.forward(x, timestep, context, transformer_options)"],
+    "comfy.model_base": ["BaseModel.memory_required(input_shape, cond_shapes)"],
     "comfy.model_detection": ["model_config_from_unet(state_dict, unet_key_prefix)"],
     "comfy.model_management": [
         "get_torch_device()",
+        "load_models_gpu(models)",
         "processing_interrupted()",
         "soft_empty_cache()",
         "throw_exception_if_processing_interrupted()",
@@ -41,7 +44,6 @@ USED = {
         "ModelPatcher.detach(unpatch_all)",
         "ModelPatcher.get_key_patches(filter_prefix)",
         "ModelPatcher.loaded_size()",
-        "ModelPatcher.memory_required(input_shape)",
         "ModelPatcher.model_size()",
         "ModelPatcher.partially_load(device_to, extra_memory, force_patch_weights)",
         "ModelPatcher.partially_unload(device_to, memory_to_free)",
@@ -140,6 +142,7 @@ import comfy.model_management as model_management  # noqa: E402
 import comfy.samplers as samplers  # noqa: E402
 import comfy.weight_adapter as weight_adapter  # noqa: E402
 import folder_paths  # noqa: E402
+from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel  # noqa: E402
 from comfy.model_detection import model_config_from_unet  # noqa: E402
 from comfy.model_patcher import ModelPatcher  # noqa: E402
 from comfy.model_sampling import CONST  # noqa: E402
@@ -157,6 +160,7 @@ __all__ = [
     "ComfyExtension",
     "ModelPatcher",
     "PromptServer",
+    "QwenImageTransformer2DModel",
     "WrapperExecutor",
     "WrappersMP",
     "common_ksampler",
