@@ -114,6 +114,8 @@ def _missing(module: str, use: str) -> str | None:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         return f"it has no module {error.name}"
+    except ImportError as error:
+        return f"its module {module} cannot be imported ({error})"
     for name in path.split("."):
         if not hasattr(found, name):
             return f"{module}.{path} does not exist"
