@@ -7,7 +7,11 @@ The other files of this folder import ComfyUI from here alone.
 import importlib
 import inspect
 
+import torch
+
 TESTED = "0.3.64 to 0.33.0"
+TORCH = 2, 7
+"""The oldest torch: it brought the last of the types that model files name."""
 
 USED = {
     "comfy.conds": ["CONDRegular.process_cond(batch_size, area)"],
@@ -94,11 +98,16 @@ USED = {
 
 
 class UnsupportedComfyUI(ImportError):
-    """A ComfyUI that lacks something of `USED`."""
+    """A ComfyUI that lacks something of `USED`, or whose torch is too old."""
 
 
 def check() -> None:
     """Raises UnsupportedComfyUI naming what is missing."""
+    if tuple(map(int, torch.__version__.split(".")[:2])) < TORCH:
+        wanted = ".".join(map(str, TORCH))
+        raise UnsupportedComfyUI(
+            f"FastUSP needs torch {wanted} or newer, and this ComfyUI has {torch.__version__}: update its torch"
+        )
     missing = [problem for module, uses in USED.items() for use in uses if (problem := _missing(module, use))]
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""

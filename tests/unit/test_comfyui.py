@@ -107,3 +107,11 @@ def test_a_module_that_cannot_be_imported_is_named(comfyui, monkeypatch, tmp_pat
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ImportError, match="its module folder_paths cannot be imported .*no_such_name.* 0.3.64 to"):
         load()
+
+
+def test_a_torch_that_is_too_old_is_named(comfyui, monkeypatch):
+    monkeypatch.setattr("torch.__version__", "2.6.0+cu124")
+    with pytest.raises(ImportError, match=r"FastUSP needs torch 2.7 or newer, and this ComfyUI has 2.6.0\+cu124"):
+        load()
+    monkeypatch.setattr("torch.__version__", "2.10.0a0+git123")
+    load()
