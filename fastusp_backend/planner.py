@@ -6,6 +6,8 @@ node (1.61 against 1.6 GB at 2 ranks, 0.71 against 2.8 GB at 8, per FLUX step) a
 its degree must divide the head count. The ring takes the rest.
 """
 
+from typing import get_args
+
 from .config import BatchParallel, Layout
 from .errors import LayoutError
 
@@ -21,6 +23,10 @@ def plan(ranks: int, heads: int, *, ulysses: int = 0, ring: int = 0) -> Layout:
 
     Raises LayoutError, listing the legal layouts, when the wish cannot be honoured.
     """
+    if min(ulysses, ring) < 0:
+        raise LayoutError(
+            f"ulysses = {ulysses} and ring = {ring}: expected degrees of at least 1, or 0, which lets FastUSP choose"
+        )
     legal = legal_layouts(ranks, heads)
     fitting = [x for x in legal if ulysses in (0, x.ulysses) and ring in (0, x.ring)]
     if fitting:
@@ -49,6 +55,8 @@ def plan_batches(
     layout, so setting both leaves one. `on`: they are those of the groups. Raises LayoutError when the wish cannot
     be honoured.
     """
+    if batch_parallel not in get_args(BatchParallel):
+        raise LayoutError(f"batch_parallel = {batch_parallel!r} is none of {', '.join(get_args(BatchParallel))}")
     if batch_parallel == "off":
         return (plan(ranks, heads, ulysses=ulysses, ring=ring),)
     if batch_parallel == "on":

@@ -7,7 +7,11 @@ The other files of this folder import ComfyUI from here alone.
 import importlib
 import inspect
 
+import torch
+
 TESTED = "0.3.64 to 0.33.0"
+TORCH = 2, 7
+"""The oldest torch: it brought the last of the types that model files name."""
 
 USED = {
     "comfy.conds": ["CONDRegular.process_cond(batch_size, area)"],
@@ -21,9 +25,12 @@ USED = {
         "sample_lcm(model, x, sigmas, extra_args, callback, disable)",
         "sample_res_multistep(model, x, sigmas, extra_args, callback, disable)",
     ],
+    "comfy.ldm.qwen_image.model": ["QwenImageTransformer2DModel.forward(x, timestep, context, transformer_options)"],
+    "comfy.model_base": ["BaseModel.memory_required(input_shape, cond_shapes)"],
     "comfy.model_detection": ["model_config_from_unet(state_dict, unet_key_prefix)"],
     "comfy.model_management": [
         "get_torch_device()",
+        "load_models_gpu(models)",
         "processing_interrupted()",
         "soft_empty_cache()",
         "throw_exception_if_processing_interrupted()",
@@ -41,7 +48,6 @@ USED = {
         "ModelPatcher.detach(unpatch_all)",
         "ModelPatcher.get_key_patches(filter_prefix)",
         "ModelPatcher.loaded_size()",
-        "ModelPatcher.memory_required(input_shape)",
         "ModelPatcher.model_size()",
         "ModelPatcher.partially_load(device_to, extra_memory, force_patch_weights)",
         "ModelPatcher.partially_unload(device_to, memory_to_free)",
@@ -92,11 +98,16 @@ USED = {
 
 
 class UnsupportedComfyUI(ImportError):
-    """A ComfyUI that lacks something of `USED`."""
+    """A ComfyUI that lacks something of `USED`, or whose torch is too old."""
 
 
 def check() -> None:
     """Raises UnsupportedComfyUI naming what is missing."""
+    if tuple(map(int, torch.__version__.split(".")[:2])) < TORCH:
+        wanted = ".".join(map(str, TORCH))
+        raise UnsupportedComfyUI(
+            f"FastUSP needs torch {wanted} or newer, and this ComfyUI has {torch.__version__}: update its torch"
+        )
     missing = [problem for module, uses in USED.items() for use in uses if (problem := _missing(module, use))]
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
@@ -112,6 +123,8 @@ def _missing(module: str, use: str) -> str | None:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         return f"it has no module {error.name}"
+    except ImportError as error:
+        return f"its module {module} cannot be imported ({error})"
     for name in path.split("."):
         if not hasattr(found, name):
             return f"{module}.{path} does not exist"
@@ -140,6 +153,7 @@ import comfy.model_management as model_management  # noqa: E402
 import comfy.samplers as samplers  # noqa: E402
 import comfy.weight_adapter as weight_adapter  # noqa: E402
 import folder_paths  # noqa: E402
+from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel  # noqa: E402
 from comfy.model_detection import model_config_from_unet  # noqa: E402
 from comfy.model_patcher import ModelPatcher  # noqa: E402
 from comfy.model_sampling import CONST  # noqa: E402
@@ -157,6 +171,7 @@ __all__ = [
     "ComfyExtension",
     "ModelPatcher",
     "PromptServer",
+    "QwenImageTransformer2DModel",
     "WrapperExecutor",
     "WrappersMP",
     "common_ksampler",

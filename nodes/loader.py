@@ -78,8 +78,8 @@ class USPLoader(io.ComfyNode):
                     default="auto",
                     optional=True,
                     tooltip="Let groups of ranks evaluate the positive and negative prompt (cfg above 1), or the "
-                    "images of "
-                    "a batch, at the same time. auto: wherever groups can be had. on: refuse what cannot. off: never.",
+                    "images of a batch, at the same time. auto: wherever groups can be had. on: likewise, ulysses and "
+                    "ring are those of a group, and an odd number of ranks is refused. off: never.",
                 ),
             ],
             outputs=[
@@ -91,7 +91,9 @@ class USPLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, unet_name=None, gpus=None, ulysses=None, ring=None, batch_parallel="auto") -> bool | str:
-        """Refuses impossible combinations before the prompt runs; an input that is linked is not known yet (None)."""
+        """Refuses impossible combinations before the prompt runs; an input that is linked is not known yet (None).
+        ComfyUI leaves choices and ranges of the inputs that are named here to this check.
+        """
         try:
             devices = parse_devices(gpus) if gpus is not None else None
             if unet_name is None:
@@ -99,9 +101,8 @@ class USPLoader(io.ComfyNode):
             path = _path(unet_name)
             config = detect(read_header(path), path)
             if devices is not None and ulysses is not None and ring is not None:
-                plan_batches(
-                    devices.ranks, config.heads, ulysses=ulysses, ring=ring, batch_parallel=batch_parallel or "auto"
-                )
+                wish = "auto" if batch_parallel is None else batch_parallel
+                plan_batches(devices.ranks, config.heads, ulysses=ulysses, ring=ring, batch_parallel=wish)
         except FastUSPError as error:
             return str(error)
         return True

@@ -2,21 +2,31 @@
 
 Where a worker computes on the GPU that ComfyUI uses, ComfyUI is told the true size of a remote model: loading it makes
 ComfyUI's other models leave, and models that need the room later make it leave. On other devices it has no size.
-`Unload Models` (POST /free) reaches every pool.
+`Unload Models` (POST /free) reaches every pool. ComfyUI calls all of this where nothing catches an error, its
+prompt thread among others: workers that die over it are reported in its log, and the next prompt starts new ones.
 """
 
 import functools
+import logging
+from collections.abc import Callable
 
 import torch
 
 from ..fastusp_backend.devices import holds_gpu
+from ..fastusp_backend.errors import FastUSPError
 from ..fastusp_backend.pool import Pool, Session
 from .comfyui import model_management
 from .pools import all_pools
 
+log = logging.getLogger(__name__)
+
 _known: dict[Pool, object] = {}
 """By pool, the patcher whose weights it got last. ComfyUI forgets the patchers that nobody refers to; the weights in
 the workers stay, and so must what stands for them."""
+
+_stayed: set[Pool] = set()
+"""Pools whose weights did not leave when ComfyUI wanted their room, since a request ran; it has taken them off its
+list."""
 
 _unloading_all = False
 
@@ -38,7 +48,7 @@ def taking(session: Session, device: torch.device, patcher: object) -> None:
         return
     for pool, other in list(_known.items()):
         if pool is not session.pool and set(pool.devices.gpus) & set(session.pool.devices.gpus):
-            other.session.give_way()
+            _tried(other.session.give_way)
     if shares_gpu(session, device):
         model_management.soft_empty_cache()
 
@@ -46,11 +56,23 @@ def taking(session: Session, device: torch.device, patcher: object) -> None:
 def leaving(session: Session) -> int:
     """ComfyUI needs the room of `session`'s weights; returns the bytes that each device got back."""
     held = session.holds()
-    # Busy: a preview wants room in the middle of a run.
-    if not held or session.pool.busy or _unloading_all:
+    if held and session.pool.busy:  # a preview wants room in the middle of a run
+        _stayed.add(session.pool)
         return 0
-    session.give_way()
-    return held
+    if not held or _unloading_all:
+        return 0
+    _tried(session.give_way)
+    return held - session.holds()
+
+
+def settling(session: Session, patcher: object) -> None:
+    """A sampling run of `session` has ended. ComfyUI lists what stayed although it was told to leave as a loaded model
+    again: `patcher`."""
+    _tried(session.settle)
+    if session.pool in _stayed:
+        _stayed.discard(session.pool)
+        if session.holds():
+            model_management.load_models_gpu([patcher])
 
 
 def follow_unload_all() -> None:
@@ -68,8 +90,16 @@ def follow_unload_all() -> None:
             _unloading_all = False
         for pool in all_pools():
             if not pool.busy:
-                pool.release()
+                _tried(pool.release)
         _known.clear()
         return result
 
     model_management.unload_all_models = unload_all_models
+
+
+def _tried(order: Callable[[], None]) -> None:
+    """Has workers make room. Those that die over it have made it."""
+    try:
+        order()
+    except FastUSPError as error:
+        log.warning("%s", error)

@@ -5,6 +5,9 @@ alone; in place of the transformer stands a `RemoteTransformer`, which sends eac
 guiders and wrappers run on the host as ever.
 """
 
+import functools
+import inspect
+import weakref
 from dataclasses import replace
 
 import torch
@@ -16,6 +19,7 @@ from ..fastusp_backend.pool import Prompt, Session
 from . import memory
 from .comfyui import (
     ModelPatcher,
+    QwenImageTransformer2DModel,
     WrapperExecutor,
     WrappersMP,
     get_all_wrappers,
@@ -122,29 +126,27 @@ class RemoteFlux(RemoteTransformer):
 
 
 class RemoteQwenImage(RemoteTransformer):
-    def forward(
+    _POSITIONS = inspect.signature(QwenImageTransformer2DModel.forward).parameters
+    """The order of arguments differs between versions of ComfyUI; it calls by name, wrappers are called by position."""
+    _ORDER = tuple(name for name, p in _POSITIONS.items() if name != "self" and p.kind is not p.VAR_KEYWORD)
+
+    def forward(self, *args, **kwargs):
+        given = dict(zip(self._ORDER, args, strict=False)) | kwargs
+        positions = [given.pop(name, {} if name == "transformer_options" else None) for name in self._ORDER]
+        return self._through_wrappers(positions[self._ORDER.index("transformer_options")], *positions, **given)
+
+    def _evaluate(self, *args, **kwargs):
+        return self._evaluate_named(**dict(zip(self._ORDER, args, strict=True)), **kwargs)
+
+    def _evaluate_named(
         self,
         x,
         timestep,
         context,
+        transformer_options,
         attention_mask=None,
         ref_latents=None,
         additional_t_cond=None,
-        transformer_options={},  # noqa: B006 - ComfyUI's own signature
-        **kwargs,
-    ):
-        args = x, timestep, context, attention_mask, ref_latents, additional_t_cond, transformer_options
-        return self._through_wrappers(transformer_options, *args, **kwargs)
-
-    def _evaluate(
-        self,
-        x,
-        timestep,
-        context,
-        attention_mask,
-        ref_latents,
-        additional_t_cond,
-        transformer_options,
         control=None,
         ref_latents_method=None,
         **kwargs,
@@ -210,10 +212,7 @@ class RemotePatcher(ModelPatcher):
         return self.load_device
 
     def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
-        base = self
-        while base.parent is not None:
-            base = base.parent
-        memory.taking(self.session, self.load_device, base)
+        memory.taking(self.session, self.load_device, self._first())
         super().partially_load(device_to, _ALL, force_patch_weights)
         return 0
 
@@ -229,14 +228,18 @@ class RemotePatcher(ModelPatcher):
     def cleanup(self):
         """ComfyUI calls it when a sampling run has ended, well or not."""
         super().cleanup()
-        self.session.settle()
+        memory.settling(self.session, self._first())
+
+    def _first(self) -> "RemotePatcher":
+        """The patcher that this one was cloned from, which lives as long as any of its clones."""
+        first = self
+        while first.parent is not None:
+            first = first.parent
+        return first
 
     def _shares_gpu(self) -> bool:
         device = getattr(self, "load_device", None)  # ComfyUI 0.3.64 asks for the size before there is one
         return device is not None and memory.shares_gpu(self.session, device)
-
-    def memory_required(self, input_shape):
-        return 0
 
     def add_patches(self, patches, strength_patch=1.0, strength_model=1.0):
         known = self.model.state_dict()  # a LoRA node passes what it has for text encoders, too
@@ -282,9 +285,14 @@ def remote_model(session: Session, header: dict[str, TensorInfo]) -> RemotePatch
     model.diffusion_model = transformer(session, config.process_unet_state_dict(dict(header)), compute, detected)
     model.fastusp_session, model.fastusp_nbytes = session, weight_bytes(header, session.spec)
     model.state_dict_for_saving = _no_weights  # would be a file of meta tensors
+    device = model_management.get_torch_device()
+    # Where no worker has ComfyUI's GPU, an evaluation takes none of its memory. By a weak reference: ComfyUI expects a
+    # model to go when nobody refers to it any more, without a garbage collection.
+    whole = functools.partial(type(model).memory_required, weakref.proxy(model))
+    model.memory_required = lambda *args, **shapes: whole(*args, **shapes) if memory.shares_gpu(session, device) else 0
     patcher = RemotePatcher(
         model,
-        load_device=model_management.get_torch_device(),
+        load_device=device,
         offload_device=model_management.unet_offload_device(),
     )
     patcher.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, "fastusp", sample_in_workers)

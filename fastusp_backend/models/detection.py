@@ -5,6 +5,7 @@ from .checkpoint import Sizes, TensorInfo
 from .family import Config
 from .flux import FluxConfig
 from .qwen_image import QwenImageConfig
+from .scales import check_types
 
 FAMILIES: tuple[type[Config], ...] = (FluxConfig, QwenImageConfig)
 RUNS = ", ".join(family.runs for family in FAMILIES)
@@ -35,7 +36,8 @@ _FOREIGN = (
 def detect(header: dict[str, TensorInfo], path: str) -> Config:
     """The configuration of the model in a file. `path` is for the error.
 
-    Raises CheckpointError naming the family that was found instead, or the first tensors that are missing.
+    Raises CheckpointError naming the family that was found instead, the first tensors that are missing, or a
+    quantisation that FastUSP does not read.
     """
     for marker, foreign in _FOREIGN:
         if any(key.startswith(marker) for key in header):
@@ -45,4 +47,5 @@ def detect(header: dict[str, TensorInfo], path: str) -> Config:
         some = ", ".join(sorted(header)[:3]) or "no tensors at all"
         names = " or ".join(family.family for family in FAMILIES)
         raise CheckpointError(f"{path} is no {names} transformer in its original key layout; it begins with {some}")
+    check_types(header, path)
     return family.from_sizes(Sizes(header, path, family.family))

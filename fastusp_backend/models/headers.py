@@ -88,7 +88,9 @@ def read_file_header(path: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
                 tensors, metadata = _safetensors(file, int.from_bytes(start, "little"), length)
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no model file {path}") from error
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+    except OSError as error:
+        raise CheckpointError(f"cannot read the model file {path}: {error.strerror or error}") from error
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise _unreadable(path, str(error)) from error
     for name, info in tensors.items():
         if info.start + info.size > length:
@@ -105,7 +107,10 @@ def _safetensors(file, size: int, length: int) -> tuple[dict[str, TensorInfo], d
     for name, entry in header.items():
         kind, (start, stop) = entry["dtype"], entry["data_offsets"]
         if kind not in _SAFETENSORS:
-            raise ValueError(f"tensor {name!r} has type {kind}, which FastUSP does not read")
+            raise CheckpointError(
+                f"{file.name}: tensor {name!r} has type {kind}, which FastUSP does not read; it reads "
+                f"{', '.join(_SAFETENSORS)}"
+            )
         info = TensorInfo(tuple(map(int, entry["shape"])), _SAFETENSORS[kind], 8 + size + start)
         if start < 0 or stop - start != info.size:
             raise ValueError(f"tensor {name!r} has {stop - start} bytes, its shape {info.shape} takes {info.size}")

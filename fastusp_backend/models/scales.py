@@ -54,10 +54,16 @@ def fold_scales(tensors: dict[str, TensorInfo], metadata: dict[str, str], path: 
         if old:
             for key in [key for key in weights if key.endswith(".scale_weight")]:
                 _scale(file, weights, key.removesuffix(".scale_weight"), "scale_weight", "scale_input", path)
-    for name, info in weights.items():
+    return weights
+
+
+def check_types(header: dict[str, TensorInfo], path: str) -> None:
+    """Raises CheckpointError for a transformer's file with tensors of a type that only quantised weights have. Other
+    models keep such types beside their weights, so this is to be asked once the file is known to be a transformer's.
+    """
+    for name, info in header.items():
         if not info.dtype.is_floating_point or info.dtype.itemsize == 1 and info.dtype not in FP8:
             raise _refusal(path, str(info.dtype).removeprefix("torch."), name)
-    return weights
 
 
 def _declared(file, weights: dict[str, TensorInfo], metadata: dict[str, str]) -> dict[str, str]:

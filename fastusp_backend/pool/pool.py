@@ -1,12 +1,15 @@
 """A pool of worker processes for one list of devices, warm between requests, started anew after a failure."""
 
 import atexit
+import contextlib
 import itertools
+import logging
+import math
 import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -17,12 +20,16 @@ from .kept import KeptTensors, Tensors
 from .patches import HeldPatches
 from .workers import Workers
 
+log = logging.getLogger(__name__)
+
 POLL_SECONDS = 0.05
 START_SECONDS = 300.0
 DEATH_SECONDS = 8.0
 CANCEL_SECONDS = 5.0
 """How long a cancel waits for its answer. Loading and compiling do not hear it: the request is then left behind, and
 its late replies are dropped."""
+ORDER_SECONDS = 120.0
+"""How long idle workers may take to drop or park their weights; those that take longer are taken for hung."""
 HANG_SECONDS = 300.0
 """Workers that have not answered for so long since a request was left behind are taken for hung, at the next cancel."""
 
@@ -61,6 +68,7 @@ class Pool:
         self._workers: Workers | None = None
         self._ids = itertools.count(1)
         self._busy = threading.Lock()
+        self._running = False
         self._state = threading.Lock()
         self._closed = False
         _pools.add(self)
@@ -90,7 +98,7 @@ class Pool:
         Raises Cancelled, RequestError (refused; the pool goes on) or PoolError (the workers died; the next call
         starts new ones).
         """
-        with self._busy:
+        with self._turn():
             number = next(self._ids)
             workers = self._standing_workers(progress)
             message = make(number)
@@ -115,42 +123,75 @@ class Pool:
                 raise
 
     def release(self) -> None:
-        """Drops the resident model on all ranks; the processes stay warm. Does nothing where none run."""
+        """Drops the resident model on all ranks; the processes stay warm. Does nothing where none run. Raises PoolError
+        where they died, or hang."""
         if self._order(Release):
             self.epoch += 1
 
     def park(self) -> None:
         """Moves the resident model to host memory, from where its next request fetches it. Does nothing where there is
-        none."""
-        if self.held is not None and self.held.state == "resident":
+        none. Raises as `release`."""
+        held = self.held
+        if held is not None and held.state == "resident" or self._comes_to_it():
             self._order(Park)
 
     @property
     def held(self) -> Held | None:
         """What the workers hold; None where they have not held anything yet, or none run."""
         workers = self._workers
-        return workers.held if workers is not None and workers.alive else None
+        if workers is None or not workers.alive:
+            return None
+        if workers.left_behind is not None:
+            self._hear_out(workers)
+        return workers.held
 
     @property
     def busy(self) -> bool:
         """Whether a request runs."""
-        return self._busy.locked()
+        return self._running
+
+    def _comes_to_it(self) -> bool:
+        """Whether the workers are still at a request that was left behind: weights may come with it."""
+        workers = self._workers
+        return workers is not None and workers.alive and workers.left_behind is not None
 
     def _order(self, kind: type[Release] | type[Park]) -> bool:
         """Has workers that stand do something with their model; whether any stood."""
-        with self._state:
+        with self._turn():
             workers = self._workers
-        if workers is None or not workers.alive or workers.channel is None:
-            return False
-        if workers.left_behind_since is None:
-            self.run(lambda number: kind(id=number), {}, QUIET)
-            return True
-        with self._busy:  # they come to it after what was given up, which nobody should wait for
+            if workers is None or not workers.alive or workers.channel is None:
+                return False
+            number = next(self._ids)
             try:
-                workers.channel.send(kind(id=next(self._ids)))
-            except OSError as error:
-                raise self._failed(workers, "stopped before a prompt ran") from error
-        return True
+                workers.channel.send(kind(id=number))
+                if workers.left_behind is not None:
+                    workers.left_behind = number  # they come to it after what was given up: nobody should wait for that
+                else:
+                    self._follow(workers, number, QUIET, ORDER_SECONDS)
+            except (OSError, EOFError) as error:
+                raise self._failed(workers, "stopped while no prompt ran") from error
+            return True
+
+    def _hear_out(self, workers: Workers) -> None:
+        """Takes in what workers have said since a request was left behind: they may have loaded its model."""
+        if not self._busy.acquire(blocking=False):
+            return  # whoever has the turn listens
+        try:
+            while workers.channel.poll(0):
+                workers.receive()
+        except (OSError, EOFError, ProtocolError) as error:
+            log.warning("the FastUSP workers on %s were not understood: %s", self.devices, error)
+        finally:
+            self._busy.release()
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        with self._busy:
+            self._running = True
+            try:
+                yield
+            finally:
+                self._running = False
 
     def status(self) -> dict:
         """What people want to know: devices, state (`off`, `starting`, `idle`, `busy`), processes, the model."""
@@ -203,8 +244,8 @@ class Pool:
             time.sleep(POLL_SECONDS)
         return workers
 
-    def _follow(self, workers: Workers, number: int, progress: Progress) -> Tensors:
-        cancelled_at: float | None = None
+    def _follow(self, workers: Workers, number: int, progress: Progress, seconds: float = math.inf) -> Tensors:
+        cancelled_at, started = None, time.monotonic()
         while True:
             if cancelled_at is None and _call(progress.interrupted):
                 workers.channel.send(Cancel(id=number))
@@ -214,16 +255,14 @@ class Pool:
                     raise self._failed(workers, "stopped while a prompt ran")
                 if cancelled_at is not None and time.monotonic() - cancelled_at > CANCEL_SECONDS:
                     self._leave_behind(workers, number)
+                if time.monotonic() - started > seconds:
+                    raise self._failed(workers, f"did not answer within {seconds:.0f} s")
                 continue
-            message, tensors = workers.channel.receive()
-            workers.left_behind_since = None
-            if isinstance(message, Held):
-                workers.held = message
-                continue
+            message, tensors = workers.receive()
             if isinstance(message, Failed) and message.id is None:
                 raise ProtocolError(f"the workers refused a message: {message.text}")
-            if message.id != number:
-                continue  # the reply of a request that was given up
+            if message.id != number or isinstance(message, Held):
+                continue  # the reply of a request that was given up, or what `receive` saw to
             if isinstance(message, Step):
                 if cancelled_at is None:
                     _call(progress.step, message, tensors)
@@ -249,10 +288,11 @@ class Pool:
     def _leave_behind(self, workers: Workers, number: int) -> NoReturn:
         """Raises Cancelled for a request that has not answered; PoolError, ending the workers, if they seem hung."""
         now = time.monotonic()
-        if workers.left_behind_since is None:
-            workers.left_behind_since = now
-        elif now - workers.left_behind_since > HANG_SECONDS:
+        if workers.left_behind is None:
+            workers.silent_since = now
+        elif now - workers.silent_since > HANG_SECONDS:
             raise self._failed(workers, f"did not answer for {HANG_SECONDS:.0f} s")
+        workers.left_behind = number
         raise Cancelled(f"request {number} was cancelled; the workers will come to it")
 
     def _failed(self, workers: Workers, event: str) -> PoolError:

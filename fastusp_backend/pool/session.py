@@ -170,7 +170,8 @@ class Session:
     def layout(self, evaluations: int) -> Layout:
         """The layout for a step of so many evaluations: images of a batch, or 2 for a guided one.
 
-        Where none divides them it is the last, which the workers then refuse.
+        The last of `planner.plan_batches` has no groups and takes any number; of other layouts, where none divides
+        them it is the last, which the workers then refuse.
         """
         return next((x for x in self.layouts if evaluations % x.batch == 0), self.layouts[-1])
 

@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from multiprocessing.connection import Client
 from pathlib import Path
 
+import torch
+
 from ..devices import Devices
 from ..errors import PoolError
-from ..protocol import VERSION, Channel, Failed, Held, Hello, Ready
+from ..protocol import VERSION, Channel, Done, Failed, Held, Hello, Message, Ready
 from ..protocol.messages import ToClient
 from ..worker.process import PARENT_VARIABLE, RUN_DIR_VARIABLE
 from .rundir import RunDir
@@ -61,15 +63,16 @@ def worker_environment(devices: Devices, run_dir: Path, inherited: Mapping[str, 
 class Workers:
     """Starts the processes at once and returns; `try_connect` says when they stand.
 
-    left_behind_since: when a cancelled request was left behind without an answer; reset by any message. held: what they
-    last said to hold.
+    left_behind: the last request or order whose answer nobody waited for, until it comes. silent_since: when they last
+    said something, or the first of those was left behind. held: what they last said to hold.
     """
 
     def __init__(self, devices: Devices):
         self.devices = devices
         self.run_dir = RunDir()
         self.ready: Ready | None = None
-        self.left_behind_since: float | None = None
+        self.left_behind: int | None = None
+        self.silent_since = 0.0
         self.held: Held | None = None
         self.channel: Channel | None = None
         self._process: subprocess.Popen | None = None
@@ -138,6 +141,17 @@ class Workers:
             raise PoolError(f"the workers speak another protocol version: {reply}; restart ComfyUI")
         self.channel, self.ready = channel, reply
         return True
+
+    def receive(self) -> tuple[Message, dict[str, torch.Tensor]]:
+        """The next message, as `Channel.receive`, with what it says of these workers taken down."""
+        message, tensors = self.channel.receive()
+        self.silent_since = time.monotonic()
+        if isinstance(message, Held):
+            self.held = message
+        elif isinstance(message, Done | Failed) and self.left_behind is not None:
+            if message.id is not None and message.id >= self.left_behind:  # they answer in order
+                self.left_behind = None
+        return message, tensors
 
     def wait_until_ended(self, seconds: float) -> bool:
         return self._ended.wait(seconds)

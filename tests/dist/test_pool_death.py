@@ -18,6 +18,7 @@ from support import open_descriptors, relative_difference
 from fastusp_backend.devices import Devices
 from fastusp_backend.errors import Cancelled, PoolError
 from fastusp_backend.pool import Pool, Progress, workers
+from fastusp_backend.pool import pool as client
 from fastusp_backend.pool.session import Prompt
 from fastusp_backend.protocol import VERSION, Channel, Failed, Hello, Ready, Release
 from fastusp_backend.protocol.messages import ToClient
@@ -77,6 +78,31 @@ def test_the_next_request_survives_a_death_while_idle(mortal, dev, expected):
     wait_until(lambda: mortal.status()["state"] == "off", 10)
     assert relative_difference(evaluate(mortal, dev), expected) < 2e-5
     assert not set(pids(mortal)) & set(before)
+
+
+def test_an_order_starts_no_processes(mortal, dev):
+    """Workers that have just died, known or not, hold nothing."""
+    evaluate(mortal, dev)
+    generation = mortal.generation
+    os.kill(pids(mortal)[0], signal.SIGKILL)
+    with pytest.raises(PoolError, match="rank 0 .* was ended by SIGKILL"):
+        mortal.release()
+    mortal.release()
+    mortal.park()
+    assert mortal.generation == generation and mortal.held is None
+
+
+def test_an_order_that_hung_workers_do_not_follow(mortal, dev, expected, monkeypatch):
+    evaluate(mortal, dev)
+    directory = run_dir(mortal)
+    monkeypatch.setattr(client, "ORDER_SECONDS", 0.5)
+    monkeypatch.setattr(client, "DEATH_SECONDS", 0.5)
+    os.kill(pids(mortal)[0], signal.SIGSTOP)
+    with pytest.raises(PoolError, match="did not answer within"):
+        mortal.release()
+    assert not mortal.busy
+    wait_until(lambda: not processes_of(directory), 5)
+    assert relative_difference(evaluate(mortal, dev), expected) < 2e-5
 
 
 def test_close_in_mid_run_ends_the_request(mortal, dev):

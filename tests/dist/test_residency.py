@@ -1,6 +1,9 @@
 """Weights leave the devices and come back, for every layout alike; memory that does not suffice is said, and survived."""
 
+import contextlib
+import os
 import resource
+import signal
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from support import SMALL, inputs, relative_difference
 from fastusp_backend.config import Layout
 from fastusp_backend.errors import Cancelled, RequestError
 from fastusp_backend.pool import Progress, Prompt
+from fastusp_backend.pool import pool as client
 
 pytestmark = pytest.mark.dist
 
@@ -72,6 +76,51 @@ def test_a_cancelled_run_can_be_parked(pool, dev):
     with pytest.raises(Cancelled):
         sample(pool, dev, LONG, Progress(interrupted=lambda: True))
     pool.park()
+    assert sample(pool, dev).isfinite().all()
+
+
+@pytest.fixture
+def halted(pool, dev, monkeypatch):
+    """A context in which rank 1 stands still, so that what is cancelled is left behind."""
+    evaluate(pool, dev)
+    monkeypatch.setattr(client, "CANCEL_SECONDS", 0.0)
+
+    @contextlib.contextmanager
+    def context():
+        os.kill(pids(pool)[1], signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(pids(pool)[1], signal.SIGCONT)
+
+    return context
+
+
+def leave_behind(pool, dev) -> None:
+    with pytest.raises(Cancelled, match="will come to it"):
+        sample(pool, dev, LONG, Progress(interrupted=lambda: True))
+
+
+def test_weights_that_come_after_a_cancel_are_known(pool, dev, halted):
+    pool.release()
+    with halted():
+        leave_behind(pool, dev)
+        assert pool.held.state == "none"
+    wait_until(lambda: pool.held.state == "resident" and pool._workers.left_behind is None, 20)
+    assert session(pool, dev).holds() and not pool.busy
+    pool.park()
+    assert pool.held.state == "parked"
+
+
+@pytest.mark.parametrize(("residency", "state"), [("park", "parked"), ("release", "none")])
+def test_weights_that_come_after_a_cancel_leave_again(pool, dev, halted, residency, state):
+    """Nobody waits for it."""
+    over = session(pool, dev, residency=residency)
+    pool.release()
+    with halted():
+        leave_behind(pool, dev)
+        over.settle()
+    wait_until(lambda: pool.held.state == state and pool._workers.left_behind is None, 20)
     assert sample(pool, dev).isfinite().all()
 
 

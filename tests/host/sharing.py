@@ -4,9 +4,11 @@ Arguments: the host's folder, this repository, a FLUX file. ComfyUI runs on the 
 the pressure is made by hand: `free_memory` with nothing free.
 """
 
+import functools
 import gc
 import importlib.util
 import sys
+import types
 from dataclasses import replace
 
 HOST, REPOSITORY, FILE = sys.argv[1:]
@@ -19,6 +21,8 @@ comfy.options.enable_args_parsing()
 import comfy.model_management as management  # noqa: E402
 import torch  # noqa: E402
 import utils.extra_config  # noqa: E402, F401 - before a dependency brings a `utils` of its own
+from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel  # noqa: E402
+from comfy.patcher_extension import WrappersMP  # noqa: E402
 
 spec = importlib.util.spec_from_file_location(
     "fastusp_pack", f"{REPOSITORY}/__init__.py", submodule_search_locations=[REPOSITORY]
@@ -27,10 +31,11 @@ pack = sys.modules["fastusp_pack"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(pack)
 from fastusp_pack.fastusp_backend.config import Layout, ModelSpec, Settings  # noqa: E402
 from fastusp_pack.fastusp_backend.devices import Devices  # noqa: E402
+from fastusp_pack.fastusp_backend.errors import PoolError  # noqa: E402
 from fastusp_pack.fastusp_backend.models.checkpoint import read_header  # noqa: E402
 from fastusp_pack.fastusp_backend.pool import Progress, Prompt, Session  # noqa: E402
 from fastusp_pack.nodes import memory, pools  # noqa: E402
-from fastusp_pack.nodes.remote_model import remote_model  # noqa: E402
+from fastusp_pack.nodes.remote_model import RemoteQwenImage, remote_model  # noqa: E402
 
 CPU = torch.device("cpu")
 header = read_header(FILE)
@@ -51,6 +56,10 @@ def evaluate(patcher) -> None:
     patcher.session.evaluate(torch.zeros(1, 16, 4, 4), torch.ones(1), prompt, Progress())
 
 
+def dying() -> None:
+    raise PoolError("the workers died")
+
+
 def listed() -> int:
     return len(management.current_loaded_models)
 
@@ -66,6 +75,7 @@ pool = base.session.pool
 assert sizes(base) == (0, 0, 0), "on other devices it has no size"
 evaluate(base)
 assert pool.held.state == "resident" and sizes(base) == (0, 0, 0)
+assert base.model.memory_required([2, 16, 64, 64], cond_shapes={}) == 0
 management.free_memory(1e30, CPU)
 assert pool.held.state == "resident", "pressure where the workers hold nothing is not theirs"
 
@@ -76,6 +86,7 @@ assert pool.held.state == "none"
 
 memory.shares_gpu = lambda session, device: True
 assert sizes(base) == (size, 0, size)
+assert base.model.memory_required([2, 16, 64, 64], cond_shapes={}) > 1e6
 evaluate(base)
 loaded = pool.held.nbytes
 assert loaded >= size and sizes(base) == (loaded, loaded, 0)
@@ -85,6 +96,16 @@ assert pool.held.state == "resident", "nobody needed the room"
 management.get_free_memory = lambda *args, torch_free_too=False, **kwargs: (0, 0) if torch_free_too else 0
 management.free_memory(1000, CPU)
 assert pool.held.state == "none" and sizes(base) == (size, 0, size)
+
+evaluate(base)
+pool._running = True
+management.free_memory(1000, CPU)
+assert pool.held.state == "resident" and listed() == 0, "it stays, but ComfyUI takes it to be gone"
+pool._running = False
+base.clone().cleanup()
+assert listed() == 1 and pool.held.state == "resident", "the run has ended"
+management.free_memory(1000, CPU)
+assert pool.held.state == "none"
 
 clone = base.clone()
 evaluate(clone)
@@ -106,6 +127,14 @@ assert pool.held.state == "parked", "a run has ended"
 management.unload_all_models()
 assert pool.held.state == "none"
 
+# Workers that die over it fail nobody: neither the run that has ended, nor who wants the room.
+evaluate(parking)
+pool.park = pool.release = dying
+parking.cleanup()
+management.free_memory(1000, CPU)
+management.unload_all_models()
+del pool.park, pool.release
+
 # Two pools that share a GPU: the second takes the place of the first.
 evaluate(parking)
 other = remote_model(session_on(2), header)
@@ -113,4 +142,18 @@ for patcher in (parking, other):
     object.__setattr__(patcher.session.pool, "devices", replace(patcher.session.pool.devices, gpus=(0,)))
 memory.taking(other.session, CPU, other)
 assert pool.held.state == "parked"
+
+# Wrappers around Qwen-Image's transformer see its arguments where this host's own transformer has them.
+seen = []
+wrappers = {WrappersMP.DIFFUSION_MODEL: {"test": [lambda _executor, *args, **kwargs: seen.append((args, kwargs))]}}
+call = {"context": 3, "control": 4, "ref_latents": 5, "ref_latents_method": 6}
+for kind in (QwenImageTransformer2DModel, RemoteQwenImage):
+    stub = types.SimpleNamespace(_forward=None, _evaluate=None)
+    stub._through_wrappers = functools.partial(RemoteQwenImage._through_wrappers, stub)
+    stub._ORDER = RemoteQwenImage._ORDER
+    kind.forward(stub, 1, 2, transformer_options={"wrappers": wrappers}, **call)
+assert seen[0] == seen[1], seen
+RemoteQwenImage._evaluate_named = lambda _self, **given: given
+given = RemoteQwenImage._evaluate(RemoteQwenImage.__new__(RemoteQwenImage), *seen[0][0], **seen[0][1])
+assert {name: given[name] for name in call} == call and given["x"] == 1 and given["attention_mask"] is None
 print("done")

@@ -38,12 +38,19 @@ def refusal(host, *args, **inputs) -> str:
         ("7", 0, 0, ["'7'", "GPU 7 does not exist", "cpu:N"]),
         ("foo", 0, 0, ["'foo' is not understood", "'auto'", "'cpu:N'"]),
         ("cpu:4", 2, 1, ["ulysses x ring = 2 is not the number of ranks, 4", "Legal layouts", "2"]),
+        ("cpu:2", -1, 0, ["ulysses = -1", "at least 1, or 0"]),
+        ("cpu:17", 0, 0, ["'cpu:17'", "between 1 and 16 CPU ranks"]),
         ("cpu:5", 5, 1, ["Ulysses degree of 5", "attention heads", "Legal layouts: ulysses 1 x ring 5"]),
     ],
 )
 def test_impossible_combinations(host, gpus, ulysses, ring, words):
     text = refusal(host, gpus, ulysses, ring)
     assert all(word in text for word in words), text
+
+
+@pytest.mark.any_host
+def test_a_choice_that_is_not_offered(host):
+    assert "batch_parallel = 'sometimes' is none of auto, on, off" in refusal(host, batch_parallel="sometimes")
 
 
 @pytest.mark.parametrize(

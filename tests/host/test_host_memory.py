@@ -1,5 +1,7 @@
 """The workers' weights beside the host's own models: unloaded with them, parked or released after a run."""
 
+import os
+import signal
 import time
 
 import pytest
@@ -56,3 +58,13 @@ def test_residency(host, sampler, where):
             assert held(host) == state
             moves.append(sum(phase in text for text in texts))
         assert moves[1] == 1
+
+
+def test_unloading_workers_that_have_just_died_does_not_stop_the_host(host):
+    run(host, seed=140)
+    pids = host.pool("cpu:2")["pids"]
+    os.kill(pids[0], signal.SIGKILL)
+    host.post("/free", {"unload_models": True})
+    assert run(host, seed=141).latents
+    assert not set(host.pool("cpu:2")["pids"]) & set(pids)
+    assert "rank 0" in host.log_text() and "was ended by SIGKILL" in host.log_text()

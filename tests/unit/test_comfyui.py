@@ -99,3 +99,19 @@ def test_a_module_that_went_is_named(comfyui, monkeypatch):
     monkeypatch.setitem(sys.modules, "comfy_execution.utils", None)
     with pytest.raises(ImportError, match="no module comfy_execution.utils"):
         load()
+
+
+def test_a_module_that_cannot_be_imported_is_named(comfyui, monkeypatch, tmp_path):
+    (tmp_path / "folder_paths.py").write_text("from json import no_such_name")
+    monkeypatch.delitem(sys.modules, "folder_paths")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match="its module folder_paths cannot be imported .*no_such_name.* 0.3.64 to"):
+        load()
+
+
+def test_a_torch_that_is_too_old_is_named(comfyui, monkeypatch):
+    monkeypatch.setattr("torch.__version__", "2.6.0+cu124")
+    with pytest.raises(ImportError, match=r"FastUSP needs torch 2.7 or newer, and this ComfyUI has 2.6.0\+cu124"):
+        load()
+    monkeypatch.setattr("torch.__version__", "2.10.0a0+git123")
+    load()

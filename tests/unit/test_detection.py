@@ -1,5 +1,7 @@
 """FLUX.1 and Qwen-Image files of any size are recognised and read; every other file is refused by name."""
 
+import errno
+import json
 import os
 from dataclasses import replace
 
@@ -205,6 +207,22 @@ def test_other_families_are_refused_by_name(tmp_path, family, keys):
     assert family in refusal(path)
 
 
+@pytest.mark.parametrize(
+    ("key", "tensor", "family"),
+    [
+        ("text_model.embeddings.position_ids", torch.arange(77)[None], "a text encoder"),
+        ("encoder.down.0.norm.num_batches_tracked", torch.tensor(1), "a text encoder or VAE"),
+        ("double_stream_modulation_img.lin.weight", torch.zeros(2, 2, dtype=torch.int8), "FLUX.2"),
+        ("spiece_model", torch.zeros(8, dtype=torch.uint8), "no FLUX.1 or Qwen-Image"),
+    ],
+)
+def test_integers_in_other_families_are_no_quantisation(tmp_path, key, tensor, family):
+    path = tmp_path / "other.safetensors"
+    save_file({key: tensor}, path)
+    text = refusal(path)
+    assert family in text and "quantised" not in text
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32])
 def test_quantised_files_are_refused(changed, dtype):
     name = "double_blocks.0.img_attn.qkv.weight"
@@ -245,7 +263,24 @@ def test_corrupt_headers_are_refused(mini, tmp_path, start):
 
 
 def test_a_directory_is_refused(tmp_path):
-    assert "cannot be read" in refusal(tmp_path)
+    assert refusal(tmp_path).endswith("Is a directory")
+
+
+def test_a_file_that_may_not_be_read_says_so(mini, monkeypatch):
+    def deny(*_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("builtins.open", deny)
+    assert refusal(mini).endswith("Permission denied")
+
+
+@pytest.mark.parametrize("kind", ["U16", "U32", "F4", "C64"])
+def test_a_type_that_is_not_read_is_named(tmp_path, kind):
+    path = tmp_path / "x.safetensors"
+    header = json.dumps({"double_blocks.0": {"dtype": kind, "shape": [4], "data_offsets": [0, 8]}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    text = refusal(path)
+    assert f"tensor 'double_blocks.0' has type {kind}, which FastUSP does not read" in text and "corrupt" not in text
 
 
 def test_an_absent_file_is_refused(tmp_path):

@@ -86,3 +86,18 @@ def test_layouts_with_batch_groups(ranks, wish, expected):
 def test_batch_groups_that_cannot_be_had_are_refused(ranks, wish):
     with pytest.raises(LayoutError):
         plan_batches(ranks, 24, batch_parallel="on", **wish)
+
+
+@pytest.mark.parametrize(
+    ("wish", "words"),
+    [
+        ({"batch_parallel": "sometimes"}, "batch_parallel = 'sometimes' is none of auto, on, off"),
+        ({"batch_parallel": ""}, "batch_parallel = '' is none of"),
+        ({"ulysses": -1}, "ulysses = -1 and ring = 0: expected"),
+        ({"ring": -2, "ulysses": -1, "batch_parallel": "on"}, "ring = -2: expected"),
+        ({"ulysses": 65}, "ulysses = 65 cannot be used on 2 ranks"),
+    ],
+)
+def test_values_that_nobody_offers_are_refused(wish, words):
+    with pytest.raises(LayoutError, match=words):
+        plan_batches(2, 24, **wish)

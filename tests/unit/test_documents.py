@@ -1,0 +1,68 @@
+"""The tables of options in the documents name every option, with its values and its default."""
+
+import re
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+
+from fastusp_backend.config import BatchParallel, Settings
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).resolve().parents[2]
+TYPES = get_type_hints(Settings)
+DEFAULTS = Settings()
+
+
+def section(file: str, start: str, end: str) -> str:
+    text = (ROOT / file).read_text(encoding="utf-8")
+    return text[text.index(start) :].partition(end)[0]
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """Of a section's first table: the name in the first column -> the other columns."""
+    table = re.search(r"(?:^\|.*\n)+", text, re.MULTILINE)[0].splitlines()[2:]
+    cells = ([cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in table)
+    return {name.strip("`"): others for name, *others in cells}
+
+
+def quoted(text: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", text)
+
+
+def values(name: str) -> list[str]:
+    return ["on", "off"] if TYPES[name] is bool else list(get_args(TYPES[name]))
+
+
+README = rows(section("README.md", "**USP Optimization Settings**", "\nEach node"))
+PAGE = rows(section("web/docs/FastUSPSettings.md", "## Inputs", "\n### "))
+
+
+def test_all_options_are_in_both_tables():
+    assert list(README) == list(PAGE) == list(Settings.__struct_fields__)
+
+
+@pytest.mark.parametrize("name", Settings.__struct_fields__)
+def test_the_readme_lists_the_values_of(name):
+    cell = README[name][0]
+    assert (quoted(cell) or cell.split(", ")) == values(name)
+
+
+@pytest.mark.parametrize("name", Settings.__struct_fields__)
+def test_the_page_tells_values_and_default_of(name):
+    meaning, default = PAGE[name][0], getattr(DEFAULTS, name)
+    if TYPES[name] is bool:
+        assert f"Default: {'on' if default else 'off'}." in meaning
+        return
+    assert f"Default: `{default}`." in meaning
+    if "See below." in meaning:
+        assert list(rows(section("web/docs/FastUSPSettings.md", f"### {name}\n", "\n#"))) == values(name)
+    else:
+        assert set(quoted(meaning)) == set(values(name))
+
+
+def test_batch_parallel():
+    expected = list(get_args(BatchParallel))
+    assert quoted(rows(section("README.md", "**USP Loader**", "\nThe `MODEL`"))["batch_parallel"][0]) == expected
+    assert list(rows(section("web/docs/FastUSPLoader.md", "### batch_parallel\n", "\n#"))) == expected
