@@ -70,10 +70,13 @@ class HostShare:
 
     def reserve(self) -> None:
         """Allocates what `fetch` fills. Raises torch.OutOfMemoryError."""
-        if not self._arriving:
-            self._arriving = [
-                torch.empty(share * self._ranks, dtype=torch.uint8, device=self.device) for share in self._shares
-            ]
+        if self._arriving:
+            return
+        sizes, like = [share * self._ranks for share in self._shares], {"dtype": torch.uint8, "device": self.device}
+        if self.device.type == "cpu":  # in one piece, which goes back to the system when it is freed
+            self._arriving = list(torch.empty(sum(sizes), **like).split(sizes))
+        else:
+            self._arriving = [torch.empty(size, **like) for size in sizes]
 
     def fetch(self) -> None:
         """Brings the weights back. Collective."""
@@ -87,10 +90,10 @@ class HostShare:
         for work in pending:
             work.wait()
         for place in self._places:
-            t = place.tensor
-            storage = self._arriving[place.range].untyped_storage()
+            t, whole = place.tensor, self._arriving[place.range]
+            offset = whole.storage_offset() // t.itemsize + place.offset
             t.data = torch.empty(0, dtype=t.dtype, device=t.device).set_(
-                storage, place.offset, place.size, place.stride
+                whole.untyped_storage(), offset, place.size, place.stride
             )
         self._arriving = []
 

@@ -39,7 +39,6 @@ class TensorInfo:
 
     shape: of its values. dtype: theirs; of packed ones, float32. start: where its bytes begin in the file.
     packing: its GGUF block format, "" for none. scale: what its fp8 values are to be multiplied by.
-    input_scale: what the layer's input is to be divided by for a product in fp8, as the file was calibrated.
     """
 
     shape: tuple[int, ...]
@@ -47,7 +46,6 @@ class TensorInfo:
     start: int = 0
     packing: str = ""
     scale: float | None = None
-    input_scale: float | None = None
 
     @property
     def quantised(self) -> bool:

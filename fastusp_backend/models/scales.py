@@ -1,11 +1,12 @@
 """Which scale belongs to which fp8 weight, and the refusal of every other quantisation by its name.
 
 Three ways to say it, all per tensor, as ComfyUI reads them:
-- old: a tensor `scaled_fp8` marks the file, `layer.scale_weight` and `layer.scale_input` hold the scales; an input
-  scale of 1 says that none was calibrated;
+- old: a tensor `scaled_fp8` marks the file, `layer.scale_weight` and `layer.scale_input` hold the scales;
 - new: the metadata's `_quantization_metadata`, {"layers": {layer: {"format": ...}}}, with `layer.weight_scale` and
   `layer.input_scale`;
 - the same with a tensor `layer.comfy_quant` of JSON bytes, {"format": ...}, for each layer.
+
+The inputs' scales are not used: products in fp8 measure a scale for each token.
 """
 
 import json
@@ -76,19 +77,16 @@ def _declared(file, weights: dict[str, TensorInfo], metadata: dict[str, str]) ->
 
 
 def _scale(file, weights: dict[str, TensorInfo], layer: str, scale: str, input_scale: str, path: str) -> None:
-    """Moves a layer's scales into its weight's entry."""
-    values = []
-    for name in (f"{layer}.{scale}", f"{layer}.{input_scale}"):
-        info = weights.pop(name, None)
-        if info is not None and info.size != info.dtype.itemsize:
-            raise _refusal(path, f"fp8 with more than one scale per tensor, {info.shape},", name)
-        value = torch.frombuffer(bytearray(_bytes(file, info)), dtype=info.dtype).item() if info else None
-        values.append(None if name.endswith(".scale_input") and value == 1 else value)
-    weight = weights.get(f"{layer}.weight")
-    if weight is None or values[0] is None:
+    """Moves a layer's scale into its weight's entry and drops its input's."""
+    info, weight = weights.pop(f"{layer}.{scale}", None), weights.get(f"{layer}.weight")
+    weights.pop(f"{layer}.{input_scale}", None)
+    if weight is None or info is None:
         missing = f"{layer}.weight" if weight is None else f"{layer}.{scale}"
         raise CheckpointError(f"{path} is an incomplete scaled fp8 file: tensor {missing!r} is missing")
-    weights[f"{layer}.weight"] = replace(weight, scale=values[0], input_scale=values[1])
+    if info.size != info.dtype.itemsize:
+        raise _refusal(path, f"fp8 with more than one scale per tensor, {info.shape},", f"{layer}.{scale}")
+    value = torch.frombuffer(bytearray(_bytes(file, info)), dtype=info.dtype).item()
+    weights[f"{layer}.weight"] = replace(weight, scale=value)
 
 
 def _bytes(file, info: TensorInfo) -> bytes:
