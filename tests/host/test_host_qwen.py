@@ -25,7 +25,7 @@ def test_layouts_and_guidance(host, qwen):
         "positive": prompt(graph, 35),
         "negative": prompt(graph, 6),
         "latent_image": graph.empty(112, 80),
-        "steps": 4,
+        "steps": 2,
     }
     for cfg in (1.0, 2.5):
         want = graph.sample(stock, cfg=cfg, **inputs)
@@ -51,7 +51,7 @@ def test_shift_odd_sizes_masks_and_stepping(host, qwen):
         ("stepping", (usp, stock), {"negative": same, "latent_image": odd, "sampler_name": "uni_pc"}, STEPPING),
         ("stepping, two lengths", (usp, stock), {"negative": shorter, "sampler_name": "uni_pc"}, STEPPING),
     ):
-        inputs = {"positive": positive, "steps": 3, "cfg": 2.5} | more
+        inputs = {"positive": positive, "steps": 2, "cfg": 2.5} | more
         got, want = (graph.sample(model, **inputs) for model in models)
         others.add(label, got, want, where)
     others.check(host)
