@@ -22,17 +22,17 @@ class USPSettings(io.ComfyNode):
                     "wire",
                     options=list(get_args(WireChoice)),
                     default="exact",
-                    tooltip="What travels between the ranks. exact: the computed values, no loss. fp8, "
-                    "int8: half the bytes, 8 bits and a scale per token and head, for slow links (PCIe) and long "
-                    "sequences; int8 is the closer one. auto: int8 where the measured link is slow.",
+                    tooltip="What travels between the ranks. exact: the computed values, no loss. fp8, int8: half the "
+                    "bytes, 8 bits and a scale per token and head, for slow links (PCIe) and long sequences; int8 is "
+                    "mostly the closer one. auto: int8 where the measured link is slow.",
                 ),
                 io.Combo.Input(
                     "attention",
                     options=list(get_args(AttentionChoice)),
                     default="auto",
                     tooltip="Attention kernel on each rank. auto: the fastest for the device. cudnn, flash (16-bit) "
-                    "and "
-                    "efficient run on GPUs, flash also on CPU ranks; math is the slow reference and runs everywhere.",
+                    "and efficient run on GPUs, flash also on CPU ranks; math is the slow reference and runs "
+                    "everywhere.",
                 ),
                 io.Boolean.Input(
                     "compile",

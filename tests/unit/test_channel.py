@@ -25,13 +25,6 @@ from fastusp_backend.protocol.channel import INLINE_LIMIT
 pytestmark = pytest.mark.unit
 
 
-@pytest.fixture
-def pair():
-    pair = Pair()
-    yield pair
-    pair.close()
-
-
 @pytest.mark.parametrize("message", TO_WORKER, ids=lambda m: type(m).__name__)
 def test_requests_arrive(pair, message):
     pair.client.send(message)

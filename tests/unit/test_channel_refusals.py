@@ -11,7 +11,6 @@ from channels import (
     SENTINEL,
     SHARED,
     TO_WORKER,
-    Pair,
     assert_refused_in_place,
     frame,
     header,
@@ -24,13 +23,6 @@ from support import open_descriptors
 from fastusp_backend.errors import ProtocolError
 
 pytestmark = pytest.mark.unit
-
-
-@pytest.fixture
-def pair():
-    pair = Pair()
-    yield pair
-    pair.close()
 
 
 def test_random_bytes_are_refused(pair):
