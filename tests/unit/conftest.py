@@ -1,5 +1,5 @@
-"""What the unit tests share. One thread: tensors are small here, and threads that wait for each other are slow on a busy
-machine."""
+"""What the unit tests share. One thread: tensors are small here, and threads that wait for each other are slow on a
+busy machine."""
 
 import pytest
 import torch
