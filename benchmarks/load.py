@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 
 from fastusp_backend.config import ModelSpec
+from fastusp_backend.engine.loading import Checkpoint
 from fastusp_backend.models.flux import Flux
-from fastusp_backend.models.loading import Checkpoint
 from fastusp_backend.models.synthetic import FLUX_DEV
 
 

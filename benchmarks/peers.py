@@ -16,7 +16,7 @@ from diffusers_weights import to_diffusers
 
 from fastusp_backend.models.family import Config, Transformer
 from fastusp_backend.models.flux import FluxConfig
-from fastusp_backend.models.patches import patch_grid, patchify, unpatchify
+from fastusp_backend.models.patchify import patch_grid, patchify, unpatchify
 
 LEVELS = ("eager", "compile", "graph")
 

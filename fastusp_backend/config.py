@@ -116,7 +116,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WeightPatch(msgspec.Struct, frozen=True, kw_only=True):
-    """One change of one weight; models/adapters.py has the formulas.
+    """One change of one weight; weights/adapters.py has the formulas.
 
     tensors: role in the formula -> name of the tensor, which travels beside the message. strength scales the change,
     strength_model the weight before it. alpha: scale over rank, None for 1. offset: (dim, start, length) of the slice

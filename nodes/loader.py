@@ -6,10 +6,10 @@ from typing import get_args
 from ..fastusp_backend.config import BatchParallel, ModelSpec, Settings, Storage
 from ..fastusp_backend.devices import parse_devices, supports_bfloat16
 from ..fastusp_backend.errors import CheckpointError, FastUSPError
-from ..fastusp_backend.models.checkpoint import choose_types, main_dtype, read_header
 from ..fastusp_backend.models.detection import detect
 from ..fastusp_backend.planner import plan_batches
 from ..fastusp_backend.pool import Session
+from ..fastusp_backend.weights.checkpoint import choose_types, main_dtype, read_header
 from .comfyui import io
 from .files import model_names, model_path
 from .pools import pool_for

@@ -13,9 +13,9 @@ from dataclasses import replace
 import torch
 
 from ..fastusp_backend.errors import FastUSPError
-from ..fastusp_backend.models.checkpoint import TensorInfo, weight_bytes
-from ..fastusp_backend.models.patches import PATCH
+from ..fastusp_backend.models.patchify import PATCH
 from ..fastusp_backend.pool import Prompt, Session
+from ..fastusp_backend.weights.checkpoint import TensorInfo, weight_bytes
 from . import memory
 from .comfyui import (
     ModelPatcher,

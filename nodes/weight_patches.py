@@ -7,8 +7,8 @@ import torch
 
 from ..fastusp_backend.config import WeightPatch
 from ..fastusp_backend.errors import RequestError
-from ..fastusp_backend.models import adapters
 from ..fastusp_backend.pool import WeightPatches, name_of
+from ..fastusp_backend.weights import adapters
 from .comfyui import swap_scale_shift, weight_adapter
 from .host import Unsupported
 

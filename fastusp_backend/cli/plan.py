@@ -4,9 +4,9 @@ import argparse
 
 from ..devices import parse_devices
 from ..errors import FastUSPError
-from ..models.checkpoint import read_header
 from ..models.detection import detect
 from ..planner import legal_layouts, plan
+from ..weights.checkpoint import read_header
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,11 +9,11 @@ from tqdm import tqdm
 from ..config import Layout, ModelSpec, Settings
 from ..devices import Devices, parse_devices, supports_bfloat16
 from ..errors import FastUSPError
-from ..models.checkpoint import choose_types, main_dtype, read_header
 from ..models.detection import detect
 from ..models.family import Config
 from ..planner import plan
 from ..pool import Pool, Progress, Prompt, Session
+from ..weights.checkpoint import choose_types, main_dtype, read_header
 
 TIMESTEPS = (0.95, 0.6, 0.2)
 BOUNDS = {"float32": 2e-5, "bfloat16": 5e-2, "float16": 1e-2}

@@ -17,7 +17,7 @@ from ..comm.transport import Transport
 from ..config import Settings
 from ..errors import RequestError
 from ..models.family import NO_RESIDUALS, Conditioning, Residuals, Transformer, check_control, references_of
-from ..models.patches import patch_grid, patchify
+from ..models.patchify import patch_grid, patchify
 from ..models.positions import References
 from ..models.segments import Segments
 from .step import PromptTensors, Shape, Step

@@ -10,12 +10,12 @@ from ..comm.mesh import Mesh, make_mesh, single_rank_mesh
 from ..comm.transport import Transport
 from ..config import Layout, ModelSpec, Settings
 from ..models.family import Config, Transformer
-from ..models.loading import Checkpoint
-from ..models.patching import PatchedWeights, Patches
 from ..models.products import check_fp8_products
 from .batch import BatchedDenoiser
 from .denoiser import Denoiser
+from .loading import Checkpoint
 from .parking import HostShare, held_bytes
+from .patching import PatchedWeights, Patches
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from ..comm.shards import SequenceShards
 from ..comm.transport import PACKED, Transport
 from ..config import Settings
 from ..models.family import Residuals, Transformer
-from ..models.patches import PATCH, patch_grid, patchify, unpatchify
+from ..models.patchify import PATCH, patch_grid, patchify, unpatchify
 from ..models.positions import References
 from ..models.segments import Segments
 

@@ -1,11 +1,11 @@
 """Tells from a file's keys which model it holds; refuses by name what FastUSP does not run."""
 
 from ..errors import CheckpointError
-from .checkpoint import Sizes, TensorInfo
+from ..weights.checkpoint import Sizes, TensorInfo
+from ..weights.scales import check_types
 from .family import Config
 from .flux import FluxConfig
 from .qwen_image import QwenImageConfig
-from .scales import check_types
 
 FAMILIES: tuple[type[Config], ...] = (FluxConfig, QwenImageConfig)
 RUNS = ", ".join(family.runs for family in FAMILIES)

@@ -11,9 +11,9 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 
 from ..attention import JointAttention, Rope
-from .checkpoint import Sizes
+from ..weights.checkpoint import Sizes
 from .layers import Linear
-from .patches import patch_grid
+from .patchify import patch_grid
 from .positions import METHODS, References
 from .segments import Segments
 

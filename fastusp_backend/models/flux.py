@@ -17,11 +17,11 @@ from torch import nn
 
 from ..attention import JointAttention, Rope
 from ..errors import CheckpointError, RequestError
-from .checkpoint import Sizes
+from ..weights.checkpoint import Sizes
 from .family import HEAD_DIM, NO_RESIDUALS, Conditioning, Residuals, check_prompt
 from .flux_blocks import DoubleBlock, Embedder, FinalLayer, SingleBlock, SingleGates
 from .layers import Gates, Linear, rope_tables, timestep_embedding
-from .patches import PATCH
+from .patchify import PATCH
 from .positions import References, image_positions
 from .segments import Segments
 

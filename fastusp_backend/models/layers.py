@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..weights.stored import Stored
 from .products import Quantised, product
-from .stored import Stored
 
 Activations = torch.Tensor | Quantised
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from .patches import PATCH, patch_grid
+from .patchify import PATCH, patch_grid
 
 METHODS = ("offset", "index", "negative_index", "index_timestep_zero", "uxo")
 """How references are told from the image and from each other, by ComfyUI's names. offset: all are image 1, beside one

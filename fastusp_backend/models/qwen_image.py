@@ -18,10 +18,10 @@ from torch import nn
 
 from ..attention import ONLY_K, ONLY_Q, ONLY_V, JointAttention, Rope
 from ..errors import CheckpointError, RequestError
-from .checkpoint import Sizes
+from ..weights.checkpoint import Sizes
 from .family import HEAD_DIM, NO_RESIDUALS, Conditioning, Residuals, check_prompt
 from .layers import Activations, Gates, Linear, RMSNorm, rope_tables, timestep_embedding
-from .patches import PATCH
+from .patchify import PATCH
 from .positions import METHODS, References, image_positions
 from .segments import Segments
 

@@ -8,9 +8,9 @@ import torch.distributed as dist
 import torch.multiprocessing as processes
 from safetensors.torch import load_file
 
-from fastusp_backend.models import reading
-from fastusp_backend.models.checkpoint import read_header
-from fastusp_backend.models.reading import Shares, read_tensors
+from fastusp_backend.weights import reading
+from fastusp_backend.weights.checkpoint import read_header
+from fastusp_backend.weights.reading import Shares, read_tensors
 
 pytestmark = pytest.mark.dist
 

@@ -8,11 +8,11 @@ from fastusp_backend.comm.mesh import single_rank_mesh
 from fastusp_backend.comm.transport import Transport
 from fastusp_backend.config import ModelSpec, Settings
 from fastusp_backend.engine import Denoiser
-from fastusp_backend.models import reading
+from fastusp_backend.engine.loading import load_model
 from fastusp_backend.models.family import Conditioning
 from fastusp_backend.models.layers import Linear
-from fastusp_backend.models.loading import load_model
 from fastusp_backend.models.synthetic import TINY_FLUX, write_flux
+from fastusp_backend.weights import reading
 
 pytestmark = [
     pytest.mark.gpu,

@@ -32,8 +32,8 @@ spec.loader.exec_module(pack)
 from fastusp_pack.fastusp_backend.config import Layout, ModelSpec, Settings  # noqa: E402
 from fastusp_pack.fastusp_backend.devices import Devices  # noqa: E402
 from fastusp_pack.fastusp_backend.errors import PoolError  # noqa: E402
-from fastusp_pack.fastusp_backend.models.checkpoint import read_header  # noqa: E402
 from fastusp_pack.fastusp_backend.pool import Progress, Prompt, Session  # noqa: E402
+from fastusp_pack.fastusp_backend.weights.checkpoint import read_header  # noqa: E402
 from fastusp_pack.nodes import memory, pools  # noqa: E402
 from fastusp_pack.nodes.remote_model import RemoteQwenImage, remote_model  # noqa: E402
 

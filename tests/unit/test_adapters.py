@@ -7,7 +7,7 @@ from support import randn
 
 from fastusp_backend.config import WeightPatch
 from fastusp_backend.errors import RequestError
-from fastusp_backend.models.adapters import apply, check
+from fastusp_backend.weights.adapters import apply, check
 
 pytestmark = pytest.mark.unit
 

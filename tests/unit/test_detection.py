@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from support import SMALL, SMALL_QWEN, spec_of
 
 from fastusp_backend.config import ModelSpec
+from fastusp_backend.engine.loading import load_model
 from fastusp_backend.errors import CheckpointError
-from fastusp_backend.models.checkpoint import TensorInfo, read_header
 from fastusp_backend.models.detection import detect
-from fastusp_backend.models.loading import load_model
 from fastusp_backend.models.synthetic import FLUX_DEV, write_flux, write_qwen_image
+from fastusp_backend.weights.checkpoint import TensorInfo, read_header
 
 pytestmark = pytest.mark.unit
 

@@ -9,11 +9,11 @@ import torch
 from formats import write
 from support import SMALL, spec_of
 
-from fastusp_backend.engine import Engine
+from fastusp_backend.engine import Engine, loading
+from fastusp_backend.engine.loading import Checkpoint
 from fastusp_backend.errors import CheckpointError
-from fastusp_backend.models import loading, reading
-from fastusp_backend.models.loading import Checkpoint
 from fastusp_backend.models.synthetic import write_flux
+from fastusp_backend.weights import reading
 
 pytestmark = pytest.mark.unit
 

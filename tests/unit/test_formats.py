@@ -16,15 +16,15 @@ from fastusp_backend.comm.mesh import single_rank_mesh
 from fastusp_backend.comm.transport import Transport
 from fastusp_backend.config import ModelSpec, Settings
 from fastusp_backend.engine import Denoiser
+from fastusp_backend.engine.loading import Checkpoint, load_model
 from fastusp_backend.errors import CheckpointError, RequestError
-from fastusp_backend.models import packing
-from fastusp_backend.models.checkpoint import choose_types, main_dtype, read_header
 from fastusp_backend.models.family import Conditioning
-from fastusp_backend.models.headers import FP8
 from fastusp_backend.models.layers import Linear
-from fastusp_backend.models.loading import Checkpoint, load_model
-from fastusp_backend.models.stored import Stored
 from fastusp_backend.models.synthetic import write_flux
+from fastusp_backend.weights import packing
+from fastusp_backend.weights.checkpoint import choose_types, main_dtype, read_header
+from fastusp_backend.weights.headers import FP8
+from fastusp_backend.weights.stored import Stored
 
 pytestmark = pytest.mark.unit
 

@@ -11,10 +11,10 @@ from fastusp_backend.comm.transport import Transport
 from fastusp_backend.config import Settings
 from fastusp_backend.engine import Denoiser
 from fastusp_backend.engine.denoiser import KEPT_ROWS
+from fastusp_backend.engine.loading import load_model
 from fastusp_backend.errors import RequestError
 from fastusp_backend.models.family import Conditioning, Residuals
-from fastusp_backend.models.loading import load_model
-from fastusp_backend.models.patches import patch_grid, patchify, unpatchify
+from fastusp_backend.models.patchify import patch_grid, patchify, unpatchify
 from fastusp_backend.models.synthetic import TINY_QWEN_IMAGE, write_qwen_image
 
 diffusers = pytest.importorskip("diffusers")

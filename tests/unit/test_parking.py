@@ -7,7 +7,7 @@ from support import SMALL, spec_of
 from torch import nn
 
 from fastusp_backend.engine import host_memory, parking
-from fastusp_backend.models.loading import load_model
+from fastusp_backend.engine.loading import load_model
 from fastusp_backend.models.synthetic import write_flux
 
 pytestmark = pytest.mark.unit

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from support import SMALL, randn, spec_of
 
 from fastusp_backend.config import WeightPatch
+from fastusp_backend.engine.loading import Checkpoint
+from fastusp_backend.engine.patching import PatchedWeights
 from fastusp_backend.errors import CheckpointError, RequestError
 from fastusp_backend.models.layers import Linear
-from fastusp_backend.models.loading import Checkpoint
-from fastusp_backend.models.patching import PatchedWeights
 from fastusp_backend.models.synthetic import write_flux
 
 pytestmark = pytest.mark.unit

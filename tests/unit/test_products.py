@@ -10,8 +10,8 @@ from fastusp_backend.models.flux import Flux
 from fastusp_backend.models.layers import Linear
 from fastusp_backend.models.products import Quantised
 from fastusp_backend.models.qwen_image import QwenImage
-from fastusp_backend.models.stored import Stored
 from fastusp_backend.models.synthetic import TINY_FLUX, TINY_QWEN_IMAGE
+from fastusp_backend.weights.stored import Stored
 
 pytestmark = pytest.mark.unit
 

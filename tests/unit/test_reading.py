@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from fastusp_backend.errors import CheckpointError
-from fastusp_backend.models import reading
-from fastusp_backend.models.headers import TensorInfo
-from fastusp_backend.models.reading import Shares, map_tensors, read_tensors
+from fastusp_backend.weights import reading
+from fastusp_backend.weights.headers import TensorInfo
+from fastusp_backend.weights.reading import Shares, map_tensors, read_tensors
 
 pytestmark = pytest.mark.unit
 

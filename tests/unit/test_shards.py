@@ -6,7 +6,7 @@ from support import randn
 
 from fastusp_backend.comm.shards import SequenceShards
 from fastusp_backend.config import Layout
-from fastusp_backend.models.patches import patchify, unpatchify
+from fastusp_backend.models.patchify import patchify, unpatchify
 
 pytestmark = pytest.mark.unit
 

@@ -38,8 +38,9 @@ ROOMS = {
     "comm": BASE | {"kernels"},
     "kernels": set(),
     "attention": BASE | {"comm", "kernels"},
-    "models": BASE | {"kernels", "attention", "comm"},
-    "engine": BASE | {"models", "attention", "comm"},
+    "weights": BASE | {"kernels", "comm"},
+    "models": BASE | {"weights", "kernels", "attention"},
+    "engine": BASE | {"models", "weights", "attention", "comm"},
     "sampling": set(),
     "worker": BASE | {"sampling", "engine", "models", "protocol", "devices"},
     "worker.process": set(),
@@ -48,8 +49,8 @@ ROOMS = {
 ABOVE_ALL = {"cli", "__main__"}
 FOR_NODES = (
     BASE
-    | {"pool", "protocol", "planner", "devices", "sampling", "models.detection", "models.checkpoint"}
-    | {"models.patches", "models.adapters"}
+    | {"pool", "protocol", "planner", "devices", "sampling", "models.detection", "weights.checkpoint"}
+    | {"models.patchify", "weights.adapters"}
 )
 
 

@@ -12,7 +12,7 @@ import torch
 
 from ..config import WeightPatch
 from ..errors import PatchesLost, RequestError
-from . import adapters
+from ..weights import adapters
 from .loading import Checkpoint
 
 Patches = Mapping[str, Sequence[WeightPatch]]

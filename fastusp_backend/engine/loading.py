@@ -8,13 +8,13 @@ from torch import nn
 
 from ..config import ModelSpec
 from ..errors import CheckpointError
-from .checkpoint import TensorInfo, read_header
-from .detection import detect
-from .family import Transformer
-from .headers import FP8
-from .layers import Linear
-from .reading import Shares, map_tensors, read_tensors, room
-from .stored import Stored, conversion_bytes, hold, in_file, keeps
+from ..models.detection import detect
+from ..models.family import Transformer
+from ..models.layers import Linear
+from ..weights.checkpoint import TensorInfo, read_header
+from ..weights.headers import FP8
+from ..weights.reading import Shares, map_tensors, read_tensors, room
+from ..weights.stored import Stored, conversion_bytes, hold, in_file, keeps
 
 
 def check_tensors(model: Transformer, header: dict[str, TensorInfo], path: str) -> dict[str, TensorInfo]:
