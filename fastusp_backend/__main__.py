@@ -1,20 +1,28 @@
-"""Command line: `python -m fastusp_backend demo | plan | verify`."""
+"""Command line: `python -m fastusp_backend bench | demo | doctor | plan | verify`."""
 
 import argparse
+import importlib
 import sys
 
-from .cli import demo, plan, verify
-
-COMMANDS = {"demo": demo, "plan": plan, "verify": verify}
+COMMANDS = {
+    "bench": "how fast your own file is on 1, 2, ... all GPUs, and which settings are best",
+    "demo": "the main job on what every machine has: CPU ranks and a tiny random FLUX file, checked against one rank",
+    "doctor": "what is wrong with this machine, and what to do about it",
+    "plan": "which layout FastUSP would choose, which are legal, and the memory that a file's weights take",
+    "verify": "what each lossy option costs in exactness, on your own file and devices",
+}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m fastusp_backend", description="FastUSP without ComfyUI.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, module in COMMANDS.items():
-        module.add_arguments(commands.add_parser(name, help=module.__doc__.split(": ", 1)[1]))
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(name, help=text)
+        if name in sys.argv[1:2]:  # it alone is imported: `doctor` runs where the others' imports fail
+            module = importlib.import_module(f".cli.{name}", __package__)
+            module.add_arguments(command)
     arguments = parser.parse_args()
-    return COMMANDS[arguments.command].run(arguments)
+    return module.run(arguments)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,14 @@ import re
 import shutil
 import subprocess
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from .errors import DeviceError
 
 MAX_CPU_RANKS = 16
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,8 +41,25 @@ class Devices:
     def type(self) -> str:
         return "cuda" if self.gpus else "cpu"
 
+    def first(self, ranks: int) -> "Devices":
+        """The first `ranks` of them."""
+        return Devices(ranks=ranks, gpus=self.gpus[:ranks])
+
     def __str__(self) -> str:
         return "gpu " + ",".join(map(str, self.gpus)) if self.gpus else f"cpu:{self.ranks}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GpuState:
+    """What changes, and what only diagnosis asks for. total, free: bytes. compute_mode, driver: in nvidia-smi's words.
+    mig: whether the GPU is cut into instances."""
+
+    index: int
+    total: int
+    free: int
+    compute_mode: str
+    mig: bool
+    driver: str
 
 
 @functools.cache
@@ -48,10 +68,34 @@ def list_gpus() -> tuple[Gpu, ...]:
 
     Raises DeviceError where nvidia-smi fails.
     """
+    return _query(
+        "index,name,uuid,compute_cap",
+        lambda i, name, uuid, cc: Gpu(
+            index=int(i), name=name, uuid=uuid, compute_capability=tuple(map(int, cc.split(".")))
+        ),
+    )
+
+
+def gpu_states() -> tuple[GpuState, ...]:
+    """As `list_gpus`, as they are now."""
+    return _query(
+        "index,memory.total,memory.free,compute_mode,mig.mode.current,driver_version",
+        lambda i, total, free, mode, mig, driver: GpuState(
+            index=int(i),
+            total=int(total) << 20,
+            free=int(free) << 20,
+            compute_mode=mode,
+            mig=mig == "Enabled",
+            driver=driver,
+        ),
+    )
+
+
+def _query(fields: str, make: Callable[..., T]) -> tuple[T, ...]:
     command = shutil.which("nvidia-smi")
     if command is None:
         return ()
-    query = [command, "--query-gpu=index,name,uuid,compute_cap", "--format=csv,noheader"]
+    query = [command, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -63,11 +107,8 @@ def list_gpus() -> tuple[Gpu, ...]:
         raise DeviceError(f"nvidia-smi failed: {text}. Mend the driver, or use 'cpu:N' for N CPU ranks")
     rows = csv.reader(answer.stdout.splitlines(), skipinitialspace=True)
     try:
-        return tuple(
-            Gpu(index=int(i), name=name, uuid=uuid, compute_capability=tuple(map(int, cc.split("."))))
-            for i, name, uuid, cc in rows
-        )
-    except ValueError as error:
+        return tuple(make(*row) for row in rows)
+    except (TypeError, ValueError) as error:
         raise DeviceError(f"nvidia-smi's answer is not understood: {answer.stdout.strip()}") from error
 
 

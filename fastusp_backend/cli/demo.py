@@ -33,9 +33,8 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"wrote {checkpoint}: FLUX.1 layout, hidden {TINY_FLUX.hidden}, 2 + 2 blocks, random weights")
 
     devices = parse_devices(arguments.gpus)
-    one = Devices(ranks=1, gpus=devices.gpus[:1])
     shared = _sample(devices, str(checkpoint), arguments)
-    alone = _sample(one, str(checkpoint), arguments)
+    alone = _sample(devices.first(1), str(checkpoint), arguments)
 
     picture = arguments.output / "preview.png"
     latent_picture(shared[0]).save(picture)

@@ -1,17 +1,17 @@
-"""`plan`: which layout FastUSP would choose, and which are legal."""
+"""`plan`: which layout FastUSP would choose, which are legal, and the memory that a file's weights take."""
 
 import argparse
 
-from ..devices import parse_devices
+from ..devices import Devices, gpu_states, parse_devices
 from ..errors import FastUSPError
-from ..models.detection import detect
 from ..planner import legal_layouts, plan
-from ..weights.checkpoint import read_header
+from ..weights.checkpoint import weight_bytes
+from .inputs import describe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", help="a model file, for its head count and weights; without: FLUX.1's 24")
     parser.add_argument("--gpus", default="auto", help="as USP Loader's input: auto, all, 0,1 or cpu:N (default auto)")
-    parser.add_argument("--model", help="a model file, to take its head count; FLUX.1 has 24 (the default)")
     parser.add_argument("--ulysses", type=int, default=0)
     parser.add_argument("--ring", type=int, default=0)
 
@@ -19,11 +19,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     try:
         devices = parse_devices(arguments.gpus)
-        heads = detect(read_header(arguments.model), arguments.model).heads if arguments.model else 24
+        heads, nbytes = 24, None
+        if arguments.model:
+            header, config, spec = describe(arguments.model, devices)
+            heads, nbytes = config.heads, weight_bytes(header, spec)
         layout = plan(devices.ranks, heads, ulysses=arguments.ulysses, ring=arguments.ring)
+        totals = {state.index: state.total for state in gpu_states()} if devices.gpus else {}
     except FastUSPError as error:
         print(error)
         return 1
     print(f"{devices}, {heads} heads: {layout}")
     print("legal: " + ", ".join(str(x) for x in legal_layouts(devices.ranks, heads)))
+    if nbytes is not None:
+        print("\n".join(memory(nbytes, devices, totals)))
     return 0
+
+
+def memory(nbytes: int, devices: Devices, totals: dict[int, int]) -> list[str]:
+    """What the weights take on each rank, and which GPUs are too small. totals: bytes of GPUs' memory, by index."""
+    if not devices.gpus:
+        return [f"weights: {nbytes / 1e9:.2f} GB, in pages of the file that the ranks share"]
+    return [f"weights: {nbytes / 1e9:.2f} GB on each GPU"] + [
+        f"warning: GPU {i} has {totals[i] / 1e9:.2f} GB. Take a smaller weight_dtype or file, or other GPUs"
+        for i in devices.gpus
+        if totals[i] <= nbytes
+    ]

@@ -6,18 +6,14 @@ from contextlib import closing
 import torch
 from tqdm import tqdm
 
-from ..config import Layout, ModelSpec, Settings
-from ..devices import Devices, parse_devices, supports_bfloat16
+from ..config import Layout, Settings
+from ..devices import parse_devices
 from ..errors import FastUSPError
-from ..models.detection import detect
-from ..models.family import Config
 from ..planner import plan
-from ..pool import Pool, Progress, Prompt, Session
-from ..weights.checkpoint import choose_types, main_dtype, read_header
+from ..pool import Pool, Progress, Session
+from .inputs import BOUNDS, add_sizes, describe, difference, random_inputs
 
 TIMESTEPS = (0.95, 0.6, 0.2)
-BOUNDS = {"float32": 2e-5, "bfloat16": 5e-2, "float16": 1e-2}
-"""By how much the ranks may differ from one, by compute type: rounding in another order."""
 
 _SHARED = {"fp8 wire": {"wire": "fp8"}, "int8 wire": {"wire": "int8"}}
 _ANYWHERE = {"fp8 products": {"linear": "fp8"}}
@@ -29,8 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", default="auto", help="as USP Loader's input: auto, all, 0,1 or cpu:N (default auto)")
     parser.add_argument("--ulysses", type=int, default=0)
     parser.add_argument("--ring", type=int, default=0)
-    parser.add_argument("--size", type=int, default=1024, help="edge of the image in pixels (default 1024)")
-    parser.add_argument("--text", type=int, default=512, help="tokens of the prompt (default 512)")
+    add_sizes(parser)
     parser.add_argument("--steps", type=int, default=28, help="steps of the sampling runs (default 28)")
 
 
@@ -44,21 +39,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     path, devices = arguments.model, parse_devices(arguments.gpus)
-    header = read_header(path)
-    config = detect(header, path)
-    types = choose_types(
-        None,
-        main_dtype(header),
-        cpu=devices.type == "cpu",
-        bfloat16=supports_bfloat16(devices),
-        float16=config.float16,
-    )
-    spec = ModelSpec.of_file(path, **types)
+    _, config, spec = describe(path, devices)
     layout = plan(devices.ranks, config.heads, ulysses=arguments.ulysses, ring=arguments.ring)
-    given = _inputs(config, arguments)
+    given = random_inputs(config, arguments.size, arguments.text)
     print(
-        f"{path}: {config.family}, {spec.compute}; {layout} on {devices}; {arguments.size} px, {arguments.text} text "
-        "tokens of random values"
+        f"{path}: {config.family}, {spec.compute}; {layout} on {devices}; {'x'.join(map(str, arguments.size))} px, "
+        f"{arguments.text} text tokens of random values"
     )
     print("relative (Frobenius) difference: of one evaluation at three timesteps, and of the latents after all steps")
 
@@ -72,32 +58,16 @@ def _verify(arguments: argparse.Namespace) -> int:
         print(_row(f"{name}, against exact", result, exact))
     if devices.ranks == 1:
         return 0
-    one = Devices(ranks=1, gpus=devices.gpus[:1])
-    with closing(Pool(one)) as pool:
+    with closing(Pool(devices.first(1))) as pool:
         alone = _attempt(pool, spec, Layout(ulysses=1, ring=1), Settings(), given, arguments, "one rank")
     print(_row(f"{devices.ranks} ranks, against one", exact, alone))
     if isinstance(alone, str):
         return 1
-    worst = max(_difference(a, b) for a, b in zip(exact[:-1], alone[:-1], strict=True))
+    worst = max(difference(a, b) for a, b in zip(exact[:-1], alone[:-1], strict=True))
     if not worst <= BOUNDS[spec.compute]:
         print(f"an evaluation differs by {worst:.1e}, above {BOUNDS[spec.compute]:.0e}: the ranks do not agree")
         return 1
     return 0
-
-
-def _inputs(config: Config, arguments: argparse.Namespace) -> tuple[torch.Tensor, Prompt]:
-    generator = torch.Generator().manual_seed(0)
-    edge = arguments.size // 8
-    x = torch.randn(1, config.channels, edge, edge, generator=generator)
-    context = torch.randn(1, arguments.text, config.context, generator=generator)
-    pooled = getattr(config, "pooled", None)
-    concat = torch.randn(1, config.concat_channels, edge, edge, generator=generator) if config.concat_channels else None
-    return x, Prompt(
-        context,
-        torch.randn(1, pooled, generator=generator) if pooled else None,
-        torch.tensor([3.5]) if getattr(config, "guidance", False) else None,
-        concat=concat,
-    )
 
 
 def _attempt(pool: Pool, spec, layout, settings: Settings, given, arguments, name: str) -> list[torch.Tensor] | str:
@@ -122,14 +92,10 @@ def _results(session: Session, given, steps: int, name: str) -> list[torch.Tenso
     return found
 
 
-def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a.float() - b.float()).norm() / b.float().norm()).item()
-
-
 def _row(label: str, found: list[torch.Tensor] | str, wanted: list[torch.Tensor] | str) -> str:
     for result in (found, wanted):
         if isinstance(result, str):
             return f"{label:42s} not run: {result.splitlines()[0]}"
-    *single, after = [_difference(a, b) for a, b in zip(found, wanted, strict=True)]
+    *single, after = [difference(a, b) for a, b in zip(found, wanted, strict=True)]
     at = "  ".join(f"t={t} {d:.1e}" for t, d in zip(TIMESTEPS, single, strict=True))
     return f"{label:42s} {at}  after the steps {after:.1e}"

@@ -1,0 +1,193 @@
+"""`bench`: how fast a file is on 1, 2, ... all devices of this machine, and which settings are best."""
+
+import argparse
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+
+import torch
+from tqdm import tqdm
+
+from ..config import Layout, ModelSpec, Settings
+from ..devices import Devices, parse_devices
+from ..errors import FastUSPError, PoolError, RequestError
+from ..planner import legal_layouts
+from ..pool import Pool, Progress, Prompt, Session
+from .inputs import add_sizes, describe, random_inputs
+
+WARM_UP = {"cuda": 3, "cpu": 1}
+"""Steps before those that count: GPUs compile in the first and capture in the second."""
+MARGIN = 0.03
+"""What is less than this much faster is no reason for more GPUs, or for 8 bits."""
+HEAD = "ranks  layout               wire   linear  ms/evaluation  x one rank  first 2 steps s  GB/rank  exchanges"
+WIRES, LINEARS = ("exact", "int8", "fp8"), ("exact", "fp8")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """seconds: of an evaluation, the median; first: of the first two steps; nbytes: of the weights of each rank; exchanges:
+    as in `protocol.Held`; problem: why there are none of these."""
+
+    layout: Layout
+    settings: Settings
+    seconds: float | None = None
+    first: float = 0.0
+    nbytes: int = 0
+    exchanges: str = ""
+    problem: str = ""
+
+    @property
+    def exact(self) -> bool:
+        return self.settings.wire == self.settings.linear == "exact"
+
+    def choice(self, devices: Devices) -> str:
+        """What to set for it in ComfyUI, and what it gives."""
+        some = devices.first(self.layout.ranks)
+        gpus = ",".join(map(str, some.gpus)) or some
+        return (
+            f"gpus = {gpus} ({some.ranks} rank{'s' * (some.ranks > 1)}), ulysses = {self.layout.ulysses}, "
+            f"ring = {self.layout.ring}, wire = {self.settings.wire}, linear = {self.settings.linear}: "
+            f"{self.seconds * 1000:.1f} ms"
+        )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a model file")
+    parser.add_argument("--gpus", default="auto", help="as USP Loader's input: auto, all, 0,1 or cpu:N (default auto)")
+    add_sizes(parser)
+    parser.add_argument("--steps", type=int, default=8, help="steps that are timed, of each row (default 8)")
+    parser.add_argument(
+        "--layouts", choices=("best", "all"), default="best", help="all: every legal layout (default best)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    try:
+        return _bench(arguments)
+    except FastUSPError as error:
+        print(error)
+        return 1
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    path, devices = arguments.model, parse_devices(arguments.gpus)
+    if arguments.steps < 1:
+        raise RequestError(f"--steps {arguments.steps}: at least 1 step must be timed")
+    _, config, spec = describe(path, devices)
+    given = random_inputs(config, arguments.size, arguments.text)
+    print(
+        f"{path}: {config.family}, {spec.compute}, on {devices}; {'x'.join(map(str, arguments.size))} px, "
+        f"{arguments.text} text tokens of random values; medians of {arguments.steps} evaluations"
+    )
+    print(HEAD, flush=True)
+    rows: list[Row] = []
+    for row in _rows(devices, config.heads, spec, given, arguments):
+        rows.append(row)
+        print(line(row, rows[0]), flush=True)
+    print("\n".join(recommend(rows, devices)))
+    return 0 if any(row.seconds for row in rows) else 1
+
+
+def _rows(devices: Devices, heads: int, spec: ModelSpec, given, arguments) -> Iterator[Row]:
+    for ranks in rank_counts(devices.ranks):
+        layouts = legal_layouts(ranks, heads)
+        some = []
+        with closing(Pool(devices.first(ranks))) as pool:
+            for layout in layouts if arguments.layouts == "all" else layouts[:1]:
+                some.append(_measure(pool, spec, layout, Settings(), given, arguments.steps))
+                yield some[-1]
+            if ranks < devices.ranks:
+                continue
+            best = min(some, key=lambda row: row.seconds or float("inf")).layout
+            for settings in options(ranks):
+                row = _measure(pool, spec, best, settings, given, arguments.steps)
+                yield row
+                if row.problem and settings.linear == "fp8":
+                    return  # these devices have no such products, or no room for them, over any wire
+
+
+def rank_counts(ranks: int) -> list[int]:
+    """1, 2, 4 and so on below `ranks`, then `ranks`."""
+    return [2**n for n in range(ranks.bit_length()) if 2**n < ranks] + [ranks]
+
+
+def options(ranks: int) -> list[Settings]:
+    """What may make it faster at the price of exactness. The weights are loaded once for each `linear`."""
+    wires = WIRES if ranks > 1 else ("exact",)
+    return [
+        Settings(wire=wire, linear=linear) for linear in LINEARS for wire in wires if (wire, linear) != ("exact",) * 2
+    ]
+
+
+def _measure(
+    pool: Pool, spec: ModelSpec, layout: Layout, settings: Settings, given: tuple[torch.Tensor, Prompt], steps: int
+) -> Row:
+    """A sampling run's steps; what the workers refuse, or end of, is the row's problem."""
+    x, prompt = given
+    warm_up, seconds = WARM_UP[pool.devices.type], []
+    row = Row(layout=layout, settings=settings)
+    name = f"{layout}, {settings.wire} wire, {settings.linear} products"
+    with closing(tqdm(total=warm_up + steps, desc=name, unit="evaluation", leave=False)) as bar:
+
+        def step(event, _tensors) -> None:
+            seconds.append(event.seconds)
+            bar.update()
+
+        try:
+            Session(pool, spec, (layout,), settings).sample(
+                x,
+                torch.linspace(1, 0, warm_up + steps + 1),
+                sampler="euler",
+                positive=prompt,
+                progress=Progress(step=step, phase=bar.set_postfix_str),
+            )
+        except (RequestError, PoolError) as error:
+            return replace(row, problem=str(error))
+    held = pool.held
+    return replace(
+        row,
+        seconds=statistics.median(seconds[warm_up:]),
+        first=sum(seconds[:2]),
+        nbytes=held.nbytes,
+        exchanges=held.exchanges,
+    )
+
+
+def line(row: Row, alone: Row) -> str:
+    """A row of the table. alone: one rank's, exact."""
+    what = f"{row.layout.ranks:5d}  {str(row.layout):19s}  {row.settings.wire:5s}  {row.settings.linear:6s}  "
+    if row.seconds is None:
+        return f"{what}not run: {row.problem.splitlines()[0]}"
+    gain = f"{alone.seconds / row.seconds:10.2f}" if alone.seconds else f"{'-':>10s}"
+    return (
+        f"{what}{row.seconds * 1000:13.1f}  {gain}  {row.first:15.2f}  {row.nbytes / 1e9:7.2f}  {row.exchanges or '-'}"
+    )
+
+
+def recommend(rows: Sequence[Row], devices: Devices) -> list[str]:
+    """What to take by these rows: without loss, and in 8 bits where that is faster."""
+    ran = [row for row in rows if row.seconds]
+    if not ran:
+        return ["Nothing could be measured; `python -m fastusp_backend doctor` looks for the reason."]
+    found = []
+    exact, quickest = _best([row for row in ran if row.exact]), _best(ran)
+    if exact:
+        most = max((row for row in ran if row.exact), key=lambda row: (row.layout.ranks, -row.seconds))
+        if exact.layout.ranks < most.layout.ranks:
+            found.append(
+                f"Fewer GPUs are the better choice here: {most.layout.ranks} ranks take {most.seconds * 1000:.1f} ms, "
+                f"{exact.layout.ranks} take {exact.seconds * 1000:.1f} ms."
+            )
+        found.append(f"Recommended, without loss: {exact.choice(devices)}")
+    if not quickest.exact:
+        gain = f", {exact.seconds / quickest.seconds:.2f} x as fast" if exact else ""
+        found.append(f"In 8 bits, whose error `verify` measures: {quickest.choice(devices)}{gain}")
+    return found
+
+
+def _best(rows: Sequence[Row]) -> Row | None:
+    """Of those as fast as the fastest, to MARGIN: exact ones first, then the fewest ranks, then the fastest."""
+    near = min((row.seconds for row in rows), default=0.0) * (1 + MARGIN)
+    kept = [row for row in rows if row.seconds <= near]
+    return min(kept, key=lambda row: (not row.exact, row.layout.ranks, row.seconds), default=None)

@@ -1,0 +1,66 @@
+"""What `bench`, `doctor` and `verify` sample: a file's model on given devices, and random inputs of its shapes."""
+
+import argparse
+import re
+
+import torch
+
+from ..config import ModelSpec
+from ..devices import Devices, supports_bfloat16
+from ..models.detection import detect
+from ..models.family import Config
+from ..pool import Prompt
+from ..weights.checkpoint import TensorInfo, choose_types, main_dtype, read_header
+
+BOUNDS = {"float32": 2e-5, "bfloat16": 5e-2, "float16": 1e-2}
+"""By how much the ranks may differ from one, by compute type: rounding in another order."""
+
+
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--size", type=pixels, default=(1024, 1024), help="of the image in pixels: 1024 or 1280x720 (default 1024)"
+    )
+    parser.add_argument("--text", type=int, default=512, help="tokens of the prompt (default 512)")
+
+
+def pixels(text: str) -> tuple[int, int]:
+    """(width, height) of '1024' or '1280x720'."""
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    size = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if min(size) < 16:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: expected pixels, 16 or more, as 1024 or 1280x720")
+    return size
+
+
+def describe(path: str, devices: Devices) -> tuple[dict[str, TensorInfo], Config, ModelSpec]:
+    """A file's header, its model, and how USP Loader's default loads it on `devices`. Raises CheckpointError."""
+    header = read_header(path)
+    config = detect(header, path)
+    types = choose_types(
+        None,
+        main_dtype(header),
+        cpu=devices.type == "cpu",
+        bfloat16=supports_bfloat16(devices),
+        float16=config.float16,
+    )
+    return header, config, ModelSpec.of_file(path, **types)
+
+
+def random_inputs(config: Config, size: tuple[int, int], text: int) -> tuple[torch.Tensor, Prompt]:
+    """Latents (1, C, h, w) and a prompt of `text` tokens for an image of (width, height) pixels."""
+    generator = torch.Generator().manual_seed(0)
+    width, height = (edge // 8 for edge in size)
+    x = torch.randn(1, config.channels, height, width, generator=generator)
+    context = torch.randn(1, text, config.context, generator=generator)
+    pooled, concat = getattr(config, "pooled", None), config.concat_channels
+    return x, Prompt(
+        context,
+        torch.randn(1, pooled, generator=generator) if pooled else None,
+        torch.tensor([3.5]) if getattr(config, "guidance", False) else None,
+        concat=torch.randn(1, concat, height, width, generator=generator) if concat else None,
+    )
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Relative (Frobenius), against b."""
+    return ((a.float() - b.float()).norm() / b.float().norm()).item()
