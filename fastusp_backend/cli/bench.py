@@ -26,8 +26,8 @@ WIRES, LINEARS = ("exact", "int8", "fp8"), ("exact", "fp8")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """seconds: of an evaluation, the median; first: of the first two steps; nbytes: of the weights of each rank; exchanges:
-    as in `protocol.Held`; problem: why there are none of these."""
+    """seconds: of an evaluation, the median; first: of the first two steps; nbytes: of the weights of each rank;
+    exchanges: as in `protocol.Held`; problem: why there are none of these."""
 
     layout: Layout
     settings: Settings

@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
             header, config, spec = describe(arguments.model, devices)
             heads, nbytes = config.heads, weight_bytes(header, spec)
         layout = plan(devices.ranks, heads, ulysses=arguments.ulysses, ring=arguments.ring)
-        totals = {state.index: state.total for state in gpu_states()} if devices.gpus else {}
+        totals = {state.index: state.total for state in gpu_states()} if nbytes and devices.gpus else {}
     except FastUSPError as error:
         print(error)
         return 1

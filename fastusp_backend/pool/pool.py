@@ -193,6 +193,16 @@ class Pool:
             finally:
                 self._running = False
 
+    def abandon(self, event: str) -> PoolError:
+        """Ends workers that the caller takes for hung; the error says why, with their last log lines. The next call
+        starts new ones."""
+        workers = self._workers
+        if workers is None:
+            return PoolError(f"The FastUSP workers on {self.devices} {event}")
+        error = workers.failure(event)
+        workers.kill()
+        return error
+
     def status(self) -> dict:
         """What people want to know: devices, state (`off`, `starting`, `idle`, `busy`), processes, the model."""
         workers = self._workers

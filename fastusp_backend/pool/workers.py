@@ -201,6 +201,8 @@ class Workers:
             return f"rank {first['rank']} failed with {first['text']}"
         if exits:
             return f"rank {exits[0]['rank']} ended with exit code {exits[0]['exitcode']}"
+        if self.alive:
+            return "its processes still run"
         code = self._process.returncode if self._process else None
         return f"torchrun ended with exit code {code}"
 
@@ -217,8 +219,8 @@ class Workers:
         if not lines:
             lines = _tail(directory / "torchrun.log")
         printed = []
-        for path in sorted(directory.glob("ranks/**/stderr.log")):
-            printed += [f"[rank {path.parent.name} stderr] {line}" for line in _tail(path)[-3:]]
+        for path in sorted(directory.glob("ranks/**/std*.log")):  # NCCL writes to stdout
+            printed += [f"[rank {path.parent.name} {path.stem}] {line}" for line in _tail(path)[-3:]]
         return lines + printed[-LOG_LINES:]
 
 

@@ -1,0 +1,251 @@
+"""What `doctor` looks at, without starting workers. Nothing here needs a package that FastUSP needs: their absence is a
+fact as well."""
+
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ...devices import Devices, Gpu, GpuState, gpu_states, list_gpus
+
+PACKAGES = ("msgspec", "safetensors", "gguf", "numpy", "pillow", "tqdm")
+PROBE_SECONDS = 180.0
+"""Importing torch from a cold disk takes a minute; CUDA on 8 GPUs some more."""
+TOOL_SECONDS = 60.0
+
+_TELLING = re.compile(
+    r"(NCCL|TORCH_SYMM_MEM|NVSHMEM|CUDA|GLOO|OMP|TRITON|TORCHINDUCTOR|TORCHELASTIC|FASTUSP)_|PYTORCH_(CUDA_)?ALLOC_CONF$"
+    r"|(LOCAL_|GROUP_)?(RANK|WORLD_SIZE)$|MASTER_(ADDR|PORT)$|CC$|TMPDIR$"
+)
+_PACKAGE_ROOT = Path(__file__).resolve().parents[3]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """What a process of its own with these GPUs alone finds, as `probe` writes it. error: why there is nothing. Lists
+    have an entry per GPU, in the order of `gpus`; peers: [i][j], whether i maps j's memory."""
+
+    error: str = ""
+    torch: str = ""
+    cuda: str | None = None
+    nccl: str | None = None
+    triton: str = ""
+    triton_problem: str = ""
+    architectures: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    peers: list[list[bool]] = field(default_factory=list)
+    symmetric: list[str] = field(default_factory=list)
+    """Why symmetric memory cannot be allocated; empty where it can."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """Sizes in bytes. Problems are texts, empty where there is none. links: 'i-j' by nvidia-smi's indices -> `NV18`,
+    `PIX`, `SYS` and so on. wanted: the `gpus` input, as it was given."""
+
+    wanted: str
+    python: tuple[int, ...]
+    system: str
+    release: str
+    container: bool
+    cpus: int
+    packages: dict[str, str | None]
+    compiler: str
+    compiler_problem: str
+    devices: Devices
+    gpus: tuple[Gpu, ...]
+    states: tuple[GpuState, ...]
+    links: dict[str, str]
+    iommu: bool
+    probe: Probe
+    shm_free: int | None
+    memfd_problem: str
+    run_dir_problem: str
+    temporary: str
+    descriptors: int | None
+    locked: int | None
+    host_free: int | None
+    environment: dict[str, str]
+    dropped: tuple[str, ...]
+
+
+def gather(devices: Devices, wanted: str) -> Facts:
+    """Takes a few seconds. Raises DeviceError where nvidia-smi fails."""
+    chosen = set(devices.gpus)
+    compiler, compiler_problem = _compile()
+    probe = _probe(devices)
+    packages = {name: _version(name) for name in PACKAGES}
+    usable = platform.system() == "Linux" and bool(probe.torch) and all(packages.values())  # the pool can be imported
+    return Facts(
+        wanted=wanted,
+        python=tuple(sys.version_info[:3]),
+        system=platform.system(),
+        release=platform.release(),
+        container=Path("/.dockerenv").exists() or "container" in os.environ,
+        cpus=os.cpu_count() or 1,
+        packages=packages,
+        compiler=compiler,
+        compiler_problem=compiler_problem,
+        devices=devices,
+        gpus=tuple(gpu for gpu in list_gpus() if gpu.index in chosen) if chosen else (),
+        states=tuple(state for state in gpu_states() if state.index in chosen) if chosen else (),
+        links=_links() if len(chosen) > 1 else {},
+        iommu=any(Path("/sys/class/iommu").glob("*")),
+        probe=probe,
+        shm_free=_free("/dev/shm"),
+        memfd_problem=_try(_memfd),
+        run_dir_problem=_try(_run_dir) if usable else "",
+        temporary=tempfile.gettempdir(),
+        descriptors=_limit("RLIMIT_NOFILE"),
+        locked=_limit("RLIMIT_MEMLOCK"),
+        host_free=_host_free() if usable else None,
+        environment={k: v for k, v in sorted(os.environ.items()) if _TELLING.match(k)},
+        dropped=_dropped(devices) if usable else (),
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _bounded(command: list[str], seconds: float, env: dict[str, str] | None = None) -> tuple[int, str, str]:
+    """(exit status, stdout, stderr); a command that hangs is killed and left, since one that waits for a driver may not
+    die. Raises OSError, subprocess.TimeoutExpired."""
+    process = subprocess.Popen(
+        command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        output, errors = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return process.returncode, output, errors
+
+
+def _compile() -> tuple[str, str]:
+    """(the C compiler that Triton would take, why it cannot build what Triton builds: an extension of this Python)."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if not compiler:
+        return "", "there is no C compiler"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "extension.c"
+        source.write_text("#include <Python.h>\nint answer(void) { return PY_MAJOR_VERSION; }\n", encoding="utf-8")
+        command = [compiler, str(source), "-O3", "-shared", "-fPIC", "-o", str(source.with_suffix(".so"))]
+        try:
+            status, _, errors = _bounded([*command, f"-I{sysconfig.get_path('include')}"], TOOL_SECONDS)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return compiler, str(error)
+    lines = [line for line in errors.splitlines() if "error" in line] or errors.splitlines()[-1:]
+    return compiler, "" if status == 0 else lines[0] if lines else f"exit status {status}"
+
+
+def _probe(devices: Devices) -> Probe:
+    """Asks a process of its own: this one must hold no GPU while the workers run, and CUDA may hang or crash."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTORCH_")}
+    env |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(map(str, devices.gpus))}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_PACKAGE_ROOT), os.environ.get("PYTHONPATH")]))
+    try:
+        command = [sys.executable, "-m", "fastusp_backend.cli.doctor.probe"]
+        status, output, errors = _bounded(command, PROBE_SECONDS, env)
+    except subprocess.TimeoutExpired:
+        return Probe(error=f"torch and CUDA did not answer within {PROBE_SECONDS:.0f} s")
+    try:
+        return Probe(**json.loads(output.splitlines()[-1]))
+    except (IndexError, ValueError, TypeError):
+        last = (errors.strip().splitlines() or ["nothing was printed"])[-1]
+        return Probe(error=f"looking at torch and CUDA ended with exit status {status}: {last}")
+
+
+def _links() -> dict[str, str]:
+    command = shutil.which("nvidia-smi")
+    try:
+        status, output, _ = _bounded([command, "topo", "-m"], TOOL_SECONDS) if command else (1, "", "")
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    return read_topology(output) if status == 0 else {}
+
+
+def read_topology(text: str) -> dict[str, str]:
+    """`nvidia-smi topo -m` -> 'i-j' -> its word for the path between GPU i and GPU j, i < j."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    links = {}
+    for row in re.finditer(r"^GPU(\d+)\t(.*)$", plain, re.MULTILINE):
+        i, cells = int(row[1]), [cell.strip() for cell in row[2].split("\t")]
+        links |= {f"{i}-{j}": cell for j, cell in enumerate(cells) if j > i and re.fullmatch(r"NV\d+|[A-Z]{3,4}", cell)}
+    return links
+
+
+def _try(attempt) -> str:
+    try:
+        attempt()
+    except (ImportError, OSError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _memfd() -> None:
+    """Memory without a name that another process opens through /proc, as ranks do with each other's."""
+    descriptor = os.memfd_create("fastusp-doctor")
+    try:
+        os.ftruncate(descriptor, 1 << 20)
+        with open(f"/proc/{os.getpid()}/fd/{descriptor}", "r+b", buffering=0) as file:
+            file.write(b"1")
+    finally:
+        os.close(descriptor)
+
+
+def _run_dir() -> None:
+    """The pool's own run directory, and a socket in it."""
+    from ...pool.rundir import RunDir  # not above: what it needs may be missing
+
+    run_dir = RunDir()
+    try:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(run_dir.address)
+    finally:
+        run_dir.remove()
+
+
+def _host_free() -> int | None:
+    from ...engine.host_memory import available
+
+    return available()
+
+
+def _dropped(devices: Devices) -> tuple[str, ...]:
+    """Variables of this process that the workers do not get, or get another value of."""
+    from ...pool.workers import worker_environment
+
+    given = worker_environment(devices, Path("/"), os.environ)
+    return tuple(sorted(k for k, v in os.environ.items() if _TELLING.match(k) and given.get(k) != v))
+
+
+def _free(folder: str) -> int | None:
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return None
+
+
+def _limit(name: str) -> int | None:
+    """None for no limit, and where there is no such thing."""
+    try:
+        resource = importlib.import_module("resource")
+    except ImportError:
+        return None
+    kind = getattr(resource, name)
+    soft = resource.getrlimit(kind)[0]
+    return None if soft == resource.RLIM_INFINITY else soft

@@ -1,0 +1,55 @@
+"""`python -m fastusp_backend.cli.doctor.probe` prints what torch and CUDA say of the visible GPUs, as `facts.Probe`."""
+
+import importlib
+import json
+import os
+
+
+def main() -> None:
+    print(json.dumps(_probe()))
+
+
+def _probe() -> dict:
+    try:
+        import torch
+    except Exception as error:  # whatever a broken installation raises
+        return {"error": f"torch cannot be imported: {type(error).__name__}: {error}"}
+    found = {"torch": str(torch.__version__), "cuda": torch.version.cuda} | _triton()
+    if torch.version.cuda is None or not os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return found
+    try:
+        torch.cuda.init()  # says why it fails, as is_available does not
+        count = torch.cuda.device_count()
+        peers = [[i != j and torch.cuda.can_device_access_peer(i, j) for j in range(count)] for i in range(count)]
+        return found | {
+            "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+            "architectures": torch.cuda.get_arch_list(),
+            "names": [torch.cuda.get_device_name(i) for i in range(count)],
+            "peers": peers,
+            "symmetric": [_symmetric(torch.device("cuda", i)) for i in range(count)],
+        }
+    except Exception as error:
+        return found | {"error": f"CUDA does not work: {type(error).__name__}: {error}"}
+
+
+def _triton() -> dict:
+    try:
+        return {"triton": importlib.import_module("triton").__version__}
+    except Exception as error:
+        return {"triton_problem": f"{type(error).__name__}: {error}"}
+
+
+def _symmetric(device) -> str:
+    """Why symmetric memory cannot be allocated on a device; empty where it can."""
+    import torch
+
+    try:
+        symmetric_memory = importlib.import_module("torch.distributed._symmetric_memory")
+        symmetric_memory.empty(1 << 20, dtype=torch.uint8, device=device)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return ""
+
+
+if __name__ == "__main__":
+    main()

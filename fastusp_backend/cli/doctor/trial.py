@@ -1,0 +1,197 @@
+"""The pool at work: a tiny random model on one rank and, under each kind of layout, on all, with a time limit."""
+
+import contextlib
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ...config import Layout, ModelSpec, Settings
+from ...devices import Devices
+from ...errors import FastUSPError
+from ...models.synthetic import TINY_FLUX, write_flux
+from ...planner import legal_layouts
+from ...pool import Pool, Progress, Prompt, Session
+from ..inputs import BOUNDS, describe, difference, random_inputs
+from .checks import Check
+
+SIZE, TEXT, STEPS = (256, 256), 32, 4
+"""Enough steps for GPUs to compile, to capture and to replay."""
+NO_P2P = "NCCL_P2P_DISABLE"
+
+_UNREACHED = (
+    f"GPUs may not reach each other: run doctor with {NO_P2P}=1; if that works, ACS or an IOMMU stands\n"
+    "between them: turn it off (BIOS, intel_iommu=off or amd_iommu=off), or keep the variable set for ComfyUI.\n"
+    "If it hangs still, NCCL_SHM_DISABLE=1 and NCCL_DEBUG=INFO tell more"
+)
+_LATE = r"within \d+ s"
+_KNOWN = (
+    (r"C compiler|Python\.h", "Triton needs a C compiler and Python's headers: apt install gcc python3-dev"),
+    (r"No space left on device|SIGBUS|/dev/shm", "In a container: docker run --shm-size=1g, or --ipc=host"),
+    (
+        r"pidfd|ptrace",
+        "The container keeps processes from opening each other's memory: docker run --cap-add=SYS_PTRACE, or\n"
+        f"set {NO_P2P}=1",
+    ),
+    (r"out of memory", "Other programs hold the memory: nvidia-smi lists them"),
+    (r"SIGKILL", "Mostly the system ran out of memory: free some, or use fewer ranks"),
+    (r"no kernel image|driver version is insufficient|PTX", "torch and the driver do not fit this GPU: update both"),
+    (r"busy or unavailable", "A GPU is in use and in exclusive compute mode: nvidia-smi -c DEFAULT"),
+    (r"Unable to find address|Gloo connect", "The loopback interface must be up; GLOO_SOCKET_IFNAME names another one"),
+)
+_NCCL = r"NCCL (WARN|error)|ncclSystemError|unhandled (cuda|system) error|illegal memory access|invalid device"
+
+
+def advise(problem: str, gpus: int) -> str:
+    """What to do about the error, log lines included, of a pool of so many GPUs (0: CPU ranks): the first of the known
+    kinds that it shows."""
+    for pattern, advice in _KNOWN:
+        if re.search(pattern, problem):
+            return advice
+    if gpus > 1 and re.search(f"{_LATE}|{_NCCL}", problem):
+        return _UNREACHED
+    if re.search(_LATE, problem):
+        return "On a slow machine allow it more --seconds; else the log lines, if there are any, say where it hangs"
+    return "Report it with the output of doctor --json"
+
+
+class _Late(Exception):
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What every trial samples. seconds: the limit of each request, its start included."""
+
+    spec: ModelSpec
+    given: tuple[torch.Tensor, Prompt]
+    seconds: float
+    say: Callable[[str], None]
+
+    def run(self, pool: Pool, layout: Layout) -> tuple[torch.Tensor, float | None]:
+        """(latents, seconds until the workers stood, None where they did before). Raises FastUSPError."""
+        x, prompt = self.given
+        began, starting = time.monotonic(), pool.status()["state"] == "off"
+        stood: list[float] = []
+
+        def phase(text: str) -> None:
+            self.say(f"{layout}: {text}")
+            if not text.startswith("starting"):
+                stood.append(time.monotonic() - began)
+
+        def interrupted() -> bool:
+            if time.monotonic() - began > self.seconds:
+                raise _Late
+            return False
+
+        progress = Progress(phase=phase, interrupted=interrupted)
+        session = Session(pool, self.spec, (layout,), Settings())
+        sigmas = torch.linspace(1, 0, STEPS + 1)
+        try:
+            latents = session.sample(x, sigmas, sampler="euler", positive=prompt, progress=progress)
+            if pool.devices.gpus and layout.ranks > 1:  # measures the link; pool.held then tells the figure
+                session = replace(session, settings=Settings(wire="auto"))
+                session.evaluate(x, torch.tensor([0.6]), prompt, progress)
+        except _Late:
+            raise pool.abandon(f"gave no result within {self.seconds:.0f} s") from None
+        return latents, stood[0] if starting and stood else None
+
+
+def trials(devices: Devices, seconds: float, say: Callable[[str], None]) -> Iterator[Check]:
+    """One rank alone, then all of them; a check each, as soon as it is known."""
+    heads = devices.ranks * -(-TINY_FLUX.heads // devices.ranks)  # every degree is legal
+    hidden = heads * TINY_FLUX.hidden // TINY_FLUX.heads
+    config = replace(TINY_FLUX, heads=heads, hidden=hidden, mlp=hidden, double_blocks=1, single_blocks=1)
+    with tempfile.TemporaryDirectory(prefix="fastusp-doctor-") as folder:
+        path = str(Path(folder) / "tiny.safetensors")
+        write_flux(path, config, dtype=torch.bfloat16)
+        _, found, spec = describe(path, devices)
+        job = Job(spec, random_inputs(found, SIZE, TEXT), seconds, say)
+        with closing(Pool(devices.first(1))) as pool:
+            check, expected = _attempt(job, pool, Layout(ulysses=1, ring=1), None)
+        yield check
+        if expected is not None and devices.ranks > 1:
+            yield from _together(job, devices, kinds(devices.ranks, heads), expected)
+
+
+def kinds(ranks: int, heads: int) -> list[Layout]:
+    """Ulysses alone, both, ring alone: of each kind one, where there is one."""
+    legal = legal_layouts(ranks, heads)
+    return list(dict.fromkeys([legal[0], legal[len(legal) // 2], legal[-1]]))
+
+
+def _together(job: Job, devices: Devices, layouts: list[Layout], expected: torch.Tensor) -> Iterator[Check]:
+    failed = None
+    with closing(Pool(devices)) as pool:
+        for layout in layouts:
+            check, _ = _attempt(job, pool, layout, expected)
+            yield check
+            failed = failed or (layout if check.status == "fail" else None)
+    if failed and devices.gpus and os.environ.get(NO_P2P, "0") == "0":
+        with _variable(NO_P2P, "1"), closing(Pool(devices)) as pool:
+            yield cure(_attempt(job, pool, failed, expected)[0])
+
+
+def cure(check: Check) -> Check:
+    """What the same trial without direct access between GPUs says of the one that failed."""
+    if check.status != "ok":
+        return replace(check, name=f"{check.name}, with {NO_P2P}=1")
+    advice = (
+        "ACS or an IOMMU stands between the GPUs: turn it off (BIOS, intel_iommu=off or amd_iommu=off), or set\n"
+        f"{NO_P2P}=1 in ComfyUI's environment: exchanges then go through host memory"
+    )
+    return Check(f"{check.name}, with {NO_P2P}=1", "warn", f"works: {check.text}", advice)
+
+
+def _attempt(job: Job, pool: Pool, layout: Layout, expected: torch.Tensor | None) -> tuple[Check, torch.Tensor | None]:
+    """A trial's check and its latents. expected: what one rank gave."""
+    name = f"trial, {layout}" if layout.ranks > 1 else "trial, one rank"
+    try:
+        latents, started = job.run(pool, layout)
+    except FastUSPError as error:
+        return Check(name, "fail", str(error), advise(str(error), len(pool.devices.gpus))), None
+    return judge(name, latents, expected, started, pool.held.exchanges, BOUNDS[job.spec.compute]), latents
+
+
+def judge(
+    name: str,
+    latents: torch.Tensor,
+    expected: torch.Tensor | None,
+    started: float | None,
+    exchanges: str,
+    bound: float,
+) -> Check:
+    """exchanges: as in `protocol.Held`; bound: by how much the latents may differ from the expected ones."""
+    parts = [f"started in {started:.1f} s"] if started is not None else []
+    parts += [exchanges] if exchanges not in ("", "none") else []
+    wrong = not bool(latents.isfinite().all())
+    if wrong:
+        parts.append("the result is not finite")
+    elif expected is not None:
+        apart = difference(latents, expected)
+        wrong = not apart <= bound
+        parts.append(f"differs from one rank by {apart:.1e}" + f", above {bound:.0e}" * wrong)
+    if not wrong:
+        return Check(name, "ok", "; ".join(parts) or "sampled")
+    advice = f"What ranks send each other arrives wrong. {_UNREACHED}" if expected is not None else advise("", 0)
+    return Check(name, "fail", "; ".join(parts), advice)
+
+
+@contextlib.contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    """Has the workers that start meanwhile inherit it."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
