@@ -1,19 +1,35 @@
-"""The command line on CPU ranks: `verify` measures each lossy option, and finds that the ranks agree."""
+"""The command line on CPU ranks: `verify` measures each lossy option, and finds that the ranks agree; `bench` times all
+that there is to choose; `doctor` lets the pool work, and says so when it does not."""
 
+import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from dataclasses import replace
 
 import pytest
-from pools import ROOT
+import torch
+from pools import GIVEN, PROMPT, ROOT, pids
+from support import spec_of
+
+from fastusp_backend.cli.doctor.trial import Job
+from fastusp_backend.config import Layout
+from fastusp_backend.errors import PoolError
+from fastusp_backend.pool import pool as client
 
 pytestmark = pytest.mark.dist
 
 
+def command_line(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "fastusp_backend", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
 def test_verify(dev):
-    command = [sys.executable, "-m", "fastusp_backend", "verify", str(dev), "--gpus", "cpu:2"]
-    command += ["--size", "128", "--text", "9", "--steps", "2"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = command_line("verify", str(dev), "--gpus", "cpu:2", "--size", "128", "--text", "9", "--steps", "2")
     assert done.returncode == 0, done.stdout + done.stderr
     figures = {
         line[:42].strip(): [float(x) for x in re.findall(r"[0-9.]+e-[0-9]+", line)]
@@ -28,7 +44,63 @@ def test_verify(dev):
     assert all(x < 2e-5 for x in figures["2 ranks, against one"])
 
 
-def test_a_file_that_is_none_is_named():
-    command = [sys.executable, "-m", "fastusp_backend", "verify", "/nowhere.safetensors", "--gpus", "cpu:1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+@pytest.mark.parametrize("command", ["verify", "bench", "plan"])
+def test_a_file_that_is_none_is_named(command):
+    done = command_line(command, "/nowhere.safetensors", "--gpus", "cpu:1")
     assert done.returncode == 1 and "there is no model file /nowhere.safetensors" in done.stdout
+
+
+def test_bench(dev):
+    sizes = ["--size", "128x96", "--text", "9", "--steps", "2"]
+    done = command_line("bench", str(dev), "--gpus", "cpu:2", *sizes, "--layouts", "all")
+    assert done.returncode == 0, done.stdout + done.stderr
+    title, _, *table = done.stdout.splitlines()
+    assert "FLUX.1, float32, on cpu:2; 128x96 px, 9 text tokens" in title
+    rows = [re.split(r" {2,}", row.strip()) for row in table[:8]]
+    assert [row[:4] for row in rows[:3]] == [
+        ["1", "ulysses 1 x ring 1", "exact", "exact"],
+        ["2", "ulysses 2 x ring 1", "exact", "exact"],
+        ["2", "ulysses 1 x ring 2", "exact", "exact"],
+    ]
+    assert [row[2:4] for row in rows[3:]] == [
+        ["int8", "exact"],
+        ["fp8", "exact"],
+        ["exact", "fp8"],
+        ["int8", "fp8"],
+        ["fp8", "fp8"],
+    ]
+    assert all(float(row[4]) > 0 and float(row[6]) > 0 and float(row[7]) > 0 for row in rows)
+    assert float(rows[5][7]) < float(rows[0][7])  # in fp8 the weights are smaller
+    assert rows[0][5] == "1.00" and rows[4][8] == "gloo, fp8 wire"
+    assert any(line.startswith("Recommended, without loss: gpus = cpu:") for line in table[8:])
+
+
+def test_doctor():
+    done = command_line("doctor", "--gpus", "cpu:2", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(done.stdout)
+    trials = {check["name"]: check for check in told["checks"] if check["name"].startswith("trial")}
+    assert list(trials) == ["trial, one rank", "trial, ulysses 2 x ring 1", "trial, ulysses 1 x ring 2"]
+    assert "started in" in trials["trial, one rank"]["text"]
+    for check in list(trials.values())[1:]:
+        assert re.search(r"gloo, exact wire; differs from one rank by \d\.\de[-+]\d\d", check["text"]), check
+    assert told["facts"]["probe"]["torch"] == str(torch.__version__)
+
+
+def test_trials_have_a_limit(new_pool, dev, monkeypatch):
+    """Workers that hang are ended, while they start and later, and the error holds what is known of them."""
+    monkeypatch.setattr(client, "CANCEL_SECONDS", 0.2)
+    pool, said, one = new_pool(1), [], Layout(ulysses=1, ring=1)
+    job = Job(spec_of(dev), (GIVEN.x, PROMPT), 60.0, said.append)
+    began = time.monotonic()
+    with pytest.raises(PoolError, match="gave no result within 0.1 s: its processes still run"):
+        replace(job, seconds=0.1).run(pool, one)
+    assert time.monotonic() - began < 10 and said == ["ulysses 1 x ring 1: starting 1 worker(s) on cpu:1"]
+    assert pool.status()["state"] == "off"
+
+    assert job.run(pool, one)[1] > 0
+    assert job.run(pool, one)[1] is None
+    os.kill(pids(pool)[0], signal.SIGSTOP)
+    with pytest.raises(PoolError, match=r"(?s)within 1 s.*Last log lines:.*request 2 \(Sample\) took"):
+        replace(job, seconds=1.0).run(pool, one)
+    assert pool.status()["state"] == "off"

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from fastusp_backend.__main__ import COMMANDS
+
 pytestmark = pytest.mark.unit
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,3 +20,8 @@ def test_the_tests_of_the_compatibility_table_exist():
     assert not {name for name in named if not (ROOT / "tests/host" / name).is_file()}
     rows = [line for line in table.splitlines() if line.startswith("|")][2:]
     assert all("test_" in row.rsplit("|", 2)[1] or "the same" in row.rsplit("|", 2)[1] for row in rows)
+
+
+def test_the_commands_that_it_names_exist():
+    named = set(re.findall(r"python -m fastusp_backend (\w+)", README))
+    assert named == set(COMMANDS) - {"demo"}  # `make demo`

@@ -57,10 +57,10 @@ def python(facts: Facts) -> Check:
 
 
 def packages(facts: Facts) -> Check:
-    missing = [name for name, version in facts.packages.items() if version is None]
-    if missing:
+    if missing := facts.probe.missing:
         advice = "pip install -r requirements.txt, with the Python that runs ComfyUI"
-        return Check("packages", "fail", f"missing: {', '.join(missing)}", advice)
+        text = "; ".join(f"{name} ({problem})" for name, problem in missing.items())
+        return Check("packages", "fail", f"cannot be imported: {text}", advice)
     return Check("packages", "ok", ", ".join(f"{name} {version}" for name, version in facts.packages.items()))
 
 

@@ -36,6 +36,8 @@ class Probe:
     have an entry per GPU, in the order of `gpus`; peers: [i][j], whether i maps j's memory."""
 
     error: str = ""
+    missing: dict[str, str] = field(default_factory=dict)
+    """Packages that FastUSP needs and that cannot be imported, and why."""
     torch: str = ""
     cuda: str | None = None
     nccl: str | None = None
@@ -59,7 +61,7 @@ class Facts:
     release: str
     container: bool
     cpus: int
-    packages: dict[str, str | None]
+    packages: dict[str, str]
     compiler: str
     compiler_problem: str
     devices: Devices
@@ -84,8 +86,7 @@ def gather(devices: Devices, wanted: str) -> Facts:
     chosen = set(devices.gpus)
     compiler, compiler_problem = _compile()
     probe = _probe(devices)
-    packages = {name: _version(name) for name in PACKAGES}
-    usable = platform.system() == "Linux" and bool(probe.torch) and all(packages.values())  # the pool can be imported
+    usable = platform.system() == "Linux" and bool(probe.torch) and not probe.missing  # the pool can be imported
     return Facts(
         wanted=wanted,
         python=tuple(sys.version_info[:3]),
@@ -93,7 +94,7 @@ def gather(devices: Devices, wanted: str) -> Facts:
         release=platform.release(),
         container=Path("/.dockerenv").exists() or "container" in os.environ,
         cpus=os.cpu_count() or 1,
-        packages=packages,
+        packages={name: _version(name) for name in PACKAGES if name not in probe.missing},
         compiler=compiler,
         compiler_problem=compiler_problem,
         devices=devices,
@@ -114,11 +115,11 @@ def gather(devices: Devices, wanted: str) -> Facts:
     )
 
 
-def _version(package: str) -> str | None:
+def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return None
+        return "of unknown version"
 
 
 def _bounded(command: list[str], seconds: float, env: dict[str, str] | None = None) -> tuple[int, str, str]:

@@ -4,17 +4,20 @@ import importlib
 import json
 import os
 
+from .facts import PACKAGES
+
 
 def main() -> None:
     print(json.dumps(_probe()))
 
 
 def _probe() -> dict:
+    missing = {name: problem for name in PACKAGES if (problem := _import_problem(name))}
     try:
         import torch
     except Exception as error:  # whatever a broken installation raises
-        return {"error": f"torch cannot be imported: {type(error).__name__}: {error}"}
-    found = {"torch": str(torch.__version__), "cuda": torch.version.cuda} | _triton()
+        return {"missing": missing, "error": f"torch cannot be imported: {type(error).__name__}: {error}"}
+    found = {"missing": missing, "torch": str(torch.__version__), "cuda": torch.version.cuda} | _triton()
     if torch.version.cuda is None or not os.environ.get("CUDA_VISIBLE_DEVICES"):
         return found
     try:
@@ -30,6 +33,14 @@ def _probe() -> dict:
         }
     except Exception as error:
         return found | {"error": f"CUDA does not work: {type(error).__name__}: {error}"}
+
+
+def _import_problem(name: str) -> str:
+    try:
+        importlib.import_module({"pillow": "PIL"}.get(name, name))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def _triton() -> dict:

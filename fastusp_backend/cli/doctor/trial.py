@@ -30,7 +30,7 @@ _UNREACHED = (
     "between them: turn it off (BIOS, intel_iommu=off or amd_iommu=off), or keep the variable set for ComfyUI.\n"
     "If it hangs still, NCCL_SHM_DISABLE=1 and NCCL_DEBUG=INFO tell more"
 )
-_LATE = r"within \d+ s"
+_LATE = r"within [\d.]+ s"
 _KNOWN = (
     (r"C compiler|Python\.h", "Triton needs a C compiler and Python's headers: apt install gcc python3-dev"),
     (r"No space left on device|SIGBUS|/dev/shm", "In a container: docker run --shm-size=1g, or --ipc=host"),
@@ -99,7 +99,7 @@ class Job:
                 session = replace(session, settings=Settings(wire="auto"))
                 session.evaluate(x, torch.tensor([0.6]), prompt, progress)
         except _Late:
-            raise pool.abandon(f"gave no result within {self.seconds:.0f} s") from None
+            raise pool.abandon(f"gave no result within {self.seconds:g} s") from None
         return latents, stood[0] if starting and stood else None
 
 

@@ -1,0 +1,80 @@
+"""What bench makes of its measurements, and plan of a file's size."""
+
+import argparse
+
+import pytest
+
+from fastusp_backend.cli import bench
+from fastusp_backend.cli.bench import Row, options, rank_counts, recommend
+from fastusp_backend.cli.inputs import pixels
+from fastusp_backend.cli.plan import memory
+from fastusp_backend.config import Layout, Settings
+from fastusp_backend.devices import Devices
+
+pytestmark = pytest.mark.unit
+
+FOUR = Devices(ranks=4, gpus=(2, 3, 5, 7))
+
+
+def row(ranks: int, ms: float | None, ring: int = 1, problem: str = "", **settings) -> Row:
+    return Row(
+        layout=Layout(ulysses=ranks // ring, ring=ring),
+        settings=Settings(**settings),
+        seconds=ms and ms / 1000,
+        problem=problem,
+    )
+
+
+def test_more_gpus_that_help():
+    rows = [row(1, 100), row(2, 55), row(4, 30), row(4, 33, ring=4), row(4, 29.5, wire="int8")]
+    (only,) = recommend(rows, FOUR)
+    assert only.startswith("Recommended, without loss: gpus = 2,3,5,7 (4 ranks), ulysses = 4, ring = 1, wire = exact,")
+    assert only.endswith("linear = exact: 30.0 ms")
+
+
+def test_fewer_gpus_and_8_bits():
+    rows = [row(1, 100), row(2, 98), row(4, 150), row(4, 60, wire="int8"), row(4, 59, wire="fp8", linear="fp8")]
+    fewer, exact, lossy = recommend(rows, FOUR)
+    assert fewer == "Fewer GPUs are the better choice here: 4 ranks take 150.0 ms, 1 take 100.0 ms."
+    assert "gpus = 2 (1 rank), ulysses = 1, ring = 1, wire = exact" in exact
+    assert "(4 ranks)" in lossy and "wire = fp8, linear = fp8: 59.0 ms" in lossy and lossy.endswith("1.69 x as fast")
+
+
+def test_what_did_not_run():
+    refused = row(1, None, problem="rank 0 ran out of memory\nmore")
+    assert bench.line(refused, refused).endswith("not run: rank 0 ran out of memory")
+    shared = row(4, 80, linear="fp8")
+    assert bench.line(shared, refused).split()[7:10] == ["fp8", "80.0", "-"]
+    assert bench.line(row(4, 40), row(1, 80)).split()[7:10] == ["exact", "40.0", "2.00"]
+    assert recommend([refused, shared], FOUR) == [f"In 8 bits, whose error `verify` measures: {shared.choice(FOUR)}"]
+    assert "doctor" in recommend([refused], FOUR)[0]
+
+
+def test_what_is_measured():
+    assert [rank_counts(n) for n in (1, 2, 3, 4, 8)] == [[1], [1, 2], [1, 2, 3], [1, 2, 4], [1, 2, 4, 8]]
+    assert [(s.linear, s.wire) for s in options(1)] == [("fp8", "exact")]
+    assert [(s.linear, s.wire) for s in options(2)] == [
+        ("exact", "int8"),
+        ("exact", "fp8"),
+        ("fp8", "exact"),
+        ("fp8", "int8"),
+        ("fp8", "fp8"),
+    ]
+
+
+def test_sizes():
+    assert pixels("512") == (512, 512) and pixels("1280x720") == (1280, 720)
+    for text in ("8", "1024x", "wide", "1024x8"):
+        with pytest.raises(argparse.ArgumentTypeError, match="1280x720"):
+            pixels(text)
+
+
+def test_memory_of_a_plan():
+    totals = {2: 24 << 30, 3: 24 << 30, 5: 48 << 30, 7: 48 << 30}
+    said = memory(30 << 30, FOUR, totals)
+    assert said[0] == "weights: 32.21 GB on each GPU" and [x.split(".")[0] for x in said[1:]] == [
+        "warning: GPU 2 has 25",
+        "warning: GPU 3 has 25",
+    ]
+    assert memory(10 << 30, FOUR, totals) == ["weights: 10.74 GB on each GPU"]
+    assert "share" in memory(10 << 30, Devices(ranks=2), {})[0]

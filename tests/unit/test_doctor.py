@@ -1,0 +1,321 @@
+"""What doctor says of machines that are pretended, and of trials that fail."""
+
+import dataclasses
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastusp_backend.cli import doctor
+from fastusp_backend.cli.doctor import checks, facts, trial
+from fastusp_backend.cli.doctor.checks import Check, examine, runs_on
+from fastusp_backend.cli.doctor.facts import Facts, Probe, read_topology
+from fastusp_backend.config import Layout
+from fastusp_backend.devices import Devices, Gpu, GpuState, list_gpus
+from fastusp_backend.errors import PoolError
+
+pytestmark = pytest.mark.unit
+
+
+def gpu(index: int, name: str = "H200", capability: tuple[int, int] = (9, 0)) -> Gpu:
+    return Gpu(index=index, name=name, uuid=f"GPU-{index}", compute_capability=capability)
+
+
+def state(index: int, **changed) -> GpuState:
+    usual = {"total": 141 << 30, "free": 140 << 30, "compute_mode": "Default", "mig": False, "driver": "580.1"}
+    return GpuState(index=index, **usual | changed)
+
+
+PROBE = Probe(
+    torch="2.11.0+cu130",
+    cuda="13.0",
+    nccl="2.28.9",
+    triton="3.6.0",
+    architectures=["sm_75", "sm_80", "sm_86", "sm_90", "sm_120", "compute_120"],
+    names=["H200", "H200"],
+    peers=[[False, True], [True, False]],
+    symmetric=["", ""],
+)
+GOOD = Facts(
+    wanted="auto",
+    python=(3, 12, 3),
+    system="Linux",
+    release="6.8.0",
+    container=False,
+    cpus=32,
+    packages={"msgspec": "0.20", "gguf": "0.17"},
+    compiler="/usr/bin/gcc",
+    compiler_problem="",
+    devices=Devices(ranks=2, gpus=(0, 1)),
+    gpus=(gpu(0), gpu(1)),
+    states=(state(0), state(1)),
+    links={"0-1": "NV18"},
+    iommu=True,
+    probe=PROBE,
+    shm_free=16 << 30,
+    memfd_problem="",
+    run_dir_problem="",
+    temporary="/tmp",
+    descriptors=65536,
+    locked=None,
+    host_free=200 << 30,
+    environment={},
+    dropped=(),
+)
+CPU = replace(GOOD, wanted="cpu:2", devices=Devices(ranks=2), gpus=(), states=(), links={}, probe=Probe(torch="2.13.0"))
+
+
+def pretended(probe: dict | None = None, **changed) -> Facts:
+    return replace(GOOD, **changed, **({"probe": replace(PROBE, **probe)} if probe else {}))
+
+
+@pytest.mark.parametrize("machine", [GOOD, CPU], ids=["GPUs", "CPU ranks"])
+def test_a_good_machine(machine):
+    found = examine(machine)
+    assert {check.status for check in found} == {"ok"} and not any(check.advice for check in found)
+    joined = any(check.name == "GPU 0 - GPU 1" and "NVLink (NV18)" in check.text for check in found)
+    assert joined == bool(machine.gpus)
+
+
+T4 = gpu(1, "T4", (7, 5))
+LATE_TORCH = {"architectures": ["sm_80", "sm_90"]}
+CLOSED = [[False, False], [False, False]]
+
+BAD = {
+    "Windows": (pretended(system="Windows"), "system", "fail", "WSL 2"),
+    "macOS": (pretended(system="Darwin"), "system", "fail", "Linux"),
+    "old Python": (pretended(python=(3, 9, 1)), "python", "fail", "3.10"),
+    "no msgspec": (pretended(probe={"missing": {"msgspec": "No module"}}), "packages", "fail", "requirements.txt"),
+    "no torch": (pretended(probe={"torch": "", "error": "No module named 'torch'"}), "torch", "fail", "ComfyUI"),
+    "old torch": (pretended(probe={"torch": "2.6.0+cu124"}), "torch", "fail", "2.7 or newer"),
+    "old torch, CPU ranks": (replace(CPU, probe=Probe(torch="2.6.0")), "torch", "fail", "2.7 or newer"),
+    "torch for CPUs": (pretended(probe={"cuda": None}), "torch", "fail", "CUDA build"),
+    "old driver": (pretended(probe={"error": "driver too old"}), "torch", "fail", "580.1"),
+    "one GPU passed on": (pretended(probe={"names": ["H200"]}), "torch", "fail", "--gpus all"),
+    "new GPU": (pretended(probe=LATE_TORCH, gpus=(gpu(0), gpu(1, "5090", (12, 0)))), "torch", "fail", "knows this GPU"),
+    "no Triton": (pretended(probe={"triton": "", "triton_problem": "ImportError: x"}), "triton", "fail", "torch"),
+    "no compiler": (pretended(compiler="", compiler_problem="there is none"), "C compiler", "fail", "apt install gcc"),
+    "no headers": (pretended(compiler_problem="Python.h: No such file"), "C compiler", "fail", "python3.12-dev"),
+    "no GPU": (replace(CPU, wanted="auto"), "devices", "warn", "nvidia-smi"),
+    "unlike GPUs": (pretended(gpus=(gpu(0), T4)), "devices", "warn", "gpus = auto"),
+    "old GPU": (pretended(gpus=(gpu(0), T4)), "GPU 1", "warn", "float32"),
+    "forbidden": (
+        pretended(states=(state(0), state(1, compute_mode="Prohibited"))),
+        "GPU 1",
+        "fail",
+        "-i 1 -c DEFAULT",
+    ),
+    "exclusive": (pretended(states=(state(0, compute_mode="Exclusive_Process"), state(1))), "GPU 0", "warn", "DEFAULT"),
+    "MIG": (pretended(states=(state(0, mig=True), state(1))), "GPU 0", "fail", "MIG off"),
+    "full GPU": (pretended(states=(state(0, free=60 << 30), state(1))), "GPU 0", "warn", "Other programs"),
+    "no state": (pretended(states=(state(0),)), "GPU 1", "fail", "nvidia-smi"),
+    "no peer access": (
+        pretended(probe={"peers": CLOSED}, links={"0-1": "PHB"}),
+        "GPU 0 - GPU 1",
+        "warn",
+        "host memory",
+    ),
+    "PCIe behind an IOMMU": (pretended(links={"0-1": "PHB"}), "GPU 0 - GPU 1", "warn", "NCCL_P2P_DISABLE=1"),
+    "no symmetric memory": (pretended(probe={"symmetric": ["", "x"]}), "symmetric memory", "warn", "NCCL_P2P_DISABLE"),
+    "Docker's /dev/shm": (pretended(shm_free=64 << 20), "shared memory", "warn", "--shm-size"),
+    "no memfd": (pretended(memfd_problem="OSError"), "shared memory", "fail", "memfd_create"),
+    "little memory": (pretended(host_free=1 << 30), "host memory", "warn", "1 GB"),
+    "few files": (pretended(descriptors=256), "limits", "warn", "ulimit -n"),
+    "folder of another": (pretended(run_dir_problem="PermissionError"), "temporary folder", "fail", "TMPDIR"),
+    "slow by hand": (pretended(environment={"NCCL_P2P_DISABLE": "1"}), "environment", "warn", "host memory"),
+}
+
+
+@pytest.mark.parametrize("machine, name, status, advice", BAD.values(), ids=BAD)
+def test_what_is_wrong_is_told_with_what_to_do(machine, name, status, advice):
+    (found,) = [check for check in examine(machine) if check.name == name]
+    assert found.status == status and advice in found.advice
+    assert str(found).startswith(f"{status}  {name}: ") and "\n      -> " in str(found)
+    json.dumps(doctor.report(machine, [found]))
+
+
+def test_what_does_not_matter_is_no_warning():
+    assert checks.compiler(replace(CPU, compiler_problem="there is none")).status == "ok"
+    assert checks.environment(pretended(environment={"NCCL_P2P_DISABLE": "0"}))[0].status == "ok"
+    (told,) = checks.environment(
+        pretended(environment={"CUDA_VISIBLE_DEVICES": "1"}, dropped=("CUDA_VISIBLE_DEVICES",))
+    )
+    assert told.text.endswith("not handed to the workers as it is: CUDA_VISIBLE_DEVICES")
+    assert checks.links(pretended(links={"0-1": "PIX"}, iommu=False))[0].status == "ok"
+    assert not checks.links(replace(CPU, devices=Devices(ranks=2)))
+
+
+def test_pairs_are_those_of_the_devices_own_order():
+    peers = [[False, True, False], [True, False, False], [False, False, False]]
+    machine = pretended(
+        probe={"peers": peers, "names": ["H200"] * 3},
+        devices=Devices(ranks=3, gpus=(4, 1, 2)),
+        gpus=(gpu(1), gpu(2), gpu(4)),
+        links={"1-4": "NV12"},
+    )
+    assert {check.name: check.status for check in checks.links(machine)} == {
+        "GPU 1 - GPU 2": "warn",
+        "GPU 1 - GPU 4": "ok",
+        "GPU 2 - GPU 4": "warn",
+    }
+
+
+@pytest.mark.parametrize(
+    "capability, runs",
+    [
+        ((8, 0), True),
+        ((8, 9), True),
+        ((7, 0), False),
+        ((9, 0), True),
+        ((10, 0), False),
+        ((12, 0), True),
+        ((12, 1), True),
+    ],
+)
+def test_code_runs_on_its_major_version(capability, runs):
+    assert runs_on(["sm_80", "sm_90a", "sm_120", "compute_120"], capability) == runs
+
+
+def test_the_oldest_torch_is_the_nodes():
+    nodes = Path(__file__).resolve().parents[2] / "nodes/comfyui.py"
+    assert f"TORCH = {', '.join(map(str, checks.TORCH))}\n" in nodes.read_text()
+
+
+TOPOLOGY = (
+    "\t\x1b[4mGPU0\tGPU1\tGPU2\tNIC0\tCPU Affinity\tNUMA Affinity\x1b[0m\n"
+    "GPU0\t X \tNV4\tSYS\tPIX\t0-15\t0\n"
+    "GPU1\tNV4\t X \tPHB\tSYS\t0-15\t0\n"
+    "GPU2\tSYS\tPHB\t X \tSYS\t16-31\t1\n"
+    "NIC0\tPIX\tSYS\tSYS\t X \t\t\n\nLegend:\n\n  X    = Self\n"
+)
+
+
+def test_the_topology_is_read():
+    links = read_topology(TOPOLOGY)
+    assert {pair: links[pair] for pair in ("0-1", "0-2", "1-2")} == {"0-1": "NV4", "0-2": "SYS", "1-2": "PHB"}
+
+
+def test_facts_of_a_machine_whose_gpus_torch_cannot_use(monkeypatch, tmp_path):
+    """nvidia-smi tells of two GPUs that are not there."""
+    rows = "\\n".join(f"{i}, H200, GPU-{i}, 9.0" for i in (0, 1))
+    states = "\\n".join(f"{i}, 143771, 143000, Default, Disabled, 580.1" for i in (0, 1))
+    script = f"case $1 in *uuid*) printf '{rows}';; *memory*) printf '{states}';; topo) printf '{{}}';; esac"
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\n" + script.format(TOPOLOGY.replace("\n", "\\n").replace("\t", "\\t")))
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:cudaMallocAsync")
+    monkeypatch.setenv("CC", "/nowhere/cc")
+    list_gpus.cache_clear()
+    try:
+        found = facts.gather(Devices(ranks=2, gpus=(0, 1)), "auto")
+    finally:
+        list_gpus.cache_clear()
+    assert [g.index for g in found.gpus] == [s.index for s in found.states] == [0, 1]
+    assert found.states[1] == GpuState(
+        index=1, total=143771 << 20, free=143000 << 20, compute_mode="Default", mig=False, driver="580.1"
+    )
+    assert found.links["0-1"] == "NV4" and found.probe.torch == str(torch.__version__)
+    assert "/nowhere/cc" in found.compiler_problem and "PYTORCH_CUDA_ALLOC_CONF" in found.dropped
+    assert not found.run_dir_problem and not found.memfd_problem
+    failed = {check.name for check in examine(found) if check.status == "fail"}
+    assert failed >= {"torch", "C compiler"}
+    json.dumps(dataclasses.asdict(found))
+
+
+def test_a_package_that_cannot_be_imported_is_a_fact(monkeypatch, tmp_path):
+    (tmp_path / "msgspec.py").write_text("raise ImportError('broken')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    found = facts.gather(Devices(ranks=1), "cpu:1")
+    assert found.probe.missing == {"msgspec": "ImportError: broken"} and "msgspec" not in found.packages
+    assert checks.worst(examine(found)) == "fail" and found.host_free is None
+
+
+def test_a_look_that_hangs_or_crashes_is_told(monkeypatch):
+    monkeypatch.setattr(facts, "PROBE_SECONDS", 0.01)
+    assert facts._probe(Devices(ranks=1)).error == "torch and CUDA did not answer within 0 s"
+    monkeypatch.setattr(facts, "PROBE_SECONDS", 60)
+    monkeypatch.setattr(facts.sys, "executable", "/bin/false")
+    assert "exit status 1: nothing was printed" in facts._probe(Devices(ranks=1)).error
+
+
+@pytest.mark.parametrize(
+    "problem, gpus, advice",
+    [
+        ("RuntimeError: Failed to find C compiler", 1, "gcc"),
+        ("NCCL WARN Error: failed to extend /dev/shm/nccl-x to 9 bytes: No space left on device", 2, "--shm-size"),
+        ("pidfd_getfd: Operation not permitted", 2, "SYS_PTRACE"),
+        ("rank 1 (H200) ran out of memory while it loaded", 2, "nvidia-smi"),
+        ("rank 0 (process 5) was ended by SIGKILL", 0, "out of memory"),
+        ("gave no result within 240 s: its processes still run", 2, "NCCL_P2P_DISABLE=1"),
+        ("gave no result within 240 s: its processes still run", 1, "--seconds"),
+        ("[rank 0 stdout] NCCL WARN Cuda failure 'peer access is not supported'", 2, "NCCL_P2P_DISABLE=1"),
+        ("[rank 0 stdout] NCCL version 2.28.9: something else", 2, "--json"),
+    ],
+)
+def test_advice_for_what_a_pool_says(problem, gpus, advice):
+    assert advice in trial.advise(problem, gpus)
+
+
+@pytest.mark.parametrize(
+    "latents, expected, status, text",
+    [
+        ([1.0, 2.0], [1.0, 2.0], "ok", "started in 3.0 s; gloo, exact wire; differs from one rank by 0.0e+00"),
+        ([1.0, 2.0], None, "ok", "started in 3.0 s; gloo, exact wire"),
+        ([1.0, 3.0], [1.0, 2.0], "fail", "by 4.5e-01, above 1e-03"),
+        ([1.0, float("nan")], [1.0, 2.0], "fail", "not finite"),
+    ],
+)
+def test_results_are_judged(latents, expected, status, text):
+    expected = None if expected is None else torch.tensor(expected)
+    check = trial.judge("trial", torch.tensor(latents), expected, 3.0, "gloo, exact wire", 1e-3)
+    assert check.status == status and text in check.text and bool(check.advice) == (status == "fail")
+
+
+def test_kinds_of_layouts():
+    assert [str(x) for x in trial.kinds(8, 8)] == ["ulysses 8 x ring 1", "ulysses 2 x ring 4", "ulysses 1 x ring 8"]
+    assert [str(x) for x in trial.kinds(2, 4)] == ["ulysses 2 x ring 1", "ulysses 1 x ring 2"]
+
+
+class NoPool:
+    def __init__(self, devices):
+        self.devices = devices
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("cured", [True, False])
+def test_gpus_that_fail_together_are_tried_without_direct_access(monkeypatch, cured):
+    def run(job, pool, layout):
+        if layout.ulysses == 1 and not (cured and os.environ.get("NCCL_P2P_DISABLE") == "1"):
+            raise PoolError("gave no result within 9 s")
+        return torch.ones(2), None
+
+    monkeypatch.setattr(trial.Job, "run", run)
+    monkeypatch.setattr(trial, "Pool", NoPool)
+    monkeypatch.setattr(NoPool, "held", type("Held", (), {"exchanges": "host memory"}), raising=False)
+    monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)
+    spec = type("Spec", (), {"compute": "bfloat16"})
+    job, devices = trial.Job(spec, (None, None), 9.0, print), Devices(ranks=2, gpus=(0, 1))
+    first, second, third = trial._together(job, devices, trial.kinds(2, 4), torch.ones(2))
+    assert (first.status, second.status) == ("ok", "fail") and "NCCL_P2P_DISABLE" not in os.environ
+    assert third.name == "trial, ulysses 1 x ring 2, with NCCL_P2P_DISABLE=1"
+    assert third.status == ("warn" if cured else "fail") and (not cured or "IOMMU" in third.advice)
+    cpu = list(trial._together(job, Devices(ranks=2), [Layout(ulysses=1, ring=2)], torch.ones(2)))
+    assert [check.status for check in cpu] == ["fail"]
+
+
+def test_a_machine_that_cannot_work_is_not_tried(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "gather", lambda *_: pretended(system="Windows"))
+    monkeypatch.setattr(doctor, "examine", lambda _: [Check("system", "fail", "Windows", "WSL 2")])
+    arguments = type("Arguments", (), {"gpus": "cpu:2", "json": True, "seconds": 1.0})
+    assert doctor.run(arguments) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told["worst"] == "fail" and [check["name"] for check in told["checks"]] == ["system", "trial"]
+    arguments.gpus = "cpu:99"
+    assert doctor.run(arguments) == 1
+    assert json.loads(capsys.readouterr().out)["checks"][0]["text"].startswith("gpus = 'cpu:99'")
