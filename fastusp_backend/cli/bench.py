@@ -175,9 +175,10 @@ def recommend(rows: Sequence[Row], devices: Devices) -> list[str]:
     if exact:
         most = max((row for row in ran if row.exact), key=lambda row: (row.layout.ranks, -row.seconds))
         if exact.layout.ranks < most.layout.ranks:
+            few = f": more gain less than {MARGIN:.0%}" if most.seconds < exact.seconds else ""
             found.append(
-                f"Fewer GPUs are the better choice here: {most.layout.ranks} ranks take {most.seconds * 1000:.1f} ms, "
-                f"{exact.layout.ranks} take {exact.seconds * 1000:.1f} ms."
+                f"Fewer GPUs are the better choice here: {most.seconds * 1000:.1f} ms on {most.layout.ranks} ranks, "
+                f"{exact.seconds * 1000:.1f} ms on {exact.layout.ranks}{few}."
             )
         found.append(f"Recommended, without loss: {exact.choice(devices)}")
     if not quickest.exact:
