@@ -1,12 +1,10 @@
 """LoRAs through ComfyUI's own nodes: the same latents as stock, changed and taken off without a trace."""
 
-import os
 import re
-import subprocess
 
 import loras
 import pytest
-from comfy import REPOSITORY, ComfyUI
+from comfy import ComfyUI, PromptFailed
 from formats import write
 from safetensors.torch import save_file
 from workflows import DEV, IN_WORKERS, STEPPING, Comparison, Graph, Link
@@ -91,21 +89,47 @@ def test_a_scaled_fp8_file(host, files):
             path.unlink()
 
 
+def test_packed_weights(host, files):
+    """A GGUF file, whose weights stay packed, against stock with a plain file of the same values."""
+    if not host.has_module("gguf"):
+        pytest.skip("this ComfyUI's Python lacks the pack's requirement gguf")
+    folder = host.base / "models"
+    paths = folder / "diffusion_models/lora.gguf", folder / "diffusion_models/lora_values.safetensors"
+    save_file(write("gguf_Q4_K", folder / "diffusion_models" / DEV, paths[0]), paths[1])
+    mlp, hidden = loras.shapes(paths[1])
+    packed = {name: t for name, t in loras.diffusers_names(hidden, mlp, 5).items() if "blocks" in name}
+    stack = (("bfl", 0.8), ("packed", -0.35))
+    names = files | {"packed": loras.write(folder / "loras", "packed", packed)}
+    both, refused = Comparison(), Graph()
+    graph = both.graph
+    usp, stock = graph.usp(file=paths[0].name), graph.stock(paths[1].name)
+    for given, sampler, where in ((stack, "euler", IN_WORKERS), (stack[1:], "uni_pc", STEPPING)):
+        got, want = (graph.sample(loaded(graph, x, names, given), steps=3, sampler_name=sampler) for x in (usp, stock))
+        both.add(f"packed, {given}", got, want, where)
+    kinds = loaded(refused, refused.usp(file=paths[0].name), files, (("kinds", 1.0),))
+    refused.save(refused.sample(kinds))
+    try:
+        both.check(host)
+        with pytest.raises(PromptFailed, match="packed GGUF weights take LoRAs alone, not a .*; set weight_dtype"):
+            host.run(refused)
+    finally:
+        for path in paths:
+            path.unlink()
+
+
 @pytest.mark.any_host
 def test_weights_that_stay_in_fp8(host, files, tmp_path):
-    """ComfyUI rounds them at random, ours to the nearest: they differ by one unit at most, see patched_fp8.py."""
-    folder, hidden = host.base / "models", loras.shapes(host.base / "models/diffusion_models" / DEV)[1]
+    """ComfyUI rounds them at random, ours to the nearest: they differ by one unit at most, see pack/patched_fp8.py."""
+    source, graph = host.base / "models/diffusion_models" / DEV, Graph()
     forms, stack = ("fp8_e4m3fn", "fp8_e5m2", "scaled_old", "scaled_metadata", "scaled_tensors"), files
-    if hidden > 512:  # an older host, which reads no newer form
+    if loras.shapes(source)[1] > 512:  # an older host, which reads no newer form
         forms, stack = ("scaled_old",), ("bfl",)
-    paths = [tmp_path / f"{form}.safetensors" for form in forms]
-    for form, path in zip(forms, paths, strict=True):
-        write(form, folder / "diffusion_models" / DEV, path)
-    given = ",".join(f"{folder / 'loras' / files[name]}=0.8" for name in stack)
-    python = os.environ.get("COMFYUI_PYTHON") or str(host.path / "venv/bin/python")
-    command = [python, str(REPOSITORY / "tests/host/patched_fp8.py"), str(host.path), str(REPOSITORY), given]
-    answer = subprocess.run([*command, *map(str, paths)], capture_output=True, text=True, cwd=tmp_path, timeout=300)
-    assert answer.stdout.endswith("done\n"), answer.stdout + answer.stderr[-3000:]
+    given = "\n".join(str(host.base / "models/loras" / files[name]) for name in stack)
+    for form in forms:
+        path = tmp_path / f"{form}.safetensors"
+        write(form, source, path)
+        graph.node("TestPatchedFP8", file=str(path), loras=given)
+    host.run(graph)
 
 
 @pytest.mark.any_host

@@ -104,12 +104,9 @@ def test_all_uses_of_a_weight_see_its_loras(packed, monkeypatch):
 
     after = everything(checkpoint)
     same = {name for name in before if torch.equal(before[name], after[name])}
-    assert before.keys() - same == {checkpoint.model.module_key(f"{key}") for key in (f"{TXT}.weight", f"{QKV}.bias")}
-    assert after.keys() - before.keys() == {
-        f"{checkpoint.model.module_key(f'{key}.weight')}"[: -len("weight")] + factor
-        for key in (QKV, MLP)
-        for factor in ("up", "down")
-    }
+    assert before.keys() - same == {checkpoint.model.module_key(key) for key in (f"{TXT}.weight", f"{QKV}.bias")}
+    names = [checkpoint.model.module_key(f"{key}.weight").removesuffix("weight") for key in (QKV, MLP)]
+    assert after.keys() - before.keys() == {name + factor for name in names for factor in ("up", "down")}
     assert weights.change({f"{MLP}.weight": ()}, {}, base=1, number=2) == (1, 0)
     assert wide.low_rank is None and qkv.low_rank is not None
     assert weights.change(PATCHES, TENSORS, base=None, number=3) == (3, 4)
