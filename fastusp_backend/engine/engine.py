@@ -100,7 +100,7 @@ class Engine:
             if self._reading_group() is None:
                 raise
             raise RuntimeError(f"reading {checkpoint.spec.path} failed when the ranks had begun: {error}") from error
-        self._spec, self._weights = checkpoint.spec, PatchedWeights(checkpoint)
+        self._spec, self._weights = checkpoint.spec, PatchedWeights(checkpoint, self.drop_evaluations)
         self._resident_bytes = held_bytes(self._model)
 
     def _reading_group(self) -> dist.ProcessGroup | None:
@@ -109,11 +109,12 @@ class Engine:
         return dist.group.WORLD
 
     def patch(self, weights: Patches, tensors: Mapping[str, torch.Tensor], *, base: int | None, number: int) -> None:
-        """Changes the resident model's weights in place; nothing is captured or compiled again. Raises as
-        `PatchedWeights.change`."""
+        """Changes the resident model's weights; nothing is compiled again, and captured only where the factors of
+        packed weights change. Raises as `PatchedWeights.change`."""
         if self._weights is None or self._parked:
             raise RuntimeError("no model is loaded")
         restored, patched = self._weights.change(weights, tensors, base=base, number=number)
+        self._resident_bytes = held_bytes(self._model)
         log.info("patch set %d: %d weights restored, %d patched", number, restored, patched)
         if self._denoiser is not None:
             self._denoiser[2].denoiser.forget_prompts()

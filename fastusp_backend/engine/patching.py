@@ -2,10 +2,11 @@
 
 A patched weight keeps its place in memory: CUDA graphs hold its address. It is undone by reading it from the file
 again, so that rounding leaves no trace. One that was rounded to fp8 when it was read is patched from the file's values:
-most of a LoRA's small differences would vanish if they were added to values of fp8 and rounded again.
+most of a LoRA's small differences would vanish if they were added to values of fp8 and rounded again. A packed weight
+stays as it is: the factors of its LoRAs lie beside it, and are added where it is unpacked for use.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 
 import torch
@@ -22,12 +23,14 @@ Patches = Mapping[str, Sequence[WeightPatch]]
 class PatchedWeights:
     """How the weights of a checkpoint's model, which was read, differ from those of its file.
 
-    number: the patch set they hold; 0 for none, None while they change and after that failed.
+    number: the patch set they hold; 0 for none, None while they change and after that failed. before_moving: called
+    before factors beside packed weights come or go, whose addresses CUDA graphs hold.
     """
 
-    def __init__(self, checkpoint: Checkpoint):
+    def __init__(self, checkpoint: Checkpoint, before_moving: Callable[[], None] = lambda: None):
         self.number: int | None = 0
         self._checkpoint = checkpoint
+        self._before_moving = before_moving
         self._patched: set[str] = set()
 
     @torch.no_grad()
@@ -48,14 +51,18 @@ class PatchedWeights:
         patched = [name for name, patches in wanted.items() if patches]
         rounded = [name for name in patched if checkpoint.rounded(name)]
         restored = [name for name in self._patched if name in wanted or base is None]
-        again = [name for name in restored if name not in rounded]
+        packed = [name for name in dict.fromkeys([*patched, *restored]) if checkpoint.held(name).packing]
+        again = [name for name in restored if name not in rounded and name not in packed]
         again = checkpoint.reread(again) if again else ()
         anew = checkpoint.file_values(rounded) if rounded else ()
         self.number = None
+        if packed:
+            self._move_factors(packed, wanted, tensors)
         for name, stored in again:
             checkpoint.held(name).restore(stored)
             self._patched.remove(name)
-        values = ((name, checkpoint.held(name).dequantise()) for name in patched if name not in rounded)
+        direct = (name for name in patched if name not in rounded and name not in packed)
+        values = ((name, checkpoint.held(name).dequantise()) for name in direct)
         for name, weight in chain(values, anew):
             self._patched.add(name)
             for patch in wanted[name]:
@@ -69,5 +76,20 @@ class PatchedWeights:
             raise RequestError(f"the model has no weight {name!r} to patch")
         for patch in patches:
             adapters.check(patch, tensors, self._checkpoint.infos[name].shape)
-        if patches:
-            self._checkpoint.held(name).check_stores()
+        if patches and self._checkpoint.held(name).packing:
+            self._low_rank(name, patches, tensors, torch.device("meta"))
+
+    def _move_factors(self, packed: Sequence[str], wanted: Patches, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._before_moving()
+        layers = {name: self._checkpoint.model.get_submodule(name.rpartition(".")[0]) for name in packed}
+        for layer in layers.values():
+            layer.low_rank = None
+        self._patched -= layers.keys()
+        for name, layer in layers.items():
+            if wanted.get(name):
+                self._patched.add(name)
+                layer.low_rank = self._low_rank(name, wanted[name], tensors, layer.weight.device)
+
+    def _low_rank(self, name: str, patches: Sequence[WeightPatch], tensors, device: torch.device):
+        dtype = getattr(torch, self._checkpoint.spec.compute)
+        return adapters.low_rank(patches, tensors, self._checkpoint.infos[name].shape, dtype=dtype, device=device)

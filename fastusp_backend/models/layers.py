@@ -15,24 +15,34 @@ Activations = torch.Tensor | Quantised
 
 class Linear(nn.Module):
     """y = x W^T + b, with W and b converted to x's type where they are stored in another (see stored.py); in fp8 where
-    x is quantised, which takes a weight that is held by rows."""
+    x is quantised, which takes a weight that is held by rows. up, down: what LoRAs add to a packed weight."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False)
-        self.register_buffer("scale", None, persistent=False)
+        for name in ("scale", "up", "down"):
+            self.register_buffer(name, None, persistent=False)
         self.packing = ""
 
     @property
     def stored(self) -> Stored:
         """The weight as it lies in memory."""
-        return Stored(self.weight, self.scale, self.packing)
+        return Stored(self.weight, self.scale, self.packing, self.low_rank)
 
     @stored.setter
     def stored(self, stored: Stored) -> None:
         self.weight = nn.Parameter(stored.data, requires_grad=False)
-        self.scale, self.packing = stored.scale, stored.packing
+        self.scale, self.packing, self.low_rank = stored.scale, stored.packing, stored.low_rank
+
+    @property
+    def low_rank(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """See `Stored`."""
+        return None if self.up is None else (self.up, self.down)
+
+    @low_rank.setter
+    def low_rank(self, factors: tuple[torch.Tensor, torch.Tensor] | None) -> None:
+        self.up, self.down = factors or (None, None)
 
     def forward(
         self,

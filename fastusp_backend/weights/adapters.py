@@ -6,7 +6,7 @@ adapters of ComfyUI 0.3.64 to 0.33.0. Weights are (out, in), or vectors; adapter
 dims, fit where those are 1.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -54,6 +54,48 @@ def apply(weight: torch.Tensor, patch: WeightPatch, tensors: Mapping[str, torch.
         weight += (patch.strength * scale) * delta
 
 
+def low_rank(
+    patches: Sequence[WeightPatch],
+    tensors: Mapping[str, torch.Tensor],
+    shape: tuple[int, int],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What patches that passed `check` add to a matrix of `shape`, as up (rows, R) and down (R, columns) in `dtype`:
+    their ranks side by side, strengths and scales in up.
+
+    Raises RequestError for all but plain LoRAs.
+    """
+    pairs = []
+    for patch in patches:
+        kind = "DoRA" if "dora_scale" in patch.tensors else _NAMES.get(patch.kind, patch.kind)
+        if kind != "LoRA" or patch.strength_model != 1.0:
+            raise _unpackable(f"a {kind} patch" if kind != "LoRA" else f"strength_model {patch.strength_model:g}")
+        parts = {role: tensors[name].to(device, torch.float32) for role, name in patch.tensors.items()}
+        up, down, rank = _factors(parts)
+        up = up * (patch.strength * (patch.alpha / rank if patch.alpha is not None else 1.0))
+        if patch.swap_halves:
+            up = torch.cat(up.chunk(2, dim=0)[::-1])
+        whole = up.new_zeros(shape[0], up.shape[1]), down.new_zeros(down.shape[0], shape[1])
+        for dim, (target, factor) in enumerate(zip(whole, (up, down), strict=True)):
+            if patch.offset and patch.offset[0] % 2 == dim:
+                target = target.narrow(dim, *patch.offset[1:])
+            if target.shape != factor.shape:
+                raise _unpackable(f"a LoRA of {tuple(up.shape)} and {tuple(down.shape)} for a matrix {tuple(shape)}")
+            target.copy_(factor)
+        pairs.append([factor.to(dtype) for factor in whole])
+    ups, downs = zip(*pairs, strict=True)
+    return torch.cat(ups, dim=1), torch.cat(downs)
+
+
+def _unpackable(what: str) -> RequestError:
+    return RequestError(
+        f"packed GGUF weights take LoRAs alone, not {what}; set weight_dtype of USP Loader to bf16 or fp16, which "
+        "unpacks them when they are loaded, or use an fp8 file"
+    )
+
+
 def _decompose(weight: torch.Tensor, delta: torch.Tensor, magnitude: torch.Tensor, strength: float) -> None:
     """DoRA: the changed weight's rows or columns, whichever `magnitude` counts, take these lengths.
 
@@ -66,12 +108,18 @@ def _decompose(weight: torch.Tensor, delta: torch.Tensor, magnitude: torch.Tenso
     weight.copy_(changed if strength == 1.0 else weight + strength * (changed - weight))
 
 
-def _lora(parts: Parts, _weight) -> tuple[torch.Tensor, int]:
+def _factors(parts: Parts) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """A LoRA's up and down, whatever lies between them within down, and its rank."""
     up, down = parts["up"].flatten(1), parts["down"]
     rank = down.shape[0]
     if "mid" in parts:
         down = torch.einsum("o r h w, r i -> o i h w", parts["mid"], down.flatten(1))
-    return up @ down.flatten(1), rank
+    return up, down.flatten(1), rank
+
+
+def _lora(parts: Parts, _weight) -> tuple[torch.Tensor, int]:
+    up, down, rank = _factors(parts)
+    return up @ down, rank
 
 
 def _loha(parts: Parts, _weight) -> tuple[torch.Tensor, int]:
@@ -113,3 +161,5 @@ def _diff(parts: Parts, weight: torch.Tensor) -> tuple[torch.Tensor, None]:
 
 _DELTAS = {"lora": _lora, "loha": _loha, "lokr": _lokr, "glora": _glora, "diff": _diff}
 """(parts, weight) -> (what is added at strength 1 and alpha = rank, the rank)."""
+_NAMES = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "glora": "GLoRA"}
+"""As people write them; the other kinds are words."""

@@ -15,13 +15,22 @@ PIECE = 1 << 24
 """Values unpacked at a time: what is in between takes a few times 64 MB."""
 
 
-def unpack(data: torch.Tensor, packing: str, dtype: torch.dtype) -> torch.Tensor:
-    """data (..., bytes) uint8 -> (..., values) in `dtype`, rounded once from float32."""
+def unpack(
+    data: torch.Tensor, packing: str, dtype: torch.dtype, low_rank: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> torch.Tensor:
+    """data (..., bytes) uint8 -> (..., values) in `dtype`, rounded once from float32. low_rank: up (rows, R) and down
+    (R, values), whose product, computed in their type, is added to a matrix before that."""
     values, size, function = PACKINGS[packing]
-    blocks = data.reshape(-1, size)
-    out = torch.empty(len(blocks), values, dtype=dtype, device=data.device)
-    for piece, target in zip(blocks.split(PIECE // values), out.split(PIECE // values), strict=True):
-        target.copy_(function(piece))
+    rows = data.reshape(-1, data.shape[-1])
+    out = torch.empty(len(rows), data.shape[-1] // size * values, dtype=dtype, device=data.device)
+    count = max(1, PIECE // out.shape[1])
+    for start in range(0, len(rows), count):
+        piece = slice(start, start + count)
+        unpacked = function(rows[piece].reshape(-1, size)).view(-1, out.shape[1])
+        if low_rank is not None:
+            up, down = low_rank
+            unpacked += up[piece] @ down
+        out[piece] = unpacked
     return out.view(*data.shape[:-1], -1)
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 
 from ..config import ModelSpec
-from ..errors import RequestError
 from ..kernels.eight_bits import quantise
 from .headers import FP8, TensorInfo
 from .packing import unpack
@@ -17,19 +16,22 @@ class Stored:
     """A tensor in memory.
 
     data: (..., n) values, or (..., bytes) uint8 where packed. scale: () float32, what fp8 values are multiplied by, or
-    (rows, 1), one for each row of a matrix. packing: GGUF's block format.
+    (rows, 1), one for each row of a matrix. packing: GGUF's block format. low_rank: of a packed matrix, up (rows, R)
+    and down (R, n), whose product is added to its values wherever they are used.
     """
 
     data: torch.Tensor
     scale: torch.Tensor | None = None
     packing: str = ""
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def values(self, dtype: torch.dtype, rows: slice = slice(None), columns: slice | None = None) -> torch.Tensor:
         """The values of some rows (of a matrix: some columns) in `dtype`. fp8 is converted, then multiplied by its
         scale, both in `dtype`, as ComfyUI does; packed values are rounded once from float32."""
         data = self.data[rows]
         if self.packing:
-            values = unpack(data, self.packing, dtype)
+            low_rank = self.low_rank and (self.low_rank[0][rows], self.low_rank[1])
+            values = unpack(data, self.packing, dtype, low_rank)
             return values if columns is None else values[:, columns]
         # What is scaled below is a copy, whatever the stored type.
         values = (data if columns is None else data[:, columns]).to(dtype, copy=self.scale is not None)
@@ -50,21 +52,11 @@ class Stored:
         values = self.values(torch.float32)
         return values.clone() if values.data_ptr() == self.data.data_ptr() else values
 
-    def check_stores(self) -> None:
-        """Raises RequestError for packed weights, which `store` cannot change."""
-        if self.packing:
-            raise RequestError(
-                f"LoRAs and other weight patches cannot change GGUF {self.packing} weights; set weight_dtype of USP "
-                "Loader to bf16 or fp16, which unpacks them when they are loaded, or use an fp8 file"
-            )
-
     def store(self, values: torch.Tensor) -> None:
         """Writes values (float32, as `dequantise` gives them) in the stored type, in place: addresses stay. Scaled fp8
-        gets the scale that takes the largest value to the end of the type's range, as ComfyUI's does.
-
-        Raises as `check_stores`.
+        gets the scale that takes the largest value to the end of the type's range, as ComfyUI's does. Not for packed
+        weights.
         """
-        self.check_stores()
         if self.data.dtype in FP8:
             limit = torch.finfo(self.data.dtype).max
             if self.scale is not None:

@@ -226,3 +226,20 @@ def test_a_scaled_fp8_file(pool, dev, tmp_path):
     got = patched(pool, path, stack({QKV: [given]}))
     assert relative_difference(got, evaluate(pool, plain)) < BOUND < 1e-3 < relative_difference(got, unpatched)
     assert torch.equal(evaluate(pool, path), unpatched)
+
+
+def test_a_packed_file(pool, dev, tmp_path):
+    """Against a float32 file of the packed values with the LoRAs merged into them; parked and fetched meanwhile."""
+    path, plain = tmp_path / "packed.gguf", tmp_path / "values.safetensors"
+    values, qkv, mlp = write("gguf_Q8_0", dev, path), lora(QKV, 1), lora(MLP, 3, 0.5)
+    unpatched = evaluate(pool, path)
+    for given in ({QKV: [qkv]}, {QKV: [stronger(qkv, -0.6), lora(QKV, 7)], MLP: [mlp]}):
+        merged = {key: sum((p.strength * (up @ down) for p, up, down in g), values[key]) for key, g in given.items()}
+        save_file(values | merged, plain)
+        want = evaluate(pool, plain)
+        got = patched(pool, path, stack(given))
+        assert relative_difference(got, want) < BOUND < 1e-3 < relative_difference(got, unpatched)
+        pool.park()
+        assert torch.equal(patched(pool, path, stack(given)), got)
+        assert relative_difference(looped(pool, path, stack(given)), looped(pool, plain, NO_PATCHES)) < BOUND
+    assert torch.equal(evaluate(pool, path), unpatched)

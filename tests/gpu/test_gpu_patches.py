@@ -1,7 +1,8 @@
-"""Weight patches on a GPU: captured graphs see them, nothing is captured or compiled again, and they leave no trace."""
+"""Weight patches on a GPU: captured graphs see them, nothing is compiled again, and they leave no trace."""
 
 import pytest
 import torch
+from formats import write
 from safetensors.torch import load_file
 from support import SMALL, inputs, randn, relative_difference
 
@@ -16,6 +17,7 @@ pytestmark = [
 ]
 
 KEY = "double_blocks.0.img_attn.qkv.weight"
+ONE = Layout(ulysses=1, ring=1)
 FAST, EAGER = Settings(), Settings(compile=False, cuda_graphs=False, overlap=False)
 
 
@@ -59,3 +61,43 @@ def test_captured_graphs_see_patches(tmp_path, storage):
         assert parameter.data_ptr() == address and torch.equal(parameter, value), name
     engine.patch({KEY: (WeightPatch(strength=-0.5, **lora),)}, {"u": up, "d": down}, base=0, number=3)
     assert relative_difference(evaluate(EAGER), got) < 0.02
+
+
+def test_packed_weights_are_captured_again_with_their_factors(tmp_path):
+    plain_file, path = tmp_path / "flux.safetensors", tmp_path / "flux.gguf"
+    write_flux(str(plain_file), SMALL, dtype=torch.bfloat16)
+    value = write("gguf_Q8_0", plain_file, path)[KEY].cuda()
+    engine = Engine(torch.device("cuda", 0))
+    engine.describe(ModelSpec.of_file(str(path), storage="bfloat16", compute="bfloat16", keep_quantised=True))
+    engine.make_room()
+    engine.load()
+    given, nbytes = inputs(SMALL, text=24, size=(16, 12), seed=3), engine.nbytes
+    x, *prompt = (t.cuda() for t in (given.x, given.context, given.y, given.guidance))
+    conditioning = Conditioning(*prompt)
+
+    def evaluate(settings=FAST) -> torch.Tensor:
+        """The last of three: eager, captured, replayed."""
+        for _ in range(3):
+            velocity = engine.denoiser(ONE, settings).denoiser(x, given.timestep, conditioning)
+        return velocity.float().clone()
+
+    plain = evaluate()
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    layer = engine._model.double_blocks[0].img.attn.qkv
+    packed = layer.weight.clone()
+    up, down = randn(1536, 4, seed=1) * 0.5, randn(4, 512, seed=2)
+    for number, strength in ((1, 1.0), (2, -0.5)):
+        patch = WeightPatch(kind="lora", tensors={"up": "u", "down": "d"}, strength=strength)
+        engine.patch({KEY: (patch,)}, {"u": up, "d": down}, base=number - 1, number=number)
+        want = value + strength * (up.cuda() @ down.cuda())
+        torch.testing.assert_close(layer.stored.values(torch.bfloat16).float(), want, rtol=2**-8, atol=5e-2)
+        got = evaluate()
+        (step,) = engine.denoiser(ONE, FAST).denoiser._steps.values()
+        assert step.captured and relative_difference(got, plain) > 0.01
+        assert engine.nbytes == nbytes + 2 * 4 * (1536 + 512)
+    assert relative_difference(evaluate(EAGER), got) < 0.02
+    assert torch.equal(evaluate(), got)  # with graphs to drop
+    engine.patch({KEY: ()}, {}, base=2, number=0)
+    assert torch.equal(layer.weight, packed) and engine.nbytes == nbytes
+    assert torch.equal(evaluate(), plain)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled

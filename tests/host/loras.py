@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 RANK = 4
@@ -15,6 +16,12 @@ class _Random:
     def __call__(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
         """N(0, scale^2 / last dim)."""
         return torch.randn(shape, generator=self._generator) * (scale * shape[-1] ** -0.5)
+
+
+def shapes(model: Path) -> tuple[int, int]:
+    """The width of a FLUX file's MLPs and its hidden size."""
+    with safe_open(model, "pt") as file:
+        return tuple(file.get_slice("double_blocks.0.img_mlp.0.weight").get_shape())
 
 
 def bfl_names(hidden: int, mlp: int, seed: int) -> dict[str, torch.Tensor]:

@@ -4,9 +4,8 @@ import re
 
 import loras
 import pytest
-from comfy import ComfyUI
+from comfy import ComfyUI, PromptFailed
 from formats import write
-from safetensors import safe_open
 from safetensors.torch import save_file
 from workflows import DEV, IN_WORKERS, STEPPING, Comparison, Graph, Link
 
@@ -18,8 +17,7 @@ Stack = tuple[tuple[str, float], ...]
 @pytest.fixture(scope="module")
 def files(host) -> dict[str, str]:
     """LoRAs for the host's model, by kind."""
-    with safe_open(host.base / "models/diffusion_models" / DEV, "pt") as file:
-        mlp, hidden = file.get_slice("double_blocks.0.img_mlp.0.weight").get_shape()
+    mlp, hidden = loras.shapes(host.base / "models/diffusion_models" / DEV)
     folder = host.base / "models/loras"
     kinds = {"bfl": loras.bfl_names, "diffusers": loras.diffusers_names, "kinds": loras.all_kinds}
     return {name: loras.write(folder, name, make(hidden, mlp, seed)) for seed, (name, make) in enumerate(kinds.items())}
@@ -89,6 +87,49 @@ def test_a_scaled_fp8_file(host, files):
     finally:
         for path in paths:
             path.unlink()
+
+
+def test_packed_weights(host, files):
+    """A GGUF file, whose weights stay packed, against stock with a plain file of the same values."""
+    if not host.has_module("gguf"):
+        pytest.skip("this ComfyUI's Python lacks the pack's requirement gguf")
+    folder = host.base / "models"
+    paths = folder / "diffusion_models/lora.gguf", folder / "diffusion_models/lora_values.safetensors"
+    save_file(write("gguf_Q4_K", folder / "diffusion_models" / DEV, paths[0]), paths[1])
+    mlp, hidden = loras.shapes(paths[1])
+    packed = {name: t for name, t in loras.diffusers_names(hidden, mlp, 5).items() if "blocks" in name}
+    stack = (("bfl", 0.8), ("packed", -0.35))
+    names = files | {"packed": loras.write(folder / "loras", "packed", packed)}
+    both, refused = Comparison(), Graph()
+    graph = both.graph
+    usp, stock = graph.usp(file=paths[0].name), graph.stock(paths[1].name)
+    for given, sampler, where in ((stack, "euler", IN_WORKERS), (stack[1:], "uni_pc", STEPPING)):
+        got, want = (graph.sample(loaded(graph, x, names, given), steps=3, sampler_name=sampler) for x in (usp, stock))
+        both.add(f"packed, {given}", got, want, where)
+    kinds = loaded(refused, refused.usp(file=paths[0].name), files, (("kinds", 1.0),))
+    refused.save(refused.sample(kinds))
+    try:
+        both.check(host)
+        with pytest.raises(PromptFailed, match="packed GGUF weights take LoRAs alone, not a .*; set weight_dtype"):
+            host.run(refused)
+    finally:
+        for path in paths:
+            path.unlink()
+
+
+@pytest.mark.any_host
+def test_weights_that_stay_in_fp8(host, files, tmp_path):
+    """ComfyUI rounds them at random, ours to the nearest: they differ by one unit at most, see pack/patched_fp8.py."""
+    source, graph = host.base / "models/diffusion_models" / DEV, Graph()
+    forms, stack = ("fp8_e4m3fn", "fp8_e5m2", "scaled_old", "scaled_metadata", "scaled_tensors"), files
+    if loras.shapes(source)[1] > 512:  # an older host, which reads no newer form
+        forms, stack = ("scaled_old",), ("bfl",)
+    given = "\n".join(str(host.base / "models/loras" / files[name]) for name in stack)
+    for form in forms:
+        path = tmp_path / f"{form}.safetensors"
+        write(form, source, path)
+        graph.node("TestPatchedFP8", file=str(path), loras=given)
+    host.run(graph)
 
 
 @pytest.mark.any_host

@@ -7,7 +7,7 @@ from support import randn
 
 from fastusp_backend.config import WeightPatch
 from fastusp_backend.errors import RequestError
-from fastusp_backend.weights.adapters import apply, check
+from fastusp_backend.weights.adapters import apply, check, low_rank
 
 pytestmark = pytest.mark.unit
 
@@ -144,6 +144,51 @@ def test_a_slice_halves_and_the_strength_of_the_weight():
     whole = tensors_of(diff=(OUT, IN))
     swapped = torch.cat([whole["diff"][OUT // 2 :], whole["diff"][: OUT // 2]]).double()
     assert_is(patched("diff", whole, swap_halves=True), W + 0.7 * swapped)
+
+
+F32 = {"dtype": torch.float32, "device": torch.device("cpu")}
+
+
+def test_factors_of_a_stack_are_its_sum():
+    convolution = tensors_of(up=(OUT, RANK, 1, 1), down=(RANK, IN, 1, 1), mid=(RANK, RANK, 1, 1))
+    stack = (
+        (tensors_of(up=(OUT, RANK), down=(RANK, IN)), {"alpha": 6.0}),
+        (tensors_of(up=(4, 2), down=(2, IN)), {"offset": (0, 5, 4), "swap_halves": True, "strength": -0.3}),
+        (tensors_of(up=(OUT, 1), down=(1, 3)), {"offset": (1, 4, 3)}),
+        (convolution, {"alpha": 1.0}),
+        (tensors_of(up=(OUT, 5), down=(5, IN)), {"swap_halves": True}),
+    )
+    want, patches, tensors = WEIGHT.clone(), [], {}
+    for number, (parts, more) in enumerate(stack):
+        roles = {role: f"{role}{number}" for role in parts}
+        patches.append(WeightPatch(kind="lora", tensors=roles, **({"strength": 0.7} | more)))
+        tensors |= {roles[role]: tensor for role, tensor in parts.items()}
+        apply(want, patches[-1], tensors)
+    up, down = low_rank(patches, tensors, (OUT, IN), **F32)
+    assert up.shape == (OUT, 14) and down.shape == (14, IN)
+    torch.testing.assert_close(WEIGHT + up @ down, want)
+    halves = low_rank(patches, tensors, (OUT, IN), **(F32 | {"dtype": torch.bfloat16}))
+    assert torch.equal(halves[0], up.bfloat16()) and torch.equal(halves[1], down.bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("kind", "shapes", "more", "words"),
+    [
+        ("loha", {"w1_a": (OUT, 2), "w1_b": (2, IN), "w2_a": (OUT, 2), "w2_b": (2, IN)}, {}, "not a LoHa patch"),
+        ("lokr", {"w1": (4, 2), "w2": (3, 4)}, {}, "not a LoKr patch"),
+        ("glora", {"a1": (IN, 2), "a2": (2, IN), "b1": (OUT, 2), "b2": (2, IN)}, {}, "not a GLoRA patch"),
+        ("lora", {"up": (OUT, 3), "down": (3, IN), "dora_scale": (OUT, 1)}, {}, "not a DoRA patch"),
+        ("diff", {"diff": (OUT, IN)}, {}, "not a diff patch"),
+        ("set", {"value": (OUT, IN)}, {}, "not a set patch"),
+        ("lora", {"up": (OUT, 3), "down": (3, IN)}, {"strength_model": 0.5}, "not strength_model 0.5"),
+        ("lora", {"up": (IN, 3), "down": (3, OUT)}, {}, "not a LoRA of .8, 3. and .3, 12. for a matrix .12, 8."),
+    ],
+)
+def test_what_has_no_factors_is_refused_by_name(kind, shapes, more, words):
+    patch = WeightPatch(kind=kind, tensors={role: role for role in shapes}, strength=1.0, **more)
+    check(patch, tensors_of(**shapes), (OUT, IN))
+    with pytest.raises(RequestError, match=f"packed GGUF weights.*{words}; set weight_dtype .* bf16"):
+        low_rank([patch], tensors_of(**shapes), (OUT, IN), **F32)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from support import SMALL, randn, spec_of
 from fastusp_backend.config import WeightPatch
 from fastusp_backend.engine.loading import Checkpoint
 from fastusp_backend.engine.patching import PatchedWeights
-from fastusp_backend.errors import CheckpointError, RequestError
+from fastusp_backend.errors import CheckpointError
 from fastusp_backend.models.layers import Linear
 from fastusp_backend.models.synthetic import write_flux
 
@@ -146,18 +146,6 @@ def test_small_differences_are_not_lost_in_fp8(mini, spec):
     PatchedWeights(checkpoint).change({f"{QKV}.weight": (patch,)}, tensors, base=0, number=1)
     seen = (held(checkpoint, f"{QKV}.weight").dequantise() - old) * old.sign()
     assert seen.mean() == pytest.approx(6e-4, rel=0.2), seen.mean()
-
-
-def test_packed_weights_are_refused_before_anything_changes(mini, tmp_path):
-    write("gguf_Q8_0", mini, tmp_path / "model")
-    checkpoint = loaded(tmp_path / "model")
-    weights, before = PatchedWeights(checkpoint), everything(checkpoint)
-    rest = {key: patches for key, patches in PATCHES.items() if key != f"{QKV}.weight"}
-    weights.change(rest, TENSORS, base=0, number=1)
-    after = everything(checkpoint)
-    with pytest.raises(RequestError, match="LoRA.*GGUF Q8_0.*weight_dtype"):
-        weights.change({NORM: (), **PATCHES}, TENSORS, base=1, number=2)
-    assert weights.number == 1 and changed(before, after) and not changed(after, everything(checkpoint))
 
 
 def test_a_replaced_file_is_refused_before_anything_changes(mini, tmp_path):

@@ -6,6 +6,8 @@ import comfy.samplers
 import torch
 from comfy.controlnet import ControlBase
 
+from .patched_fp8 import PatchedFP8
+
 
 class SeededConditioning:
     """A FLUX prompt of random tensors."""
@@ -186,4 +188,5 @@ NODE_CLASS_MAPPINGS = {
     "TestInpaintConditioning": InpaintConditioning,
     "TestMaskedConditioning": MaskedConditioning,
     "TestReferenceMethod": ReferenceMethod,
+    "TestPatchedFP8": PatchedFP8,
 }
