@@ -1,11 +1,12 @@
 """Qwen-Image gives the same latents as stock UNETLoader + KSampler, and refuses what only its variants take."""
 
+import controlnets
 import loras
 import pytest
 import torch
 from comfy import PromptFailed
 from safetensors.torch import load_file, save_file
-from workflows import QWEN_IMAGE, STEPPING, Comparison, Graph
+from workflows import QWEN_IMAGE, STEPPING, Comparison, Graph, difference
 
 pytestmark = [pytest.mark.host, pytest.mark.any_host]
 
@@ -101,6 +102,28 @@ def test_references_and_control(host, qwen):
         got, want = (graph.sample(model, **inputs) for model in (usp, stock))
         edit.add(label, got, want, where)
     edit.check(host)
+
+
+def test_control_nets(host, qwen):
+    """One, and a second one for the last step alone."""
+    models = host.base / "models"
+    net = controlnets.write_qwen(models / "controlnet", models / "diffusion_models" / qwen)
+    control = Comparison()
+    graph = control.graph
+    stock, usp = graph.stock(qwen), graph.usp("cpu:2", file=qwen)
+    plain, other = prompt(graph, 7), prompt(graph, 5)
+    common = {"vae": "framed", "strength": 0.5}
+    positive, negative = controlnets.applied(graph, net, plain, other, **common)
+    two = controlnets.applied(graph, net, positive, negative, start_percent=0.4, **common)[0]
+    inputs = {"steps": 2, "latent_image": graph.empty(80, 112), "negative": other}
+    for label, more in (("cfg", {"positive": positive, "negative": negative, "cfg": 2.5}), ("two", {"positive": two})):
+        got, want = (graph.sample(model, **inputs | more) for model in (usp, stock))
+        control.add(label, got, want, STEPPING)
+    without, one, both = (graph.save(graph.sample(usp, **inputs, positive=p)) for p in (plain, positive, two))
+    latents = control.check(host).latents
+    assert difference(latents[one], latents[without]) > 1e-2
+    assert difference(latents[both], latents[one]) > 1e-2
+    (models / "controlnet" / net).unlink()
 
 
 def skip_old(host, what: str) -> None:
