@@ -63,6 +63,13 @@ def write_qwen(folder: Path, base: Path) -> str:
     return _save({name: tensors[name] for name in model.state_dict()}, folder, "qwen.safetensors")
 
 
+def write_qwen_fun(folder: Path) -> str:
+    """As much of a Fun ControlNet as tells ComfyUI its kind and sizes."""
+    shapes = {"control_img_in": (128, 132), "control_blocks.0.after_proj": (128, 128)}
+    shapes |= {"control_blocks.0.attn.to_q": (128, 128), "control_blocks.0.attn.norm_q": (128,)}
+    return _save({f"{name}.weight": torch.ones(shape) for name, shape in shapes.items()}, folder, "fun.safetensors")
+
+
 def _save(tensors: dict[str, torch.Tensor], folder: Path, name: str) -> str:
     folder.mkdir(exist_ok=True)
     save_file(tensors, folder / name)

@@ -132,6 +132,16 @@ def skip_old(host, what: str) -> None:
         pytest.skip(f"this ComfyUI {what}")
 
 
+def test_a_control_net_that_needs_the_models_weights_is_refused(host, qwen):
+    skip_old(host, "knows no Fun ControlNets")
+    graph, net = Graph(), controlnets.write_qwen_fun(host.base / "models/controlnet")
+    positive, negative = controlnets.applied(graph, net, prompt(graph, 6), prompt(graph, 6), vae="framed")
+    graph.save(graph.sample(graph.usp(file=qwen), positive=positive, negative=negative, steps=2))
+    with pytest.raises(PromptFailed) as refused:
+        host.run(graph)
+    assert "needs the model's own weights (Qwen-Image Fun)" in refused.value.text
+
+
 def test_references_at_timestep_zero(host, qwen):
     """Where a node says so, and where the file does (Qwen-Image-Edit 2511); and images before the first."""
     skip_old(host, "does not know references at timestep 0")
