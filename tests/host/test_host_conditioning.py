@@ -133,6 +133,7 @@ def test_union_control_nets(host):
     latents = control.check(host).latents
     for one, another in zip(saved, saved[1:], strict=False):
         assert difference(latents[one], latents[another]) > 1e-2  # they all count
+    (models / "diffusion_models/narrow.safetensors").unlink()
 
 
 def test_control_after_single_blocks_and_other_parts(host):
