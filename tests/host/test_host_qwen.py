@@ -78,8 +78,8 @@ def test_loras(host, qwen):
 REFERENCES = ((48, 80), (72, 56))
 
 
-def test_references_and_control(host, qwen):
-    """Qwen-Image-Edit's references, as the host's node says and as the model has it by itself; ControlNet residuals."""
+def test_references(host, qwen):
+    """Qwen-Image-Edit's, as the host's node says and as the model has it by itself."""
     edit = Comparison()
     graph = edit.graph
     stock, usp = graph.stock(qwen), graph.usp("cpu:2", file=qwen)
@@ -88,14 +88,12 @@ def test_references_and_control(host, qwen):
     beside = graph.referring(plain, *REFERENCES, method="offset", framed=True)
     area = graph.node("ConditioningSetArea", conditioning=one, width=64, height=64, x=8, y=32, strength=1.0)
     combined = graph.node("ConditioningCombine", conditioning_1=area, conditioning_2=other)
-    control = graph.node("TestAppliedControl", conditioning=plain, hidden=QWEN_IMAGE.hidden, blocks=2)
     loop = "loop in the workers"
     for label, inputs, where in (
         ("index", {"positive": two}, loop),
         ("offset", {"positive": beside}, loop),
         ("cfg, one and none", {"positive": one, "negative": other, "cfg": 2.5}, loop),
         ("stepping", {"positive": two, "sampler_name": "uni_pc"}, STEPPING),
-        ("control", {"positive": control}, STEPPING),
         ("area", {"positive": combined}, STEPPING),
     ):
         inputs = {"steps": 2, "latent_image": graph.empty(72, 112), "negative": other} | inputs
