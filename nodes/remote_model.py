@@ -130,6 +130,10 @@ class RemoteQwenImage(RemoteTransformer):
     """The order of arguments differs between versions of ComfyUI; it calls by name, wrappers are called by position."""
     _ORDER = tuple(name for name, p in _POSITIONS.items() if name != "self" and p.kind is not p.VAR_KEYWORD)
 
+    def process_img(self, *args, **kwargs):
+        """What a ControlNet calls that computes with weights of the model itself."""
+        raise Unsupported("A ControlNet that needs the model's own weights (Qwen-Image Fun)")
+
     def forward(self, *args, **kwargs):
         given = dict(zip(self._ORDER, args, strict=False)) | kwargs
         positions = [given.pop(name, {} if name == "transformer_options" else None) for name in self._ORDER]

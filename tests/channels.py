@@ -8,7 +8,6 @@ from multiprocessing import Pipe
 
 import msgspec
 import pytest
-import torch
 
 from fastusp_backend.config import Layout, ModelSpec, Settings
 from fastusp_backend.errors import ProtocolError
@@ -28,6 +27,7 @@ from fastusp_backend.protocol import (
     Sample,
     Shutdown,
     Step,
+    Unmap,
 )
 from fastusp_backend.protocol.messages import ToClient, ToWorker
 
@@ -46,6 +46,7 @@ TO_WORKER = [
     Cancel(id=1 << 40),
     Release(id=4),
     Park(id=5),
+    Unmap(id=6),
     Shutdown(),
 ]
 TO_CLIENT = [
@@ -58,7 +59,7 @@ TO_CLIENT = [
     Failed(id=None, kind="protocol", rank=0, text="no"),
     Failed(id=1, kind="out_of_memory", rank=3, text=""),
 ]
-NONE, INLINE, SHARED = range(3)
+NONE, INLINE, SHARED, LASTING = range(4)
 SENTINEL = Cancel(id=987654321)
 
 
@@ -120,6 +121,6 @@ def memory(content: bytes, *, sealed: bool) -> int:
     return fd
 
 
-def tensor_file() -> bytes:
-    valid = recorded_frame(SENTINEL, {"x": torch.ones(3)})
-    return valid[len(frame(SENTINEL)) :]
+PLACES = msgspec.msgpack.encode({"x": ["float32", [3], 0]})
+CONTENT = struct.pack("3f", 1, 1, 1)
+"""What `PLACES` finds in shared memory."""

@@ -50,6 +50,10 @@ class SequenceShards:
         """Rank `rank`'s part of an image stream, zeros where it is padded."""
         return _take(x, dim, rank * self.local_image, self.local_image)
 
+    def held_image(self, x: torch.Tensor, rank: int, *, dim: int) -> torch.Tensor:
+        """The tokens of an image stream, or of its beginning, that rank `rank` holds, without padding: a view of x."""
+        return _within(x, dim, rank * self.local_image, self.local_image)
+
     def join_image(self, parts: torch.Tensor) -> torch.Tensor:
         """parts (P, B, local_image, ...), in rank order -> (B, image, ...)."""
         whole = parts.transpose(0, 1).flatten(1, 2)
@@ -78,12 +82,18 @@ class SequenceShards:
 
 def _take(x: torch.Tensor, dim: int, start: int, length: int) -> torch.Tensor:
     """x[start : start + length] along `dim`, with zeros where that reaches outside x."""
-    size = x.shape[dim]
-    first, last = min(max(start, 0), size), min(max(start + length, 0), size)
-    part = x.narrow(dim, first, last - first)
-    if last - first == length:
+    part = _within(x, dim, start, length)
+    if part.shape[dim] == length:
         return part
+    first = min(max(start, 0), x.shape[dim])
     before = x.new_zeros(*x.shape[:dim], min(length, max(0, first - start)), *x.shape[dim + 1 :])
     after_length = length - before.shape[dim] - part.shape[dim]
     after = x.new_zeros(*x.shape[:dim], after_length, *x.shape[dim + 1 :])
     return torch.cat([before, part, after], dim)
+
+
+def _within(x: torch.Tensor, dim: int, start: int, length: int) -> torch.Tensor:
+    """What of x[start : start + length] along `dim` there is."""
+    size = x.shape[dim]
+    first, last = min(max(start, 0), size), min(max(start + length, 0), size)
+    return x.narrow(dim, first, last - first)

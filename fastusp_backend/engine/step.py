@@ -83,7 +83,7 @@ class Step:
         self._text = torch.empty(batch, shards.local_text, config.hidden, **like)
         self._references = torch.empty(batch, references.tokens, self._x.shape[1] * PATCH**2, **like)
         self._residuals = Residuals(
-            tuple(torch.empty(b, shards.local_image, hidden, **like) for b, _, hidden in shape.residuals),
+            tuple(torch.zeros(b, shards.local_image, hidden, **like) for b, _, hidden in shape.residuals),
             shape.input,
             shape.output,
         )
@@ -110,8 +110,8 @@ class Step:
         pool=None,
     ) -> torch.Tensor:
         """x (B, C, h, w), modulations: one row (B, width), or two of which references take the second, residuals: a
-        ControlNet's tensors (B or 1, n, hidden) -> velocity (B, C, h, w), valid until the next run. pool: the memory
-        pool that all graphs share."""
+        ControlNet's tensors (B or 1, n, hidden) on any device, read by the time that the velocity is there ->
+        velocity (B, C, h, w), valid until the next run. pool: the memory pool that all graphs share."""
         self._x[:, : self._channels].copy_(x)
         if prompt.concat is not None:
             self._x[:, self._channels :].copy_(prompt.concat)
@@ -121,7 +121,10 @@ class Step:
         for position, row in enumerate(modulations):
             self._rows[:, position].copy_(row)
         for buffer, tensor in zip(self._residuals.tensors, residuals, strict=True):
-            buffer.copy_(self._shards.take_image(tensor, self._mesh.rank, dim=1))
+            mine = self._shards.held_image(tensor, self._mesh.rank, dim=1)
+            # Image by image: a part in one piece, in pinned memory, goes to a GPU without a copy or a wait of the CPU.
+            for image, values in zip(buffer, mine, strict=True):
+                image[: len(values)].copy_(values, non_blocking=True)
         self._runs += 1
         if not self._captures or self._runs == 1:
             return self._evaluate()

@@ -155,7 +155,8 @@ class Session:
         return held.nbytes if held and held.state == "resident" and held.model == self.spec else 0
 
     def settle(self) -> None:
-        """What `residency` says of the weights after a sampling run."""
+        """After a sampling run: what becomes of large shared memory, and of the weights, as `residency` says."""
+        self.pool.unmap()
         if self.settings.residency != "keep":
             self.give_way()
 
@@ -212,16 +213,29 @@ class Session:
 
 
 def _distinct(control: Control, dtype: torch.dtype) -> tuple[dict[str, list[int | None]], Tensors]:
-    """(`Evaluate.control`, its tensors in `dtype`). ControlNets of few blocks give one tensor to several of the
-    model's: it travels once."""
-    numbers: dict[int, int] = {}
-    tensors: Tensors = {}
-    places: dict[str, list[int | None]] = {}
-    for kind, residuals in control.items():
-        places[kind] = []
-        for tensor in residuals:
-            if tensor is not None and id(tensor) not in numbers:
-                numbers[id(tensor)] = len(numbers)
-                tensors[f"control.{len(tensors)}"] = tensor.to(dtype)
-            places[kind].append(None if tensor is None else numbers[id(tensor)])
-    return places, tensors
+    """(`Evaluate.control`, its tensors in `dtype`): none travels twice. ControlNets of few blocks give one tensor to
+    several of the model's; where two are stacked, ComfyUI adds theirs block by block: equal tensors, not the same."""
+    numbers: dict[int, int] = {}  # by identity
+    alike: dict[tuple, list[int]] = {}
+    distinct: list[torch.Tensor] = []
+
+    def number(tensor: torch.Tensor) -> int:
+        key = tensor.shape, tensor.dtype, tensor.device, *tensor.flatten()[:8].tolist()
+        known = alike.setdefault(key, [])
+        for n in known:
+            if torch.equal(distinct[n], tensor):
+                return n
+        known.append(len(distinct))
+        distinct.append(tensor)
+        return known[-1]
+
+    def place(tensor: torch.Tensor | None) -> int | None:
+        if tensor is None:
+            return None
+        if id(tensor) not in numbers:
+            repeats = tensor.dim() and tensor.stride(0) == 0  # one for all images, expanded
+            numbers[id(tensor)] = number(tensor[:1] if repeats else tensor)
+        return numbers[id(tensor)]
+
+    places = {kind: [place(tensor) for tensor in residuals] for kind, residuals in control.items()}
+    return places, {f"control.{n}": tensor.to(dtype) for n, tensor in enumerate(distinct)}

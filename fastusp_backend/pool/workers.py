@@ -15,7 +15,7 @@ import torch
 
 from ..devices import Devices
 from ..errors import PoolError
-from ..protocol import VERSION, Channel, Done, Failed, Held, Hello, Message, Ready
+from ..protocol import VERSION, Channel, Done, Evaluate, Failed, Held, Hello, Message, Ready, Release, Unmap
 from ..protocol.messages import ToClient
 from ..worker.process import PARENT_VARIABLE, RUN_DIR_VARIABLE
 from .rundir import RunDir
@@ -75,6 +75,7 @@ class Workers:
         self.silent_since = 0.0
         self.held: Held | None = None
         self.channel: Channel | None = None
+        self._unread: int | None = None  # the last evaluation, until its answer says that its tensors were read
         self._process: subprocess.Popen | None = None
         self._started = threading.Event()
         self._ended = threading.Event()
@@ -142,15 +143,26 @@ class Workers:
         self.channel, self.ready = channel, reply
         return True
 
+    def send(self, message: Message, tensors: dict[str, torch.Tensor] | None = None) -> None:
+        """As `Channel.send`. An evaluation's tensors lie where the last one's did, as soon as those were read."""
+        evaluates = isinstance(message, Evaluate)
+        if isinstance(message, Release | Unmap) or (evaluates and self._unread is not None):
+            self.channel.forget()
+        if evaluates:
+            self._unread = message.id
+        self.channel.send(message, tensors, lasting=evaluates)
+
     def receive(self) -> tuple[Message, dict[str, torch.Tensor]]:
         """The next message, as `Channel.receive`, with what it says of these workers taken down."""
         message, tensors = self.channel.receive()
         self.silent_since = time.monotonic()
         if isinstance(message, Held):
             self.held = message
-        elif isinstance(message, Done | Failed) and self.left_behind is not None:
-            if message.id is not None and message.id >= self.left_behind:  # they answer in order
+        elif isinstance(message, Done | Failed) and message.id is not None:  # they answer in order
+            if self.left_behind is not None and message.id >= self.left_behind:
                 self.left_behind = None
+            if self._unread is not None and message.id >= self._unread:
+                self._unread = None
         return message, tensors
 
     def wait_until_ended(self, seconds: float) -> bool:

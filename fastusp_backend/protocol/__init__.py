@@ -19,8 +19,9 @@ from .messages import (
     Sample,
     Shutdown,
     Step,
+    Unmap,
 )
-from .shared import map_tensors, share_tensors
+from .shared import Places, SharedMemory, SharedTensors
 
 __all__ = [
     "VERSION",
@@ -35,11 +36,13 @@ __all__ = [
     "Park",
     "Patch",
     "Phase",
+    "Places",
     "Ready",
     "Release",
     "Sample",
+    "SharedMemory",
+    "SharedTensors",
     "Shutdown",
     "Step",
-    "map_tensors",
-    "share_tensors",
+    "Unmap",
 ]

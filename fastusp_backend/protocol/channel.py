@@ -1,15 +1,16 @@
 """Frames over a `multiprocessing.connection`: a message and the tensors that travel with it.
 
 A frame is one `send_bytes`: 8 bytes (magic, carrier, length of the message, big endian), the msgpack message, and the
-tensors as a safetensors file. Tensors of more than 256 KiB together go into an anonymous shared-memory file instead,
-whose descriptor comes with the frame over the AF_UNIX socket: it has no name that could outlive a killed process.
-Nothing that arrives is ever unpickled.
+tensors as a safetensors file. Tensors of more than 256 KiB together go into shared memory instead; the frame says where
+in it they lie, and its descriptor comes with the frame over the AF_UNIX socket, unless the receiver has mapped it
+before. Nothing that arrives is ever unpickled.
 """
 
 import os
 import socket
 import struct
 import threading
+import weakref
 from multiprocessing.connection import Connection
 
 import msgspec
@@ -19,13 +20,13 @@ from safetensors import SafetensorError
 
 from ..errors import ProtocolError
 from .messages import Message
-from .shared import map_tensors, share_tensors
+from .shared import Places, SharedMemory, SharedTensors, room_for
 
 _HEADER = struct.Struct(">2sBxI")
 _LENGTH = struct.Struct("!i")
 _FD = struct.Struct("i")
 _MAGIC = b"FU"
-_NONE, _INLINE, _SHARED = range(3)
+_NONE, _INLINE, _SHARED, _LASTING = range(4)
 
 INLINE_LIMIT = 256 * 1024
 MAX_FRAME = 1 << 30
@@ -41,30 +42,60 @@ class Channel:
     def __init__(self, connection: Connection, receives: type, *, limit: int = MAX_FRAME):
         self._connection = connection
         self._decoder = msgspec.msgpack.Decoder(receives)
+        self._places = msgspec.msgpack.Decoder(Places)
+        self._lasting: SharedMemory | None = None  # what this end writes to
+        self._arrived: weakref.ref[SharedMemory] | None = None  # what it was sent, as long as anybody uses it
         self._limit = limit
         self._send_lock = threading.Lock()
         self._socket = socket.socket(fileno=os.dup(connection.fileno()))
         self._socket.settimeout(None)  # whatever default the process has set
         self.shares_memory = self._socket.family == socket.AF_UNIX and hasattr(os, "memfd_create")
 
-    def send(self, message: Message, tensors: dict[str, torch.Tensor] | None = None) -> None:
-        """Raises OSError when the other end is gone."""
-        tensors = _standing_alone(tensors or {})
-        size = sum(t.nbytes for t in tensors.values())
-        carrier = _NONE if not tensors else _SHARED if size > INLINE_LIMIT and self.shares_memory else _INLINE
+    def send(self, message: Message, tensors: dict[str, torch.Tensor] | None = None, *, lasting: bool = False) -> None:
+        """Raises OSError when the other end is gone.
+
+        lasting: large tensors are written where the last ones sent so lay, which the receiver must have read; it holds
+        the memory's `SharedTensors` from one to the next. See `forget`.
+        """
+        tensors = {name: t.detach() for name, t in (tensors or {}).items()}
         body = msgspec.msgpack.encode(message)
-        frame = _HEADER.pack(_MAGIC, carrier, len(body)) + body
-        if carrier != _SHARED:
-            blob = safetensors.torch.save(tensors) if tensors else b""
-            with self._send_lock:
-                self._connection.send_bytes(frame + blob)
+        if sum(t.nbytes for t in tensors.values()) > INLINE_LIMIT and self.shares_memory:
+            self._send_shared(body, tensors, lasting)
             return
-        fd = share_tensors(tensors)
-        try:
-            with self._send_lock:
-                self._send_with_descriptor(frame, fd)
-        finally:
-            os.close(fd)
+        blob = safetensors.torch.save(_standing_alone(tensors)) if tensors else b""
+        frame = _HEADER.pack(_MAGIC, _INLINE if tensors else _NONE, len(body)) + body + blob
+        with self._send_lock:
+            self._connection.send_bytes(frame)
+
+    def forget(self) -> None:
+        """Gives lasting memory up: the next tensors go into other memory."""
+        if self._lasting is not None:
+            self._lasting.unpin()
+            self._lasting = None
+
+    @property
+    def lasting_bytes(self) -> int:
+        """Of the lasting memory that this end writes to."""
+        return len(self._lasting.bytes) if self._lasting is not None else 0
+
+    def _send_shared(self, body: bytes, tensors: dict[str, torch.Tensor], lasting: bool) -> None:
+        size = room_for(tensors)
+        known = lasting and size <= self.lasting_bytes
+        if lasting and not known:
+            self.forget()
+        memory = self._lasting if known else SharedMemory.made(size)
+        if lasting and any(t.is_cuda for t in tensors.values()):
+            memory.pin()
+        places = memory.put(tensors)
+        header = _HEADER.pack(_MAGIC, _LASTING if lasting else _SHARED, len(body))
+        frame = header + body + msgspec.msgpack.encode(places)
+        with self._send_lock:
+            if known:
+                self._connection.send_bytes(frame)
+            else:
+                self._send_with_descriptor(frame, memory.fd)
+        if lasting:
+            self._lasting = memory
 
     def poll(self, seconds: float) -> bool:
         """Whether a frame (or the end of the stream) waits. Raises OSError when the connection broke."""
@@ -88,17 +119,27 @@ class Channel:
         if len(frame) < _HEADER.size:
             raise ProtocolError(f"a frame of {len(frame)} bytes is too short")
         magic, carrier, length = _HEADER.unpack_from(frame)
-        body, blob = frame[_HEADER.size : _HEADER.size + length], frame[_HEADER.size + length :]
-        if magic != _MAGIC or len(body) != length or carrier > _SHARED or (blob and carrier != _INLINE):
+        body, rest = frame[_HEADER.size : _HEADER.size + length], frame[_HEADER.size + length :]
+        if magic != _MAGIC or len(body) != length or carrier > _LASTING or (rest and carrier == _NONE):
             raise ProtocolError("a frame has a malformed header")
         message = self._decoder.decode(body)
         if carrier == _NONE:
             return message, {}
         if carrier == _INLINE:
-            return message, safetensors.torch.load(blob)
-        if fd is None:
+            return message, safetensors.torch.load(rest)
+        places = self._places.decode(rest)
+        return message, SharedTensors(self._memory(fd, lasting=carrier == _LASTING), places)
+
+    def _memory(self, fd: int | None, *, lasting: bool) -> SharedMemory:
+        if fd is not None:
+            memory = SharedMemory(fd, lasting=lasting)
+            if lasting:
+                self._arrived = weakref.ref(memory)
+            return memory
+        memory = self._arrived() if lasting and self._arrived is not None else None
+        if memory is None:
             raise ProtocolError("a frame announces shared memory but no descriptor came with it")
-        return message, map_tensors(fd)
+        return memory
 
     def _send_with_descriptor(self, frame: bytes, fd: int) -> None:
         data = _LENGTH.pack(len(frame)) + frame
@@ -130,6 +171,7 @@ class Channel:
         return bytes(data)
 
     def close(self) -> None:
+        self.forget()
         self._socket.close()
         self._connection.close()
 

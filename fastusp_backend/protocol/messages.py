@@ -10,7 +10,7 @@ import msgspec
 
 from ..config import Layout, ModelSpec, Settings, WeightPatch
 
-VERSION = 3
+VERSION = 4
 """Raised whenever a message or the framing changes: client and workers of different versions refuse each other."""
 
 
@@ -103,13 +103,20 @@ class Cancel(Message):
 
 
 class Release(Message):
-    """Drop the resident model; the processes stay."""
+    """Drop the resident model, and what Unmap names; the processes stay."""
 
     id: int
 
 
 class Park(Message):
     """Move the resident model to host memory, 1/P on each rank; the next request for it brings it back."""
+
+    id: int
+
+
+class Unmap(Message):
+    """Let go of the memory that evaluations' tensors lay in; the next ones come in other memory. Release does so,
+    too."""
 
     id: int
 
@@ -168,5 +175,5 @@ class Failed(Message):
     text: str
 
 
-ToWorker = Hello | Sample | Evaluate | Patch | Cancel | Release | Park | Shutdown
+ToWorker = Hello | Sample | Evaluate | Patch | Cancel | Release | Park | Unmap | Shutdown
 ToClient = Ready | Phase | Held | Step | Done | Failed

@@ -1,65 +1,154 @@
-"""Tensors in anonymous shared memory, in the safetensors format.
+"""Tensors in anonymous shared memory: it has no name that could outlive a killed process, and goes with its last user.
 
-Written part by part from the tensors' own memory, and mapped where they are read: hundreds of megabytes cost one copy.
+Fresh memory costs more than what is copied into it: the system clears each page before it is first written. So a
+sender may keep it, and write the next request's tensors where the last one's were.
 """
 
+import ctypes
 import fcntl
-import json
+import functools
+import logging
+import math
 import os
+import weakref
+from typing import Annotated, Literal
 
-import safetensors.torch
+import msgspec
 import torch
 
 from ..errors import ProtocolError
 
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+log = logging.getLogger(__name__)
+
+_TYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+_TYPES += ("int64", "int32", "int16", "int8", "uint8", "bool")
+_ALIGNMENT = 256
+_PORTABLE = 1
 
 
-def share_tensors(tensors: dict[str, torch.Tensor]) -> int:
-    """Writes contiguous CPU tensors; returns the descriptor, the caller's to close. Sealed against being cut short
-    under the feet of those who map it. Raises ProtocolError for a type that does not travel."""
-    # Wide types first, so that each tensor is aligned.
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].itemsize)
-    header, end = {}, 0
-    for name, t in ordered:
-        if t.dtype not in _NAMES:
-            raise ProtocolError(f"tensor {name!r} is {t.dtype}, which does not travel")
-        header[name] = {"dtype": _NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [end, end + t.nbytes]}
-        end += t.nbytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    fd = os.memfd_create("fastusp", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        with os.fdopen(fd, "wb", closefd=False) as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for _, t in ordered:
-                file.write(t.reshape(-1).view(torch.uint8).numpy())
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
+class Place(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Where a tensor lies: `offset` bytes from the memory's start."""
+
+    dtype: Literal[_TYPES]
+    shape: tuple[Annotated[int, msgspec.Meta(ge=0)], ...]
+    offset: Annotated[int, msgspec.Meta(ge=0)]
 
 
-def map_tensors(fd: int) -> dict[str, torch.Tensor]:
-    """The tensors in shared memory, mapped; the descriptor is not needed any more then. Raises ProtocolError where it
-    is none, or not sealed."""
-    try:
-        if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
-            raise ProtocolError("a frame's shared memory is not sealed")
-        return safetensors.torch.load_file(f"/proc/self/fd/{fd}")
-    except OSError as error:
-        raise ProtocolError(f"a frame's descriptor is no shared memory: {error}") from error
+Places = dict[str, Place]
+
+
+class SharedTensors(dict[str, torch.Tensor]):
+    """Tensors in `memory`, where others find them by `places`."""
+
+    def __init__(self, memory: "SharedMemory", places: Places):
+        super().__init__({name: memory.tensor(place) for name, place in places.items()})
+        self.memory, self.places = memory, places
+
+
+class SharedMemory:
+    """Anonymous memory, mapped; tensors in it keep the mapping alive.
+
+    lasting: its sender writes to it again, once what lies in it was read. Other memory is written once, and what
+    receivers write to it stays their own.
+    """
+
+    def __init__(self, fd: int, *, lasting: bool):
+        """Maps what a descriptor stands for. Raises ProtocolError where that is no memory, or not sealed against being
+        cut short under the feet of those who map it."""
+        try:
+            if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+                raise ProtocolError("a frame's shared memory is not sealed")
+        except OSError as error:
+            raise ProtocolError(f"a frame's descriptor is no shared memory: {error}") from error
+        size = os.fstat(fd).st_size
+        if not size:
+            raise ProtocolError("a frame's shared memory is empty")
+        self.lasting = lasting
+        self.bytes = torch.from_file(f"/proc/self/fd/{fd}", shared=lasting, size=size, dtype=torch.uint8)
+        self.fd = os.dup(fd)
+        weakref.finalize(self, os.close, self.fd)
+        self._pinned: weakref.finalize | None = None
+
+    @classmethod
+    def made(cls, size: int) -> "SharedMemory":
+        """New memory of `size` bytes, to write to."""
+        fd = os.memfd_create("fastusp", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(fd, size)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+            return cls(fd, lasting=True)
+        finally:
+            os.close(fd)
+
+    def put(self, tensors: dict[str, torch.Tensor]) -> Places:
+        """Writes tensors of any device; see `room_for`."""
+        places, end = {}, 0
+        for name, t in tensors.items():
+            places[name] = Place(_type_name(name, t), tuple(t.shape), end)
+            self.tensor(places[name]).copy_(t, non_blocking=True)
+            end = _aligned(end + t.nbytes)
+        for device in {t.device for t in tensors.values() if t.is_cuda}:
+            torch.cuda.current_stream(device).synchronize()
+        return places
+
+    def tensor(self, place: Place) -> torch.Tensor:
+        """Raises ProtocolError for one that does not lie within the memory."""
+        dtype = getattr(torch, place.dtype)
+        end = place.offset + math.prod(place.shape) * dtype.itemsize
+        try:
+            if end > len(self.bytes):
+                raise ProtocolError(f"a tensor ends at byte {end} of {len(self.bytes)} of shared memory")
+            return self.bytes[place.offset : end].view(dtype).view(place.shape)
+        except (RuntimeError, OverflowError, TypeError) as error:
+            raise ProtocolError(f"shared memory holds no tensor {place}: {error}") from error
+
+    def pin(self) -> None:
+        """Pins it, once, so that GPUs' copy engines reach it. Where CUDA cannot, the log says so: copies are slow
+        then."""
+        if self._pinned is not None:
+            return
+        torch.cuda.current_stream().synchronize()  # this thread has a CUDA context from now on
+        address, size = self.bytes.data_ptr(), len(self.bytes)
+        # Not the runtime's cudaHostRegister: torch's next kernel would be blamed for its failure.
+        code = _driver().cuMemHostRegister_v2(ctypes.c_void_p(address), ctypes.c_size_t(size), _PORTABLE)
+        if code != 0:
+            log.warning("%.2f GB of shared memory cannot be pinned (CUDA error %d): copies are slow", size / 1e9, code)
+        # At the process' end CUDA is gone first.
+        self._pinned = weakref.finalize(self, _unpin, address if code == 0 else None)
+        self._pinned.atexit = False
+
+    def unpin(self) -> None:
+        """Before the memory goes; what goes pinned cannot be pinned again where it was."""
+        if self._pinned is not None:
+            self._pinned()
+            self._pinned = None
+
+
+def room_for(tensors: dict[str, torch.Tensor]) -> int:
+    """Bytes that `SharedMemory.put` takes."""
+    return sum(_aligned(t.nbytes) for t in tensors.values())
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _type_name(name: str, tensor: torch.Tensor) -> str:
+    kind = str(tensor.dtype).removeprefix("torch.")
+    if kind not in _TYPES:
+        raise ProtocolError(f"tensor {name!r} is {tensor.dtype}, which does not travel")
+    return kind
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _unpin(address: int | None) -> None:
+    if address is None:
+        return
+    torch.cuda.synchronize()
+    code = _driver().cuMemHostUnregister(ctypes.c_void_p(address))
+    if code != 0:
+        log.warning("shared memory could not be unpinned (CUDA error %d)", code)

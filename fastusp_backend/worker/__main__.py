@@ -37,7 +37,7 @@ def _work(run_dir: Path) -> None:
     else:
         dist.init_process_group("gloo")
         name = f"cpu ({torch.get_num_threads()} threads)"
-    crew = Crew()
+    crew = Crew(pins=device.type == "cuda")
     log.info("rank %d of %d on %s", crew.rank, crew.size, name)
     members = [json.loads(x) for x in crew.gather(json.dumps([name, os.getpid()]))]
     control = None

@@ -6,21 +6,34 @@ Waiting for the next request is part of the job here, so the group's timeout is 
 import os
 from datetime import timedelta
 
+import msgspec
 import safetensors.torch
 import torch
 import torch.distributed as dist
 
-from ..protocol import map_tensors, share_tensors
+from ..protocol import Places, SharedMemory, SharedTensors
 
-MAPPED = 1 << 20
-"""Tensors of this many bytes together, such as a LoRA or a ControlNet's, are mapped by all ranks rather than sent to
-each."""
+_SHARED = b"S"
+"""In front of a `_Where`; no safetensors file starts so: its first byte is a multiple of 8."""
+
+
+class _Where(msgspec.Struct, frozen=True):
+    """path: of a descriptor of the memory; None for the lasting memory that all ranks have mapped."""
+
+    path: str | None
+    lasting: bool
+    places: Places
 
 
 class Crew:
-    """All ranks of a pool. Every method is collective: all ranks call it in the same order."""
+    """All ranks of a pool. Every method is collective: all ranks call it in the same order.
 
-    def __init__(self):
+    pins: lasting memory is pinned, for GPUs.
+    """
+
+    def __init__(self, *, pins: bool):
+        self._pins = pins
+        self._lasting: SharedMemory | None = None
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
 
@@ -40,24 +53,48 @@ class Crew:
         return payload if payload is not None else data.numpy().tobytes()
 
     def share_tensors(self, tensors: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
-        """Rank 0's tensors (contiguous, on the CPU), on every rank; the others pass None."""
-        if self.size == 1:
-            return tensors
-        if tensors is None:
-            blob = self.share(None)
-            if not blob.startswith(b"/"):  # no safetensors file does: its first byte is a multiple of 8
-                return safetensors.torch.load(blob) if blob else {}
-            fd = os.open(blob, os.O_RDONLY | os.O_CLOEXEC)
-            tensors = map_tensors(fd)
-        elif sum(t.nbytes for t in tensors.values()) < MAPPED:
+        """Rank 0's tensors (contiguous, on the CPU), on every rank; the others pass None. Those in shared memory are
+        mapped by all. What lies in lasting memory is there until the request is answered."""
+        if self.size > 1:
+            tensors = self._receive_tensors() if tensors is None else self._send_tensors(tensors)
+        if isinstance(tensors, SharedTensors) and tensors.memory.lasting and tensors.memory is not self._lasting:
+            self.unmap()
+            self._lasting = tensors.memory
+            if self._pins:
+                self._lasting.pin()
+        return tensors
+
+    def unmap(self) -> None:
+        """Lets go of lasting memory."""
+        if self._lasting is not None:
+            self._lasting.unpin()
+            self._lasting = None
+
+    def _send_tensors(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if not isinstance(tensors, SharedTensors):
             self.share(safetensors.torch.save(tensors) if tensors else b"")
             return tensors
-        else:
-            fd = share_tensors(tensors)
-            self.share(f"/proc/{os.getpid()}/fd/{fd}".encode())
-        self.gather("")  # all have opened it
-        os.close(fd)
+        memory = tensors.memory
+        path = None if memory is self._lasting else f"/proc/{os.getpid()}/fd/{memory.fd}"
+        self.share(_SHARED + msgspec.msgpack.encode(_Where(path, memory.lasting, tensors.places)))
+        if path is not None:
+            self.gather("")  # all have opened it
         return tensors
+
+    def _receive_tensors(self) -> dict[str, torch.Tensor]:
+        blob = self.share(None)
+        if not blob.startswith(_SHARED):
+            return safetensors.torch.load(blob) if blob else {}
+        where = msgspec.msgpack.decode(blob[1:], type=_Where)
+        if where.path is None:
+            return SharedTensors(self._lasting, where.places)
+        fd = os.open(where.path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            memory = SharedMemory(fd, lasting=where.lasting)
+        finally:
+            os.close(fd)
+        self.gather("")
+        return SharedTensors(memory, where.places)
 
     def agree(self, stop: bool) -> bool:
         """Rank 0's answer, on every rank."""

@@ -15,17 +15,17 @@ import torch
 from ..engine import BatchedDenoiser, Engine
 from ..errors import Cancelled, FastUSPError, LayoutError, PatchesLost, RequestError
 from ..models.family import NO_RESIDUALS, Conditioning, Residuals
-from ..protocol import Done, Evaluate, Failed, Held, Park, Patch, Phase, Release, Sample, Shutdown, Step
+from ..protocol import Done, Evaluate, Failed, Held, Park, Patch, Phase, Release, Sample, Shutdown, Step, Unmap
 from ..protocol.messages import Request
 from ..sampling import SAMPLERS, GuidedModel, Inpainting, StepState
 from .control import Control
 from .crew import Crew
 from .memory import EVALUATING, LOADING, PARKING, PATCHING, PREPARING, explain, is_out_of_memory, out_of_memory_in
-from .tensors import OPTIONAL, Tensors, conditioning_of, like, residuals_of, take
+from .tensors import CONTROL, OPTIONAL, Tensors, conditioning_of, like, residuals_of, take
 
 log = logging.getLogger(__name__)
 
-Work = Sample | Evaluate | Patch | Release | Park | Shutdown
+Work = Sample | Evaluate | Patch | Release | Park | Unmap | Shutdown
 
 IN_FLIGHT = 2
 """Evaluations that a GPU may have before it, the running one too: it never waits for its CPU, and a cancel is felt."""
@@ -51,7 +51,12 @@ class Runner:
             message, tensors = self._next()
             if isinstance(message, Shutdown):
                 return
+            if isinstance(message, Unmap):
+                self._crew.unmap()
+                self._reply(Done(id=message.id))
+                continue
             if isinstance(message, Release):
+                self._crew.unmap()
                 self._engine.release()
                 self._kept.clear()
                 self._conditionings.clear()
@@ -93,7 +98,11 @@ class Runner:
             message = self._work.decode(body)
         if isinstance(message, Patch):  # each is moved when its turn comes
             return message, tensors
-        return message, {name: t.to(self._engine.device) for name, t in tensors.items()}
+        # A ControlNet's stay where they are: each rank takes its own tokens' part. What is kept must not.
+        device = self._engine.device
+        return message, {
+            name: t if name.startswith(CONTROL) else t.to(device, copy=True) for name, t in tensors.items()
+        }
 
     def _reply(self, message, tensors: Tensors | None = None) -> None:
         if self._control is not None:

@@ -10,6 +10,9 @@ Tensors = dict[str, torch.Tensor]
 OPTIONAL = ("y", "guidance", "concat")
 """Tensors of a prompt beside its context and references."""
 
+CONTROL = "control."
+"""In front of the numbers of a ControlNet's tensors."""
+
 
 def take(tensors: Tensors, name: str) -> torch.Tensor:
     if name not in tensors:
@@ -42,6 +45,6 @@ def conditioning_of(tensors: Tensors, prefix: str, reference_method: str | None)
 def residuals_of(control: dict[str, list[int | None]], tensors: Tensors) -> Residuals:
     last = max((n for places in control.values() for n in places if n is not None), default=-1)
     return Residuals(
-        tuple(take(tensors, f"control.{n}") for n in range(last + 1)),
+        tuple(take(tensors, f"{CONTROL}{n}") for n in range(last + 1)),
         *(tuple(control.get(kind, ())) for kind in ("input", "output")),
     )

@@ -9,6 +9,7 @@ from fastusp_backend.devices import Devices
 from fastusp_backend.errors import Cancelled
 from fastusp_backend.models.synthetic import write_flux
 from fastusp_backend.pool import Pool, Progress, Prompt, Session
+from fastusp_backend.protocol import channel
 
 pytestmark = [
     pytest.mark.gpu,
@@ -70,6 +71,43 @@ def test_a_cancel_is_felt_and_the_pool_stays(pool, spec):
     assert len(seen) < 5000
     sample(pool, spec, ONE)
     assert pool.status()["pids"] == pids
+
+
+def controlled(pool: Pool, spec, layout: Layout, residuals: torch.Tensor, settings: Settings) -> torch.Tensor:
+    """One evaluation with a ControlNet's residuals: (3, tokens, hidden)."""
+    given, (one, two, three) = inputs(SMALL, text=24, size=(62, 66), seed=3), residuals.split(1)
+    session = Session(pool, spec, (layout,), settings)
+    prompt = Prompt(given.context, given.y, given.guidance)
+    return session.evaluate(given.x, given.timestep, prompt, Progress(), {"input": [one, two], "output": [None, three]})
+
+
+def held_against_inline(pool: Pool, spec, layout: Layout, monkeypatch) -> None:
+    """What travels through pinned memory, evaluation after evaluation, arrives as what travels inside messages does."""
+    sent = [torch.randn(3, 31 * 33, SMALL.hidden, generator=torch.Generator().manual_seed(n)) for n in range(4)]
+    got = [controlled(pool, spec, layout, t.cuda(), Settings()) for t in (*sent, *sent)]
+    lasting = pool._workers.channel._lasting
+    assert lasting.bytes.is_pinned()
+    with monkeypatch.context() as patch:
+        patch.setattr(channel, "INLINE_LIMIT", 1 << 40)
+        expected = [controlled(pool, spec, layout, t, Settings()) for t in sent]
+    for n, velocity in enumerate(got):
+        assert relative_difference(velocity, expected[n % 4]) < 1e-3
+    assert relative_difference(expected[0], expected[1]) > 0.05
+    pool.release()
+    assert not lasting.bytes.is_pinned()
+
+
+def test_control_through_pinned_memory(pool, spec, monkeypatch):
+    held_against_inline(pool, spec, ONE, monkeypatch)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_control_on_two_gpus(spec, monkeypatch):
+    two = Pool(Devices(ranks=2, gpus=(0, 1)))
+    try:
+        held_against_inline(two, spec, Layout(ulysses=2, ring=1), monkeypatch)
+    finally:
+        two.close()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

@@ -3,13 +3,11 @@
 from dataclasses import replace
 
 import pytest
-import torch
 from conftest import SMALL
-from safetensors.torch import save_file
-from workflows import DEV, STEPPING, Comparison, Graph, Link
+from controlnets import NARROW, applied, write_union, write_xlabs
+from workflows import DEV, STEPPING, Comparison, difference
 
-from fastusp_backend.models.flux import Flux
-from fastusp_backend.models.synthetic import random_state, write_flux
+from fastusp_backend.models.synthetic import write_flux
 
 pytestmark = pytest.mark.host
 
@@ -88,35 +86,7 @@ def test_channels(host, channels):
 
 @pytest.fixture(scope="module")
 def control_net(host):
-    """A small ControlNet of XLabs' kind: it needs no VAE, and ComfyUI repeats its one block's residual 19 times."""
-    hidden, generator = SMALL.hidden, torch.Generator().manual_seed(7)
-    with torch.device("meta"):
-        model = Flux(SMALL)
-    state = random_state(model, seed=3, dtype=torch.float32)
-    left_out = ("single_blocks", "final_layer")
-    tensors = {Flux.file_key(name): t for name, t in state.items() if not name.startswith(left_out)}
-
-    def add(name: str, *shape: int) -> None:
-        tensors[f"{name}.weight"] = torch.randn(shape, generator=generator) * torch.tensor(shape[1:]).prod() ** -0.5
-        tensors[f"{name}.bias"] = torch.randn(shape[0], generator=generator) * 0.02
-
-    add("controlnet_blocks.0", hidden, hidden)
-    add("pos_embed_input", hidden, 64)
-    for number in range(8):
-        add(f"input_hint_block.{2 * number}", 16, 16 if number else 3, 3, 3)
-    folder = host.base / "models/controlnet"
-    folder.mkdir(exist_ok=True)
-    save_file(tensors, folder / "control.safetensors")
-    return "control.safetensors"
-
-
-def applied(graph: Graph, file: str, positive: Link, negative: Link, **options) -> tuple[Link, Link]:
-    net = graph.node("ControlNetLoader", control_net_name=file)
-    image = graph.node("EmptyImage", width=64, height=64, batch_size=1, color=0x40A0F0)
-    options = {"strength": 0.8, "start_percent": 0.0, "end_percent": 1.0} | options
-    both = {"positive": positive, "negative": negative}
-    positive = graph.node("ControlNetApplyAdvanced", **both, control_net=net, image=image, **options)
-    return positive, [positive[0], 1]
+    return write_xlabs(host.base / "models/controlnet")
 
 
 def test_control_net(host, control_net):
@@ -136,6 +106,34 @@ def test_control_net(host, control_net):
         # ComfyUI's own ControlNet takes no odd number of latent pixels.
         control.both(label, **inputs, latent_image=graph.empty(80, 112), where=STEPPING)
     control.check(host)
+
+
+def test_union_control_nets(host):
+    """Several residuals, each for some blocks; on a part of the steps alone; two ControlNets on one prompt."""
+    models = host.base / "models"
+    write_flux(str(models / "diffusion_models/narrow.safetensors"), NARROW, seed=2)
+    union = write_union(models / "controlnet")
+    control = Both()
+    graph = control.graph
+    plain, other = graph.prompt(1, 7), graph.prompt(2, 5)
+    common = {"vae": "image", "strength": 0.6}
+    positive, negative = applied(graph, union, plain, other, mode="depth", **common)
+    late = applied(graph, union, plain, other, mode="auto", start_percent=0.3, end_percent=0.7, **common)[0]
+    two = applied(graph, union, positive, negative, mode="openpose", **common)
+    latent = graph.empty(80, 112)
+    for label, inputs in (
+        ("cfg", {"positive": positive, "negative": negative, "cfg": 2.0}),
+        ("late", {"positive": late}),
+        ("two", {"positive": two[0], "negative": two[1]}),
+    ):
+        control.both(label, file="narrow.safetensors", **inputs, latent_image=latent, where=STEPPING)
+    stock = graph.stock("narrow.safetensors")
+    runs = [graph.sample(stock, steps=4, positive=p, latent_image=latent) for p in (plain, late, positive, two[0])]
+    saved = [graph.save(run) for run in runs]
+    latents = control.check(host).latents
+    for one, another in zip(saved, saved[1:], strict=False):
+        assert difference(latents[one], latents[another]) > 1e-2  # they all count
+    (models / "diffusion_models/narrow.safetensors").unlink()
 
 
 def test_control_after_single_blocks_and_other_parts(host):

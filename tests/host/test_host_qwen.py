@@ -1,11 +1,12 @@
 """Qwen-Image gives the same latents as stock UNETLoader + KSampler, and refuses what only its variants take."""
 
+import controlnets
 import loras
 import pytest
 import torch
 from comfy import PromptFailed
 from safetensors.torch import load_file, save_file
-from workflows import QWEN_IMAGE, STEPPING, Comparison, Graph
+from workflows import QWEN_IMAGE, STEPPING, Comparison, Graph, difference
 
 pytestmark = [pytest.mark.host, pytest.mark.any_host]
 
@@ -77,8 +78,8 @@ def test_loras(host, qwen):
 REFERENCES = ((48, 80), (72, 56))
 
 
-def test_references_and_control(host, qwen):
-    """Qwen-Image-Edit's references, as the host's node says and as the model has it by itself; ControlNet residuals."""
+def test_references(host, qwen):
+    """Qwen-Image-Edit's, as the host's node says and as the model has it by itself."""
     edit = Comparison()
     graph = edit.graph
     stock, usp = graph.stock(qwen), graph.usp("cpu:2", file=qwen)
@@ -87,14 +88,12 @@ def test_references_and_control(host, qwen):
     beside = graph.referring(plain, *REFERENCES, method="offset", framed=True)
     area = graph.node("ConditioningSetArea", conditioning=one, width=64, height=64, x=8, y=32, strength=1.0)
     combined = graph.node("ConditioningCombine", conditioning_1=area, conditioning_2=other)
-    control = graph.node("TestAppliedControl", conditioning=plain, hidden=QWEN_IMAGE.hidden, blocks=2)
     loop = "loop in the workers"
     for label, inputs, where in (
         ("index", {"positive": two}, loop),
         ("offset", {"positive": beside}, loop),
         ("cfg, one and none", {"positive": one, "negative": other, "cfg": 2.5}, loop),
         ("stepping", {"positive": two, "sampler_name": "uni_pc"}, STEPPING),
-        ("control", {"positive": control}, STEPPING),
         ("area", {"positive": combined}, STEPPING),
     ):
         inputs = {"steps": 2, "latent_image": graph.empty(72, 112), "negative": other} | inputs
@@ -103,10 +102,42 @@ def test_references_and_control(host, qwen):
     edit.check(host)
 
 
+def test_control_nets(host, qwen):
+    """One, and a second one for the last step alone."""
+    models = host.base / "models"
+    net = controlnets.write_qwen(models / "controlnet", models / "diffusion_models" / qwen)
+    control = Comparison()
+    graph = control.graph
+    stock, usp = graph.stock(qwen), graph.usp("cpu:2", file=qwen)
+    plain, other = prompt(graph, 7), prompt(graph, 5)
+    common = {"vae": "framed", "strength": 0.5}
+    one = controlnets.applied(graph, net, plain, other, **common)
+    two = controlnets.applied(graph, net, *one, start_percent=0.4, **common)
+    inputs = {"steps": 2, "latent_image": graph.empty(80, 112)}
+    for label, (positive, negative), cfg in (("one", one, 1.0), ("two, cfg", two, 2.5)):
+        given = inputs | {"positive": positive, "negative": negative, "cfg": cfg}
+        got, want = (graph.sample(model, **given) for model in (usp, stock))
+        control.add(label, got, want, STEPPING)
+    runs = [graph.save(graph.sample(stock, **inputs, positive=p, negative=other)) for p in (plain, one[0])]
+    latents = control.check(host).latents
+    assert difference(*(latents[run] for run in runs)) > 1e-2  # it counts
+    (models / "controlnet" / net).unlink()
+
+
 def skip_old(host, what: str) -> None:
     """Skips on a ComfyUI from before Qwen-Image-Edit 2511."""
     if "index_timestep_zero" not in str(host.get("/object_info/FluxKontextMultiReferenceLatentMethod")):
         pytest.skip(f"this ComfyUI {what}")
+
+
+def test_a_control_net_that_needs_the_models_weights_is_refused(host, qwen):
+    skip_old(host, "knows no Fun ControlNets")
+    graph, net = Graph(), controlnets.write_qwen_fun(host.base / "models/controlnet")
+    positive, negative = controlnets.applied(graph, net, prompt(graph, 6), prompt(graph, 6), vae="framed")
+    graph.save(graph.sample(graph.usp(file=qwen), positive=positive, negative=negative, steps=2))
+    with pytest.raises(PromptFailed) as refused:
+        host.run(graph)
+    assert "needs the model's own weights (Qwen-Image Fun)" in refused.value.text
 
 
 def test_references_at_timestep_zero(host, qwen):

@@ -6,6 +6,8 @@ import os
 import pytest
 import torch
 from channels import (
+    CONTENT,
+    PLACES,
     SENTINEL,
     SHARED,
     TO_CLIENT,
@@ -15,11 +17,10 @@ from channels import (
     frame,
     header,
     memory,
-    tensor_file,
 )
 from support import open_descriptors, randn
 
-from fastusp_backend.protocol import Done
+from fastusp_backend.protocol import Done, SharedMemory, SharedTensors
 from fastusp_backend.protocol.channel import INLINE_LIMIT
 
 pytestmark = pytest.mark.unit
@@ -70,6 +71,52 @@ def test_large_tensors_travel_in_shared_memory_and_outlive_the_sender():
     assert torch.equal(arrived["x"], sent)
 
 
+def test_lasting_memory_travels_once(pair):
+    """Until larger tensors come, or either end lets go of it."""
+    large = {"x": randn(300, 1024, seed=0), "y": randn(7, seed=1).bfloat16()}
+    held = []
+
+    def arrive(tensors, *, new: bool) -> None:
+        pair.client.send(SENTINEL, tensors, lasting=True)
+        _, arrived = pair.worker.receive()
+        assert arrived.keys() == tensors.keys()
+        assert all(torch.equal(arrived[name], t) for name, t in tensors.items())
+        assert (not held or arrived.memory is not held[-1].memory) is new
+        held.append(arrived)
+
+    arrive(large, new=True)
+    arrive({name: t + 1 for name, t in large.items()}, new=False)
+    assert torch.equal(held[0]["x"], large["x"] + 1)  # the same bytes
+    pair.client.send(SENTINEL, {"x": large["y"]}, lasting=True)
+    assert type(pair.worker.receive()[1]) is dict  # small ones travel inline
+    arrive({"x": large["x"][:100]}, new=False)
+    arrive({"x": large["x"].repeat(2, 1)}, new=True)
+    arrive({"x": large["x"].T}, new=False)
+    pair.client.send(SENTINEL, large)
+    assert not pair.worker.receive()[1].memory.lasting
+    arrive(large, new=False)
+    pair.client.forget()
+    arrive(large, new=True)
+
+
+def test_lasting_memory_that_the_receiver_has_let_go_of_is_missed(pair):
+    large = {"x": torch.ones(INLINE_LIMIT)}
+    pair.client.send(SENTINEL, large, lasting=True)
+    assert pair.worker.receive()[1].memory.lasting
+    gc.collect()
+    pair.client.send(SENTINEL, large, lasting=True)
+    assert_refused_in_place(pair)
+
+
+def test_what_a_receiver_writes_to_other_memory_is_its_own(pair):
+    large = {"x": torch.ones(INLINE_LIMIT)}
+    pair.client.send(SENTINEL, large)
+    _, arrived = pair.worker.receive()
+    again = SharedTensors(SharedMemory(arrived.memory.fd, lasting=False), arrived.places)
+    arrived["x"].zero_()
+    assert torch.equal(again["x"], large["x"])
+
+
 def test_tensors_on_the_same_memory_arrive(pair):
     x = randn(4, 6, seed=3)
     pair.client.send(SENTINEL, {"whole": x, "again": x, "part": x[1:3]})
@@ -112,13 +159,17 @@ def test_no_descriptor_leaks(tmp_path):
         for _ in range(10):
             pair.client.send(SENTINEL, large)
             assert pair.worker.receive()[0] == SENTINEL
-            for content, sealed in ((tensor_file(), False), (b"garbage", True)):
+            pair.client.send(SENTINEL, large, lasting=True)
+            held = pair.worker.receive()
+            assert held[0] == SENTINEL
+            for content, sealed in ((CONTENT, False), (b"garbage", True)):
                 fd = memory(content, sealed=sealed)
-                pair.send_with(fd, frame(SENTINEL, carrier=SHARED))
+                pair.send_with(fd, frame(SENTINEL, carrier=SHARED, blob=PLACES))
                 assert_refused_in_place(pair)
                 pair.send_with(fd, header(9, 0))
                 os.close(fd)
                 assert_refused_in_place(pair)
         pair.close()
+    del held
     gc.collect()
     assert open_descriptors() == before

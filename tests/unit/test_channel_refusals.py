@@ -3,11 +3,15 @@
 import os
 import random
 
+import msgspec
 import pytest
 import torch
 from channels import (
+    CONTENT,
     INLINE,
+    LASTING,
     NONE,
+    PLACES,
     SENTINEL,
     SHARED,
     TO_WORKER,
@@ -16,7 +20,6 @@ from channels import (
     header,
     memory,
     recorded_frame,
-    tensor_file,
 )
 from support import open_descriptors
 
@@ -104,18 +107,19 @@ def test_hostile_msgpack_is_refused(pair, body):
 @pytest.mark.parametrize(
     "lie",
     [
-        frame(SENTINEL, carrier=SHARED),
+        frame(SENTINEL, carrier=SHARED, blob=PLACES),
+        frame(SENTINEL, carrier=LASTING, blob=PLACES),
         frame(SENTINEL, carrier=SHARED, blob=b"12345678"),
         frame(SENTINEL, carrier=INLINE),
         frame(SENTINEL, carrier=NONE, blob=b"12345678"),
         frame(SENTINEL, carrier=INLINE, blob=b"\xff" * 64),
         frame(SENTINEL, carrier=INLINE, blob=(2**62).to_bytes(8, "little") + b"{}"),
-        frame(SENTINEL, carrier=3),
+        frame(SENTINEL, carrier=4),
         frame(SENTINEL, carrier=255),
         header(NONE, 2**32 - 1) + b"\x80",
         header(NONE, 1, magic=b"fu") + b"\x80",
     ],
-    ids=["no fd", "no fd, blob", "no blob", "blob", "garbage", "huge", "carrier 3", "carrier 255", "length", "magic"],
+    ids="no fd|nothing lasts|no fd, blob|no blob|blob|garbage|huge|carrier 4|carrier 255|length|magic".split("|"),
 )
 def test_a_header_that_lies_is_refused(pair, lie):
     pair.send_bytes(lie)
@@ -133,40 +137,63 @@ def test_a_header_that_lies_is_refused(pair, lie):
         b'{"x":{"dtype":"F32","shape":[-2],"data_offsets":[0,8]}}',
     ],
 )
-@pytest.mark.parametrize("carrier", [INLINE, SHARED])
-def test_tensors_that_lie_are_refused(pair, blob, carrier):
+def test_tensors_that_lie_are_refused(pair, blob):
     blob = len(blob).to_bytes(8, "little") + blob + b"12345678"
-    if carrier == INLINE:
-        pair.send_bytes(frame(SENTINEL, carrier=INLINE, blob=blob))
-    else:
-        fd = memory(blob, sealed=True)
-        pair.send_with(fd, frame(SENTINEL, carrier=SHARED))
-        os.close(fd)
+    pair.send_bytes(frame(SENTINEL, carrier=INLINE, blob=blob))
+    assert_refused_in_place(pair)
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        {"x": ["float32", [4], 0]},
+        {"x": ["float32", [3], 4]},
+        {"x": ["float32", [3], 1 << 62]},
+        {"x": ["float32", [2], 2]},
+        {"x": ["float32", [3], -12]},
+        {"x": ["float32", [-3], 0]},
+        {"x": ["float32", [1 << 40, 1 << 40], 0]},
+        {"x": ["float32", [0, 1 << 63], 0]},
+        {"x": ["float99", [3], 0]},
+        {"x": ["load", [3], 0]},
+        {"x": ["float32", [3], 0, 1]},
+        {"x": ["float32", [3]]},
+        {3: ["float32", [3], 0]},
+        [["float32", [3], 0]],
+        None,
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("carrier", [SHARED, LASTING])
+def test_places_that_lie_are_refused(pair, places, carrier):
+    fd = memory(CONTENT, sealed=True)
+    pair.send_with(fd, frame(SENTINEL, carrier=carrier, blob=msgspec.msgpack.encode(places)))
+    os.close(fd)
     assert_refused_in_place(pair)
 
 
 def test_a_crafted_descriptor_is_taken_when_it_is_sealed(pair):
     """The tests of refused descriptors below differ from this one in the descriptor alone."""
-    fd = memory(tensor_file(), sealed=True)
-    pair.send_with(fd, frame(SENTINEL, carrier=SHARED))
+    fd = memory(CONTENT, sealed=True)
+    pair.send_with(fd, frame(SENTINEL, carrier=SHARED, blob=PLACES))
     os.close(fd)
     message, tensors = pair.worker.receive()
     assert message == SENTINEL and torch.equal(tensors["x"], torch.ones(3))
 
 
-@pytest.mark.parametrize("kind", ["unsealed", "file", "pipe", "empty", "garbage"])
+@pytest.mark.parametrize("kind", ["unsealed", "file", "pipe", "empty", "short"])
 def test_other_descriptors_are_refused(pair, tmp_path, kind):
     spare = []
     if kind == "file":
-        (tmp_path / "file").write_bytes(tensor_file())
+        (tmp_path / "file").write_bytes(CONTENT)
         fd = os.open(tmp_path / "file", os.O_RDONLY)
     elif kind == "pipe":
         fd, other = os.pipe()
         spare.append(other)
     else:
-        content = {"unsealed": tensor_file(), "empty": b"", "garbage": b"\xff" * 100}[kind]
+        content = {"unsealed": CONTENT, "empty": b"", "short": CONTENT[:8]}[kind]
         fd = memory(content, sealed=kind != "unsealed")
-    pair.send_with(fd, frame(SENTINEL, carrier=SHARED))
+    pair.send_with(fd, frame(SENTINEL, carrier=SHARED, blob=PLACES))
     for open_fd in (fd, *spare):
         os.close(open_fd)
     assert_refused_in_place(pair)
@@ -176,7 +203,7 @@ def test_other_descriptors_are_refused(pair, tmp_path, kind):
     "start", [header(SHARED, 10, magic=b"XX"), header(SHARED, 99), header(7, 10), header(NONE, 10)]
 )
 def test_a_refused_header_takes_its_descriptor_along(pair, start):
-    fd = memory(tensor_file(), sealed=True)
+    fd = memory(CONTENT, sealed=True)
     before = open_descriptors()
     pair.send_with(fd, start + b"\xc0" * 10)
     assert_refused_in_place(pair)

@@ -12,7 +12,7 @@ from fastusp_backend.errors import Cancelled, RequestError
 from fastusp_backend.pool.kept import KEPT_TENSORS, KeptTensors
 from fastusp_backend.pool.patches import HeldPatches
 from fastusp_backend.pool.pool import QUIET
-from fastusp_backend.pool.session import Prompt, Session
+from fastusp_backend.pool.session import Prompt, Session, _distinct
 from fastusp_backend.pool.workers import worker_environment
 
 pytestmark = pytest.mark.unit
@@ -100,6 +100,19 @@ def test_control_travels_once_a_tensor_in_the_compute_type():
     assert places == {"input": [0, 0, None, 1], "output": [1]}
     assert list(tensors) == ["control.0", "control.1"]
     assert all(t.dtype == torch.float32 for t in tensors.values()) and torch.equal(tensors["control.1"], two.float())
+
+
+def test_equal_control_travels_once():
+    """ComfyUI adds up two ControlNets' tensors block by block, and expands one over a batch."""
+    residuals = [torch.full((2, 4, 8), value) for value in (1.0, 2.0, 1.0)]
+    residuals[1][0, 0] = 1  # begins like the others
+    expanded = torch.ones(1, 4, 8).expand(2, 4, 8)
+    places, tensors = _distinct({"input": [*residuals, expanded], "output": [None, expanded]}, torch.float32)
+    assert places == {"input": [0, 1, 0, 2], "output": [None, 2]}
+    assert [len(t) for t in tensors.values()] == [2, 2, 1]
+    assert torch.equal(tensors["control.1"], residuals[1])
+    for other in (torch.ones(2, 4, 8).double(), torch.ones(2, 8, 4), torch.tensor(1.0), torch.empty(0, 4, 8)):
+        assert _distinct({"input": [residuals[0], other]}, torch.float32)[0] == {"input": [0, 1]}
 
 
 def test_types_are_told_apart():

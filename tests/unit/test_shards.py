@@ -70,3 +70,16 @@ def test_patches(size):
             # Odd sizes wrap round: a row too many is the first one.
             patch = x[:, :, [2 * row, (2 * row + 1) % height]][..., [2 * column, (2 * column + 1) % width]]
             assert torch.equal(tokens[:, row * grid[1] + column], patch.flatten(1))
+
+
+@pytest.mark.parametrize("ulysses, ring", LAYOUTS)
+def test_what_is_held_of_an_image_stream_is_taken_without_padding(ulysses, ring):
+    layout = Layout(ulysses=ulysses, ring=ring)
+    for image in LENGTHS:
+        for length in (1, image // 2, image):  # of the stream's beginning
+            x, shards = torch.arange(1, length + 1)[None], SequenceShards(layout, 1, image)
+            parts = [shards.held_image(x, rank, dim=1) for rank in range(layout.ranks)]
+            assert torch.equal(torch.cat(parts, dim=1), x)
+            for rank, part in enumerate(parts):
+                taken = shards.take_image(x, rank, dim=1)
+                assert torch.equal(taken[:, : part.shape[1]], part) and not taken[:, part.shape[1] :].any()

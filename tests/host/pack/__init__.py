@@ -101,6 +101,35 @@ class AppliedControl:
         return ([[c, {**extra, **control}] for c, extra in conditioning],)
 
 
+class _VAE:
+    """What a ControlNet asks of a VAE: colours of 8 x 8 pixels, mixed into 16 channels."""
+
+    def __init__(self, framed: bool):
+        self.framed = framed
+
+    def spacial_compression_encode(self):
+        return 8
+
+    def encode(self, pixels):
+        mixing = torch.randn(16, 3, generator=torch.Generator().manual_seed(9))
+        colours = torch.nn.functional.avg_pool2d(pixels[..., :3].movedim(-1, 1), 8)
+        latent = torch.einsum("oc,bchw->bohw", mixing, colours.to("cpu", torch.float32))
+        return latent[:, :, None] if self.framed else latent  # framed: as Qwen-Image's gives it
+
+
+class SmallVAE:
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"framed": ("BOOLEAN", {"default": False})}}
+
+    RETURN_TYPES = ("VAE",)
+    FUNCTION = "make"
+    CATEGORY = "test"
+
+    def make(self, framed):
+        return (_VAE(framed),)
+
+
 class InpaintConditioning:
     """A prompt with the image, and the mask, that InpaintModelConditioning and InstructPixToPixConditioning give it."""
 
@@ -185,6 +214,7 @@ NODE_CLASS_MAPPINGS = {
     "TestSeededConditioning": SeededConditioning,
     "TestSeededLatent": SeededLatent,
     "TestAppliedControl": AppliedControl,
+    "TestVAE": SmallVAE,
     "TestInpaintConditioning": InpaintConditioning,
     "TestMaskedConditioning": MaskedConditioning,
     "TestReferenceMethod": ReferenceMethod,
