@@ -6,7 +6,6 @@ cuStreamWriteValue32) order the two: no SM and no CPU takes part.
 """
 
 import ctypes
-import functools
 import mmap
 import os
 import weakref
@@ -14,11 +13,11 @@ import weakref
 import torch
 import torch.distributed as dist
 
+from ..pinning import driver, pin, unpin
 from .exchange import all_gather_single, allocate_together
 from .peers import CHANNELS, Part
 
 _WAIT_EQUAL = 1
-_PORTABLE = 1
 
 
 class StagedArena:
@@ -105,9 +104,8 @@ class StagedArena:
         for process, number in owners.tolist():
             with open(f"/proc/{process}/fd/{number}", "r+b", buffering=0) as file:
                 tensors.append(torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=torch.uint8))
-            address = tensors[-1].data_ptr()
-            _check(torch.cuda.cudart().cudaHostRegister(address, size, _PORTABLE), "cudaHostRegister")
-            self._pinned.append(address)
+            _check(pin(tensors[-1]), "cuMemHostRegister")
+            self._pinned.append(tensors[-1].data_ptr())
         dist.all_reduce(torch.zeros(1), group=self._group)  # until all have opened it
         os.close(descriptor)
         return tensors
@@ -117,7 +115,7 @@ def _unpin(addresses: list[int], keep: int = 0) -> None:
     """Takes back the pinning of all but the first `keep`; memory that goes pinned cannot be pinned again where it
     was."""
     while len(addresses) > keep:
-        _check(torch.cuda.cudart().cudaHostUnregister(addresses.pop()), "cudaHostUnregister")
+        _check(unpin(addresses.pop()), "cuMemHostUnregister")
 
 
 def _typed(memory: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> torch.Tensor:
@@ -125,15 +123,10 @@ def _typed(memory: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, off
     return memory[offset : offset + size].view(dtype).view(shape)
 
 
-@functools.cache
-def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
-
-
 def _device_address(tensor: torch.Tensor) -> int:
     address = ctypes.c_uint64()
     _check(
-        _driver().cuMemHostGetDevicePointer_v2(ctypes.byref(address), ctypes.c_void_p(tensor.data_ptr()), 0),
+        driver().cuMemHostGetDevicePointer_v2(ctypes.byref(address), ctypes.c_void_p(tensor.data_ptr()), 0),
         "cuMemHostGetDevicePointer",
     )
     return address.value
@@ -142,7 +135,7 @@ def _device_address(tensor: torch.Tensor) -> int:
 def _stream_operation(name: str, address: int, value: int, flags: int) -> None:
     stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
     _check(
-        getattr(_driver(), name)(stream, ctypes.c_uint64(address), ctypes.c_uint32(value), ctypes.c_uint32(flags)), name
+        getattr(driver(), name)(stream, ctypes.c_uint64(address), ctypes.c_uint32(value), ctypes.c_uint32(flags)), name
     )
 
 

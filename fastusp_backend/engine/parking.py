@@ -4,6 +4,7 @@ On the way back each rank uploads its share and the rest comes over the link. Th
 are moved as bytes, whatever the tensors are; a tensor stays the object that it was, with another address.
 """
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,10 @@ import torch.distributed as dist
 from torch import nn
 
 from ..comm.exchange import all_gather_single
+from ..pinning import pin, unpin
 from .host_memory import available
+
+log = logging.getLogger(__name__)
 
 _ALIGNMENT = 256
 
@@ -100,8 +104,9 @@ class HostShare:
     def close(self) -> None:
         """Gives the host memory back."""
         if self._memory.numel() and self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())
+            code = unpin(self._memory.data_ptr())
+            if code != 0:
+                log.warning("parked weights' memory could not be unpinned (CUDA error %d)", code)
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._places, self._shares, self._arriving = [], [], []
 
@@ -116,10 +121,9 @@ class HostShare:
             )
         memory = torch.empty(wanted, dtype=torch.uint8)
         if self.device.type == "cuda":
-            # Not pin_memory: that rounds up to a power of two.
-            code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), wanted, 0))
+            code = pin(memory)
             if code != 0:
-                raise MemoryError(f"{_gb(wanted)} of host memory cannot be pinned (cudaHostRegister: {code})")
+                raise MemoryError(f"{_gb(wanted)} of host memory cannot be pinned (CUDA error {code})")
         self._memory = memory
 
     def _mine(self, whole: torch.Tensor, share: int) -> torch.Tensor:

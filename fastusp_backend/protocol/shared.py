@@ -4,9 +4,7 @@ Fresh memory costs more than what is copied into it: the system clears each page
 sender may keep it, and write the next request's tensors where the last one's were.
 """
 
-import ctypes
 import fcntl
-import functools
 import logging
 import math
 import os
@@ -17,13 +15,13 @@ import msgspec
 import torch
 
 from ..errors import ProtocolError
+from ..pinning import pin, unpin
 
 log = logging.getLogger(__name__)
 
 _TYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 _TYPES += ("int64", "int32", "int16", "int8", "uint8", "bool")
 _ALIGNMENT = 256
-_PORTABLE = 1
 
 
 class Place(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -107,10 +105,8 @@ class SharedMemory:
         then."""
         if self._pinned is not None:
             return
-        torch.cuda.current_stream().synchronize()  # this thread has a CUDA context from now on
         address, size = self.bytes.data_ptr(), len(self.bytes)
-        # Not the runtime's cudaHostRegister: torch's next kernel would be blamed for its failure.
-        code = _driver().cuMemHostRegister_v2(ctypes.c_void_p(address), ctypes.c_size_t(size), _PORTABLE)
+        code = pin(self.bytes)
         if code != 0:
             log.warning("%.2f GB of shared memory cannot be pinned (CUDA error %d): copies are slow", size / 1e9, code)
         # At the process' end CUDA is gone first.
@@ -140,15 +136,8 @@ def _type_name(name: str, tensor: torch.Tensor) -> str:
     return kind
 
 
-@functools.cache
-def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
-
-
 def _unpin(address: int | None) -> None:
     if address is None:
         return
-    torch.cuda.synchronize()
-    code = _driver().cuMemHostUnregister(ctypes.c_void_p(address))
-    if code != 0:
+    if code := unpin(address):
         log.warning("shared memory could not be unpinned (CUDA error %d)", code)
