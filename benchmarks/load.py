@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from fastusp_backend.config import ModelSpec
 from fastusp_backend.engine.loading import Checkpoint
+from fastusp_backend.engine.parking import held_bytes
 from fastusp_backend.models.flux import Flux
 from fastusp_backend.models.synthetic import FLUX_DEV
 
@@ -80,7 +81,8 @@ def main() -> None:
         torch.cuda.reset_peak_memory_stats()
         before = resident()
         started = time.perf_counter()
-        checkpoint = Checkpoint(ModelSpec.of_file(str(path), storage=a.storage, compute="bfloat16"))
+        spec = ModelSpec.of_file(str(path), storage=a.storage, compute="bfloat16")
+        checkpoint = Checkpoint(spec, rank, world)
         described = time.perf_counter()
         checkpoint.allocate(device, dist.group.WORLD if world > 1 else None)
         allocated = time.perf_counter()
@@ -89,7 +91,7 @@ def main() -> None:
         read = time.perf_counter()
         after, peak = resident(), torch.cuda.max_memory_allocated()
         grown = {name: (after[name] - before[name]) / 2**20 for name in after}
-        held = sum(t.nbytes for t in model.parameters())
+        held = held_bytes(model)
         print(
             f"RESULT turn {turn} rank {rank}: {read - started:6.2f} s (header {described - started:.2f}, room "
             f"{allocated - described:.2f}), {size / (read - allocated) / 1e9:5.1f} GB/s; RSS {grown['VmRSS']:+.0f} "

@@ -28,7 +28,8 @@ def evaluation(model: Transformer, mesh: Mesh, transport: Transport, variant: Va
     def run() -> torch.Tensor:
         if variant.every_step:
             for prompt in given.prompts:
-                model.modulation_table(timesteps, prompt, dtype)
+                active = model.modulation_input(timesteps, prompt, dtype)
+                torch.cat([layer(active) for layer in model.modulations()], dim=-1)
         return torch.stack(batched(given.x, given.timestep, given.prompts, lambda: None))
 
     return run

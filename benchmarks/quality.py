@@ -21,7 +21,7 @@ from ours import held_by_rows
 from fastusp_backend.comm.mesh import make_mesh, single_rank_mesh
 from fastusp_backend.comm.transport import Transport
 from fastusp_backend.config import Layout, Settings
-from fastusp_backend.engine import Denoiser
+from fastusp_backend.engine import BatchedDenoiser, Denoiser
 from fastusp_backend.models.family import Transformer
 
 TIMESTEPS = (0.95, 0.6, 0.2)
@@ -65,11 +65,15 @@ def rank(a: argparse.Namespace) -> None:
 
     @torch.inference_mode()
     def results(model, mesh, transport, settings: Settings) -> list[torch.Tensor]:
-        denoiser = Denoiser(model, mesh, transport, settings, dtype)
-        found = [denoiser(given.x, torch.tensor([t]), prompt).float().clone() for t in TIMESTEPS]
+        batched = BatchedDenoiser(Denoiser(model, mesh, transport, settings, dtype))
+
+        def velocity(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            return batched(x, timestep, [prompt], lambda: None)[0].float()
+
+        found = [velocity(given.x, torch.tensor([t])) for t in TIMESTEPS]
         x, sigmas = given.x.float(), torch.linspace(1, 0, a.steps + 1)
         for now, after in zip(sigmas, sigmas[1:], strict=False):
-            x = x + (after - now).item() * denoiser(x, now[None], prompt).float()
+            x = x + (after - now).item() * velocity(x, now[None])
         return [*found, x]
 
     for weights in ("N(0, 1 / fan_in)", "with outlier channels"):

@@ -13,9 +13,10 @@ from dataclasses import replace
 import torch
 
 from ..fastusp_backend.errors import FastUSPError
+from ..fastusp_backend.models.holding import rank_bytes
 from ..fastusp_backend.models.patchify import PATCH
 from ..fastusp_backend.pool import Prompt, Session
-from ..fastusp_backend.weights.checkpoint import TensorInfo, weight_bytes
+from ..fastusp_backend.weights.checkpoint import TensorInfo
 from . import memory
 from .comfyui import (
     ModelPatcher,
@@ -271,7 +272,7 @@ def _no_weights(*_args, **_kwargs):
 def remote_model(session: Session, header: dict[str, TensorInfo]) -> RemotePatcher:
     """The MODEL for `session`. header: the file's tensors, from which ComfyUI detects its half of the model.
 
-    Raises FastUSPError where this ComfyUI does not know the file's sizes.
+    Raises FastUSPError where this ComfyUI does not know the file's sizes, or the file is incomplete.
     """
     compute = getattr(torch, session.model.compute)
     meta = meta_tensors(header)
@@ -287,7 +288,8 @@ def remote_model(session: Session, header: dict[str, TensorInfo]) -> RemotePatch
     config.set_inference_dtype(compute, None)
     model = config.get_model(meta, "")
     model.diffusion_model = transformer(session, config.process_unet_state_dict(dict(header)), compute, detected)
-    model.fastusp_session, model.fastusp_nbytes = session, weight_bytes(header, session.spec)
+    model.fastusp_session = session
+    model.fastusp_nbytes = rank_bytes(header, session.spec, session.pool.devices.ranks)
     model.state_dict_for_saving = _no_weights  # would be a file of meta tensors
     device = model_management.get_torch_device()
     # Where no worker has ComfyUI's GPU, an evaluation takes none of its memory. By a weak reference: ComfyUI expects a

@@ -5,7 +5,11 @@ from dataclasses import dataclass
 
 import torch
 
-from fastusp_backend.config import ModelSpec
+from fastusp_backend.comm.mesh import single_rank_mesh
+from fastusp_backend.comm.transport import Transport
+from fastusp_backend.config import ModelSpec, Settings
+from fastusp_backend.engine import BatchedDenoiser, Denoiser
+from fastusp_backend.models.family import NO_RESIDUALS, Conditioning, Residuals, Transformer
 from fastusp_backend.models.flux import FluxConfig
 from fastusp_backend.models.qwen_image import QwenImageConfig
 
@@ -51,6 +55,21 @@ def inputs(
         y=randn(batch, config.pooled, seed=seed + 2) if flux else None,
         guidance=torch.full((batch,), 3.5) if flux else None,
     )
+
+
+class OneRank(BatchedDenoiser):
+    """velocity = one_rank(x, timestep, prompt): a model on one rank, one prompt at a time."""
+
+    def __init__(
+        self, model: Transformer, settings: Settings | None = None, dtype: torch.dtype = torch.float32, device="cpu"
+    ):
+        mesh = single_rank_mesh(torch.device(device))
+        super().__init__(Denoiser(model, mesh, Transport(mesh), settings or Settings(), dtype))
+        self.model, self.steps = model, self.denoiser._steps
+
+    def __call__(self, x, timestep, prompt: Conditioning, control: Residuals = NO_RESIDUALS) -> torch.Tensor:
+        (velocity,) = super().__call__(x, timestep, [prompt], lambda: None, control)
+        return velocity
 
 
 def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -19,6 +19,12 @@ Pending = Callable[[], torch.Tensor]
 T = TypeVar("T")
 
 
+def world() -> tuple[int, int]:
+    """(this process's rank, how many there are); (0, 1) without a process group."""
+    there = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
+
+
 def allocate_together(allocate: Callable[[], T], group: dist.ProcessGroup) -> T:
     """What allocate() gives. Where memory ran out on any rank of the group, all of them raise torch.OutOfMemoryError,
     so that none goes on alone into an exchange. allocate() may be collective if a rank fails in it only after its last

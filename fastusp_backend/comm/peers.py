@@ -134,7 +134,7 @@ class PeerExchange:
         outgoing = (3, len(ranks), batch, shards.local, *wire.row)
         self.outgoing = torch.empty(outgoing, dtype=wire.carrier, device=device)
         self._targets = [(self.position + i) % len(ranks) for i in range(1, len(ranks))]
-        self._in_flight = 0
+        self._in_flight: list[slice] = []
         self._attended: torch.Tensor | None = None
 
     def _arrival(self, source: int, tensors: range, *, text: bool, image: bool) -> list[tuple[Part, tuple]]:
@@ -148,9 +148,9 @@ class PeerExchange:
         return parts
 
     def send(self, which: slice, *, text: bool = True, image: bool = True) -> None:
-        channel, tensors = _FIRST_SEND + self._in_flight, range(*which.indices(3))
+        channel, tensors = _FIRST_SEND + len(self._in_flight), range(*which.indices(3))
         assert channel < CHANNELS
-        self._in_flight += 1
+        self._in_flight.append(which)
         mine = self._arrival(self.position, tensors, text=text, image=image)
         with self._arena.beside():
             for target in self._targets:
@@ -165,8 +165,11 @@ class PeerExchange:
     def wait(self) -> None:
         self._arena.settle()
         if self._in_flight and self._wire.packed:
-            unpack_gathered(self._gathered.own, self.received, self._shards, self.position, text=True, image=True)
-        self._in_flight = 0
+            # In one go: these are one tensor where each message is awaited by itself, else mostly all three.
+            came = slice(min(which.start for which in self._in_flight), max(which.stop for which in self._in_flight))
+            packed, received = self._gathered.own[came], self.received[came]
+            unpack_gathered(packed, received, self._shards, self.position, text=True, image=True)
+        self._in_flight.clear()
 
     def give_back(self, attended: torch.Tensor) -> None:
         attended = attended.contiguous()  # copy engines move rows that lie in one piece

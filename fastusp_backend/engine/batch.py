@@ -13,16 +13,21 @@ from ..comm.exchange import GroupExchange
 from ..errors import RequestError
 from ..models.family import NO_RESIDUALS, Conditioning, Residuals
 from .denoiser import Denoiser
+from .modulations import ModulationTable
+
+NO_IMAGES = slice(0, 0)
 
 
 class BatchedDenoiser:
     """velocities = batched(x, timestep, conditionings): every prompt evaluated at the same x, by all batch groups.
 
-    With several prompts, groups share out the prompts; with one, the images of the batch.
+    With several prompts, groups share out the prompts; with one, the images of the batch. Modulations are computed by
+    all ranks for all of them; owners: see `ModulationTable`.
     """
 
-    def __init__(self, denoiser: Denoiser):
+    def __init__(self, denoiser: Denoiser, owners: Sequence[int] | None = None):
         self.denoiser = denoiser
+        self._modulations = ModulationTable(denoiser.model, denoiser.dtype, owners)
         mesh = denoiser.mesh
         self._groups, self._position = mesh.layout.batch, mesh.batch_position
         self._exchange = GroupExchange(mesh.batch) if mesh.batch else None
@@ -37,15 +42,22 @@ class BatchedDenoiser:
             raise RequestError(f"{self._groups} batch groups do not divide {count} evaluations a step")
 
     def prepare(self, timesteps: list[float], conditionings: Sequence[Conditioning]) -> None:
-        """Computes this group's modulations for all of these timesteps."""
-        for conditioning in self._mine(conditionings):
-            self.denoiser.prepare(timesteps, conditioning)
+        """Computes the modulations of all of these timesteps, in one product per layer and one gather for up to
+        `AT_ONCE` rows. Collective over all ranks."""
+        self._modulations.prepare(timesteps, conditionings, self._kept(conditionings))
 
     def reserve(
-        self, x: torch.Tensor, conditionings: Sequence[Conditioning], control: Residuals = NO_RESIDUALS
+        self,
+        x: torch.Tensor,
+        conditionings: Sequence[Conditioning],
+        control: Residuals = NO_RESIDUALS,
+        *,
+        evaluations: int = 1,
     ) -> None:
-        """Raises torch.OutOfMemoryError where this group's evaluations of x would not find their memory."""
+        """Raises torch.OutOfMemoryError where this group's evaluations of x, and the modulations of that many, would
+        not find their memory."""
         images = self._images(x, conditionings)
+        _table = self._modulations.reserve(evaluations, conditionings, self._kept(conditionings))  # beside the rest
         for conditioning in self._mine(conditionings):
             self.denoiser.reserve(x[images], conditioning, control.of_images(images))
 
@@ -59,18 +71,34 @@ class BatchedDenoiser:
     ) -> list[torch.Tensor]:
         """x (B, C, h, w), timestep (B,) on the CPU -> a velocity (B, C, h, w) per prompt, with one `control` for all.
 
-        before_each runs ahead of every evaluation of this group, as often on all ranks.
+        before_each runs ahead of every evaluation of this group, as often on all ranks. Collective over all ranks.
         """
-        images = self._images(x, conditionings)
+        images, kept = self._images(x, conditionings), self._kept(conditionings)
+        before_each()
+        rows = self._modulations.rows(tuple(timestep.tolist()), conditionings, kept)
+        rows = [of for of, taken in zip(rows, kept, strict=True) if taken != NO_IMAGES]
         velocities = []
-        for conditioning in self._mine(conditionings):
-            before_each()
-            velocity = self.denoiser(x[images], timestep[images], conditioning, control.of_images(images))
+        for number, (conditioning, modulations) in enumerate(zip(self._mine(conditionings), rows, strict=True)):
+            if number:
+                before_each()
+            velocity = self.denoiser(x[images], modulations, conditioning, control.of_images(images))
             velocities.append(velocity.clone())
         if self._exchange is None:
             return velocities
         everything = self._exchange.all_gather(torch.stack(velocities))()  # (groups, prompts of a group, images, ...)
         return list(everything.flatten(0, 1)) if len(conditionings) > 1 else [everything.flatten(0, 2)]
+
+    def forget_prompts(self) -> None:
+        """Drops what was computed from prompts, after weights have changed. On all ranks alike."""
+        self._modulations.forget()
+        self.denoiser.forget_prompts()
+
+    def _kept(self, conditionings: Sequence[Conditioning]) -> list[slice]:
+        """Of each prompt, the images that this group evaluates."""
+        if len(conditionings) == 1:
+            return [self._images(conditionings[0].context, conditionings)]
+        count = len(conditionings) // self._groups
+        return [slice(None) if i // count == self._position else NO_IMAGES for i in range(len(conditionings))]
 
     def _images(self, x: torch.Tensor, conditionings: Sequence[Conditioning]) -> slice:
         """This group's images: all of them, where the groups share out the prompts."""

@@ -1,12 +1,12 @@
 """Evaluations of a transformer over all ranks: latents in, velocity out, both whole on every rank.
 
-What does not change from step to step is computed once: a prompt's text tokens, the patches of its references, and the
-modulations of all its timesteps.
+What does not change from step to step is computed once: a prompt's text tokens and the patches of its references, and
+its modulations (modulations.py).
 """
 
 import weakref
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 
@@ -18,35 +18,23 @@ from ..config import Settings
 from ..errors import RequestError
 from ..models.family import NO_RESIDUALS, Conditioning, Residuals, Transformer, check_control, references_of
 from ..models.patchify import patch_grid, patchify
-from ..models.positions import References
 from ..models.segments import Segments
 from .step import PromptTensors, Shape, Step
 
 KEPT_STEPS = 4
 """Shapes whose buffers and graphs are kept."""
-KEPT_ROWS = 64
-"""Modulation rows kept per prompt: 2.1 MB each for FLUX.1, 4.4 for Qwen-Image in bf16, batch 1."""
-
-
 WORKING_SET = 24
 """Values of the model's width per token of a rank that an evaluation has at a time, its buffers included."""
 
 
-@dataclass(slots=True)
-class _Computed:
-    prompt: PromptTensors
-    placed: References
-    rows: OrderedDict[tuple[float, ...], torch.Tensor]
-
-
 class Denoiser:
-    """velocity = denoiser(x, timestep, conditioning), computed by all ranks of the mesh together."""
+    """velocity = denoiser(x, modulations, conditioning), computed by all ranks that share a sequence together."""
 
     def __init__(self, model: Transformer, mesh: Mesh, transport: Transport, settings: Settings, dtype: torch.dtype):
         self.model, self.mesh, self.transport, self.settings, self.dtype = model, mesh, transport, settings, dtype
         _, self._attend = choose(settings.attention, mesh.device, dtype)
         self._segments = Segments(mesh.device, fused=settings.compile, fp8=settings.linear == "fp8")
-        self._computed: weakref.WeakKeyDictionary[Conditioning, _Computed] = weakref.WeakKeyDictionary()
+        self._prompts: weakref.WeakKeyDictionary[Conditioning, PromptTensors] = weakref.WeakKeyDictionary()
         self._steps: OrderedDict[tuple, Step] = OrderedDict()
         self._generation = transport.generation
         self._graph_memory = torch.cuda.graph_pool_handle() if mesh.device.type == "cuda" else None
@@ -58,33 +46,19 @@ class Denoiser:
             raise RequestError(problem)
 
     @torch.inference_mode()
-    def prepare(self, timesteps: list[float], conditioning: Conditioning) -> None:
-        """Computes the modulations of these timesteps in one product per layer."""
-        computed, batch = self._of(conditioning), conditioning.context.shape[0]
-        first = [0.0] if computed.placed.at_timestep_zero else []
-        distinct = list(dict.fromkeys(first + timesteps))[:KEPT_ROWS]  # later ones when they are needed
-        self._add_rows(computed, conditioning, [(t,) * batch for t in distinct])
-
-    @torch.inference_mode()
     def __call__(
         self,
         x: torch.Tensor,
-        timestep: torch.Tensor,
+        modulations: Sequence[torch.Tensor],
         conditioning: Conditioning,
         control: Residuals = NO_RESIDUALS,
     ) -> torch.Tensor:
-        """x (B, C, h, w) or (B, C, 1, h, w), timestep (B,) in [0, 1] on the CPU -> velocity, as x, in the compute type,
-        valid until the next call."""
+        """x (B, C, h, w) or (B, C, 1, h, w), modulations as `ModulationTable.rows` gives them -> velocity, as x, in the
+        compute type, valid until the next call."""
         if x.dim() == 5:
-            return self(x.squeeze(2), timestep, conditioning, control).unsqueeze(2)
-        computed = self._of(conditioning)
-        keys = [tuple(timestep.tolist())]
-        if computed.placed.at_timestep_zero:
-            keys.append((0.0,) * len(x))
-        self._add_rows(computed, conditioning, keys)
-        shape = self._shape(x, conditioning, control)
-        rows = [computed.rows[key] for key in keys]
-        return self._step(shape).run(x, computed.prompt, rows, control.tensors, self._graph_memory)
+            return self(x.squeeze(2), modulations, conditioning, control).unsqueeze(2)
+        step = self._step(self._shape(x, conditioning, control))
+        return step.run(x, self._of(conditioning), modulations, control.tensors, self._graph_memory)
 
     def reserve(self, x: torch.Tensor, conditioning: Conditioning, control: Residuals = NO_RESIDUALS) -> None:
         """Tries whether an evaluation of these shapes finds its memory, while all ranks can still refuse it together:
@@ -113,36 +87,20 @@ class Denoiser:
 
     def forget_prompts(self) -> None:
         """Drops what was computed from prompts, after weights have changed. Buffers and graphs stay."""
-        self._computed.clear()
+        self._prompts.clear()
 
-    def _of(self, conditioning: Conditioning) -> _Computed:
-        if conditioning not in self._computed:
+    def _of(self, conditioning: Conditioning) -> PromptTensors:
+        if conditioning not in self._prompts:
             context, concat = conditioning.context, conditioning.concat
             shards = SequenceShards(self.mesh.layout, context.shape[1], 0)
             local = shards.take_text(context.to(self.dtype), self.mesh.rank, dim=1)
             patches = [patchify(_flat(latent).to(self.dtype)) for latent in conditioning.references]
-            prompt = PromptTensors(
+            self._prompts[conditioning] = PromptTensors(
                 self.model.embed_text(local),
                 None if concat is None else _flat(concat).to(self.dtype),
                 torch.cat(patches, dim=1) if patches else None,
             )
-            placed = references_of(self.model.config, conditioning)
-            self._computed[conditioning] = _Computed(prompt, placed, OrderedDict())
-        return self._computed[conditioning]
-
-    def _add_rows(self, computed: _Computed, conditioning: Conditioning, keys: list[tuple[float, ...]]) -> None:
-        missing = [key for key in dict.fromkeys(keys) if key not in computed.rows]
-        for key in keys:
-            if key in computed.rows:
-                computed.rows.move_to_end(key)  # used last, dropped last
-        if not missing:
-            return
-        device = conditioning.context.device
-        timesteps = torch.tensor(missing, dtype=torch.float32, device=device)
-        table = self.model.modulation_table(timesteps, conditioning, self.dtype)
-        computed.rows.update(zip(missing, table, strict=True))
-        while len(computed.rows) > KEPT_ROWS:
-            computed.rows.popitem(last=False)
+        return self._prompts[conditioning]
 
     def _step(self, shape: Shape) -> Step:
         if self.transport.generation != self._generation:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 
+from ..comm.exchange import world
 from ..comm.mesh import Mesh, make_mesh, single_rank_mesh
 from ..comm.transport import Transport
 from ..config import Layout, ModelSpec, Settings
@@ -33,6 +34,8 @@ class Engine:
         self._meshes: dict[Layout, tuple[Mesh, Transport]] = {}
         self._denoiser: tuple[Layout, Settings, BatchedDenoiser] | None = None
         self._transport: Transport | None = None  # of the last layout
+        self._rank, self._ranks = world()
+        self._owners: list[int] = []  # of the resident model's modulations
         self._share = HostShare(device)
         self._parked = False
 
@@ -52,7 +55,7 @@ class Engine:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weights: on the device, or parked in host memory."""
+        """Bytes of the weights that this rank has: on the device, or parked in host memory."""
         if self._model is None:
             return 0
         return self._share.nbytes if self._parked else self._resident_bytes
@@ -80,7 +83,7 @@ class Engine:
             return self._model.config
         if spec.linear == "fp8":
             check_fp8_products(self.device, getattr(torch, spec.compute))
-        self._described = Checkpoint(spec)
+        self._described = Checkpoint(spec, self._rank, self._ranks)
         return self._described.model.config
 
     def make_room(self) -> None:
@@ -101,12 +104,11 @@ class Engine:
                 raise
             raise RuntimeError(f"reading {checkpoint.spec.path} failed when the ranks had begun: {error}") from error
         self._spec, self._weights = checkpoint.spec, PatchedWeights(checkpoint, self.drop_evaluations)
+        self._owners = checkpoint.holding.owners
         self._resident_bytes = held_bytes(self._model)
 
     def _reading_group(self) -> dist.ProcessGroup | None:
-        if self.device.type == "cpu" or not dist.is_initialized() or dist.get_world_size() == 1:
-            return None
-        return dist.group.WORLD
+        return None if self.device.type == "cpu" or self._ranks == 1 else dist.group.WORLD
 
     def patch(self, weights: Patches, tensors: Mapping[str, torch.Tensor], *, base: int | None, number: int) -> None:
         """Changes the resident model's weights; nothing is compiled again, and captured only where the factors of
@@ -117,7 +119,7 @@ class Engine:
         self._resident_bytes = held_bytes(self._model)
         log.info("patch set %d: %d weights restored, %d patched", number, restored, patched)
         if self._denoiser is not None:
-            self._denoiser[2].denoiser.forget_prompts()
+            self._denoiser[2].forget_prompts()
 
     def denoiser(self, layout: Layout, settings: Settings) -> BatchedDenoiser:
         """The resident model under a layout and options; the last one asked for is kept, with its graphs.
@@ -134,7 +136,7 @@ class Engine:
             log.info("%s over %s, sending %s values", layout, transport, wire)
             dtype = getattr(torch, self._spec.compute)
             denoiser = Denoiser(self._model, mesh, transport, settings, dtype)
-            self._denoiser = layout, settings, BatchedDenoiser(denoiser)
+            self._denoiser = layout, settings, BatchedDenoiser(denoiser, self._owners)
         return self._denoiser[2]
 
     def park(self) -> None:
@@ -142,7 +144,8 @@ class Engine:
         where the host has no room."""
         if self._model is None or self._parked:
             return
-        self._share.park(self._model)
+        own = [t for layer in self._model.modulations() for t in (*layer.parameters(), *layer.buffers())]
+        self._share.park(self._model, own)
         self._parked = True
         self.drop_evaluations()
 

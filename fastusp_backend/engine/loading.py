@@ -1,4 +1,7 @@
-"""From a file to a module on a device, in two steps that ranks agree on: what can be refused, then the reading."""
+"""From a file to a module on a device, in two steps that ranks agree on: what can be refused, then the reading.
+
+A rank holds what `models/holding.py` gives it; other ranks' tensors stay on the meta device, as they are held there.
+"""
 
 from collections.abc import Iterable, Iterator
 
@@ -10,32 +13,11 @@ from ..config import ModelSpec
 from ..errors import CheckpointError
 from ..models.detection import detect
 from ..models.family import Transformer
-from ..models.layers import Linear
+from ..models.holding import Holding, check_tensors
 from ..weights.checkpoint import TensorInfo, read_header
 from ..weights.headers import FP8
 from ..weights.reading import Shares, map_tensors, read_tensors, room
 from ..weights.stored import Stored, conversion_bytes, hold, in_file, keeps
-
-
-def check_tensors(model: Transformer, header: dict[str, TensorInfo], path: str) -> dict[str, TensorInfo]:
-    """Compares a file's tensors with what the model needs; returns them by the module's names.
-
-    Raises CheckpointError naming what is missing, left over or of another shape.
-    """
-    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    keys = {key: model.module_key(key) for key in header}
-    names = set(keys.values())
-    problems = [f"tensor {name!r} is missing" for name in sorted(wanted.keys() - names)]
-    problems += [f"tensor {key!r} is unknown" for key, name in keys.items() if name not in wanted]
-    problems += [
-        f"tensor {key!r} is {header[key].shape}, expected {wanted[name]}"
-        for key, name in keys.items()
-        if name in wanted and header[key].shape != wanted[name]
-    ]
-    if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise CheckpointError(f"{path} is no complete {type(model).__name__} file: {'; '.join(problems[:3])}{more}")
-    return {keys[key]: info for key, info in header.items()}
 
 
 def check_unchanged(spec: ModelSpec) -> None:
@@ -48,18 +30,18 @@ def check_unchanged(spec: ModelSpec) -> None:
 class Checkpoint:
     """The model of a file: described when it is made, still without weights.
 
-    model: the transformer. infos: the file's tensors by the module's names. Raises CheckpointError when the file is
-    unusable or was replaced after the client looked at it.
+    model: the transformer. infos: the file's tensors by the module's names. holding: which ranks hold them; this is
+    `rank` of `ranks`. Raises CheckpointError when the file is unusable or was replaced after the client looked at it.
     """
 
-    def __init__(self, spec: ModelSpec):
+    def __init__(self, spec: ModelSpec, rank: int = 0, ranks: int = 1):
         check_unchanged(spec)
         self.spec = spec
         header = read_header(spec.path)
         with torch.device("meta"):
             self.model = detect(header, spec.path).build()
         self.infos = check_tensors(self.model, header, spec.path)
-        self._by_rows = set(self.model.products()) if spec.linear == "fp8" else set()
+        self.holding, self._rank = Holding(self.model, self.infos, spec, ranks), rank
         self._shares = Shares()
         self._device = torch.device("cpu")
         self._rooms: dict[str, torch.Tensor] = {}
@@ -71,17 +53,17 @@ class Checkpoint:
         Weights that are converted get their room when they are read: it is tried here, with what the largest
         conversion takes, and given back to torch's allocator, which has it ready then.
 
-        group: the ranks that share the reading, each on a GPU of its own.
+        group: the ranks that share the reading of what all hold, each on a GPU of its own.
         """
         self._device, self._shares = device, Shares(group)
         if device.type != "cpu":
-            kept = [name for name, info in self.infos.items() if keeps(info, self.spec, **self._use(name))]
-            self._rooms = {name: self._shares.allocate(self.infos[name], device) for name in kept}
-            converted = [
-                conversion_bytes(info, self.spec, **self._use(name))
-                for name, info in self.infos.items()
-                if name not in self._rooms
-            ]
+            converted = []
+            for name, info in filter(lambda item: self.here(item[0]), self.infos.items()):
+                use = self.holding.use(name)
+                if keeps(info, self.spec, **use):
+                    self._rooms[name] = self._shares_of(name).allocate(info, device)
+                else:
+                    converted.append(conversion_bytes(info, self.spec, **use))
             tried = [room(held, device) for held, _ in converted]
             tried.append(room(max((passing for _, passing in converted), default=0), device))
             del tried
@@ -92,19 +74,26 @@ class Checkpoint:
 
         Raises CheckpointError when the file cannot be read to its end.
         """
-        for name, raw in self._read(self.infos, self._rooms, self._shares):
-            stored = self._hold(name, raw)
-            path, _, leaf = name.rpartition(".")
-            owner = self.model.get_submodule(path)
-            if self._is_matrix(name):
-                owner.stored = stored
-            else:
-                setattr(owner, leaf, nn.Parameter(stored.data, requires_grad=False))
+        shared, own, elsewhere = {}, {}, {}
+        for name, info in self.infos.items():
+            owner = self.holding.owner(name)
+            (shared if owner is None else own if owner == self._rank else elsewhere)[name] = info
+        with torch.device("meta"):
+            for name, info in elsewhere.items():
+                self._give(name, torch.empty(info.size, dtype=torch.uint8))
+        for infos, shares in ((shared, self._shares), (own, Shares())):
+            for name, raw in self._read(infos, self._rooms, shares):
+                self._give(name, raw)
         self._rooms = {}
         return self.model.eval()
 
+    def here(self, name: str) -> bool:
+        """Whether this rank holds a tensor."""
+        return self.holding.owner(name) in (None, self._rank)
+
     def reread(self, names: Iterable[str]) -> Iterator[tuple[str, Stored]]:
-        """Some tensors, by the module's names, as `read` gave them to the model. Each rank reads for itself.
+        """Some tensors, by the module's names, as `read` gave them to the model; those alone that this rank holds. Each
+        rank reads for itself.
 
         Raises CheckpointError when the file was replaced meanwhile.
         """
@@ -112,17 +101,17 @@ class Checkpoint:
 
     def rounded(self, name: str) -> bool:
         """Whether a tensor was rounded to fp8 when it was read."""
-        return self.held(name).data.dtype in FP8 and not keeps(self.infos[name], self.spec, **self._use(name))
+        return self.held(name).data.dtype in FP8 and not keeps(self.infos[name], self.spec, **self.holding.use(name))
 
     def file_values(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """The values in float32 that some tensors have in the file. Otherwise as `reread`."""
         return ((name, in_file(raw, self.infos[name]).dequantise()) for name, raw in self._reread(names))
 
     def held(self, name: str) -> Stored:
-        """A tensor of the model, by the module's name, as it lies in memory."""
+        """A tensor of the model, by the module's name, as it lies in memory, here or on another rank."""
         path, _, leaf = name.rpartition(".")
-        owner = self.model.get_submodule(path)
-        return owner.stored if self._is_matrix(name) else Stored(getattr(owner, leaf))
+        module = self.model.get_submodule(path)
+        return module.stored if self.holding.is_matrix(name) else Stored(getattr(module, leaf))
 
     def _read(self, infos: dict[str, TensorInfo], rooms: dict[str, torch.Tensor], shares: Shares):
         if self._device.type == "cpu":
@@ -131,20 +120,22 @@ class Checkpoint:
 
     def _reread(self, names: Iterable[str]):
         check_unchanged(self.spec)
-        return self._read({name: self.infos[name] for name in names}, {}, Shares())
+        return self._read({name: self.infos[name] for name in names if self.here(name)}, {}, Shares())
+
+    def _shares_of(self, name: str) -> Shares:
+        return self._shares if self.holding.owner(name) is None else Shares()
+
+    def _give(self, name: str, raw: torch.Tensor) -> None:
+        stored = self._hold(name, raw)
+        path, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(path)
+        if self.holding.is_matrix(name):
+            module.stored = stored
+        else:
+            setattr(module, leaf, nn.Parameter(stored.data, requires_grad=False))
 
     def _hold(self, name: str, raw: torch.Tensor) -> Stored:
-        return hold(raw, self.infos[name], self.spec, **self._use(name))
-
-    def _use(self, name: str) -> dict[str, bool]:
-        """What `hold` needs to know of a tensor beside its file's facts."""
-        owner = self.model.get_submodule(name.rpartition(".")[0])
-        matrix = self._is_matrix(name)
-        return {"matrix": matrix, "by_rows": matrix and owner in self._by_rows}
-
-    def _is_matrix(self, name: str) -> bool:
-        path, _, leaf = name.rpartition(".")
-        return leaf == "weight" and isinstance(self.model.get_submodule(path), Linear)
+        return hold(raw, self.infos[name], self.spec, **self.holding.use(name))
 
 
 def load_model(spec: ModelSpec, device: torch.device) -> Transformer:

@@ -1,17 +1,19 @@
 """Weights out of the GPU and back: each rank keeps 1/P of them in host memory, so that a machine holds them once.
 
-On the way back each rank uploads its share and the rest comes over the link. The ranges of memory in which tensors lie
+What all ranks hold is cut in P shares; what one rank alone holds, it keeps whole. On the way back each rank uploads its
+share and the rest comes over the link. The ranges of memory in which tensors lie
 are moved as bytes, whatever the tensors are; a tensor stays the object that it was, with another address.
 """
 
 import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from ..comm.exchange import all_gather_single
+from ..comm.exchange import all_gather_single, world
 from ..pinning import pin, unpin
 from .host_memory import available
 
@@ -39,11 +41,11 @@ class HostShare:
 
     def __init__(self, device: torch.device):
         self.device = device
-        there = dist.is_available() and dist.is_initialized()
-        self._rank, self._ranks = (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
+        self._rank, self._ranks = world()
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._places: list[_Place] = []
         self._shares: list[int] = []
+        self._cuts: list[int] = []  # how many ranks keep a share of each range
         self._arriving: list[torch.Tensor] = []
 
     @property
@@ -51,16 +53,20 @@ class HostShare:
         """Bytes that this rank keeps in host memory."""
         return sum(self._shares)
 
-    def park(self, model: nn.Module) -> None:
-        """Copies this rank's share and empties the model's tensors. Raises MemoryError, the model untouched, where the
-        host has no room."""
-        ranges = _ranges(model)
-        unit = self._ranks * _ALIGNMENT
-        shares = [-(-len(whole) // unit) * _ALIGNMENT for whole, _ in ranges]
+    def park(self, model: nn.Module, own: Iterable[torch.Tensor] = ()) -> None:
+        """Copies this rank's share and empties the model's tensors. own: those that this rank alone holds. Raises
+        MemoryError, the model untouched, where the host has no room."""
+        alone = {id(tensor) for tensor in own}
+        tensors = _tensors(model)
+        common, owned = (_ranges([t for t in tensors if (id(t) in alone) == whole]) for whole in (False, True))
+        ranges, cuts = common + owned, [self._ranks] * len(common) + [1] * len(owned)
+        shares = [
+            -(-len(whole) // (cut * _ALIGNMENT)) * _ALIGNMENT for (whole, _), cut in zip(ranges, cuts, strict=True)
+        ]
         self._make_room(sum(shares))
-        self._shares = shares
-        for (whole, _), kept in zip(ranges, self._memory.split([*shares, self._rest()])[:-1], strict=True):
-            mine = self._mine(whole, len(kept))
+        self._shares, self._cuts = shares, cuts
+        for (whole, _), kept, cut in zip(ranges, self._kept(), cuts, strict=True):
+            mine = self._mine(whole, len(kept), cut)
             kept[: len(mine)].copy_(mine, non_blocking=True)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -76,7 +82,8 @@ class HostShare:
         """Allocates what `fetch` fills. Raises torch.OutOfMemoryError."""
         if self._arriving:
             return
-        sizes, like = [share * self._ranks for share in self._shares], {"dtype": torch.uint8, "device": self.device}
+        sizes = [share * cut for share, cut in zip(self._shares, self._cuts, strict=True)]
+        like = {"dtype": torch.uint8, "device": self.device}
         if self.device.type == "cpu":  # in one piece, which goes back to the system when it is freed
             self._arriving = list(torch.empty(sum(sizes), **like).split(sizes))
         else:
@@ -85,10 +92,10 @@ class HostShare:
     def fetch(self) -> None:
         """Brings the weights back. Collective."""
         pending = []
-        for whole, kept in zip(self._arriving, self._memory.split([*self._shares, self._rest()])[:-1], strict=True):
-            mine = self._mine(whole, len(kept))
+        for whole, kept, cut in zip(self._arriving, self._kept(), self._cuts, strict=True):
+            mine = self._mine(whole, len(kept), cut)
             mine.copy_(kept, non_blocking=True)
-            if self._ranks > 1:  # gloo does not say that its input may lie inside its output; NCCL does
+            if cut > 1:  # gloo does not say that its input may lie inside its output; NCCL does
                 mine = mine if mine.is_cuda else kept
                 pending.append(all_gather_single(whole, mine, async_op=True))
         for work in pending:
@@ -108,7 +115,7 @@ class HostShare:
             if code != 0:
                 log.warning("parked weights' memory could not be unpinned (CUDA error %d)", code)
         self._memory = torch.empty(0, dtype=torch.uint8)
-        self._places, self._shares, self._arriving = [], [], []
+        self._places, self._shares, self._cuts, self._arriving = [], [], [], []
 
     def _make_room(self, wanted: int) -> None:
         if wanted <= len(self._memory):
@@ -126,22 +133,28 @@ class HostShare:
                 raise MemoryError(f"{_gb(wanted)} of host memory cannot be pinned (CUDA error {code})")
         self._memory = memory
 
-    def _mine(self, whole: torch.Tensor, share: int) -> torch.Tensor:
-        return whole[self._rank * share : (self._rank + 1) * share]
+    def _kept(self) -> Sequence[torch.Tensor]:
+        """This rank's share of each range."""
+        return self._memory[: self.nbytes].split(self._shares)
 
-    def _rest(self) -> int:
-        return len(self._memory) - self.nbytes
+    def _mine(self, whole: torch.Tensor, share: int, cut: int) -> torch.Tensor:
+        return whole[self._rank * share : (self._rank + 1) * share] if cut > 1 else whole
 
 
 def held_bytes(model: nn.Module) -> int:
-    """Bytes of a model's tensors. What lies beside them in their storages, as in a mapped file, does not count."""
-    return sum(len(whole) for whole, _ in _ranges(model))
+    """Bytes of a model's tensors on this rank. What lies beside them in their storages, as in a mapped file, does not
+    count."""
+    return sum(len(whole) for whole, _ in _ranges(_tensors(model)))
 
 
-def _ranges(model: nn.Module) -> list[tuple[torch.Tensor, list[torch.Tensor]]]:
-    """The memory that a model's tensors lie in, in pieces (n,) uint8, each with its tensors; those that overlap share
-    one. In the model's order: addresses differ from rank to rank."""
-    order = [*model.parameters(), *model.buffers()]
+def _tensors(model: nn.Module) -> list[torch.Tensor]:
+    """A model's tensors; those on the meta device lie on other ranks."""
+    return [tensor for tensor in chain(model.parameters(), model.buffers()) if not tensor.is_meta]
+
+
+def _ranges(order: list[torch.Tensor]) -> list[tuple[torch.Tensor, list[torch.Tensor]]]:
+    """The memory that tensors lie in, in pieces (n,) uint8, each with its tensors; those that overlap share one. In the
+    order of the tensors: addresses differ from rank to rank."""
     ranges: list[list] = []  # start, stop, indices of tensors
     for i in sorted(range(len(order)), key=lambda i: order[i].data_ptr()):
         start, stop = order[i].data_ptr(), order[i].data_ptr() + _extent(order[i])

@@ -21,7 +21,8 @@ Patches = Mapping[str, Sequence[WeightPatch]]
 
 
 class PatchedWeights:
-    """How the weights of a checkpoint's model, which was read, differ from those of its file.
+    """How the weights of a checkpoint's model, which was read, differ from those of its file. All ranks check all
+    patches, keep the same account of them, and change the weights that they hold.
 
     number: the patch set they hold; 0 for none, None while they change and after that failed. before_moving: called
     before factors beside packed weights come or go, whose addresses CUDA graphs hold.
@@ -52,17 +53,19 @@ class PatchedWeights:
         rounded = [name for name in patched if checkpoint.rounded(name)]
         restored = [name for name in self._patched if name in wanted or base is None]
         packed = [name for name in dict.fromkeys([*patched, *restored]) if checkpoint.held(name).packing]
+        elsewhere = {name for name in (*restored, *patched) if not checkpoint.here(name)}
         again = [name for name in restored if name not in rounded and name not in packed]
         again = checkpoint.reread(again) if again else ()
         anew = checkpoint.file_values(rounded) if rounded else ()
         self.number = None
         if packed:
             self._move_factors(packed, wanted, tensors)
+        self._patched = self._patched - elsewhere | elsewhere.intersection(patched)
         for name, stored in again:
             checkpoint.held(name).restore(stored)
             self._patched.remove(name)
-        direct = (name for name in patched if name not in rounded and name not in packed)
-        values = ((name, checkpoint.held(name).dequantise()) for name in direct)
+        done = {*rounded, *packed, *elsewhere}
+        values = ((name, checkpoint.held(name).dequantise()) for name in patched if name not in done)
         for name, weight in chain(values, anew):
             self._patched.add(name)
             for patch in wanted[name]:

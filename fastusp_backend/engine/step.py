@@ -1,5 +1,6 @@
 """One evaluation for tensors of one shape: static buffers, and on GPUs one CUDA graph of everything between them."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -105,7 +106,7 @@ class Step:
         self,
         x: torch.Tensor,
         prompt: PromptTensors,
-        modulations: list[torch.Tensor],
+        modulations: Sequence[torch.Tensor],
         residuals: tuple[torch.Tensor, ...] = (),
         pool=None,
     ) -> torch.Tensor:

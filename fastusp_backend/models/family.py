@@ -129,11 +129,15 @@ class Transformer(Protocol):
     def rope(self, text: int, grid: tuple[int, int], references: References, device: torch.device) -> tuple[Rope, Rope]:
         """Rotary tables (cos, sin) of all T text tokens, and of all S of the image and R of its references."""
 
-    def modulation_table(self, timesteps: torch.Tensor, conditioning: Conditioning, dtype: torch.dtype) -> torch.Tensor:
-        """timesteps (n, B) -> (n, B, modulation_width): all adaLN outputs, computed in `dtype`, once per prompt."""
+    def modulations(self) -> list[Linear]:
+        """The layers that give the adaLN outputs. Joined in this order, those make a row of modulation_width values.
+        A rank may hold but some of these layers; the others' weights are on the meta device then."""
+
+    def modulation_input(self, timesteps: torch.Tensor, conditioning: Conditioning, dtype: torch.dtype) -> torch.Tensor:
+        """timesteps (n, B) -> (n, B, hidden) in `dtype`: what each of `modulations` is applied to."""
 
     def split_modulations(self, rows: torch.Tensor) -> Any:
-        """One evaluation's rows (B, n, modulation_width) of the table, as views for `forward`: the image stream's
+        """One evaluation's n rows (B, n, modulation_width) of modulations, as views for `forward`: the image stream's
         tokens take one of n rows each (`Segments.by_row`), all others the first."""
 
     def __call__(

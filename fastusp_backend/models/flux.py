@@ -3,7 +3,8 @@
 Two towers, text and image, run 'double' blocks that attend jointly; their joined sequence then runs 'single' blocks.
 Everything around attention works token by token, so a rank runs it on its own tokens.
 
-Modulations depend on timestep, guidance and pooled text alone: one product per layer gives them for all evaluations.
+Modulations depend on timestep, guidance and pooled text alone: one product per layer gives them for all evaluations,
+and blocks are given what they need of them (engine/modulations.py).
 
 Shapes: B batch, L tokens of this rank (text first), C hidden, H heads, D head dim = 128, M mlp width.
 """
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..attention import JointAttention, Rope
@@ -159,8 +161,14 @@ class Flux(nn.Module):
         image = image_positions(grid, references, device, centred=False)
         return rope_tables(image.new_zeros(text, 3), AXES, THETA), rope_tables(image, AXES, THETA)
 
-    def modulation_table(self, timesteps: torch.Tensor, conditioning: Conditioning, dtype: torch.dtype) -> torch.Tensor:
-        """timesteps (n, B) -> (n, B, modulation_width), computed in `dtype`.
+    def modulations(self) -> list[Linear]:
+        """The layers of all modulations, in the order of `split_modulations`."""
+        layers = [tower.mod.lin for block in self.double_blocks for tower in (block.txt, block.img)]
+        layers += [block.modulation.lin for block in self.single_blocks]
+        return [*layers, self.final_layer.adaLN_modulation[1]]
+
+    def modulation_input(self, timesteps: torch.Tensor, conditioning: Conditioning, dtype: torch.dtype) -> torch.Tensor:
+        """timesteps (n, B) -> (n, B, C), computed in `dtype`.
 
         As in ComfyUI, a dev model without guidance gets none and a missing y counts as zeros.
         """
@@ -171,14 +179,10 @@ class Flux(nn.Module):
             vec = vec + self.guidance_in(timestep_embedding(guidance, 256).to(dtype))
         if y is None:
             y = vec.new_zeros(batch, self.config.pooled)
-        vec = vec + self.vector_in(y[:, : self.config.pooled].to(dtype))
-        layers = [tower.mod for block in self.double_blocks for tower in (block.txt, block.img)]
-        layers += [block.modulation for block in self.single_blocks]
-        layers.append(self.final_layer.adaLN_modulation)
-        return torch.cat([layer(vec) for layer in layers], dim=-1)
+        return F.silu(vec + self.vector_in(y[:, : self.config.pooled].to(dtype)))
 
     def split_modulations(self, rows: torch.Tensor) -> Modulations:
-        """One evaluation's row (B, 1, modulation_width) of the table, as views."""
+        """One evaluation's row (B, 1, modulation_width) of modulations, as views."""
         parts = iter(rows.split(self.config.hidden, dim=-1))
 
         def take(kind: type, count: int):

@@ -28,14 +28,11 @@ class Embedder(nn.Module):
 
 
 class Modulation(nn.Module):
-    """silu(vec) -> `parts` shifts, scales and gates of C each."""
+    """The layer that gives `parts` shifts, scales and gates of C each."""
 
     def __init__(self, hidden: int, parts: int):
         super().__init__()
         self.lin = Linear(hidden, parts * hidden)
-
-    def forward(self, vec: torch.Tensor) -> torch.Tensor:
-        return self.lin(F.silu(vec))
 
 
 class QKNorm(nn.Module):

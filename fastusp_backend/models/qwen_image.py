@@ -1,8 +1,8 @@
 """Qwen-Image and Qwen-Image-Edit (arXiv 2508.02324; any size with head dim 128) in their files' own key names, which
 are diffusers'.
 
-Two streams, text and image, attend jointly in every block; see flux.py for how a block is a schedule and why the
-modulations are a table. Queries, keys and values are separate weights, so each travels while the next is computed.
+Two streams, text and image, attend jointly in every block; see flux.py for how a block is a schedule and why it
+computes no modulations. Queries, keys and values are separate weights, so each travels while the next is computed.
 After the last attention nothing reads the text any more: its half of the last block is left out.
 
 Shapes: B batch, L tokens of this rank (text first), C hidden, H heads, D head dim = 128, M mlp width.
@@ -202,15 +202,18 @@ class QwenImage(nn.Module):
         words = torch.arange(text, device=device) + max(grid) // 2
         return rope_tables(words[:, None].expand(-1, 3), AXES, THETA), rope_tables(image, AXES, THETA)
 
-    def modulation_table(self, timesteps: torch.Tensor, conditioning: Conditioning, dtype: torch.dtype) -> torch.Tensor:
-        """timesteps (n, B) -> (n, B, modulation_width), computed in `dtype`."""
-        vec = self.time_text_embed["timestep_embedder"](timesteps.flatten(), dtype).unflatten(0, timesteps.shape)
+    def modulations(self) -> list[Linear]:
+        """The layers of all modulations, in the order of `split_modulations`."""
         layers = [mod for block in self.transformer_blocks for mod in (block.txt_mod[1], block.img_mod[1])]
-        active = F.silu(vec)
-        return torch.cat([layer(active) for layer in [*layers, self.norm_out["linear"]]], dim=-1)
+        return [*layers, self.norm_out["linear"]]
+
+    def modulation_input(self, timesteps: torch.Tensor, conditioning: Conditioning, dtype: torch.dtype) -> torch.Tensor:
+        """timesteps (n, B) -> (n, B, C), computed in `dtype`."""
+        embedded = self.time_text_embed["timestep_embedder"](timesteps.flatten(), dtype)
+        return F.silu(embedded).unflatten(0, timesteps.shape)
 
     def split_modulations(self, rows: torch.Tensor) -> Modulations:
-        """One evaluation's rows (B, n, modulation_width) of the table, as views; the text takes the first."""
+        """One evaluation's rows (B, n, modulation_width) of modulations, as views; the text takes the first."""
         parts = rows.split(self.config.hidden, dim=-1)
         blocks = [
             (Gates(*(part[:, :1] for part in parts[first : first + 6])), Gates(*parts[first + 6 : first + 12]))

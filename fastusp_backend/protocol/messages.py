@@ -109,7 +109,7 @@ class Release(Message):
 
 
 class Park(Message):
-    """Move the resident model to host memory, 1/P on each rank; the next request for it brings it back."""
+    """Move the resident model to host memory, about 1/P on each rank; the next request for it brings it back."""
 
     id: int
 
@@ -136,7 +136,8 @@ class Held(Message):
     """What the ranks hold from now on; sent when it changes, ahead of the end of request `id`.
 
     model: None where they hold none. state: `resident` on the devices, `parked` in host memory, or `none`. nbytes: of
-    its weights, on each rank. exchanges: how the ranks of the last layout exchange tokens, empty before the first.
+    its weights, on the rank that has most. exchanges: how the ranks of the last layout exchange tokens, empty before
+    the first.
     """
 
     id: int

@@ -7,12 +7,12 @@ from math import prod
 
 import torch
 
-from ..config import ModelSpec, Storage
+from ..config import Storage
 from ..errors import CheckpointError
 from .headers import TensorInfo, read_file_header
 from .scales import PREFIX, fold_scales
 
-__all__ = ["Sizes", "TensorInfo", "choose_types", "main_dtype", "read_header", "weight_bytes"]
+__all__ = ["Sizes", "TensorInfo", "choose_types", "main_dtype", "read_header"]
 
 
 def read_header(path: str) -> dict[str, TensorInfo]:
@@ -56,20 +56,6 @@ def choose_types(storage: Storage | None, file_dtype: torch.dtype, *, cpu: bool,
     elif compute == "float16" and not float16:
         compute = "bfloat16" if bfloat16 else "float32"
     return {"storage": storage, "compute": compute, "keep_quantised": keep}
-
-
-def weight_bytes(header: dict[str, TensorInfo], spec: ModelSpec) -> int:
-    """Bytes of a file's weights once they are loaded as `spec` says, about: what `linear` makes of them is counted as
-    fp8 in all matrices."""
-
-    def size(info: TensorInfo) -> int:
-        if spec.linear == "fp8" and len(info.shape) == 2:
-            return prod(info.shape)
-        if spec.storage is None or info.quantised and spec.keep_quantised:
-            return info.size
-        return prod(info.shape) * getattr(torch, spec.storage).itemsize
-
-    return sum(map(size, header.values()))
 
 
 @dataclass(frozen=True, slots=True)

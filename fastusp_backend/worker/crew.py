@@ -104,14 +104,20 @@ class Crew:
         dist.broadcast(flag, 0, group=self._group)
         return bool(flag)
 
+    def most(self, number: int) -> int:
+        """The largest of the ranks' numbers, on every rank."""
+        if self.size == 1:
+            return number
+        largest = torch.tensor([number])
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._group)
+        return int(largest)
+
     def gather(self, text: str) -> list[str]:
         """Every rank's text, in rank order, on every rank. Where all are empty, as when nothing went wrong, one small
         message settles it."""
         if self.size == 1:
             return [text]
-        longest = torch.tensor([len(text)])
-        dist.all_reduce(longest, dist.ReduceOp.MAX, group=self._group)
-        if not longest:
+        if not self.most(len(text)):
             return [""] * self.size
         return [self._share_from(source, text) for source in range(self.size)]
 

@@ -5,9 +5,11 @@ gathered and refused, and the pool goes on: what it needs of memory is tried out
 rank would leave the others waiting inside an exchange: it is fatal to the pool, and the client starts a new one.
 """
 
+import functools
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 
 import msgspec
 import torch
@@ -42,7 +44,7 @@ class Runner:
         self._conditionings: dict[tuple[tuple, tuple[int, ...]], Conditioning] = {}
         self._work = msgspec.msgpack.Decoder(Work)
         self._launched: deque[torch.cuda.Event] = deque()
-        self._told: tuple = (None, "none", 0, "")
+        self._told = Held(id=0, model=None, state="none", nbytes=0, exchanges="")
         self._doing = EVALUATING  # what a failure that ends the rank interrupted, see memory.py
 
     def serve(self) -> None:
@@ -109,7 +111,7 @@ class Runner:
             self._control.send(message, tensors)
 
     def _sample(self, request: Sample, tensors: Tensors) -> None:
-        def prepare() -> tuple[GuidedModel, torch.Tensor, torch.Tensor]:
+        def prepare() -> tuple[GuidedModel, torch.Tensor, torch.Tensor, Callable[[], None]]:
             if request.sampler not in SAMPLERS:
                 raise RequestError(f"sampler {request.sampler!r} is not one of: {', '.join(SAMPLERS)}")
             unknown = request.options.keys() - SAMPLERS[request.sampler].options.keys()
@@ -134,8 +136,8 @@ class Runner:
             denoiser.check(x, prompts)
             # In float32, as the loop will compute them: they are looked up by value.
             evaluated = torch.tensor(SAMPLERS[request.sampler].evaluations(sigmas), dtype=torch.float32)
-            denoiser.prepare((evaluated * request.timestep_scale).tolist(), prompts)
-            denoiser.reserve(x, prompts)
+            timesteps = (evaluated * request.timestep_scale).tolist()
+            denoiser.reserve(x, prompts, evaluations=len(timesteps))
             masked = "mask" in tensors
             model = GuidedModel(
                 velocities=self._velocities(request, denoiser),
@@ -151,9 +153,9 @@ class Runner:
                 if masked
                 else None,
             )
-            return model, x, sigmas
+            return model, x, sigmas, functools.partial(denoiser.prepare, timesteps, prompts)
 
-        model, x, sigmas = self._prepare(request, prepare)
+        model, x, sigmas, begin = self._prepare(request, prepare)
         last = time.perf_counter()
 
         def report(state: StepState) -> None:
@@ -173,6 +175,7 @@ class Runner:
         noise = iter(tensors.get("noise", ()))
         run = SAMPLERS[request.sampler].run
         with torch.inference_mode():
+            begin()  # an exchange, so no part of what is prepared
             output = run(model, x, sigmas, noise=noise, callback=report, **request.options)
         self._reply(Done(id=request.id), {"output": output})
 
@@ -264,13 +267,14 @@ class Runner:
             self._engine.release()
 
     def _tell_held(self, request: int) -> None:
-        """Tells the client what the ranks hold, if that has changed."""
-        engine = self._engine
+        """Tells the client what the ranks hold, if that has changed. Collective."""
+        engine, told = self._engine, self._told
         state = "none" if engine.spec is None else "parked" if engine.parked else "resident"
-        now = engine.spec, state, engine.nbytes, engine.exchanges
-        if now != self._told:
-            self._told = now
-            self._reply(Held(id=request, model=now[0], state=now[1], nbytes=now[2], exchanges=now[3]))
+        same = (engine.spec, state) == (told.model, told.state)  # on all ranks alike
+        nbytes = told.nbytes if same else self._crew.most(engine.nbytes)
+        self._told = Held(id=request, model=engine.spec, state=state, nbytes=nbytes, exchanges=engine.exchanges)
+        if not same or told.exchanges != engine.exchanges:
+            self._reply(self._told)
 
     def _check(self, request: Request) -> None:
         layout = request.layout

@@ -5,11 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support import OneRank
 
-from fastusp_backend.comm.mesh import single_rank_mesh
-from fastusp_backend.comm.transport import Transport
 from fastusp_backend.config import Settings
-from fastusp_backend.engine import Denoiser
 from fastusp_backend.models.family import NO_RESIDUALS, Conditioning, Residuals
 from fastusp_backend.models.synthetic import TINY_FLUX, TINY_QWEN_IMAGE, random_state
 
@@ -22,13 +20,12 @@ EAGER = Settings(compile=False, cuda_graphs=False, overlap=False)
 CONFIGS = {"flux": TINY_FLUX, "fill": replace(TINY_FLUX, concat_channels=80), "qwen": TINY_QWEN_IMAGE}
 
 
-def denoisers(family: str, *settings: Settings) -> list[Denoiser]:
+def denoisers(family: str, *settings: Settings) -> list[OneRank]:
     with torch.device("meta"):
         model = CONFIGS[family].build()
     model.load_state_dict(random_state(model, seed=0, dtype=torch.bfloat16), assign=True)
     model = model.cuda().eval()
-    mesh = single_rank_mesh(torch.device("cuda", 0))
-    return [Denoiser(model, mesh, Transport(mesh), options, torch.bfloat16) for options in settings]
+    return [OneRank(model, options, torch.bfloat16, "cuda:0") for options in settings]
 
 
 def prompt(family: str, randn, references: int, method: str | None) -> Conditioning:
@@ -70,4 +67,4 @@ def test_options_change_speed_only(family, references, method, controlled, setti
             control = Residuals(residuals, (0, None, 1), (1,))
         expected, got = (d(x, timestep, given, control).float() for d in (plain, fast))
         assert ((got - expected).norm() / expected.norm()).item() < 2e-2, f"turn {turn}"
-    assert all(step.captured == settings.cuda_graphs for step in fast._steps.values())
+    assert all(step.captured == settings.cuda_graphs for step in fast.steps.values())

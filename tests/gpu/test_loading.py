@@ -3,11 +3,9 @@
 import pytest
 import torch
 from formats import FORMATS, write
+from support import OneRank
 
-from fastusp_backend.comm.mesh import single_rank_mesh
-from fastusp_backend.comm.transport import Transport
 from fastusp_backend.config import ModelSpec, Settings
-from fastusp_backend.engine import Denoiser
 from fastusp_backend.engine.loading import load_model
 from fastusp_backend.models.family import Conditioning
 from fastusp_backend.models.layers import Linear
@@ -51,11 +49,10 @@ def test_a_gpu_holds_what_the_cpu_holds(plain, tmp_path, monkeypatch, name, stor
 def test_graphs_convert_as_they_run(plain, tmp_path, name):
     """Captured evaluations with the weights as stored, against eager ones with weights converted at load."""
     write(name, plain, tmp_path / name)
-    mesh = single_rank_mesh(CUDA)
     outputs = []
     for keep, settings in ((True, Settings()), (False, Settings(compile=False, cuda_graphs=False, overlap=False))):
         spec = ModelSpec.of_file(str(tmp_path / name), storage="bfloat16", compute="bfloat16", keep_quantised=keep)
-        denoiser = Denoiser(load_model(spec, CUDA), mesh, Transport(mesh), settings, torch.bfloat16)
+        denoiser = OneRank(load_model(spec, CUDA), settings, torch.bfloat16, CUDA)
         generator = torch.Generator("cuda").manual_seed(0)
         like = {"device": CUDA, "generator": generator}
         prompt = Conditioning(torch.randn(1, 24, TINY_FLUX.context, **like), torch.randn(1, TINY_FLUX.pooled, **like))
@@ -63,5 +60,5 @@ def test_graphs_convert_as_they_run(plain, tmp_path, name):
         for _ in range(3):
             output = denoiser(x, torch.tensor([0.5]), prompt).float().clone()
         outputs.append(output)
-        assert all(step.captured == keep for step in denoiser._steps.values())
+        assert all(step.captured == keep for step in denoiser.steps.values())
     assert ((outputs[0] - outputs[1]).norm() / outputs[1].norm()).item() < 2e-2

@@ -2,11 +2,9 @@
 
 import pytest
 import torch
+from support import OneRank
 
-from fastusp_backend.comm.mesh import single_rank_mesh
-from fastusp_backend.comm.transport import Transport
 from fastusp_backend.config import Settings
-from fastusp_backend.engine import Denoiser
 from fastusp_backend.models.family import Conditioning
 from fastusp_backend.models.flux import Flux
 from fastusp_backend.models.synthetic import TINY_FLUX, random_state
@@ -28,8 +26,7 @@ def model():
 
 
 def denoiser(model, settings):
-    mesh = single_rank_mesh(torch.device("cuda", 0))
-    return Denoiser(model, mesh, Transport(mesh), settings, torch.bfloat16)
+    return OneRank(model, settings, torch.bfloat16, "cuda:0")
 
 
 def inputs(seed, height, width, text):
@@ -58,11 +55,11 @@ def test_the_second_evaluation_of_a_shape_is_captured_and_a_new_shape_compiles_n
     x, prompt = inputs(0, 32, 32, 24)
     for _ in range(2):
         fast(x, torch.tensor([0.5]), prompt)
-    assert [step.captured for step in fast._steps.values()] == [True]
+    assert [step.captured for step in fast.steps.values()] == [True]
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for size in (40, 48):
         x, prompt = inputs(0, size, 32, 24)
         for _ in range(2):
             fast(x, torch.tensor([0.5]), prompt)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
-    assert all(step.captured for step in fast._steps.values())
+    assert all(step.captured for step in fast.steps.values())

@@ -10,12 +10,9 @@ import pytest
 import torch
 from formats import FORMATS, HALVES, PREFIX, random_blocks, write
 from safetensors.torch import load_file, save_file
-from support import SMALL, inputs, spec_of
+from support import SMALL, OneRank, inputs, spec_of
 
-from fastusp_backend.comm.mesh import single_rank_mesh
-from fastusp_backend.comm.transport import Transport
 from fastusp_backend.config import ModelSpec, Settings
-from fastusp_backend.engine import Denoiser
 from fastusp_backend.engine.loading import Checkpoint, load_model
 from fastusp_backend.errors import CheckpointError
 from fastusp_backend.models.family import Conditioning
@@ -46,8 +43,7 @@ def linears(model) -> dict[str, Linear]:
 
 
 def evaluate(model, linear: str = "exact") -> torch.Tensor:
-    mesh = single_rank_mesh(CPU)
-    denoiser = Denoiser(model, mesh, Transport(mesh), Settings(linear=linear), torch.float32)
+    denoiser = OneRank(model, Settings(linear=linear))
     given = inputs(MINI, text=5, size=(6, 4))
     return denoiser(given.x, given.timestep, Conditioning(given.context, given.y, given.guidance)).clone()
 

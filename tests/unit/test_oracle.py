@@ -4,13 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import inputs, randn, relative_difference, spec_of
+from support import OneRank, inputs, randn, relative_difference, spec_of
 
 from benchmarks.diffusers_weights import to_diffusers
-from fastusp_backend.comm.mesh import single_rank_mesh
-from fastusp_backend.comm.transport import Transport
-from fastusp_backend.config import Settings
-from fastusp_backend.engine import Denoiser
 from fastusp_backend.engine.loading import load_model
 from fastusp_backend.errors import RequestError
 from fastusp_backend.models.family import Conditioning, Residuals
@@ -54,8 +50,7 @@ def models(request, tmp_path_factory):
     ours.load_state_dict({ours.module_key(key): t for key, t in state.items()}, assign=True)
     theirs = peer(config)
     theirs.load_state_dict(to_diffusers(state, config.hidden))
-    mesh = single_rank_mesh(CPU)
-    return Denoiser(ours, mesh, Transport(mesh), Settings(), torch.float32), theirs
+    return OneRank(ours), theirs
 
 
 def velocity_of(theirs, config, given, size, *, images=(), starts=(), **more) -> torch.Tensor:
@@ -109,7 +104,7 @@ def test_references(models, method, starts):
     given = inputs(config, text=7, size=(8, 12), batch=batch)
     images = tuple(randn(batch, 16, *size, seed=n) for n, size in enumerate([(6, 10), (7, 4), (4, 2)]))
     prompt = Conditioning(given.context, given.y, given.guidance, references=images, reference_method=method)
-    denoiser.check(given.x, prompt)
+    denoiser.check(given.x, [prompt])
     ours = denoiser(given.x, given.timestep, prompt)
     expected = velocity_of(theirs, config, given, (8, 12), images=images, starts=starts)
     assert relative_difference(ours, expected) < 1e-5
@@ -145,10 +140,9 @@ def test_further_channels(channels, tmp_path):
     theirs.load_state_dict(to_diffusers(state, config.hidden))
     given = inputs(config, text=7, size=(7, 8), batch=2)
     concat = randn(2, channels, 7, 8, seed=9)
-    mesh = single_rank_mesh(CPU)
-    denoiser = Denoiser(ours, mesh, Transport(mesh), Settings(), torch.float32)
+    denoiser = OneRank(ours)
     prompt = Conditioning(given.context, given.y, given.guidance, concat)
-    denoiser.check(given.x, prompt)
+    denoiser.check(given.x, [prompt])
     got = denoiser(given.x, given.timestep, prompt)
     joined = replace(given, x=torch.cat([given.x, concat], dim=1))
     assert relative_difference(got, velocity_of(theirs, config, joined, (7, 8))) < 1e-5
@@ -170,7 +164,7 @@ def test_what_does_not_fit_is_refused(models, more, words):
     denoiser, _ = models
     given = inputs(denoiser.model.config, text=7, size=(8, 8), batch=2)
     with pytest.raises(RequestError) as refused:
-        denoiser.check(given.x, Conditioning(given.context, given.y, given.guidance, **more))
+        denoiser.check(given.x, [Conditioning(given.context, given.y, given.guidance, **more)])
     assert words in str(refused.value)
 
 
@@ -179,6 +173,6 @@ def test_control_of_another_model_is_refused(models, shape):
     denoiser, _ = models
     given = inputs(denoiser.model.config, text=7, size=(8, 8), batch=2)
     prompt = Conditioning(given.context, given.y, given.guidance)
-    denoiser.check(given.x, prompt, Residuals((torch.ones(2, 16, 512),), (0,)))
+    denoiser.check(given.x, [prompt], Residuals((torch.ones(2, 16, 512),), (0,)))
     with pytest.raises(RequestError, match="Was it made for another model"):
-        denoiser.check(given.x, prompt, Residuals((torch.ones(shape),), (0,)))
+        denoiser.check(given.x, [prompt], Residuals((torch.ones(shape),), (0,)))

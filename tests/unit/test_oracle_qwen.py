@@ -4,14 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import inputs, randn, relative_difference, spec_of
+from support import OneRank, inputs, randn, relative_difference, spec_of
 
-from fastusp_backend.comm.mesh import single_rank_mesh
-from fastusp_backend.comm.transport import Transport
-from fastusp_backend.config import Settings
-from fastusp_backend.engine import Denoiser
-from fastusp_backend.engine.denoiser import KEPT_ROWS
 from fastusp_backend.engine.loading import load_model
+from fastusp_backend.engine.modulations import KEPT_ROWS
 from fastusp_backend.errors import RequestError
 from fastusp_backend.models.family import Conditioning, Residuals
 from fastusp_backend.models.patchify import patch_grid, patchify, unpatchify
@@ -63,8 +59,7 @@ def models(tmp_path_factory):
         joint_attention_dim=config.context,
     )
     theirs.load_state_dict(state)
-    mesh = single_rank_mesh(CPU)
-    return Denoiser(ours, mesh, Transport(mesh), Settings(), torch.float32), theirs.eval()
+    return OneRank(ours), theirs.eval()
 
 
 def velocity_of(theirs, given, size, *, images=(), **more) -> torch.Tensor:
@@ -127,8 +122,8 @@ def test_references(models, request, method):
     images = tuple(randn(2, 16, *size, seed=n) for n, size in enumerate(REFERENCES))
     framed = tuple(image[:, :, None] for image in images)
     prompt = Conditioning(given.context, references=framed, reference_method=method)
-    denoiser.check(given.x[:, :, None], prompt)
-    denoiser.prepare([0.7], prompt)
+    denoiser.check(given.x[:, :, None], [prompt])
+    denoiser.prepare([0.7], [prompt])
     for _ in range(2):
         ours = denoiser(given.x[:, :, None], given.timestep, prompt).squeeze(2)
         assert relative_difference(ours, velocity_of(theirs, given, (8, 12), images=images)) < 1e-5
@@ -140,7 +135,7 @@ def test_timestep_zero_lasts_over_more_timesteps_than_are_kept(zeroed):
     image = randn(1, 16, 4, 4, seed=1)
     prompt = Conditioning(given.context, references=(image,), reference_method="index_timestep_zero")
     steps = KEPT_ROWS + 6
-    denoiser.prepare([0.5 + n / 200 for n in range(steps)], prompt)
+    denoiser.prepare([0.5 + n / 200 for n in range(steps)], [prompt])
     for timestep in torch.linspace(0.4, 0.1, steps).unsqueeze(1):
         ours = denoiser(given.x, timestep, prompt)
     last = replace(given, timestep=timestep)
