@@ -58,8 +58,8 @@ class Checkpoint:
         self._device, self._shares = device, Shares(group)
         if device.type != "cpu":
             converted = []
-            for name, info in filter(lambda item: self.here(item[0]), self.infos.items()):
-                use = self.holding.use(name)
+            for name in filter(self.here, self.infos):
+                info, use = self.infos[name], self.holding.use(name)
                 if keeps(info, self.spec, **use):
                     self._rooms[name] = self._shares_of(name).allocate(info, device)
                 else:
@@ -81,7 +81,10 @@ class Checkpoint:
         with torch.device("meta"):
             for name, info in elsewhere.items():
                 self._give(name, torch.empty(info.size, dtype=torch.uint8))
-        for infos, shares in ((shared, self._shares), (own, Shares())):
+        parts = [(shared, self._shares), (own, Shares())]
+        if self._shares.ranks == 1:
+            parts = [(shared | own, self._shares)]  # in one go
+        for infos, shares in parts:
             for name, raw in self._read(infos, self._rooms, shares):
                 self._give(name, raw)
         self._rooms = {}

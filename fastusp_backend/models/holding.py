@@ -73,7 +73,9 @@ class Holding:
 
     def _held_bytes(self, name: str) -> int:
         info, use = self._infos[name], self.use(name)
-        return info.size if keeps(info, self._spec, **use) else conversion_bytes(info, self._spec, **use)[0]
+        if keeps(info, self._spec, **use):
+            return info.size + (0 if info.scale is None else torch.float32.itemsize)
+        return conversion_bytes(info, self._spec, **use)[0]
 
 
 def balanced(sizes: Sequence[int], ranks: int) -> list[int]:

@@ -8,12 +8,14 @@ import signal
 import pytest
 import torch
 from pools import GIVEN, LONG, PROMPT, evaluate, pids, sample, session, wait_until
-from support import SMALL, inputs, relative_difference
+from support import SMALL, inputs, relative_difference, spec_of
 
 from fastusp_backend.config import Layout
 from fastusp_backend.errors import Cancelled, RequestError
+from fastusp_backend.models.holding import rank_bytes
 from fastusp_backend.pool import Progress, Prompt
 from fastusp_backend.pool import pool as client
+from fastusp_backend.weights.checkpoint import read_header
 
 pytestmark = pytest.mark.dist
 
@@ -27,13 +29,19 @@ def pool(shared_pool):
 def test_parked_weights_come_back_as_they_were(shared_pool, dev, schnell, ranks):
     pool, layout = shared_pool(ranks), Layout(ulysses=1, ring=ranks)
     before = evaluate(pool, dev, layout)
-    loaded = pool.held
+    loaded, header = pool.held, read_header(str(dev))
     assert (loaded.state, loaded.model.path) == ("resident", str(dev))
+    everything, most = (rank_bytes(header, spec_of(dev), n) for n in (1, ranks))
+    modulations = sum(info.size for key, info in header.items() if "mod" in key)
+    largest = max(info.size for key, info in header.items() if "mod" in key)
+    assert everything == sum(info.size for info in header.values())
+    assert loaded.nbytes == most and abs(everything - modulations + modulations / ranks - most) < largest
+    parked = most - (everything - modulations) * (1 - 1 / ranks)
     for _ in range(2):
         pool.park()
         pool.park()
         assert pool.held.state == "parked" and pool.held.model == loaded.model
-        assert loaded.nbytes <= ranks * pool.held.nbytes < loaded.nbytes + 1e6
+        assert parked <= pool.held.nbytes < parked + 1e5
         phases = []
         again = session(pool, dev, layout).evaluate(GIVEN.x, GIVEN.timestep, PROMPT, Progress(phase=phases.append))
         assert torch.equal(again, before) and phases == ["bringing the weights back"]

@@ -1,0 +1,163 @@
+"""Which rank holds which modulation layer: all are held once, about as many bytes by each rank, and what a rank does
+not hold keeps its form."""
+
+from dataclasses import replace
+
+import msgspec
+import pytest
+import torch
+from formats import write
+from support import SMALL, SMALL_QWEN, randn, spec_of
+
+from fastusp_backend.config import WeightPatch
+from fastusp_backend.engine.loading import Checkpoint
+from fastusp_backend.engine.parking import held_bytes
+from fastusp_backend.engine.patching import PatchedWeights
+from fastusp_backend.errors import CheckpointError, RequestError
+from fastusp_backend.models.holding import Holding, balanced, rank_bytes
+from fastusp_backend.models.layers import Linear
+from fastusp_backend.models.synthetic import FLUX_DEV, QWEN_IMAGE, write_flux, write_qwen_image
+from fastusp_backend.weights.checkpoint import TensorInfo, read_header
+
+pytestmark = pytest.mark.unit
+
+CPU = torch.device("cpu")
+MINI = replace(SMALL, hidden=256, heads=2, mlp=512, double_blocks=1, single_blocks=2, context=256, pooled=256)
+FULL_SIZES = [
+    (FLUX_DEV, torch.bfloat16, [23.80, 20.57, 19.50, 18.95, 18.16]),
+    (QWEN_IMAGE, torch.bfloat16, [40.86, 34.06, 31.80, 30.67, 28.97]),
+    (QWEN_IMAGE, torch.float8_e4m3fn, [20.44, 17.04, 15.90, 15.34, 14.49]),
+]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
+def test_owners_balance(ranks):
+    sizes = [6] * 38 + [3] * 38 + [2]
+    owners = balanced(sizes, ranks)
+    loads = [sum(size for size, owner in zip(sizes, owners, strict=True) if owner == rank) for rank in range(ranks)]
+    assert sum(loads) == sum(sizes) and max(loads) - min(loads) <= 3
+    assert owners == balanced(sizes, ranks)
+
+
+@pytest.mark.parametrize("config, dtype, gigabytes", FULL_SIZES, ids=lambda value: getattr(value, "family", str(value)))
+def test_the_figures_of_the_readme(config, dtype, gigabytes):
+    with torch.device("meta"):
+        model = config.build()
+    infos = {name: TensorInfo(tuple(p.shape), dtype) for name, p in model.named_parameters()}
+    spec = msgspec.structs.replace(spec_of(__file__), storage="bfloat16", keep_quantised=True)
+    for ranks, most in zip((1, 2, 3, 4, 8), gigabytes, strict=True):
+        nbytes = Holding(model, infos, spec, ranks).nbytes
+        assert max(nbytes) / 1e9 == pytest.approx(most, abs=0.006)
+        assert max(nbytes) < 1.004 * min(nbytes)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("holding")
+    write_flux(str(folder / "flux"), MINI, seed=1)
+    write_qwen_image(str(folder / "qwen"), replace(SMALL_QWEN, hidden=256, heads=2, mlp=512, context=256), seed=2)
+    for name in ("scaled_tensors", "gguf_Q8_0"):
+        write(name, folder / "flux", folder / name)
+    return folder
+
+
+def loaded(path, rank: int, ranks: int, **spec) -> Checkpoint:
+    checkpoint = Checkpoint(msgspec.structs.replace(spec_of(path), **spec), rank, ranks)
+    checkpoint.allocate(CPU)
+    checkpoint.read()
+    return checkpoint
+
+
+@pytest.mark.parametrize(
+    "name, changes, ranks",
+    [
+        ("flux", {}, 1),
+        ("flux", {}, 2),
+        ("flux", {}, 9),  # more than layers
+        ("flux", {"linear": "fp8"}, 2),
+        ("flux", {"storage": "float8_e4m3fn"}, 2),
+        ("qwen", {}, 3),
+        ("scaled_tensors", {}, 2),
+        ("gguf_Q8_0", {}, 2),
+        ("gguf_Q8_0", {"storage": "bfloat16"}, 2),
+    ],
+    ids=str,
+)
+def test_together_ranks_hold_a_model_once_and_know_its_forms(files, name, changes, ranks):
+    path = files / name
+    whole, *checkpoints = [
+        loaded(path, rank, of, **changes) for rank, of in [(0, 1), *((rank, ranks) for rank in range(ranks))]
+    ]
+    modulations = {id(layer) for layer in whole.model.modulations()}
+    layers = [{n: m for n, m in c.model.named_modules() if isinstance(m, Linear)} for c in checkpoints]
+    for layer, module in whole.model.named_modules():
+        if not isinstance(module, Linear):
+            continue
+        held = [mine[layer] for mine in layers if not mine[layer].weight.is_meta]
+        assert len(held) == (1 if id(module) in modulations else ranks)
+        assert all(torch.equal(x.stored.dequantise(), module.stored.dequantise()) for x in held)
+        for mine in (rank[layer] for rank in layers):
+            assert mine.weight.is_meta == mine.bias.is_meta
+            assert (mine.weight.shape, mine.weight.dtype, mine.packing) == (
+                module.weight.shape,
+                module.weight.dtype,
+                module.packing,
+            )
+    header = read_header(str(path))
+    expected = checkpoints[0].holding.nbytes
+    assert [held_bytes(checkpoint.model) for checkpoint in checkpoints] == expected
+    assert rank_bytes(header, checkpoints[0].spec, ranks) == max(expected)
+
+
+def test_an_incomplete_file_has_no_size(files):
+    header = read_header(str(files / "flux"))
+    del header["final_layer.adaLN_modulation.1.bias"]
+    with pytest.raises(CheckpointError, match="adaLN_modulation.1.bias' is missing"):
+        rank_bytes(header, spec_of(files / "flux"), 2)
+
+
+LAYERS = "double_blocks.0.img_mod.lin", "double_blocks.0.txt_mod.lin", "single_blocks.0.modulation.lin"
+
+
+def loras(*layers: str) -> dict[str, tuple[WeightPatch, ...]]:
+    patch = WeightPatch(kind="lora", tensors={"up": "up", "down": "down"}, strength=1.0)
+    return {f"{layer}.weight": (patch,) for layer in layers}
+
+
+def values(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    return {
+        name: checkpoint.held(name).dequantise() for name in checkpoint.infos if not checkpoint.held(name).data.is_meta
+    }
+
+
+@pytest.mark.parametrize("changes", [{}, {"storage": "float8_e4m3fn"}], ids=str)
+def test_a_patch_is_its_owners(files, changes):
+    """Every rank gives the same account; together they hold the patched weights of one, and then again the file's."""
+    tensors = {"up": randn(1536, 4, seed=1), "down": randn(4, 256, seed=2)}
+    whole, *ranks = [loaded(files / "flux", rank, of, **changes) for rank, of in ((0, 1), (0, 2), (1, 2))]
+    plain, patched = values(whole), [PatchedWeights(checkpoint) for checkpoint in (whole, *ranks)]
+    wanted = loras(*LAYERS[:2])
+
+    def accounts(weights, number):
+        return {p.change(weights, tensors, base=p.number, number=number) for p in patched}
+
+    assert accounts(wanted, 1) == {(0, 2)}
+    expected, (one, two) = values(whole), map(values, ranks)
+    assert (one | two).keys() == expected.keys() and one.keys() != two.keys()
+    assert all(torch.equal(value, expected[name]) for part in (one, two) for name, value in part.items())
+    assert accounts({f"{LAYERS[0]}.weight": ()}, 2) == {(1, 0)}
+    assert {p.change({}, tensors, base=None, number=3) for p in patched} == {(1, 0)}
+    for part in map(values, (whole, *ranks)):
+        assert all(torch.equal(value, plain[name]) for name, value in part.items())
+
+
+def test_a_patch_that_does_not_fit_is_refused_by_all(files):
+    for tensors, name, words in (
+        ({"up": randn(9, 4, seed=1), "down": randn(4, 256, seed=2)}, "flux", "does not fit a weight of shape"),
+        ({"up": randn(768, 4, seed=1), "down": randn(4, 256, seed=2)}, "gguf_Q8_0", "GGUF Q8_0"),
+    ):
+        for rank in range(2):
+            weights = PatchedWeights(loaded(files / name, rank, 2))
+            with pytest.raises(RequestError, match=words):
+                weights.change(loras(LAYERS[2]), tensors, base=0, number=1)
+            assert weights.number == 0
