@@ -32,7 +32,8 @@ class ModulationTable:
     """Rows of modulations by prompt and timesteps.
 
     owners: the rank that holds each of `model.modulations()`; None where this one holds all of them. Methods take all
-    prompts of a request, and of each the images whose rows this rank keeps (of another group's prompt, none).
+    prompts of a request, and of each the images whose rows this rank keeps, always the same of a prompt at its place
+    (of another group's prompt, none).
     """
 
     def __init__(self, model: Transformer, dtype: torch.dtype, owners: Sequence[int] | None):
