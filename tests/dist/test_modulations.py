@@ -1,5 +1,7 @@
 """Modulations whose layers are spread over the ranks: the rows of one rank to the bit, whatever is kept and dropped."""
 
+from itertools import product
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -74,13 +76,14 @@ def _compare(rank: int, ranks: int, folder: str, paths: dict[str, str]) -> None:
                 table.prepare([0.9, 0.7, 0.9, 0.5], prompts, mine)
             for timesteps in ((0.9, 0.9), (0.2, 0.9), (0.0, 0.0), (0.5, 0.5), (0.2, 0.9)):
                 check(*timesteps)
-            for n in range(KEPT_ROWS + 3):
-                own.rows((n / 99, 0.4), prompts[:1], mine[:1])
+            for n, table in product(range(KEPT_ROWS + 3), (own, whole)):
+                table.rows((n / 99, 0.4), prompts[:1], mine[:1])
             kept = own._kept[prompts[0]][0, 1]
             assert len(kept) == KEPT_ROWS and list(kept)[-1] == (n / 99, 0.4)
             assert ((0.0, 0.0) in kept) == (name == "qwen")
             check(0.9, 0.9)
-            own.forget()
+            for table in (own, whole):
+                table.forget()
             check(0.9, 0.9)
     dist.destroy_process_group()
 
@@ -119,12 +122,12 @@ def test_patches_of_modulations_leave_no_trace(shared_pool, dev):
     assert torch.equal(evaluate(pool, dev), plain) and torch.equal(looped(pool, dev, NO_PATCHES), plain_loop)
 
 
-@pytest.mark.parametrize("layout", [Layout(ulysses=1, ring=3), Layout(batch=2, ulysses=1, ring=1)], ids=str)
-def test_more_timesteps_than_are_kept(shared_pool, dev, qwen, layout):
-    """Evaluation by evaluation, back to the first ones, with two prompts in turn; then in a loop."""
-    one, timesteps = Layout(ulysses=1, ring=1), [n / (KEPT_ROWS + 6) for n in range(KEPT_ROWS + 6)]
+def test_more_timesteps_than_are_kept(shared_pool, dev, qwen):
+    """Evaluation by evaluation, back to the first ones, with two prompts in turn; then in a loop. Each group has an
+    image of its own, then a prompt."""
+    timesteps = [n / (KEPT_ROWS + 6) for n in range(KEPT_ROWS + 6)]
     results = []
-    for where in (layout, one):
+    for where in (Layout(batch=2, ulysses=1, ring=1), Layout(ulysses=1, ring=1)):
         run = session(shared_pool(where.ranks), dev, where)
         x, two = torch.cat([GIVEN.x, -GIVEN.x]), Prompt(*(torch.cat([t, t]) for t in PROMPT.tensors().values()))
         other = Prompt(two.context * 0.5, two.y, two.guidance)
