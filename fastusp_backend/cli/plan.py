@@ -4,8 +4,8 @@ import argparse
 
 from ..devices import Devices, gpu_states, parse_devices
 from ..errors import FastUSPError
+from ..models.holding import rank_bytes
 from ..planner import legal_layouts, plan
-from ..weights.checkpoint import weight_bytes
 from .inputs import describe
 
 
@@ -22,7 +22,7 @@ def run(arguments: argparse.Namespace) -> int:
         heads, nbytes = 24, None
         if arguments.model:
             header, config, spec = describe(arguments.model, devices)
-            heads, nbytes = config.heads, weight_bytes(header, spec)
+            heads, nbytes = config.heads, rank_bytes(header, spec, devices.ranks if devices.gpus else 1)
         layout = plan(devices.ranks, heads, ulysses=arguments.ulysses, ring=arguments.ring)
         totals = {state.index: state.total for state in gpu_states()} if nbytes and devices.gpus else {}
     except FastUSPError as error:
@@ -36,7 +36,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def memory(nbytes: int, devices: Devices, totals: dict[int, int]) -> list[str]:
-    """What the weights take on each rank, and which GPUs are too small. totals: bytes of GPUs' memory, by index."""
+    """What the weights take, and which GPUs are too small. nbytes: on the GPU that has most of them, for CPU ranks in
+    all; totals: of GPUs' memory, by index."""
     if not devices.gpus:
         return [f"weights: {nbytes / 1e9:.2f} GB, in pages of the file that the ranks share"]
     return [f"weights: {nbytes / 1e9:.2f} GB on each GPU"] + [
