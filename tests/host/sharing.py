@@ -138,6 +138,8 @@ del pool.park, pool.release
 # Two pools that share a GPU: the second takes the place of the first.
 evaluate(parking)
 other = remote_model(session_on(2), header)
+modulations = sum(info.size for name, info in header.items() if "mod" in name)
+assert size - modulations < sizes(other)[0] < size - 0.3 * modulations, "each of two ranks holds some of them"
 for patcher in (parking, other):
     object.__setattr__(patcher.session.pool, "devices", replace(patcher.session.pool.devices, gpus=(0,)))
 memory.taking(other.session, CPU, other)

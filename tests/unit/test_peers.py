@@ -15,6 +15,7 @@ from support import relative_difference
 
 from fastusp_backend.attention import ALL, ONLY_K, ONLY_Q, ONLY_V, JointAttention
 from fastusp_backend.attention.local import math
+from fastusp_backend.comm import peers
 from fastusp_backend.comm.mesh import Mesh, single_rank_mesh
 from fastusp_backend.comm.shards import SequenceShards
 from fastusp_backend.comm.transport import _PROBE_BYTES, Transport
@@ -160,7 +161,11 @@ def run_rank(arena, ground_of, layout, rank, given, *, packed, overlap, results)
 @pytest.mark.parametrize("packed, bound", [(None, 1e-6), (torch.uint8, 0.1), (torch.int8, 0.03)])
 @pytest.mark.parametrize("ulysses, ring", [(2, 1), (1, 2), (4, 1), (2, 2), (1, 3)])
 @pytest.mark.parametrize("arena", [ThreadArena, MirroredArena])
-def test_ranks_agree_with_one(ulysses, ring, packed, bound, overlap, arena):
+def test_ranks_agree_with_one(ulysses, ring, packed, bound, overlap, arena, monkeypatch):
+    unpacked, unpack = [], peers.unpack_gathered
+    monkeypatch.setattr(
+        peers, "unpack_gathered", lambda p, *args, **kw: (unpacked.append(len(p)), unpack(p, *args, **kw))
+    )
     generator = torch.Generator().manual_seed(ulysses * 10 + ring)
     x = torch.randn(BATCH, TEXT + IMAGE, 3 * HEADS * DIM, generator=generator)
     angles = torch.rand(TEXT + IMAGE, DIM // 2, generator=generator)
@@ -191,6 +196,9 @@ def test_ranks_agree_with_one(ulysses, ring, packed, bound, overlap, arena):
     for result in results:
         assert relative_difference(result.image, expected) < bound, f"rank {result.rank}"
     assert not grounds[0].raised and not grounds[1].raised, "a signal was never heard"
+    # Three double blocks and two single ones, twice: q, k, v once, or the image's one by one and all with the text.
+    tensors = 3 * (3 if overlap else 6) + 2 * 3
+    assert sum(unpacked) == (2 * layout.ranks * tensors if packed and ulysses > 1 else 0)
 
 
 @pytest.mark.parametrize("speed, wire", [(390.0, "exact"), (100.0, "exact"), (55.0, "int8"), (12.0, "int8")])
