@@ -202,7 +202,7 @@ class Runner:
         self._reply(Phase(id=request.id, text=f"patching {len(request.weights)} weights"))
         change = {"base": request.base, "number": request.number}
         self._together_or_drop(lambda: self._engine.patch(request.weights, tensors, **change), PATCHING)
-        self._tell_held(request.id)
+        self._tell_held(request.id, patched=True)
         self._reply(Done(id=request.id))
 
     def _kept_conditioning(self, request: Evaluate, tensors: Tensors) -> Conditioning:
@@ -266,14 +266,16 @@ class Runner:
             log.warning("the weights are released, not parked: rank %d: %s", refused.rank, refused)
             self._engine.release()
 
-    def _tell_held(self, request: int) -> None:
-        """Tells the client what the ranks hold, if that has changed. Collective."""
+    def _tell_held(self, request: int, *, patched: bool = False) -> None:
+        """Tells the client what the ranks hold, if that has changed. Collective. patched: patches lie beside packed
+        weights, which then take more."""
         engine, told = self._engine, self._told
         state = "none" if engine.spec is None else "parked" if engine.parked else "resident"
-        same = (engine.spec, state) == (told.model, told.state)  # on all ranks alike
+        same = not patched and (engine.spec, state) == (told.model, told.state)  # on all ranks alike
         nbytes = told.nbytes if same else self._crew.most(engine.nbytes)
-        self._told = Held(id=request, model=engine.spec, state=state, nbytes=nbytes, exchanges=engine.exchanges)
-        if not same or told.exchanges != engine.exchanges:
+        now = engine.spec, state, nbytes, engine.exchanges
+        if now != (told.model, told.state, told.nbytes, told.exchanges):
+            self._told = Held(id=request, model=now[0], state=now[1], nbytes=now[2], exchanges=now[3])
             self._reply(self._told)
 
     def _check(self, request: Request) -> None:

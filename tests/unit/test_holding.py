@@ -151,13 +151,30 @@ def test_a_patch_is_its_owners(files, changes):
         assert all(torch.equal(value, plain[name]) for name, value in part.items())
 
 
+def test_factors_beside_packed_weights_are_their_owners(files):
+    tensors = {"up": randn(1536, 4, seed=1), "down": randn(4, 256, seed=2)}
+    whole, *ranks = [loaded(files / "gguf_Q8_0", rank, of) for rank, of in ((0, 1), (0, 2), (1, 2))]
+    patched, sizes = [PatchedWeights(c) for c in (whole, *ranks)], [held_bytes(c.model) for c in (whole, *ranks)]
+    plain = values(whole)
+    assert {p.change(loras(*LAYERS[:2]), tensors, base=0, number=1) for p in patched} == {(0, 2)}
+    expected = values(whole)
+    assert sum(not torch.equal(value, plain[name]) for name, value in expected.items()) == 2
+    for part in map(values, ranks):
+        assert all(torch.equal(value, expected[name]) for name, value in part.items())
+    grown = [held_bytes(c.model) - size for c, size in zip((whole, *ranks), sizes, strict=True)]
+    assert grown[0] == grown[1] + grown[2] > 0
+    assert {p.change({}, tensors, base=None, number=2) for p in patched} == {(2, 0)}
+    assert [held_bytes(c.model) for c in (whole, *ranks)] == sizes
+
+
 def test_a_patch_that_does_not_fit_is_refused_by_all(files):
-    for tensors, name, words in (
-        ({"up": randn(9, 4, seed=1), "down": randn(4, 256, seed=2)}, "flux", "does not fit a weight of shape"),
-        ({"up": randn(768, 4, seed=1), "down": randn(4, 256, seed=2)}, "gguf_Q8_0", "GGUF Q8_0"),
+    value = WeightPatch(kind="set", tensors={"value": "value"}, strength=1.0)
+    for patches, tensors, name, words in (
+        (loras(LAYERS[2]), {"up": randn(9, 4, seed=1), "down": randn(4, 256, seed=2)}, "flux", "does not fit a weight"),
+        ({f"{LAYERS[2]}.weight": (value,)}, {"value": randn(768, 256, seed=1)}, "gguf_Q8_0", "GGUF weights take LoRAs"),
     ):
         for rank in range(2):
             weights = PatchedWeights(loaded(files / name, rank, 2))
             with pytest.raises(RequestError, match=words):
-                weights.change(loras(LAYERS[2]), tensors, base=0, number=1)
+                weights.change(patches, tensors, base=0, number=1)
             assert weights.number == 0
