@@ -5,7 +5,6 @@ gathered and refused, and the pool goes on: what it needs of memory is tried out
 rank would leave the others waiting inside an exchange: it is fatal to the pool, and the client starts a new one.
 """
 
-import functools
 import logging
 import time
 from collections import deque
@@ -153,7 +152,7 @@ class Runner:
                 if masked
                 else None,
             )
-            return model, x, sigmas, functools.partial(denoiser.prepare, timesteps, prompts)
+            return model, x, sigmas, lambda: denoiser.prepare(timesteps, prompts)
 
         model, x, sigmas, begin = self._prepare(request, prepare)
         last = time.perf_counter()
@@ -267,8 +266,7 @@ class Runner:
             self._engine.release()
 
     def _tell_held(self, request: int, *, patched: bool = False) -> None:
-        """Tells the client what the ranks hold, if that has changed. Collective. patched: patches lie beside packed
-        weights, which then take more."""
+        """Tells the client what the ranks hold, if that has changed. Collective. patched: which may take room."""
         engine, told = self._engine, self._told
         state = "none" if engine.spec is None else "parked" if engine.parked else "resident"
         same = not patched and (engine.spec, state) == (told.model, told.state)  # on all ranks alike
