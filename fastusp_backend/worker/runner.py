@@ -14,15 +14,17 @@ import msgspec
 import torch
 
 from ..engine import BatchedDenoiser, Engine
-from ..errors import Cancelled, FastUSPError, LayoutError, PatchesLost, RequestError
+from ..errors import Cancelled, LayoutError, PatchesLost, RequestError
 from ..models.family import NO_RESIDUALS, Conditioning, Residuals
-from ..protocol import Done, Evaluate, Failed, Held, Park, Patch, Phase, Release, Sample, Shutdown, Step, Unmap
+from ..protocol import Done, Evaluate, Failed, Park, Patch, Phase, Release, Sample, Shutdown, Step, Unmap
 from ..protocol.messages import Request
 from ..sampling import SAMPLERS, GuidedModel, Inpainting, StepState
+from .agreement import Agreement, Refused
 from .control import Control
 from .crew import Crew
-from .memory import EVALUATING, LOADING, PARKING, PATCHING, PREPARING, explain, is_out_of_memory, out_of_memory_in
-from .tensors import CONTROL, OPTIONAL, Tensors, conditioning_of, like, residuals_of, take
+from .memory import PATCHING, PREPARING, explain, out_of_memory_in
+from .residency import Residency
+from .tensors import CONTROL, KeptPrompts, Tensors, conditioning_of, like, residuals_of, take
 
 log = logging.getLogger(__name__)
 
@@ -39,12 +41,11 @@ class Runner:
         self._crew = crew
         self._engine = engine
         self._control = control
-        self._kept: dict[int, torch.Tensor] = {}
-        self._conditionings: dict[tuple[tuple, tuple[int, ...]], Conditioning] = {}
+        self._agreement = Agreement(crew, engine)
+        self._residency = Residency(self._agreement, crew, engine, self._reply)
+        self._prompts = KeptPrompts()
         self._work = msgspec.msgpack.Decoder(Work)
         self._launched: deque[torch.cuda.Event] = deque()
-        self._told = Held(id=0, model=None, state="none", nbytes=0, exchanges="")
-        self._doing = EVALUATING  # what a failure that ends the rank interrupted, see memory.py
 
     def serve(self) -> None:
         """Returns after Shutdown."""
@@ -52,22 +53,8 @@ class Runner:
             message, tensors = self._next()
             if isinstance(message, Shutdown):
                 return
-            if isinstance(message, Unmap):
-                self._crew.unmap()
-                self._reply(Done(id=message.id))
-                continue
-            if isinstance(message, Release):
-                self._crew.unmap()
-                self._engine.release()
-                self._kept.clear()
-                self._conditionings.clear()
-                self._tell_held(message.id)
-                self._reply(Done(id=message.id))
-                continue
-            if isinstance(message, Park):
-                self._park()
-                self._tell_held(message.id)
-                self._reply(Done(id=message.id))
+            if isinstance(message, Unmap | Release | Park):
+                self._obey(message)
                 continue
             started = time.perf_counter()
             try:
@@ -79,14 +66,25 @@ class Runner:
                     self._evaluate(message, tensors)
             except Cancelled:
                 self._reply(Failed(id=message.id, kind="cancelled", rank=0, text="cancelled"))
-            except _Refused as refused:
-                self._tell_held(message.id)
+            except Refused as refused:
+                self._residency.tell(message.id)
                 self._reply(Failed(id=message.id, kind=refused.kind, rank=refused.rank, text=str(refused)))
             except Exception as error:
                 if out := out_of_memory_in(error):
-                    raise MemoryError(explain(out, self._doing, self._engine.held())) from error
+                    raise MemoryError(explain(out, self._agreement.doing, self._engine.held())) from error
                 raise
             log.info("request %d (%s) took %.3f s", message.id, type(message).__name__, time.perf_counter() - started)
+
+    def _obey(self, order: Unmap | Release | Park) -> None:
+        if isinstance(order, Park):
+            self._residency.park()
+        else:
+            self._crew.unmap()
+        if isinstance(order, Release):
+            self._engine.release()
+            self._prompts.clear()
+        self._residency.tell(order.id)
+        self._reply(Done(id=order.id))
 
     def _next(self) -> tuple[Work, Tensors]:
         body = tensors = None
@@ -180,7 +178,7 @@ class Runner:
 
     def _evaluate(self, request: Evaluate, tensors: Tensors) -> None:
         def prepare() -> tuple[BatchedDenoiser, Conditioning, torch.Tensor, torch.Tensor, Residuals]:
-            x, conditioning = take(tensors, "x"), self._kept_conditioning(request, tensors)
+            x, conditioning = take(tensors, "x"), self._prompts.conditioning(request, tensors)
             control = residuals_of(request.control, tensors)
             denoiser = self._engine.denoiser(request.layout, request.settings)
             denoiser.check(x, [conditioning], control)
@@ -197,84 +195,22 @@ class Runner:
         self._reply(Done(id=request.id), {"output": output})
 
     def _patch(self, request: Patch, tensors: Tensors) -> None:
-        self._bring(request, lambda: self._engine.describe(request.model))
+        self._residency.bring(request, lambda: self._engine.describe(request.model))
         self._reply(Phase(id=request.id, text=f"patching {len(request.weights)} weights"))
         change = {"base": request.base, "number": request.number}
-        self._together_or_drop(lambda: self._engine.patch(request.weights, tensors, **change), PATCHING)
-        self._tell_held(request.id, patched=True)
+        self._agreement.together_or_drop(lambda: self._engine.patch(request.weights, tensors, **change), PATCHING)
+        self._residency.tell(request.id, patched=True)
         self._reply(Done(id=request.id))
 
-    def _kept_conditioning(self, request: Evaluate, tensors: Tensors) -> Conditioning:
-        """The request's prompt. The same kept tensors give the same object, so that what was computed from it lasts."""
-        for number in request.forget:
-            self._kept.pop(number, None)
-            self._conditionings = {k: v for k, v in self._conditionings.items() if number not in k[1]}
-        for name, number in request.keep.items():
-            self._kept[number] = take(tensors, name)
-        for name, number in request.reuse.items():
-            if number not in self._kept:
-                raise RequestError(f"tensor {name!r} should have been kept as {number}, but was not")
-            tensors[name] = self._kept[number]
-        numbers, method = request.keep | request.reuse, request.reference_method
-        conditioning = conditioning_of(tensors, "", method)
-        names = [name for name in tensors if name in ("context", *OPTIONAL) or name.startswith("reference.")]
-        if any(name not in numbers for name in names):
-            return conditioning  # not all of it was kept
-        names.sort()
-        key = (*names, method), tuple(numbers[name] for name in names)
-        return self._conditionings.setdefault(key, conditioning)
-
     def _prepare(self, request: Request, build):
-        """Loads the model and calls `build`; raises _Refused on all ranks when any of them failed.
+        """Loads the model and calls `build`; raises Refused on all ranks when any of them failed.
 
         They agree on the model first: its reading is shared, and `build` makes a mesh: all ranks must come for both.
-        All hold the same model at any time, or none.
         """
-        self._bring(request, lambda: self._check(request))
-        prepared = self._together_or_drop(build, PREPARING)
-        self._tell_held(request.id)
+        self._residency.bring(request, lambda: self._check(request))
+        prepared = self._agreement.together_or_drop(build, PREPARING)
+        self._residency.tell(request.id)
         return prepared
-
-    def _bring(self, request: Request | Patch, check) -> None:
-        """Has the model's weights on all devices, if check() passes, which describes the model."""
-        self._together(check, LOADING)
-        try:
-            self._load_or_fetch(request)
-        except _Refused:
-            self._engine.release()
-            raise
-
-    def _load_or_fetch(self, request: Request | Patch) -> None:
-        engine, started = self._engine, time.perf_counter()
-        if not engine.holds(request.model):
-            self._reply(Phase(id=request.id, text="loading the model"))
-            self._together(engine.make_room, LOADING)
-            self._together(engine.load, LOADING)
-        elif engine.parked:
-            self._reply(Phase(id=request.id, text="bringing the weights back"))
-            self._together(engine.reserve, LOADING)
-            engine.fetch()
-        else:
-            return
-        log.info("loaded %s in %.2f s", request.model.path, time.perf_counter() - started)
-
-    def _park(self) -> None:
-        try:
-            self._together(self._engine.park, PARKING)
-        except _Refused as refused:
-            log.warning("the weights are released, not parked: rank %d: %s", refused.rank, refused)
-            self._engine.release()
-
-    def _tell_held(self, request: int, *, patched: bool = False) -> None:
-        """Tells the client what the ranks hold, if that has changed. Collective. patched: which may take room."""
-        engine, told = self._engine, self._told
-        state = "none" if engine.spec is None else "parked" if engine.parked else "resident"
-        same = not patched and (engine.spec, state) == (told.model, told.state)  # on all ranks alike
-        nbytes = told.nbytes if same else self._crew.most(engine.nbytes)
-        now = engine.spec, state, nbytes, engine.exchanges
-        if now != (told.model, told.state, told.nbytes, told.exchanges):
-            self._told = Held(id=request, model=now[0], state=now[1], nbytes=now[2], exchanges=now[3])
-            self._reply(self._told)
 
     def _check(self, request: Request) -> None:
         layout = request.layout
@@ -288,34 +224,6 @@ class Runner:
         patches = self._engine.patches if self._engine.holds(request.model) else 0
         if patches != request.patches:
             raise PatchesLost(f"the weights hold patch set {patches}, not {request.patches}")
-
-    def _together(self, prepare, doing: str):
-        """prepare(), or _Refused when it failed on any rank; `doing` tells what ran out of memory, see memory.py."""
-        problem, prepared, self._doing = "", None, doing
-        try:
-            prepared = prepare()
-        except PatchesLost as error:
-            problem = f"unpatched\n{error}"
-        except (FastUSPError, ValueError) as error:
-            problem = f"refused\n{error}"
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            problem = f"out_of_memory\n{explain(error, doing, self._engine.held())}"
-        for rank, text in enumerate(self._crew.gather(problem)):
-            if text:
-                raise _Refused(rank, *text.split("\n", 1))
-        self._doing = EVALUATING
-        return prepared
-
-    def _together_or_drop(self, prepare, doing: str):
-        """`_together`; where memory ran out, buffers and graphs are given back."""
-        try:
-            return self._together(prepare, doing)
-        except _Refused as refused:
-            if refused.kind == "out_of_memory":
-                self._engine.drop_evaluations()
-            raise
 
     def _velocities(self, request: Request, denoiser: BatchedDenoiser, control: Residuals = NO_RESIDUALS):
         """The denoiser with the ranks' agreement before each evaluation; raises Cancelled on all of them alike."""
@@ -339,10 +247,3 @@ class Runner:
         self._launched.append(launched)
         if len(self._launched) >= IN_FLIGHT:
             self._launched.popleft().synchronize()
-
-
-class _Refused(Exception):
-    def __init__(self, rank: int, kind: str, text: str):
-        super().__init__(text)
-        self.rank = rank
-        self.kind = kind

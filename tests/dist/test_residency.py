@@ -144,7 +144,13 @@ def cramped(pool, dev):
     limited = []
 
     def limit(rank: int, spare: int) -> None:
-        pid = pids(pool)[rank]
+        pid, sizes = pids(pool)[rank], []
+
+        def steady() -> bool:  # rank 0 answers for all: others may still give memory back
+            sizes.append(address_space(pid))
+            return len(sizes) > 5 and len(set(sizes[-5:])) == 1
+
+        wait_until(steady, 10)
         limited.append((pid, resource.prlimit(pid, resource.RLIMIT_AS)))
         resource.prlimit(pid, resource.RLIMIT_AS, (address_space(pid) + spare, limited[-1][1][1]))
 

@@ -1,0 +1,56 @@
+"""What one rank fails in, all refuse: the ranks do a part of a request and tell each other how it went."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from ..engine import Engine
+from ..errors import FastUSPError, PatchesLost
+from .crew import Crew
+from .memory import EVALUATING, explain, is_out_of_memory
+
+T = TypeVar("T")
+
+
+class Refused(Exception):
+    """A request that rank `rank` could not prepare; kind: see `protocol.Failed`. Raised on all ranks alike."""
+
+    def __init__(self, rank: int, kind: str, text: str):
+        super().__init__(text)
+        self.rank = rank
+        self.kind = kind
+
+
+class Agreement:
+    """doing: what the ranks are at, for a failure that ends one of them, see memory.py."""
+
+    def __init__(self, crew: Crew, engine: Engine):
+        self._crew, self._engine = crew, engine
+        self.doing = EVALUATING
+
+    def together(self, part: Callable[[], T], doing: str) -> T:
+        """part() on every rank. Raises Refused where it failed on any. Collective."""
+        problem, result, self.doing = "", None, doing
+        try:
+            result = part()
+        except PatchesLost as error:
+            problem = f"unpatched\n{error}"
+        except (FastUSPError, ValueError) as error:
+            problem = f"refused\n{error}"
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            problem = f"out_of_memory\n{explain(error, doing, self._engine.held())}"
+        for rank, text in enumerate(self._crew.gather(problem)):
+            if text:
+                raise Refused(rank, *text.split("\n", 1))
+        self.doing = EVALUATING
+        return result
+
+    def together_or_drop(self, part: Callable[[], T], doing: str) -> T:
+        """`together`; where memory ran out, buffers and graphs are given back."""
+        try:
+            return self.together(part, doing)
+        except Refused as refused:
+            if refused.kind == "out_of_memory":
+                self._engine.drop_evaluations()
+            raise
