@@ -189,8 +189,8 @@ def _flux_sizes(config: Config) -> dict:
 def arguments(config: Config, given: Inputs, dtype: torch.dtype) -> list[dict]:
     """What diffusers' forward takes for each prompt."""
     x, b = given.x, given.x.shape[0]
-    grid = patch_grid(*x.shape[-2:])
-    shared = {"hidden_states": patchify(x).to(dtype), "timestep": given.timestep.to(x.device, dtype)}
+    grid = patch_grid(*x.shape[-2:], config.patch)
+    shared = {"hidden_states": patchify(x, config.patch).to(dtype), "timestep": given.timestep.to(x.device, dtype)}
     flux = isinstance(config, FluxConfig)
     if flux:
         rows, columns = torch.meshgrid(*(torch.arange(n, device=x.device) for n in grid), indexing="ij")
@@ -216,11 +216,12 @@ def runs(job: dict, ours: Transformer, dtype, device) -> Iterator[tuple[dict, Ca
 
     def evaluation(model, case: Case) -> Run:
         given = random_inputs(ours.config, case, device, dtype)
-        keywords, grid = arguments(ours.config, given, dtype), patch_grid(*given.x.shape[-2:])
+        keywords, patch = arguments(ours.config, given, dtype), ours.config.patch
+        grid = patch_grid(*given.x.shape[-2:], patch)
 
         @torch.no_grad()
         def run() -> torch.Tensor:
-            return torch.stack([unpatchify(model(**each)[0], grid) for each in keywords])
+            return torch.stack([unpatchify(model(**each)[0], grid, patch) for each in keywords])
 
         return run
 
