@@ -257,6 +257,11 @@ class RemotePatcher(ModelPatcher):
         check_supported({key: v for key, v in patches.items() if (key if isinstance(key, str) else key[0]) in known})
         return super().add_patches(patches, strength_patch, strength_model)
 
+    def add_object_patch(self, name, obj):
+        if name.startswith("diffusion_model."):
+            raise Unsupported(f"A change inside the transformer ({name})")
+        return super().add_object_patch(name, obj)
+
     def patch_model(self, *args, **kwargs):
         transformer = self.model.diffusion_model
         if isinstance(transformer, RemoteTransformer):
