@@ -33,8 +33,8 @@ class USPLoader(io.ComfyNode):
             node_id="FastUSPLoader",
             display_name="USP Loader",
             category="FastUSP",
-            description="Loads a FLUX.1, FLUX.2 or Qwen-Image transformer onto several GPUs (or CPU ranks) that compute "
-            "every step of one image together.",
+            description="Loads a FLUX.1, FLUX.2 or Qwen-Image transformer onto several GPUs (or CPU ranks) that "
+            "compute every step of one image together.",
             inputs=[
                 io.Combo.Input(
                     "unet_name",

@@ -18,14 +18,14 @@ LAYOUTS = (("cpu:1", 1, 1), ("cpu:2", 2, 1), ("cpu:2", 1, 2))
 
 
 @pytest.fixture(scope="module")
-def folder(host):
+def folder(host, flux2):
     """With a dev and a klein file."""
+    assert flux2 == DEV
     path = host.base / "models/diffusion_models"
-    write_flux(str(path / DEV), TINY_FLUX2)
     write_flux(str(path / KLEIN), replace(TINY_FLUX2, guidance=False), seed=1)
     before = set(path.iterdir())
     yield path
-    for file in {path / DEV, path / KLEIN} | (set(path.iterdir()) - before):
+    for file in {path / KLEIN} | (set(path.iterdir()) - before):
         file.unlink()
 
 
