@@ -108,7 +108,6 @@ def test_references(host, folder):
             ("timestep zero", DEV, referring("index_timestep_zero"), IN_WORKERS),
             ("timestep zero, stepping", KLEIN, referring("index_timestep_zero", **step), STEPPING),
         ],
-        steps=1,
     )
 
 
