@@ -4,12 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import SMALL_FLUX2, inputs, randn, relative_difference, spec_of
+from support import SMALL_FLUX2, OneRank, inputs, randn, relative_difference, spec_of
 
-from fastusp_backend.comm.mesh import single_rank_mesh
-from fastusp_backend.comm.transport import Transport
-from fastusp_backend.config import Settings
-from fastusp_backend.engine import Denoiser
 from fastusp_backend.engine.loading import load_model
 from fastusp_backend.errors import RequestError
 from fastusp_backend.models.family import Conditioning, Residuals
@@ -44,8 +40,7 @@ def models(request, tmp_path_factory):
         guidance_embeds=config.guidance,
     )
     theirs.load_state_dict(single_file.convert_flux2_transformer_checkpoint_to_diffusers(state))
-    mesh = single_rank_mesh(CPU)
-    return Denoiser(ours, mesh, Transport(mesh), Settings(), torch.float32), theirs.eval()
+    return OneRank(ours), theirs.eval()
 
 
 def velocity_of(theirs, given, size, *, images=(), starts=()) -> torch.Tensor:
@@ -96,7 +91,7 @@ def test_references(models, method, starts):
     given = inputs(denoiser.model.config, text=7, size=(4, 6), batch=2)
     images = tuple(randn(2, 128, *size, seed=n) for n, size in enumerate([(3, 5), (4, 2), (2, 1)]))
     prompt = Conditioning(given.context, guidance=given.guidance, references=images, reference_method=method)
-    denoiser.check(given.x, prompt)
+    denoiser.check(given.x, [prompt])
     ours = denoiser(given.x, given.timestep, prompt)
     expected = velocity_of(theirs, given, (4, 6), images=images, starts=starts)
     assert relative_difference(ours, expected) < 1e-5
@@ -134,7 +129,7 @@ def test_y_has_no_effect(models):
     denoiser, _ = models
     given = inputs(denoiser.model.config, text=7, size=(4, 4))
     without, other = (Conditioning(given.context, y, given.guidance) for y in (None, torch.ones(1, 768)))
-    denoiser.check(given.x, other)
+    denoiser.check(given.x, [other])
     plain = denoiser(given.x, given.timestep, without).clone()
     assert torch.equal(denoiser(given.x, given.timestep, other), plain)
 
@@ -166,5 +161,5 @@ def test_guidance_has_its_effect_on_dev_alone(models):
 def test_what_does_not_fit_is_refused(models, shape, more, words):
     denoiser, _ = models
     with pytest.raises(RequestError) as refused:
-        denoiser.check(torch.ones(shape), Conditioning(randn(1, 6, 64, seed=0), **more))
+        denoiser.check(torch.ones(shape), [Conditioning(randn(1, 6, 64, seed=0), **more)])
     assert words in str(refused.value)
