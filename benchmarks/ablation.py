@@ -17,14 +17,14 @@ from process_sets import LINKS, ProcessSet, run_all
 from step import TEXTS, add_common, base_job, known, layouts, numbers
 from variants import ABLATION, VARIANTS
 
-BASELINES = {"flux": "paraattention-ulysses", "qwen": "diffusers-ulysses"}
+BASELINES = {"flux": "paraattention-ulysses", "flux2": "diffusers-ulysses", "qwen": "diffusers-ulysses"}
 
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common(made)
     made.add_argument("--size", type=int, default=1024, help="edge of the image in pixels")
-    made.add_argument("--text", help="token count; default 512 for FLUX, 256 for Qwen-Image")
+    made.add_argument("--text", help="token count; default 512 for FLUX.1 and FLUX.2, 256 for Qwen-Image")
     made.add_argument("--layouts", help="one layout for all levels, ulysses x ring such as 2x1; default: planned")
     made.set_defaults(guided=False)
     return made

@@ -15,15 +15,26 @@ import torch.distributed as dist
 
 from fastusp_backend.models.family import Conditioning, Config, Transformer
 from fastusp_backend.models.flux import FluxConfig
-from fastusp_backend.models.synthetic import FLUX_DEV, QWEN_IMAGE, TINY_FLUX, TINY_QWEN_IMAGE
+from fastusp_backend.models.flux2 import Flux2Config
+from fastusp_backend.models.synthetic import (
+    FLUX2_DEV,
+    FLUX_DEV,
+    QWEN_IMAGE,
+    TINY_FLUX,
+    TINY_FLUX2,
+    TINY_QWEN_IMAGE,
+)
 
 CONFIGS: dict[tuple[str, bool], Config] = {
     ("flux", False): FLUX_DEV,
     ("flux", True): TINY_FLUX,
+    ("flux2", False): FLUX2_DEV,
+    ("flux2", True): TINY_FLUX2,
     ("qwen", False): QWEN_IMAGE,
     ("qwen", True): TINY_QWEN_IMAGE,
 }
 """By name and whether it is the tiny one."""
+MODELS = tuple(dict.fromkeys(name for name, _ in CONFIGS))
 
 TIMESTEP, GUIDANCE = 0.5, 4.0
 """A thousand times either is exact in bfloat16: diffusers multiplies in the compute type."""
@@ -40,7 +51,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """x (B, C, size / 8, size / 8) float32, timestep (B,) on the CPU, a prompt per text."""
+    """x (B, C, h, w) float32, timestep (B,) on the CPU, a prompt per text."""
 
     x: torch.Tensor
     timestep: torch.Tensor
@@ -63,14 +74,14 @@ def random_model(config: Config, device: torch.device, dtype: torch.dtype) -> Tr
 
 def random_inputs(config: Config, case: Case, device: torch.device, dtype: torch.dtype) -> Inputs:
     like = {"generator": torch.Generator(device).manual_seed(1), "device": device}
-    b, edge = case.batch, case.size // 8
+    b, edge = case.batch, case.size // config.downscale
     x = torch.randn(b, config.channels, edge, edge, **like)
 
     def prompt(text: int) -> Conditioning:
         context = torch.randn(b, text, config.context, **like).to(dtype)
-        if not isinstance(config, FluxConfig):
+        if not isinstance(config, FluxConfig | Flux2Config):
             return Conditioning(context)
-        pooled = torch.randn(b, config.pooled, **like).to(dtype)
+        pooled = torch.randn(b, config.pooled, **like).to(dtype) if isinstance(config, FluxConfig) else None
         return Conditioning(context, pooled, torch.full((b,), GUIDANCE, device=device))
 
     return Inputs(x, torch.full((b,), TIMESTEP), tuple(map(prompt, case.texts)))

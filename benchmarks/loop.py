@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common(made)
     made.add_argument("--size", type=int, default=1024, help="edge of the image in pixels")
-    made.add_argument("--text", type=int, help="token count; default 512 for FLUX, 256 for Qwen-Image")
+    made.add_argument("--text", type=int, help="token count; default 512 for FLUX.1 and FLUX.2, 256 for Qwen-Image")
     made.add_argument("--steps", type=int, default=20)
     made.add_argument("--variant", help="default: overlap, on CPU ranks eager-overlap")
     made.add_argument("--file", type=Path, help="model file, written if it is not there; default: a temporary one")
@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
 def write_model(path: Path, a: argparse.Namespace) -> None:
     device, dtype = torch.device(a.device), torch.bfloat16 if a.device == "cuda" else torch.float32
     model = random_model(CONFIGS[a.model, a.tiny], device, dtype)
-    name = model.file_key if a.model == "flux" else str
+    name = getattr(model, "file_key", str)
     save_file({name(key): tensor.cpu() for key, tensor in model.state_dict().items()}, str(path))
     del model
     if a.device == "cuda":

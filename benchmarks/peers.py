@@ -11,11 +11,12 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from common import Case, Inputs, random_inputs
+from common import MODELS, Case, Inputs, random_inputs
 from diffusers_weights import to_diffusers
 
 from fastusp_backend.models.family import Config, Transformer
 from fastusp_backend.models.flux import FluxConfig
+from fastusp_backend.models.flux2 import Flux2Config
 from fastusp_backend.models.patchify import patch_grid, patchify, unpatchify
 
 LEVELS = ("eager", "compile", "graph")
@@ -125,9 +126,9 @@ def _xdit(ring: bool):
 
 
 PEERS = {
-    "diffusers-1gpu": Peer(module="diffusers", setup=_one_gpu, alone=True),
-    "diffusers-ulysses": Peer(module="diffusers", setup=_diffusers("ulysses")),
-    "diffusers-ring": Peer(module="diffusers", setup=_diffusers("ring")),
+    "diffusers-1gpu": Peer(module="diffusers", setup=_one_gpu, alone=True, models=MODELS),
+    "diffusers-ulysses": Peer(module="diffusers", setup=_diffusers("ulysses"), models=MODELS),
+    "diffusers-ring": Peer(module="diffusers", setup=_diffusers("ring"), models=MODELS),
     "paraattention-ulysses": Peer(module="para_attn", setup=_paraattention(ring=False), models=("flux",)),
     "paraattention-ring": Peer(module="para_attn", setup=_paraattention(ring=True), models=("flux",)),
     "xdit-ulysses": Peer(module="xfuser", setup=_xdit(ring=False), compile="whole", models=("flux",)),
@@ -156,6 +157,20 @@ def diffusers_model(ours: Transformer) -> torch.nn.Module:
         with torch.device("meta"):
             theirs = diffusers.FluxTransformer2DModel(**_flux_sizes(config))
         state = to_diffusers({ours.file_key(name): t for name, t in state.items()}, config.hidden)
+    elif isinstance(config, Flux2Config):
+        from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers
+
+        with torch.device("meta"):
+            theirs = diffusers.Flux2Transformer2DModel(
+                num_layers=config.double_blocks,
+                num_single_layers=config.single_blocks,
+                num_attention_heads=config.heads,
+                joint_attention_dim=config.context,
+                mlp_ratio=config.mlp / config.hidden,
+                guidance_embeds=config.guidance,
+            )
+        state = {ours.file_key(name): t for name, t in state.items()}
+        state = convert_flux2_transformer_checkpoint_to_diffusers(state)
     else:
         from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
 
@@ -189,20 +204,24 @@ def _flux_sizes(config: Config) -> dict:
 def arguments(config: Config, given: Inputs, dtype: torch.dtype) -> list[dict]:
     """What diffusers' forward takes for each prompt."""
     x, b = given.x, given.x.shape[0]
-    grid = patch_grid(*x.shape[-2:])
-    shared = {"hidden_states": patchify(x).to(dtype), "timestep": given.timestep.to(x.device, dtype)}
-    flux = isinstance(config, FluxConfig)
-    if flux:
-        rows, columns = torch.meshgrid(*(torch.arange(n, device=x.device) for n in grid), indexing="ij")
-        shared["img_ids"] = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1).float()
+    grid = patch_grid(*x.shape[-2:], config.patch)
+    shared = {"hidden_states": patchify(x, config.patch).to(dtype), "timestep": given.timestep.to(x.device, dtype)}
+    axes = {FluxConfig: 3, Flux2Config: 4}.get(type(config))
+    if axes:
+        shared["img_ids"] = torch.zeros(grid[0] * grid[1], axes, device=x.device)
+        shared["img_ids"][:, 1:3] = torch.cartesian_prod(*(torch.arange(n, device=x.device) for n in grid))
     else:
         shared["img_shapes"] = [[(1, *grid)]] * b
     found = []
     for prompt in given.prompts:
         own = {"encoder_hidden_states": prompt.context, "return_dict": False}
-        if flux:
-            own |= {"pooled_projections": prompt.y, "guidance": prompt.guidance}
-            own["txt_ids"] = torch.zeros(prompt.context.shape[1], 3, device=x.device)
+        if axes:
+            own["guidance"], text = prompt.guidance, prompt.context.shape[1]
+            own["txt_ids"] = torch.zeros(text, axes, device=x.device)
+        if axes == 3:
+            own["pooled_projections"] = prompt.y
+        elif axes == 4:
+            own["txt_ids"][:, 3] = torch.arange(text)
         found.append(shared | own)
     return found
 
@@ -216,11 +235,12 @@ def runs(job: dict, ours: Transformer, dtype, device) -> Iterator[tuple[dict, Ca
 
     def evaluation(model, case: Case) -> Run:
         given = random_inputs(ours.config, case, device, dtype)
-        keywords, grid = arguments(ours.config, given, dtype), patch_grid(*given.x.shape[-2:])
+        keywords, patch = arguments(ours.config, given, dtype), ours.config.patch
+        grid = patch_grid(*given.x.shape[-2:], patch)
 
         @torch.no_grad()
         def run() -> torch.Tensor:
-            return torch.stack([unpatchify(model(**each)[0], grid) for each in keywords])
+            return torch.stack([unpatchify(model(**each)[0], grid, patch) for each in keywords])
 
         return run
 

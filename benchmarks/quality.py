@@ -15,7 +15,7 @@ import sys
 import paths
 import torch
 import torch.distributed as dist
-from common import CONFIGS, Case, random_inputs, random_model
+from common import CONFIGS, MODELS, Case, random_inputs, random_model
 from ours import held_by_rows
 
 from fastusp_backend.comm.mesh import make_mesh, single_rank_mesh
@@ -97,7 +97,7 @@ def rank(a: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=("flux", "qwen"), default="flux")
+    parser.add_argument("--model", choices=MODELS, default="flux")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--size", type=int, default=1024)
     parser.add_argument("--text", type=int, default=512)

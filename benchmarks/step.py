@@ -12,7 +12,7 @@ from itertools import product
 from pathlib import Path
 
 import report
-from common import CONFIGS
+from common import CONFIGS, MODELS
 from peers import LEVELS, PEERS
 from process_sets import LINKS, ProcessSet, run_all
 from variants import VARIANTS
@@ -20,7 +20,7 @@ from variants import VARIANTS
 from fastusp_backend.config import Layout
 from fastusp_backend.planner import plan
 
-TEXTS = {"flux": "512", "qwen": "256"}
+TEXTS = {"flux": "512", "flux2": "512", "qwen": "256"}
 GUIDED_TEXTS = "35,6"
 
 
@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--peers", default="diffusers,paraattention", help=f"of: {', '.join(PEERS)}; or parts of names")
     made.add_argument("--levels", default=",".join(LEVELS), help="how peers run")
     made.add_argument("--sizes", default="1024", help="edges of the image in pixels")
-    made.add_argument("--text", help="token counts; default 512 for FLUX, 256 for Qwen-Image, 35,6 guided")
+    made.add_argument("--text", help="token counts; default 512 for FLUX.1 and FLUX.2, 256 for Qwen-Image, 35,6 guided")
     made.add_argument("--batch", default="1", help="images")
     made.add_argument("--layouts", help="ulysses x ring, such as 2x1,1x2, or batch x ulysses x ring; default: planned")
     made.add_argument("--guided", action="store_true", help="one step of two prompts, of --text's two lengths")
@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add_common(made: argparse.ArgumentParser) -> None:
-    made.add_argument("--model", choices=("flux", "qwen"), default="flux")
+    made.add_argument("--model", choices=MODELS, default="flux")
     made.add_argument("--gpus", type=int, default=2, help="ranks")
     made.add_argument("--link", default="nvlink", help=f"of: {', '.join(LINKS)} (NCCL_P2P_DISABLE=1)")
     made.add_argument("--count", type=int, default=12, help="timed evaluations of each configuration")

@@ -40,6 +40,7 @@ USED = {
     "comfy.model_patcher": [
         "ModelPatcher(model, load_device, offload_device)",
         "ModelPatcher.add_hook_patches(hook, patches, strength_patch, strength_model)",
+        "ModelPatcher.add_object_patch(name, obj)",
         "ModelPatcher.add_patches(patches, strength_patch, strength_model)",
         "ModelPatcher.add_wrapper_with_key(wrapper_type, key, wrapper)",
         "ModelPatcher.cleanup()",

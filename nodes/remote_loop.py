@@ -45,6 +45,7 @@ _PLAIN_CONDITIONING = {
     "uuid",
     "cross_attn",
     "pooled_output",
+    "attention_mask",  # FLUX.2's text encoders give one; where it has an effect, model_conds holds it
     "guidance",
     "reference_latents",
     "reference_latents_method",

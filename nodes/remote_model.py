@@ -13,8 +13,8 @@ from dataclasses import replace
 import torch
 
 from ..fastusp_backend.errors import FastUSPError
+from ..fastusp_backend.models.detection import Config, detect
 from ..fastusp_backend.models.holding import rank_bytes
-from ..fastusp_backend.models.patchify import PATCH
 from ..fastusp_backend.pool import Prompt, Session
 from ..fastusp_backend.weights.checkpoint import TensorInfo
 from . import memory
@@ -40,17 +40,17 @@ class RemoteTransformer(torch.nn.Module):
     (WrappersMP.DIFFUSION_MODEL), which see its arguments by position.
     """
 
-    def __init__(self, session: Session, header: dict[str, TensorInfo], dtype: torch.dtype, unet_config: dict):
+    def __init__(self, session: Session, header: dict[str, TensorInfo], dtype: torch.dtype, config: Config):
         super().__init__()
         self.session = session
         self.dtype = dtype
-        self.patch_size = PATCH
+        self.patch_size = config.patch
         self._header = header
-        self._unet_config = unet_config
+        self._config = config
         self._patches_uuid = None
 
     @classmethod
-    def fits(cls, unet_config: dict, header: dict[str, TensorInfo]) -> bool:
+    def fits(cls, unet_config: dict, config: Config) -> bool:
         """Whether what ComfyUI detected is the file's model."""
         return True
 
@@ -82,10 +82,12 @@ class RemoteTransformer(torch.nn.Module):
 
 
 class RemoteFlux(RemoteTransformer):
+    """FLUX.1 and FLUX.2, of which ComfyUI has one transformer."""
+
     @classmethod
-    def fits(cls, unet_config: dict, header: dict[str, TensorInfo]) -> bool:
+    def fits(cls, unet_config: dict, config: Config) -> bool:
         """Old ComfyUI takes every FLUX for one of hidden size 3072."""
-        return unet_config["hidden_size"] == header["img_in.weight"].shape[0]
+        return unet_config["hidden_size"] == config.hidden
 
     def forward(
         self,
@@ -119,10 +121,10 @@ class RemoteFlux(RemoteTransformer):
         if attention_mask is not None:
             raise Unsupported("A prompt with an attention mask (Apply Style Model with attn_bias)")
         refuse_unsupported(transformer_options, kwargs)
-        own = self._unet_config["out_channels"]  # ComfyUI has put the image and mask of Fill, Canny, Depth behind them
+        own = self._config.channels  # ComfyUI has put the image and mask of Fill, Canny, Depth behind them
         concat = x[:, own:] if x.shape[1] > own else None
         prompt = Prompt(context, y, guidance, concat, tuple(ref_latents or ()), ref_latents_method)
-        counts = {"input": self._unet_config["depth"], "output": self._unet_config["depth_single_blocks"]}
+        counts = {"input": self._config.double_blocks, "output": self._config.single_blocks}
         return self._on_workers(x[:, :own], timestep, prompt, control, **counts)
 
 
@@ -162,11 +164,15 @@ class RemoteQwenImage(RemoteTransformer):
             raise Unsupported("The timestep condition of Qwen-Image-Layered (additional_t_cond)")
         refuse_unsupported(transformer_options, kwargs)
         prompt = Prompt(context, references=tuple(ref_latents or ()), reference_method=ref_latents_method)
-        return self._on_workers(x, timestep, prompt, control, input=self._unet_config["num_layers"])
+        return self._on_workers(x, timestep, prompt, control, input=self._config.blocks)
 
 
-_TRANSFORMERS: dict[str, type[RemoteTransformer]] = {"flux": RemoteFlux, "qwen_image": RemoteQwenImage}
-"""By the names that ComfyUI's detection gives."""
+_TRANSFORMERS: dict[str, tuple[str, type[RemoteTransformer]]] = {
+    "FLUX.1": ("flux", RemoteFlux),
+    "FLUX.2": ("flux2", RemoteFlux),
+    "Qwen-Image": ("qwen_image", RemoteQwenImage),
+}
+"""By family: the name that ComfyUI's detection gives it, and what stands for its transformer."""
 
 
 def meta_tensors(header: dict[str, TensorInfo]) -> dict[str, torch.Tensor]:
@@ -251,6 +257,11 @@ class RemotePatcher(ModelPatcher):
         check_supported({key: v for key, v in patches.items() if (key if isinstance(key, str) else key[0]) in known})
         return super().add_patches(patches, strength_patch, strength_model)
 
+    def add_object_patch(self, name, obj):
+        if name.startswith("diffusion_model."):
+            raise Unsupported(f"A change inside the transformer ({name})")
+        return super().add_object_patch(name, obj)
+
     def patch_model(self, *args, **kwargs):
         transformer = self.model.diffusion_model
         if isinstance(transformer, RemoteTransformer):
@@ -272,22 +283,21 @@ def _no_weights(*_args, **_kwargs):
 def remote_model(session: Session, header: dict[str, TensorInfo]) -> RemotePatcher:
     """The MODEL for `session`. header: the file's tensors, from which ComfyUI detects its half of the model.
 
-    Raises FastUSPError where this ComfyUI does not know the file's sizes, or the file is incomplete.
+    Raises FastUSPError where this ComfyUI does not know the file's family or sizes, or the file is incomplete.
     """
+    family = detect(header, session.model.path)
+    name, transformer = _TRANSFORMERS[family.family]
     compute = getattr(torch, session.model.compute)
     meta = meta_tensors(header)
     config = model_config_from_unet(meta, "")
     detected = config.unet_config if config is not None else {}
-    transformer = _TRANSFORMERS.get(detected.get("image_model"))
-    if transformer is None or not transformer.fits(detected, header):
-        raise FastUSPError(
-            f"{session.model.path}: this ComfyUI does not know the model, of hidden size "
-            f"{header['img_in.weight'].shape[0]}; update it"
-        )
+    if detected.get("image_model") != name or not transformer.fits(detected, family):
+        what = f"{family.family} of hidden size {family.hidden}"
+        raise FastUSPError(f"{session.model.path}: this ComfyUI does not know {what}; update it")
     config.unet_config["disable_unet_model_creation"] = True
     config.set_inference_dtype(compute, None)
     model = config.get_model(meta, "")
-    model.diffusion_model = transformer(session, config.process_unet_state_dict(dict(header)), compute, detected)
+    model.diffusion_model = transformer(session, config.process_unet_state_dict(dict(header)), compute, family)
     model.fastusp_session = session
     model.fastusp_nbytes = rank_bytes(header, session.spec, session.pool.devices.ranks)
     model.state_dict_for_saving = _no_weights  # would be a file of meta tensors

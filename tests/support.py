@@ -9,8 +9,9 @@ from fastusp_backend.comm.mesh import single_rank_mesh
 from fastusp_backend.comm.transport import Transport
 from fastusp_backend.config import ModelSpec, Settings
 from fastusp_backend.engine import BatchedDenoiser, Denoiser
-from fastusp_backend.models.family import NO_RESIDUALS, Conditioning, Residuals, Transformer
+from fastusp_backend.models.family import NO_RESIDUALS, Conditioning, Config, Residuals, Transformer
 from fastusp_backend.models.flux import FluxConfig
+from fastusp_backend.models.flux2 import Flux2Config
 from fastusp_backend.models.qwen_image import QwenImageConfig
 
 SMALL = FluxConfig(
@@ -20,6 +21,16 @@ SMALL = FluxConfig(
     context=64,
     pooled=32,
     mlp=1024,
+    double_blocks=2,
+    single_blocks=2,
+    guidance=True,
+)
+SMALL_FLUX2 = Flux2Config(
+    hidden=512,
+    heads=4,
+    channels=128,
+    context=64,
+    mlp=768,
     double_blocks=2,
     single_blocks=2,
     guidance=True,
@@ -44,16 +55,14 @@ class Inputs:
     guidance: torch.Tensor | None
 
 
-def inputs(
-    config: FluxConfig | QwenImageConfig, *, text: int, size: tuple[int, int], batch: int = 1, seed: int = 0
-) -> Inputs:
-    flux = isinstance(config, FluxConfig)
+def inputs(config: Config, *, text: int, size: tuple[int, int], batch: int = 1, seed: int = 0) -> Inputs:
+    pooled, guided = (isinstance(config, kinds) for kinds in (FluxConfig, (FluxConfig, Flux2Config)))
     return Inputs(
         x=randn(batch, config.channels, *size, seed=seed),
         timestep=torch.linspace(0.7, 0.3, batch) if batch > 1 else torch.tensor([0.7]),
         context=randn(batch, text, config.context, seed=seed + 1),
-        y=randn(batch, config.pooled, seed=seed + 2) if flux else None,
-        guidance=torch.full((batch,), 3.5) if flux else None,
+        y=randn(batch, config.pooled, seed=seed + 2) if pooled else None,
+        guidance=torch.full((batch,), 3.5) if guided else None,
     )
 
 

@@ -49,7 +49,7 @@ def describe(path: str, devices: Devices) -> tuple[dict[str, TensorInfo], Config
 def random_inputs(config: Config, size: tuple[int, int], text: int) -> tuple[torch.Tensor, Prompt]:
     """Latents (1, C, h, w) and a prompt of `text` tokens for an image of (width, height) pixels."""
     generator = torch.Generator().manual_seed(0)
-    width, height = (edge // 8 for edge in size)
+    width, height = (edge // config.downscale for edge in size)
     x = torch.randn(1, config.channels, height, width, generator=generator)
     context = torch.randn(1, text, config.context, generator=generator)
     pooled, concat = getattr(config, "pooled", None), config.concat_channels

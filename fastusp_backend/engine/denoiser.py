@@ -67,7 +67,7 @@ class Denoiser:
         step = self._steps.get(shape)
         if step is not None and step.captured:
             return
-        rows, columns = patch_grid(*x.shape[-2:])
+        rows, columns = patch_grid(*x.shape[-2:], self.model.config.patch)
         tokens = rows * columns + shape.references.tokens
         tokens = SequenceShards(self.mesh.layout, shape.text, tokens).local
         count = WORKING_SET * len(x) * tokens * self.model.config.hidden
@@ -94,7 +94,8 @@ class Denoiser:
             context, concat = conditioning.context, conditioning.concat
             shards = SequenceShards(self.mesh.layout, context.shape[1], 0)
             local = shards.take_text(context.to(self.dtype), self.mesh.rank, dim=1)
-            patches = [patchify(_flat(latent).to(self.dtype)) for latent in conditioning.references]
+            patch = self.model.config.patch
+            patches = [patchify(_flat(latent).to(self.dtype), patch) for latent in conditioning.references]
             self._prompts[conditioning] = PromptTensors(
                 self.model.embed_text(local),
                 None if concat is None else _flat(concat).to(self.dtype),

@@ -17,7 +17,8 @@ from ..comm.exchange import GroupExchange, world
 from ..models.family import Conditioning, Transformer, references_of
 
 KEPT_ROWS = 64
-"""Evaluations whose modulations are kept per prompt: 2.1 MB each for FLUX.1, 4.4 for Qwen-Image in bf16, batch 1."""
+"""Evaluations whose modulations are kept per prompt: 2.1 MB each for FLUX.1, 0.2 for FLUX.2, 4.4 for Qwen-Image in
+bf16, batch 1."""
 AT_ONCE = 64
 """Rows, each for one image, that are computed and gathered at a time: 135 and 280 MB."""
 
@@ -43,7 +44,7 @@ class ModulationTable:
         widths = [0] * ranks
         self._places: list[tuple[int, slice]] = []  # of each layer: its owner, and where in that rank's part
         for layer, owner in zip(layers, owners or [0] * len(layers), strict=True):
-            start, widths[owner] = widths[owner], widths[owner] + len(layer.bias)
+            start, widths[owner] = widths[owner], widths[owner] + len(layer.weight)
             self._places.append((owner, slice(start, widths[owner])))
         self._own = [(layer, c) for layer, (owner, c) in zip(layers, self._places, strict=True) if owner == rank]
         self._widest, self._ranks = max(widths), ranks

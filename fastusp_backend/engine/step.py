@@ -12,7 +12,7 @@ from ..comm.shards import SequenceShards
 from ..comm.transport import PACKED, Transport
 from ..config import Settings
 from ..models.family import Residuals, Transformer
-from ..models.patchify import PATCH, patch_grid, patchify, unpatchify
+from ..models.patchify import patch_grid, patchify, unpatchify
 from ..models.positions import References
 from ..models.segments import Segments
 
@@ -31,7 +31,7 @@ class Shape(NamedTuple):
 
 class PromptTensors(NamedTuple):
     """A prompt as an evaluation takes it: text (B, Lt, hidden), this rank's; concat (B, C', h, w); references (B, R,
-    4 C), patches of all reference images."""
+    p^2 C), patches of all reference images."""
 
     text: torch.Tensor
     concat: torch.Tensor | None
@@ -57,7 +57,8 @@ class Step:
         config, references = model.config, shape.references
         batch, channels, *size = shape.x
         self._model, self._mesh, self._segments, self._size = model, mesh, segments, size
-        self._grid = patch_grid(*size)
+        self._patch = patch = config.patch
+        self._grid = patch_grid(*size, patch)
         self._tokens = self._grid[0] * self._grid[1]
         self._shards = shards = SequenceShards(mesh.layout, shape.text, self._tokens + references.tokens)
         links = transport.connect(
@@ -67,7 +68,7 @@ class Step:
             config.hidden // config.heads,
             dtype,
             packed=PACKED[transport.wire(settings.wire)],
-            width=config.channels * PATCH**2,
+            width=config.channels * patch**2,
         )
         self._gather = links.gather
         self._joint = JointAttention(
@@ -82,7 +83,7 @@ class Step:
         self._channels = channels
         self._x = torch.empty(batch, channels + config.concat_channels, *size, **like)
         self._text = torch.empty(batch, shards.local_text, config.hidden, **like)
-        self._references = torch.empty(batch, references.tokens, self._x.shape[1] * PATCH**2, **like)
+        self._references = torch.empty(batch, references.tokens, self._x.shape[1] * patch**2, **like)
         self._residuals = Residuals(
             tuple(torch.zeros(b, shards.local_image, hidden, **like) for b, _, hidden in shape.residuals),
             shape.input,
@@ -91,8 +92,9 @@ class Step:
         self._rows = torch.empty(batch, 2 if references.at_timestep_zero else 1, model.modulation_width, **like)
         self._modulations = model.split_modulations(self._rows)
         if references.at_timestep_zero:
-            rows = torch.arange(shards.image, device=device) >= self._tokens
-            self._segments = segments.by_row(shards.take_image(rows.long(), mesh.rank, dim=0))
+            image = (torch.arange(shards.image, device=device) >= self._tokens).long()
+            rows = image.new_zeros(shards.local_text), shards.take_image(image, mesh.rank, dim=0)
+            self._segments = segments.by_row(torch.cat(rows))
         self._captures = settings.cuda_graphs and device.type == "cuda"
         self._runs = 0
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -139,7 +141,7 @@ class Step:
 
     def _evaluate(self) -> torch.Tensor:
         shards, rank = self._shards, self._mesh.rank
-        stream = patchify(self._x)
+        stream = patchify(self._x, self._patch)
         if self._references.shape[1]:
             stream = torch.cat([stream, self._references], dim=1)
         patches = shards.take_image(stream, rank, dim=1)
@@ -149,4 +151,4 @@ class Step:
         parts = self._gather.all_gather(velocity)() if self._gather else velocity[None]
         height, width = self._size
         image = shards.join_image(parts)[:, : self._tokens]
-        return unpatchify(image, self._grid)[..., :height, :width]
+        return unpatchify(image, self._grid, self._patch)[..., :height, :width]

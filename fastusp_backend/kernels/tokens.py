@@ -1,4 +1,5 @@
-"""What happens to a token between two matrix products, in one pass over it: residual addition, adaLN, gelu, fp8.
+"""What happens to a token between two matrix products, in one pass over it: residual addition, adaLN, gelu or SwiGLU,
+fp8.
 
 A program holds a whole token in registers, so what is normed or quantised is read once; torch.compile reads rows of
 this width twice or three times.
@@ -51,6 +52,12 @@ def gelu_reference(x: torch.Tensor) -> torch.Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def swiglu_reference(x: torch.Tensor) -> torch.Tensor:
+    """x (B, L, 2 C) -> silu of the first half times the second (B, L, C)."""
+    gate, value = x.chunk(2, dim=-1)
+    return F.silu(gate) * value
+
+
 def quantise_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x (B, L, C) -> e4m3 values, as x, and float32 scales (B, L, 1), one for each token."""
     values, scales = quantise(x)
@@ -59,12 +66,12 @@ def quantise_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def norm(x, shift, scale, *, fp8: bool) -> tuple[torch.Tensor, ...]:
     """(normed,), or its (values, scales) in fp8."""
-    return _launch(x, None, None, shift, scale, gelu=False, fp8=fp8)
+    return _launch(x, None, None, shift, scale, fp8=fp8)
 
 
 def add_norm(x, y, gate, shift, scale, *, fp8: bool) -> tuple[torch.Tensor, ...]:
     """(x + gate y, normed), or with the normed one's (values, scales) in fp8."""
-    return _launch(x, y, gate, shift, scale, gelu=False, fp8=fp8)
+    return _launch(x, y, gate, shift, scale, fp8=fp8)
 
 
 def gelu_quantise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,9 +79,14 @@ def gelu_quantise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return _launch(x, None, None, None, None, gelu=True, fp8=True)
 
 
+def swiglu_quantise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (B, L, 2 C) -> silu of the first half times the second, in fp8: (values, scales)."""
+    return _launch(x, None, None, None, None, gated=True, fp8=True)
+
+
 def quantise_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x in fp8: (values, scales)."""
-    return _launch(x, None, None, None, None, gelu=False, fp8=True)
+    return _launch(x, None, None, None, None, fp8=True)
 
 
 if triton is not None:
@@ -94,10 +106,12 @@ if triton is not None:
         out_scales,
         rows,
         C: tl.constexpr,
+        PITCH: tl.constexpr,
         BLOCK: tl.constexpr,
         ADD: tl.constexpr,
         NORM: tl.constexpr,
         GELU: tl.constexpr,
+        GATED: tl.constexpr,
         FP8: tl.constexpr,
         BOUNDED: tl.constexpr,
         eps: tl.constexpr,
@@ -108,7 +122,8 @@ if triton is not None:
         place = (item * rows + row) * C
         column = tl.arange(0, BLOCK)
         inside = column < C
-        value = tl.load(x + item * x_batch + row * C + column, mask=inside, other=0.0).to(tl.float32)
+        source = x + item * x_batch + row * PITCH + column
+        value = tl.load(source, mask=inside, other=0.0).to(tl.float32)
         vector = item * modulation_batch + column
         if ADD:
             gates = tl.load(gate + vector, mask=inside, other=0.0).to(tl.float32)
@@ -127,6 +142,8 @@ if triton is not None:
         if GELU:
             # 0.5 x (1 + tanh(u)) = x sigmoid(2 u)
             value *= tl.sigmoid(1.5957691216057308 * (value + 0.044715 * value * value * value))
+        if GATED:
+            value *= tl.sigmoid(value) * tl.load(source + C, mask=inside, other=0.0).to(tl.float32)
         if FP8:
             largest = tl.max(tl.where(inside, magnitudes(value), 0.0), axis=0)
             divisor = tl.where(largest > 0, largest / 448.0, 1.0)
@@ -137,14 +154,15 @@ if triton is not None:
             tl.store(out + place + column, value.to(out.dtype.element_ty), mask=inside)
 
 
-def _launch(x, y, gate, shift, scale, *, gelu: bool, fp8: bool) -> tuple[torch.Tensor, ...]:
-    batch, rows, width = x.shape
+def _launch(x, y, gate, shift, scale, *, fp8: bool, gelu=False, gated=False) -> tuple[torch.Tensor, ...]:
+    batch, rows, pitch = x.shape
+    width = pitch // 2 if gated else pitch
     modulations = [m for m in (gate, shift, scale) if m is not None]
     for tensor in (x, y):
-        assert tensor is None or tensor.stride()[1:] == (width, 1)
+        assert tensor is None or tensor.stride()[1:] == (pitch, 1)
     assert all(m.stride(2) == 1 and m.stride(0) == modulations[0].stride(0) for m in modulations)
     summed = torch.empty_like(x) if y is not None else x
-    out = x.new_empty(x.shape, dtype=torch.float8_e4m3fn if fp8 else x.dtype)
+    out = x.new_empty(batch, rows, width, dtype=torch.float8_e4m3fn if fp8 else x.dtype)
     out_scales = x.new_empty(batch, rows, 1, dtype=torch.float32) if fp8 else x
     block = triton.next_power_of_2(width)
     _token_kernel[(rows, batch)](
@@ -161,10 +179,12 @@ def _launch(x, y, gate, shift, scale, *, gelu: bool, fp8: bool) -> tuple[torch.T
         out_scales,
         rows,
         C=width,
+        PITCH=pitch,
         BLOCK=block,
         ADD=y is not None,
         NORM=scale is not None,
         GELU=gelu,
+        GATED=gated,
         FP8=fp8,
         BOUNDED=x.dtype == torch.float16,
         eps=EPS,

@@ -5,14 +5,15 @@ from ..weights.checkpoint import Sizes, TensorInfo
 from ..weights.scales import check_types
 from .family import Config
 from .flux import FluxConfig
+from .flux2 import Flux2Config
 from .qwen_image import QwenImageConfig
 
-FAMILIES: tuple[type[Config], ...] = (FluxConfig, QwenImageConfig)
+FAMILIES: tuple[type[Config], ...] = (Flux2Config, FluxConfig, QwenImageConfig)
+"""In the order of asking: FLUX.2's files have FLUX.1's marks, too."""
 RUNS = ", ".join(family.runs for family in FAMILIES)
 
 # Keys that only one foreign family or variant has, checked in this order. Several share the block names of ours.
 _FOREIGN = (
-    ("double_stream_modulation_img.lin.weight", "FLUX.2"),
     ("distilled_guidance_layer.", "Chroma"),
     ("nerf_blocks.", "Chroma Radiance"),
     ("double_blocks.0.img_mlp.gate_proj.weight", "Ovis-Image or LongCat-Image"),

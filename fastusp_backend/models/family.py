@@ -81,7 +81,8 @@ class Config(Protocol):
     """Sizes read from a file.
 
     family: its name. runs: the models of the family that FastUSP runs, for refusals of others. marks: keys that tell
-    its files from other families'. float16: whether its activations fit that type. reference_methods: those of
+    its files from other families'. downscale: pixels of the image's edge per latent pixel. patch: latent pixels of a
+    patch's edge. float16: whether its activations fit that type. reference_methods: those of
     `positions.METHODS` that it knows; ComfyUI takes any other for `offset`. context: width of the text.
     channels, concat_channels: of the latents, and of further input. reference_method: what its files were trained with.
     """
@@ -89,6 +90,8 @@ class Config(Protocol):
     family: ClassVar[str]
     runs: ClassVar[str]
     marks: ClassVar[frozenset[str]]
+    downscale: ClassVar[int]
+    patch: ClassVar[int]
     float16: ClassVar[bool]
     reference_methods: ClassVar[frozenset[str]]
 
@@ -150,17 +153,17 @@ class Transformer(Protocol):
         run: Segments,
         control: Residuals,
     ) -> torch.Tensor:
-        """img (B, L, 4 (C + C')) patches and txt (B, L, hidden) of this rank, control for the same tokens -> velocity
-        patches (B, L, 4 C)."""
+        """img (B, L, p^2 (C + C')) patches and txt (B, L, hidden) of this rank, control for the same tokens ->
+        velocity patches (B, L, p^2 C)."""
 
 
 def references_of(config: Config, conditioning: Conditioning) -> References:
     """How the model places a prompt's references."""
     if not conditioning.references:
-        return References()
+        return References(config.patch)
     method = conditioning.reference_method or config.reference_method
     sizes = tuple(tuple(latent.shape[-2:]) for latent in conditioning.references)
-    return References(sizes, method if method in config.reference_methods else "offset")
+    return References(config.patch, sizes, method if method in config.reference_methods else "offset")
 
 
 def check_prompt(x: torch.Tensor, conditioning: Conditioning, config: Config) -> str | None:
@@ -203,7 +206,7 @@ def _check_references(x: torch.Tensor, conditioning: Conditioning, config: Confi
 
 def check_control(x: torch.Tensor, conditioning: Conditioning, control: Residuals, config: Config) -> str | None:
     """What is wrong with a ControlNet's tensors for latents x (B, ..., h, w); None if nothing."""
-    rows, columns = patch_grid(*x.shape[-2:])
+    rows, columns = patch_grid(*x.shape[-2:], config.patch)
     most = rows * columns + references_of(config, conditioning).tokens
     for tensor in control.tensors:
         fits = tensor.dim() == 3 and tensor.shape[0] in (1, len(x)) and tensor.shape[2] == config.hidden

@@ -1,4 +1,4 @@
-"""FLUX's blocks and what they are made of, with the names of the original (BFL) key layout.
+"""The blocks of FLUX.1 and FLUX.2 and what they are made of, with the names of the original (BFL) key layout.
 
 The blocks are schedules: they start an exchange as soon as its payload exists and compute what does not need it before
 they await it. Each residual addition is fused with the next block's norm, so blocks pass on (x, normed x).
@@ -6,6 +6,7 @@ they await it. Each residual addition is fused with the next block's norm, so bl
 Shapes: B batch, L tokens of this rank (text first), C hidden, H heads, D head dim = 128, M mlp width.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -17,11 +18,29 @@ from .layers import Activations, Gates, HeadNorm, Linear
 from .segments import Segments
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Style:
+    """How blocks are made: hidden, heads, mlp: their sizes. bias: whether layers have one. gated: SwiGLU for gelu, so
+    that an MLP's first layer gives 2 M values. modulated: whether each block has modulations of its own."""
+
+    hidden: int
+    heads: int
+    mlp: int
+    bias: bool
+    gated: bool
+    modulated: bool
+
+    @property
+    def widened(self) -> int:
+        """Outputs of an MLP's first layer."""
+        return 2 * self.mlp if self.gated else self.mlp
+
+
 class Embedder(nn.Module):
-    def __init__(self, width: int, hidden: int):
+    def __init__(self, width: int, hidden: int, *, bias: bool):
         super().__init__()
-        self.in_layer = Linear(width, hidden)
-        self.out_layer = Linear(hidden, hidden)
+        self.in_layer = Linear(width, hidden, bias=bias)
+        self.out_layer = Linear(hidden, hidden, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.out_layer(F.silu(self.in_layer(x)))
@@ -30,9 +49,9 @@ class Embedder(nn.Module):
 class Modulation(nn.Module):
     """The layer that gives `parts` shifts, scales and gates of C each."""
 
-    def __init__(self, hidden: int, parts: int):
+    def __init__(self, hidden: int, parts: int, *, bias: bool):
         super().__init__()
-        self.lin = Linear(hidden, parts * hidden)
+        self.lin = Linear(hidden, parts * hidden, bias=bias)
 
 
 class QKNorm(nn.Module):
@@ -48,11 +67,12 @@ class QKNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, hidden: int, heads: int):
+    def __init__(self, style: Style):
         super().__init__()
-        self.qkv = Linear(hidden, 3 * hidden)
-        self.norm = QKNorm(hidden // heads)
-        self.proj = Linear(hidden, hidden)
+        hidden = style.hidden
+        self.qkv = Linear(hidden, 3 * hidden, bias=style.bias)
+        self.norm = QKNorm(hidden // style.heads)
+        self.proj = Linear(hidden, hidden, bias=style.bias)
 
 
 class SingleGates(NamedTuple):
@@ -64,14 +84,15 @@ class SingleGates(NamedTuple):
 
 
 class Tower(nn.Module):
-    """One stream's half of a double block. Its tensors are named img_* or txt_* in the file: see Flux.module_key."""
+    """One stream's half of a double block. Its tensors are named img_* or txt_* in the file: see Towers.module_key."""
 
-    def __init__(self, hidden: int, heads: int, mlp: int):
+    def __init__(self, style: Style):
         super().__init__()
-        self.hidden = hidden
-        self.mod = Modulation(hidden, 6)
-        self.attn = SelfAttention(hidden, heads)
-        self.mlp = nn.Sequential(Linear(hidden, mlp), nn.GELU(approximate="tanh"), Linear(mlp, hidden))
+        self.hidden, self.gated, bias = style.hidden, style.gated, style.bias
+        self.mod = Modulation(self.hidden, 6, bias=bias) if style.modulated else None
+        self.attn = SelfAttention(style)
+        first, last = (self.hidden, style.widened), (style.mlp, self.hidden)
+        self.mlp = nn.Sequential(Linear(*first, bias=bias), nn.Identity(), Linear(*last, bias=bias))
 
     def project(self, normed: Activations, rope: Rope, joint: JointAttention, **stream: bool) -> None:
         """All of q, k, v in one product and one message: right for a short stream."""
@@ -87,14 +108,14 @@ class Tower(nn.Module):
         """x (B, L, C) and its attended tokens -> (x, the MLP's output, still to be added)."""
         projected = self.attn.proj(run.activations(attended))
         x, normed = run.add_norm(x, projected, gates.gate, gates.mlp_shift, gates.mlp_scale)
-        return x, self.mlp[2](run.widen(self.mlp[0], normed))
+        return x, self.mlp[2](run.widen(self.mlp[0], normed, gated=self.gated))
 
 
 class DoubleBlock(nn.Module):
-    def __init__(self, hidden: int, heads: int, mlp: int):
+    def __init__(self, style: Style):
         super().__init__()
-        self.txt = Tower(hidden, heads, mlp)
-        self.img = Tower(hidden, heads, mlp)
+        self.txt = Tower(style)
+        self.img = Tower(style)
 
     def forward(self, txt, img, txt_normed, img_normed, gates: tuple[Gates, Gates], rope, joint, run: Segments):
         """txt (B, Lt, C), img (B, Li, C), gates and rope a pair (text, image) -> (txt, img, and what to add to
@@ -113,26 +134,26 @@ class SingleBlock(nn.Module):
     """Attention and MLP side by side (arXiv 2302.05442): linear1 holds qkv and the MLP's input, linear2 both
     outputs."""
 
-    def __init__(self, hidden: int, heads: int, mlp: int):
+    def __init__(self, style: Style):
         super().__init__()
-        self.hidden = hidden
-        self.modulation = Modulation(hidden, 3)
-        self.linear1 = Linear(hidden, 3 * hidden + mlp)
-        self.linear2 = Linear(hidden + mlp, hidden)
-        self.norm = QKNorm(hidden // heads)
+        hidden, self.hidden, self.gated = style.hidden, style.hidden, style.gated
+        self.modulation = Modulation(hidden, 3, bias=style.bias) if style.modulated else None
+        self.linear1 = Linear(hidden, 3 * hidden + style.widened, bias=style.bias)
+        self.linear2 = Linear(hidden + style.mlp, hidden, bias=style.bias)
+        self.norm = QKNorm(hidden // style.heads)
 
     def forward(self, normed: Activations, rope: Rope, joint: JointAttention, run: Segments) -> torch.Tensor:
         """normed (B, L, C) -> what to add to x (B, L, C)."""
         c = self.hidden
         joint.project(self.linear1(normed, slice(0, 3 * c)), self.norm.scales, rope)
-        mlp = run.widen(self.linear1, normed, slice(3 * c, None))  # while q, k, v travel
+        mlp = run.widen(self.linear1, normed, slice(3 * c, None), gated=self.gated)  # while q, k, v travel
         joint.attend()
         out = self.linear2(mlp, columns=slice(c, None))  # while the attended tokens travel
         return self.linear2.add_to(out, run.activations(joint.collect()), slice(0, c))
 
 
 class FinalLayer(nn.Module):
-    def __init__(self, hidden: int, out: int):
+    def __init__(self, hidden: int, out: int, *, bias: bool):
         super().__init__()
-        self.linear = Linear(hidden, out)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(hidden, 2 * hidden))
+        self.linear = Linear(hidden, out, bias=bias)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(hidden, 2 * hidden, bias=bias))

@@ -49,7 +49,8 @@ class Holding:
         self._model, self._infos, self._spec = model, infos, spec
         self._by_rows = set(model.products()) if spec.linear == "fp8" else set()
         names = {module: name for name, module in model.named_modules()}
-        layers = [tuple(f"{names[layer]}.{leaf}" for leaf in ("weight", "bias")) for layer in model.modulations()]
+        own = [[f"{names[layer]}.{leaf}" for leaf in ("weight", "bias")] for layer in model.modulations()]
+        layers = [[name for name in layer if name in infos] for layer in own]  # some have no bias
         sizes = {name: self._held_bytes(name) for name in infos}
         self.owners = balanced([sum(sizes[name] for name in layer) for layer in layers], ranks)
         self._owner = {name: owner for layer, owner in zip(layers, self.owners, strict=True) for name in layer}

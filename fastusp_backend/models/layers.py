@@ -14,13 +14,14 @@ Activations = torch.Tensor | Quantised
 
 
 class Linear(nn.Module):
-    """y = x W^T + b, with W and b converted to x's type where they are stored in another (see stored.py); in fp8 where
-    x is quantised, which takes a weight that is held by rows. up, down: what LoRAs add to a packed weight."""
+    """y = x W^T + b, or without b; W and b are converted to x's type where they are stored in another (see stored.py);
+    in fp8 where x is quantised, which takes a weight that is held by rows. up, down: what LoRAs add to a packed
+    weight."""
 
-    def __init__(self, in_features: int, out_features: int):
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = True):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
         for name in ("scale", "up", "down"):
             self.register_buffer(name, None, persistent=False)
         self.packing = ""
@@ -53,7 +54,7 @@ class Linear(nn.Module):
         bias: bool = True,
     ) -> torch.Tensor:
         """rows: of the outputs, a fused projection is run part by part. columns: of the inputs, which x holds alone."""
-        offset = self.bias[rows].to(x.dtype) if bias else None
+        offset = self.bias[rows].to(x.dtype) if bias and self.bias is not None else None
         if isinstance(x, Quantised):
             return product(x, self.weight[rows, columns], self.scale[rows], offset)
         return F.linear(x, self.stored.values(x.dtype, rows, columns), offset)
@@ -66,7 +67,7 @@ class Linear(nn.Module):
         return out.flatten(0, 1).addmm_(x.flatten(0, 1), weight.t()).view_as(out)
 
     def rows(self, rows: slice, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weight and bias of some outputs, in `dtype`."""
+        """Weight and bias, which the layer must have, of some outputs, in `dtype`."""
         return self.stored.values(dtype, rows), self.bias[rows].to(dtype)
 
 

@@ -1,26 +1,24 @@
-"""Between latents and image tokens of 2 x 2 latent pixels. Shapes: B batch, C channels, h w latents, S image tokens."""
+"""Between latents and image tokens of p x p latent pixels. Shapes: B batch, C channels, h w latents, S image tokens."""
 
 import torch
 import torch.nn.functional as F
 
-PATCH = 2
+
+def patch_grid(height: int, width: int, patch: int) -> tuple[int, int]:
+    """Rows and columns of patches; sizes that they do not divide count as the next that they do."""
+    return -(-height // patch), -(-width // patch)
 
 
-def patch_grid(height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of patches; odd sizes count as the next even ones."""
-    return -(-height // PATCH), -(-width // PATCH)
-
-
-def patchify(x: torch.Tensor) -> torch.Tensor:
-    """x (B, C, h, w) -> (B, S, 4 C) in channel, row, column order; odd sizes are padded circularly, as ComfyUI pads
-    them."""
+def patchify(x: torch.Tensor, patch: int) -> torch.Tensor:
+    """x (B, C, h, w) -> (B, S, p^2 C) in channel, row, column order; what the patches do not divide is padded
+    circularly, as ComfyUI pads it."""
     b, c, height, width = x.shape
-    x = F.pad(x, (0, width % PATCH, 0, height % PATCH), mode="circular")
-    x = x.unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH))  # B, C, rows, 2, columns, 2
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * PATCH**2)
+    x = F.pad(x, (0, -width % patch, 0, -height % patch), mode="circular")
+    x = x.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # B, C, rows, p, columns, p
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * patch**2)
 
 
-def unpatchify(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """tokens (B, S, 4 C), grid (rows, columns) -> (B, C, 2 rows, 2 columns)."""
-    x = tokens.unflatten(1, grid).unflatten(3, (-1, PATCH, PATCH))  # B, rows, columns, C, 2, 2
+def unpatchify(tokens: torch.Tensor, grid: tuple[int, int], patch: int) -> torch.Tensor:
+    """tokens (B, S, p^2 C), grid (rows, columns) -> (B, C, p rows, p columns)."""
+    x = tokens.unflatten(1, grid).unflatten(3, (-1, patch, patch))  # B, rows, columns, C, p, p
     return x.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)

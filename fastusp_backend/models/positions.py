@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from .patchify import PATCH, patch_grid
+from .patchify import patch_grid
 
 METHODS = ("offset", "index", "negative_index", "index_timestep_zero", "uxo")
 """How references are told from the image and from each other, by ComfyUI's names. offset: all are image 1, beside one
@@ -16,14 +16,19 @@ modulated as at timestep 0. uxo: image 0, each behind the last corner of the one
 
 
 class References(NamedTuple):
-    """sizes: the reference latents' (h, w). method: of METHODS."""
+    """patch: latent pixels of a patch's edge. sizes: the reference latents' (h, w). method: of METHODS."""
 
+    patch: int
     sizes: tuple[tuple[int, int], ...] = ()
     method: str = "offset"
 
     @property
     def tokens(self) -> int:
-        return sum(rows * columns for rows, columns in (patch_grid(*size) for size in self.sizes))
+        return sum(rows * columns for rows, columns in self.grids)
+
+    @property
+    def grids(self) -> list[tuple[int, int]]:
+        return [patch_grid(*size, self.patch) for size in self.sizes]
 
     @property
     def at_timestep_zero(self) -> bool:
@@ -31,13 +36,13 @@ class References(NamedTuple):
 
 
 def image_positions(
-    grid: tuple[int, int], references: References, device: torch.device, *, centred: bool
+    grid: tuple[int, int], references: References, device: torch.device, *, centred: bool = False, spacing: int = 1
 ) -> torch.Tensor:
     """(S + R, 3) for an image of grid (rows, columns) and what follows it. centred: rows and columns count from the
-    middle, n // 2 of n, of their own image."""
+    middle, n // 2 of n, of their own image. spacing: from one image to the next, where `index` places them."""
     images = [_positions(grid, (0, 0, 0), device, centred=centred)]
-    for size, start in zip(references.sizes, _starts(grid, references), strict=True):
-        images.append(_positions(patch_grid(*size), start, device, centred=centred))
+    for own, start in zip(references.grids, _starts(grid, references, spacing), strict=True):
+        images.append(_positions(own, start, device, centred=centred))
     return torch.cat(images)
 
 
@@ -52,24 +57,24 @@ def _positions(grid, start: tuple[int, int, int], device: torch.device, *, centr
     return torch.stack([torch.full_like(rows, image), rows, columns], dim=-1).flatten(0, 1)
 
 
-def _starts(grid: tuple[int, int], references: References) -> list[tuple[int, int, int]]:
+def _starts(grid: tuple[int, int], references: References, spacing: int) -> list[tuple[int, int, int]]:
     """Each reference's (image, row, column), as ComfyUI places it."""
-    method, sizes = references.method, references.sizes
+    patch, sizes, method = references
+
+    def tokens(pixels: int) -> int:
+        return -(-pixels // patch)
+
     if method in ("index", "index_timestep_zero", "negative_index"):
-        sign = -1 if method == "negative_index" else 1
-        return [(sign * number, 0, 0) for number in range(1, len(sizes) + 1)]
+        step = -spacing if method == "negative_index" else spacing
+        return [(step * number, 0, 0) for number in range(1, len(sizes) + 1)]
     starts, height, width = [], 0, 0  # of what has been placed, in latent pixels
     for h, w in sizes:
         if method == "uxo":
-            starts.append((0, grid[0] + _tokens(height), grid[1] + _tokens(width)))
+            starts.append((0, grid[0] + tokens(height), grid[1] + tokens(width)))
             height, width = height + h, width + w
             continue
         beside = h + height > w + width  # grow along the shorter side
         row, column = (0, width) if beside else (height, 0)
-        starts.append((1, _tokens(row), _tokens(column)))
+        starts.append((1, tokens(row), tokens(column)))
         height, width = max(height, h + row), max(width, w + column)
     return starts
-
-
-def _tokens(pixels: int) -> int:
-    return -(-pixels // PATCH)

@@ -21,7 +21,6 @@ from ..errors import CheckpointError, RequestError
 from ..weights.checkpoint import Sizes
 from .family import HEAD_DIM, NO_RESIDUALS, Conditioning, Residuals, check_prompt
 from .layers import Activations, Gates, Linear, RMSNorm, rope_tables, timestep_embedding
-from .patchify import PATCH
 from .positions import METHODS, References, image_positions
 from .segments import Segments
 
@@ -39,6 +38,8 @@ class QwenImageConfig:
     family: ClassVar[str] = "Qwen-Image"
     runs: ClassVar[str] = "Qwen-Image and Qwen-Image-Edit"
     marks: ClassVar[frozenset[str]] = frozenset(("img_in.weight", "txt_norm.weight"))
+    downscale: ClassVar[int] = 8
+    patch: ClassVar[int] = 2
     float16: ClassVar[bool] = False
     reference_methods: ClassVar[frozenset[str]] = frozenset(METHODS) - {"uxo"}
     concat_channels: ClassVar[int] = 0
@@ -58,14 +59,14 @@ class QwenImageConfig:
         out_features, context = sizes.matrix("proj_out.weight")[0], sizes.matrix("txt_in.weight")[1]
         if (out_features, context) == (128, 2560):
             raise CheckpointError(f"{sizes.path} holds Mage-Flow, which FastUSP does not run yet; it runs {cls.runs}")
-        if in_features != out_features or in_features % PATCH**2:
+        if in_features != out_features or in_features % cls.patch**2:
             raise CheckpointError(
                 f"{sizes.path} takes {in_features} values per patch and gives {out_features}: it is no {cls.runs} model"
             )
         return cls(
             hidden=hidden,
             heads=sizes.heads(hidden, HEAD_DIM),
-            channels=in_features // PATCH**2,
+            channels=in_features // cls.patch**2,
             context=context,
             mlp=sizes.matrix("transformer_blocks.0.img_mlp.net.0.proj.weight")[0],
             blocks=sizes.count("transformer_blocks"),
@@ -149,7 +150,7 @@ class QwenImage(nn.Module):
     def __init__(self, config: QwenImageConfig):
         super().__init__()
         self.config = config
-        hidden, width = config.hidden, config.channels * PATCH**2
+        hidden, width = config.hidden, config.channels * config.patch**2
         self.img_in = Linear(width, hidden)
         self.txt_norm = RMSNorm(config.context)
         self.txt_in = Linear(config.context, hidden)

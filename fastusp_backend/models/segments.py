@@ -49,7 +49,7 @@ def _by_row(segment, streams: int):
 
 class Segments:
     """norm: adaLN, (1 + scale) layer_norm(x) + shift. add: x + gate y. add_norm: both, returning (x, normed). widen: an
-    MLP's first layer and its gelu.
+    MLP's first layer and its gelu, or its SwiGLU.
 
     fused: in one pass over the tokens, on GPUs; else as torch's separate operations.
     fp8: what norm, add_norm and widen give is quantised in the same pass, for products in fp8; `activations` does so
@@ -64,11 +64,13 @@ class Segments:
         segments = {"norm": (norm, 1), "add": (tokens.add_reference, 2), "add_norm": (add_norm, 2)}
         self._plain = {name: wrap(segment) for name, (segment, _) in segments.items()}
         self._chosen = {name: wrap(_by_row(segment, streams)) for name, (segment, streams) in segments.items()}
+        self._swiglu = _then_quantise(tokens.swiglu_reference) if fp8 else wrap(tokens.swiglu_reference)
         self._quantise, self._gelu = tokens.quantise_reference, _then_quantise(tokens.gelu_reference)
         if fused:
             for name, kernel in (("norm", tokens.norm), ("add_norm", tokens.add_norm)):
                 self._plain[name] = functools.partial(kernel, fp8=fp8)
             self._quantise, self._gelu = tokens.quantise_tokens, tokens.gelu_quantise
+            self._swiglu = tokens.swiglu_quantise if fp8 else self._swiglu
         self._fp8 = fp8
         self.exact = Segments(device, fused=fused) if fp8 else self
 
@@ -83,8 +85,11 @@ class Segments:
         x, *normed = self._plain["add_norm"](x, y, gate, shift, scale)
         return x, Quantised(*normed, x.dtype) if self._fp8 else normed[0]
 
-    def widen(self, layer: Linear, x: Activations, rows: slice = slice(None)) -> Activations:
-        """gelu_tanh(layer(x)) for some of the layer's outputs."""
+    def widen(self, layer: Linear, x: Activations, rows: slice = slice(None), *, gated: bool = False) -> Activations:
+        """gelu_tanh(layer(x)) for some of the layer's outputs; gated: silu of their first half times the second."""
+        if gated:
+            wide = self._swiglu(layer(x, rows))
+            return Quantised(*wide, x.dtype) if self._fp8 else wide
         if self._fp8:
             return Quantised(*self._gelu(layer(x, rows)), x.dtype)
         return _gelu_linear(x, *layer.rows(rows, x.dtype))
@@ -94,19 +99,23 @@ class Segments:
         return Quantised(*self._quantise(x), x.dtype) if self._fp8 else x
 
     def by_row(self, rows: torch.Tensor) -> "Segments":
-        """The same for a model of which one stream, of L tokens, has modulations of several rows: rows (L,) says which
-        row each of its tokens takes. Modulations of one row stay what they are."""
+        """The same for a model whose modulations may have several rows: rows (L,) says which one each of the rank's
+        tokens takes, text first. A stream of fewer tokens is the image's. Modulations of one row stay what they are."""
         chosen = copy.copy(self)
         chosen._plain = {
-            name: _either(self._plain[name], functools.partial(segment, rows[None]))
-            for name, segment in self._chosen.items()
+            name: _either(self._plain[name], segment, rows[None]) for name, segment in self._chosen.items()
         }
         chosen.exact = self.exact.by_row(rows) if self._fp8 else chosen
         return chosen
 
 
-def _either(plain, by_row):
-    return lambda *tensors: (by_row if tensors[-1].shape[1] > 1 else plain)(*tensors)
+def _either(plain, chosen, rows: torch.Tensor):
+    def either(*tensors: torch.Tensor):
+        if tensors[-1].shape[1] == 1:
+            return plain(*tensors)
+        return chosen(rows[:, -tensors[0].shape[1] :], *tensors)
+
+    return either
 
 
 def _compiled(function):

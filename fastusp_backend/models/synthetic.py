@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from .flux import Flux, FluxConfig
+from .flux import FluxConfig
+from .flux2 import Flux2Config
 from .qwen_image import QwenImage, QwenImageConfig
 
 TINY_FLUX = FluxConfig(
@@ -31,6 +32,27 @@ FLUX_DEV = FluxConfig(
     guidance=True,
 )
 """FLUX.1-dev's own sizes."""
+TINY_FLUX2 = Flux2Config(
+    hidden=512,
+    heads=4,
+    channels=128,
+    context=1024,
+    mlp=1536,
+    double_blocks=2,
+    single_blocks=2,
+    guidance=True,
+)
+FLUX2_DEV = Flux2Config(
+    hidden=6144,
+    heads=48,
+    channels=128,
+    context=15360,
+    mlp=18432,
+    double_blocks=8,
+    single_blocks=48,
+    guidance=True,
+)
+"""FLUX.2-dev's own sizes."""
 QWEN_IMAGE = QwenImageConfig(hidden=3072, heads=24, channels=16, context=3584, mlp=12288, blocks=60)
 """Qwen-Image's own sizes."""
 TINY_QWEN_IMAGE = QwenImageConfig(hidden=512, heads=4, channels=16, context=3584, mlp=2048, blocks=2)
@@ -50,12 +72,14 @@ def random_state(model: nn.Module, *, seed: int, dtype: torch.dtype) -> dict[str
     return state
 
 
-def write_flux(path: str, config: FluxConfig = TINY_FLUX, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
-    """Writes a random FLUX file in BFL key layout."""
+def write_flux(
+    path: str, config: FluxConfig | Flux2Config = TINY_FLUX, *, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> None:
+    """Writes a random FLUX.1 or FLUX.2 file in BFL key layout."""
     with torch.device("meta"):
-        model = Flux(config)
+        model = config.build()
     state = random_state(model, seed=seed, dtype=dtype)
-    save_file({Flux.file_key(name): tensor for name, tensor in state.items()}, path)
+    save_file({model.file_key(name): tensor for name, tensor in state.items()}, path)
 
 
 def write_qwen_image(

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import SMALL, SMALL_QWEN, inputs, randn, relative_difference, spec_of
+from support import SMALL, SMALL_FLUX2, SMALL_QWEN, inputs, randn, relative_difference, spec_of
 
 from fastusp_backend.config import Layout, Settings
 from fastusp_backend.errors import RequestError
@@ -24,8 +24,9 @@ LAYOUTS = [
 TOLERANCE = 2e-5
 SIZE, BATCH = (7, 10), 2
 REFERENCES = ((5, 3), (8, 7), (2, 2))
-"""6, 16 and 1 tokens behind the image's 20: on four ranks the border lies inside a rank's part."""
-FAMILIES = {"flux": SMALL, "fill": replace(SMALL, concat_channels=80), "qwen": SMALL_QWEN}
+"""6, 16 and 1 tokens behind the image's 20 (FLUX.2: 15, 56 and 4 behind 70): on four ranks the border lies inside a
+rank's part."""
+FAMILIES = {"flux": SMALL, "fill": replace(SMALL, concat_channels=80), "flux2": SMALL_FLUX2, "qwen": SMALL_QWEN}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def given(family: str, *, text: int = 7, seed: int = 0, references: int = 0, met
         made.y,
         made.guidance,
         randn(BATCH, channels, *SIZE, seed=seed + 5) if channels else None,
-        tuple(randn(BATCH, 16, *size, seed=seed + n) for n, size in enumerate(REFERENCES[:references])),
+        tuple(randn(BATCH, config.channels, *size, seed=seed + n) for n, size in enumerate(REFERENCES[:references])),
         method,
     )
     return made.x, made.timestep, prompt
@@ -72,6 +73,8 @@ CASES = [
     ("flux", 2, "index"),
     ("flux", 3, "uxo"),
     ("fill", 0, None),
+    ("flux2", 3, None),
+    ("flux2", 2, "index_timestep_zero"),
     ("qwen", 3, None),
     ("qwen", 2, "negative_index"),
     ("qwen", 3, "index_timestep_zero"),
@@ -110,12 +113,15 @@ def test_control(session_of, layout, family):
         assert relative_difference(got, evaluate(session_of(family, layout), x, timestep, prompt)) > 100 * TOLERANCE
 
 
+METHODS = dict.fromkeys(("flux2", "qwen"), "index_timestep_zero")
+
+
 @pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[2], LAYOUTS[3]], ids=str)
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_a_guided_loop(session_of, layout, family):
     """Positive and negative prompt differ in length and, where the model takes any, in their references."""
     many = 0 if family == "fill" else 2
-    x, _, positive = given(family, text=9, references=many, method="index_timestep_zero" if family == "qwen" else "uxo")
+    x, _, positive = given(family, text=9, references=many, method=METHODS.get(family, "uxo"))
     _, _, negative = given(family, text=6, seed=20, references=many // 2, method="index" if many else None)
     sigmas = torch.tensor([1.0, 0.7, 0.3, 0.0])
     one, more = (

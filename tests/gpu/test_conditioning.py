@@ -9,7 +9,7 @@ from support import OneRank
 
 from fastusp_backend.config import Settings
 from fastusp_backend.models.family import NO_RESIDUALS, Conditioning, Residuals
-from fastusp_backend.models.synthetic import TINY_FLUX, TINY_QWEN_IMAGE, random_state
+from fastusp_backend.models.synthetic import TINY_FLUX, TINY_FLUX2, TINY_QWEN_IMAGE, random_state
 
 pytestmark = [
     pytest.mark.gpu,
@@ -17,7 +17,12 @@ pytestmark = [
 ]
 
 EAGER = Settings(compile=False, cuda_graphs=False, overlap=False)
-CONFIGS = {"flux": TINY_FLUX, "fill": replace(TINY_FLUX, concat_channels=80), "qwen": TINY_QWEN_IMAGE}
+CONFIGS = {
+    "flux": TINY_FLUX,
+    "fill": replace(TINY_FLUX, concat_channels=80),
+    "flux2": TINY_FLUX2,
+    "qwen": TINY_QWEN_IMAGE,
+}
 
 
 def denoisers(family: str, *settings: Settings) -> list[OneRank]:
@@ -32,10 +37,10 @@ def prompt(family: str, randn, references: int, method: str | None) -> Condition
     config = CONFIGS[family]
     return Conditioning(
         randn(1, 24, config.context),
-        None if family == "qwen" else randn(1, config.pooled),
+        None if family in ("qwen", "flux2") else randn(1, config.pooled),
         None if family == "qwen" else torch.full((1,), 3.5, device="cuda"),
         randn(1, config.concat_channels, 32, 30) if config.concat_channels else None,
-        tuple(randn(1, 16, 20 + 6 * n, 17) for n in range(references)),
+        tuple(randn(1, config.channels, 20 + 6 * n, 17) for n in range(references)),
         method,
     )
 
@@ -47,6 +52,8 @@ def prompt(family: str, randn, references: int, method: str | None) -> Condition
         ("flux", 2, "uxo", False),
         ("flux", 1, None, True),
         ("fill", 0, None, False),
+        ("flux2", 2, None, True),
+        ("flux2", 2, "index_timestep_zero", False),
         ("qwen", 2, "index", True),
         ("qwen", 2, "index_timestep_zero", False),
     ],
@@ -58,13 +65,13 @@ def test_options_change_speed_only(family, references, method, controlled, setti
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device="cuda", generator=generator)
 
-    given, hidden = prompt(family, randn, references, method), CONFIGS[family].hidden
+    config, given = CONFIGS[family], prompt(family, randn, references, method)
     for turn in range(4):
-        x, timestep = randn(1, 16, 32, 30), torch.tensor([0.9 - 0.2 * turn])
+        x, timestep = randn(1, config.channels, 16 * config.patch, 15 * config.patch), torch.tensor([0.9 - 0.2 * turn])
         control = NO_RESIDUALS
         if controlled:
-            residuals = randn(1, 240, hidden).bfloat16(), randn(1, 100, hidden).bfloat16()
-            control = Residuals(residuals, (0, None, 1), (1,))
+            residuals = (randn(1, n, config.hidden).bfloat16() for n in (240, 100))
+            control = Residuals(tuple(residuals), (0, None, 1), (1,))
         expected, got = (d(x, timestep, given, control).float() for d in (plain, fast))
         assert ((got - expected).norm() / expected.norm()).item() < 2e-2, f"turn {turn}"
     assert all(step.captured == settings.cuda_graphs for step in fast.steps.values())

@@ -44,13 +44,15 @@ def test_a_float16_stream_stays_finite():
     torch.testing.assert_close(summed, tokens.add_reference(x, y, gate))
 
 
-@pytest.mark.parametrize("width", [512, 3072, 12288])
+@pytest.mark.parametrize("width", [512, 3072, 12288, 18432])
 def test_fp8_is_the_quantised_reference(width):
     x, y, gate, shift, scale = given(torch.bfloat16, width)
+    wide = torch.cat([x, y], -1)
     text = x[:, :30]  # of a longer sequence: rows of a batch item lie further apart
     cases = [
         (tokens.quantise_tokens(text), tokens.quantise_reference(text)),
         (tokens.gelu_quantise(x), tokens.quantise_reference(tokens.gelu_reference(x.float()))),
+        (tokens.swiglu_quantise(wide), tokens.quantise_reference(tokens.swiglu_reference(wide.float()))),
         (tokens.norm(x, shift, scale, fp8=True), tokens.quantise_reference(tokens.norm_reference(x, shift, scale))),
     ]
     for (values, scales), (expected, expected_scales) in cases:
@@ -63,7 +65,7 @@ def test_a_token_that_is_not_finite_stays_so_in_fp8(bad):
     x, y, gate, shift, scale = given(torch.bfloat16, 3072)
     x[1, 60, 7] = bad
     cases = [tokens.quantise_tokens(x), tokens.norm(x, shift, scale, fp8=True)]
-    cases += [tokens.add_norm(x, y, gate, shift, scale, fp8=True)[1:]]
+    cases += [tokens.swiglu_quantise(x), tokens.add_norm(x, y, gate, shift, scale, fp8=True)[1:]]
     if bad != float("-inf"):  # of which gelu is 0
         cases.append(tokens.gelu_quantise(x))
     for values, scales in cases:

@@ -13,7 +13,7 @@ import torch
 from comfy import ComfyUI
 from workflows import DEV, QWEN_IMAGE, SCHNELL
 
-from fastusp_backend.models.synthetic import TINY_FLUX, write_flux, write_qwen_image
+from fastusp_backend.models.synthetic import TINY_FLUX, TINY_FLUX2, write_flux, write_qwen_image
 
 SMALL = replace(TINY_FLUX, double_blocks=1, single_blocks=1)
 FULL_SIZE = replace(SMALL, hidden=3072, heads=24, mlp=12288)
@@ -64,6 +64,15 @@ def host(request, tmp_path_factory):
         yield comfyui
     finally:
         comfyui.stop()
+
+
+@pytest.fixture(scope="session")
+def flux2(host):
+    """A FLUX.2 file, as of dev."""
+    path = host.base / "models/diffusion_models/flux2_dev.safetensors"
+    write_flux(str(path), TINY_FLUX2)
+    yield path.name
+    path.unlink()
 
 
 @pytest.fixture(scope="session")

@@ -117,6 +117,23 @@ def qwen_names(hidden: int, seed: int) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def flux2_names(hidden: int, mlp: int, seed: int) -> dict[str, torch.Tensor]:
+    """BFL's own names and diffusers', whose single blocks have one fused projection in FLUX.2, too."""
+    random, tensors = _Random(seed), {}
+    for name, out, width in (
+        ("diffusion_model.double_blocks.0.img_mlp.0", 2 * mlp, hidden),
+        ("diffusion_model.single_blocks.0.linear2", hidden, hidden + mlp),
+        ("diffusion_model.double_stream_modulation_txt.lin", 6 * hidden, hidden),
+        ("transformer.transformer_blocks.0.attn.to_k", hidden, hidden),
+        ("transformer.transformer_blocks.0.ff_context.linear_out", hidden, mlp),
+        ("transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj", 3 * hidden + 2 * mlp, hidden),
+        ("transformer.norm_out.linear", 2 * hidden, hidden),
+    ):
+        tensors[f"{name}.lora_A.weight"] = random(RANK, width)
+        tensors[f"{name}.lora_B.weight"] = random(out, RANK)
+    return tensors
+
+
 def write(folder: Path, name: str, tensors: dict[str, torch.Tensor]) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / f"{name}.safetensors")

@@ -58,8 +58,7 @@ def test_a_choice_that_is_not_offered(host):
     [
         ("truncated", ["truncated, corrupt"]),
         ("text", ["truncated, corrupt"]),
-        ("flux2", ["holds FLUX.2", "FLUX.1 dev, schnell"]),
-        ("chroma", ["holds Chroma"]),
+        ("chroma", ["holds Chroma", "FLUX.2 dev and klein, FLUX.1 dev, schnell"]),
         ("nvfp4", ["is quantised as nvfp4", "scaled fp8 and GGUF"]),
         ("incomplete", ["incomplete", "final_layer.linear.weight"]),
     ],
@@ -73,11 +72,8 @@ def test_files_of_other_models(host, name, words):
     elif name == "text":
         file.write_text("version https://git-lfs.github.com/spec/v1\n")
     else:
-        one = torch.zeros(4, 4)
-        if name == "flux2":
-            state["double_stream_modulation_img.lin.weight"] = one
-        elif name == "chroma":
-            state["distilled_guidance_layer.in_proj.weight"] = one
+        if name == "chroma":
+            state["distilled_guidance_layer.in_proj.weight"] = torch.zeros(4, 4)
         elif name == "nvfp4":
             state["img_in.comfy_quant"] = torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
         else:
@@ -172,6 +168,7 @@ NO_ROPE = {f"{what}_{axis}": value for axis in "xyt" for what, value in (("scale
         ("PerturbedAttentionGuidance", {"scale": 3.0}, ["patch inside the transformer", "attn1"]),
         ("NAGuidance", {"nag_scale": 5.0, "nag_alpha": 0.5, "nag_tau": 1.5}, ["patch inside", "attn1_output_patch"]),
         ("ScaleROPE", NO_ROPE, ["ScaleROPE"]),
+        ("FluxKVCache", {}, ["change inside the transformer", "default_ref_method"]),
     ],
 )
 def test_patches_inside_the_transformer(host, kind, options, words):

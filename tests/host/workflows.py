@@ -35,16 +35,16 @@ class Graph(dict):
         return self.node("TestSeededConditioning", seed=seed, tokens=tokens, width=width, guidance=guidance)
 
     def latent(
-        self, width: int = 64, height: int = 64, batch: int = 1, *, seed: int = 3, masked=False, framed=False
+        self, width: int = 64, height: int = 64, batch: int = 1, *, seed: int = 3, masked=False, framed=False, **more
     ) -> Link:
         """An image's latent, for img2img and references."""
-        switches = {"masked": masked, "framed": framed}
+        switches = {"masked": masked, "framed": framed, **more}
         return self.node("TestSeededLatent", seed=seed, width=width, height=height, batch=batch, **switches)
 
-    def referring(self, prompt: Link, *sizes: tuple[int, int], method: str | None = None, framed: bool = False) -> Link:
-        """A prompt with reference latents of these sizes."""
+    def referring(self, prompt: Link, *sizes: tuple[int, int], method: str | None = None, **kind: bool) -> Link:
+        """A prompt with reference latents of these sizes. kind: as `latent`'s switches."""
         for seed, (width, height) in enumerate(sizes):
-            latent = self.latent(width, height, seed=seed, framed=framed)
+            latent = self.latent(width, height, seed=seed, **kind)
             prompt = self.node("ReferenceLatent", conditioning=prompt, latent=latent)
         if method is None:
             return prompt

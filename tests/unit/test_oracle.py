@@ -58,12 +58,12 @@ def velocity_of(theirs, config, given, size, *, images=(), starts=(), **more) ->
     latents, places = (given.x, *images), ((0, 0, 0), *starts)
     ids = []
     for latent, (number, row, column) in zip(latents, places, strict=True):
-        rows, columns = patch_grid(*latent.shape[-2:])
+        rows, columns = patch_grid(*latent.shape[-2:], 2)
         ids.append(torch.cartesian_prod(torch.tensor([number]), torch.arange(rows), torch.arange(columns)))
         ids[-1] += torch.tensor([0, row, column])
     with torch.inference_mode():
         tokens = theirs(
-            hidden_states=torch.cat([patchify(latent) for latent in latents], dim=1),
+            hidden_states=torch.cat([patchify(latent, 2) for latent in latents], dim=1),
             encoder_hidden_states=given.context,
             pooled_projections=given.y,
             timestep=given.timestep,
@@ -72,7 +72,7 @@ def velocity_of(theirs, config, given, size, *, images=(), starts=(), **more) ->
             img_ids=torch.cat(ids).float(),
             **more,
         ).sample
-    return unpatchify(tokens[:, : len(ids[0])], patch_grid(*size))[..., : size[0], : size[1]]
+    return unpatchify(tokens[:, : len(ids[0])], patch_grid(*size, 2), 2)[..., : size[0], : size[1]]
 
 
 @pytest.mark.parametrize(

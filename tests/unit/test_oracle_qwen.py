@@ -65,17 +65,17 @@ def models(tmp_path_factory):
 def velocity_of(theirs, given, size, *, images=(), **more) -> torch.Tensor:
     """diffusers' velocity, with reference latents `images`."""
     latents = (given.x, *images)
-    grids = [patch_grid(*latent.shape[-2:]) for latent in latents]
+    grids = [patch_grid(*latent.shape[-2:], 2) for latent in latents]
     with torch.inference_mode():
         tokens = theirs(
-            hidden_states=torch.cat([patchify(latent) for latent in latents], dim=1),
+            hidden_states=torch.cat([patchify(latent, 2) for latent in latents], dim=1),
             encoder_hidden_states=given.context,
             timestep=given.timestep,
             img_shapes=[[(1, *grid) for grid in grids]] * len(given.x),
             **more,
         ).sample
     count = grids[0][0] * grids[0][1]
-    return unpatchify(tokens[:, :count], grids[0])[..., : size[0], : size[1]]
+    return unpatchify(tokens[:, :count], grids[0], 2)[..., : size[0], : size[1]]
 
 
 @pytest.mark.parametrize("text", [6, 35, 301])
@@ -89,7 +89,7 @@ def test_velocity(models, text, size, batch):
     given = inputs(denoiser.model.config, text=text, size=size, batch=batch, seed=text)
     ours = denoiser(given.x, given.timestep, Conditioning(given.context))
     own_rope = theirs.pos_embed
-    if any(n % 2 for n in patch_grid(*size)):
+    if any(n % 2 for n in patch_grid(*size, 2)):
         theirs.pos_embed = ComfyRope()
     try:
         expected = velocity_of(theirs, given, size)

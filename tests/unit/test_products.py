@@ -7,10 +7,11 @@ from support import relative_difference
 from fastusp_backend.kernels.eight_bits import quantise
 from fastusp_backend.kernels.tokens import quantise_reference
 from fastusp_backend.models.flux import Flux
+from fastusp_backend.models.flux2 import Flux2
 from fastusp_backend.models.layers import Linear
 from fastusp_backend.models.products import Quantised
 from fastusp_backend.models.qwen_image import QwenImage
-from fastusp_backend.models.synthetic import TINY_FLUX, TINY_QWEN_IMAGE
+from fastusp_backend.models.synthetic import TINY_FLUX, TINY_FLUX2, TINY_QWEN_IMAGE
 from fastusp_backend.weights.stored import Stored
 
 pytestmark = pytest.mark.unit
@@ -75,7 +76,7 @@ def test_a_changed_weight_gets_new_scales_by_row():
     assert ((stored.dequantise() - value).abs() <= ulp / 2).all()
 
 
-@pytest.mark.parametrize("kind, config", [(Flux, TINY_FLUX), (QwenImage, TINY_QWEN_IMAGE)])
+@pytest.mark.parametrize("kind, config", [(Flux, TINY_FLUX), (Flux2, TINY_FLUX2), (QwenImage, TINY_QWEN_IMAGE)])
 def test_the_large_layers_are_those_of_the_blocks_without_modulations(kind, config):
     with torch.device("meta"):
         model = kind(config)

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from support import randn
+from support import randn, relative_difference
 
+from fastusp_backend.models.layers import Linear
 from fastusp_backend.models.segments import Segments
 
 pytestmark = pytest.mark.unit
@@ -27,6 +28,31 @@ def test_rows(name, streams, modulations):
     one = [m[:, :1] for m in two]
     for mine, wanted in zip(getattr(by_row, name)(*x, *one), getattr(plain, name)(*x, *one), strict=True):
         assert torch.equal(mine, wanted)
+
+
+def test_the_image_is_the_last_of_the_tokens():
+    """FLUX.2 runs the image's tokens alone, then all of them."""
+    by_row = Segments(torch.device("cpu"), fused=False).by_row(ROWS)
+    x, shift, scale = randn(2, 5, 8, seed=0), *(randn(2, 2, 8, seed=1 + n) for n in range(2))
+    assert torch.equal(by_row.norm(x[:, 2:], shift, scale), by_row.norm(x, shift, scale)[:, 2:])
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_gated_mlp(fp8):
+    """silu of the first half of a layer's outputs times the second, for a part of its rows."""
+    segments, layer = Segments(torch.device("cpu"), fused=False, fp8=fp8), Linear(8, 22, bias=False)
+    layer.weight.data = randn(22, 8, seed=0)
+    x, rows = randn(2, 5, 8, seed=1), slice(10, None)
+    wide = x.double() @ layer.weight.data[rows].double().T
+    expected = wide[..., :6] / (1 + (-wide[..., :6]).exp()) * wide[..., 6:]
+    if fp8:
+        layer.stored = layer.stored.by_rows()
+        got = segments.widen(layer, segments.activations(x), rows, gated=True)
+        assert got.dtype == torch.float32 and got.values.dtype == torch.float8_e4m3fn
+        got = got.values.double() * got.scales.double()
+    else:
+        got = segments.widen(layer, x, rows, gated=True).double()
+    assert relative_difference(got, expected) < (0.2 if fp8 else 1e-6)
 
 
 @pytest.mark.parametrize("name", ["norm", "add_norm"])

@@ -62,9 +62,9 @@ def test_patches(size):
     height, width = size
     x = randn(2, 3, *size, seed=3)
     grid = (height + 1) // 2, (width + 1) // 2
-    tokens = patchify(x)
+    tokens = patchify(x, 2)
     assert tokens.shape == (2, grid[0] * grid[1], 12)
-    assert torch.equal(unpatchify(tokens, grid)[..., :height, :width], x)
+    assert torch.equal(unpatchify(tokens, grid, 2)[..., :height, :width], x)
     for row in range(grid[0]):
         for column in range(grid[1]):
             # Odd sizes wrap round: a row too many is the first one.
@@ -83,3 +83,10 @@ def test_what_is_held_of_an_image_stream_is_taken_without_padding(ulysses, ring)
             for rank, part in enumerate(parts):
                 taken = shards.take_image(x, rank, dim=1)
                 assert torch.equal(taken[:, : part.shape[1]], part) and not taken[:, part.shape[1] :].any()
+
+
+def test_patches_of_one_pixel():
+    x = randn(2, 3, 5, 4, seed=3)
+    tokens = patchify(x, 1)
+    assert torch.equal(tokens, x.flatten(2).mT)
+    assert torch.equal(unpatchify(tokens, (5, 4), 1), x)

@@ -51,7 +51,7 @@ ABOVE_ALL = {"cli", "__main__"}
 FOR_NODES = (
     BASE
     | {"pool", "protocol", "planner", "devices", "sampling", "models.detection", "weights.checkpoint"}
-    | {"models.holding", "models.patchify", "weights.adapters"}
+    | {"models.holding", "weights.adapters"}
 )
 
 

@@ -45,15 +45,17 @@ class SeededLatent:
             "batch": ("INT", {"default": 1}),
         }
         switches = {"masked": ("BOOLEAN", {"default": False}), "framed": ("BOOLEAN", {"default": False})}
-        return {"required": {"seed": ("INT", {"default": 0}), **sizes, **switches}}
+        flux2 = {"flux2": ("BOOLEAN", {"default": False})}
+        return {"required": {"seed": ("INT", {"default": 0}), **sizes, **switches}, "optional": flux2}
 
     RETURN_TYPES = ("LATENT",)
     FUNCTION = "make"
     CATEGORY = "test"
 
-    def make(self, seed, width, height, batch, masked, framed):
+    def make(self, seed, width, height, batch, masked, framed, flux2=False):
         generator = torch.Generator().manual_seed(seed)
-        latent = {"samples": torch.randn(batch, 16, height // 8, width // 8, generator=generator)}
+        channels, edge = (128, 16) if flux2 else (16, 8)
+        latent = {"samples": torch.randn(batch, channels, height // edge, width // edge, generator=generator)}
         if framed:  # as Qwen-Image's VAE gives it
             latent["samples"] = latent["samples"][:, :, None]
         if masked:
@@ -152,19 +154,24 @@ class InpaintConditioning:
 
 
 class MaskedConditioning:
-    """A prompt whose tokens are weighted in attention, as StyleModelApply's attn_bias does it."""
+    """A prompt whose tokens are weighted in attention, as StyleModelApply's attn_bias does it; or with a mask that has
+    no effect, as FLUX.2's text encoders give it."""
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"conditioning": ("CONDITIONING",)}}
+        effective = {"effective": ("BOOLEAN", {"default": True})}
+        return {"required": {"conditioning": ("CONDITIONING",)}, "optional": effective}
 
     RETURN_TYPES = ("CONDITIONING",)
     FUNCTION = "apply"
     CATEGORY = "test"
 
-    def apply(self, conditioning):
+    def apply(self, conditioning, effective=True):
         weighted = []
         for c, extra in conditioning:
+            if not effective:
+                weighted.append([c, {**extra, "attention_mask": torch.ones(c.shape[:2])}])
+                continue
             tokens = c.shape[1] + 1
             more = {"attention_mask": torch.zeros(1, tokens, tokens), "attention_mask_img_shape": (1, 1)}
             weighted.append([c, {**extra, **more}])

@@ -1,0 +1,130 @@
+"""What FLUX.1 and FLUX.2 share: two towers, text and image, run 'double' blocks that attend jointly; their joined
+sequence then runs 'single' blocks.
+
+Everything around attention works token by token, so a rank runs it on its own tokens.
+
+Shapes: B batch, L tokens of this rank (text first), C hidden, H heads, D head dim = 128, M mlp width.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ..attention import JointAttention, Rope
+from ..errors import RequestError
+from .family import NO_RESIDUALS, Conditioning, Config, Residuals, check_prompt
+from .flux_blocks import DoubleBlock, Embedder, FinalLayer, SingleBlock, SingleGates, Style
+from .layers import Gates, Linear, timestep_embedding
+from .segments import Segments
+
+
+class Modulations(NamedTuple):
+    """The modulations of one evaluation: per double block (text, image), per single block, the final (shift, scale)."""
+
+    double: list[tuple[Gates, Gates]]
+    single: list[SingleGates]
+    final: tuple[torch.Tensor, torch.Tensor]
+
+
+class Towers(nn.Module):
+    """config: also with the counts `double_blocks` and `single_blocks`, and `guidance`, whether it is embedded."""
+
+    def __init__(self, config: Config, style: Style):
+        super().__init__()
+        self.config = config
+        hidden, bias = config.hidden, style.bias
+        width, further = (channels * config.patch**2 for channels in (config.channels, config.concat_channels))
+        self.img_in = Linear(width + further, hidden, bias=bias)
+        self.txt_in = Linear(config.context, hidden, bias=bias)
+        self.time_in = Embedder(256, hidden, bias=bias)
+        self.guidance_in = Embedder(256, hidden, bias=bias) if config.guidance else None
+        self.double_blocks = nn.ModuleList(DoubleBlock(style) for _ in range(config.double_blocks))
+        self.single_blocks = nn.ModuleList(SingleBlock(style) for _ in range(config.single_blocks))
+        self.final_layer = FinalLayer(hidden, width, bias=bias)
+
+    @staticmethod
+    def module_key(key: str) -> str:
+        """The name in this module of a file's key: towers are submodules here, prefixes there; newer files say
+        `weight`."""
+        parts = key.split(".")
+        if parts[0] == "double_blocks" and len(parts) > 2 and parts[2][:4] in ("img_", "txt_"):
+            parts[2:3] = parts[2].split("_", 1)
+        if parts[-2:-1] and parts[-2] in ("query_norm", "key_norm") and parts[-1] == "weight":
+            parts[-1] = "scale"
+        return ".".join(parts)
+
+    @staticmethod
+    def file_key(name: str) -> str:
+        """The inverse of `module_key`, in the original naming."""
+        return name.replace(".txt.", ".txt_").replace(".img.", ".img_")
+
+    def products(self) -> Iterator[Linear]:
+        """The large layers of every step, whose products may be computed in fp8."""
+        for block in self.double_blocks:
+            for tower in (block.txt, block.img):
+                yield from (tower.attn.qkv, tower.attn.proj, tower.mlp[0], tower.mlp[2])
+        for block in self.single_blocks:
+            yield from (block.linear1, block.linear2)
+
+    def check(self, x: torch.Tensor, conditioning: Conditioning) -> None:
+        """Raises RequestError for latents or a prompt that do not fit the model."""
+        channels = self.config.channels
+        if x.dim() != 4 or x.shape[1] != channels or not x.numel():
+            raise RequestError(f"latents {tuple(x.shape)} do not fit the model: expected (B, {channels}, h, w)")
+        if problem := check_prompt(x, conditioning, self.config):
+            raise RequestError(problem)
+
+    def embed_text(self, context: torch.Tensor) -> torch.Tensor:
+        return self.txt_in(context)
+
+    def embed_timesteps(
+        self, timesteps: torch.Tensor, guidance: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """timesteps (n, B), guidance (B,) or (1,) -> (n, B, C) in `dtype`. As in ComfyUI, a model with embedded
+        guidance that is given none does without."""
+        vec = self.time_in(timestep_embedding(timesteps.flatten(), 256).to(dtype)).unflatten(0, timesteps.shape)
+        if self.guidance_in is not None and guidance is not None:
+            vec = vec + self.guidance_in(timestep_embedding(guidance, 256).to(dtype))
+        return vec
+
+    def forward(
+        self,
+        img: torch.Tensor,
+        txt: torch.Tensor,
+        mods: Modulations,
+        rope: tuple[Rope, Rope],
+        joint: JointAttention,
+        run: Segments,
+        control: Residuals = NO_RESIDUALS,
+    ) -> torch.Tensor:
+        """img (B, Li, p^2 (channels + concat_channels)) patches, txt (B, Lt, C) of `txt_in`, rope (text, image),
+        control (B or 1, Li, C) -> velocity patches (B, Li, p^2 channels)."""
+        img = self.img_in(img)
+        first_txt, first_img = mods.double[0]
+        txt_normed = run.norm(txt, first_txt.shift, first_txt.scale)
+        img_normed = run.norm(img, first_img.shift, first_img.scale)
+        following = [*mods.double[1:], None]
+        for i, (block, gates, after) in enumerate(zip(self.double_blocks, mods.double, following, strict=True)):
+            txt, img, txt_mlp, img_mlp = block(txt, img, txt_normed, img_normed, gates, rope, joint, run)
+            if (residual := control.after_input(i)) is not None:
+                img = img + residual
+            txt_gate, img_gate = gates[0].mlp_gate, gates[1].mlp_gate
+            if after is None:
+                txt, img = run.add(txt, txt_mlp, txt_gate), run.add(img, img_mlp, img_gate)
+            else:
+                txt, txt_normed = run.add_norm(txt, txt_mlp, txt_gate, after[0].shift, after[0].scale)
+                img, img_normed = run.add_norm(img, img_mlp, img_gate, after[1].shift, after[1].scale)
+
+        length = txt.shape[1]
+        x = torch.cat([txt, img], dim=1)
+        joint_rope = tuple(torch.cat([t, i]) for t, i in zip(*rope, strict=True))
+        ends = [(gates.shift, gates.scale) for gates in mods.single] + [mods.final]
+        normed = run.norm(x, *ends[0])
+        for i, (block, gates, (shift, scale)) in enumerate(zip(self.single_blocks, mods.single, ends[1:], strict=True)):
+            if (residual := control.after_output(i)) is not None:
+                x[:, length:] += residual
+            after = run if block is not self.single_blocks[-1] else run.exact
+            x, normed = after.add_norm(x, block(normed, joint_rope, joint, run), gates.gate, shift, scale)
+        return self.final_layer.linear(normed[:, length:])
