@@ -147,8 +147,8 @@ def test_formats_and_loras(host, folder):
     ]
     both.add("LoRA", *(graph.sample(model, **inputs) for model in patched))
     for name, file in (("scaled_metadata", "flux2_fp8.safetensors"), ("gguf_Q8_0", "flux2_Q8_0.gguf")):
-        save_file(write(name, folder / DEV, folder / file), folder / f"plain_{name}.safetensors")
-        models = graph.usp(file=file), graph.stock(f"plain_{name}.safetensors")
+        save_file(write(name, folder / DEV, folder / file), folder / f"plain_flux2_{name}.safetensors")
+        models = graph.usp(file=file), graph.stock(f"plain_flux2_{name}.safetensors")
         both.add(name, *(graph.sample(model, **inputs) for model in models))
     both.check(host)
     assert "lora key not loaded" not in host.log_text().rpartition("got prompt")[2]
