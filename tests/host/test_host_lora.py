@@ -110,7 +110,9 @@ def test_packed_weights(host, files):
     refused.save(refused.sample(kinds))
     try:
         both.check(host)
-        with pytest.raises(PromptFailed, match="packed GGUF weights take LoRAs alone, not a .*; set weight_dtype"):
+        with pytest.raises(
+            PromptFailed, match="packed GGUF weights take LoRAs alone, not .* patches; set weight_dtype"
+        ):
             host.run(refused)
     finally:
         for path in paths:
