@@ -3,8 +3,8 @@
 A patched weight keeps its place in memory: CUDA graphs hold its address. It is undone by reading it from the file
 again, so that rounding leaves no trace. One that was rounded to fp8 when it was read is patched from the file's values:
 most of a LoRA's small differences would vanish if they were added to values of fp8 and rounded again. A packed weight
-stays as it is: the factors of its LoRAs lie beside it, and are added where it is unpacked for use. One that is widened
-moves, and so does what it is read from again; the model's config goes with it.
+stays as it is: the factors of its LoRAs lie beside it, and are added where it is unpacked for use. One whose
+shape changes gets another place, and the model the config that goes with it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
