@@ -19,7 +19,7 @@ AttentionChoice = Literal["auto", "cudnn", "flash", "efficient", "math"]
 WireChoice = Literal["exact", "fp8", "auto", "int8"]
 LinearChoice = Literal["exact", "fp8"]
 Residency = Literal["keep", "park", "release"]
-PatchKind = Literal["lora", "loha", "lokr", "glora", "diff", "set"]
+PatchKind = Literal["lora", "loha", "lokr", "glora", "oft", "boft", "diff", "set"]
 
 
 class Layout(msgspec.Struct, frozen=True, kw_only=True):
@@ -119,8 +119,9 @@ class WeightPatch(msgspec.Struct, frozen=True, kw_only=True):
     """One change of one weight; weights/adapters.py has the formulas.
 
     tensors: role in the formula -> name of the tensor, which travels beside the message. strength scales the change,
-    strength_model the weight before it. alpha: scale over rank, None for 1. offset: (dim, start, length) of the slice
-    that is changed, None for all. swap_halves: the change has its halves along dim 0 in the other order.
+    strength_model the weight before it. alpha: scale over rank, None for 1; of oft and boft the constraint. offset:
+    (dim, start, length) of the slice that is changed, None for all. swap_halves: the change has its halves along dim 0
+    in the other order. reshape: the shape that the weight is widened to first, with zeros behind it.
     """
 
     kind: PatchKind
@@ -130,3 +131,4 @@ class WeightPatch(msgspec.Struct, frozen=True, kw_only=True):
     alpha: float | None = None
     offset: tuple[int, int, int] | None = None
     swap_halves: bool = False
+    reshape: tuple[int, ...] | None = None

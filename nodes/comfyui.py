@@ -81,7 +81,15 @@ USED = {
         "BASE.set_inference_dtype(dtype)",
     ],
     "comfy.utils": ["swap_scale_shift(weight)"],
-    "comfy.weight_adapter": ["GLoRAAdapter", "LoHaAdapter", "LoKrAdapter", "LoRAAdapter", "WeightAdapterBase"],
+    "comfy.weight_adapter": [
+        "BOFTAdapter",
+        "GLoRAAdapter",
+        "LoHaAdapter",
+        "LoKrAdapter",
+        "LoRAAdapter",
+        "OFTAdapter",
+        "WeightAdapterBase",
+    ],
     "comfy_api.latest": ["ComfyExtension", "io.ComfyNode", "io.Custom", "io.NodeOutput", "io.Schema"],
     "comfy_execution.utils": ["get_executing_context()"],
     "folder_paths": [

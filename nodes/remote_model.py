@@ -9,6 +9,7 @@ import functools
 import inspect
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import torch
 
@@ -34,7 +35,8 @@ from .weight_patches import PREFIX, check_supported, weight_patches
 
 
 class RemoteTransformer(torch.nn.Module):
-    """Evaluates on the workers. It has no weights, but names those of the file. header: by ComfyUI's names.
+    """Evaluates on the workers. It has no weights, but names those of the file. header: by ComfyUI's names. config: of
+    the file's model.
 
     A subclass per family is called as ComfyUI calls the family's own transformer, also by the wrappers around it
     (WrappersMP.DIFFUSION_MODEL), which see its arguments by position.
@@ -47,6 +49,7 @@ class RemoteTransformer(torch.nn.Module):
         self.patch_size = config.patch
         self._header = header
         self._config = config
+        self._shapes = self._file_shapes()
         self._patches_uuid = None
 
     @classmethod
@@ -60,11 +63,14 @@ class RemoteTransformer(torch.nn.Module):
         destination |= {prefix + name: tensor for name, tensor in meta_tensors(self._header).items()}
         return destination
 
+    def _file_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {PREFIX + name: tuple(info.shape) for name, info in self._header.items()}
+
     def take_patches(self, uuid, patches: dict[str, list[tuple]]) -> None:
         """Evaluations from now on are by weights with a patcher's `patches`, which `uuid` identifies."""
         if uuid != self._patches_uuid:
-            shapes = {PREFIX + name: info.shape for name, info in self._header.items()}
-            self.session = replace(self.session, patches=weight_patches(patches, shapes))
+            changes, self._shapes = weight_patches(patches, self._file_shapes())
+            self.session = replace(self.session, patches=changes)
             self._patches_uuid = uuid
 
     def _through_wrappers(self, transformer_options: dict, *args, **kwargs) -> torch.Tensor:
@@ -88,6 +94,11 @@ class RemoteFlux(RemoteTransformer):
     def fits(cls, unet_config: dict, config: Config) -> bool:
         """Old ComfyUI takes every FLUX for one of hidden size 3072."""
         return unet_config["hidden_size"] == config.hidden
+
+    @property
+    def img_in(self) -> SimpleNamespace:
+        """ComfyUI reads off its weight's shape whether the model, patched as it is now, takes an image or mask."""
+        return SimpleNamespace(weight=torch.empty(self._shapes[f"{PREFIX}img_in.weight"], device="meta"))
 
     def forward(
         self,
@@ -253,8 +264,10 @@ class RemotePatcher(ModelPatcher):
         return device is not None and memory.shares_gpu(self.session, device)
 
     def add_patches(self, patches, strength_patch=1.0, strength_model=1.0):
-        known = self.model.state_dict()  # a LoRA node passes what it has for text encoders, too
-        check_supported({key: v for key, v in patches.items() if (key if isinstance(key, str) else key[0]) in known})
+        known = {key: tuple(tensor.shape) for key, tensor in self.model.state_dict().items()}
+        # A LoRA node passes what it has for text encoders, too.
+        ours = {key: v for key, v in patches.items() if (key if isinstance(key, str) else key[0]) in known}
+        check_supported(ours, known, self.model.fastusp_config)
         return super().add_patches(patches, strength_patch, strength_model)
 
     def add_object_patch(self, name, obj):
@@ -297,6 +310,7 @@ def remote_model(session: Session, header: dict[str, TensorInfo]) -> RemotePatch
     config.unet_config["disable_unet_model_creation"] = True
     config.set_inference_dtype(compute, None)
     model = config.get_model(meta, "")
+    model.fastusp_config = family
     model.diffusion_model = transformer(session, config.process_unet_state_dict(dict(header)), compute, family)
     model.fastusp_session = session
     model.fastusp_nbytes = rank_bytes(header, session.spec, session.pool.devices.ranks)

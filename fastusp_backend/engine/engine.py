@@ -112,7 +112,7 @@ class Engine:
 
     def patch(self, weights: Patches, tensors: Mapping[str, torch.Tensor], *, base: int | None, number: int) -> None:
         """Changes the resident model's weights; nothing is compiled again, and captured only where the factors of
-        packed weights change. Raises as `PatchedWeights.change`."""
+        packed weights change or a weight is widened. Raises as `PatchedWeights.change`."""
         if self._weights is None or self._parked:
             raise RuntimeError("no model is loaded")
         restored, patched = self._weights.change(weights, tensors, base=base, number=number)

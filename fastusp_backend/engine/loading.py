@@ -80,13 +80,13 @@ class Checkpoint:
             (shared if owner is None else own if owner == self._rank else elsewhere)[name] = info
         with torch.device("meta"):
             for name, info in elsewhere.items():
-                self._give(name, torch.empty(info.size, dtype=torch.uint8))
+                self.give(name, self._hold(name, torch.empty(info.size, dtype=torch.uint8)))
         parts = [(shared, self._shares), (own, Shares())]
         if self._shares.ranks == 1:
             parts = [(shared | own, self._shares)]  # in one go
         for infos, shares in parts:
             for name, raw in self._read(infos, self._rooms, shares):
-                self._give(name, raw)
+                self.give(name, self._hold(name, raw))
         self._rooms = {}
         return self.model.eval()
 
@@ -116,6 +116,15 @@ class Checkpoint:
         module = self.model.get_submodule(path)
         return module.stored if self.holding.is_matrix(name) else Stored(getattr(module, leaf))
 
+    def give(self, name: str, stored: Stored) -> None:
+        """Makes this a tensor of the model, by the module's name."""
+        path, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(path)
+        if self.holding.is_matrix(name):
+            module.stored = stored
+        else:
+            setattr(module, leaf, nn.Parameter(stored.data, requires_grad=False))
+
     def _read(self, infos: dict[str, TensorInfo], rooms: dict[str, torch.Tensor], shares: Shares):
         if self._device.type == "cpu":
             return zip(infos, map_tensors(self.spec.path, list(infos.values())), strict=True)
@@ -127,15 +136,6 @@ class Checkpoint:
 
     def _shares_of(self, name: str) -> Shares:
         return self._shares if self.holding.owner(name) is None else Shares()
-
-    def _give(self, name: str, raw: torch.Tensor) -> None:
-        stored = self._hold(name, raw)
-        path, _, leaf = name.rpartition(".")
-        module = self.model.get_submodule(path)
-        if self.holding.is_matrix(name):
-            module.stored = stored
-        else:
-            setattr(module, leaf, nn.Parameter(stored.data, requires_grad=False))
 
     def _hold(self, name: str, raw: torch.Tensor) -> Stored:
         return hold(raw, self.infos[name], self.spec, **self.holding.use(name))

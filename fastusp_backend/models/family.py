@@ -106,6 +106,10 @@ class Config(Protocol):
     def from_sizes(cls, sizes: Sizes) -> "Config":
         """Raises CheckpointError for a file that is incomplete or of a variant that FastUSP does not run."""
 
+    def widened(self, name: str, shape: tuple[int, ...]) -> "Config | None":
+        """The config of the model whose weight of this name was widened to `shape`, or has it already; None where that
+        weight, of which a family has one at most, cannot be so."""
+
     def build(self) -> "Transformer":
         """The transformer, with parameters as torch's default device and type have them."""
 

@@ -6,7 +6,7 @@ and blocks are given what they need of them (engine/modulations.py).
 Shapes: B batch, n evaluations, C hidden.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -57,9 +57,9 @@ class FluxConfig:
         """Raises CheckpointError for a model that takes what ComfyUI would not give it."""
         hidden, in_features = sizes.matrix("img_in.weight")
         out_features = sizes.matrix("final_layer.linear.weight")[0]
-        area = cls.patch**2
-        channels, concat = out_features // area, (in_features - out_features) // area
-        if in_features % area or out_features % area or concat not in (0, channels, channels + MASK_CHANNELS):
+        channels = out_features // cls.patch**2
+        concat = cls._concat(in_features, channels)
+        if out_features % cls.patch**2 or concat is None:
             raise CheckpointError(
                 f"{sizes.path} takes {in_features} values per patch and gives {out_features}: it is none of {cls.runs}"
             )
@@ -75,6 +75,20 @@ class FluxConfig:
             single_blocks=sizes.count("single_blocks"),
             guidance=sizes.has("guidance_in.in_layer.weight"),
         )
+
+    def widened(self, name: str, shape: tuple[int, ...]) -> "FluxConfig | None":
+        """The LoRAs of Canny and Depth widen the image's input."""
+        if name != "img_in.weight" or len(shape) != 2 or shape[0] != self.hidden:
+            return None
+        concat = self._concat(shape[1], self.channels)
+        return replace(self, concat_channels=concat) if concat is not None and concat >= self.concat_channels else None
+
+    @classmethod
+    def _concat(cls, in_features: int, channels: int) -> int | None:
+        """concat_channels of a model that takes so many values per patch; None if it is none of ours."""
+        inputs, rest = divmod(in_features, cls.patch**2)
+        concat = inputs - channels
+        return concat if not rest and concat in (0, channels, channels + MASK_CHANNELS) else None
 
     def build(self) -> "Flux":
         return Flux(self)

@@ -72,6 +72,9 @@ class Flux2Config:
             guidance=sizes.has("guidance_in.in_layer.weight"),
         )
 
+    def widened(self, name: str, shape: tuple[int, ...]) -> None:
+        """No weight can be."""
+
     def build(self) -> "Flux2":
         return Flux2(self)
 

@@ -73,6 +73,9 @@ class QwenImageConfig:
             reference_method="index_timestep_zero" if sizes.has(TIMESTEP_ZERO_MARK) else "index",
         )
 
+    def widened(self, name: str, shape: tuple[int, ...]) -> None:
+        """No weight can be."""
+
     def build(self) -> "QwenImage":
         return QwenImage(self)
 

@@ -1,9 +1,9 @@
 """The formulas of weight patches: LoRA and its kin, in float32.
 
-LoRA (arXiv 2106.09685), LoHa and LoKr (LyCORIS, arXiv 2309.14859), GLoRA (arXiv 2306.07967), each as a DoRA
-(arXiv 2402.09353) where there is a `dora_scale`. Which tensors there are, and where alpha and rank enter, is as in the
-adapters of ComfyUI 0.3.64 to 0.33.0. Weights are (out, in), or vectors; adapters of convolutions, with their extra
-dims, fit where those are 1.
+LoRA (arXiv 2106.09685), LoHa and LoKr (LyCORIS, arXiv 2309.14859), GLoRA (arXiv 2306.07967), OFT (arXiv 2306.07280)
+and BOFT (arXiv 2311.06243), each as a DoRA (arXiv 2402.09353) where there is a `dora_scale`. Which tensors there are,
+and where strength, alpha and rank enter, is as in the adapters of ComfyUI 0.3.64 to 0.33.0. Weights are (out, in), or
+vectors; adapters of convolutions, with their extra dims, fit where those are 1.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,35 +16,46 @@ from ..errors import RequestError
 Parts = dict[str, torch.Tensor]
 
 
-def check(patch: WeightPatch, tensors: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> None:
-    """Raises RequestError where a patch does not fit a weight of `shape`; computes nothing."""
+def check(patch: WeightPatch, tensors: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that a weight of `shape` has after a patch. Computes nothing; raises RequestError where it does not
+    fit."""
     absent = sorted(name for name in patch.tensors.values() if name not in tensors)
     if absent:
         raise RequestError(f"the patch lacks tensor {absent[0]!r}")
     meta = {name: tensors[name].to("meta") for name in patch.tensors.values()}
     try:
-        apply(torch.empty(shape, dtype=torch.float32, device="meta"), patch, meta)
+        return tuple(apply(torch.empty(shape, dtype=torch.float32, device="meta"), patch, meta).shape)
     except KeyError as error:
         raise RequestError(f"the {patch.kind} patch has no {error.args[0]!r}") from error
     except (RuntimeError, IndexError) as error:
         given = ", ".join(f"{role} {tuple(tensors[name].shape)}" for role, name in patch.tensors.items())
         place = f", slice {patch.offset}" if patch.offset else ""
+        place += f", to be widened to {patch.reshape}" if patch.reshape else ""
         raise RequestError(
             f"the {patch.kind} patch ({given}) does not fit a weight of shape {tuple(shape)}{place}"
         ) from error
 
 
-def apply(weight: torch.Tensor, patch: WeightPatch, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Changes `weight`, float32, in place. It must have passed `check`."""
+def apply(weight: torch.Tensor, patch: WeightPatch, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Changes `weight`, float32, in place and returns it, or a wider one. The patch must have passed `check`."""
+    whole = _widened(weight, patch) if patch.reshape else weight
+    _change(whole.narrow(*patch.offset) if patch.offset else whole, patch, tensors)
+    return whole
+
+
+def _change(weight: torch.Tensor, patch: WeightPatch, tensors: Mapping[str, torch.Tensor]) -> None:
     parts = {role: tensors[name].to(weight.device, torch.float32) for role, name in patch.tensors.items()}
-    weight = weight.narrow(*patch.offset) if patch.offset else weight
     if patch.strength_model != 1.0:
         weight *= patch.strength_model
     if patch.kind == "set":
         weight.copy_(parts["value"])
         return
-    delta, rank = _DELTAS[patch.kind](parts, weight)
-    scale = patch.alpha / rank if rank is not None and patch.alpha is not None else 1.0
+    if patch.kind in _ROTATIONS:
+        delta = _ROTATIONS[patch.kind](parts, weight, patch)
+        scale = (patch.alpha or 0.0) if "dora_scale" in parts else 1.0
+    else:
+        delta, rank = _DELTAS[patch.kind](parts, weight)
+        scale = patch.alpha / rank if rank is not None and patch.alpha is not None else 1.0
     delta = delta.reshape(weight.shape)
     if patch.swap_halves:
         delta = torch.cat(delta.chunk(2, dim=0)[::-1])
@@ -71,7 +82,9 @@ def low_rank(
     for patch in patches:
         kind = "DoRA" if "dora_scale" in patch.tensors else _NAMES.get(patch.kind, patch.kind)
         if kind != "LoRA" or patch.strength_model != 1.0:
-            raise _unpackable(f"a {kind} patch" if kind != "LoRA" else f"strength_model {patch.strength_model:g}")
+            raise _unpackable(f"{kind} patches" if kind != "LoRA" else f"strength_model {patch.strength_model:g}")
+        if patch.reshape not in (None, tuple(shape)):
+            raise _unpackable(f"one that widens a matrix {tuple(shape)} to {patch.reshape}")
         parts = {role: tensors[name].to(device, torch.float32) for role, name in patch.tensors.items()}
         up, down, rank = _factors(parts)
         up = up * (patch.strength * (patch.alpha / rank if patch.alpha is not None else 1.0))
@@ -94,6 +107,15 @@ def _unpackable(what: str) -> RequestError:
         f"packed GGUF weights take LoRAs alone, not {what}; set weight_dtype of USP Loader to bf16 or fp16, which "
         "unpacks them when they are loaded, or use an fp8 file"
     )
+
+
+def _widened(weight: torch.Tensor, patch: WeightPatch) -> torch.Tensor:
+    shape = patch.reshape
+    if patch.offset or len(shape) != weight.dim() or any(n < had for n, had in zip(shape, weight.shape, strict=True)):
+        raise RuntimeError("a weight is widened as a whole, and never made smaller")
+    wide = weight.new_zeros(shape)
+    wide[tuple(slice(had) for had in weight.shape)] = weight
+    return wide
 
 
 def _decompose(weight: torch.Tensor, delta: torch.Tensor, magnitude: torch.Tensor, strength: float) -> None:
@@ -159,7 +181,41 @@ def _diff(parts: Parts, weight: torch.Tensor) -> tuple[torch.Tensor, None]:
     return parts["diff"], None
 
 
+def _oft(parts: Parts, weight: torch.Tensor, patch: WeightPatch) -> torch.Tensor:
+    """k blocks of n rows are turned by a transposed rotation each; the strength counts here and where this is added."""
+    turns = _rotations(parts["blocks"], patch.alpha or 0.0)
+    rows = weight.unflatten(0, turns.shape[:2])
+    return patch.strength * (torch.einsum("k n m, k n ... -> k m ...", turns, rows) - rows)
+
+
+def _boft(parts: Parts, weight: torch.Tensor, patch: WeightPatch) -> torch.Tensor:
+    """A butterfly: each of its stages turns blocks of rows that lie twice as far apart as the last one's. Rotations are
+    drawn to the identity by the strength, which counts again where this is added."""
+    if patch.alpha is None:
+        raise KeyError("alpha")  # without which ComfyUI leaves the patch out
+    turns, turned = _rotations(parts["blocks"], patch.alpha), weight
+    size = turns.shape[-1]
+    turns = patch.strength * turns + (1 - patch.strength) * torch.eye(size, device=turns.device)
+    for stage, turn in enumerate(turns):
+        order = torch.arange(len(weight), device=weight.device)
+        order = order.view(-1, 2, 2**stage * (size // 2)).transpose(1, 2).flatten()
+        turned = torch.einsum("k i j, k j ... -> k i ...", turn, turned[order].unflatten(0, (-1, size)))
+        turned = turned.flatten(0, 1)[order.argsort()]
+    return turned * parts.get("rescale", 1.0) - weight
+
+
+def _rotations(blocks: torch.Tensor, constraint: float) -> torch.Tensor:
+    """Orthogonal matrices by Cayley's transform of what is skew in (..., n, n), whose norm above 0 is limited."""
+    skew = blocks - blocks.mT
+    if constraint > 0:
+        skew = skew * (constraint / (skew.norm() + 1e-8)).clamp(max=1.0)
+    eye = torch.eye(skew.shape[-1], device=skew.device)
+    return (eye + skew) @ torch.linalg.inv_ex(eye - skew).inverse
+
+
 _DELTAS = {"lora": _lora, "loha": _loha, "lokr": _lokr, "glora": _glora, "diff": _diff}
 """(parts, weight) -> (what is added at strength 1 and alpha = rank, the rank)."""
-_NAMES = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "glora": "GLoRA"}
+_ROTATIONS = {"oft": _oft, "boft": _boft}
+"""(parts, weight, patch) -> what is added, times the strength."""
+_NAMES = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "glora": "GLoRA", "oft": "OFT", "boft": "BOFT"}
 """As people write them; the other kinds are words."""

@@ -3,8 +3,10 @@
 import shutil
 from dataclasses import replace
 
+import msgspec
 import pytest
 import torch
+import torch.nn.functional as F
 from formats import LIMITS, write
 from pools import GIVEN, PROMPT, SHORT, evaluate, pids, session
 from safetensors.torch import load_file, save_file
@@ -226,6 +228,43 @@ def test_a_scaled_fp8_file(pool, dev, tmp_path):
     got = patched(pool, path, stack({QKV: [given]}))
     assert relative_difference(got, evaluate(pool, plain)) < BOUND < 1e-3 < relative_difference(got, unpatched)
     assert torch.equal(evaluate(pool, path), unpatched)
+
+
+def test_a_widened_input(pool, shared_pool, dev, schnell, tmp_path):
+    """Against a file with that input; parked, with another model meanwhile, at another strength, and without a trace."""
+    key, state, path = "img_in.weight", load_file(dev), tmp_path / "canny.safetensors"
+    up, down, image = randn(512, 4, seed=1), randn(4, 128, seed=2), randn(*GIVEN.x.shape, seed=3)
+    prompt, plain = replace(PROMPT, concat=image), evaluate(pool, dev)
+    wide = WeightPatch(kind="lora", tensors={"up": name_of(up), "down": name_of(down)}, strength=1.0, reshape=(512, 128))
+
+    def both(pool, model, patches) -> list[torch.Tensor]:
+        run = replace(session(pool, model), patches=patches)
+        return [
+            run.evaluate(GIVEN.x, GIVEN.timestep, prompt, Progress()),
+            run.sample(GIVEN.x, SHORT, sampler="euler", positive=prompt),
+        ]
+
+    for strength, more in ((1.0, {}), (-0.4, {QKV: [lora(QKV, 7)]})):
+        changed = {key: F.pad(state[key], (0, 64)) + strength * (up @ down)}
+        changed |= {name: state[name] + a @ b for name, parts in more.items() for _, a, b in parts}
+        save_file(state | changed, path)
+        others = stack(more)
+        patch = msgspec.structs.replace(wide, strength=strength)
+        patches = WeightPatches({key: (patch,), **others.weights}, {name_of(t): t for t in (up, down)} | others.tensors)
+        got, want = both(pool, dev, patches), both(shared_pool(1), path, NO_PATCHES)
+        assert all(relative_difference(*pair) < BOUND for pair in zip(got, want, strict=True))
+        pool.park()
+        assert all(map(torch.equal, both(pool, dev, patches), got))
+        with pytest.raises(RequestError, match="takes 16 channels of an image or mask beside the latents; got none"):
+            patched(pool, dev, patches)
+    evaluate(pool, schnell)
+    assert all(map(torch.equal, both(pool, dev, patches), got))
+    with pytest.raises(RequestError, match="it takes latents alone"):
+        both(pool, dev, NO_PATCHES)
+    assert torch.equal(evaluate(pool, dev), plain)
+    with pytest.raises(RequestError, match="'txt_in.weight' cannot be widened from .512, 64. to .512, 128."):
+        patched(pool, dev, WeightPatches({TXT: (wide,)}, {name_of(t): t for t in (up, down)}))
+    assert torch.equal(evaluate(pool, dev), plain)
 
 
 def test_a_packed_file(pool, dev, tmp_path):

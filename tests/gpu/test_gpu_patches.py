@@ -2,14 +2,16 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from formats import write
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support import SMALL, inputs, randn, relative_difference
 
 from fastusp_backend.config import Layout, ModelSpec, Settings, WeightPatch
 from fastusp_backend.engine import Engine
 from fastusp_backend.models.family import Conditioning
 from fastusp_backend.models.synthetic import write_flux
+from fastusp_backend.weights.adapters import apply
 
 pytestmark = [
     pytest.mark.gpu,
@@ -101,3 +103,49 @@ def test_packed_weights_are_captured_again_with_their_factors(tmp_path):
     assert torch.equal(layer.weight, packed) and engine.nbytes == nbytes
     assert torch.equal(evaluate(), plain)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
+
+
+def test_a_widened_input_is_captured_again(tmp_path):
+    """Against a file with that input; without a trace."""
+    key, path, wide = "img_in.weight", tmp_path / "flux.safetensors", tmp_path / "wide.safetensors"
+    write_flux(str(path), SMALL, dtype=torch.bfloat16)
+    up, down, given = randn(512, 4, seed=1) * 0.5, randn(4, 128, seed=2), inputs(SMALL, text=24, size=(16, 12), seed=3)
+    state = load_file(path)
+    save_file(state | {key: (F.pad(state[key].float(), (0, 64)) + up @ down).bfloat16()}, wide)
+    x, *prompt = (t.cuda() for t in (given.x, given.context, given.y, given.guidance))
+    image = randn(*x.shape, seed=4).cuda()
+
+    def loaded(file) -> Engine:
+        engine = Engine(torch.device("cuda", 0))
+        engine.describe(ModelSpec.of_file(str(file), storage="bfloat16", compute="bfloat16"))
+        engine.make_room()
+        engine.load()
+        return engine
+
+    def evaluate(engine: Engine, *concat: torch.Tensor) -> torch.Tensor:
+        """The last of three: eager, captured, replayed."""
+        conditioning = Conditioning(*prompt, *concat)
+        for _ in range(3):
+            velocity = engine.denoiser(ONE, FAST).denoiser(x, given.timestep, conditioning)
+        (step,) = engine.denoiser(ONE, FAST).denoiser._steps.values()
+        assert step.captured
+        return velocity.float().clone()
+
+    want, engine = evaluate(loaded(wide), image), loaded(path)
+    plain, nbytes = evaluate(engine), engine.nbytes
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    patch = WeightPatch(kind="lora", tensors={"up": "u", "down": "d"}, strength=1.0, reshape=(512, 128))
+    engine.patch({key: (patch,)}, {"u": up, "d": down}, base=0, number=1)
+    assert engine.nbytes == nbytes + 512 * 64 * 2
+    assert relative_difference(evaluate(engine, image), want) < 0.02
+    engine.patch({key: ()}, {}, base=1, number=0)
+    assert torch.equal(evaluate(engine), plain) and engine.nbytes == nbytes
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
+
+
+def test_rotations_are_those_of_the_cpu():
+    for kind, shape in (("oft", (8, 64, 64)), ("boft", (3, 64, 8, 8))):
+        patch = WeightPatch(kind=kind, tensors={"blocks": "b"}, strength=0.7, alpha=2.0)
+        weight, tensors = randn(512, 32, seed=1), {"b": randn(*shape, seed=2)}
+        want = apply(weight.clone(), patch, tensors)
+        torch.testing.assert_close(apply(weight.cuda(), patch, tensors).cpu(), want, rtol=1e-4, atol=1e-4)

@@ -57,8 +57,8 @@ def diffusers_names(hidden: int, mlp: int, seed: int) -> dict[str, torch.Tensor]
 
 
 def all_kinds(hidden: int, mlp: int, seed: int) -> dict[str, torch.Tensor]:
-    """LoHa, LoKr, GLoRA, DoRA by row and by column, differences, values; and what ComfyUI leaves out: an unknown key,
-    a wrong shape."""
+    """LoHa, LoKr, GLoRA, OFT, BOFT, DoRA by row and by column, differences, values; and what ComfyUI leaves out: an
+    unknown key, a wrong shape."""
     random = _Random(seed)
     kinds = {
         "double_blocks.0.img_mlp.0": {
@@ -91,6 +91,15 @@ def all_kinds(hidden: int, mlp: int, seed: int) -> dict[str, torch.Tensor]:
             "lora_down.weight": random(RANK, mlp),
             "dora_scale": 1 + random(1, mlp, scale=0.1),
         },
+        "double_blocks.0.txt_mlp.2": {
+            "oft_blocks": random(8, hidden // 8, hidden // 8),
+            "alpha": torch.tensor(1.5),
+        },
+        "double_blocks.0.txt_attn.qkv": {
+            "oft_blocks": random(3, 3 * hidden // 8, 8, 8),
+            "rescale": 1 + random(3 * hidden, 1, scale=0.1),
+            "alpha": torch.tensor(0.0),
+        },
         "double_blocks.0.txt_attn.norm.key_norm": {"set_weight": 1 + random(128)},
         "img_in": {"diff": random(hidden, 64), "diff_b": random(hidden)},
         "double_blocks.0.txt_mlp.0": {
@@ -100,6 +109,23 @@ def all_kinds(hidden: int, mlp: int, seed: int) -> dict[str, torch.Tensor]:
         "double_blocks.99.txt_mlp.0": {"diff_b": random(mlp)},
     }
     return {f"diffusion_model.{key}.{part}": t for key, parts in kinds.items() for part, t in parts.items()}
+
+
+def control(model: Path, seed: int = 9) -> dict[str, torch.Tensor]:
+    """BFL's own for Canny and Depth: all matrices and biases, norms as values, and an input that takes an image."""
+    random, tensors = _Random(seed), {}
+    with safe_open(model, "pt") as file:
+        sizes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - no mapping
+    for key, shape in sizes.items():
+        layer, _, leaf = key.rpartition(".")
+        if leaf == "scale":
+            tensors[key] = 1 + random(*shape)
+        elif leaf == "weight":
+            out, width = shape
+            tensors[f"{layer}.lora_A.weight"] = random(RANK, 2 * width if layer == "img_in" else width)
+            tensors[f"{layer}.lora_B.weight"] = random(out, RANK)
+            tensors[f"{layer}.lora_B.bias"] = random(out)
+    return tensors
 
 
 def qwen_names(hidden: int, seed: int) -> dict[str, torch.Tensor]:

@@ -105,26 +105,20 @@ def lora(host):
 
 
 @pytest.mark.parametrize(
-    ("parts", "words"),
-    [
-        ({"oft_blocks": torch.zeros(8, 64, 64)}, "kind 'oft'"),
-        (
-            {
-                "lora_up.weight": torch.zeros(512, 2),
-                "lora_down.weight": torch.zeros(2, 128),
-                "reshape_weight": torch.tensor([512, 128]),
-            },
-            "Canny and Depth",
-        ),
-    ],
-    ids=["oft", "widened"],
+    ("layer", "had", "wide"),
+    [("txt_in", 4096, 4100), ("img_in", 64, 100), ("img_in", 64, 32)],
 )
-def test_kinds_of_lora_that_the_workers_do_not_have(host, parts, words):
-    tensors = {f"diffusion_model.img_in.{part}": t for part, t in parts.items()}
-    name = loras.write(host.base / "models/loras", next(iter(parts)), tensors)
+def test_a_lora_that_widens_what_the_workers_do_not(host, layer, had, wide):
+    parts = {
+        "lora_up.weight": torch.zeros(512, 2),
+        "lora_down.weight": torch.zeros(2, wide),
+        "reshape_weight": torch.tensor([512, wide]),
+    }
+    tensors = {f"diffusion_model.{layer}.{part}": t for part, t in parts.items()}
+    name = loras.write(host.base / "models/loras", f"{layer}_{wide}", tensors)
     graph = Graph()
     model = graph.node("LoraLoaderModelOnly", model=graph.usp(), lora_name=name, strength_model=1.0)
-    assert words in failure(host, graph, model)
+    assert f"turns diffusion_model.{layer}.weight from (512, {had}) into (512, {wide})" in failure(host, graph, model)
 
 
 def test_lora_hook(host, lora):

@@ -20,7 +20,9 @@ def files(host) -> dict[str, str]:
     mlp, hidden = loras.shapes(host.base / "models/diffusion_models" / DEV)
     folder = host.base / "models/loras"
     kinds = {"bfl": loras.bfl_names, "diffusers": loras.diffusers_names, "kinds": loras.all_kinds}
-    return {name: loras.write(folder, name, make(hidden, mlp, seed)) for seed, (name, make) in enumerate(kinds.items())}
+    made = {name: make(hidden, mlp, seed) for seed, (name, make) in enumerate(kinds.items())}
+    made["control"] = loras.control(host.base / "models/diffusion_models" / DEV)
+    return {name: loras.write(folder, name, tensors) for name, tensors in made.items()}
 
 
 def loaded(graph: Graph, model: Link, files: dict[str, str], stack: Stack) -> Link:
@@ -71,6 +73,42 @@ def test_a_lora_is_taken_off_without_a_trace(host, files):
     assert host.pool("cpu:2")["pids"] == pids
 
 
+def showing(graph: Graph, image: Link, seed: int = 1) -> Link:
+    """A prompt with an image for Canny or Depth."""
+    mask = graph.node("SolidMask", value=1.0, width=64, height=64)
+    return graph.node("TestInpaintConditioning", conditioning=graph.prompt(seed), latent=image, mask=mask)
+
+
+def test_a_lora_that_makes_a_control_model(host, files):
+    """It widens the image's input: with an image and without one, stacked, and beside runs without it."""
+    both = Comparison()
+    graph = both.graph
+    usp, stock, image = graph.usp(), graph.stock(), graph.latent(64, 96)
+    positive, negative = showing(graph, image), showing(graph, image, 2)
+    one, stacked = (("control", 1.0),), (("kinds", 0.5), ("control", 0.6), ("bfl", 0.8), ("control", -0.2))
+    for stack, inputs, where in (
+        (one, {"positive": positive}, IN_WORKERS),
+        ((), {"positive": positive}, IN_WORKERS),
+        (stacked, {"positive": positive, "negative": negative, "cfg": 2.0}, IN_WORKERS),
+        (one, {}, IN_WORKERS),
+        (stacked, {"positive": positive, "sampler_name": "uni_pc"}, STEPPING),
+        ((), {"positive": positive, "sampler_name": "uni_pc"}, STEPPING),
+    ):
+        got, want = (graph.sample(loaded(graph, x, files, stack), steps=4, **inputs) for x in (usp, stock))
+        both.add(f"{stack}, {sorted(inputs)}", got, want, where)
+    both.check(host)
+
+
+def test_a_control_model_is_a_plain_one_again(host, files):
+    inputs = {"steps": 2, "seed": 32}
+    plain = latents(host, files, (), **inputs)
+    control = latents(host, files, (("control", 1.0),), **inputs)
+    pids = host.pool("cpu:2")["pids"]
+    assert not control.equal(plain) and latents(host, files, (), rerun=True, **inputs).equal(plain)
+    assert latents(host, files, (("control", 1.0),), rerun=True, **inputs).equal(control)
+    assert host.pool("cpu:2")["pids"] == pids
+
+
 def test_a_scaled_fp8_file(host, files):
     """Its names are those of a plain file; converted when it is loaded, it takes a LoRA as that does."""
     folder = host.base / "models/diffusion_models"
@@ -110,7 +148,9 @@ def test_packed_weights(host, files):
     refused.save(refused.sample(kinds))
     try:
         both.check(host)
-        with pytest.raises(PromptFailed, match="packed GGUF weights take LoRAs alone, not a .*; set weight_dtype"):
+        with pytest.raises(
+            PromptFailed, match="packed GGUF weights take LoRAs alone, not .* patches; set weight_dtype"
+        ):
             host.run(refused)
     finally:
         for path in paths:
@@ -138,7 +178,7 @@ def test_every_kind_on_every_host(host, files):
     both = Comparison()
     graph = both.graph
     usp, stock = graph.usp("cpu:1", weight_dtype="fp32"), graph.stock()
-    stack = (("bfl", 0.8), ("diffusers", 0.5), ("kinds", -0.7))
-    got, want = (graph.sample(loaded(graph, x, files, stack), steps=2) for x in (usp, stock))
-    both.add("all", got, want)
+    for stack in ((("bfl", 0.8), ("diffusers", 0.5), ("kinds", -0.7)), (("bfl", 0.8), ("control", 0.5))):
+        got, want = (graph.sample(loaded(graph, x, files, stack), steps=2) for x in (usp, stock))
+        both.add(str(stack), got, want)
     both.check(host)

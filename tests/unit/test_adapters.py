@@ -22,9 +22,7 @@ def tensors_of(**shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
 def patched(kind: str, parts: dict[str, torch.Tensor], weight: torch.Tensor = WEIGHT, **more) -> torch.Tensor:
     patch = WeightPatch(kind=kind, tensors={role: role for role in parts}, **({"strength": 0.7} | more))
     check(patch, parts, tuple(weight.shape))
-    weight = weight.clone()
-    apply(weight, patch, parts)
-    return weight
+    return apply(weight.clone(), patch, parts)
 
 
 def assert_is(got: torch.Tensor, want: torch.Tensor) -> None:
@@ -127,6 +125,55 @@ def test_dora(strength, axis):
     assert_is(patched("lora", parts, alpha=6.0, strength=strength), W + strength * (want - W))
 
 
+def rotations(blocks: torch.Tensor, constraint: float) -> list[torch.Tensor]:
+    """(I + Q) / (I - Q) of blocks' skew parts Q, which together are no longer than the constraint, if there is one."""
+    skews = blocks.double() - blocks.double().transpose(-1, -2)
+    length = skews.square().sum().sqrt()
+    skews = skews * (constraint / length if 0 < constraint < length else 1)
+    eye = torch.eye(blocks.shape[-1], dtype=torch.float64)
+    return [(eye + q) @ torch.linalg.inv(eye - q) for q in skews.flatten(0, -3)]
+
+
+@pytest.mark.parametrize("alpha", [None, 0.0, 1.5, 1000.0])
+def test_oft(alpha):
+    """Strength counts twice, a scale of rows not at all, as in ComfyUI."""
+    parts = tensors_of(blocks=(3, 4, 4), rescale=(OUT, 1))
+    turned = torch.block_diag(*(r.T for r in rotations(parts["blocks"], alpha or 0.0))) @ W
+    assert_is(patched("oft", parts, alpha=alpha), W + 0.7**2 * (turned - W))
+
+
+@pytest.mark.parametrize(("strength", "alpha"), [(1.0, 0.0), (0.7, 0.0), (-0.5, 1.5)])
+@pytest.mark.parametrize("rescaled", [False, True])
+def test_boft(strength, alpha, rescaled):
+    """Three stages for 16 rows in 4 blocks of 4: in stage i, a block has 2 pairs of rows that lie 2^(i + 1) apart."""
+    weight, parts = randn(16, IN, seed=9), tensors_of(blocks=(3, 4, 4, 4), rescale=(16, 1))
+    if not rescaled:
+        del parts["rescale"]
+    turns, eye = rotations(parts["blocks"], alpha), torch.eye(4, dtype=torch.float64)
+    turned = weight.double()
+    for stage in range(3):
+        apart, before = 2 ** (stage + 1), turned.clone()
+        pairs = [(row, row + apart) for row in range(16) if row // apart % 2 == 0]
+        for block in range(4):
+            rows = [row for pair in pairs[2 * block : 2 * block + 2] for row in pair]
+            turn = strength * turns[4 * stage + block] + (1 - strength) * eye
+            turned[rows] = turn @ before[rows]
+    turned = turned * parts["rescale"].double() if rescaled else turned
+    want = weight.double() + strength * (turned - weight.double())
+    assert_is(patched("boft", parts, weight, alpha=alpha, strength=strength), want)
+
+
+def test_widening():
+    """Zeros come behind the weight, then the patch; what follows finds the wider weight."""
+    parts, wide = tensors_of(up=(OUT, RANK), down=(RANK, IN + 5)), F.pad(W, (0, 5))
+    want = wide + 0.7 * outer(parts["up"], parts["down"])
+    assert_is(patched("lora", parts, reshape=(OUT, IN + 5)), want)
+    assert_is(patched("lora", parts, wide.float(), reshape=(OUT, IN + 5)), want)
+    diff = tensors_of(diff=(OUT + 1, IN + 5))
+    assert_is(patched("diff", diff, reshape=(OUT + 1, IN + 5)), F.pad(wide, (0, 0, 0, 1)) + 0.7 * diff["diff"].double())
+    assert torch.equal(WEIGHT.double(), W)
+
+
 def test_diff_and_set():
     parts = tensors_of(diff=(OUT, IN))
     assert_is(patched("diff", parts), W + 0.7 * parts["diff"].double())
@@ -174,13 +221,20 @@ def test_factors_of_a_stack_are_its_sum():
 @pytest.mark.parametrize(
     ("kind", "shapes", "more", "words"),
     [
-        ("loha", {"w1_a": (OUT, 2), "w1_b": (2, IN), "w2_a": (OUT, 2), "w2_b": (2, IN)}, {}, "not a LoHa patch"),
-        ("lokr", {"w1": (4, 2), "w2": (3, 4)}, {}, "not a LoKr patch"),
-        ("glora", {"a1": (IN, 2), "a2": (2, IN), "b1": (OUT, 2), "b2": (2, IN)}, {}, "not a GLoRA patch"),
-        ("lora", {"up": (OUT, 3), "down": (3, IN), "dora_scale": (OUT, 1)}, {}, "not a DoRA patch"),
-        ("diff", {"diff": (OUT, IN)}, {}, "not a diff patch"),
-        ("set", {"value": (OUT, IN)}, {}, "not a set patch"),
+        ("loha", {"w1_a": (OUT, 2), "w1_b": (2, IN), "w2_a": (OUT, 2), "w2_b": (2, IN)}, {}, "not LoHa patches"),
+        ("lokr", {"w1": (4, 2), "w2": (3, 4)}, {}, "not LoKr patches"),
+        ("glora", {"a1": (IN, 2), "a2": (2, IN), "b1": (OUT, 2), "b2": (2, IN)}, {}, "not GLoRA patches"),
+        ("lora", {"up": (OUT, 3), "down": (3, IN), "dora_scale": (OUT, 1)}, {}, "not DoRA patches"),
+        ("diff", {"diff": (OUT, IN)}, {}, "not diff patches"),
+        ("set", {"value": (OUT, IN)}, {}, "not set patches"),
+        ("oft", {"blocks": (3, 4, 4)}, {}, "not OFT patches"),
         ("lora", {"up": (OUT, 3), "down": (3, IN)}, {"strength_model": 0.5}, "not strength_model 0.5"),
+        (
+            "lora",
+            {"up": (OUT, 3), "down": (3, 9)},
+            {"reshape": (OUT, 9)},
+            "not one that widens a matrix .12, 8. to .12, 9.",
+        ),
         ("lora", {"up": (IN, 3), "down": (3, OUT)}, {}, "not a LoRA of .8, 3. and .3, 12. for a matrix .12, 8."),
     ],
 )
@@ -201,6 +255,14 @@ def test_what_has_no_factors_is_refused_by_name(kind, shapes, more, words):
         ("diff", {"diff": (1, IN)}, {}, "does not fit"),
         ("set", {"value": (5, IN)}, {}, "does not fit"),
         ("lokr", {"w1": (4, 2)}, {}, "has no 'w2_a'"),
+        ("oft", {"blocks": (5, 2, 2)}, {}, "oft patch .blocks .5, 2, 2.. does not fit"),
+        ("oft", {"blocks": (3, 4, 2)}, {}, "does not fit"),
+        ("boft", {"blocks": (2, 3, 4, 4)}, {}, "has no 'alpha'"),
+        ("boft", {"blocks": (3, 3, 4, 4)}, {"alpha": 0.0}, "does not fit"),
+        ("lora", {"up": (OUT, 3), "down": (3, 9)}, {"reshape": (OUT, 10)}, "to be widened to .12, 10."),
+        ("lora", {"up": (OUT, 3), "down": (3, 5)}, {"reshape": (OUT, 5)}, "does not fit"),
+        ("lora", {"up": (OUT, 3), "down": (3, 9)}, {"reshape": (OUT, 9), "offset": (0, 0, OUT)}, "does not fit"),
+        ("lora", {"up": (OUT, 3), "down": (3, IN)}, {"reshape": (OUT, IN, 1)}, "does not fit"),
         ("lora", {"up": (OUT, 3), "down": (3, IN), "dora_scale": (5, 1)}, {}, "does not fit"),
     ],
 )

@@ -6,6 +6,7 @@ from dataclasses import replace
 import msgspec
 import pytest
 import torch
+import torch.nn.functional as F
 from formats import LIMITS, write
 from safetensors.torch import load_file
 from support import SMALL, randn, spec_of
@@ -13,7 +14,7 @@ from support import SMALL, randn, spec_of
 from fastusp_backend.config import WeightPatch
 from fastusp_backend.engine.loading import Checkpoint
 from fastusp_backend.engine.patching import PatchedWeights
-from fastusp_backend.errors import CheckpointError
+from fastusp_backend.errors import CheckpointError, RequestError
 from fastusp_backend.models.layers import Linear
 from fastusp_backend.models.synthetic import write_flux
 
@@ -146,6 +147,66 @@ def test_small_differences_are_not_lost_in_fp8(mini, spec):
     PatchedWeights(checkpoint).change({f"{QKV}.weight": (patch,)}, tensors, base=0, number=1)
     seen = (held(checkpoint, f"{QKV}.weight").dequantise() - old) * old.sign()
     assert seen.mean() == pytest.approx(6e-4, rel=0.2), seen.mean()
+
+
+WIDE = {
+    "img_in.weight": (WeightPatch(kind="lora", tensors={"up": "u", "down": "d"}, strength=0.7, reshape=(256, 128)),),
+    f"{QKV}.weight": (LORA,),
+}
+WIDENING = {"u": randn(256, 4, seed=5), "d": randn(4, 128, seed=6), "narrow": randn(256, 64, seed=7), **TENSORS}
+
+
+@pytest.mark.parametrize("name", ["plain", "plain, bf16", "plain, fp8", "fp8_e4m3fn", "scaled_metadata", "gguf_Q4_K"])
+def test_a_weight_that_is_widened_moves_once_and_leaves_no_trace(mini, tmp_path, name):
+    """The image's input; the model then takes an image. Zeros come behind the values, then the LoRA."""
+    path, form = tmp_path / "model", name.split(",")[0]
+    path = mini if form == "plain" else path
+    values = load_file(mini) if form == "plain" else write(form, mini, path)
+    checkpoint, moved = loaded(path, **STORAGES.get(name, {})), []
+    weights, config = PatchedWeights(checkpoint, lambda: moved.append(1)), checkpoint.model.config
+    before, rounds = everything(checkpoint), checkpoint.rounded("img_in.weight")
+    old = values["img_in.weight"] if rounds else held(checkpoint, "img_in.weight").dequantise()
+    packed = bool(held(checkpoint, f"{QKV}.weight").packing)
+    weights.change(WIDE, WIDENING, base=0, number=1)
+    assert checkpoint.model.config == replace(config, concat_channels=16) and len(moved) == 1 + packed
+    stored = held(checkpoint, "img_in.weight")
+    want = F.pad(old, (0, 64)) + 0.7 * (WIDENING["u"] @ WIDENING["d"])
+    assert_nearest(stored.data, want if stored.scale is None else want / stored.scale)
+    wide = everything(checkpoint)
+
+    diff = WeightPatch(kind="diff", tensors={"diff": "narrow"}, strength=1.0)
+    both = {"img_in.weight": (diff, *WIDE["img_in.weight"])}
+    weights.change(both, WIDENING, base=1, number=2)
+    assert changed(wide, everything(checkpoint)) - {"img_in.scale"} == {"img_in.weight"}
+    weights.change({"img_in.weight": (diff,)}, WIDENING, base=2, number=3)
+    assert checkpoint.model.config == config and held(checkpoint, "img_in.weight").data.shape == (256, 64)
+    weights.change(WIDE, WIDENING, base=None, number=4)
+    assert bits(checkpoint) == {name: t.tolist() for name, (_, t) in wide.items()}
+    weights.change(dict.fromkeys(WIDE, ()), {}, base=4, number=0)
+    assert checkpoint.model.config == config
+    assert bits(checkpoint) == {name: t.tolist() for name, (_, t) in before.items()}
+
+
+def bits(checkpoint: Checkpoint) -> dict[str, list[int]]:
+    return {name: t.tolist() for name, (_, t) in everything(checkpoint).items()}
+
+
+def test_what_cannot_be_widened_is_refused_before_anything_changes(mini, tmp_path):
+    write("gguf_Q8_0", mini, tmp_path / "packed")
+    plain, packed = loaded(mini), loaded(tmp_path / "packed")
+    tensors = {name: randn(*shape, seed=8) for name, shape in (("u", (256, 4)), ("d", (4, 320)), ("q", (768, 4)))}
+    for checkpoint, key, up, wide, words in (
+        (plain, "txt_in.weight", "u", (256, 320), "'txt_in.weight' cannot be widened from .256, 256. to .256, 320"),
+        (plain, f"{QKV}.weight", "q", (768, 320), "qkv.weight' cannot be widened"),
+        (plain, "img_in.weight", "u", (256, 320), "'img_in.weight' cannot be widened"),  # neither Canny's nor Fill's
+        (packed, f"{QKV}.weight", "q", (768, 320), "not one that widens a matrix .768, 256. to .768, 320.; set"),
+    ):
+        weights, before = PatchedWeights(checkpoint), everything(checkpoint)
+        patch = WeightPatch(kind="lora", tensors={"up": up, "down": "d"}, strength=1.0, reshape=wide)
+        given = {f"{QKV}.bias": PATCHES[f"{QKV}.bias"], key: (patch,)}
+        with pytest.raises(RequestError, match=words):
+            weights.change(given, TENSORS | tensors, base=0, number=1)
+        assert weights.number == 0 and not changed(before, everything(checkpoint))
 
 
 def test_a_replaced_file_is_refused_before_anything_changes(mini, tmp_path):
