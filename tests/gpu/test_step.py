@@ -1,50 +1,57 @@
-"""A tiny FLUX on one GPU: compiled, captured and replayed evaluations against plain eager ones."""
+"""Tiny models on one GPU: compiled, captured and replayed evaluations against plain eager ones."""
 
 import pytest
 import torch
-from support import OneRank
+from support import OneRank, inputs
 
 from fastusp_backend.config import Settings
 from fastusp_backend.models.family import Conditioning
 from fastusp_backend.models.flux import Flux
-from fastusp_backend.models.synthetic import TINY_FLUX, random_state
+from fastusp_backend.models.flux2 import Flux2
+from fastusp_backend.models.qwen_image import QwenImage
+from fastusp_backend.models.synthetic import TINY_FLUX, TINY_FLUX2, TINY_QWEN_IMAGE, random_state
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-EAGER = Settings(compile=False, cuda_graphs=False, overlap=False)
+
+def lacks_fp8_products() -> bool:
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9)
 
 
-@pytest.fixture(scope="module")
-def model():
+PLAIN = {"compile": False, "cuda_graphs": False, "overlap": False}
+EAGER = Settings(**PLAIN)
+
+
+def model_of(family, config):
     with torch.device("meta"):
-        model = Flux(TINY_FLUX)
+        model = family(config)
     model.load_state_dict(random_state(model, seed=0, dtype=torch.bfloat16), assign=True)
     return model.cuda().eval()
+
+
+@pytest.fixture(scope="module", params=[(Flux, TINY_FLUX), (Flux2, TINY_FLUX2), (QwenImage, TINY_QWEN_IMAGE)])
+def model(request):
+    return model_of(*request.param)
 
 
 def denoiser(model, settings):
     return OneRank(model, settings, torch.bfloat16, "cuda:0")
 
 
-def inputs(seed, height, width, text):
-    generator = torch.Generator("cuda").manual_seed(seed)
-    like = {"device": "cuda", "generator": generator}
-    prompt = Conditioning(
-        torch.randn(1, text, TINY_FLUX.context, **like),
-        torch.randn(1, TINY_FLUX.pooled, **like),
-        torch.full((1,), 3.5, device="cuda"),
-    )
-    return torch.randn(1, 16, height, width, **like), prompt
+def request_of(model, seed, height, width, text):
+    given = inputs(model.config, text=text, size=(height, width), seed=seed)
+    context, y, guidance = (None if t is None else t.cuda() for t in (given.context, given.y, given.guidance))
+    return given.x.cuda(), Conditioning(context, y, guidance)
 
 
 @pytest.mark.parametrize("settings", [Settings(), Settings(compile=False), Settings(cuda_graphs=False)])
 def test_options_change_speed_only(model, settings):
     plain, fast = denoiser(model, EAGER), denoiser(model, settings)
     for turn, (height, width, text) in enumerate([(32, 32, 24), (33, 40, 7), (32, 32, 24)] * 3):
-        x, prompt = inputs(turn, height, width, text)
+        x, prompt = request_of(model, turn, height, width, text)
         t = torch.tensor([0.9 - 0.1 * turn])
         expected, got = plain(x, t, prompt).float(), fast(x, t, prompt).float()
         assert ((got - expected).norm() / expected.norm()).item() < 2e-2, f"turn {turn}"
@@ -52,14 +59,35 @@ def test_options_change_speed_only(model, settings):
 
 def test_the_second_evaluation_of_a_shape_is_captured_and_a_new_shape_compiles_nothing(model):
     fast = denoiser(model, Settings())
-    x, prompt = inputs(0, 32, 32, 24)
+    x, prompt = request_of(model, 0, 32, 32, 24)
     for _ in range(2):
         fast(x, torch.tensor([0.5]), prompt)
     assert [step.captured for step in fast.steps.values()] == [True]
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for size in (40, 48):
-        x, prompt = inputs(0, size, 32, 24)
+        x, prompt = request_of(model, 0, size, 32, 24)
         for _ in range(2):
             fast(x, torch.tensor([0.5]), prompt)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
     assert all(step.captured for step in fast.steps.values())
+
+
+def by_rows(model):
+    """The same model, held for products in fp8."""
+    held = model_of(type(model), model.config)
+    for layer in held.products():
+        layer.stored = layer.stored.by_rows()
+    return held
+
+
+@pytest.mark.skipif(lacks_fp8_products(), reason="needs a GPU of compute capability 8.9 or newer")
+def test_fp8_products_are_those_of_eager(model):
+    held = by_rows(model)
+    exact = denoiser(model, EAGER)
+    plain, fast = denoiser(held, Settings(**PLAIN, linear="fp8")), denoiser(held, Settings(linear="fp8"))
+    for turn in range(3):  # eager, captured, replayed
+        x, prompt = request_of(model, turn, 32, 32, 24)
+        t = torch.tensor([0.9 - 0.1 * turn])
+        without, expected, got = (run(x, t, prompt).float() for run in (exact, plain, fast))
+        assert ((got - expected).norm() / expected.norm()).item() < 4e-2, f"turn {turn}"
+        assert 1e-3 < ((got - without).norm() / without.norm()).item() < 0.15, f"turn {turn}"
