@@ -4,12 +4,11 @@
     torchrun --nproc_per_node=2 benchmarks/load.py --folder /tmp/models --repeat 3
 
 Writes the file (random bf16, 24 GB) where it is missing. Prints per rank and turn the seconds, the rate, what the
-process grew by, and the GPU memory. The first turn of a new file reads from memory as well: it was just written.
+process grew by, and the GPU memory; then of parking the model in host memory and bringing it back. The first turn of a
+new file reads from memory as well: it was just written.
 """
 
 import argparse
-import json
-import math
 import os
 import time
 from pathlib import Path
@@ -17,39 +16,49 @@ from pathlib import Path
 import paths  # noqa: F401
 import torch
 import torch.distributed as dist
+from files import write_model
 
 from fastusp_backend.config import ModelSpec
 from fastusp_backend.engine.loading import Checkpoint
-from fastusp_backend.engine.parking import held_bytes
-from fastusp_backend.models.flux import Flux
+from fastusp_backend.engine.parking import HostShare, held_bytes
 from fastusp_backend.models.synthetic import FLUX_DEV
-
-
-def write(path: Path) -> None:
-    """A tile of random values over and over: the disk and the link do not care."""
-    with torch.device("meta"):
-        model = Flux(FLUX_DEV)
-    header, start = {}, 0
-    for name, parameter in model.named_parameters():
-        size = 2 * math.prod(parameter.shape)
-        shape, offsets = list(parameter.shape), [start, start + size]
-        header[model.file_key(name)] = {"dtype": "BF16", "shape": shape, "data_offsets": offsets}
-        start += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    tile = memoryview((torch.randn(1 << 25) * 0.02).bfloat16().view(torch.uint8).numpy())
-    unfinished = path.with_suffix(".part")
-    with open(unfinished, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for done in range(0, start, len(tile)):
-            file.write(tile[: start - done])
-    unfinished.rename(path)
 
 
 def resident() -> dict[str, int]:
     """This process's memory in bytes by kind, as Linux counts it."""
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
     return {words[0][:-1]: int(words[1]) * 1024 for words in lines if words[0] in ("VmRSS:", "VmHWM:", "RssAnon:")}
+
+
+def park(model: torch.nn.Module, device: torch.device, rank: int) -> None:
+    """To host memory and back, twice: the first time pins the memory. Beside it a plain copy of one piece of pinned
+    memory."""
+    share = HostShare(device)
+    for turn in range(2):
+        seconds = []
+        for step in (share.park, share.reserve, share.fetch):
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            step(*([model] if step == share.park else []))
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - started)
+        away, _, back = seconds
+        print(
+            f"RESULT parking {turn} rank {rank}: {share.nbytes / 1e9:.2f} GB of host memory, away {away:.2f} s, back "
+            f"{sum(seconds[1:]):.2f} s (room {seconds[1]:.2f}), {share.nbytes / back / 1e9:.1f} GB/s",
+            flush=True,
+        )
+    share.close()
+    pinned = torch.empty(1 << 30, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty_like(pinned, device=device)
+    target.copy_(pinned)
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(4):
+        target.copy_(pinned, non_blocking=True)
+    torch.cuda.synchronize()
+    rate = 4 * pinned.nbytes / (time.perf_counter() - started) / 1e9
+    print(f"RESULT plain copy of pinned memory, rank {rank}: {rate:.1f} GB/s", flush=True)
 
 
 def main() -> None:
@@ -69,7 +78,7 @@ def main() -> None:
     if rank == 0 and not path.exists():
         a.folder.mkdir(parents=True, exist_ok=True)
         started = time.perf_counter()
-        write(path)
+        write_model(path, FLUX_DEV, device)
         print(f"wrote {path} in {time.perf_counter() - started:.0f} s", flush=True)
     if world > 1:
         dist.barrier()
@@ -99,7 +108,10 @@ def main() -> None:
             f"GiB, peak {peak / 2**30:.2f}",
             flush=True,
         )
-        del model, checkpoint
+        del checkpoint
+        if turn == a.repeat - 1:
+            park(model, device, rank)
+        del model
         torch.cuda.empty_cache()
     if world > 1:
         dist.destroy_process_group()

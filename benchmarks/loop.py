@@ -16,9 +16,9 @@ from pathlib import Path
 
 import report
 import torch
-from common import CONFIGS, Case, random_inputs, random_model
+from common import CONFIGS, Case, random_inputs
+from files import write_model
 from process_sets import LINKS, ProcessSet, run_all
-from safetensors.torch import save_file
 from step import TEXTS, add_common, base_job, known, layouts
 from variants import VARIANTS
 
@@ -65,16 +65,6 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--file", type=Path, help="model file, written if it is not there; default: a temporary one")
     made.set_defaults(guided=False, layouts=None)
     return made
-
-
-def write_model(path: Path, a: argparse.Namespace) -> None:
-    device, dtype = torch.device(a.device), torch.bfloat16 if a.device == "cuda" else torch.float32
-    model = random_model(CONFIGS[a.model, a.tiny], device, dtype)
-    name = getattr(model, "file_key", str)
-    save_file({name(key): tensor.cpu() for key, tensor in model.state_dict().items()}, str(path))
-    del model
-    if a.device == "cuda":
-        torch.cuda.empty_cache()
 
 
 def measure_pool(session: Session, a: argparse.Namespace) -> list[tuple[str, str, float | None]]:
@@ -134,7 +124,8 @@ def main() -> None:
             raise SystemExit("the bare evaluation was not measured")
         path = a.file or Path(folder) / "model.safetensors"
         if not path.exists():
-            write_model(path, a)
+            dtype = torch.bfloat16 if a.device == "cuda" else torch.float32
+            write_model(path, CONFIGS[a.model, a.tiny], torch.device(a.device), dtype)
         compute = "bfloat16" if a.device == "cuda" else "float32"
         spec = ModelSpec.of_file(str(path), storage=None, compute=compute)
         os.environ.update(LINKS[link])  # the pool's processes inherit it

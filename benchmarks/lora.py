@@ -14,26 +14,18 @@ from pathlib import Path
 
 import paths  # noqa: F401
 import torch
-from safetensors.torch import save_file
+from files import write_model
 
 from fastusp_backend.config import Layout, ModelSpec, Settings, WeightPatch
 from fastusp_backend.devices import Devices
-from fastusp_backend.models.flux import Flux
 from fastusp_backend.models.synthetic import FLUX_DEV
 from fastusp_backend.pool import NO_PATCHES, Pool, Progress, Prompt, Session, WeightPatches, name_of
+from fastusp_backend.weights.checkpoint import read_header
 
 
-def write_model(path: Path) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of its tensors."""
-    with torch.device("meta"):
-        model = Flux(FLUX_DEV)
-    state = {}
-    for name, parameter in model.named_parameters():
-        std = parameter.shape[1] ** -0.5 if parameter.dim() == 2 else 0.02
-        value = torch.randn(parameter.shape, device="cuda", dtype=torch.bfloat16) * std
-        state[Flux.file_key(name)] = (value + name.endswith("scale")).cpu()
-    save_file(state, path)
-    return {name: tuple(t.shape) for name, t in state.items()}
+def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
+    """By the file's names."""
+    return {name: info.shape for name, info in read_header(str(path)).items()}
 
 
 def lora(shapes: dict[str, tuple[int, ...]], rank: int) -> WeightPatches:
@@ -67,8 +59,8 @@ def main() -> None:
     prompt = Prompt(torch.randn(1, 512, 4096), torch.randn(1, 768), torch.tensor([3.5]))
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         path = Path(folder) / "flux.safetensors"
-        patches = lora(write_model(path), options.rank)
-        torch.cuda.empty_cache()
+        write_model(path, FLUX_DEV, torch.device("cuda"))
+        patches = lora(shapes_of(path), options.rank)
         print(f"LoRA: {sum(t.nbytes for t in patches.tensors.values()) / 1e6:.0f} MB, {len(patches.weights)} weights")
         pool = Pool(Devices(ranks=len(gpus), gpus=gpus))
         spec = ModelSpec.of_file(str(path), storage="bfloat16", compute="bfloat16")

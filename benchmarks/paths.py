@@ -1,4 +1,5 @@
-"""Where things lie. Importing this first lets the benchmarks run from any folder, without installing the package."""
+"""Where things lie. Importing this first lets the benchmarks run from any folder, without installing the package.
+`tests/host` drives a real ComfyUI."""
 
 import sys
 from pathlib import Path
@@ -7,4 +8,4 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 RESULTS = HERE / "results"
 
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/host")]

@@ -104,11 +104,12 @@ class Gates(NamedTuple):
 def timestep_embedding(
     t: torch.Tensor, dim: int, *, max_period: float = 10_000.0, factor: float = 1000.0
 ) -> torch.Tensor:
-    """Sinusoids of `factor` t: t (B,) -> (B, dim) float32, cosines first (Vaswani et al., as BFL's FLUX has them)."""
+    """Sinusoids of `factor` t, a product in t's type: t (B,) -> (B, dim) float32, cosines first (Vaswani et al., as
+    BFL's FLUX has them)."""
     half = dim // 2
     exponents = torch.arange(half, dtype=torch.float32, device=t.device)
     frequencies = torch.exp(-math.log(max_period) * exponents / half)
-    angles = (factor * t.float())[:, None] * frequencies
+    angles = (factor * t).float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 

@@ -8,6 +8,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,9 +42,10 @@ class Outcome:
 
 
 class ComfyUI:
-    """Starts `path`'s ComfyUI on the CPU with this repository and the test pack as its custom nodes."""
+    """Starts `path`'s ComfyUI, on the CPU if nothing else is said, with this repository and the test pack as its custom
+    nodes."""
 
-    def __init__(self, path: Path, base: Path):
+    def __init__(self, path: Path, base: Path, arguments: Sequence[str] = ("--cpu",)):
         self.path, self.base = path, base
         for folder in ("custom_nodes", "models/diffusion_models", "output", "input", "temp", "user"):
             (base / folder).mkdir(parents=True, exist_ok=True)
@@ -53,7 +55,7 @@ class ComfyUI:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         python = os.environ.get("COMFYUI_PYTHON") or str(path / "venv/bin/python")
-        command = [python, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(self.port)]
+        command = [python, "main.py", *arguments, "--listen", "127.0.0.1", "--port", str(self.port)]
         command += ["--disable-auto-launch", "--base-directory", str(base), "--preview-method", "latent2rgb"]
         command += ["--database-url", f"sqlite:///{base}/user/comfyui.db"]
         self.log = base / "comfyui.log"

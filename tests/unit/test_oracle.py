@@ -1,5 +1,6 @@
 """Our FLUX against diffusers' FluxTransformer2DModel with the same weights in float32."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -86,6 +87,19 @@ def test_velocity(models, text, size, batch):
     given = inputs(config, text=text, size=size, batch=batch, seed=text)
     ours = denoiser(given.x, given.timestep, Conditioning(given.context, given.y, given.guidance))
     assert relative_difference(ours, velocity_of(theirs, config, given, size)) < 1e-5
+
+
+def test_bfloat16_rounds_guidance_as_others_do(models):
+    """3500 is no bfloat16; the timestep's 500 is."""
+    config = models[0].model.config
+    ours, theirs = (copy.deepcopy(model).bfloat16() for model in (models[0].model, models[1]))
+    given = inputs(config, text=7, size=(16, 12))
+    prompt = Conditioning(given.context, given.y, torch.tensor([3.5]))
+    got = OneRank(ours, dtype=torch.bfloat16)(given.x, torch.tensor([0.5]), prompt).float()
+    rounded = {name: getattr(given, name).bfloat16() for name in ("x", "context", "y", "guidance")}
+    rounded["timestep"] = torch.tensor([0.5], dtype=torch.bfloat16)
+    want = velocity_of(theirs, config, replace(given, **rounded), (16, 12)).float()
+    assert ((got - want).norm() / want.norm()).item() < 0.02
 
 
 @pytest.mark.parametrize(

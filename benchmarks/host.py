@@ -1,0 +1,151 @@
+"""Whole prompts in a real ComfyUI: KSampler on a stock model against the same node on USP Loader's, seconds a prompt.
+
+    python benchmarks/host.py --comfyui ~/ComfyUI --gpus 0,1 --file /tmp/flux.safetensors
+    python benchmarks/host.py --comfyui ~/ComfyUI --gpus 0 --file /tmp/flux.safetensors --shared 40
+
+Needs no text encoder: prompts are seeded tensors. The file is written (FLUX.1-dev, random bf16) where it is missing.
+`first` includes loading, compilation and capture; `prompt` is the median of the later ones, each with another seed, and
+`difference` the largest relative (Frobenius) difference of their latents from stock's.
+
+--shared leaves so many GB free on the first GPU, for ComfyUI's model and the workers' together, and lets stock and USP
+take turns: what each prompt takes, and which memory ComfyUI and the workers hold after it.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import paths  # noqa: F401
+import torch
+from comfy import ComfyUI
+from common import CONFIGS
+from files import write_model
+from workflows import Graph
+
+OPTIONS = {
+    "USP": {},
+    "USP, linear fp8": {"linear": "fp8"},
+    "USP, park": {"residency": "park"},
+}
+"""By name, options of USP Optimization Settings."""
+STOCK, COMPILED = "stock", "stock, TorchCompileModel"
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--comfyui", type=Path, required=True, help="its folder; its Python is venv/bin/python there")
+    made.add_argument("--python", help="another Python for it")
+    made.add_argument("--file", type=Path, required=True)
+    made.add_argument("--weight-dtype", default="default", help="of both loaders, as fp8_e4m3fn")
+    made.add_argument("--gpus", default="all", help="of USP Loader; cpu:2 runs all of it on the CPU, a tiny file then")
+    made.add_argument("--configs", default=f"{STOCK};USP;USP, linear fp8", help="of: " + "; ".join(configs()))
+    made.add_argument("--size", type=int, default=1024)
+    made.add_argument("--text", type=int, default=512)
+    made.add_argument("--steps", type=int, default=20)
+    made.add_argument("--prompts", type=int, default=4, help="of each configuration")
+    made.add_argument("--shared", type=float, help="GB of the first GPU that all have together")
+    return made
+
+
+def configs() -> list[str]:
+    return [STOCK, COMPILED, *OPTIONS]
+
+
+def model_node(graph: Graph, name: str, a: argparse.Namespace) -> list:
+    file, dtype = a.file.name, a.weight_dtype
+    if name in OPTIONS:
+        settings = {"wire": "exact", "attention": "auto"} | OPTIONS[name]
+        return graph.usp(a.gpus, file=file, weight_dtype=dtype, settings=graph.node("FastUSPSettings", **settings))
+    model = graph.node("UNETLoader", unet_name=file, weight_dtype=dtype)
+    return graph.node("TorchCompileModel", model=model, backend="inductor") if name == COMPILED else model
+
+
+def prompt(host: ComfyUI, name: str, seed: int, a: argparse.Namespace) -> tuple[float, torch.Tensor]:
+    """Seconds from the request to its end, and the latents."""
+    graph = Graph()
+    sampled = graph.sample(
+        model_node(graph, name, a),
+        seed=seed,
+        steps=a.steps,
+        positive=graph.prompt(tokens=a.text),
+        latent_image=graph.empty(a.size, a.size),
+    )
+    saved = graph.save(sampled)
+    started = time.perf_counter()
+    outcome = host.run(graph)
+    return time.perf_counter() - started, outcome.latents[saved].float()
+
+
+def compare(host: ComfyUI, a: argparse.Namespace) -> None:
+    stock: dict[int, torch.Tensor] = {}
+    print("| configuration | first s | prompt s | ms a step | x stock | difference |\n|---|---|---|---|---|---|")
+    base = None
+    for name in a.configs.split(";"):
+        seconds, apart = [], [0.0]
+        for seed in range(a.prompts):
+            took, latents = prompt(host, name, seed, a)
+            seconds.append(took)
+            wanted = stock.setdefault(seed, latents)
+            apart.append(((latents - wanted).norm() / wanted.norm()).item())
+        median = statistics.median(seconds[1:])
+        base = base or median
+        step = 1000 * median / a.steps
+        print(f"| {name} | {seconds[0]:.1f} | {median:.2f} | {step:.1f} | {base / median:.2f} | {max(apart):.1e} |")
+        sys.stdout.flush()
+
+
+def turns(host: ComfyUI, a: argparse.Namespace) -> None:
+    print("| prompt | s | ComfyUI GB | workers GB | pool | free GB |\n|---|---|---|---|---|---|")
+    names = a.configs.split(";")
+    for turn in range(3):
+        for name in names:
+            took, _ = prompt(host, name, turn, a)
+            (device, *_), pools = host.get("/system_stats")["devices"], host.get("/fastusp/status")["pools"]
+            held = "; ".join(f"{pool['held']}" for pool in pools)
+            mine = device["torch_vram_total"] / 1e9
+            workers = sum(gb for pid, gb in used_by_process().items() if pid not in (os.getpid(), host.process.pid))
+            free = device["vram_free"] / 1e9
+            print(f"| {name} | {took:.2f} | {mine:.1f} | {workers:.1f} | {held} | {free:.1f} |", flush=True)
+
+
+def used_by_process() -> dict[int, float]:
+    """GB of GPU memory."""
+    query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+    rows = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
+    return {int(pid): float(mib) * 2**20 / 1e9 for pid, mib in (row.split(",") for row in rows)}
+
+
+def main() -> None:
+    a = parser().parse_args()
+    cpu = a.gpus.startswith("cpu")
+    if not a.file.exists():
+        device = torch.device("cpu" if cpu else "cuda")
+        write_model(a.file, CONFIGS["flux", cpu], device, torch.float32 if cpu else torch.bfloat16)
+    if a.python:
+        os.environ["COMFYUI_PYTHON"] = a.python
+    hog = None
+    with tempfile.TemporaryDirectory(prefix="fastusp-bench-") as folder:
+        base = Path(folder)
+        (base / "models/diffusion_models").mkdir(parents=True)
+        (base / "models/diffusion_models" / a.file.name).symlink_to(a.file.resolve())
+        if a.shared:
+            hog = torch.empty(int(torch.cuda.mem_get_info(0)[0] - a.shared * 1e9), dtype=torch.uint8, device="cuda:0")
+        host = ComfyUI(a.comfyui.expanduser(), base, ["--cpu"] if cpu else [])
+        try:
+            host.wait_until_ready()
+            (turns if a.shared else compare)(host, a)
+        except Exception:
+            print(host.log_text()[-6000:], file=sys.stderr)
+            raise
+        finally:
+            host.stop()
+            del hog
+
+
+if __name__ == "__main__":
+    main()
