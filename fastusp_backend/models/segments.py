@@ -118,6 +118,12 @@ def _either(plain, chosen, rows: torch.Tensor):
     return either
 
 
+def wake_compiler(device: torch.device) -> None:
+    """Compiles next to nothing: torch.compile's first use imports for seconds, which a process may as well spend while
+    nothing is asked of it."""
+    torch.compile(lambda x: x + 1, fullgraph=True)(torch.zeros(1, device=device))
+
+
 def _compiled(function):
     fast = torch.compile(function, fullgraph=True)
 

@@ -5,12 +5,14 @@ import json
 import logging
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from ..engine import Engine
+from ..models.segments import wake_compiler
 from ..protocol import VERSION, Ready
 from .control import Control
 from .crew import Crew
@@ -51,9 +53,20 @@ def _work(run_dir: Path) -> None:
         )
         key = (run_dir / "key").read_bytes()
         control = Control(str(run_dir / "control.sock"), key, ready, functools.partial(record_failure, run_dir, 0))
+    if device.type == "cuda":
+        _wake_compiler(device)  # a prompt's texts are being encoded, or its request waits
     Runner(crew, Engine(device), control).serve()
     crew.agree(True)
     dist.destroy_process_group()
+
+
+def _wake_compiler(device: torch.device) -> None:
+    started = time.perf_counter()
+    try:
+        wake_compiler(device)
+        log.info("the compiler is there after %.1f s", time.perf_counter() - started)
+    except RuntimeError as error:  # a matter of the requests that want it
+        log.warning("torch.compile does not work here: %s", error)
 
 
 def main() -> int:

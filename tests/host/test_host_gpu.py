@@ -31,7 +31,7 @@ def gpu_host(tmp_path_factory):
         comfyui.stop()
 
 
-@pytest.mark.parametrize("sampler, where", [("euler", IN_WORKERS), ("ddim", STEPPING)])
+@pytest.mark.parametrize("sampler, where", [("euler", IN_WORKERS), ("dpmpp_2m_sde", STEPPING)])
 @pytest.mark.parametrize(
     "file, width, guidance, empty",
     [
