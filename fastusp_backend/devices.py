@@ -51,12 +51,13 @@ class Devices:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GpuState:
-    """What changes, and what only diagnosis asks for. total, free: bytes. compute_mode, driver: in nvidia-smi's words.
-    mig: whether the GPU is cut into instances."""
+    """What changes, and what only diagnosis asks for. total, free: bytes; None where nvidia-smi does not tell them, as
+    of GPUs that share the host's memory. compute_mode, driver: in nvidia-smi's words. mig: whether the GPU is cut into
+    instances."""
 
     index: int
-    total: int
-    free: int
+    total: int | None
+    free: int | None
     compute_mode: str
     mig: bool
     driver: str
@@ -82,13 +83,17 @@ def gpu_states() -> tuple[GpuState, ...]:
         "index,memory.total,memory.free,compute_mode,mig.mode.current,driver_version",
         lambda i, total, free, mode, mig, driver: GpuState(
             index=int(i),
-            total=int(total) << 20,
-            free=int(free) << 20,
+            total=_bytes(total),
+            free=_bytes(free),
             compute_mode=mode,
             mig=mig == "Enabled",
             driver=driver,
         ),
     )
+
+
+def _bytes(mebibytes: str) -> int | None:
+    return None if mebibytes in ("[N/A]", "[Not Supported]") else int(mebibytes) << 20
 
 
 def _query(fields: str, make: Callable[..., T]) -> tuple[T, ...]:

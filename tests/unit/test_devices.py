@@ -3,7 +3,7 @@
 import pytest
 
 from fastusp_backend import devices
-from fastusp_backend.devices import MAX_CPU_RANKS, Devices, Gpu, list_gpus, parse_devices, supports_bfloat16
+from fastusp_backend.devices import MAX_CPU_RANKS, Devices, Gpu, gpu_states, list_gpus, parse_devices, supports_bfloat16
 from fastusp_backend.errors import DeviceError
 
 pytestmark = pytest.mark.unit
@@ -101,6 +101,15 @@ def test_nvidia_smi_is_read(nvidia_smi):
         Gpu(index=0, name="NVIDIA A100", uuid="GPU-1", compute_capability=(8, 0)),
         Gpu(index=1, name="NVIDIA L4", uuid="GPU-2", compute_capability=(8, 9)),
     )
+
+
+def test_memory_that_is_not_told(nvidia_smi):
+    """As of a GPU that shares the host's memory."""
+    nvidia_smi("0, [N/A], [N/A], Default, [N/A], 580.95\\n1, 81559, 81000, Default, Disabled, 580.95\\n", 0)
+    assert [(state.total, state.free, state.mig) for state in gpu_states()] == [
+        (None, None, False),
+        (81559 << 20, 81000 << 20, False),
+    ]
 
 
 def test_no_devices_is_no_error(nvidia_smi):
