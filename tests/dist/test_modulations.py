@@ -78,7 +78,7 @@ def _compare(rank: int, ranks: int, folder: str, paths: dict[str, str]) -> None:
                 check(*timesteps)
             for n, table in product(range(KEPT_ROWS + 3), (own, whole)):
                 table.rows((n / 99, 0.4), prompts[:1], mine[:1])
-            kept = own._kept[prompts[0]][0, 1]
+            kept = own._rows[prompts[0]]
             assert len(kept) == KEPT_ROWS and list(kept)[-1] == (n / 99, 0.4)
             assert ((0.0, 0.0) in kept) == (name == "qwen")
             check(0.9, 0.9)

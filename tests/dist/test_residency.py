@@ -181,6 +181,24 @@ def test_an_evaluation_that_does_not_fit_is_refused(pool, dev, cramped, rank):
     assert pids(pool) == before
 
 
+def test_the_modulations_of_many_steps_that_do_not_fit_are_refused(pool, dev, cramped):
+    """Their evaluations would: 64 rows for 16 images take 67 MB."""
+    many = inputs(SMALL, text=2, size=(2, 2), batch=16)
+    prompt = Prompt(many.context, many.y, many.guidance)
+
+    def run(steps: int) -> torch.Tensor:
+        sigmas = torch.linspace(1, 0, steps + 1)
+        return session(pool, dev).sample(many.x, sigmas, sampler="euler", positive=prompt)
+
+    few, before = run(2), pids(pool)
+    cramped(0, 20_000_000)
+    with pytest.raises(RequestError, match="rank 0 .* ran out of memory while it made room for an evaluation"):
+        run(64)
+    assert torch.equal(run(2), few)
+    cramped.lift()
+    assert run(64).isfinite().all() and pids(pool) == before
+
+
 def test_weights_that_do_not_fit_are_refused_and_loaded_later(pool, dev, cramped):
     expected, before = evaluate(pool, dev), pids(pool)
     loaded = address_space(before[1])
