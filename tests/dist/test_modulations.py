@@ -7,12 +7,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
 from pools import GIVEN, PROMPT, evaluate, session
-from support import SMALL, SMALL_QWEN, inputs, randn, relative_difference, spec_of
+from support import SMALL, SMALL_QWEN, inputs, load_model, randn, relative_difference, spec_of
 from test_patches import looped, patched
 
 from fastusp_backend.config import Layout, Settings, WeightPatch
 from fastusp_backend.engine import modulations
-from fastusp_backend.engine.loading import Checkpoint, load_model
+from fastusp_backend.engine.loading import Checkpoint
 from fastusp_backend.engine.modulations import KEPT_ROWS, ModulationTable
 from fastusp_backend.models.family import Conditioning
 from fastusp_backend.models.synthetic import write_qwen_image
