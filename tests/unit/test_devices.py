@@ -65,6 +65,23 @@ def test_refused_by_name(text, gpus, message):
     assert repr(text) in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    "gpus, visible, lacks", [((), None, "is not found"), (TWINS, "MIG-9", "CUDA_VISIBLE_DEVICES leaves")]
+)
+def test_gpus_that_torch_alone_sees_are_told(gpus, visible, lacks):
+    """One CPU rank in their place would be a silent, and slow, answer."""
+    with pytest.raises(DeviceError, match=f"gpus = 'auto': torch sees 2 GPUs, but nvidia-smi, .* {lacks}.* PATH"):
+        parse_devices("auto", gpus=gpus, visible=visible, seen_by_torch=2)
+    assert parse_devices("cpu:2", gpus=gpus, visible=visible, seen_by_torch=2) == Devices(ranks=2)
+
+
+def test_one_cpu_rank_for_want_of_gpus_is_told_once(caplog):
+    devices._tell_of_no_gpu.cache_clear()
+    for _ in range(2):
+        parse_devices("auto", gpus=(), seen_by_torch=0)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and "one CPU rank serves" in caplog.text
+
+
 def test_devices_are_a_key_and_tell_their_kind():
     assert Devices(ranks=2, gpus=(0, 1)).type == "cuda"
     assert Devices(ranks=2).type == "cpu"
