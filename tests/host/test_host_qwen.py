@@ -65,7 +65,7 @@ def test_loras(host, qwen):
     both = Comparison()
     graph = both.graph
     models = []
-    for model in (graph.usp("cpu:1", file=qwen, weight_dtype="fp32"), graph.stock(qwen)):  # see test_host_lora
+    for model in (graph.usp("cpu:1", file=qwen), graph.stock(qwen)):
         for name, strength in zip(names, (0.8, -0.4), strict=True):
             model = graph.node("LoraLoaderModelOnly", model=model, lora_name=name, strength_model=strength)
         models.append(model)
