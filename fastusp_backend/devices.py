@@ -1,12 +1,13 @@
 """The `gpus` input: which devices make up a pool.
 
-`auto` = the largest set of identical GPUs, `all` = every visible GPU, `0,1,3` = by nvidia-smi index, `cpu:N` = N CPU
-ranks.
+`auto` = the largest set of identical GPUs, else one CPU rank, `all` = every visible GPU, `0,1,3` = by nvidia-smi
+index, `cpu:N` = N CPU ranks.
 GPUs are asked of nvidia-smi, so that looking at them initialises no CUDA context in the host.
 """
 
 import csv
 import functools
+import logging
 import os
 import re
 import shutil
@@ -17,6 +18,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from .errors import DeviceError
+
+log = logging.getLogger(__name__)
 
 MAX_CPU_RANKS = 16
 T = TypeVar("T")
@@ -51,12 +54,13 @@ class Devices:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GpuState:
-    """What changes, and what only diagnosis asks for. total, free: bytes. compute_mode, driver: in nvidia-smi's words.
-    mig: whether the GPU is cut into instances."""
+    """What changes, and what only diagnosis asks for. total, free: bytes; None where nvidia-smi does not tell them, as
+    of GPUs that share the host's memory. compute_mode, driver: in nvidia-smi's words. mig: whether the GPU is cut into
+    instances."""
 
     index: int
-    total: int
-    free: int
+    total: int | None
+    free: int | None
     compute_mode: str
     mig: bool
     driver: str
@@ -82,13 +86,17 @@ def gpu_states() -> tuple[GpuState, ...]:
         "index,memory.total,memory.free,compute_mode,mig.mode.current,driver_version",
         lambda i, total, free, mode, mig, driver: GpuState(
             index=int(i),
-            total=int(total) << 20,
-            free=int(free) << 20,
+            total=_bytes(total),
+            free=_bytes(free),
             compute_mode=mode,
             mig=mig == "Enabled",
             driver=driver,
         ),
     )
+
+
+def _bytes(mebibytes: str) -> int | None:
+    return None if mebibytes in ("[N/A]", "[Not Supported]") else int(mebibytes) << 20
 
 
 def _query(fields: str, make: Callable[..., T]) -> tuple[T, ...]:
@@ -122,8 +130,11 @@ def visible_gpus(gpus: tuple[Gpu, ...], visible: str | None) -> tuple[Gpu, ...]:
     )
 
 
-def parse_devices(text: str, *, gpus: tuple[Gpu, ...] | None = None, visible: str | None = None) -> Devices:
-    """Reads a `gpus` input. `gpus` and `visible` default to this machine's.
+def parse_devices(
+    text: str, *, gpus: tuple[Gpu, ...] | None = None, visible: str | None = None, seen_by_torch: int = 0
+) -> Devices:
+    """Reads a `gpus` input. `gpus` and `visible` default to this machine's. seen_by_torch: how many GPUs the caller's
+    torch sees, where it has one.
 
     Raises DeviceError naming the value and what exists.
     """
@@ -139,7 +150,15 @@ def parse_devices(text: str, *, gpus: tuple[Gpu, ...] | None = None, visible: st
             raise DeviceError(f"gpus = {text!r}: between 1 and {MAX_CPU_RANKS} CPU ranks can be used")
         return Devices(ranks=ranks)
     if value == "auto":
+        if not seen and seen_by_torch:
+            lacks = "names none of those that CUDA_VISIBLE_DEVICES leaves" if gpus else "is not found, or names none"
+            raise DeviceError(
+                f"gpus = {text!r}: torch sees {seen_by_torch} GPU{'s' * (seen_by_torch > 1)}, but nvidia-smi, which "
+                f"FastUSP asks for NVIDIA GPUs, {lacks}. Put it on ComfyUI's PATH (in a container: "
+                f"NVIDIA_DRIVER_CAPABILITIES=compute,utility), or use 'cpu:N' for N CPU ranks"
+            )
         if not seen:
+            _tell_of_no_gpu()
             return Devices(ranks=1)
         name = Counter(g.name for g in seen).most_common(1)[0][0]
         return _of(tuple(g.index for g in seen if g.name == name))
@@ -162,6 +181,12 @@ def parse_devices(text: str, *, gpus: tuple[Gpu, ...] | None = None, visible: st
     raise DeviceError(
         f"gpus = {text!r} is not understood: expected 'auto', 'all', GPU indices such as '0,1', or 'cpu:N'"
     )
+
+
+@functools.cache
+def _tell_of_no_gpu() -> None:
+    """Once a process."""
+    log.warning("gpus = 'auto': no GPU is visible here, so one CPU rank serves; 'cpu:N' takes N")
 
 
 def _of(indices: tuple[int, ...]) -> Devices:

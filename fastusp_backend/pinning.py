@@ -6,9 +6,14 @@ pin_memory, which copies, and rounds up to a power of two.
 
 import ctypes
 import functools
+import logging
 
 import torch
 
+log = logging.getLogger(__name__)
+
+NO_DRIVER = 303
+"""CUDA's own code for a library that cannot be loaded."""
 _PORTABLE = 1
 """Pinned for all of the process' contexts."""
 
@@ -21,7 +26,12 @@ def driver() -> ctypes.CDLL:
 def pin(memory: torch.Tensor) -> int:
     """Pins the bytes of a contiguous tensor of the host; returns CUDA's error code, 0 for success."""
     torch.cuda.current_stream().synchronize()  # this thread has a CUDA context from now on
-    return driver().cuMemHostRegister_v2(
+    try:
+        cuda = driver()
+    except OSError as error:
+        log.warning("host memory cannot be pinned: %s", error)
+        return NO_DRIVER
+    return cuda.cuMemHostRegister_v2(
         ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(memory.nbytes), ctypes.c_uint(_PORTABLE)
     )
 

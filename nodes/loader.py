@@ -3,8 +3,10 @@
 import os
 from typing import get_args
 
+import torch
+
 from ..fastusp_backend.config import BatchParallel, ModelSpec, Settings, Storage
-from ..fastusp_backend.devices import parse_devices, supports_bfloat16
+from ..fastusp_backend.devices import Devices, parse_devices, supports_bfloat16
 from ..fastusp_backend.errors import CheckpointError, FastUSPError
 from ..fastusp_backend.models.detection import detect
 from ..fastusp_backend.planner import plan_batches
@@ -96,7 +98,7 @@ class USPLoader(io.ComfyNode):
         ComfyUI leaves choices and ranges of the inputs that are named here to this check.
         """
         try:
-            devices = parse_devices(gpus) if gpus is not None else None
+            devices = _devices(gpus) if gpus is not None else None
             if unet_name is None:
                 return True
             path = _path(unet_name)
@@ -128,7 +130,7 @@ class USPLoader(io.ComfyNode):
         path = _path(unet_name)
         header = read_header(path)
         config = detect(header, path)
-        devices = parse_devices(gpus)
+        devices = _devices(gpus)
         types = choose_types(
             STORAGE[weight_dtype],
             main_dtype(header),
@@ -145,6 +147,10 @@ class USPLoader(io.ComfyNode):
         model = remote_model(session, header)
         session.pool.start()
         return io.NodeOutput(model)
+
+
+def _devices(gpus: str) -> Devices:
+    return parse_devices(gpus, seen_by_torch=torch.cuda.device_count())
 
 
 def _path(unet_name: str) -> str:

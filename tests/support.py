@@ -9,6 +9,7 @@ from fastusp_backend.comm.mesh import single_rank_mesh
 from fastusp_backend.comm.transport import Transport
 from fastusp_backend.config import ModelSpec, Settings
 from fastusp_backend.engine import BatchedDenoiser, Denoiser
+from fastusp_backend.engine.loading import Checkpoint
 from fastusp_backend.models.family import NO_RESIDUALS, Conditioning, Config, Residuals, Transformer
 from fastusp_backend.models.flux import FluxConfig
 from fastusp_backend.models.flux2 import Flux2Config
@@ -40,6 +41,13 @@ SMALL_QWEN = QwenImageConfig(hidden=512, heads=4, channels=16, context=64, mlp=1
 
 def spec_of(path) -> ModelSpec:
     return ModelSpec.of_file(str(path), storage=None, compute="float32")
+
+
+def load_model(spec: ModelSpec, device: torch.device) -> Transformer:
+    """Reads a file onto `device`, on one rank. Raises as `Checkpoint`."""
+    checkpoint = Checkpoint(spec)
+    checkpoint.allocate(device)
+    return checkpoint.read()
 
 
 def randn(*shape: int, seed: int) -> torch.Tensor:

@@ -15,6 +15,7 @@ from ..errors import FastUSPError, PoolError, RequestError
 from ..planner import legal_layouts
 from ..pool import Pool, Progress, Prompt, Session
 from .inputs import add_sizes, describe, random_inputs
+from .limit import limit
 
 WARM_UP = {"cuda": 3, "cpu": 1}
 """Steps before those that count: GPUs compile in the first and capture in the second."""
@@ -26,11 +27,13 @@ WIRES, LINEARS = ("exact", "int8", "fp8"), ("exact", "fp8")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """seconds: of an evaluation, the median; first: of the first two steps; nbytes: of the weights of each rank;
-    exchanges: as in `protocol.Held`; problem: why there are none of these."""
+    """automatic: whether FastUSP takes this layout by itself. seconds: of an evaluation, the median; first: of the
+    first two steps; nbytes: of the weights of each rank; exchanges: as in `protocol.Held`; problem: why there are none
+    of these."""
 
     layout: Layout
     settings: Settings
+    automatic: bool = True
     seconds: float | None = None
     first: float = 0.0
     nbytes: int = 0
@@ -45,10 +48,15 @@ class Row:
         """What to set for it in ComfyUI, and what it gives."""
         some = devices.first(self.layout.ranks)
         gpus = ",".join(map(str, some.gpus)) or some
+        degrees = "ulysses = 0, ring = 0 (automatic)"
+        if not self.automatic:
+            degrees = (
+                f"ulysses = {self.layout.ulysses}, ring = {self.layout.ring} (for cfg 1 and one image: degrees that "
+                f"are set turn batch groups off)"
+            )
         return (
-            f"gpus = {gpus} ({some.ranks} rank{'s' * (some.ranks > 1)}), ulysses = {self.layout.ulysses}, "
-            f"ring = {self.layout.ring}, wire = {self.settings.wire}, linear = {self.settings.linear}: "
-            f"{self.seconds * 1000:.1f} ms"
+            f"gpus = {gpus} ({some.ranks} rank{'s' * (some.ranks > 1)}), {degrees}, wire = {self.settings.wire}, "
+            f"linear = {self.settings.linear}: {self.seconds * 1000:.1f} ms"
         )
 
 
@@ -59,6 +67,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=8, help="steps that are timed, of each row (default 8)")
     parser.add_argument(
         "--layouts", choices=("best", "all"), default="best", help="all: every legal layout (default best)"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=1800.0,
+        help="limit of each row, loading and compiling included (default 1800)",
     )
 
 
@@ -95,13 +109,17 @@ def _rows(devices: Devices, heads: int, spec: ModelSpec, given, arguments) -> It
         some = []
         with closing(Pool(devices.first(ranks))) as pool:
             for layout in layouts if arguments.layouts == "all" else layouts[:1]:
-                some.append(_measure(pool, spec, layout, Settings(), given, arguments.steps))
+                row = Row(layout=layout, settings=Settings(), automatic=layout == layouts[0])
+                some.append(_measured(row, pool, spec, given, arguments))
                 yield some[-1]
             if ranks < devices.ranks:
                 continue
-            best = min(some, key=lambda row: row.seconds or float("inf")).layout
+            best = min(some, key=lambda row: row.seconds or float("inf"))
             for settings in options(ranks):
-                row = _measure(pool, spec, best, settings, given, arguments.steps)
+                if best.problem and settings.linear == "exact":
+                    continue  # as large as what did not run, and nothing to be compared with
+                row = Row(layout=best.layout, settings=settings, automatic=best.automatic)
+                row = _measured(row, pool, spec, given, arguments)
                 yield row
                 if row.problem and settings.linear == "fp8":
                     return  # these devices have no such products, or no room for them, over any wire
@@ -120,28 +138,27 @@ def options(ranks: int) -> list[Settings]:
     ]
 
 
-def _measure(
-    pool: Pool, spec: ModelSpec, layout: Layout, settings: Settings, given: tuple[torch.Tensor, Prompt], steps: int
-) -> Row:
-    """A sampling run's steps; what the workers refuse, or end of, is the row's problem."""
+def _measured(row: Row, pool: Pool, spec: ModelSpec, given: tuple[torch.Tensor, Prompt], arguments) -> Row:
+    """A sampling run's steps; what the workers refuse, end of, or are too slow in is the row's problem."""
     x, prompt = given
     warm_up, seconds = WARM_UP[pool.devices.type], []
-    row = Row(layout=layout, settings=settings)
-    name = f"{layout}, {settings.wire} wire, {settings.linear} products"
-    with closing(tqdm(total=warm_up + steps, desc=name, unit="evaluation", leave=False)) as bar:
+    steps = warm_up + arguments.steps
+    name = f"{row.layout}, {row.settings.wire} wire, {row.settings.linear} products"
+    with closing(tqdm(total=steps, desc=name, unit="evaluation", leave=False)) as bar:
 
         def step(event, _tensors) -> None:
             seconds.append(event.seconds)
             bar.update()
 
         try:
-            Session(pool, spec, (layout,), settings).sample(
-                x,
-                torch.linspace(1, 0, warm_up + steps + 1),
-                sampler="euler",
-                positive=prompt,
-                progress=Progress(step=step, phase=bar.set_postfix_str),
-            )
+            with limit(pool, arguments.seconds) as interrupted:
+                Session(pool, spec, (row.layout,), row.settings).sample(
+                    x,
+                    torch.linspace(1, 0, steps + 1),
+                    sampler="euler",
+                    positive=prompt,
+                    progress=Progress(step=step, phase=bar.set_postfix_str, interrupted=interrupted),
+                )
         except (RequestError, PoolError) as error:
             return replace(row, problem=str(error))
     held = pool.held

@@ -35,13 +35,16 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def memory(nbytes: int, devices: Devices, totals: dict[int, int]) -> list[str]:
+def memory(nbytes: int, devices: Devices, totals: dict[int, int | None]) -> list[str]:
     """What the weights take, and which GPUs are too small. nbytes: on the GPU that has most of them, for CPU ranks in
-    all; totals: of GPUs' memory, by index."""
+    all; totals: of GPUs' memory, by index, None where it is not told."""
     if not devices.gpus:
         return [f"weights: {nbytes / 1e9:.2f} GB, in pages of the file that the ranks share"]
-    return [f"weights: {nbytes / 1e9:.2f} GB on each GPU"] + [
-        f"warning: GPU {i} has {totals[i] / 1e9:.2f} GB. Take a smaller weight_dtype or file, or other GPUs"
-        for i in devices.gpus
-        if totals[i] <= nbytes
-    ]
+    told = [f"weights: {nbytes / 1e9:.2f} GB on each GPU"]
+    for i in devices.gpus:
+        if totals[i] is None:
+            told.append(f"nvidia-smi tells no memory size of GPU {i}: see for yourself whether they fit")
+        elif totals[i] <= nbytes:
+            has = f"GPU {i} has {totals[i] / 1e9:.2f} GB"
+            told.append(f"warning: {has}. Take a smaller weight_dtype or file, or other GPUs")
+    return told

@@ -44,7 +44,7 @@ class BatchedDenoiser:
     def prepare(self, timesteps: list[float], conditionings: Sequence[Conditioning]) -> None:
         """Computes the modulations of all of these timesteps, in one product per layer and one gather for up to
         `AT_ONCE` rows. Collective over all ranks."""
-        self._modulations.prepare(timesteps, conditionings, self._kept(conditionings))
+        self._modulations.prepare(timesteps, conditionings, self._shares(conditionings))
 
     def reserve(
         self,
@@ -57,7 +57,7 @@ class BatchedDenoiser:
         """Raises torch.OutOfMemoryError where this group's evaluations of x, and the modulations of that many, would
         not find their memory."""
         images = self._images(x, conditionings)
-        _table = self._modulations.reserve(evaluations, conditionings, self._kept(conditionings))  # beside the rest
+        _table = self._modulations.reserve(evaluations, conditionings, self._shares(conditionings))  # beside the rest
         for conditioning in self._mine(conditionings):
             self.denoiser.reserve(x[images], conditioning, control.of_images(images))
 
@@ -73,10 +73,10 @@ class BatchedDenoiser:
 
         before_each runs ahead of every evaluation of this group, as often on all ranks. Collective over all ranks.
         """
-        images, kept = self._images(x, conditionings), self._kept(conditionings)
+        images, shares = self._images(x, conditionings), self._shares(conditionings)
         before_each()
-        rows = self._modulations.rows(tuple(timestep.tolist()), conditionings, kept)
-        rows = [of for of, taken in zip(rows, kept, strict=True) if taken != NO_IMAGES]
+        rows = self._modulations.rows(tuple(timestep.tolist()), conditionings, shares)
+        rows = [of for of, share in zip(rows, shares, strict=True) if share != NO_IMAGES]
         velocities = []
         for number, (conditioning, modulations) in enumerate(zip(self._mine(conditionings), rows, strict=True)):
             if number:
@@ -93,7 +93,7 @@ class BatchedDenoiser:
         self._modulations.forget()
         self.denoiser.forget_prompts()
 
-    def _kept(self, conditionings: Sequence[Conditioning]) -> list[slice]:
+    def _shares(self, conditionings: Sequence[Conditioning]) -> list[slice]:
         """Of each prompt, the images that this group evaluates."""
         if len(conditionings) == 1:
             return [self._images(conditionings[0].context, conditionings)]

@@ -139,10 +139,3 @@ class Checkpoint:
 
     def _hold(self, name: str, raw: torch.Tensor) -> Stored:
         return hold(raw, self.infos[name], self.spec, **self.holding.use(name))
-
-
-def load_model(spec: ModelSpec, device: torch.device) -> Transformer:
-    """Reads the checkpoint of `spec` onto `device`, alone. Raises as `Checkpoint`."""
-    checkpoint = Checkpoint(spec)
-    checkpoint.allocate(device)
-    return checkpoint.read()

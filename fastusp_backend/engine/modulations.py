@@ -3,7 +3,7 @@
 Their layers' weights are spread over all ranks (models/holding.py): each rank computes its own layers' outputs for all
 prompts of a request, an all-gather brings the others'. A rank that is alone in it would wait for ever. So what is
 missing must be the same on all ranks, also where each keeps but the rows of its own prompts or images: rows are asked
-for with the whole request, and are known by its prompts' places and whole batches' timesteps.
+for with the whole request, and are known by whole batches' timesteps.
 """
 
 import weakref
@@ -20,7 +20,7 @@ KEPT_ROWS = 64
 """Evaluations whose modulations are kept per prompt: 2.1 MB each for FLUX.1, 0.2 for FLUX.2, 4.4 for Qwen-Image in
 bf16, batch 1."""
 AT_ONCE = 64
-"""Rows, each for one image, that are computed and gathered at a time: 135 and 280 MB."""
+"""Rows, each for one image, that are computed and gathered at a time: 135 and 280 MB, twice on several ranks."""
 
 Timesteps = tuple[float, ...]
 """Of a batch's images."""
@@ -33,8 +33,8 @@ class ModulationTable:
     """Rows of modulations by prompt and timesteps.
 
     owners: the rank that holds each of `model.modulations()`; None where this one holds all of them. Methods take all
-    prompts of a request, and of each the images whose rows this rank keeps, always the same of a prompt at its place
-    (of another group's prompt, none).
+    prompts of a request, and of each the images whose rows this rank keeps, always the same of a prompt (of another
+    group's, none).
     """
 
     def __init__(self, model: Transformer, dtype: torch.dtype, owners: Sequence[int] | None):
@@ -48,7 +48,7 @@ class ModulationTable:
             self._places.append((owner, slice(start, widths[owner])))
         self._own = [(layer, c) for layer, (owner, c) in zip(layers, self._places, strict=True) if owner == rank]
         self._widest, self._ranks = max(widths), ranks
-        self._kept: weakref.WeakKeyDictionary[Conditioning, dict[tuple[int, int], Rows]] = weakref.WeakKeyDictionary()
+        self._rows: weakref.WeakKeyDictionary[Conditioning, Rows] = weakref.WeakKeyDictionary()
 
     def prepare(self, timesteps: list[float], prompts: Sequence[Conditioning], mine: Sequence[slice]) -> None:
         """Computes the rows of these timesteps. Collective over all ranks."""
@@ -63,7 +63,7 @@ class ModulationTable:
         their own, that. Collective over all ranks where one is missing."""
         wanted = [[timesteps, *self._zero(prompt)] for prompt in prompts]
         self._add(wanted, prompts, mine)
-        return [[rows[key] for key in keys] for rows, keys in zip(self._rows_of(prompts), wanted, strict=True)]
+        return [[self._rows[prompt][key] for key in keys] for prompt, keys in zip(prompts, wanted, strict=True)]
 
     def reserve(self, evaluations: int, prompts: Sequence[Conditioning], mine: Sequence[slice]) -> torch.Tensor:
         """Tries whether the rows of so many evaluations find their memory; what is returned stands for those that are
@@ -73,69 +73,58 @@ class ModulationTable:
         rows = sum(n * len(prompt.context) for n, prompt in zip(counts, prompts, strict=True))
         like = {"dtype": self._dtype, "device": prompts[0].context.device}
         table = torch.empty(kept * self._model.modulation_width, **like)
-        torch.empty(min(rows, AT_ONCE) * self._widest * (1 + self._ranks), **like)  # and free it
+        gathered = self._widest * (1 + self._ranks if self._exchange else 1)
+        torch.empty(min(rows, AT_ONCE) * (gathered + self._model.modulation_width), **like)  # and free it
         return table
 
     def forget(self) -> None:
         """Drops all rows."""
-        self._kept.clear()
+        self._rows.clear()
 
     def _zero(self, prompt: Conditioning) -> list[Timesteps]:
         """What references of a prompt that are modulated as at timestep 0 take beside the image's."""
         apart = references_of(self._model.config, prompt).at_timestep_zero
         return [(0.0,) * len(prompt.context)] if apart else []
 
-    def _rows_of(self, prompts: Sequence[Conditioning]) -> list[Rows]:
-        """What is kept of each; by its place too, which says whose group keeps what."""
-        places = [(place, len(prompts)) for place in range(len(prompts))]
-        return [
-            self._kept.setdefault(prompt, {}).setdefault(place, OrderedDict())
-            for prompt, place in zip(prompts, places, strict=True)
-        ]
-
     @torch.inference_mode()
     def _add(self, wanted: list[list[Timesteps]], prompts: Sequence[Conditioning], mine: Sequence[slice]) -> None:
-        kept, missing = self._rows_of(prompts), []
+        kept, missing = [self._rows.setdefault(prompt, OrderedDict()) for prompt in prompts], []
         for rows, keys in zip(kept, wanted, strict=True):
             missing.append([key for key in dict.fromkeys(keys) if key not in rows])
             for key in keys:
                 if key in rows:
                     rows.move_to_end(key)
-        if not any(missing):
-            return
-        tables = self._compute(missing, prompts, mine)
-        for rows, keys, table in zip(kept, missing, tables, strict=True):
-            rows.update(zip(keys, table.unbind(1), strict=True))
-            while len(rows) > KEPT_ROWS:
+            while len(rows) + len(missing[-1]) > KEPT_ROWS:
                 rows.popitem(last=False)
+        if any(missing):
+            for rows, keys, new in zip(kept, missing, self._compute(missing, prompts, mine), strict=True):
+                rows.update(zip(keys, new, strict=True))
 
     def _compute(
         self, missing: list[list[Timesteps]], prompts: Sequence[Conditioning], mine: Sequence[slice]
-    ) -> list[torch.Tensor]:
-        """Of each prompt, the table (images, timesteps, modulation_width) of `mine`. In order of prompts, images,
-        timesteps, the rows that a rank keeps of a prompt follow each other."""
-        inputs, ranges, tables = [], [], []
+    ) -> list[list[torch.Tensor]]:
+        """Of each prompt and its missing timesteps, a row (images, modulation_width) of `mine`; each has its own
+        memory, which goes with it."""
+        inputs, made, places = [], [], []  # places: where a row begins among all that are computed, and the row
         first = 0
         for keys, prompt, images in zip(missing, prompts, mine, strict=True):
-            timesteps = torch.tensor(keys, dtype=torch.float32, device=prompt.context.device)
-            timesteps = timesteps.view(len(keys), len(prompt.context))
-            inputs.append(self._model.modulation_input(timesteps, prompt, self._dtype).transpose(0, 1).flatten(0, 1))
-            start, stop, _ = images.indices(len(prompt.context))
-            ranges.append(range(first + start * len(keys), first + stop * len(keys)))
-            tables.append(inputs[-1].new_empty(len(ranges[-1]), self._model.modulation_width))
+            batch = len(prompt.context)
+            timesteps = torch.tensor(keys, dtype=torch.float32, device=prompt.context.device).view(len(keys), batch)
+            inputs.append(self._model.modulation_input(timesteps, prompt, self._dtype).flatten(0, 1))
+            shape = _count(prompt, images), self._model.modulation_width
+            made.append([inputs[-1].new_empty(shape) for _ in keys])
+            first_image = first + images.indices(batch)[0]
+            places += [(first_image + n * batch, row) for n, row in enumerate(made[-1])]
             first += len(inputs[-1])
         active = torch.cat(inputs)
         for start in range(0, len(active), AT_ONCE):
             parts = self._gather(active[start : start + AT_ONCE])
-            for own, table in zip(ranges, tables, strict=True):
-                a, b = max(start, own.start), min(start + AT_ONCE, own.stop)
+            whole = torch.cat([parts[owner, :, columns] for owner, columns in self._places], dim=-1)
+            for place, row in places:
+                a, b = max(start, place), min(start + AT_ONCE, place + len(row))
                 if a < b:
-                    pieces = [parts[owner, a - start : b - start, columns] for owner, columns in self._places]
-                    torch.cat(pieces, dim=-1, out=table[a - own.start : b - own.start])
-        return [
-            table.view(_count(prompt, images), len(keys), self._model.modulation_width)
-            for table, prompt, images, keys in zip(tables, prompts, mine, missing, strict=True)
-        ]
+                    row[a - place : b - place] = whole[a - start : b - start]
+        return made
 
     def _gather(self, active: torch.Tensor) -> torch.Tensor:
         """active (n, C) -> (P, n, widest): of each rank, its layers' outputs, side by side."""

@@ -1,8 +1,8 @@
 """Weights out of the GPU and back: each rank keeps 1/P of them in host memory, so that a machine holds them once.
 
 What all ranks hold is cut in P shares; what one rank alone holds, it keeps whole. On the way back each rank uploads its
-share and the rest comes over the link. The ranges of memory in which tensors lie
-are moved as bytes, whatever the tensors are; a tensor stays the object that it was, with another address.
+share and the rest comes over the link. The ranges of memory in which tensors lie are moved as bytes, whatever the
+tensors are; a tensor stays the object that it was, with another address.
 """
 
 import logging

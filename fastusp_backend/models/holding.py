@@ -63,7 +63,8 @@ class Holding:
         return self._owner.get(name)
 
     def use(self, name: str) -> dict[str, bool]:
-        """What `weights.stored.hold` needs to know of a tensor beside its file's facts."""
+        """How the model uses a tensor, as `weights.stored` asks: whether it is a linear layer's weight (matrix), and
+        one that products in fp8 take (by_rows)."""
         layer, matrix = self._model.get_submodule(name.rpartition(".")[0]), self.is_matrix(name)
         return {"matrix": matrix, "by_rows": matrix and layer in self._by_rows}
 

@@ -1,7 +1,8 @@
 """The client side: start worker processes, submit work to them, watch them, end them."""
 
 from .patches import NO_PATCHES, WeightPatches, name_of
-from .pool import Pool, Progress
+from .pool import Pool
+from .progress import Progress
 from .session import Mask, Prompt, Session
 
 __all__ = ["NO_PATCHES", "Mask", "Pool", "Progress", "Prompt", "Session", "WeightPatches", "name_of"]

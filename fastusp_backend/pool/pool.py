@@ -10,7 +10,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import NoReturn
 
 from ..devices import Devices
@@ -18,6 +17,7 @@ from ..errors import Cancelled, FastUSPError, PatchesLost, PoolError, ProtocolEr
 from ..protocol import Cancel, Done, Failed, Held, Message, Park, Phase, Release, Shutdown, Step, Unmap
 from .kept import KeptTensors, Tensors
 from .patches import HeldPatches
+from .progress import QUIET, CallersOwn, Progress, call
 from .workers import Workers
 
 log = logging.getLogger(__name__)
@@ -36,26 +36,6 @@ HANG_SECONDS = 300.0
 KEPT_BYTES = 512 << 20
 """Shared memory that stays between sampling runs: the residuals of a ControlNet for FLUX.1 at 1024 x 1024 take 377
 MB."""
-
-
-def _nothing(*_) -> None:
-    pass
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Progress:
-    """How a caller follows a request. All three are called on the thread that called `Pool.run`.
-
-    step: each step, with tensors x and denoised. phase: what happens before the first step. interrupted: polled; True
-    cancels the request, and `run` then raises Cancelled. An exception from any of them cancels the request too.
-    """
-
-    step: Callable[[Step, Tensors], None] = _nothing
-    phase: Callable[[str], None] = _nothing
-    interrupted: Callable[[], bool] = lambda: False
-
-
-QUIET = Progress()
 
 
 class Pool:
@@ -104,15 +84,10 @@ class Pool:
         """
         with self._turn():
             number = next(self._ids)
-            workers = self._standing_workers(progress)
-            message = make(number)
-            try:
-                workers.send(message, tensors)
-            except OSError as error:
-                raise self._failed(workers, "stopped before a prompt ran") from error
+            workers = self._submit(make(number), tensors, progress)
             try:
                 return self._follow(workers, number, progress)
-            except _CallersOwn as own:
+            except CallersOwn as own:
                 self._cancel(workers, number)
                 raise own.error from own.error.__cause__
             except (OSError, EOFError) as error:
@@ -250,6 +225,20 @@ class Pool:
                 self._busy.release()
         workers.dispose()
 
+    def _submit(self, message: Message, tensors: Tensors, progress: Progress) -> Workers:
+        """Sends to workers that stand; where these turn out to have died since they were last used, to new ones, which
+        may refuse what relies on things that the old ones held."""
+        while True:
+            generation, workers = self.generation, self._standing_workers(progress)
+            try:
+                workers.send(message, tensors)
+                return workers
+            except OSError as error:
+                failed = self._failed(workers, "stopped before a prompt ran")
+                if self.generation > generation:
+                    raise failed from error
+                log.warning("%s", failed)
+
     def _standing_workers(self, progress: Progress) -> Workers:
         workers = self.start()
         if workers.ready is None:
@@ -268,7 +257,7 @@ class Pool:
     def _follow(self, workers: Workers, number: int, progress: Progress, seconds: float = math.inf) -> Tensors:
         cancelled_at, started = None, time.monotonic()
         while True:
-            if cancelled_at is None and _call(progress.interrupted):
+            if cancelled_at is None and call(progress.interrupted):
                 workers.channel.send(Cancel(id=number))
                 cancelled_at = time.monotonic()
             if not workers.channel.poll(POLL_SECONDS):
@@ -286,9 +275,9 @@ class Pool:
                 continue  # the reply of a request that was given up, or what `receive` saw to
             if isinstance(message, Step):
                 if cancelled_at is None:
-                    _call(progress.step, message, tensors)
+                    call(progress.step, message, tensors)
             elif isinstance(message, Phase):
-                _call(progress.phase, message.text)
+                call(progress.phase, message.text)
             elif isinstance(message, Done):
                 return tensors
             elif message.kind == "cancelled":
@@ -321,20 +310,6 @@ class Pool:
         if not workers.wait_until_ended(DEATH_SECONDS):
             workers.kill()
         return workers.failure(event)
-
-
-class _CallersOwn(Exception):
-    """Carries an exception of the caller's callbacks (ComfyUI's interruption among them) past those of the channel."""
-
-    def __init__(self, error: BaseException):
-        self.error = error
-
-
-def _call(callback: Callable, *arguments):
-    try:
-        return callback(*arguments)
-    except BaseException as error:
-        raise _CallersOwn(error) from error
 
 
 _pools: "weakref.WeakSet[Pool]" = weakref.WeakSet()

@@ -11,7 +11,8 @@ from ..errors import PatchesLost, RequestError
 from ..protocol import Evaluate, Message, Patch, Sample
 from .kept import Tensors
 from .patches import NO_PATCHES, WeightPatches
-from .pool import QUIET, Pool, Progress
+from .pool import Pool
+from .progress import QUIET, Progress
 
 
 @dataclass(frozen=True, slots=True)

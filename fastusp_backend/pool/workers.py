@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,9 @@ from .rundir import RunDir
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 LOG_LINES = 12
+PRINTED_LINES = 1000
+"""Of each file of printed lines, as many are looked through for warnings: NCCL_DEBUG=INFO prints hundreds."""
+_ALARMING = re.compile(r"\b(WARN|WARNING|ERROR|FATAL)\b|[Ee]rror\b|Traceback|failed")
 
 # Not handed down: allocator settings of the host (cudaMallocAsync breaks sharing memory between processes) and what
 # another torchrun around the host would have set.
@@ -230,10 +234,23 @@ class Workers:
             lines.append(" ".join([f"[rank {record['rank']}] {record['level']}: {record['text']}", *trace]))
         if not lines:
             lines = _tail(directory / "torchrun.log")
-        printed = []
-        for path in sorted(directory.glob("ranks/**/std*.log")):  # NCCL writes to stdout
-            printed += [f"[rank {path.parent.name} {path.stem}] {line}" for line in _tail(path)[-3:]]
-        return lines + printed[-LOG_LINES:]
+        return lines + printed_lines(directory)
+
+
+def printed_lines(directory: Path) -> list[str]:
+    """What the ranks printed last (NCCL writes to stdout), in the order of ranks: of each as many lines as of the
+    others, warnings and errors before anything else."""
+    ranks: dict[int, list[str]] = {}
+    for path in sorted(directory.glob("ranks/**/std*.log")):
+        lines = [f"[rank {path.parent.name} {path.stem}] {line}" for line in _tail(path, PRINTED_LINES)]
+        ranks.setdefault(int(path.parent.name), []).extend(lines)
+    turns = []  # quiet, turn of its rank, rank, place
+    for rank, lines in ranks.items():
+        for quiet in (False, True):
+            places = [n for n, line in enumerate(lines) if (_ALARMING.search(line) is None) == quiet]
+            turns += [(quiet, turn, rank, place) for turn, place in enumerate(reversed(places))]
+    chosen = sorted((rank, place) for _, _, rank, place in sorted(turns)[:LOG_LINES])
+    return [ranks[rank][place] for rank, place in chosen]
 
 
 def _read_json(path: Path):
@@ -243,8 +260,8 @@ def _read_json(path: Path):
         return None  # absent, or its writer died in the middle of it
 
 
-def _tail(path: Path) -> list[str]:
+def _tail(path: Path, count: int = LOG_LINES) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()[-count:]
     except FileNotFoundError:
         return []

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import msgspec
 import torch
 
-from ..errors import ProtocolError
+from ..errors import ProtocolError, RequestError
 from ..pinning import pin, unpin
 
 log = logging.getLogger(__name__)
@@ -69,14 +69,21 @@ class SharedMemory:
 
     @classmethod
     def made(cls, size: int) -> "SharedMemory":
-        """New memory of `size` bytes, to write to."""
-        fd = os.memfd_create("fastusp", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        """New memory of `size` bytes, to write to. Raises RequestError where this process gets none: OSError would mean
+        that the other end of a channel is gone."""
         try:
-            os.ftruncate(fd, size)
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-            return cls(fd, lasting=True)
-        finally:
-            os.close(fd)
+            fd = os.memfd_create("fastusp", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            try:
+                os.ftruncate(fd, size)
+                fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+                return cls(fd, lasting=True)
+            finally:
+                os.close(fd)
+        except (OSError, RuntimeError) as error:  # RuntimeError: torch cannot map it
+            raise RequestError(
+                f"{size / 1e9:.2f} GB of shared memory for a request's tensors cannot be had: {error}. Close other "
+                f"programs; where too many files are open, raise `ulimit -n` before ComfyUI starts"
+            ) from error
 
     def put(self, tensors: dict[str, torch.Tensor]) -> Places:
         """Writes tensors of any device; see `room_for`."""

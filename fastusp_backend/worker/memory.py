@@ -9,6 +9,7 @@ PATCHING = "while it patched the weights"
 PREPARING = "while it made room for an evaluation"
 PARKING = "while it parked the weights"
 EVALUATING = "while it evaluated the model"
+RECEIVING = "while it took in a request"
 
 _ADVICE = {
     LOADING: "Free memory on its device (other programs; ComfyUI's models: Unload Models), or take a smaller file or "
@@ -18,7 +19,7 @@ _ADVICE = {
 }
 _ADVICE[PATCHING] = _ADVICE[LOADING]
 _ADVICE[PARKING] = "Take residency = keep or release in USP Optimization Settings"
-_ADVICE[EVALUATING] = _ADVICE[PREPARING]
+_ADVICE[EVALUATING] = _ADVICE[RECEIVING] = _ADVICE[PREPARING]
 
 
 _PLAIN = re.compile(

@@ -22,7 +22,7 @@ from ..sampling import SAMPLERS, GuidedModel, Inpainting, StepState
 from .agreement import Agreement, Refused
 from .control import Control
 from .crew import Crew
-from .memory import PATCHING, PREPARING, explain, out_of_memory_in
+from .memory import EVALUATING, PATCHING, PREPARING, RECEIVING, explain, out_of_memory_in
 from .residency import Residency
 from .tensors import CONTROL, KeptPrompts, Tensors, conditioning_of, like, residuals_of, take
 
@@ -50,30 +50,34 @@ class Runner:
     def serve(self) -> None:
         """Returns after Shutdown."""
         while True:
-            message, tensors = self._next()
-            if isinstance(message, Shutdown):
-                return
-            if isinstance(message, Unmap | Release | Park):
-                self._obey(message)
-                continue
-            started = time.perf_counter()
             try:
-                if isinstance(message, Sample):
-                    self._sample(message, tensors)
-                elif isinstance(message, Patch):
-                    self._patch(message, tensors)
+                message, tensors = self._next()
+                if isinstance(message, Shutdown):
+                    return
+                if isinstance(message, Unmap | Release | Park):
+                    self._obey(message)
                 else:
-                    self._evaluate(message, tensors)
-            except Cancelled:
-                self._reply(Failed(id=message.id, kind="cancelled", rank=0, text="cancelled"))
-            except Refused as refused:
-                self._residency.tell(message.id)
-                self._reply(Failed(id=message.id, kind=refused.kind, rank=refused.rank, text=str(refused)))
+                    self._serve(message, tensors)
             except Exception as error:
                 if out := out_of_memory_in(error):
                     raise MemoryError(explain(out, self._agreement.doing, self._engine.held())) from error
                 raise
-            log.info("request %d (%s) took %.3f s", message.id, type(message).__name__, time.perf_counter() - started)
+
+    def _serve(self, message: Request | Patch, tensors: Tensors) -> None:
+        started = time.perf_counter()
+        try:
+            if isinstance(message, Sample):
+                self._sample(message, tensors)
+            elif isinstance(message, Patch):
+                self._patch(message, tensors)
+            else:
+                self._evaluate(message, tensors)
+        except Cancelled:
+            self._reply(Failed(id=message.id, kind="cancelled", rank=0, text="cancelled"))
+        except Refused as refused:
+            self._residency.tell(message.id)
+            self._reply(Failed(id=message.id, kind=refused.kind, rank=refused.rank, text=str(refused)))
+        log.info("request %d (%s) took %.3f s", message.id, type(message).__name__, time.perf_counter() - started)
 
     def _obey(self, order: Unmap | Release | Park) -> None:
         if isinstance(order, Park):
@@ -90,30 +94,33 @@ class Runner:
         body = tensors = None
         if self._control is not None:
             message, tensors = self._control.next_request()
+        self._agreement.doing = RECEIVING
         if self._control is not None and self._crew.size > 1:
             body = msgspec.msgpack.encode(message)
         body, tensors = self._crew.share(body), self._crew.share_tensors(tensors)
         if self._control is None:
             message = self._work.decode(body)
-        if isinstance(message, Patch):  # each is moved when its turn comes
-            return message, tensors
-        # A ControlNet's stay where they are: each rank takes its own tokens' part. What is kept must not.
+        self._agreement.doing = EVALUATING
+        return message, tensors
+
+    def _here(self, tensors: Tensors) -> Tensors:
+        """A request's tensors on this rank's device. A ControlNet's stay where they are: each rank takes its own
+        tokens' part. What is kept must not."""
         device = self._engine.device
-        return message, {
-            name: t if name.startswith(CONTROL) else t.to(device, copy=True) for name, t in tensors.items()
-        }
+        return {name: t if name.startswith(CONTROL) else t.to(device, copy=True) for name, t in tensors.items()}
 
     def _reply(self, message, tensors: Tensors | None = None) -> None:
         if self._control is not None:
             self._control.send(message, tensors)
 
-    def _sample(self, request: Sample, tensors: Tensors) -> None:
-        def prepare() -> tuple[GuidedModel, torch.Tensor, torch.Tensor, Callable[[], None]]:
+    def _sample(self, request: Sample, sent: Tensors) -> None:
+        def prepare() -> tuple[GuidedModel, torch.Tensor, torch.Tensor, torch.Tensor, Callable[[], None]]:
             if request.sampler not in SAMPLERS:
                 raise RequestError(f"sampler {request.sampler!r} is not one of: {', '.join(SAMPLERS)}")
             unknown = request.options.keys() - SAMPLERS[request.sampler].options.keys()
             if unknown:
                 raise RequestError(f"sampler {request.sampler!r} has no option {', '.join(sorted(unknown))}")
+            tensors = self._here(sent)
             x, sigmas = take(tensors, "x"), take(tensors, "sigmas").cpu()
             if sigmas.dim() != 1 or not len(sigmas):
                 raise RequestError(f"sigmas {tuple(sigmas.shape)} are no list of levels")
@@ -150,9 +157,9 @@ class Runner:
                 if masked
                 else None,
             )
-            return model, x, sigmas, lambda: denoiser.prepare(timesteps, prompts)
+            return model, x, sigmas, noise, lambda: denoiser.prepare(timesteps, prompts)
 
-        model, x, sigmas, begin = self._prepare(request, prepare)
+        model, x, sigmas, noise, begin = self._prepare(request, prepare)
         last = time.perf_counter()
 
         def report(state: StepState) -> None:
@@ -169,15 +176,15 @@ class Runner:
 
             self._reply(step, {"x": state.x, "denoised": state.denoised})
 
-        noise = iter(tensors.get("noise", ()))
         run = SAMPLERS[request.sampler].run
         with torch.inference_mode():
             begin()  # an exchange, so no part of what is prepared
-            output = run(model, x, sigmas, noise=noise, callback=report, **request.options)
+            output = run(model, x, sigmas, noise=iter(noise), callback=report, **request.options)
         self._reply(Done(id=request.id), {"output": output})
 
-    def _evaluate(self, request: Evaluate, tensors: Tensors) -> None:
+    def _evaluate(self, request: Evaluate, sent: Tensors) -> None:
         def prepare() -> tuple[BatchedDenoiser, Conditioning, torch.Tensor, torch.Tensor, Residuals]:
+            tensors = self._here(sent)
             x, conditioning = take(tensors, "x"), self._prompts.conditioning(request, tensors)
             control = residuals_of(request.control, tensors)
             denoiser = self._engine.denoiser(request.layout, request.settings)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from dataclasses import replace
 
 import pytest
@@ -15,8 +16,9 @@ import torch
 from pools import GIVEN, PROMPT, ROOT, pids
 from support import spec_of
 
+from fastusp_backend.cli.bench import Row, _measured
 from fastusp_backend.cli.doctor.trial import Job
-from fastusp_backend.config import Layout
+from fastusp_backend.config import Layout, Settings
 from fastusp_backend.errors import PoolError
 from fastusp_backend.pool import pool as client
 
@@ -97,10 +99,13 @@ def test_trials_have_a_limit(new_pool, dev, monkeypatch):
         replace(job, seconds=0.1).run(pool, one)
     assert time.monotonic() - began < 10 and said == ["ulysses 1 x ring 1: starting 1 worker(s) on cpu:1"]
     assert pool.status()["state"] == "off"
+    arguments = Namespace(steps=1, seconds=0.1)
+    row = _measured(Row(layout=one, settings=Settings()), pool, job.spec, job.given, arguments)
+    assert row.seconds is None and "gave no result within 0.1 s" in row.problem
 
     assert job.run(pool, one)[1] > 0
     assert job.run(pool, one)[1] is None
     os.kill(pids(pool)[0], signal.SIGSTOP)
-    with pytest.raises(PoolError, match=r"(?s)within 1 s.*Last log lines:.*request 2 \(Sample\) took"):
+    with pytest.raises(PoolError, match=r"(?s)within 1 s.*Last log lines:.*request 3 \(Sample\) took"):
         replace(job, seconds=1.0).run(pool, one)
     assert pool.status()["state"] == "off"

@@ -1,5 +1,6 @@
 """A ControlNet's tensors travel in memory that lasts from one evaluation to the next, and goes when it should."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from fastusp_backend.models.synthetic import write_flux
 from fastusp_backend.pool import Progress, Prompt, Session
 from fastusp_backend.pool import pool as pools
 from fastusp_backend.protocol import channel as channels
+from fastusp_backend.protocol import shared
 
 pytestmark = pytest.mark.dist
 
@@ -93,3 +95,17 @@ def test_it_goes_with_the_model(session):
     evaluate(session, control(0))
     session.pool.release()
     assert mapped(session.pool) == [0, 0]
+
+
+def test_memory_that_the_host_does_not_give_harms_no_workers(session, monkeypatch):
+    expected, before = evaluate(session, control(0)), pids(session.pool)
+    session.pool.release()
+
+    def none_left(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shared.os, "memfd_create", none_left)
+        with pytest.raises(RequestError, match="shared memory for .* cannot be had: .*Too many open files.*ulimit -n"):
+            evaluate(session, control(0))
+    assert torch.equal(evaluate(session, control(0)), expected) and pids(session.pool) == before

@@ -7,12 +7,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
 from pools import GIVEN, PROMPT, evaluate, session
-from support import SMALL, SMALL_QWEN, inputs, randn, relative_difference, spec_of
+from support import SMALL, SMALL_QWEN, inputs, load_model, randn, relative_difference, spec_of
 from test_patches import looped, patched
 
 from fastusp_backend.config import Layout, Settings, WeightPatch
 from fastusp_backend.engine import modulations
-from fastusp_backend.engine.loading import Checkpoint, load_model
+from fastusp_backend.engine.loading import Checkpoint
 from fastusp_backend.engine.modulations import KEPT_ROWS, ModulationTable
 from fastusp_backend.models.family import Conditioning
 from fastusp_backend.models.synthetic import write_qwen_image
@@ -49,7 +49,7 @@ def _compare(rank: int, ranks: int, folder: str, paths: dict[str, str]) -> None:
     torch.set_num_threads(1)
     alone = {name: load_model(spec_of(path), CPU) for name, path in paths.items()}
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=ranks)
-    modulations.AT_ONCE = 5
+    modulations.AT_ONCE, modulations.KEPT_ROWS = 5, 8
     for name, path in paths.items():
         checkpoint = Checkpoint(spec_of(path), rank, ranks)
         checkpoint.allocate(CPU, dist.group.WORLD)
@@ -76,10 +76,10 @@ def _compare(rank: int, ranks: int, folder: str, paths: dict[str, str]) -> None:
                 table.prepare([0.9, 0.7, 0.9, 0.5], prompts, mine)
             for timesteps in ((0.9, 0.9), (0.2, 0.9), (0.0, 0.0), (0.5, 0.5), (0.2, 0.9)):
                 check(*timesteps)
-            for n, table in product(range(KEPT_ROWS + 3), (own, whole)):
+            for n, table in product(range(11), (own, whole)):
                 table.rows((n / 99, 0.4), prompts[:1], mine[:1])
-            kept = own._kept[prompts[0]][0, 1]
-            assert len(kept) == KEPT_ROWS and list(kept)[-1] == (n / 99, 0.4)
+            kept = own._rows[prompts[0]]
+            assert len(kept) == 8 and list(kept)[-1] == (n / 99, 0.4)
             assert ((0.0, 0.0) in kept) == (name == "qwen")
             check(0.9, 0.9)
             for table in (own, whole):

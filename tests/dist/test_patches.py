@@ -150,11 +150,11 @@ def test_workers_that_lost_their_patches_get_them_again(pool, new_pool, dev, mes
         with pytest.raises(PatchesLost, match="hold patch set 1000"):
             pool.run(lambda n: Evaluate(id=n, patches=5, **what), {})
         assert torch.equal(patched(pool, dev, expected), want if expected is patches else plain)
-    harmed = new_pool(2)
-    assert torch.equal(patched(harmed, dev, patches), want)
+    harmed = new_pool(1)
+    alone = patched(harmed, dev, patches)
+    assert relative_difference(alone, want) < 2e-5
     harmed._workers.kill()
-    assert torch.equal(patched(harmed, dev, patches), want)
-    assert harmed.generation == 2
+    assert torch.equal(patched(harmed, dev, patches), alone) and harmed.generation == 2
 
 
 def test_parked_weights_keep_their_patches(pool, dev, messages):

@@ -12,6 +12,7 @@ from multiprocessing.connection import Client
 from pathlib import Path
 
 import pytest
+import torch
 from pools import GIVEN, LONG, ROOT, Stopwatch, evaluate, pids, processes_of, run_dir, sample, session, wait_until
 from support import open_descriptors, relative_difference
 
@@ -77,6 +78,20 @@ def test_the_next_request_survives_a_death_while_idle(mortal, dev, expected):
     os.kill(before[1], signal.SIGKILL)
     wait_until(lambda: mortal.status()["state"] == "off", 10)
     assert relative_difference(evaluate(mortal, dev), expected) < 2e-5
+    assert not set(pids(mortal)) & set(before)
+
+
+def test_a_death_that_nobody_has_noticed_yet(mortal, dev, monkeypatch):
+    """torchrun is halted, so that it does not: it takes the request's way to find out. The prompt, which the dead held,
+    is sent anew."""
+    expected, before = evaluate(mortal, dev), pids(mortal)
+    monkeypatch.setattr(client, "DEATH_SECONDS", 0.2)
+    torchrun = mortal._workers._process.pid
+    os.kill(torchrun, signal.SIGSTOP)
+    os.kill(before[0], signal.SIGKILL)
+    wait_until(lambda: mortal._workers.channel.poll(0), 10)  # the end of the stream
+    assert mortal.status()["state"] == "idle"
+    assert torch.equal(evaluate(mortal, dev), expected)
     assert not set(pids(mortal)) & set(before)
 
 

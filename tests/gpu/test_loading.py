@@ -3,10 +3,9 @@
 import pytest
 import torch
 from formats import FORMATS, write
-from support import OneRank
+from support import OneRank, load_model
 
 from fastusp_backend.config import ModelSpec, Settings
-from fastusp_backend.engine.loading import load_model
 from fastusp_backend.models.family import Conditioning
 from fastusp_backend.models.layers import Linear
 from fastusp_backend.models.synthetic import TINY_FLUX, write_flux

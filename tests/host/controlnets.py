@@ -59,7 +59,7 @@ def write_qwen(folder: Path, base: Path) -> str:
     own = {name: p for name, p in model.named_parameters() if name.startswith("controlnet_")}
     tensors, generator = load_file(base), torch.Generator().manual_seed(8)
     for name, parameter in own.items():
-        tensors[name] = (torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5).bfloat16()
+        tensors[name] = torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5
     return _save({name: tensors[name] for name in model.state_dict()}, folder, "qwen.safetensors")
 
 

@@ -7,6 +7,7 @@ the pressure is made by hand: `free_memory` with nothing free.
 import functools
 import gc
 import importlib.util
+import os
 import sys
 import types
 from dataclasses import replace
@@ -35,6 +36,7 @@ from fastusp_pack.fastusp_backend.errors import PoolError  # noqa: E402
 from fastusp_pack.fastusp_backend.pool import Progress, Prompt, Session  # noqa: E402
 from fastusp_pack.fastusp_backend.weights.checkpoint import read_header  # noqa: E402
 from fastusp_pack.nodes import memory, pools  # noqa: E402
+from fastusp_pack.nodes.loader import USPLoader  # noqa: E402
 from fastusp_pack.nodes.remote_model import RemoteQwenImage, remote_model  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -158,4 +160,8 @@ assert seen[0] == seen[1], seen
 RemoteQwenImage._evaluate_named = lambda _self, **given: given
 given = RemoteQwenImage._evaluate(RemoteQwenImage.__new__(RemoteQwenImage), *seen[0][0], **seen[0][1])
 assert {name: given[name] for name in call} == call and given["x"] == 1 and given["attention_mask"] is None
+# GPUs that torch sees and nvidia-smi does not name are no reason for a CPU rank.
+os.environ["PATH"] = ""
+torch.cuda.device_count = lambda: 2
+assert "torch sees 2 GPUs, but nvidia-smi" in USPLoader.validate_inputs(gpus="auto")
 print("done")

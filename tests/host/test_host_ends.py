@@ -18,9 +18,9 @@ pytestmark = [pytest.mark.host, pytest.mark.any_host]
 def short_run(host: ComfyUI, seed: int) -> dict:
     """Samples; returns the pool's status."""
     graph = Graph()
-    graph.save(graph.sample(graph.usp("cpu:2"), steps=1, seed=seed))
+    graph.save(graph.sample(graph.usp("cpu:1"), steps=1, seed=seed))
     assert host.run(graph).latents
-    return host.pool("cpu:2")
+    return host.pool("cpu:1")
 
 
 def lives(pid: int) -> bool:

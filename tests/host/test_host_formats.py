@@ -1,9 +1,13 @@
 """Files in the formats that people have give what stock gives for them, or for a plain file of the same values."""
 
 import pytest
+import torch
+from conftest import SMALL
 from formats import write
 from safetensors.torch import save_file
 from workflows import DEV, SCHNELL, Comparison, Graph
+
+from fastusp_backend.models.synthetic import write_flux
 
 pytestmark = pytest.mark.host
 
@@ -48,6 +52,15 @@ def test_gguf(host, models):
     if not host.has_module("gguf"):
         pytest.skip("this ComfyUI's Python lacks the pack's requirement gguf")
     compare(host, models, {name: f"{name}.gguf" for name in ("gguf_Q8_0", "gguf_Q4_K")})
+
+
+def test_bf16(host, models):
+    """On CPUs both compute it in float32."""
+    write_flux(str(models / "bf16.safetensors"), SMALL, dtype=torch.bfloat16)
+    both = Comparison()
+    graph = both.graph
+    both.add("bf16", *(graph.sample(make(file="bf16.safetensors"), steps=4) for make in (graph.usp, graph.stock)))
+    both.check(host)
 
 
 @pytest.mark.any_host

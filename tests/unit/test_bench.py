@@ -1,6 +1,7 @@
 """What bench makes of its measurements, and plan of a file's size."""
 
 import argparse
+from dataclasses import replace
 
 import pytest
 
@@ -16,27 +17,33 @@ pytestmark = pytest.mark.unit
 FOUR = Devices(ranks=4, gpus=(2, 3, 5, 7))
 
 
-def row(ranks: int, ms: float | None, ring: int = 1, problem: str = "", **settings) -> Row:
+def row(ranks: int, ms: float | None, ring: int = 1, problem: str = "", automatic: bool = True, **settings) -> Row:
     return Row(
         layout=Layout(ulysses=ranks // ring, ring=ring),
         settings=Settings(**settings),
         seconds=ms and ms / 1000,
         problem=problem,
+        automatic=automatic,
     )
 
 
 def test_more_gpus_that_help():
     rows = [row(1, 100), row(2, 55), row(4, 30), row(4, 33, ring=4), row(4, 29.5, wire="int8")]
     (only,) = recommend(rows, FOUR)
-    assert only.startswith("Recommended, without loss: gpus = 2,3,5,7 (4 ranks), ulysses = 4, ring = 1, wire = exact,")
-    assert only.endswith("linear = exact: 30.0 ms")
+    assert only.startswith("Recommended, without loss: gpus = 2,3,5,7 (4 ranks), ulysses = 0, ring = 0 (automatic), ")
+    assert only.endswith("wire = exact, linear = exact: 30.0 ms")
+
+
+def test_a_layout_that_must_be_set_says_what_that_switches_off():
+    (only,) = recommend([row(4, 33), row(4, 30, ring=2, automatic=False)], FOUR)
+    assert "ulysses = 2, ring = 2 (for cfg 1 and one image: degrees that are set turn batch groups off), wire" in only
 
 
 def test_fewer_gpus_and_8_bits():
     rows = [row(1, 100), row(2, 98), row(4, 150), row(4, 60, wire="int8"), row(4, 59, wire="fp8", linear="fp8")]
     fewer, exact, lossy = recommend(rows, FOUR)
     assert fewer == "Fewer GPUs are the better choice here: 150.0 ms on 4 ranks, 100.0 ms on 1."
-    assert "gpus = 2 (1 rank), ulysses = 1, ring = 1, wire = exact" in exact
+    assert "gpus = 2 (1 rank), ulysses = 0, ring = 0 (automatic), wire = exact" in exact
     assert "(4 ranks)" in lossy and "wire = fp8, linear = fp8: 59.0 ms" in lossy and lossy.endswith("1.69 x as fast")
 
 
@@ -85,3 +92,20 @@ def test_memory_of_a_plan():
     ]
     assert memory(10 << 30, FOUR, totals) == ["weights: 10.74 GB on each GPU"]
     assert "share" in memory(10 << 30, Devices(ranks=2), {})[0]
+    assert memory(30 << 30, Devices(ranks=1, gpus=(3,)), {3: None})[1].startswith("nvidia-smi tells no memory size of ")
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_8_bits_are_left_out_where_their_exact_row_did_not_run(monkeypatch, fits):
+    """And ring 2, where it is the one that ran, is no automatic choice."""
+
+    def measured(row, *_):
+        if fits and row.layout.ring == 2 or row.settings.linear == "fp8":
+            return replace(row, seconds=1.0)
+        return replace(row, problem="rank 0 ran out of memory")
+
+    monkeypatch.setattr(bench, "_measured", measured)
+    arguments = argparse.Namespace(layouts="all", steps=1, seconds=1.0)
+    rows = [row for row in bench._rows(Devices(ranks=2), 24, None, None, arguments) if not row.exact]
+    assert {row.settings.linear for row in rows} == ({"exact", "fp8"} if fits else {"fp8"})
+    assert {row.automatic for row in rows} == {not fits}

@@ -8,10 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import SMALL, spec_of
+from support import SMALL, load_model, spec_of
 
 from fastusp_backend.config import ModelSpec
-from fastusp_backend.engine.loading import load_model
 from fastusp_backend.errors import CheckpointError
 from fastusp_backend.models.detection import detect
 from fastusp_backend.models.synthetic import FLUX_DEV, write_flux

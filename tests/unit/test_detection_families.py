@@ -6,9 +6,8 @@ from math import prod
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import SMALL_FLUX2, SMALL_QWEN, spec_of
+from support import SMALL_FLUX2, SMALL_QWEN, load_model, spec_of
 
-from fastusp_backend.engine.loading import load_model
 from fastusp_backend.errors import CheckpointError
 from fastusp_backend.models.detection import detect
 from fastusp_backend.models.synthetic import FLUX2_DEV, write_flux, write_qwen_image

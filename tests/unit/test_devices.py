@@ -3,7 +3,7 @@
 import pytest
 
 from fastusp_backend import devices
-from fastusp_backend.devices import MAX_CPU_RANKS, Devices, Gpu, list_gpus, parse_devices, supports_bfloat16
+from fastusp_backend.devices import MAX_CPU_RANKS, Devices, Gpu, gpu_states, list_gpus, parse_devices, supports_bfloat16
 from fastusp_backend.errors import DeviceError
 
 pytestmark = pytest.mark.unit
@@ -65,6 +65,23 @@ def test_refused_by_name(text, gpus, message):
     assert repr(text) in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    "gpus, visible, lacks", [((), None, "is not found"), (TWINS, "MIG-9", "CUDA_VISIBLE_DEVICES leaves")]
+)
+def test_gpus_that_torch_alone_sees_are_told(gpus, visible, lacks):
+    """One CPU rank in their place would be a silent, and slow, answer."""
+    with pytest.raises(DeviceError, match=f"gpus = 'auto': torch sees 2 GPUs, but nvidia-smi, .* {lacks}.* PATH"):
+        parse_devices("auto", gpus=gpus, visible=visible, seen_by_torch=2)
+    assert parse_devices("cpu:2", gpus=gpus, visible=visible, seen_by_torch=2) == Devices(ranks=2)
+
+
+def test_one_cpu_rank_for_want_of_gpus_is_told_once(caplog):
+    devices._tell_of_no_gpu.cache_clear()
+    for _ in range(2):
+        parse_devices("auto", gpus=(), seen_by_torch=0)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and "one CPU rank serves" in caplog.text
+
+
 def test_devices_are_a_key_and_tell_their_kind():
     assert Devices(ranks=2, gpus=(0, 1)).type == "cuda"
     assert Devices(ranks=2).type == "cpu"
@@ -101,6 +118,15 @@ def test_nvidia_smi_is_read(nvidia_smi):
         Gpu(index=0, name="NVIDIA A100", uuid="GPU-1", compute_capability=(8, 0)),
         Gpu(index=1, name="NVIDIA L4", uuid="GPU-2", compute_capability=(8, 9)),
     )
+
+
+def test_memory_that_is_not_told(nvidia_smi):
+    """As of a GPU that shares the host's memory."""
+    nvidia_smi("0, [N/A], [N/A], Default, [N/A], 580.95\\n1, 81559, 81000, Default, Disabled, 580.95\\n", 0)
+    assert [(state.total, state.free, state.mig) for state in gpu_states()] == [
+        (None, None, False),
+        (81559 << 20, 81000 << 20, False),
+    ]
 
 
 def test_no_devices_is_no_error(nvidia_smi):

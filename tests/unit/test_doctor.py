@@ -1,5 +1,6 @@
 """What doctor says of machines that are pretended, and of trials that fail."""
 
+import argparse
 import dataclasses
 import json
 import os
@@ -145,6 +146,8 @@ def test_what_does_not_matter_is_no_warning():
     )
     assert told.text.endswith("not handed to the workers as it is: CUDA_VISIBLE_DEVICES")
     assert checks.links(pretended(links={"0-1": "PIX"}, iommu=False))[0].status == "ok"
+    untold = checks.gpus(pretended(states=(state(0, total=None, free=None), state(1))))[1]
+    assert untold.status == "ok" and untold.text.startswith("nvidia-smi tells no memory size, compute capability 9.0")
     assert not checks.links(replace(CPU, devices=Devices(ranks=2)))
 
 
@@ -224,6 +227,24 @@ def test_facts_of_a_machine_whose_gpus_torch_cannot_use(monkeypatch, tmp_path):
     failed = {check.name for check in examine(found) if check.status == "fail"}
     assert failed >= {"torch", "C compiler"}
     json.dumps(dataclasses.asdict(found))
+
+
+def test_the_environment_is_shown_as_the_help_says(monkeypatch):
+    told = {"CC": "gcc", "NCCL_DEBUG": "INFO", "PYTORCH_CUDA_ALLOC_CONF": "x"}
+    for name, value in (told | {"FASTUSP_KEY": "secret", "CCACHE_DIR": "x", "MASTER_ADDR": "x", "HOME": "/me"}).items():
+        monkeypatch.setenv(name, value)
+    assert {name for name in os.environ if facts.shown(name)} >= told.keys()
+    assert not any(facts.shown(name) for name in ("FASTUSP_KEY", "CCACHE_DIR", "MASTER_ADDR", "HOME", "TORCH_HOME"))
+    parser = argparse.ArgumentParser()
+    doctor.add_arguments(parser)
+    assert all(pattern in parser.format_help() for pattern in facts.SHOWN)
+
+
+def test_memory_that_cannot_be_sealed_is_told(monkeypatch):
+    made = os.memfd_create
+    assert not facts._try(facts._memfd)
+    monkeypatch.setattr(os, "memfd_create", lambda name, flags: made(name, os.MFD_CLOEXEC))
+    assert "PermissionError" in facts._try(facts._memfd)
 
 
 def test_a_package_that_cannot_be_imported_is_a_fact(monkeypatch, tmp_path):

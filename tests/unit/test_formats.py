@@ -10,10 +10,10 @@ import pytest
 import torch
 from formats import FORMATS, HALVES, PREFIX, random_blocks, write
 from safetensors.torch import load_file, save_file
-from support import SMALL, OneRank, inputs, spec_of
+from support import SMALL, OneRank, inputs, load_model, spec_of
 
 from fastusp_backend.config import ModelSpec, Settings
-from fastusp_backend.engine.loading import Checkpoint, load_model
+from fastusp_backend.engine.loading import Checkpoint
 from fastusp_backend.errors import CheckpointError
 from fastusp_backend.models.family import Conditioning
 from fastusp_backend.models.layers import Linear

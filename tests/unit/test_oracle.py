@@ -5,10 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import OneRank, inputs, randn, relative_difference, spec_of
+from support import OneRank, inputs, load_model, randn, relative_difference, spec_of
 
 from benchmarks.diffusers_weights import to_diffusers
-from fastusp_backend.engine.loading import load_model
 from fastusp_backend.errors import RequestError
 from fastusp_backend.models.family import Conditioning, Residuals
 from fastusp_backend.models.flux import FluxConfig

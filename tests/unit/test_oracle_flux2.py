@@ -4,9 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import SMALL_FLUX2, OneRank, inputs, randn, relative_difference, spec_of
+from support import SMALL_FLUX2, OneRank, inputs, load_model, randn, relative_difference, spec_of
 
-from fastusp_backend.engine.loading import load_model
 from fastusp_backend.errors import RequestError
 from fastusp_backend.models.family import Conditioning, Residuals
 from fastusp_backend.models.patchify import patchify, unpatchify

@@ -4,9 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import OneRank, inputs, randn, relative_difference, spec_of
+from support import OneRank, inputs, load_model, randn, relative_difference, spec_of
 
-from fastusp_backend.engine.loading import load_model
 from fastusp_backend.engine.modulations import KEPT_ROWS
 from fastusp_backend.errors import RequestError
 from fastusp_backend.models.family import Conditioning, Residuals
@@ -135,8 +134,14 @@ def test_timestep_zero_lasts_over_more_timesteps_than_are_kept(zeroed):
     image = randn(1, 16, 4, 4, seed=1)
     prompt = Conditioning(given.context, references=(image,), reference_method="index_timestep_zero")
     steps = KEPT_ROWS + 6
+    table, all_images = denoiser._modulations, [slice(None)]
+    reserved = table.reserve(2 * steps, [prompt], all_images).nbytes
     denoiser.prepare([0.5 + n / 200 for n in range(steps)], [prompt])
     for timestep in torch.linspace(0.4, 0.1, steps).unsqueeze(1):
+        memory = {
+            row.untyped_storage().data_ptr(): row.untyped_storage().nbytes() for row in table._rows[prompt].values()
+        }
+        assert sum(memory.values()) == reserved
         ours = denoiser(given.x, timestep, prompt)
     last = replace(given, timestep=timestep)
     assert relative_difference(ours, velocity_of(theirs, last, (4, 4), images=(image,))) < 1e-5

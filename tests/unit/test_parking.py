@@ -3,11 +3,10 @@
 import pytest
 import torch
 from formats import write
-from support import SMALL, spec_of
+from support import SMALL, load_model, spec_of
 from torch import nn
 
 from fastusp_backend.engine import host_memory, parking
-from fastusp_backend.engine.loading import load_model
 from fastusp_backend.models.synthetic import write_flux
 
 pytestmark = pytest.mark.unit

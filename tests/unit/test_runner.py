@@ -94,7 +94,7 @@ def serve(engine: Engine, other: str, tensors=()) -> Failed:
 
 
 def fail(error):
-    def failing(*_):
+    def failing(*_, **__):
         raise error
 
     return failing
@@ -169,6 +169,18 @@ def test_a_lack_of_memory_within_an_evaluation_ends_the_pool_and_says_why():
     engine.denoiser = lambda *_: Denoiser()
     with pytest.raises(MemoryError, match="while it evaluated the model: it asked for 2.50 GiB, and held 9 GB"):
         serve(engine, "", {"timestep": torch.ones(1)})
+
+
+def test_tensors_that_do_not_fit_the_device_are_refused():
+    failed = serve(Engine(), "", {"y": SimpleNamespace(to=fail(torch.OutOfMemoryError(CUDA_ALLOCATOR)))})
+    assert failed.kind == "out_of_memory" and "made room for an evaluation: it asked for 2.50 GiB" in failed.text
+
+
+def test_a_lack_of_memory_before_a_request_is_understood_says_why():
+    crew = Crew("")
+    crew.share_tensors = fail(torch.OutOfMemoryError(CUDA_ALLOCATOR))
+    with pytest.raises(MemoryError, match="while it took in a request: it asked for 2.50 GiB, and held 9 GB"):
+        Runner(crew, Engine(), Control()).serve()
 
 
 def test_weights_that_cannot_be_parked_are_released():

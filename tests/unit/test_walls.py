@@ -36,22 +36,22 @@ ROOMS = {
     "pinning": set(),
     "planner": BASE,
     "protocol": BASE | {"pinning"},
-    "comm": BASE | {"kernels", "pinning"},
+    "comm": {"config", "kernels", "pinning"},
     "kernels": set(),
-    "attention": BASE | {"comm", "kernels"},
+    "attention": {"config", "comm", "kernels"},
     "weights": BASE | {"kernels", "comm"},
     "models": BASE | {"weights", "kernels", "attention"},
     "engine": BASE | {"models", "weights", "attention", "comm", "pinning"},
     "sampling": set(),
-    "worker": BASE | {"sampling", "engine", "models", "protocol", "devices"},
+    "worker": BASE | {"sampling", "engine", "models", "protocol"},
     "worker.process": set(),
     "pool": BASE | {"protocol", "devices", "worker.process"},
 }
 ABOVE_ALL = {"cli", "__main__"}
 FOR_NODES = (
     BASE
-    | {"pool", "protocol", "planner", "devices", "sampling", "models.detection", "weights.checkpoint"}
-    | {"models.holding", "weights.adapters"}
+    | {"pool", "planner", "devices", "sampling"}
+    | {"models.detection", "models.holding", "weights.checkpoint", "weights.adapters"}
 )
 
 
@@ -131,6 +131,14 @@ def test_node_imports(path):
             assert allows(FOR_NODES, target), f"{path.name} imports {name}"
         else:
             assert level == 1, f"{path.name} imports {name}"
+
+
+def test_the_documents_table_of_rooms_is_this_one():
+    table = (ROOT / "docs/architecture.md").read_text(encoding="utf-8").partition("| room |")[2].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in table.splitlines()[2:]]
+    drawn = {room.strip("`/").replace("/", "."): set(may.split(", ")) - {"nothing"} for room, _, may in rows}
+    assert drawn.pop("cli") == {"everything but nodes"}
+    assert drawn == {room: allowed for room, allowed in ROOMS.items() if room} | {"nodes": FOR_NODES}
 
 
 FORBIDDEN_MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}

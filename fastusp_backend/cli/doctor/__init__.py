@@ -13,12 +13,16 @@ from ... import __version__
 from ...devices import parse_devices
 from ...errors import DeviceError
 from .checks import Check, examine, worst
-from .facts import Facts, gather
+from .facts import SHOWN, Facts, gather
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", default="auto", help="as USP Loader's input: auto, all, 0,1 or cpu:N (default auto)")
-    parser.add_argument("--json", action="store_true", help="everything as one JSON object, for bug reports")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help=f"everything as one JSON object, for bug reports; of the environment, reports show {', '.join(SHOWN)}",
+    )
     parser.add_argument(
         "--seconds", type=float, default=240.0, help="limit of each trial, its start included (default 240)"
     )

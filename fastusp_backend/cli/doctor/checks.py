@@ -145,7 +145,9 @@ def _state(facts: Facts, gpu) -> Check:
         return Check(name, "fail", "nvidia-smi does not tell its state", "Look at nvidia-smi; mend the driver")
     major, minor = gpu.compute_capability
     types = ["bfloat16"] * ((major, minor) >= BFLOAT16) + ["fp8 products"] * ((major, minor) >= FP8)
-    text = f"{state.free / 1e9:.1f} of {state.total / 1e9:.1f} GB free, compute capability {major}.{minor}"
+    told = state.free is not None and state.total is not None
+    memory = f"{state.free / 1e9:.1f} of {state.total / 1e9:.1f} GB free" if told else "nvidia-smi tells no memory size"
+    text = f"{memory}, compute capability {major}.{minor}"
     text += f" ({' and '.join(types) or 'neither bfloat16 nor fp8 products'}), driver {state.driver}"
     if state.compute_mode == "Prohibited":
         return Check(name, "fail", f"{text}, compute mode Prohibited", f"nvidia-smi -i {gpu.index} -c DEFAULT")
@@ -155,7 +157,7 @@ def _state(facts: Facts, gpu) -> Check:
     if state.compute_mode.startswith("Exclusive"):
         advice = f"A worker and ComfyUI cannot share it: nvidia-smi -i {gpu.index} -c DEFAULT, or leave this GPU out"
         return Check(name, "warn", f"{text}, compute mode {state.compute_mode}", advice)
-    if 2 * state.free < state.total:
+    if told and 2 * state.free < state.total:
         return Check(name, "warn", text, "Other programs hold more than half of it: nvidia-smi lists them")
     if (major, minor) < BFLOAT16:
         return Check(
@@ -210,7 +212,9 @@ def symmetric_memory(facts: Facts) -> list[Check]:
 
 def shared_memory(facts: Facts) -> Check:
     if facts.memfd_problem:
-        advice = "Ranks share tensors by memfd_create and /proc/PID/fd: the container or sandbox must allow both"
+        advice = (
+            "Ranks share tensors by memfd_create, sealed, and /proc/PID/fd: the container or sandbox must allow both"
+        )
         return Check("shared memory", "fail", facts.memfd_problem, advice)
     if facts.shm_free is None:
         text = "memfd works, there is no /dev/shm"

@@ -14,6 +14,7 @@ import sys
 import sysconfig
 import tempfile
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ...devices import Devices, Gpu, GpuState, gpu_states, list_gpus
@@ -23,10 +24,9 @@ PROBE_SECONDS = 180.0
 """Importing torch from a cold disk takes a minute; CUDA on 8 GPUs some more."""
 TOOL_SECONDS = 60.0
 
-_TELLING = re.compile(
-    r"(NCCL|TORCH_SYMM_MEM|NVSHMEM|CUDA|GLOO|OMP|TRITON|TORCHINDUCTOR|TORCHELASTIC|FASTUSP)_|PYTORCH_(CUDA_)?ALLOC_CONF$"
-    r"|(LOCAL_|GROUP_)?(RANK|WORLD_SIZE)$|MASTER_(ADDR|PORT)$|CC$|TMPDIR$"
-)
+SHOWN = ("CC", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+SHOWN += ("CUDA_*", "GLOO_*", "NCCL_*", "NVSHMEM_*", "OMP_*", "TORCHINDUCTOR_*", "TORCH_SYMM_MEM_*", "TRITON_*")
+"""The environment variables that a report shows; no others."""
 _PACKAGE_ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -110,9 +110,13 @@ def gather(devices: Devices, wanted: str) -> Facts:
         descriptors=_limit("RLIMIT_NOFILE"),
         locked=_limit("RLIMIT_MEMLOCK"),
         host_free=_host_free() if usable else None,
-        environment={k: v for k, v in sorted(os.environ.items()) if _TELLING.match(k)},
+        environment={k: v for k, v in sorted(os.environ.items()) if shown(k)},
         dropped=_dropped(devices) if usable else (),
     )
+
+
+def shown(variable: str) -> bool:
+    return any(fnmatchcase(variable, pattern) for pattern in SHOWN)
 
 
 def _version(package: str) -> str:
@@ -198,10 +202,16 @@ def _try(attempt) -> str:
 
 
 def _memfd() -> None:
-    """Memory without a name that another process opens through /proc, as ranks do with each other's."""
-    descriptor = os.memfd_create("fastusp-doctor")
+    """Memory without a name, sealed against being cut short, that another process opens through /proc, as ranks do with
+    each other's."""
+    import fcntl  # not above: Windows has none
+
+    descriptor = os.memfd_create("fastusp-doctor", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(descriptor, 1 << 20)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        if not fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+            raise OSError("a memfd cannot be sealed")
         with open(f"/proc/{os.getpid()}/fd/{descriptor}", "r+b", buffering=0) as file:
             file.write(b"1")
     finally:
@@ -231,7 +241,7 @@ def _dropped(devices: Devices) -> tuple[str, ...]:
     from ...pool.workers import worker_environment
 
     given = worker_environment(devices, Path("/"), os.environ)
-    return tuple(sorted(k for k, v in os.environ.items() if _TELLING.match(k) and given.get(k) != v))
+    return tuple(sorted(k for k, v in os.environ.items() if shown(k) and given.get(k) != v))
 
 
 def _free(folder: str) -> int | None:

@@ -19,6 +19,7 @@ from ...models.synthetic import TINY_FLUX, write_flux
 from ...planner import legal_layouts
 from ...pool import Pool, Progress, Prompt, Session
 from ..inputs import BOUNDS, describe, difference, random_inputs
+from ..limit import limit
 from .checks import Check
 
 SIZE, TEXT, STEPS = (256, 256), 32, 4
@@ -61,10 +62,6 @@ def advise(problem: str, gpus: int) -> str:
     return "Report it with the output of doctor --json"
 
 
-class _Late(Exception):
-    pass
-
-
 @dataclass(frozen=True, slots=True)
 class Job:
     """What every trial samples. seconds: the limit of each request, its start included."""
@@ -85,21 +82,14 @@ class Job:
             if not text.startswith("starting"):
                 stood.append(time.monotonic() - began)
 
-        def interrupted() -> bool:
-            if time.monotonic() - began > self.seconds:
-                raise _Late
-            return False
-
-        progress = Progress(phase=phase, interrupted=interrupted)
         session = Session(pool, self.spec, (layout,), Settings())
         sigmas = torch.linspace(1, 0, STEPS + 1)
-        try:
+        with limit(pool, self.seconds) as interrupted:
+            progress = Progress(phase=phase, interrupted=interrupted)
             latents = session.sample(x, sigmas, sampler="euler", positive=prompt, progress=progress)
             if pool.devices.gpus and layout.ranks > 1:  # measures the link; pool.held then tells the figure
                 session = replace(session, settings=Settings(wire="auto"))
                 session.evaluate(x, torch.tensor([0.6]), prompt, progress)
-        except _Late:
-            raise pool.abandon(f"gave no result within {self.seconds:g} s") from None
         return latents, stood[0] if starting and stood else None
 
 

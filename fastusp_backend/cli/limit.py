@@ -1,0 +1,28 @@
+"""A time limit for what a pool is asked."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+from ..pool import Pool
+
+
+class _Late(Exception):
+    pass
+
+
+@contextlib.contextmanager
+def limit(pool: Pool, seconds: float) -> Iterator[Callable[[], bool]]:
+    """Gives what `Progress.interrupted` takes. Requests that do not end in time end the workers: a PoolError then holds
+    their last log lines."""
+    began = time.monotonic()
+
+    def interrupted() -> bool:
+        if time.monotonic() - began > seconds:
+            raise _Late
+        return False
+
+    try:
+        yield interrupted
+    except _Late:
+        raise pool.abandon(f"gave no result within {seconds:g} s") from None

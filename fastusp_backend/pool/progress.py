@@ -1,0 +1,42 @@
+"""How a caller follows a request, and what its own exceptions do to it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..protocol import Step
+from .kept import Tensors
+
+
+def _nothing(*_) -> None:
+    pass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """How a caller follows a request. All three are called on the thread that called `Pool.run`.
+
+    step: each step, with tensors x and denoised. phase: what happens before the first step. interrupted: polled; True
+    cancels the request, and `run` then raises Cancelled. An exception from any of them cancels the request too.
+    """
+
+    step: Callable[[Step, Tensors], None] = _nothing
+    phase: Callable[[str], None] = _nothing
+    interrupted: Callable[[], bool] = lambda: False
+
+
+QUIET = Progress()
+
+
+class CallersOwn(Exception):
+    """Carries an exception of the caller's callbacks (ComfyUI's interruption among them) past those of the channel."""
+
+    def __init__(self, error: BaseException):
+        self.error = error
+
+
+def call(callback: Callable, *arguments):
+    """Calls one of the caller's callbacks. Raises CallersOwn for whatever it raises."""
+    try:
+        return callback(*arguments)
+    except BaseException as error:
+        raise CallersOwn(error) from error
