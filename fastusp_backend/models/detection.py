@@ -68,7 +68,8 @@ def detect(header: dict[str, TensorInfo], path: str) -> Config:
         some = ", ".join(sorted(header)[:3]) or "no tensors at all"
         names = " or ".join(family.family for family in FAMILIES)
         raise CheckpointError(
-            f"{path} is no {names} transformer in its original key layout: it begins with {some}; use Load Diffusion Model"
+            f"{path} is no {names} transformer in its original key layout: it begins with {some}; "
+            "use Load Diffusion Model"
         )
     check_types(header, path)
     return family.from_sizes(Sizes(header, path, family.family))

@@ -56,7 +56,7 @@ def test_a_choice_that_is_not_offered(host):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("truncated", ["truncated, corrupt"]),
+        ("truncated", ["is truncated", "Download it again"]),
         ("text", ["truncated, corrupt"]),
         ("chroma", ["holds Chroma", "FLUX.2 dev and klein, FLUX.1 dev, schnell"]),
         ("nvfp4", ["is quantised as nvfp4", "scaled fp8 and GGUF"]),
