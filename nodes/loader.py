@@ -6,10 +6,10 @@ from typing import get_args
 from ..fastusp_backend.config import BatchParallel, ModelSpec, Settings, Storage
 from ..fastusp_backend.devices import parse_devices, supports_bfloat16
 from ..fastusp_backend.errors import CheckpointError, FastUSPError
-from ..fastusp_backend.models.detection import detect
+from ..fastusp_backend.models.detection import Config, detect
 from ..fastusp_backend.planner import plan_batches
 from ..fastusp_backend.pool import Session
-from ..fastusp_backend.weights.checkpoint import choose_types, main_dtype, read_header
+from ..fastusp_backend.weights.checkpoint import TensorInfo, choose_types, main_dtype, read_header
 from .comfyui import io
 from .files import model_names, model_path
 from .pools import pool_for
@@ -99,8 +99,7 @@ class USPLoader(io.ComfyNode):
             devices = parse_devices(gpus) if gpus is not None else None
             if unet_name is None:
                 return True
-            path = _path(unet_name)
-            config = detect(read_header(path), path)
+            config = _read(unet_name)[2]
             if devices is not None and ulysses is not None and ring is not None:
                 wish = "auto" if batch_parallel is None else batch_parallel
                 plan_batches(devices.ranks, config.heads, ulysses=ulysses, ring=ring, batch_parallel=wish)
@@ -125,9 +124,7 @@ class USPLoader(io.ComfyNode):
         settings: Settings | None = None,
         batch_parallel: BatchParallel = "auto",
     ) -> io.NodeOutput:
-        path = _path(unet_name)
-        header = read_header(path)
-        config = detect(header, path)
+        path, header, config = _read(unet_name)
         devices = parse_devices(gpus)
         types = choose_types(
             STORAGE[weight_dtype],
@@ -154,3 +151,13 @@ def _path(unet_name: str) -> str:
             f"unet_name = {unet_name!r}: there is no such file in models/diffusion_models or models/checkpoints"
         )
     return path
+
+
+def _read(unet_name: str) -> tuple[str, dict[str, TensorInfo], Config]:
+    """Path, header and model of a file. Raises CheckpointError, naming the input."""
+    path = _path(unet_name)
+    try:
+        header = read_header(path)
+        return path, header, detect(header, path)
+    except CheckpointError as error:
+        raise CheckpointError(f"unet_name = {unet_name!r}: {error}") from error
