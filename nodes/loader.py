@@ -5,7 +5,7 @@ from typing import get_args
 
 from ..fastusp_backend.config import BatchParallel, ModelSpec, Settings, Storage
 from ..fastusp_backend.devices import parse_devices, supports_bfloat16
-from ..fastusp_backend.errors import CheckpointError, FastUSPError
+from ..fastusp_backend.errors import CheckpointError
 from ..fastusp_backend.models.detection import Config, detect
 from ..fastusp_backend.planner import plan_batches
 from ..fastusp_backend.pool import Session
@@ -91,20 +91,20 @@ class USPLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, unet_name=None, gpus=None, ulysses=None, ring=None, batch_parallel="auto") -> bool | str:
+    def validate_inputs(cls, unet_name=None, gpus=None, ulysses=None, ring=None, batch_parallel="auto") -> bool:
         """Refuses impossible combinations before the prompt runs; an input that is linked is not known yet (None).
         ComfyUI leaves choices and ranges of the inputs that are named here to this check.
+
+        Raises FastUSPError, which ComfyUI shows once, at this node; a text that is returned it would repeat for each of
+        these inputs.
         """
-        try:
-            devices = parse_devices(gpus) if gpus is not None else None
-            if unet_name is None:
-                return True
-            config = _read(unet_name)[2]
-            if devices is not None and ulysses is not None and ring is not None:
-                wish = "auto" if batch_parallel is None else batch_parallel
-                plan_batches(devices.ranks, config.heads, ulysses=ulysses, ring=ring, batch_parallel=wish)
-        except FastUSPError as error:
-            return str(error)
+        devices = parse_devices(gpus) if gpus is not None else None
+        if unet_name is None:
+            return True
+        config = _read(unet_name)[2]
+        if devices is not None and ulysses is not None and ring is not None:
+            wish = "auto" if batch_parallel is None else batch_parallel
+            plan_batches(devices.ranks, config.heads, ulysses=ulysses, ring=ring, batch_parallel=wish)
         return True
 
     @classmethod

@@ -24,11 +24,14 @@ def failure(host, graph: Graph, model, **inputs) -> str:
 
 
 def refusal(host, *args, **inputs) -> str:
-    """What validation says; nothing has run then."""
+    """What validation says, once; nothing has run then."""
     graph = Graph()
     answer = json.loads(failure(host, graph, graph.usp(*args, **inputs)))
     assert answer["error"]["type"] == "prompt_outputs_failed_validation"
-    return "\n".join(error["details"] for node in answer["node_errors"].values() for error in node["errors"])
+    ((number, node),) = answer["node_errors"].items()
+    (error,) = node["errors"]
+    assert graph[number]["class_type"] == "FastUSPLoader"
+    return error["details"]
 
 
 @pytest.mark.any_host
