@@ -52,8 +52,8 @@ class USPLoader(io.ComfyNode):
                 io.String.Input(
                     "gpus",
                     default="auto",
-                    tooltip="auto: all identical GPUs. all: every visible GPU. 0,1,3: these, in nvidia-smi's order. "
-                    "cpu:2: two CPU ranks.",
+                    tooltip="auto: the largest set of identical GPUs, one CPU rank where there is no GPU. all: every "
+                    "visible GPU. 0,1,3: these, in nvidia-smi's order. cpu:2: two CPU ranks.",
                 ),
                 io.Int.Input(
                     "ulysses",
