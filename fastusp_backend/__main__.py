@@ -4,6 +4,8 @@ import argparse
 import importlib
 import sys
 
+from .errors import FastUSPError
+
 COMMANDS = {
     "bench": "how fast your own file is on 1, 2, ... all GPUs, and which settings are best",
     "demo": "the main job on what every machine has: CPU ranks and a tiny random FLUX file, checked against one rank",
@@ -22,7 +24,11 @@ def main() -> int:
             module = importlib.import_module(f".cli.{name}", __package__)
             module.add_arguments(command)
     arguments = parser.parse_args()
-    return module.run(arguments)
+    try:
+        return module.run(arguments)
+    except FastUSPError as error:
+        print(error, file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -172,9 +172,8 @@ def parse_devices(
         missing = [i for i in wanted if i not in existing]
         if missing:
             have = ", ".join(f"{g.index} ({g.name})" for g in gpus) or "no GPU at all; use 'cpu:N' for N CPU ranks"
-            raise DeviceError(
-                f"gpus = {text!r}: GPU {', '.join(map(str, missing))} does not exist. This machine has {have}"
-            )
+            some = f"GPU {missing[0]} does" if len(missing) == 1 else f"GPUs {', '.join(map(str, missing))} do"
+            raise DeviceError(f"gpus = {text!r}: {some} not exist. This machine has {have}")
         if len(set(wanted)) != len(wanted):
             raise DeviceError(f"gpus = {text!r}: a GPU is named twice; each rank needs a GPU of its own")
         return _of(wanted)

@@ -10,14 +10,15 @@ from .status import node_status
 
 
 class Unsupported(FastUSPError):
-    """A node wants of a remote transformer what it does not do yet. what: names the node's feature."""
+    """A node wants of a remote transformer what it does not do yet. what: names the node's feature. instead: what gives
+    the same in another way, where there is one."""
 
-    def __init__(self, what: str):
-        super().__init__(
-            f"{what}: a model of USP Loader does not support this yet. Take that node out of the path between USP "
-            f"Loader "
-            "and the sampler, or load the model with Load Diffusion Model"
+    def __init__(self, what: str, instead: str = ""):
+        instead = instead or (
+            "Take that node out of the path between USP Loader and the sampler, or load the model with Load Diffusion "
+            "Model"
         )
+        super().__init__(f"{what}: a model of USP Loader does not support this yet. {instead}")
 
 
 def progress(step: Callable | None = None) -> Progress:

@@ -7,11 +7,11 @@ import torch
 
 from ..fastusp_backend.config import BatchParallel, ModelSpec, Settings, Storage
 from ..fastusp_backend.devices import Devices, parse_devices, supports_bfloat16
-from ..fastusp_backend.errors import CheckpointError, FastUSPError
-from ..fastusp_backend.models.detection import detect
+from ..fastusp_backend.errors import CheckpointError
+from ..fastusp_backend.models.detection import Config, detect
 from ..fastusp_backend.planner import plan_batches
 from ..fastusp_backend.pool import Session
-from ..fastusp_backend.weights.checkpoint import choose_types, main_dtype, read_header
+from ..fastusp_backend.weights.checkpoint import TensorInfo, choose_types, main_dtype, read_header
 from .comfyui import io
 from .files import model_names, model_path
 from .pools import pool_for
@@ -54,8 +54,8 @@ class USPLoader(io.ComfyNode):
                 io.String.Input(
                     "gpus",
                     default="auto",
-                    tooltip="auto: all identical GPUs. all: every visible GPU. 0,1,3: these, in nvidia-smi's order. "
-                    "cpu:2: two CPU ranks.",
+                    tooltip="auto: the largest set of identical GPUs, one CPU rank where there is no GPU. all: every "
+                    "visible GPU. 0,1,3: these, in nvidia-smi's order. cpu:2: two CPU ranks.",
                 ),
                 io.Int.Input(
                     "ulysses",
@@ -93,21 +93,20 @@ class USPLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, unet_name=None, gpus=None, ulysses=None, ring=None, batch_parallel="auto") -> bool | str:
+    def validate_inputs(cls, unet_name=None, gpus=None, ulysses=None, ring=None, batch_parallel="auto") -> bool:
         """Refuses impossible combinations before the prompt runs; an input that is linked is not known yet (None).
         ComfyUI leaves choices and ranges of the inputs that are named here to this check.
+
+        Raises FastUSPError, which ComfyUI shows once, at this node; a text that is returned it would repeat for each of
+        these inputs.
         """
-        try:
-            devices = _devices(gpus) if gpus is not None else None
-            if unet_name is None:
-                return True
-            path = _path(unet_name)
-            config = detect(read_header(path), path)
-            if devices is not None and ulysses is not None and ring is not None:
-                wish = "auto" if batch_parallel is None else batch_parallel
-                plan_batches(devices.ranks, config.heads, ulysses=ulysses, ring=ring, batch_parallel=wish)
-        except FastUSPError as error:
-            return str(error)
+        devices = _devices(gpus) if gpus is not None else None
+        if unet_name is None:
+            return True
+        config = _read(unet_name)[2]
+        if devices is not None and ulysses is not None and ring is not None:
+            wish = "auto" if batch_parallel is None else batch_parallel
+            plan_batches(devices.ranks, config.heads, ulysses=ulysses, ring=ring, batch_parallel=wish)
         return True
 
     @classmethod
@@ -127,9 +126,7 @@ class USPLoader(io.ComfyNode):
         settings: Settings | None = None,
         batch_parallel: BatchParallel = "auto",
     ) -> io.NodeOutput:
-        path = _path(unet_name)
-        header = read_header(path)
-        config = detect(header, path)
+        path, header, config = _read(unet_name)
         devices = _devices(gpus)
         types = choose_types(
             STORAGE[weight_dtype],
@@ -160,3 +157,13 @@ def _path(unet_name: str) -> str:
             f"unet_name = {unet_name!r}: there is no such file in models/diffusion_models or models/checkpoints"
         )
     return path
+
+
+def _read(unet_name: str) -> tuple[str, dict[str, TensorInfo], Config]:
+    """Path, header and model of a file. Raises CheckpointError, naming the input."""
+    path = _path(unet_name)
+    try:
+        header = read_header(path)
+        return path, header, detect(header, path)
+    except CheckpointError as error:
+        raise CheckpointError(f"unet_name = {unet_name!r}: {error}") from error

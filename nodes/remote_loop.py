@@ -77,7 +77,8 @@ def why_not(sampler, guider, sigmas, model_options: dict) -> str | None:
     function = getattr(sampler, "sampler_function", None)
     name = _BY_FUNCTION.get(function)
     if type(sampler) is not samplers.KSAMPLER or name is None:
-        return f"the workers have no sampler {getattr(function, '__name__', type(sampler).__name__)!r}"
+        unknown = getattr(function, "__name__", type(sampler).__name__).removeprefix("sample_")
+        return f"the workers' loop has no sampler {unknown}"
     options = {k: v for k, v in sampler.extra_options.items() if v != _neutral(function, k)}
     foreign = options.keys() - SAMPLERS[name].options.keys()
     if foreign:

@@ -31,7 +31,7 @@ from .comfyui import (
 from .host import Unsupported, following, progress
 from .remote_loop import sample_in_workers
 from .status import node_status
-from .weight_patches import PREFIX, check_supported, weight_patches
+from .weight_patches import MERGE, PREFIX, check_supported, weight_patches
 
 
 class RemoteTransformer(torch.nn.Module):
@@ -130,7 +130,10 @@ class RemoteFlux(RemoteTransformer):
         **kwargs,
     ):
         if attention_mask is not None:
-            raise Unsupported("A prompt with an attention mask (Apply Style Model with attn_bias)")
+            raise Unsupported(
+                "A prompt with an attention mask (Apply Style Model with attn_bias)",
+                "Set strength_type to multiply in Apply Style Model",
+            )
         refuse_unsupported(transformer_options, kwargs)
         own = self._config.channels  # ComfyUI has put the image and mask of Fill, Canny, Depth behind them
         concat = x[:, own:] if x.shape[1] > own else None
@@ -146,7 +149,10 @@ class RemoteQwenImage(RemoteTransformer):
 
     def process_img(self, *args, **kwargs):
         """What a ControlNet calls that computes with weights of the model itself."""
-        raise Unsupported("A ControlNet that needs the model's own weights (Qwen-Image Fun)")
+        raise Unsupported(
+            "A ControlNet that needs the model's own weights (Qwen-Image Fun)",
+            "Take an InstantX ControlNet, or load the model with Load Diffusion Model",
+        )
 
     def forward(self, *args, **kwargs):
         given = dict(zip(self._ORDER, args, strict=False)) | kwargs
@@ -197,12 +203,16 @@ def refuse_unsupported(transformer_options: dict, extra: dict) -> None:
         names = [name for name, value in transformer_options.get(kind, {}).items() if value]
         if names:
             raise Unsupported(f"A patch inside the transformer ({kind}: {', '.join(names)})")
-    for option, node in (
-        ("rope_options", "Scaled rotary positions (ScaleROPE)"),
-        ("optimized_attention_override", "A replaced attention function"),
+    for option, node, instead in (
+        ("rope_options", "Scaled rotary positions (ScaleROPE)", ""),
+        (
+            "optimized_attention_override",
+            "A replaced attention function",
+            "Take that node out, and choose the attention in USP Optimization Settings",
+        ),
     ):
         if transformer_options.get(option) is not None:
-            raise Unsupported(node)
+            raise Unsupported(node, instead)
     for name, value in extra.items():
         if value is not None:
             raise Unsupported(f"The conditioning's {name!r}")
@@ -283,14 +293,17 @@ class RemotePatcher(ModelPatcher):
 
     def add_hook_patches(self, hook, patches, strength_patch=1.0, strength_model=1.0):
         if patches:
-            raise Unsupported("A weight hook (Create Hook LoRA)")
+            raise Unsupported(
+                "A weight hook (Create Hook LoRA)",
+                "Load the LoRA with LoraLoaderModelOnly, for the whole run, or the model with Load Diffusion Model",
+            )
 
     def get_key_patches(self, filter_prefix=None):
         _no_weights()
 
 
 def _no_weights(*_args, **_kwargs):
-    raise Unsupported("Reading the weights (model merging, saving)")
+    raise Unsupported("Reading the weights (model merging, saving)", MERGE)
 
 
 def remote_model(session: Session, header: dict[str, TensorInfo]) -> RemotePatcher:

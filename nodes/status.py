@@ -1,11 +1,18 @@
-"""What people see of the pools: a line of text on the running node, and a route for the side panel."""
+"""What people see of the pools: a line of text on the running node and in ComfyUI's log, and a route for the side
+panel."""
 
+import logging
 from contextvars import ContextVar
 
 from aiohttp import web
 
 from .comfyui import PromptServer, get_executing_context
 from .pools import all_pools
+
+log = logging.getLogger(__name__)
+
+_logged = ""
+"""The last line, which is not logged again: a sampler that steps from ComfyUI reports at each step."""
 
 
 class NodeStatus:
@@ -14,11 +21,11 @@ class NodeStatus:
     def __init__(self, headline: str):
         self._headline = headline
         self._covered = False
-        _show(headline)
+        _tell(headline)
 
     def phase(self, text: str) -> None:
         self._covered = True
-        _show(f"FastUSP: {text}")
+        _tell(f"FastUSP: {text}")
 
     def restore(self) -> None:
         """Shows the headline again, if a phase covers it."""
@@ -40,6 +47,15 @@ def node_status() -> NodeStatus:
     if _current.get() is None:
         set_headline("evaluating in the workers")
     return _current.get()
+
+
+def _tell(text: str) -> None:
+    """On the node, and in the log where it is news."""
+    global _logged
+    _show(text)
+    if text != _logged:
+        _logged = text
+        log.info("%s", text)
 
 
 def _show(text: str) -> None:

@@ -17,6 +17,7 @@ from .host import Unsupported
 log = logging.getLogger(__name__)
 
 PREFIX = "diffusion_model."
+MERGE = "Load the models with Load Diffusion Model, merge them, save the result with ModelSave, and load that file"
 
 # What each place of an adapter's `weights` tuple is in the formulas of the workers; "alpha" is the number among them,
 # "reshape" the shape that the weight is widened to.
@@ -104,7 +105,7 @@ def _parts(patch) -> _Parts:
         alpha, wide = given.pop("alpha", None), given.pop("reshape", None)
         return _Parts(kind, given, None if alpha is None else float(alpha), None if wide is None else tuple(wide))
     if isinstance(patch, list):
-        raise Unsupported("Another model's weights (model merging)")
+        raise Unsupported("Another model's weights (model merging)", MERGE)
     kind, value = ("diff", patch) if len(patch) == 1 else patch
     if kind not in _PLAIN:
         raise Unsupported(f"A weight patch of kind {kind!r}")

@@ -19,8 +19,8 @@ const STATES = {
 
 // What Pool.status calls the whereabouts of the weights.
 const HELD = {
-  resident: (size) => `on the devices, ${size} on each`,
-  parked: (size) => `parked in host memory, ${size} a rank`,
+  resident: (size) => `on the devices, at most ${size} on one`,
+  parked: (size) => `parked in host memory, at most ${size} by one rank`,
   none: () => "released: loads with the next run",
 };
 
@@ -49,6 +49,7 @@ function poolView(pool) {
   if (pool.pids) {
     pool.pids.forEach((pid, rank) => rows.push([`Rank ${rank}`, `${pool.names[rank]}, process ${pid}`]));
     if (pool.model) rows.push(["Model", pool.model]);
+    if (pool.layout) rows.push(["Layout", pool.layout]);
     if (pool.held) rows.push(["Weights", HELD[pool.held](`${(pool.nbytes / 1e9).toFixed(1)} GB`)]);
     rows.push(["Process group", pool.transport]);
     if (pool.exchanges) rows.push(["Exchanges", pool.exchanges]);

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ..config import Layout, ModelSpec, Settings
 from ..devices import Devices, parse_devices
-from ..errors import FastUSPError, PoolError, RequestError
+from ..errors import PoolError, RequestError
 from ..planner import legal_layouts
 from ..pool import Pool, Progress, Prompt, Session
 from .inputs import add_sizes, describe, random_inputs
@@ -77,14 +77,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    try:
-        return _bench(arguments)
-    except FastUSPError as error:
-        print(error)
-        return 1
-
-
-def _bench(arguments: argparse.Namespace) -> int:
     path, devices = arguments.model, parse_devices(arguments.gpus)
     if arguments.steps < 1:
         raise RequestError(f"--steps {arguments.steps}: at least 1 step must be timed")
@@ -194,7 +186,7 @@ def recommend(rows: Sequence[Row], devices: Devices) -> list[str]:
         if exact.layout.ranks < most.layout.ranks:
             few = f": more gain less than {MARGIN:.0%}" if most.seconds < exact.seconds else ""
             found.append(
-                f"Fewer GPUs are the better choice here: {most.seconds * 1000:.1f} ms on {most.layout.ranks} ranks, "
+                f"Fewer ranks are the better choice here: {most.seconds * 1000:.1f} ms on {most.layout.ranks} ranks, "
                 f"{exact.seconds * 1000:.1f} ms on {exact.layout.ranks}{few}."
             )
         found.append(f"Recommended, without loss: {exact.choice(devices)}")

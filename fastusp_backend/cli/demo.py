@@ -27,12 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    devices = parse_devices(arguments.gpus)
     arguments.output.mkdir(parents=True, exist_ok=True)
     checkpoint = arguments.output / "tiny_flux.safetensors"
     write_flux(str(checkpoint), TINY_FLUX)
     print(f"wrote {checkpoint}: FLUX.1 layout, hidden {TINY_FLUX.hidden}, 2 + 2 blocks, random weights")
 
-    devices = parse_devices(arguments.gpus)
     shared = _sample(devices, str(checkpoint), arguments)
     alone = _sample(devices.first(1), str(checkpoint), arguments)
 
@@ -40,11 +40,11 @@ def run(arguments: argparse.Namespace) -> int:
     latent_picture(shared[0]).save(picture)
     difference = ((shared - alone).abs().max() / alone.abs().max()).item()
     print(f"wrote {picture}: the latents' principal components (the weights are random, so the picture is, too)")
-    print(f"largest difference between {devices.ranks} ranks and 1, relative to the latents' max: {difference:.1e}")
-    if not difference <= TOLERANCE:
-        print(f"that is above {TOLERANCE:.0e}: the ranks do not agree")
-        return 1
-    return 0
+    agree = difference <= TOLERANCE
+    verdict = f"equal to rounding: below {TOLERANCE:.0e}" if agree else f"above {TOLERANCE:.0e}: the ranks do not agree"
+    print(f"largest difference between {devices.ranks} ranks and 1, relative to the latents' max: ", end="")
+    print(f"{difference:.1e} ({verdict})")
+    return 0 if agree else 1
 
 
 def _sample(devices: Devices, checkpoint: str, arguments: argparse.Namespace) -> torch.Tensor:

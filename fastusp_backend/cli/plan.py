@@ -3,7 +3,6 @@
 import argparse
 
 from ..devices import Devices, gpu_states, parse_devices
-from ..errors import FastUSPError
 from ..models.holding import rank_bytes
 from ..planner import legal_layouts, plan
 from .inputs import describe
@@ -17,17 +16,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    try:
-        devices = parse_devices(arguments.gpus)
-        heads, nbytes = 24, None
-        if arguments.model:
-            header, config, spec = describe(arguments.model, devices)
-            heads, nbytes = config.heads, rank_bytes(header, spec, devices.ranks if devices.gpus else 1)
-        layout = plan(devices.ranks, heads, ulysses=arguments.ulysses, ring=arguments.ring)
-        totals = {state.index: state.total for state in gpu_states()} if nbytes and devices.gpus else {}
-    except FastUSPError as error:
-        print(error)
-        return 1
+    devices = parse_devices(arguments.gpus)
+    heads, nbytes = 24, None
+    if arguments.model:
+        header, config, spec = describe(arguments.model, devices)
+        heads, nbytes = config.heads, rank_bytes(header, spec, devices.ranks if devices.gpus else 1)
+    layout = plan(devices.ranks, heads, ulysses=arguments.ulysses, ring=arguments.ring)
+    totals = {state.index: state.total for state in gpu_states()} if nbytes and devices.gpus else {}
     print(f"{devices}, {heads} heads: {layout}")
     print("legal: " + ", ".join(str(x) for x in legal_layouts(devices.ranks, heads)))
     if nbytes is not None:

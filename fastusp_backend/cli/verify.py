@@ -30,14 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    try:
-        return _verify(arguments)
-    except FastUSPError as error:
-        print(error)
-        return 1
-
-
-def _verify(arguments: argparse.Namespace) -> int:
     path, devices = arguments.model, parse_devices(arguments.gpus)
     _, config, spec = describe(path, devices)
     layout = plan(devices.ranks, config.heads, ulysses=arguments.ulysses, ring=arguments.ring)

@@ -83,7 +83,8 @@ class Config(Protocol):
     family: its name. runs: the models of the family that FastUSP runs, for refusals of others. marks: keys that tell
     its files from other families'. downscale: pixels of the image's edge per latent pixel. patch: latent pixels of a
     patch's edge. float16: whether its activations fit that type. reference_methods: those of
-    `positions.METHODS` that it knows; ComfyUI takes any other for `offset`. context: width of the text.
+    `positions.METHODS` that it knows; ComfyUI takes any other for `offset`. encoders: for people, what makes its text,
+    of which width. context: width of the text.
     channels, concat_channels: of the latents, and of further input. reference_method: what its files were trained with.
     """
 
@@ -94,6 +95,7 @@ class Config(Protocol):
     patch: ClassVar[int]
     float16: ClassVar[bool]
     reference_methods: ClassVar[frozenset[str]]
+    encoders: ClassVar[str]
 
     hidden: int
     heads: int
@@ -176,7 +178,7 @@ def check_prompt(x: torch.Tensor, conditioning: Conditioning, config: Config) ->
     if context.dim() != 3 or context.shape[0] != b or context.shape[1] < 1 or context.shape[2] != config.context:
         return (
             f"the prompt's tensor {tuple(context.shape)} does not fit the model: expected ({b}, T, {config.context}). "
-            "Was it made by the text encoders of another model?"
+            f"Was it made by the text encoders of another model? {config.family} takes {config.encoders}"
         )
     if guidance is not None and guidance.shape not in ((1,), (b,)):
         return f"the guidance {tuple(guidance.shape)} does not fit the latents: expected ({b},)"

@@ -38,6 +38,7 @@ class FluxConfig:
     downscale: ClassVar[int] = 8
     patch: ClassVar[int] = 2
     float16: ClassVar[bool] = True
+    encoders: ClassVar[str] = "those of DualCLIPLoader, type flux (CLIP-L and T5-XXL, width 4096)"
     reference_methods: ClassVar[frozenset[str]] = frozenset(("offset", "index", "uxo"))
     reference_method: ClassVar[str] = "offset"
 

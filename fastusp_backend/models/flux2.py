@@ -39,6 +39,10 @@ class Flux2Config:
     downscale: ClassVar[int] = 16
     patch: ClassVar[int] = 1
     float16: ClassVar[bool] = True
+    encoders: ClassVar[str] = (
+        "that of CLIPLoader, type flux2 (dev: Mistral Small 3, width 15360; klein 4B: Qwen3 4B, 7680; klein 9B: Qwen3 "
+        "8B, 12288)"
+    )
     reference_methods: ClassVar[frozenset[str]] = frozenset(("offset", "index", "index_timestep_zero", "uxo"))
     reference_method: ClassVar[str] = "index"
     concat_channels: ClassVar[int] = 0

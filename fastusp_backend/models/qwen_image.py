@@ -41,6 +41,7 @@ class QwenImageConfig:
     downscale: ClassVar[int] = 8
     patch: ClassVar[int] = 2
     float16: ClassVar[bool] = False
+    encoders: ClassVar[str] = "that of CLIPLoader, type qwen_image (Qwen2.5-VL 7B, width 3584)"
     reference_methods: ClassVar[frozenset[str]] = frozenset(METHODS) - {"uxo"}
     concat_channels: ClassVar[int] = 0
 

@@ -203,6 +203,7 @@ class Pool:
         }
         if ready is not None:
             status |= {"pids": ready.pids, "names": ready.devices, "torch": ready.torch, "transport": ready.transport}
+            status["layout"] = str(workers.layout) if workers.layout else None
         if held := self.held:
             status |= {"held": held.state, "nbytes": held.nbytes, "exchanges": held.exchanges}
             status["model"] = os.path.basename(held.model.path) if held.model else None
@@ -241,8 +242,9 @@ class Pool:
 
     def _standing_workers(self, progress: Progress) -> Workers:
         workers = self.start()
-        if workers.ready is None:
-            progress.phase(f"starting {self.devices.ranks} worker(s) on {self.devices}")
+        if workers.ready is not None:
+            return workers
+        progress.phase(f"starting {self.devices.ranks} worker(s) on {self.devices}")
         deadline = time.monotonic() + START_SECONDS
         while not workers.try_connect():
             if progress.interrupted():
@@ -252,6 +254,8 @@ class Pool:
                 workers.kill()
                 raise error
             time.sleep(POLL_SECONDS)
+        seconds, names = time.monotonic() - workers.began, ", ".join(workers.ready.devices)
+        log.info("FastUSP: the workers on %s (%s) stand, %.1f s after their start", self.devices, names, seconds)
         return workers
 
     def _follow(self, workers: Workers, number: int, progress: Progress, seconds: float = math.inf) -> Tensors:

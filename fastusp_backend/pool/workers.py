@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 
+from ..config import Layout
 from ..devices import Devices
 from ..errors import PoolError
-from ..protocol import VERSION, Channel, Done, Evaluate, Failed, Held, Hello, Message, Ready, Release, Unmap
+from ..protocol import VERSION, Channel, Done, Evaluate, Failed, Held, Hello, Message, Ready, Release, Sample, Unmap
 from ..protocol.messages import ToClient
 from ..worker.process import PARENT_VARIABLE, RUN_DIR_VARIABLE
 from .rundir import RunDir
@@ -67,14 +68,17 @@ def worker_environment(devices: Devices, run_dir: Path, inherited: Mapping[str, 
 class Workers:
     """Starts the processes at once and returns; `try_connect` says when they stand.
 
-    left_behind: the last request or order whose answer nobody waited for, until it comes. silent_since: when they last
-    said something, or the first of those was left behind. held: what they last said to hold.
+    began: when they were started, by time.monotonic. layout: of the last request. left_behind: the last request or
+    order whose answer nobody waited for, until it comes. silent_since: when they last said something, or the first of
+    those was left behind. held: what they last said to hold.
     """
 
     def __init__(self, devices: Devices):
         self.devices = devices
         self.run_dir = RunDir()
+        self.began = time.monotonic()
         self.ready: Ready | None = None
+        self.layout: Layout | None = None
         self.left_behind: int | None = None
         self.silent_since = 0.0
         self.held: Held | None = None
@@ -150,6 +154,8 @@ class Workers:
     def send(self, message: Message, tensors: dict[str, torch.Tensor] | None = None) -> None:
         """As `Channel.send`. An evaluation's tensors lie where the last one's did, as soon as those were read."""
         evaluates = isinstance(message, Evaluate)
+        if isinstance(message, Evaluate | Sample):
+            self.layout = message.layout
         if isinstance(message, Release | Unmap) or (evaluates and self._unread is not None):
             self.channel.forget()
         if evaluates:

@@ -72,7 +72,9 @@ class Sizes:
     def matrix(self, name: str) -> tuple[int, int]:
         """(outputs, inputs) of a weight. Raises CheckpointError where it is missing or no matrix."""
         if name not in self.header:
-            raise CheckpointError(f"{self.path} is an incomplete {self.family} file: tensor {name!r} is missing")
+            raise CheckpointError(
+                f"{self.path} is an incomplete {self.family} file: tensor {name!r} is missing. Download it again"
+            )
         shape = self.header[name].shape
         if len(shape) != 2:
             raise CheckpointError(

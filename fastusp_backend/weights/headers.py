@@ -91,8 +91,11 @@ def read_file_header(path: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise _unreadable(path, str(error)) from error
     for name, info in tensors.items():
-        if info.start + info.size > length:
-            raise _unreadable(path, f"tensor {name!r} ends at byte {info.start + info.size}, the file at {length}")
+        end = info.start + info.size
+        if end > length:
+            raise CheckpointError(
+                f"{path} is truncated: tensor {name!r} ends at byte {end}, the file at byte {length}. Download it again"
+            )
     return tensors, metadata
 
 

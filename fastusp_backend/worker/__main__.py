@@ -38,7 +38,8 @@ def _work(run_dir: Path) -> None:
         name = torch.cuda.get_device_name(device)
     else:
         dist.init_process_group("gloo")
-        name = f"cpu ({torch.get_num_threads()} threads)"
+        threads = torch.get_num_threads()
+        name = f"cpu ({threads} thread{'s' * (threads > 1)})"
     crew = Crew(pins=device.type == "cuda")
     log.info("rank %d of %d on %s", crew.rank, crew.size, name)
     members = [json.loads(x) for x in crew.gather(json.dumps([name, os.getpid()]))]

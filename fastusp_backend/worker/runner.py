@@ -203,7 +203,8 @@ class Runner:
 
     def _patch(self, request: Patch, tensors: Tensors) -> None:
         self._residency.bring(request, lambda: self._engine.describe(request.model))
-        self._reply(Phase(id=request.id, text=f"patching {len(request.weights)} weights"))
+        count = len(request.weights)
+        self._reply(Phase(id=request.id, text=f"patching {count} weight{'s' * (count != 1)}"))
         change = {"base": request.base, "number": request.number}
         self._agreement.together_or_drop(lambda: self._engine.patch(request.weights, tensors, **change), PATCHING)
         self._residency.tell(request.id, patched=True)

@@ -49,7 +49,7 @@ def test_verify(dev):
 @pytest.mark.parametrize("command", ["verify", "bench", "plan"])
 def test_a_file_that_is_none_is_named(command):
     done = command_line(command, "/nowhere.safetensors", "--gpus", "cpu:1")
-    assert done.returncode == 1 and "there is no model file /nowhere.safetensors" in done.stdout
+    assert (done.returncode, done.stderr) == (2, "there is no model file /nowhere.safetensors\n")
 
 
 def test_bench(dev):

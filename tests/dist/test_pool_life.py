@@ -140,7 +140,7 @@ class Wrong:
 WRONG = {
     "sampler": Wrong("sampler 'euler_x' is not one of: euler,", sampler="euler_x"),
     "option": Wrong("sampler 'euler' has no option eta", options={"eta": 1.0}),
-    "context width": Wrong("text encoders of another model", {"positive.context": randn(1, 7, 65, seed=0)}),
+    "context width": Wrong("another model. FLUX.1 takes those of DualCLIPLoader", {"positive.context": randn(1, 7, 65, seed=0)}),
     "context batch": Wrong(r"expected \(1, T, 64\)", {"positive.context": randn(2, 7, 64, seed=0)}),
     "context rank": Wrong("the prompt's tensor", {"positive.context": randn(64, seed=0)}),
     "no text": Wrong("the prompt's tensor", {"positive.context": torch.zeros(1, 0, 64)}),

@@ -24,11 +24,14 @@ def failure(host, graph: Graph, model, **inputs) -> str:
 
 
 def refusal(host, *args, **inputs) -> str:
-    """What validation says; nothing has run then."""
+    """What validation says, once; nothing has run then."""
     graph = Graph()
     answer = json.loads(failure(host, graph, graph.usp(*args, **inputs)))
     assert answer["error"]["type"] == "prompt_outputs_failed_validation"
-    return "\n".join(error["details"] for node in answer["node_errors"].values() for error in node["errors"])
+    ((number, node),) = answer["node_errors"].items()
+    (error,) = node["errors"]
+    assert graph[number]["class_type"] == "FastUSPLoader"
+    return error["details"]
 
 
 @pytest.mark.any_host
@@ -56,9 +59,10 @@ def test_a_choice_that_is_not_offered(host):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("truncated", ["truncated, corrupt"]),
+        ("truncated", ["is truncated", "Download it again"]),
         ("text", ["truncated, corrupt"]),
-        ("chroma", ["holds Chroma", "FLUX.2 dev and klein, FLUX.1 dev, schnell"]),
+        ("chroma", ["holds Chroma", "FLUX.2 dev and klein, FLUX.1 dev, schnell", "use Load Diffusion Model"]),
+        ("lora", ["holds a LoRA", "LoraLoaderModelOnly"]),
         ("nvfp4", ["is quantised as nvfp4", "scaled fp8 and GGUF"]),
         ("incomplete", ["incomplete", "final_layer.linear.weight"]),
     ],
@@ -74,6 +78,8 @@ def test_files_of_other_models(host, name, words):
     else:
         if name == "chroma":
             state["distilled_guidance_layer.in_proj.weight"] = torch.zeros(4, 4)
+        elif name == "lora":
+            state = {"transformer.single_blocks.0.linear1.lora_A.weight": torch.zeros(4, 4)}
         elif name == "nvfp4":
             state["img_in.comfy_quant"] = torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
         else:
@@ -83,7 +89,7 @@ def test_files_of_other_models(host, name, words):
         text = refusal(host, file=file.name)
     finally:
         file.unlink()
-    assert all(word in text for word in (file.name, *words)), text
+    assert all(word in text for word in (f"unet_name = '{file.name}': ", *words)), text
 
 
 def test_linked_inputs_are_checked_when_the_loader_runs(host):
@@ -127,14 +133,14 @@ def test_lora_hook(host, lora):
     positive = graph.node(
         "ConditioningSetProperties", cond_NEW=graph.prompt(), strength=1.0, set_cond_area="default", hooks=hooks
     )
-    assert "LoRA" in failure(host, graph, graph.usp(), positive=positive)
+    assert "LoraLoaderModelOnly, for the whole run" in failure(host, graph, graph.usp(), positive=positive)
 
 
 def test_an_attention_mask(host):
     graph = Graph()
     positive = graph.node("TestMaskedConditioning", conditioning=graph.prompt())
     text = failure(host, graph, graph.usp(), positive=positive)
-    assert "attention mask" in text and "USP Loader" in text, text
+    assert "attention mask" in text and "Set strength_type to multiply in Apply Style Model" in text, text
 
 
 def test_references_at_timestep_zero(host):
@@ -174,7 +180,8 @@ def test_patches_inside_the_transformer(host, kind, options, words):
 def test_reading_the_weights(host):
     graph = Graph()
     merged = graph.node("ModelMergeSimple", model1=graph.stock(), model2=graph.usp(), ratio=0.5)
-    assert "model merging" in failure(host, graph, merged)
+    text = failure(host, graph, merged)
+    assert "model merging" in text and "save the result with ModelSave" in text
     graph = Graph()
     graph.node("ModelSave", model=graph.usp(), filename_prefix="saved")
     with pytest.raises(PromptFailed, match="saving"):
@@ -196,4 +203,5 @@ def test_an_attention_that_the_ranks_do_not_have(host):
 def test_prompts_of_another_model(host):
     graph = Graph()
     positive = graph.node("TestSeededConditioning", seed=1, tokens=7, width=2048, guidance=3.5)
-    assert "text encoders of another model" in failure(host, graph, graph.usp(), positive=positive)
+    text = failure(host, graph, graph.usp(), positive=positive)
+    assert "(1, 7, 2048)" in text and "FLUX.1 takes those of DualCLIPLoader, type flux" in text

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 from dataclasses import replace
@@ -39,6 +40,21 @@ def test_progress_and_previews_arrive_one_by_one(host):
     assert len({round(at, 3) for *_, at in outcome.progress}) >= 6, "they came together"
     assert outcome.previews >= 7
     assert any(IN_WORKERS in text for _, text in outcome.texts)
+
+
+def test_the_log_and_the_panel_say_what_runs(host):
+    """Once for what does not change: a sampler that steps from ComfyUI reports at each step."""
+    began = len(host.log_text())
+    for sampler in ("euler", "ipndm"):
+        graph = Graph()
+        graph.save(graph.sample(graph.usp("cpu:3", ring=3), steps=4, seed=33, sampler_name=sampler))
+        host.run(graph)
+    lines = [line.partition("FastUSP: ")[2] for line in host.log_text()[began:].splitlines() if "FastUSP: " in line]
+    assert lines[0] == f"ulysses 1 x ring 3 on cpu:3, {IN_WORKERS}" and "starting 3 worker(s) on cpu:3" in lines
+    assert re.fullmatch(r"the workers on cpu:3 \(cpu \(1 thread\), .*\) stand, \d+\.\d s after their start", lines[2])
+    assert len([line for line in lines if "the workers' loop has no sampler ipndm" in line]) == 1
+    assert len(lines) == len(set(lines)) < 8, lines
+    assert host.pool("cpu:3")["layout"] == "ulysses 1 x ring 3"
 
 
 @pytest.mark.parametrize("sampler", ["euler", "uni_pc"])

@@ -78,6 +78,24 @@ def test_lists(host):
 
 
 @pytest.mark.any_host
+def test_only_files_that_can_be_read_are_listed(host):
+    names = ["a.sft", "b.GGUF", "pickle.pt", "pickle.ckpt", "pickle.bin"]
+    files = [host.base / "models" / folder / name for folder in ("diffusion_models", "checkpoints") for name in names]
+    files[-1].parent.mkdir(exist_ok=True)
+    try:
+        for file in files:
+            file.touch()
+        kind, *more = host.get("/object_info/FastUSPLoader")["FastUSPLoader"]["input"]["required"]["unet_name"]
+        offered = more[0]["options"] if kind == "COMBO" else kind
+    finally:
+        for file in files:
+            file.unlink(missing_ok=True)
+    assert {"a.sft", "b.GGUF", "a.sft [checkpoints]"} <= set(offered) and not [
+        name for name in offered if "pickle" in name
+    ]
+
+
+@pytest.mark.any_host
 def test_status_route(host):
     for pool in host.get("/fastusp/status")["pools"]:
         assert {"devices", "ranks", "state", "generation"} <= pool.keys()

@@ -42,7 +42,7 @@ def test_a_layout_that_must_be_set_says_what_that_switches_off():
 def test_fewer_gpus_and_8_bits():
     rows = [row(1, 100), row(2, 98), row(4, 150), row(4, 60, wire="int8"), row(4, 59, wire="fp8", linear="fp8")]
     fewer, exact, lossy = recommend(rows, FOUR)
-    assert fewer == "Fewer GPUs are the better choice here: 150.0 ms on 4 ranks, 100.0 ms on 1."
+    assert fewer == "Fewer ranks are the better choice here: 150.0 ms on 4 ranks, 100.0 ms on 1."
     assert "gpus = 2 (1 rank), ulysses = 0, ring = 0 (automatic), wire = exact" in exact
     assert "(4 ranks)" in lossy and "wire = fp8, linear = fp8: 59.0 ms" in lossy and lossy.endswith("1.69 x as fast")
 

@@ -109,15 +109,11 @@ def test_storage_type(tmp_path, storage, held):
         ("Chroma", ["distilled_guidance_layer.in_proj.weight", "double_blocks.0.img_attn.qkv.weight", "img_in.weight"]),
         ("Chroma Radiance", ["nerf_blocks.0.param_generator.weight", "double_blocks.0.img_attn.qkv.weight"]),
         ("Qwen-Image-Layered", ["time_text_embed.addition_t_embedding.weight", "txt_norm.weight", "img_in.weight"]),
-        ("ControlNet", ["controlnet_blocks.0.weight", "txt_norm.weight", "img_in.weight"]),
         ("Lens", ["transformer_blocks.0.img_mlp.w1.weight", "txt_norm.weight", "img_in.weight"]),
         ("Stable Diffusion 3", ["joint_blocks.0.x_block.attn.qkv.weight", "x_embedder.proj.weight"]),
         ("diffusers' key layout", ["transformer_blocks.0.norm1_context.linear.weight", "x_embedder.weight"]),
         ("Stable Diffusion U-Net", ["input_blocks.0.0.weight"]),
         ("Stable Diffusion U-Net", ["model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.x.weight"]),
-        ("text encoder", ["text_model.encoder.layers.0.mlp.fc1.weight"]),
-        ("text encoder or VAE", ["encoder.conv_in.weight", "decoder.conv_in.weight"]),
-        ("LoRA", ["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"]),
         ("no FLUX.2 or FLUX.1 or Qwen-Image transformer", ["something.else"]),
         ("no tensors at all", []),
     ],
@@ -125,14 +121,39 @@ def test_storage_type(tmp_path, storage, held):
 def test_other_families_are_refused_by_name(tmp_path, family, keys):
     path = tmp_path / "other.safetensors"
     save_file({key: torch.zeros(2, 2) for key in keys}, path)
-    assert family in refusal(path)
+    text = refusal(path)
+    assert family in text and text.endswith("use Load Diffusion Model")
+
+
+@pytest.mark.parametrize(
+    ("part", "node", "keys"),
+    [
+        ("a LoRA", "LoraLoaderModelOnly after USP Loader", ["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"]),
+        ("a LoRA", "LoraLoaderModelOnly", ["transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight"]),
+        ("a LoRA", "LoraLoaderModelOnly", ["diffusion_model.img_in.lora_up.weight", "diffusion_model.img_in.alpha"]),
+        ("a LoRA", "LoraLoaderModelOnly", ["double_blocks.0.img_attn.proj.lokr_w1", "img_in.lora_A.default.weight"]),
+        ("a ControlNet", "Load ControlNet Model", ["controlnet_blocks.0.weight", "txt_norm.weight", "img_in.weight"]),
+        ("a text encoder", "CLIPLoader", ["text_model.encoder.layers.0.mlp.fc1.weight"]),
+        ("a text encoder", "CLIPLoader", ["encoder.block.0.layer.0.SelfAttention.k.weight", "shared.weight"]),
+        ("a text encoder", "CLIPLoader", ["model.layers.0.self_attn.q_proj.weight", "visual.blocks.0.norm1.weight"]),
+        ("a text encoder", "CLIPLoader", ["blk.0.attn_q.weight", "token_embd.weight"]),
+        ("a vision encoder", "Load CLIP Vision", ["vision_model.encoder.layers.0.mlp.fc1.weight"]),
+        ("a VAE", "Load VAE", ["encoder.conv_in.weight", "decoder.conv_in.weight"]),
+        ("a VAE", "Load VAE", ["conv1.weight", "decoder.head.0.gamma"]),
+    ],
+)
+def test_parts_of_a_workflow_are_sent_to_their_nodes(tmp_path, part, node, keys):
+    path = tmp_path / "part.safetensors"
+    save_file({key: torch.zeros(2, 2) for key in keys}, path)
+    text = refusal(path)
+    assert f"holds {part}, not a diffusion model: load it with" in text and node in text
 
 
 @pytest.mark.parametrize(
     ("key", "tensor", "family"),
     [
         ("text_model.embeddings.position_ids", torch.arange(77)[None], "a text encoder"),
-        ("encoder.down.0.norm.num_batches_tracked", torch.tensor(1), "a text encoder or VAE"),
+        ("encoder.down.0.norm.num_batches_tracked", torch.tensor(1), "a VAE"),
         ("distilled_guidance_layer.in_proj.weight", torch.zeros(2, 2, dtype=torch.int8), "Chroma"),
         ("spiece_model", torch.zeros(8, dtype=torch.uint8), "no FLUX.2 or FLUX.1 or Qwen-Image"),
     ],
@@ -164,7 +185,8 @@ def test_truncated_files_are_refused(mini, tmp_path, kept):
     data = mini.read_bytes()
     path = tmp_path / "cut.safetensors"
     path.write_bytes(data[: int(len(data) * kept)] if isinstance(kept, float) else data[:kept])
-    assert "truncated, corrupt or of another format" in refusal(path)
+    text = refusal(path)
+    assert "truncated" in text and "Download it again" in text
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def test_understood(text, gpus, visible, expected):
     "text, gpus, message",
     [
         ("0,7", TWINS, r"GPU 7 does not exist. This machine has 0 \(H200\), 1 \(H200\)"),
-        ("5,6", TWINS, "GPU 5, 6 does not exist"),
+        ("5,6", TWINS, "GPUs 5, 6 do not exist"),
         ("0", (), "no GPU at all; use 'cpu:N'"),
         ("all", (), "no GPU is visible here; use 'cpu:N'"),
         ("1,1", TWINS, "named twice"),

@@ -64,5 +64,5 @@ def test_the_page_tells_values_and_default_of(name):
 
 def test_batch_parallel():
     expected = list(get_args(BatchParallel))
-    assert quoted(rows(section("README.md", "**USP Loader**", "\nThe `MODEL`"))["batch_parallel"][0]) == expected
+    assert quoted(rows(section("README.md", "**USP Loader** (", "\nThe `MODEL`"))["batch_parallel"][0]) == expected
     assert list(rows(section("web/docs/FastUSPLoader.md", "### batch_parallel\n", "\n#"))) == expected

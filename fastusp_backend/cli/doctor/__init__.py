@@ -12,7 +12,7 @@ import sys
 from ... import __version__
 from ...devices import parse_devices
 from ...errors import DeviceError
-from .checks import Check, examine, worst
+from .checks import Check, examine, verdict, worst
 from .facts import SHOWN, Facts, gather
 
 
@@ -53,6 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
             tell(check)
     if arguments.json:
         print(json.dumps(report(facts, checks), indent=1))
+    else:
+        print(f"\n{verdict(checks, facts.devices if facts else None)}")
     return 1 if worst(checks) == "fail" else 0
 
 

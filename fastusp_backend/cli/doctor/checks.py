@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from ...devices import Devices
 from .facts import Facts
 
 TORCH = 2, 7
@@ -36,6 +37,18 @@ class Check:
 
 def worst(checks: list[Check]) -> str:
     return max((check.status for check in checks), key=_WORST_LAST.index, default="ok")
+
+
+def verdict(checks: list[Check], devices: Devices | None) -> str:
+    """What all of it comes to. devices: those that were examined, None if there are none."""
+    failed, warned = ([c.name for c in checks if c.status == status] for status in ("fail", "warn"))
+    if failed:
+        text = f"FastUSP does not work here yet: mend {', '.join(failed)}"
+    else:
+        text = "FastUSP works here" + f"; look at {', '.join(warned)}" * bool(warned)
+    if devices is not None and devices.ranks == 1 and not devices.gpus:
+        text += ". One CPU rank shares nothing: --gpus cpu:2 tries how ranks work together"
+    return text
 
 
 def system(facts: Facts) -> Check:
