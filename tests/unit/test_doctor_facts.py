@@ -1,0 +1,92 @@
+"""What doctor finds out about a machine."""
+
+import argparse
+import dataclasses
+import json
+import os
+
+import pytest
+import torch
+
+from fastusp_backend.cli import doctor
+from fastusp_backend.cli.doctor import checks, facts
+from fastusp_backend.cli.doctor.checks import examine
+from fastusp_backend.cli.doctor.facts import read_topology
+from fastusp_backend.devices import Devices, GpuState, list_gpus
+
+pytestmark = pytest.mark.unit
+
+TOPOLOGY = (
+    "\t\x1b[4mGPU0\tGPU1\tGPU2\tNIC0\tCPU Affinity\tNUMA Affinity\x1b[0m\n"
+    "GPU0\t X \tNV4\tSYS\tPIX\t0-15\t0\n"
+    "GPU1\tNV4\t X \tPHB\tSYS\t0-15\t0\n"
+    "GPU2\tSYS\tPHB\t X \tSYS\t16-31\t1\n"
+    "NIC0\tPIX\tSYS\tSYS\t X \t\t\n\nLegend:\n\n  X    = Self\n"
+)
+
+
+def test_the_topology_is_read():
+    links = read_topology(TOPOLOGY)
+    assert {pair: links[pair] for pair in ("0-1", "0-2", "1-2")} == {"0-1": "NV4", "0-2": "SYS", "1-2": "PHB"}
+
+
+def test_facts_of_a_machine_whose_gpus_torch_cannot_use(monkeypatch, tmp_path):
+    """nvidia-smi tells of two GPUs that are not there."""
+    rows = "\\n".join(f"{i}, H200, GPU-{i}, 9.0" for i in (0, 1))
+    states = "\\n".join(f"{i}, 143771, 143000, Default, Disabled, 580.1" for i in (0, 1))
+    script = f"case $1 in *uuid*) printf '{rows}';; *memory*) printf '{states}';; topo) printf '{{}}';; esac"
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\n" + script.format(TOPOLOGY.replace("\n", "\\n").replace("\t", "\\t")))
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:cudaMallocAsync")
+    monkeypatch.setenv("CC", "/nowhere/cc")
+    list_gpus.cache_clear()
+    try:
+        found = facts.gather(Devices(ranks=2, gpus=(0, 1)), "auto")
+    finally:
+        list_gpus.cache_clear()
+    assert [g.index for g in found.gpus] == [s.index for s in found.states] == [0, 1]
+    assert found.states[1] == GpuState(
+        index=1, total=143771 << 20, free=143000 << 20, compute_mode="Default", mig=False, driver="580.1"
+    )
+    assert found.links["0-1"] == "NV4" and found.probe.torch == str(torch.__version__)
+    assert "/nowhere/cc" in found.compiler_problem and "PYTORCH_CUDA_ALLOC_CONF" in found.dropped
+    assert not found.run_dir_problem and not found.memfd_problem
+    failed = {check.name for check in examine(found) if check.status == "fail"}
+    assert failed >= {"torch", "C compiler"}
+    json.dumps(dataclasses.asdict(found))
+
+
+def test_the_environment_is_shown_as_the_help_says(monkeypatch):
+    told = {"CC": "gcc", "NCCL_DEBUG": "INFO", "PYTORCH_CUDA_ALLOC_CONF": "x"}
+    for name, value in (told | {"FASTUSP_KEY": "secret", "CCACHE_DIR": "x", "MASTER_ADDR": "x", "HOME": "/me"}).items():
+        monkeypatch.setenv(name, value)
+    assert {name for name in os.environ if facts.shown(name)} >= told.keys()
+    assert not any(facts.shown(name) for name in ("FASTUSP_KEY", "CCACHE_DIR", "MASTER_ADDR", "HOME", "TORCH_HOME"))
+    parser = argparse.ArgumentParser()
+    doctor.add_arguments(parser)
+    assert all(pattern in parser.format_help() for pattern in facts.SHOWN)
+
+
+def test_memory_that_cannot_be_sealed_is_told(monkeypatch):
+    made = os.memfd_create
+    assert not facts._try(facts._memfd)
+    monkeypatch.setattr(os, "memfd_create", lambda name, flags: made(name, os.MFD_CLOEXEC))
+    assert "PermissionError" in facts._try(facts._memfd)
+
+
+def test_a_package_that_cannot_be_imported_is_a_fact(monkeypatch, tmp_path):
+    (tmp_path / "msgspec.py").write_text("raise ImportError('broken')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    found = facts.gather(Devices(ranks=1), "cpu:1")
+    assert found.probe.missing == {"msgspec": "ImportError: broken"} and "msgspec" not in found.packages
+    assert checks.worst(examine(found)) == "fail" and found.host_free is None
+
+
+def test_a_look_that_hangs_or_crashes_is_told(monkeypatch):
+    monkeypatch.setattr(facts, "PROBE_SECONDS", 0.01)
+    assert facts._probe(Devices(ranks=1)).error == "torch and CUDA did not answer within 0 s"
+    monkeypatch.setattr(facts, "PROBE_SECONDS", 60)
+    monkeypatch.setattr(facts.sys, "executable", "/bin/false")
+    assert "exit status 1: nothing was printed" in facts._probe(Devices(ranks=1)).error
