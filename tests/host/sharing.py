@@ -32,7 +32,7 @@ pack = sys.modules["fastusp_pack"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(pack)
 from fastusp_pack.fastusp_backend.config import Layout, ModelSpec, Settings  # noqa: E402
 from fastusp_pack.fastusp_backend.devices import Devices  # noqa: E402
-from fastusp_pack.fastusp_backend.errors import PoolError  # noqa: E402
+from fastusp_pack.fastusp_backend.errors import DeviceError, PoolError  # noqa: E402
 from fastusp_pack.fastusp_backend.pool import Progress, Prompt, Session  # noqa: E402
 from fastusp_pack.fastusp_backend.weights.checkpoint import read_header  # noqa: E402
 from fastusp_pack.nodes import memory, pools  # noqa: E402
@@ -163,5 +163,9 @@ assert {name: given[name] for name in call} == call and given["x"] == 1 and give
 # GPUs that torch sees and nvidia-smi does not name are no reason for a CPU rank.
 os.environ["PATH"] = ""
 torch.cuda.device_count = lambda: 2
-assert "torch sees 2 GPUs, but nvidia-smi" in USPLoader.validate_inputs(gpus="auto")
+try:
+    USPLoader.validate_inputs(gpus="auto")
+    raise AssertionError("auto took a CPU rank")
+except DeviceError as error:
+    assert "torch sees 2 GPUs, but nvidia-smi" in str(error)
 print("done")
