@@ -1,4 +1,4 @@
-"""GGUF's block formats, unpacked in torch: weights stay packed in memory.
+"""GGUF's block formats: weights stay packed in memory. GPUs unpack them by a kernel, of which this is the reference.
 
 A row of a matrix is blocks of 32 or 256 values; a block is some bytes: float16 scales (d) and minima (m), small integer
 scales per sub-block, and quants of 2 to 8 bits. Layouts: github.com/ggml-org/ggml, src/ggml-common.h; the order of
@@ -11,8 +11,10 @@ from collections.abc import Callable
 
 import torch
 
+from ..kernels import packed as kernel
+
 PIECE = 1 << 24
-"""Values unpacked at a time: what is in between takes a few times 64 MB."""
+"""Values that the CPU unpacks at a time: what is in between takes a few times 64 MB."""
 
 
 def unpack(
@@ -23,6 +25,9 @@ def unpack(
     values, size, function = PACKINGS[packing]
     rows = data.reshape(-1, data.shape[-1])
     out = torch.empty(len(rows), data.shape[-1] // size * values, dtype=dtype, device=data.device)
+    if kernel.available(data.device):
+        kernel.unpack(rows, packing, values, size, out, low_rank and low_rank[0] @ low_rank[1])
+        return out.view(*data.shape[:-1], -1)
     count = max(1, PIECE // out.shape[1])
     for start in range(0, len(rows), count):
         piece = slice(start, start + count)
@@ -32,6 +37,13 @@ def unpack(
             unpacked += up[piece] @ down
         out[piece] = unpacked
     return out.view(*data.shape[:-1], -1)
+
+
+def bytes_of(columns: slice, packing: str, width: int) -> slice | None:
+    """Where the values of some columns lie in rows of `width` bytes; None where they do not begin and end at blocks."""
+    values, size, _ = PACKINGS[packing]
+    start, stop, _ = columns.indices(width // size * values)
+    return None if start % values or stop % values else slice(start // values * size, stop // values * size)
 
 
 def _half(blocks: torch.Tensor, start: int) -> torch.Tensor:

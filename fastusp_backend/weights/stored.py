@@ -8,7 +8,7 @@ import torch
 from ..config import ModelSpec
 from ..kernels.eight_bits import quantise
 from .headers import FP8, TensorInfo
-from .packing import unpack
+from .packing import bytes_of, unpack
 
 
 @dataclass(slots=True, eq=False)
@@ -31,8 +31,12 @@ class Stored:
         data = self.data[rows]
         if self.packing:
             low_rank = self.low_rank and (self.low_rank[0][rows], self.low_rank[1])
-            values = unpack(data, self.packing, dtype, low_rank)
-            return values if columns is None else values[:, columns]
+            within = None if columns is None else bytes_of(columns, self.packing, data.shape[1])
+            if within is None:
+                values = unpack(data, self.packing, dtype, low_rank)
+                return values if columns is None else values[:, columns]
+            low_rank = low_rank and (low_rank[0], low_rank[1][:, columns])
+            return unpack(data[:, within], self.packing, dtype, low_rank)
         # What is scaled below is a copy, whatever the stored type.
         values = (data if columns is None else data[:, columns]).to(dtype, copy=self.scale is not None)
         if self.scale is None:

@@ -1,9 +1,11 @@
-"""The Triton kernels of the fp8 wire and of the ring's merge against their plain torch references."""
+"""The Triton kernels of the fp8 wire, the ring's merge and packed weights against their plain torch references."""
 
 import pytest
 import torch
+from formats import HALVES, random_blocks
 
-from fastusp_backend.kernels import eight_bits, merge
+from fastusp_backend.kernels import eight_bits, merge, packed
+from fastusp_backend.weights import packing
 
 pytestmark = [
     pytest.mark.gpu,
@@ -86,3 +88,19 @@ def test_the_merge_equals_its_reference(dtype):
     merge.merge_reference(expected, expected_lse, part, part_lse)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", HALVES)
+def test_blocks_are_unpacked_as_the_reference_does(name, dtype):
+    values, size, _ = packing.PACKINGS[name]
+    data, added = torch.from_numpy(random_blocks(name, 77, 768, seed=1)), rows(77, 512, dtype=dtype)
+    for within in (slice(None), slice(256 // values * size, None)):
+        part = data[:, within]
+        want, columns = packing.unpack(part, name, torch.float32).cuda(), part.shape[1] // size * values
+        out = torch.empty(77, columns, dtype=dtype, device="cuda")
+        packed.unpack(data.cuda()[:, within], name, values, size, out)
+        assert torch.equal(out, want.to(dtype))
+        if columns == 512:
+            packed.unpack(data.cuda()[:, within], name, values, size, out, added)
+            assert torch.equal(out, (want + added.float()).to(dtype))

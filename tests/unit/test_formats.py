@@ -10,7 +10,7 @@ import pytest
 import torch
 from formats import FORMATS, HALVES, PREFIX, random_blocks, write
 from safetensors.torch import load_file, save_file
-from support import SMALL, OneRank, inputs, load_model, spec_of
+from support import SMALL, OneRank, inputs, load_model, randn, spec_of
 
 from fastusp_backend.config import ModelSpec, Settings
 from fastusp_backend.engine.loading import Checkpoint
@@ -140,6 +140,22 @@ def test_unpacking_is_the_reference_bit_by_bit(name, monkeypatch):
     for dtype in (torch.float32, torch.bfloat16):
         got = packing.unpack(torch.from_numpy(data), name, dtype)
         assert torch.equal(got, torch.from_numpy(expected).to(dtype))
+
+
+@pytest.mark.parametrize("name", ["Q5_0", "Q4_K"])
+@pytest.mark.parametrize("columns", [slice(256, 512), slice(None, 256), slice(100, 300), slice(None)])
+def test_only_the_blocks_of_the_columns_are_unpacked(name, columns, monkeypatch):
+    unpacked = []
+    function = packing.PACKINGS[name][2]
+    counted = (*packing.PACKINGS[name][:2], lambda blocks: unpacked.append(function(blocks)) or unpacked[-1])
+    monkeypatch.setitem(packing.PACKINGS, name, counted)
+    low_rank = randn(7, 2, seed=1), randn(2, 512, seed=2)
+    stored = Stored(torch.from_numpy(random_blocks(name, 7, 512, seed=3)), None, name, low_rank)
+    want = stored.values(torch.float32)[2:5, columns]
+    unpacked.clear()
+    torch.testing.assert_close(stored.values(torch.float32, slice(2, 5), columns), want)
+    count = 512 if columns.start == 100 else want.shape[1]
+    assert sum(t.numel() for t in unpacked) == 3 * count
 
 
 def test_all_formats_are_tested():
