@@ -43,11 +43,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--file", type=Path, required=True)
     made.add_argument("--weight-dtype", default="default", help="of both loaders, as fp8_e4m3fn")
     made.add_argument("--gpus", default="all", help="of USP Loader; cpu:2 runs all of it on the CPU, a tiny file then")
-    made.add_argument("--configs", default=f"{STOCK};USP;USP, linear fp8", help="of: " + "; ".join(configs()))
+    made.add_argument(
+        "--configs", default=f"{STOCK};USP;USP, linear fp8", help=f"{STOCK} first; of: " + "; ".join(configs())
+    )
     made.add_argument("--size", type=int, default=1024)
     made.add_argument("--text", type=int, default=512)
     made.add_argument("--steps", type=int, default=20)
-    made.add_argument("--prompts", type=int, default=4, help="of each configuration")
+    made.add_argument("--prompts", type=int, default=4, help="of each configuration, at least 2")
     made.add_argument("--shared", type=float, help="GB of the first GPU that all have together")
     return made
 
@@ -108,7 +110,7 @@ def turns(host: ComfyUI, a: argparse.Namespace) -> None:
             (device, *_), pools = host.get("/system_stats")["devices"], host.get("/fastusp/status")["pools"]
             held = "; ".join(f"{pool['held']}" for pool in pools)
             mine = device["torch_vram_total"] / 1e9
-            workers = sum(gb for pid, gb in used_by_process().items() if pid not in (os.getpid(), host.process.pid))
+            workers = sum(used_by_process().get(pid, 0.0) for pool in pools for pid in pool["pids"])
             free = device["vram_free"] / 1e9
             print(f"| {name} | {took:.2f} | {mine:.1f} | {workers:.1f} | {held} | {free:.1f} |", flush=True)
 
@@ -122,6 +124,9 @@ def used_by_process() -> dict[int, float]:
 
 def main() -> None:
     a = parser().parse_args()
+    names = a.configs.split(";")
+    if names[0] != STOCK or not set(names) <= set(configs()) or a.prompts < 2:
+        raise SystemExit(f"--configs are {STOCK}, then any of: {'; '.join(configs())}; --prompts is 2 or more")
     cpu = a.gpus.startswith("cpu")
     if not a.file.exists():
         device = torch.device("cpu" if cpu else "cuda")

@@ -96,7 +96,7 @@ def gpu_states() -> tuple[GpuState, ...]:
 
 
 def _bytes(mebibytes: str) -> int | None:
-    return None if mebibytes in ("[N/A]", "[Not Supported]") else int(mebibytes) << 20
+    return int(mebibytes) << 20 if mebibytes.isdigit() else None  # [N/A], [Insufficient Permissions]
 
 
 def _query(fields: str, make: Callable[..., T]) -> tuple[T, ...]:

@@ -12,7 +12,7 @@ from .pools import all_pools
 log = logging.getLogger(__name__)
 
 _logged = ""
-"""The last line, which is not logged again: a sampler that steps from ComfyUI reports at each step."""
+"""The last line. A phase is not logged twice: a sampler that steps from ComfyUI reports at each step."""
 
 
 class NodeStatus:
@@ -21,7 +21,7 @@ class NodeStatus:
     def __init__(self, headline: str):
         self._headline = headline
         self._covered = False
-        _tell(headline)
+        _tell(headline, again=True)
 
     def phase(self, text: str) -> None:
         self._covered = True
@@ -49,11 +49,11 @@ def node_status() -> NodeStatus:
     return _current.get()
 
 
-def _tell(text: str) -> None:
-    """On the node, and in the log where it is news."""
+def _tell(text: str, *, again: bool = False) -> None:
+    """On the node, and in the log where it is news, or again."""
     global _logged
     _show(text)
-    if text != _logged:
+    if again or text != _logged:
         _logged = text
         log.info("%s", text)
 

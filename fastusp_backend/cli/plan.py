@@ -2,10 +2,10 @@
 
 import argparse
 
-from ..devices import Devices, gpu_states, parse_devices
+from ..devices import Devices, gpu_states
 from ..models.holding import rank_bytes
 from ..planner import legal_layouts, plan
-from .inputs import describe
+from .inputs import describe, devices_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    devices = parse_devices(arguments.gpus)
+    devices = devices_of(arguments.gpus)
     heads, nbytes = 24, None
     if arguments.model:
         header, config, spec = describe(arguments.model, devices)

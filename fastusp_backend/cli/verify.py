@@ -7,11 +7,10 @@ import torch
 from tqdm import tqdm
 
 from ..config import Layout, Settings
-from ..devices import parse_devices
 from ..errors import FastUSPError
 from ..planner import plan
 from ..pool import Pool, Progress, Session
-from .inputs import BOUNDS, add_sizes, describe, difference, random_inputs
+from .inputs import BOUNDS, add_sizes, describe, devices_of, difference, random_inputs
 
 TIMESTEPS = (0.95, 0.6, 0.2)
 
@@ -30,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    path, devices = arguments.model, parse_devices(arguments.gpus)
+    path, devices = arguments.model, devices_of(arguments.gpus)
     _, config, spec = describe(path, devices)
     layout = plan(devices.ranks, config.heads, ulysses=arguments.ulysses, ring=arguments.ring)
     given = random_inputs(config, arguments.size, arguments.text)

@@ -13,6 +13,7 @@ from .qwen_image import QwenImageConfig
 FAMILIES: tuple[type[Config], ...] = (Flux2Config, FluxConfig, QwenImageConfig)
 """In the order of asking: FLUX.2's files have FLUX.1's marks, too."""
 RUNS = ", ".join(family.runs for family in FAMILIES)
+OTHERS = "for other diffusion models use Load Diffusion Model, or Load Checkpoint where the file is an all-in-one one"
 
 # Parts of keys of files that hold no diffusion model, checked in this order: where in the key (its start, or anywhere),
 # what the file holds, and the node that loads it.
@@ -20,13 +21,18 @@ _PARTS: tuple[tuple[re.Pattern, str, str], ...] = tuple(
     (re.compile(mark), what, advice)
     for mark, what, advice in (
         (
-            r"^lora_|\.lora_(A|B|up|down)\.|\.(hada_w1|lokr_w1|oft_blocks)",
+            r"^lora_|lora\d?[._](A|B|up|down)\.|\.(hada_w1|lokr_w1|oft_blocks)|\.diff(_b)?$|\.a1\.weight$",
             "a LoRA",
             "load it with LoraLoaderModelOnly after USP Loader",
         ),
-        (r"^controlnet_", "a ControlNet", "load it with Load ControlNet Model and apply it to the prompt"),
         (
-            r"^(text_model|model\.layers|language_model|encoder\.block|enc\.blk|blk)\.|^shared\.weight",
+            r"^control(net_|_blocks\.|_model\.)",
+            "a ControlNet",
+            "load it with Load ControlNet Model and apply it to the prompt",
+        ),
+        (
+            r"^(text_model|model\.layers|language_model|transformer\.resblocks|enc\.blk|blk)\.|^shared\.weight"
+            r"|^encoder\.(block|embed_tokens|final_layer_norm)\.",
             "a text encoder",
             "load it with DualCLIPLoader (FLUX.1) or CLIPLoader (FLUX.2, Qwen-Image), from models/text_encoders",
         ),
@@ -60,16 +66,13 @@ def detect(header: dict[str, TensorInfo], path: str) -> Config:
             raise CheckpointError(f"{path} holds {part}, not a diffusion model: {advice}")
     for mark, foreign in _FOREIGN:
         if any(key.startswith(mark) for key in header):
-            raise CheckpointError(
-                f"{path} holds {foreign}, which FastUSP does not run yet; it runs {RUNS}; use Load Diffusion Model"
-            )
+            raise CheckpointError(f"{path} holds {foreign}, which FastUSP does not run yet; it runs {RUNS}; {OTHERS}")
     family = next((family for family in FAMILIES if family.marks <= header.keys()), None)
     if family is None:
         some = ", ".join(sorted(header)[:3]) or "no tensors at all"
         names = " or ".join(family.family for family in FAMILIES)
         raise CheckpointError(
-            f"{path} is no {names} transformer in its original key layout: it begins with {some}; "
-            "use Load Diffusion Model"
+            f"{path} is no {names} transformer in its original key layout: it begins with {some}; {OTHERS}"
         )
     check_types(header, path)
     return family.from_sizes(Sizes(header, path, family.family))

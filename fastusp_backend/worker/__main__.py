@@ -66,8 +66,8 @@ def _wake_compiler(device: torch.device) -> None:
     try:
         wake_compiler(device)
         log.info("the compiler is there after %.1f s", time.perf_counter() - started)
-    except RuntimeError as error:  # a matter of the requests that want it
-        log.warning("torch.compile does not work here: %s", error)
+    except Exception as error:  # of any kind; a matter of the requests that want it
+        log.warning("torch.compile does not work here: %s: %s", type(error).__name__, error)
 
 
 def main() -> int:

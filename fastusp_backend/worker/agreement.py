@@ -42,6 +42,7 @@ class Agreement:
             problem = f"out_of_memory\n{explain(error, doing, self._engine.held())}"
         for rank, text in enumerate(self._crew.gather(problem)):
             if text:
+                result = None  # the error's traceback holds it, and with it buffers and graphs that are to go
                 raise Refused(rank, *text.split("\n", 1))
         self.doing = EVALUATING
         return result

@@ -120,6 +120,7 @@ class Runner:
             unknown = request.options.keys() - SAMPLERS[request.sampler].options.keys()
             if unknown:
                 raise RequestError(f"sampler {request.sampler!r} has no option {', '.join(sorted(unknown))}")
+            denoiser = self._engine.denoiser(request.layout, request.settings)  # an exchange, before any rank can fail
             tensors = self._here(sent)
             x, sigmas = take(tensors, "x"), take(tensors, "sigmas").cpu()
             if sigmas.dim() != 1 or not len(sigmas):
@@ -130,7 +131,6 @@ class Runner:
                 raise RequestError(
                     f"{request.sampler} takes {draws} draws of noise {tuple(x.shape)}, got {tuple(noise.shape)}"
                 )
-            denoiser = self._engine.denoiser(request.layout, request.settings)
             methods = request.reference_methods
             positive = conditioning_of(tensors, "positive.", methods.get("positive"))
             negative = None
@@ -184,10 +184,10 @@ class Runner:
 
     def _evaluate(self, request: Evaluate, sent: Tensors) -> None:
         def prepare() -> tuple[BatchedDenoiser, Conditioning, torch.Tensor, torch.Tensor, Residuals]:
+            denoiser = self._engine.denoiser(request.layout, request.settings)  # an exchange, before any rank can fail
             tensors = self._here(sent)
             x, conditioning = take(tensors, "x"), self._prompts.conditioning(request, tensors)
             control = residuals_of(request.control, tensors)
-            denoiser = self._engine.denoiser(request.layout, request.settings)
             denoiser.check(x, [conditioning], control)
             timestep = take(tensors, "timestep").cpu()
             if timestep.shape != x.shape[:1]:

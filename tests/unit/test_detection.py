@@ -12,7 +12,7 @@ from support import SMALL, load_model, spec_of
 
 from fastusp_backend.config import ModelSpec
 from fastusp_backend.errors import CheckpointError
-from fastusp_backend.models.detection import detect
+from fastusp_backend.models.detection import OTHERS, detect
 from fastusp_backend.models.synthetic import FLUX_DEV, write_flux
 from fastusp_backend.weights.checkpoint import TensorInfo, read_header
 
@@ -122,7 +122,7 @@ def test_other_families_are_refused_by_name(tmp_path, family, keys):
     path = tmp_path / "other.safetensors"
     save_file({key: torch.zeros(2, 2) for key in keys}, path)
     text = refusal(path)
-    assert family in text and text.endswith("use Load Diffusion Model")
+    assert family in text and text.endswith(OTHERS)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +132,11 @@ def test_other_families_are_refused_by_name(tmp_path, family, keys):
         ("a LoRA", "LoraLoaderModelOnly", ["transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight"]),
         ("a LoRA", "LoraLoaderModelOnly", ["diffusion_model.img_in.lora_up.weight", "diffusion_model.img_in.alpha"]),
         ("a LoRA", "LoraLoaderModelOnly", ["double_blocks.0.img_attn.proj.lokr_w1", "img_in.lora_A.default.weight"]),
+        ("a LoRA", "LoraLoaderModelOnly", ["double_blocks.0.processor.proj_lora1.down.weight"]),
+        ("a LoRA", "LoraLoaderModelOnly", ["unet.mid_block.attn1.processor.to_q_lora.up.weight"]),
+        ("a LoRA", "LoraLoaderModelOnly", ["diffusion_model.img_in.diff", "diffusion_model.img_in.diff_b"]),
+        ("a ControlNet", "Load ControlNet Model", ["control_blocks.0.after_proj.weight", "control_img_in.weight"]),
+        ("a text encoder", "CLIPLoader", ["encoder.embed_tokens.weight", "encoder.final_layer_norm.weight"]),
         ("a ControlNet", "Load ControlNet Model", ["controlnet_blocks.0.weight", "txt_norm.weight", "img_in.weight"]),
         ("a text encoder", "CLIPLoader", ["text_model.encoder.layers.0.mlp.fc1.weight"]),
         ("a text encoder", "CLIPLoader", ["encoder.block.0.layer.0.SelfAttention.k.weight", "shared.weight"]),

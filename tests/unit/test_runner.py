@@ -1,5 +1,6 @@
 """A rank refuses together with the others, and makes no mesh before all of them hold the model."""
 
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -157,6 +158,29 @@ def test_an_evaluation_that_does_not_fit_drops_what_others_left_but_not_the_weig
     assert (engine.releases, engine.drops) == (0, 1)
 
 
+def test_what_was_prepared_is_gone_when_evaluations_are_dropped():
+    class Denoiser:
+        def check(self, *_):
+            pass
+
+        reserve = check
+
+    class LateCrew(Crew):
+        def gather(self, text):
+            return [text, "out_of_memory\nnot enough" if made else ""]
+
+    def denoiser(*_):
+        new = Denoiser()
+        made.append(weakref.ref(new))
+        return new
+
+    made, engine, control = [], Engine(), Control({"timestep": torch.ones(1)})
+    engine.denoiser = denoiser
+    engine.drop_evaluations = lambda: made.append(made[0]())
+    Runner(LateCrew(""), engine, control).serve()
+    assert control.sent[-1].kind == "out_of_memory" and made[1] is None
+
+
 def test_a_lack_of_memory_within_an_evaluation_ends_the_pool_and_says_why():
     class Denoiser:
         def check(self, *_):
@@ -172,7 +196,11 @@ def test_a_lack_of_memory_within_an_evaluation_ends_the_pool_and_says_why():
 
 
 def test_tensors_that_do_not_fit_the_device_are_refused():
-    failed = serve(Engine(), "", {"y": SimpleNamespace(to=fail(torch.OutOfMemoryError(CUDA_ALLOCATOR)))})
+    """Once the mesh is made: the other ranks, whose tensors may fit, would wait there."""
+    engine, meshes = Engine(), []
+    engine.denoiser = lambda layout, _: meshes.append(layout)
+    failed = serve(engine, "", {"y": SimpleNamespace(to=fail(torch.OutOfMemoryError(CUDA_ALLOCATOR)))})
+    assert meshes == [REQUEST.layout]
     assert failed.kind == "out_of_memory" and "made room for an evaluation: it asked for 2.50 GiB" in failed.text
 
 
