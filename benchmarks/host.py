@@ -110,7 +110,7 @@ def turns(host: ComfyUI, a: argparse.Namespace) -> None:
             (device, *_), pools = host.get("/system_stats")["devices"], host.get("/fastusp/status")["pools"]
             held = "; ".join(f"{pool['held']}" for pool in pools)
             mine = device["torch_vram_total"] / 1e9
-            workers = sum(used_by_process().get(pid, 0.0) for pool in pools for pid in pool["pids"])
+            workers = sum(used_by_process().get(pid, 0.0) for pool in pools for pid in pool.get("pids", ()))
             free = device["vram_free"] / 1e9
             print(f"| {name} | {took:.2f} | {mine:.1f} | {workers:.1f} | {held} | {free:.1f} |", flush=True)
 
