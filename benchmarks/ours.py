@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from common import Case, Inputs, random_inputs
+from storages import STORAGES
 from variants import VARIANTS, Variant
 
 from fastusp_backend.comm.mesh import Mesh, make_mesh, single_rank_mesh
@@ -12,6 +13,7 @@ from fastusp_backend.comm.transport import Transport
 from fastusp_backend.config import Layout
 from fastusp_backend.engine import BatchedDenoiser, Denoiser
 from fastusp_backend.models.family import Transformer
+from fastusp_backend.weights.stored import Stored
 
 Run = Callable[[], torch.Tensor]
 
@@ -20,6 +22,8 @@ def evaluation(model: Transformer, mesh: Mesh, transport: Transport, variant: Va
     """One step's evaluations: () -> velocities (prompts, B, C, h, w)."""
     if variant.settings.linear == "fp8":
         model = held_by_rows(model)
+    if variant.storage:
+        model = held(model, lambda stored: STORAGES[variant.storage](stored.data))
     batched = BatchedDenoiser(Denoiser(model, mesh, transport, variant.settings, dtype))
     batched.check(given.x, given.prompts)
     timesteps = given.timestep[None].to(given.x.device)
@@ -36,13 +40,18 @@ def evaluation(model: Transformer, mesh: Mesh, transport: Transport, variant: Va
 
 
 def held_by_rows(model: Transformer) -> Transformer:
-    """The same model with weights for products in fp8; it shares all others."""
+    """The same model with weights for products in fp8."""
+    return held(model, Stored.by_rows)
+
+
+def held(model: Transformer, how: Callable[[Stored], Stored]) -> Transformer:
+    """The same model with other weights in the blocks' products; it shares all others."""
     with torch.device("meta"):
-        held = model.config.build()
-    held.load_state_dict(model.state_dict(), assign=True)
-    for layer in held.products():
-        layer.stored = layer.stored.by_rows()
-    return held.eval()
+        made = model.config.build()
+    made.load_state_dict(model.state_dict(), assign=True)
+    for layer in made.products():
+        layer.stored = how(layer.stored)
+    return made.eval()
 
 
 def runs(job: dict, model: Transformer, dtype, device) -> Iterator[tuple[dict, Callable[[], Run]]]:

@@ -1,6 +1,6 @@
 """Our configurations by name, as options of USP Optimization Settings."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import paths  # noqa: F401
 
@@ -10,10 +10,12 @@ from fastusp_backend.config import Settings
 @dataclass(frozen=True, slots=True)
 class Variant:
     """every_step: modulations are computed at each step, as other engines do, instead of once a prompt. That is no
-    option of the product: the benchmark computes them beside the evaluation."""
+    option of the product: the benchmark computes them beside the evaluation. storage: of the blocks' weights, of
+    `storages.STORAGES`; else they are as the model has them."""
 
     settings: Settings
     every_step: bool = False
+    storage: str = ""
 
     @property
     def gpu_only(self) -> bool:
@@ -21,12 +23,12 @@ class Variant:
 
     @property
     def lossy(self) -> bool:
-        return self.settings.wire != "exact" or self.settings.linear != "exact"
+        return self.settings.wire != "exact" or self.settings.linear != "exact" or bool(self.storage)
 
 
-def _variant(*, every_step: bool = False, **options) -> Variant:
+def _variant(*, storage: str = "", **options) -> Variant:
     plain = {"compile": False, "cuda_graphs": False, "overlap": False, "ring_pipeline": False}
-    return Variant(Settings(**(plain | options)), every_step)
+    return Variant(Settings(**(plain | options)), storage=storage)
 
 
 _COMPILE = {"compile": True}
@@ -46,11 +48,13 @@ VARIANTS = {
     "wire-fp8-unpipelined": _variant(**_OVERLAP, wire="fp8"),
     "linear-fp8": _variant(**_LOSSLESS, linear="fp8"),
     "fp8": _variant(**_LOSSLESS, wire="fp8", linear="fp8"),
+    **{f"weights-{storage}": _variant(**_LOSSLESS, storage=storage) for storage in ("fp8", "Q8_0", "Q4_0")},
+    "weights-Q4_0-eager": _variant(storage="Q4_0"),
     "wire-fp8-eager": _variant(wire="fp8", overlap=True, ring_pipeline=True),
     "linear-fp8-eager": _variant(linear="fp8"),
     "graph-no-compile": _variant(cuda_graphs=True, overlap=True),
 }
-VARIANTS |= {f"{name}+mods": Variant(variant.settings, every_step=True) for name, variant in VARIANTS.items()}
+VARIANTS |= {f"{name}+mods": replace(variant, every_step=True) for name, variant in VARIANTS.items()}
 """`+mods`: modulations at every step."""
 
 

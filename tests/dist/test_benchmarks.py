@@ -14,8 +14,8 @@ TINY = ("--tiny", "--device", "cpu", "--text", "8", "--count", "1")
 
 
 COMMANDS = {
-    "step": ("step.py", "--sizes", "64", "--variants", "eager-overlap,wire-fp8-eager,linear-fp8-eager,overlap", "--no-repeat")
-    + ("--peers", "diffusers-1gpu,diffusers-ring"),
+    "step": ("step.py", "--sizes", "64", "--variants", "eager-overlap,wire-fp8-eager,linear-fp8-eager,weights-Q4_0-eager,overlap")
+    + ("--peers", "diffusers-1gpu,diffusers-ring", "--no-repeat"),
     "ablation": ("ablation.py", "--size", "64", "--model", "qwen"),
 }
 
@@ -50,10 +50,11 @@ def test_a_step_beside_a_peer(results):
         ("ours", "eager-overlap", 2),
         ("ours", "wire-fp8-eager", 2),
         ("ours", "linear-fp8-eager", 2),
+        ("ours", "weights-Q4_0-eager", 2),
         ("diffusers-1gpu", "eager", 1),
     ]
-    exact, wire, linear, peer = (row["error"] for row in found["rows"])
-    assert max(exact, peer) < 1e-5 < 1e-3 < min(wire, linear) and max(wire, linear) < 0.1
+    exact, wire, linear, packed, peer = (row["error"] for row in found["rows"])
+    assert max(exact, peer) < 1e-5 < 1e-3 < min(wire, linear, packed) and max(wire, linear) < 0.1 and packed < 0.3
     skipped = ("diffusers-ring", "overlap", "compile", "graph")
     assert found["problems"] == [f"{name}: skipped, for GPUs only" for name in skipped]
 
