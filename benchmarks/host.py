@@ -133,13 +133,12 @@ def main() -> None:
         write_model(a.file, CONFIGS["flux", cpu], device, torch.float32 if cpu else torch.bfloat16)
     if a.python:
         os.environ["COMFYUI_PYTHON"] = a.python
-    hog = None
     with tempfile.TemporaryDirectory(prefix="fastusp-bench-") as folder:
         base = Path(folder)
         (base / "models/diffusion_models").mkdir(parents=True)
         (base / "models/diffusion_models" / a.file.name).symlink_to(a.file.resolve())
         if a.shared:
-            hog = torch.empty(int(torch.cuda.mem_get_info(0)[0] - a.shared * 1e9), dtype=torch.uint8, device="cuda:0")
+            _hog = torch.empty(int(torch.cuda.mem_get_info(0)[0] - a.shared * 1e9), dtype=torch.uint8, device="cuda:0")
         host = ComfyUI(a.comfyui.expanduser(), base, ["--cpu"] if cpu else [])
         try:
             host.wait_until_ready()
@@ -149,7 +148,6 @@ def main() -> None:
             raise
         finally:
             host.stop()
-            del hog
 
 
 if __name__ == "__main__":

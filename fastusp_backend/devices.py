@@ -182,6 +182,13 @@ def parse_devices(
     )
 
 
+def local_devices(text: str) -> Devices:
+    """`parse_devices` where torch works, and may see GPUs that nvidia-smi does not name."""
+    import torch  # not above: doctor reads `gpus` where torch is broken
+
+    return parse_devices(text, seen_by_torch=torch.cuda.device_count())
+
+
 @functools.cache
 def _tell_of_no_gpu() -> None:
     """Once a process."""

@@ -3,10 +3,8 @@
 import os
 from typing import get_args
 
-import torch
-
 from ..fastusp_backend.config import BatchParallel, ModelSpec, Settings, Storage
-from ..fastusp_backend.devices import Devices, parse_devices, supports_bfloat16
+from ..fastusp_backend.devices import local_devices, supports_bfloat16
 from ..fastusp_backend.errors import CheckpointError
 from ..fastusp_backend.models.detection import Config, detect
 from ..fastusp_backend.planner import plan_batches
@@ -100,7 +98,7 @@ class USPLoader(io.ComfyNode):
         Raises FastUSPError, which ComfyUI shows once, at this node; a text that is returned it would repeat for each of
         these inputs.
         """
-        devices = _devices(gpus) if gpus is not None else None
+        devices = local_devices(gpus) if gpus is not None else None
         if unet_name is None:
             return True
         config = _read(unet_name)[2]
@@ -127,7 +125,7 @@ class USPLoader(io.ComfyNode):
         batch_parallel: BatchParallel = "auto",
     ) -> io.NodeOutput:
         path, header, config = _read(unet_name)
-        devices = _devices(gpus)
+        devices = local_devices(gpus)
         types = choose_types(
             STORAGE[weight_dtype],
             main_dtype(header),
@@ -144,10 +142,6 @@ class USPLoader(io.ComfyNode):
         model = remote_model(session, header)
         session.pool.start()
         return io.NodeOutput(model)
-
-
-def _devices(gpus: str) -> Devices:
-    return parse_devices(gpus, seen_by_torch=torch.cuda.device_count())
 
 
 def _path(unet_name: str) -> str:

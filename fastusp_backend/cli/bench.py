@@ -10,11 +10,11 @@ import torch
 from tqdm import tqdm
 
 from ..config import Layout, ModelSpec, Settings
-from ..devices import Devices
+from ..devices import Devices, local_devices
 from ..errors import PoolError, RequestError
 from ..planner import legal_layouts
 from ..pool import Pool, Progress, Prompt, Session
-from .inputs import add_sizes, describe, devices_of, random_inputs
+from .inputs import add_sizes, describe, random_inputs
 from .limit import limit
 
 WARM_UP = {"cuda": 3, "cpu": 1}
@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    path, devices = arguments.model, devices_of(arguments.gpus)
+    path, devices = arguments.model, local_devices(arguments.gpus)
     if arguments.steps < 1:
         raise RequestError(f"--steps {arguments.steps}: at least 1 step must be timed")
     _, config, spec = describe(path, devices)

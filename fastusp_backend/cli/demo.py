@@ -8,11 +8,10 @@ import torch
 from tqdm import tqdm
 
 from ..config import ModelSpec, Settings
-from ..devices import Devices
+from ..devices import Devices, local_devices
 from ..models.synthetic import TINY_FLUX, write_flux
 from ..planner import plan
 from ..pool import Pool, Progress, Prompt, Session
-from .inputs import devices_of
 from .preview import latent_picture
 
 TOLERANCE = 2e-5
@@ -28,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    devices = devices_of(arguments.gpus)
+    devices = local_devices(arguments.gpus)
     arguments.output.mkdir(parents=True, exist_ok=True)
     checkpoint = arguments.output / "tiny_flux.safetensors"
     write_flux(str(checkpoint), TINY_FLUX)

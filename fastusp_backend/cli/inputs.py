@@ -1,4 +1,4 @@
-"""What commands are given: devices, a file's model on them, and random inputs of its shapes."""
+"""What commands are given: a file's model on some devices, and random inputs of its shapes."""
 
 import argparse
 import re
@@ -6,7 +6,7 @@ import re
 import torch
 
 from ..config import ModelSpec
-from ..devices import Devices, parse_devices, supports_bfloat16
+from ..devices import Devices, supports_bfloat16
 from ..models.detection import detect
 from ..models.family import Config
 from ..pool import Prompt
@@ -30,11 +30,6 @@ def pixels(text: str) -> tuple[int, int]:
     if min(size) < 16:
         raise argparse.ArgumentTypeError(f"{text!r} is no size: expected pixels, 16 or more, as 1024 or 1280x720")
     return size
-
-
-def devices_of(gpus: str) -> Devices:
-    """`parse_devices` where torch may see GPUs that nvidia-smi does not name."""
-    return parse_devices(gpus, seen_by_torch=torch.cuda.device_count())
 
 
 def describe(path: str, devices: Devices) -> tuple[dict[str, TensorInfo], Config, ModelSpec]:

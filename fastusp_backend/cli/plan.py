@@ -2,10 +2,10 @@
 
 import argparse
 
-from ..devices import Devices, gpu_states
+from ..devices import Devices, gpu_states, local_devices
 from ..models.holding import rank_bytes
 from ..planner import legal_layouts, plan
-from .inputs import describe, devices_of
+from .inputs import describe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    devices = devices_of(arguments.gpus)
+    devices = local_devices(arguments.gpus)
     heads, nbytes = 24, None
     if arguments.model:
         header, config, spec = describe(arguments.model, devices)

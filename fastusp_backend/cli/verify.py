@@ -7,10 +7,11 @@ import torch
 from tqdm import tqdm
 
 from ..config import Layout, Settings
+from ..devices import local_devices
 from ..errors import FastUSPError
 from ..planner import plan
 from ..pool import Pool, Progress, Session
-from .inputs import BOUNDS, add_sizes, describe, devices_of, difference, random_inputs
+from .inputs import BOUNDS, add_sizes, describe, difference, random_inputs
 
 TIMESTEPS = (0.95, 0.6, 0.2)
 
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    path, devices = arguments.model, devices_of(arguments.gpus)
+    path, devices = arguments.model, local_devices(arguments.gpus)
     _, config, spec = describe(path, devices)
     layout = plan(devices.ranks, config.heads, ulysses=arguments.ulysses, ring=arguments.ring)
     given = random_inputs(config, arguments.size, arguments.text)

@@ -20,7 +20,8 @@ KEPT_ROWS = 64
 """Evaluations whose modulations are kept per prompt: 2.1 MB each for FLUX.1, 0.2 for FLUX.2, 4.4 for Qwen-Image in
 bf16, batch 1."""
 AT_ONCE = 64
-"""Rows, each for one image, that are computed and gathered at a time: 135 and 280 MB, twice on several ranks."""
+"""Rows, each for one image, that are computed and gathered at a time: 135 and 280 MB, as they are gathered and
+once more in order."""
 
 Timesteps = tuple[float, ...]
 """Of a batch's images."""

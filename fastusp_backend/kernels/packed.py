@@ -16,10 +16,6 @@ _TILE = 1024
 """Values of a program."""
 
 
-def available(device: torch.device) -> bool:
-    return device.type == "cuda" and triton is not None
-
-
 def unpack(
     packed: torch.Tensor, packing: str, values: int, size: int, out: torch.Tensor, added: torch.Tensor | None = None
 ) -> None:

@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 import torch
 
-from ..kernels import packed as kernel
+from ..kernels import packed
+from ..kernels.tokens import available
 
 PIECE = 1 << 24
 """Values that the CPU unpacks at a time: what is in between takes a few times 64 MB."""
@@ -25,8 +26,8 @@ def unpack(
     values, size, function = PACKINGS[packing]
     rows = data.reshape(-1, data.shape[-1])
     out = torch.empty(len(rows), data.shape[-1] // size * values, dtype=dtype, device=data.device)
-    if kernel.available(data.device):
-        kernel.unpack(rows, packing, values, size, out, low_rank and low_rank[0] @ low_rank[1])
+    if available(data.device):
+        packed.unpack(rows, packing, values, size, out, low_rank and low_rank[0] @ low_rank[1])
         return out.view(*data.shape[:-1], -1)
     count = max(1, PIECE // out.shape[1])
     for start in range(0, len(rows), count):
