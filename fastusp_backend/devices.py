@@ -192,7 +192,7 @@ def local_devices(text: str) -> Devices:
 @functools.cache
 def _tell_of_no_gpu() -> None:
     """Once a process."""
-    log.warning("gpus = 'auto': no GPU is visible here, so one CPU rank serves; 'cpu:N' takes N")
+    log.warning("FastUSP: gpus = 'auto': no GPU is visible here, so one CPU rank serves; 'cpu:N' takes N")
 
 
 def _of(indices: tuple[int, ...]) -> Devices:
