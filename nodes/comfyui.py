@@ -14,6 +14,16 @@ TORCH = 2, 7
 """The oldest torch: it brought the last of the types that model files name."""
 
 USED = {
+    "comfy.cli_args": [
+        "args.bf16_unet",
+        "args.force_fp32",
+        "args.fp16_unet",
+        "args.fp32_unet",
+        "args.fp64_unet",
+        "args.fp8_e4m3fn_unet",
+        "args.fp8_e5m2_unet",
+        "args.fp8_e8m0fnu_unet",
+    ],
     "comfy.conds": ["CONDRegular.process_cond(batch_size, area)"],
     "comfy.k_diffusion.sampling": [
         "default_noise_sampler(x, seed)",
@@ -26,7 +36,10 @@ USED = {
         "sample_res_multistep(model, x, sigmas, extra_args, callback, disable)",
     ],
     "comfy.ldm.qwen_image.model": ["QwenImageTransformer2DModel.forward(x, timestep, context, transformer_options)"],
-    "comfy.model_base": ["BaseModel.memory_required(input_shape, cond_shapes)"],
+    "comfy.model_base": [
+        "BaseModel.get_dtype_inference()",
+        "BaseModel.memory_required(input_shape, cond_shapes)",
+    ],
     "comfy.model_detection": ["model_config_from_unet(state_dict, unet_key_prefix)"],
     "comfy.model_management": [
         "get_torch_device()",
@@ -53,30 +66,26 @@ USED = {
         "ModelPatcher.partially_load(device_to, extra_memory, force_patch_weights)",
         "ModelPatcher.partially_unload(device_to, memory_to_free)",
         "ModelPatcher.patch_model",
+        "ModelPatcher.pre_run()",
     ],
     "comfy.model_sampling": ["CONST.calculate_denoised", "CONST.calculate_input", "CONST.noise_scaling"],
     "comfy.patcher_extension": [
-        "CallbacksMP.ON_APPLY_HOOKS",
-        "CallbacksMP.ON_PREPARE_STATE",
         "WrapperExecutor.execute",
         "WrapperExecutor.new_class_executor(original, class_obj, wrappers)",
-        "WrappersMP.APPLY_MODEL",
-        "WrappersMP.CALC_COND_BATCH",
         "WrappersMP.DIFFUSION_MODEL",
-        "WrappersMP.PREDICT_NOISE",
         "WrappersMP.SAMPLER_SAMPLE",
         "get_all_wrappers(wrapper_type, transformer_options)",
     ],
     "comfy.samplers": [
-        "CFGGuider.outer_predict_noise",
-        "CFGGuider.predict_noise",
+        "CFGGuider.predict_noise(x, timestep, model_options, seed)",
         "KSAMPLER(sampler_function, extra_options, inpaint_options)",
         "KSAMPLER.sample(model_wrap, sigmas, extra_args, callback, noise)",
         "KSampler.SAMPLERS",
         "KSampler.SCHEDULERS",
+        "KSamplerX0Inpaint(model, sigmas)",
     ],
     "comfy.supported_models_base": [
-        "BASE.get_model(state_dict, prefix)",
+        "BASE.get_model(state_dict, prefix, device)",
         "BASE.process_unet_state_dict(state_dict)",
         "BASE.set_inference_dtype(dtype)",
     ],
@@ -162,11 +171,12 @@ import comfy.model_management as model_management  # noqa: E402
 import comfy.samplers as samplers  # noqa: E402
 import comfy.weight_adapter as weight_adapter  # noqa: E402
 import folder_paths  # noqa: E402
+from comfy.cli_args import args as command_line  # noqa: E402
 from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel  # noqa: E402
 from comfy.model_detection import model_config_from_unet  # noqa: E402
 from comfy.model_patcher import ModelPatcher  # noqa: E402
 from comfy.model_sampling import CONST  # noqa: E402
-from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP, get_all_wrappers  # noqa: E402
+from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers  # noqa: E402
 from comfy.utils import swap_scale_shift  # noqa: E402
 from comfy_api.latest import ComfyExtension, io  # noqa: E402
 from comfy_execution.utils import get_executing_context  # noqa: E402
@@ -176,13 +186,13 @@ from nodes import common_ksampler  # noqa: E402
 
 __all__ = [
     "CONST",
-    "CallbacksMP",
     "ComfyExtension",
     "ModelPatcher",
     "PromptServer",
     "QwenImageTransformer2DModel",
     "WrapperExecutor",
     "WrappersMP",
+    "command_line",
     "common_ksampler",
     "folder_paths",
     "get_all_wrappers",

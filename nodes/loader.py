@@ -5,12 +5,12 @@ from typing import get_args
 
 from ..fastusp_backend.config import BatchParallel, ModelSpec, Settings, Storage
 from ..fastusp_backend.devices import local_devices, supports_bfloat16
-from ..fastusp_backend.errors import CheckpointError
+from ..fastusp_backend.errors import CheckpointError, FastUSPError
 from ..fastusp_backend.models.detection import Config, detect
 from ..fastusp_backend.planner import plan_batches
 from ..fastusp_backend.pool import Session
 from ..fastusp_backend.weights.checkpoint import TensorInfo, choose_types, main_dtype, read_header
-from .comfyui import io
+from .comfyui import command_line, io
 from .files import model_names, model_path
 from .pools import pool_for
 from .remote_model import remote_model
@@ -24,6 +24,18 @@ STORAGE: dict[str, Storage | None] = {
     "fp8_e4m3fn": "float8_e4m3fn",
     "fp8_e5m2": "float8_e5m2",
 }
+_FLAGS: dict[str, Storage | None] = {
+    "fp32_unet": "float32",
+    "force_fp32": "float32",
+    "bf16_unet": "bfloat16",
+    "fp16_unet": "float16",
+    "fp8_e4m3fn_unet": "float8_e4m3fn",
+    "fp8_e5m2_unet": "float8_e5m2",
+    "fp64_unet": None,
+    "fp8_e8m0fnu_unet": None,
+}
+"""Arguments that ComfyUI was started with, and what they mean for weights whose type is the default; None for types
+that FastUSP does not have."""
 
 
 class USPLoader(io.ComfyNode):
@@ -47,7 +59,8 @@ class USPLoader(io.ComfyNode):
                     "weight_dtype",
                     options=list(STORAGE),
                     default="default",
-                    tooltip="The type in which weights are stored. default: as in the file, fp8 and GGUF too.",
+                    tooltip="The type in which weights are stored. default: as in the file, fp8 and GGUF too, or what "
+                    "ComfyUI was started with (--bf16-unet and the like).",
                 ),
                 io.String.Input(
                     "gpus",
@@ -127,7 +140,7 @@ class USPLoader(io.ComfyNode):
         path, header, config = _read(unet_name)
         devices = local_devices(gpus)
         types = choose_types(
-            STORAGE[weight_dtype],
+            _storage(weight_dtype, header),
             main_dtype(header),
             cpu=devices.type == "cpu",
             bfloat16=supports_bfloat16(devices),
@@ -142,6 +155,20 @@ class USPLoader(io.ComfyNode):
         model = remote_model(session, header)
         session.pool.start()
         return io.NodeOutput(model)
+
+
+def _storage(weight_dtype: str, header: dict[str, TensorInfo]) -> Storage | None:
+    """The type to store weights in; None for the file's. As in ComfyUI, its arguments leave alone what a file holds
+    packed, or with scales. Raises FastUSPError for an argument that cannot be followed."""
+    if weight_dtype != "default" or any(info.packing or info.scale is not None for info in header.values()):
+        return STORAGE[weight_dtype]
+    flag = next((flag for flag in _FLAGS if getattr(command_line, flag)), None)
+    if flag is not None and _FLAGS[flag] is None:
+        argument = f"--{flag.replace('_unet', '-unet')}"
+        raise FastUSPError(
+            f"Set weight_dtype in USP Loader: ComfyUI was started with {argument}, a type that FastUSP does not have"
+        )
+    return _FLAGS[flag] if flag is not None else None
 
 
 def _path(unet_name: str) -> str:

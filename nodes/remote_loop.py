@@ -1,8 +1,9 @@
 """The sampling loop in the workers, behind ComfyUI's own seam (WrappersMP.SAMPLER_SAMPLE).
 
 The host keeps noise, masks, conditioning and latent scaling; only the sampler's function is exchanged for one that
-hands sigmas, noise and conditioning to the workers and follows their steps. What the workers' loop cannot take is
-sampled step by step from here instead, with the same result, and the node's status line says why.
+hands sigmas, noise and conditioning to the workers and follows their steps. Before that it rehearses an evaluation
+(rehearsal.py). What the workers' loop cannot take is sampled step by step from here instead, with the same result, and
+the node's status line says why.
 """
 
 import contextlib
@@ -15,22 +16,13 @@ from tqdm.auto import trange
 
 from ..fastusp_backend.pool import Mask, Prompt, Session
 from ..fastusp_backend.sampling import SAMPLERS
-from .comfyui import CONST, CallbacksMP, WrappersMP, k_diffusion, samplers
+from . import originals
+from .comfyui import CONST, k_diffusion, samplers
 from .host import following, progress
+from .rehearsal import rehearse
+from .remote_transformer import RemoteTransformer, masks_nothing
 from .status import node_status, set_headline
 
-_BY_FUNCTION = {getattr(k_diffusion, f"sample_{name}"): name for name in SAMPLERS}
-
-# Wrappers and callbacks that ComfyUI calls inside the loop: with one of them present the loop must run on the host.
-_INNER_WRAPPERS = (
-    WrappersMP.PREDICT_NOISE,
-    WrappersMP.CALC_COND_BATCH,
-    WrappersMP.APPLY_MODEL,
-    WrappersMP.DIFFUSION_MODEL,
-)
-_INNER_CALLBACKS = (CallbacksMP.ON_PREPARE_STATE, CallbacksMP.ON_APPLY_HOOKS)
-_KNOWN_MODEL_OPTIONS = {"transformer_options", "disable_cfg1_optimization", "to_load_options"}
-_KNOWN_TRANSFORMER_OPTIONS = {"wrappers", "callbacks", "sample_sigmas"}
 _PROMPT_FIELDS = {
     "c_crossattn": "context",
     "y": "y",
@@ -39,76 +31,50 @@ _PROMPT_FIELDS = {
     "ref_latents": "references",
     "ref_latents_method": "reference_method",
 }
-# What ComfyUI leaves beside a prompt's tensors, without effect on the evaluation.
-_PLAIN_CONDITIONING = {
-    "model_conds",
-    "uuid",
-    "cross_attn",
-    "pooled_output",
-    "attention_mask",  # FLUX.2's text encoders give one; where it has an effect, model_conds holds it
-    "guidance",
-    "reference_latents",
-    "reference_latents_method",
-    "concat_latent_image",
-    "concat_mask",
-    "prompt_type",
-    "width",
-    "height",
-}
 
 
 def sample_in_workers(executor, guider, sigmas, extra_args, callback, noise, *args, **kwargs):
     """A SAMPLER_SAMPLE wrapper."""
-    obstacle = why_not(executor.class_obj, guider, sigmas, extra_args["model_options"])
+    obstacle = why_not(executor.class_obj, guider, sigmas)
     if obstacle is not None:
-        set_headline(f"stepping from ComfyUI, since {obstacle}")
+        _step_from_here(obstacle)
         return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
-    session: Session = guider.inner_model.diffusion_model.session
-    evaluations = 2 if len(_prompts(guider)) > 1 else len(noise)
-    set_headline(f"{session.layout(evaluations)} on {session.pool.devices}, loop in the workers")
     sampler = copy.copy(executor.class_obj)
-    sampler.sampler_function = _loop_for(session, _BY_FUNCTION[sampler.sampler_function])
+    sampler.sampler_function = _loop_for(sampler.sampler_function, guider)
     executor.class_obj, executor.original = sampler, sampler.sample
     return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
 
 
-def why_not(sampler, guider, sigmas, model_options: dict) -> str | None:
-    """What keeps this run out of the workers' loop, for people to read; None if nothing does."""
+def _step_from_here(obstacle: str) -> None:
+    set_headline(f"stepping from ComfyUI, since {obstacle}")
+
+
+def why_not(sampler, guider, sigmas) -> str | None:
+    """What keeps this run out of the workers' loop, for people to read, as far as it can be told before a rehearsal;
+    None if nothing does."""
     function = getattr(sampler, "sampler_function", None)
-    name = _BY_FUNCTION.get(function)
+    name = _name_in_workers(function)
     if type(sampler) is not samplers.KSAMPLER or name is None:
         unknown = getattr(function, "__name__", type(sampler).__name__).removeprefix("sample_")
         return f"the workers' loop has no sampler {unknown}"
+    for used in originals.used_functions(k_diffusion, f"sample_{name}"):
+        if not originals.is_original(k_diffusion, used):
+            by = originals.owner(getattr(k_diffusion, used, None))
+            return f"{k_diffusion.__name__}.{used} was replaced by {by}"
     options = {k: v for k, v in sampler.extra_options.items() if v != _neutral(function, k)}
     foreign = options.keys() - SAMPLERS[name].options.keys()
     if foreign:
         return f"the workers' {name} has no option {', '.join(sorted(foreign))}"
     if len(sigmas) < 2:
         return "there is nothing to sample"
-    if not isinstance(getattr(guider.inner_model.diffusion_model, "session", None), Session):
+    if not isinstance(guider.inner_model.diffusion_model, RemoteTransformer):
         return "the transformer was replaced"
-    base = samplers.CFGGuider
-    if any(getattr(type(guider), m) is not getattr(base, m) for m in ("predict_noise", "outer_predict_noise")):
-        return f"the guider {type(guider).__name__} has a guidance of its own"
-    return (
-        _why_not_options(model_options)
-        or _why_not_schedule(guider.inner_model.model_sampling, sigmas)
-        or _why_not_conditioning(guider)
-    )
+    return _why_not_schedule(guider.inner_model.model_sampling, sigmas) or _why_not_conditioning(guider)
 
 
-def _why_not_options(model_options: dict) -> str | None:
-    unknown = model_options.keys() - _KNOWN_MODEL_OPTIONS
-    options = model_options.get("transformer_options", {})
-    unknown |= options.keys() - _KNOWN_TRANSFORMER_OPTIONS
-    if unknown:
-        return f"the model carries {', '.join(sorted(map(str, unknown)))}"
-    for kind, inner in (("wrappers", _INNER_WRAPPERS), ("callbacks", _INNER_CALLBACKS)):
-        for point in inner:
-            names = [str(key) for key, functions in options.get(kind, {}).get(point, {}).items() if functions]
-            if names:
-                return f"the model carries a {point} wrapper ({', '.join(names)})"
-    return None
+def _name_in_workers(function) -> str | None:
+    """The name among SAMPLERS of what stands in ComfyUI as the sampler function of that name."""
+    return next((name for name in SAMPLERS if getattr(k_diffusion, f"sample_{name}", None) is function), None)
 
 
 def _why_not_schedule(model_sampling, sigmas: torch.Tensor) -> str | None:
@@ -130,15 +96,17 @@ def _why_not_conditioning(guider) -> str | None:
         if prompts is None or len(prompts) != 1:
             return f"the {name} conditioning has {len(prompts or ())} parts"
         (prompt,) = prompts
-        special = {k for k, v in prompt.items() if v is not None} - _PLAIN_CONDITIONING
-        special |= prompt["model_conds"].keys() - _PROMPT_FIELDS.keys()
-        if prompt.get("strength", 1.0) == 1.0:
-            special.discard("strength")
+        special = {key for key, value in prompt["model_conds"].items() if not _is_taken(key, value)}
         if special:
             return f"the {name} conditioning carries {', '.join(sorted(special))}"
         if "c_crossattn" not in prompt["model_conds"]:
             return f"the {name} conditioning holds no prompt"
     return None
+
+
+def _is_taken(key: str, value) -> bool:
+    """Whether the loop honours what ComfyUI gives its transformer under this name."""
+    return key in _PROMPT_FIELDS or key == "attention_mask" and masks_nothing(value.cond)
 
 
 def _prompts(guider) -> dict[str, list[dict] | None]:
@@ -157,11 +125,19 @@ def _neutral(function, option: str):
     return parameter.default if parameter is not None else inspect.Parameter.empty
 
 
-def _loop_for(session: Session, name: str):
-    """A stand-in for ComfyUI's sampler function `name`."""
+def _loop_for(function, guider):
+    """A stand-in for ComfyUI's sampler function."""
+    name = _name_in_workers(function)
 
     def loop(model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
-        guider, batch = model.inner_model, x.shape[0]
+        obstacle = rehearse(model, x, sigmas, extra_args, list(_prompts(guider)))
+        if obstacle is not None:
+            _step_from_here(obstacle)
+            return function(model, x, sigmas, extra_args=extra_args, callback=callback, disable=disable, **options)
+        session: Session = guider.inner_model.diffusion_model.session
+        batch = len(x)
+        evaluations = 2 if len(_prompts(guider)) > 1 else batch
+        set_headline(f"{session.layout(evaluations)} on {session.pool.devices}, loop in the workers")
         prompts = {key: _prompt(parts[0], batch) for key, parts in _prompts(guider).items()}
         options = {k: v for k, v in options.items() if k in SAMPLERS[name].options}
         bar = trange(len(sigmas) - 1, disable=disable)
@@ -203,6 +179,7 @@ def _prompt(conditioning: dict, batch: int) -> Prompt:
     fields = {
         _PROMPT_FIELDS[key]: value.process_cond(batch_size=batch, area=None).cond
         for key, value in conditioning["model_conds"].items()
+        if key in _PROMPT_FIELDS
     }
     return Prompt(**fields | {"references": tuple(fields.get("references", ()))})
 

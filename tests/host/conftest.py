@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from comfy import ComfyUI
+from safetensors.torch import save_file
 from workflows import DEV, QWEN_IMAGE, SCHNELL
 
 from fastusp_backend.models.synthetic import TINY_FLUX, TINY_FLUX2, write_flux, write_qwen_image
@@ -82,3 +83,15 @@ def qwen(host):
     write_qwen_image(str(path), QWEN_IMAGE)
     yield path.name
     path.unlink()
+
+
+@pytest.fixture
+def lora(host):
+    """The name of a small LoRA in BFL's names."""
+    rank, hidden, name = 2, 512, "lora_unet_double_blocks_0_img_attn_qkv"
+    folder = host.base / "models/loras"
+    folder.mkdir(exist_ok=True)
+    down, up = torch.randn(rank, hidden), torch.randn(3 * hidden, rank)
+    tensors = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(1.0)}
+    save_file(tensors, folder / "tiny.safetensors")
+    return "tiny.safetensors"

@@ -98,18 +98,6 @@ def test_linked_inputs_are_checked_when_the_loader_runs(host):
     assert "'foo' is not understood" in text
 
 
-@pytest.fixture
-def lora(host):
-    """The name of a small LoRA in BFL's names."""
-    rank, hidden, name = 2, 512, "lora_unet_double_blocks_0_img_attn_qkv"
-    folder = host.base / "models/loras"
-    folder.mkdir(exist_ok=True)
-    down, up = torch.randn(rank, hidden), torch.randn(3 * hidden, rank)
-    tensors = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(1.0)}
-    save_file(tensors, folder / "tiny.safetensors")
-    return "tiny.safetensors"
-
-
 @pytest.mark.parametrize(
     ("layer", "had", "wide"),
     [("txt_in", 4096, 4100), ("img_in", 64, 100), ("img_in", 64, 32)],

@@ -81,16 +81,16 @@ class Comparison:
 
     def __init__(self):
         self.graph = Graph()
-        self._pairs: list[tuple[str, str, str, str, str]] = []
+        self.pairs: list[tuple[str, str, str, str, str]] = []
 
     def add(self, label: str, got: Link, want: Link, where: str = IN_WORKERS) -> None:
         """got, want: latents of sampler nodes. where: what the status of the one that gives `got` must say."""
-        self._pairs.append((label, where, got[0], self.graph.save(got), self.graph.save(want)))
+        self.pairs.append((label, where, got[0], self.graph.save(got), self.graph.save(want)))
 
     def check(self, host: ComfyUI) -> Outcome:
         outcome = host.run(self.graph)
         wrong = []
-        for label, where, sampler, got, want in self._pairs:
+        for label, where, sampler, got, want in self.pairs:
             distance = difference(outcome.latents[got], outcome.latents[want])
             if not distance <= TOLERANCE:
                 wrong.append(f"{label}: {distance:.1e}")

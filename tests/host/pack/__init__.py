@@ -6,6 +6,7 @@ import comfy.samplers
 import torch
 from comfy.controlnet import ControlBase
 
+from . import changes
 from .patched_fp8 import PatchedFP8
 
 
@@ -173,7 +174,7 @@ class MaskedConditioning:
                 weighted.append([c, {**extra, "attention_mask": torch.ones(c.shape[:2])}])
                 continue
             tokens = c.shape[1] + 1
-            more = {"attention_mask": torch.zeros(1, tokens, tokens), "attention_mask_img_shape": (1, 1)}
+            more = {"attention_mask": torch.full((1, tokens, tokens), -0.5), "attention_mask_img_shape": (1, 1)}
             weighted.append([c, {**extra, **more}])
         return (weighted,)
 
@@ -226,4 +227,5 @@ NODE_CLASS_MAPPINGS = {
     "TestMaskedConditioning": MaskedConditioning,
     "TestReferenceMethod": ReferenceMethod,
     "TestPatchedFP8": PatchedFP8,
+    **changes.NODES,
 }

@@ -1,0 +1,203 @@
+"""Changes around and inside a model, made as other packs make them, for one sampling run; and notes that change
+nothing."""
+
+import contextlib
+import functools
+
+import comfy.k_diffusion.sampling as k_diffusion
+import comfy.ldm.flux.model
+import comfy.samplers
+import torch
+
+import nodes
+
+
+@contextlib.contextmanager
+def replaced(owner, name, make):
+    """`owner.name` is make(original) meanwhile."""
+    own = name in vars(owner)
+    original = getattr(owner, name)
+    setattr(owner, name, make(original))
+    try:
+        yield
+    finally:
+        if own or isinstance(owner, type):
+            setattr(owner, name, original)
+        else:
+            delattr(owner, name)
+
+
+def scaled(original):
+    """Its result, changed a little; it hides behind the original's name."""
+
+    @functools.wraps(original)
+    def function(*args, **kwargs):
+        return original(*args, **kwargs) * 1.01
+
+    return function
+
+
+def early(original):
+    """A forward that sees a smaller timestep (as sampler nodes do it for detail)."""
+
+    def forward(x, timestep, *args, **kwargs):
+        return original(x, timestep * 0.97, *args, **kwargs)
+
+    return forward
+
+
+class _Halved:
+    """A callable that is no function."""
+
+    def __init__(self, original):
+        self.original = original
+
+    def __call__(self, *args, **kwargs):
+        return self.original(*args, **kwargs) * 1.01
+
+
+@contextlib.contextmanager
+def hooked(module):
+    hook = module.register_forward_hook(lambda _module, _args, output: output * 1.01)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+class _MyFlux(comfy.ldm.flux.model.Flux):
+    pass
+
+
+class _MyGuider(comfy.samplers.CFGGuider):
+    pass
+
+
+CHANGES = {
+    "forward": lambda m: replaced(m.diffusion_model, "forward", early),
+    "forward hook": lambda m: hooked(m.diffusion_model),
+    "apply_model": lambda m: replaced(m, "apply_model", scaled),
+    "apply_model, no function": lambda m: replaced(m, "apply_model", _Halved),
+    "apply_model, partial": lambda m: replaced(m, "apply_model", functools.partial),
+    "model_sampling": lambda m: replaced(m.model_sampling, "calculate_denoised", scaled),
+    "timestep": lambda m: replaced(m.model_sampling, "timestep", lambda original: lambda s: original(s) * 1.0),
+    "cfg_function": lambda m: replaced(comfy.samplers, "cfg_function", scaled),
+    "sampling_function": lambda m: replaced(comfy.samplers, "sampling_function", scaled),
+    "CFGGuider": lambda m: replaced(comfy.samplers.CFGGuider, "predict_noise", scaled),
+    "to_d": lambda m: replaced(k_diffusion, "to_d", scaled),
+    "sample_euler": lambda m: replaced(k_diffusion, "sample_euler", scaled),
+    "stock's forward_orig": lambda m: replaced(comfy.ldm.flux.model.Flux, "forward_orig", scaled),
+    "stock's blocks": lambda m: replaced(comfy.ldm.flux.model, "DoubleStreamBlock", lambda original: _MyFlux),
+    "forward_orig": lambda m: replaced(m.diffusion_model, "forward_orig", scaled),
+    "set forward_orig": lambda m: setattr(m.diffusion_model, "forward_orig", scaled),
+    "set blocks": lambda m: setattr(m.diffusion_model, "double_blocks", torch.nn.ModuleList()),
+    "set class": lambda m: setattr(m.diffusion_model, "__class__", _MyFlux),
+    "note on the transformer": lambda m: setattr(m.diffusion_model, "test_note", 1) or contextlib.nullcontext(),
+}
+
+
+class ChangedSampling:
+    """KSampler with one of CHANGES in force meanwhile."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        required = nodes.KSampler.INPUT_TYPES()["required"]
+        return {"required": {"change": (list(CHANGES),), **required}}
+
+    RETURN_TYPES = ("LATENT",)
+    FUNCTION = "sample"
+    CATEGORY = "test"
+
+    def sample(self, change, model, **inputs):
+        with CHANGES[change](model.model):
+            return nodes.KSampler().sample(model, **inputs)
+
+
+class ChangedModel:
+    """A model that carries something for all its runs."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        kinds = ["object patch", "sigmas", "own key", "own option", "function", "read key", "empty", "weight wrapper"]
+        return {"required": {"model": ("MODEL",), "change": (kinds,)}}
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "patch"
+    CATEGORY = "test"
+
+    def patch(self, model, change):
+        model = model.clone()
+        options = model.model_options
+        inner = options.setdefault("transformer_options", {})
+        if change == "object patch":
+            model.add_object_patch("apply_model", scaled(model.model.apply_model))
+        elif change == "sigmas":
+            inner["sigmas"] = torch.ones(3)
+        elif change == "own key":
+            inner["test_pack_settings"] = {"on": True}
+        elif change == "own option":
+            options["test_pack_option"] = 3
+        elif change == "function":
+            options["sampler_post_cfg_function"] = [lambda args: args["denoised"] * 1.01]
+        elif change == "read key":
+            inner["patches_replace"] = {"dit": {}, "test": {"block": None}}
+        elif change == "empty":
+            inner["patches"] = {}
+            options["sampler_post_cfg_function"] = []
+        else:
+            model.add_weight_wrapper("diffusion_model.img_in.weight", lambda weight: weight)
+        return (model,)
+
+
+class NotedConditioning:
+    """A prompt with a note that nothing reads."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"conditioning": ("CONDITIONING",)}}
+
+    RETURN_TYPES = ("CONDITIONING",)
+    FUNCTION = "note"
+    CATEGORY = "test"
+
+    def note(self, conditioning):
+        return ([[c, {**extra, "test_pack_note": "a cat"}] for c, extra in conditioning],)
+
+
+class SameFacts:
+    """Raises where a model's transformer answers a plain question otherwise than stock's; passes the model on."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "stock": ("MODEL",)}}
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "compare"
+    CATEGORY = "test"
+
+    def compare(self, model, stock):
+        ours, theirs = model.model.diffusion_model, stock.model.diffusion_model
+        plain = (bool, int, float, str, tuple, list, type(None), torch.dtype)
+        facts = {n: v for n, v in vars(theirs).items() if not n.startswith("_") and isinstance(v, plain)}
+        if hasattr(theirs, "params"):
+            facts["params"] = theirs.params
+        for name, value in facts.items():
+            assert getattr(ours, name) == value, f"{name}: {getattr(ours, name)} is not {value}"
+        assert {"in_channels", "out_channels", "dtype", "patch_size"} <= facts.keys(), facts
+        for name in ("double_blocks", "transformer_blocks", "nothing_of_the_kind"):
+            assert not hasattr(ours, name)
+            try:
+                getattr(ours, name)
+            except AttributeError as error:
+                assert "USP Loader" in str(error) and name in str(error), error
+        assert sum(p.numel() for p in ours.parameters()) == 0
+        assert next(ours.parameters()).dtype == next(theirs.parameters()).dtype
+        return (model,)
+
+
+NODES = {
+    "TestChangedSampling": ChangedSampling,
+    "TestChangedModel": ChangedModel,
+    "TestNotedConditioning": NotedConditioning,
+    "TestSameFacts": SameFacts,
+}
