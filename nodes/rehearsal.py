@@ -228,7 +228,7 @@ def _described(frame: FrameType) -> str:
     if isinstance(this, WrapperExecutor) and not _runs(this.original, code):
         return f"{this.original.__name__} is wrapped by {by}"
     parts = this.children() if isinstance(this, torch.nn.Module) else (getattr(this, "class_obj", None),)
-    for value in (this, *scope.values(), *parts):
+    for value in (*parts, this, *scope.values()):
         for holder in (value, *type(value).__mro__):
             for name, held in getattr(holder, "__dict__", {}).items():
                 if _runs(held, code):
@@ -245,7 +245,7 @@ def _described(frame: FrameType) -> str:
 
 def _runs(value: object, code: CodeType) -> bool:
     """Whether calling a value runs `code`."""
-    called = getattr(type(value), "__call__", None) if code.co_name == "__call__" else value
+    called = vars(type(value)).get("__call__") if code.co_name == "__call__" else value
     return originals.code_of(called) is code
 
 

@@ -181,6 +181,17 @@ def test_layers_are_refused(host, qwen):
     assert "3 layers: Qwen-Image-Layered" in refused.value.text
 
 
+def test_a_mask_of_ones_is_none(host, qwen):
+    both = Comparison()
+    graph = both.graph
+    masked = graph.node("TestMaskedConditioning", conditioning=prompt(graph, 6), effective=False)
+    for name in ("euler", "uni_pc"):
+        inputs = {"positive": masked, "negative": masked, "steps": 2, "sampler_name": name}
+        got, want = (graph.sample(model, **inputs) for model in (graph.usp(file=qwen), graph.stock(qwen)))
+        both.add(name, got, want, "loop in the workers" if name == "euler" else STEPPING)
+    both.check(host)
+
+
 def test_attention_masks_are_refused(host, qwen):
     skip_old(host, "drops the attention masks of Qwen-Image's prompts")
     graph = Graph()

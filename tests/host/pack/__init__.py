@@ -171,7 +171,7 @@ class MaskedConditioning:
         weighted = []
         for c, extra in conditioning:
             if not effective:
-                weighted.append([c, {**extra, "attention_mask": torch.ones(c.shape[:2])}])
+                weighted.append([c, {**extra, "attention_mask": torch.ones(c.shape[:2], dtype=torch.int64)}])
                 continue
             tokens = c.shape[1] + 1
             more = {"attention_mask": torch.full((1, tokens, tokens), -0.5), "attention_mask_img_shape": (1, 1)}
