@@ -37,7 +37,7 @@ USED = {
     ],
     "comfy.ldm.qwen_image.model": ["QwenImageTransformer2DModel.forward(x, timestep, context, transformer_options)"],
     "comfy.model_base": [
-        "BaseModel.get_dtype_inference()",
+        "BaseModel.get_dtype()",
         "BaseModel.memory_required(input_shape, cond_shapes)",
     ],
     "comfy.model_detection": ["model_config_from_unet(state_dict, unet_key_prefix)"],

@@ -126,7 +126,7 @@ class RemotePatcher(ModelPatcher):
             transformer.take_patches(self.patches_uuid, self.patches)
         patched = super().patch_model(*args, **kwargs)
         if isinstance(transformer, RemoteTransformer):
-            transformer.compute_in(self.model.get_dtype_inference())  # which Model Compute Dtype sets
+            transformer.compute_in(self.model.manual_cast_dtype or self.model.get_dtype())  # Model Compute Dtype's first
         return patched
 
     def pre_run(self):
