@@ -126,7 +126,8 @@ class RemotePatcher(ModelPatcher):
             transformer.take_patches(self.patches_uuid, self.patches)
         patched = super().patch_model(*args, **kwargs)
         if isinstance(transformer, RemoteTransformer):
-            transformer.compute_in(self.model.manual_cast_dtype or self.model.get_dtype())  # Model Compute Dtype's first
+            # Model Compute Dtype sets the first
+            transformer.compute_in(self.model.manual_cast_dtype or self.model.get_dtype())
         return patched
 
     def pre_run(self):
