@@ -29,6 +29,7 @@ USED = {
     "comfy.model_base": ["BaseModel.memory_required(input_shape, cond_shapes)"],
     "comfy.model_detection": ["model_config_from_unet(state_dict, unet_key_prefix)"],
     "comfy.model_management": [
+        "InterruptProcessingException",
         "get_torch_device()",
         "load_models_gpu(models)",
         "processing_interrupted()",
@@ -63,6 +64,7 @@ USED = {
         "WrappersMP.APPLY_MODEL",
         "WrappersMP.CALC_COND_BATCH",
         "WrappersMP.DIFFUSION_MODEL",
+        "WrappersMP.OUTER_SAMPLE",
         "WrappersMP.PREDICT_NOISE",
         "WrappersMP.SAMPLER_SAMPLE",
         "get_all_wrappers(wrapper_type, transformer_options)",
@@ -74,6 +76,7 @@ USED = {
         "KSAMPLER.sample(model_wrap, sigmas, extra_args, callback, noise)",
         "KSampler.SAMPLERS",
         "KSampler.SCHEDULERS",
+        "sampler_object(name)",
     ],
     "comfy.supported_models_base": [
         "BASE.get_model(state_dict, prefix)",
@@ -92,6 +95,7 @@ USED = {
     ],
     "comfy_api.latest": ["ComfyExtension", "io.ComfyNode", "io.Custom", "io.NodeOutput", "io.Schema"],
     "comfy_execution.utils": ["get_executing_context()"],
+    "execution": ["PromptQueue.get_current_queue_volatile()"],
     "folder_paths": [
         "folder_names_and_paths",
         "get_filename_list(folder_name)",
@@ -101,13 +105,15 @@ USED = {
     "nodes": [
         "common_ksampler(model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent, denoise)",
     ],
-    "server": ["PromptServer.send_progress_text(text, node_id)"],
+    "server": ["PromptServer.send_progress_text(text, node_id, sid)"],
 }
 """By module: a name, with the parameters that a call of it, or a method in its place, relies on."""
 
 
 class UnsupportedComfyUI(ImportError):
     """A ComfyUI that lacks something of `USED`, or whose torch is too old."""
+
+    __module__ = "FastUSP"  # as errors.FastUSPError says
 
 
 def check() -> None:

@@ -31,6 +31,11 @@ def refusal(host, *args, **inputs) -> str:
     ((number, node),) = answer["node_errors"].items()
     (error,) = node["errors"]
     assert graph[number]["class_type"] == "FastUSPLoader"
+    assert error["extra_info"]["exception_type"] in (
+        "FastUSP.CheckpointError",
+        "FastUSP.DeviceError",
+        "FastUSP.LayoutError",
+    )
     return error["details"]
 
 
