@@ -17,6 +17,7 @@ from ..fastusp_backend.pool import Mask, Prompt, Session
 from ..fastusp_backend.sampling import SAMPLERS
 from .comfyui import CONST, CallbacksMP, WrappersMP, k_diffusion, samplers
 from .host import following, progress
+from .sampler_names import menu_name
 from .status import node_status, set_headline
 
 _BY_FUNCTION = {getattr(k_diffusion, f"sample_{name}"): name for name in SAMPLERS}
@@ -61,7 +62,7 @@ def sample_in_workers(executor, guider, sigmas, extra_args, callback, noise, *ar
     """A SAMPLER_SAMPLE wrapper."""
     obstacle = why_not(executor.class_obj, guider, sigmas, extra_args["model_options"])
     if obstacle is not None:
-        set_headline(f"stepping from ComfyUI, since {obstacle}")
+        set_headline("stepping from ComfyUI", since=obstacle)
         return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
     session: Session = guider.inner_model.diffusion_model.session
     evaluations = 2 if len(_prompts(guider)) > 1 else len(noise)
@@ -77,19 +78,18 @@ def why_not(sampler, guider, sigmas, model_options: dict) -> str | None:
     function = getattr(sampler, "sampler_function", None)
     name = _BY_FUNCTION.get(function)
     if type(sampler) is not samplers.KSAMPLER or name is None:
-        unknown = getattr(function, "__name__", type(sampler).__name__).removeprefix("sample_")
-        return f"the workers' loop has no sampler {unknown}"
+        return f"no {menu_name(sampler)} in the workers"
     options = {k: v for k, v in sampler.extra_options.items() if v != _neutral(function, k)}
     foreign = options.keys() - SAMPLERS[name].options.keys()
     if foreign:
-        return f"the workers' {name} has no option {', '.join(sorted(foreign))}"
+        return f"no option {', '.join(sorted(foreign))} of {name} in the workers"
     if len(sigmas) < 2:
-        return "there is nothing to sample"
+        return "nothing to sample"
     if not isinstance(getattr(guider.inner_model.diffusion_model, "session", None), Session):
         return "the transformer was replaced"
     base = samplers.CFGGuider
     if any(getattr(type(guider), m) is not getattr(base, m) for m in ("predict_noise", "outer_predict_noise")):
-        return f"the guider {type(guider).__name__} has a guidance of its own"
+        return f"{type(guider).__name__} has a guidance of its own"
     return (
         _why_not_options(model_options)
         or _why_not_schedule(guider.inner_model.model_sampling, sigmas)
@@ -102,12 +102,12 @@ def _why_not_options(model_options: dict) -> str | None:
     options = model_options.get("transformer_options", {})
     unknown |= options.keys() - _KNOWN_TRANSFORMER_OPTIONS
     if unknown:
-        return f"the model carries {', '.join(sorted(map(str, unknown)))}"
+        return f"{', '.join(sorted(map(str, unknown)))} on the model"
     for kind, inner in (("wrappers", _INNER_WRAPPERS), ("callbacks", _INNER_CALLBACKS)):
         for point in inner:
             names = [str(key) for key, functions in options.get(kind, {}).get(point, {}).items() if functions]
             if names:
-                return f"the model carries a {point} wrapper ({', '.join(names)})"
+                return f"{point} wrapper on the model ({', '.join(names)})"
     return None
 
 
@@ -118,26 +118,26 @@ def _why_not_schedule(model_sampling, sigmas: torch.Tensor) -> str | None:
         for method in ("calculate_input", "calculate_denoised", "noise_scaling")
     )
     if not flow or getattr(model_sampling, "noise_scale", 1.0) != 1.0:
-        return f"the model sampling {kind.__name__} is no plain rectified flow"
+        return f"{kind.__name__} is no plain rectified flow"
     scale = _timestep_scale(model_sampling)
     if not torch.allclose(model_sampling.timestep(sigmas), sigmas * scale):
-        return f"the model sampling {kind.__name__} has its own timesteps"
+        return f"{kind.__name__} has its own timesteps"
     return None
 
 
 def _why_not_conditioning(guider) -> str | None:
     for name, prompts in _prompts(guider).items():
         if prompts is None or len(prompts) != 1:
-            return f"the {name} conditioning has {len(prompts or ())} parts"
+            return f"{len(prompts or ())} parts of the {name} conditioning"
         (prompt,) = prompts
         special = {k for k, v in prompt.items() if v is not None} - _PLAIN_CONDITIONING
         special |= prompt["model_conds"].keys() - _PROMPT_FIELDS.keys()
         if prompt.get("strength", 1.0) == 1.0:
             special.discard("strength")
         if special:
-            return f"the {name} conditioning carries {', '.join(sorted(special))}"
+            return f"{', '.join(sorted(special))} on the {name} conditioning"
         if "c_crossattn" not in prompt["model_conds"]:
-            return f"the {name} conditioning holds no prompt"
+            return f"no prompt in the {name} conditioning"
     return None
 
 

@@ -30,7 +30,8 @@ from .comfyui import (
 )
 from .host import Unsupported, following, progress
 from .remote_loop import sample_in_workers
-from .status import node_status
+from .sampling_run import sampling_run
+from .status import ends_told, node_status
 from .weight_patches import MERGE, PREFIX, check_supported, weight_patches
 
 
@@ -81,7 +82,7 @@ class RemoteTransformer(torch.nn.Module):
     def _on_workers(self, x, timestep, prompt: Prompt, control: dict | None, **blocks: int) -> torch.Tensor:
         """blocks: of a ControlNet's residuals under `input` and `output`, how many the model has a block for."""
         used = {kind: (control.get(kind) or [])[:count] for kind, count in blocks.items()} if control else None
-        with following():
+        with ends_told(), following():
             output = self.session.evaluate(x, timestep, prompt, progress(), used)
         node_status().restore()
         return output.to(x.device)
@@ -291,6 +292,7 @@ class RemotePatcher(ModelPatcher):
             transformer.take_patches(self.patches_uuid, self.patches)
         return super().patch_model(*args, **kwargs)
 
+    @ends_told()
     def add_hook_patches(self, hook, patches, strength_patch=1.0, strength_model=1.0):
         if patches:
             raise Unsupported(
@@ -338,5 +340,6 @@ def remote_model(session: Session, header: dict[str, TensorInfo]) -> RemotePatch
         load_device=device,
         offload_device=model_management.unet_offload_device(),
     )
+    patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "fastusp", functools.partial(sampling_run, session.pool))
     patcher.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, "fastusp", sample_in_workers)
     return patcher

@@ -138,7 +138,9 @@ def test_lora_hook(host, lora):
     positive = graph.node(
         "ConditioningSetProperties", cond_NEW=graph.prompt(), strength=1.0, set_cond_area="default", hooks=hooks
     )
-    assert "LoraLoaderModelOnly, for the whole run" in failure(host, graph, graph.usp(), positive=positive)
+    with pytest.raises(PromptFailed, match="LoraLoaderModelOnly, for the whole run") as error:
+        short_run(host, graph, graph.usp(), positive=positive)
+    assert error.value.outcome.texts[-1][1].startswith("FastUSP: failed: A weight hook (Create Hook LoRA)")
 
 
 def test_an_attention_mask(host):
