@@ -112,7 +112,7 @@ def _query(fields: str, make: Callable[..., T]) -> tuple[T, ...]:
         return ()
     if answer.returncode != 0:
         text = (answer.stderr or answer.stdout).strip()
-        raise DeviceError(f"nvidia-smi failed: {text}. Mend the driver, or use 'cpu:N' for N CPU ranks")
+        raise DeviceError(f"nvidia-smi failed: {text}. Reinstall the driver, or use 'cpu:N' for N CPU ranks")
     rows = csv.reader(answer.stdout.splitlines(), skipinitialspace=True)
     try:
         return tuple(make(*row) for row in rows)

@@ -2,7 +2,17 @@
 
 
 class FastUSPError(Exception):
-    """Base of all errors that FastUSP raises for its users."""
+    """Base of all errors that FastUSP raises for its users.
+
+    ComfyUI's page puts an error's module before its name: of all of them it is the name of the pack, wherever ComfyUI
+    has it from.
+    """
+
+    __module__ = "FastUSP"
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls.__module__ = FastUSPError.__module__
 
 
 class CheckpointError(FastUSPError):

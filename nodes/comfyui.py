@@ -42,6 +42,7 @@ USED = {
     ],
     "comfy.model_detection": ["model_config_from_unet(state_dict, unet_key_prefix)"],
     "comfy.model_management": [
+        "InterruptProcessingException",
         "get_torch_device()",
         "load_models_gpu(models)",
         "processing_interrupted()",
@@ -73,6 +74,7 @@ USED = {
         "WrapperExecutor.execute",
         "WrapperExecutor.new_class_executor(original, class_obj, wrappers)",
         "WrappersMP.DIFFUSION_MODEL",
+        "WrappersMP.OUTER_SAMPLE",
         "WrappersMP.SAMPLER_SAMPLE",
         "get_all_wrappers(wrapper_type, transformer_options)",
     ],
@@ -83,6 +85,7 @@ USED = {
         "KSampler.SAMPLERS",
         "KSampler.SCHEDULERS",
         "KSamplerX0Inpaint(model, sigmas)",
+        "sampler_object(name)",
     ],
     "comfy.supported_models_base": [
         "BASE.get_model(state_dict, prefix, device)",
@@ -101,6 +104,7 @@ USED = {
     ],
     "comfy_api.latest": ["ComfyExtension", "io.ComfyNode", "io.Custom", "io.NodeOutput", "io.Schema"],
     "comfy_execution.utils": ["get_executing_context()"],
+    "execution": ["PromptQueue.get_current_queue_volatile()"],
     "folder_paths": [
         "folder_names_and_paths",
         "get_filename_list(folder_name)",
@@ -110,13 +114,15 @@ USED = {
     "nodes": [
         "common_ksampler(model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent, denoise)",
     ],
-    "server": ["PromptServer.send_progress_text(text, node_id)"],
+    "server": ["PromptServer.send_progress_text(text, node_id, sid)"],
 }
 """By module: a name, with the parameters that a call of it, or a method in its place, relies on."""
 
 
 class UnsupportedComfyUI(ImportError):
     """A ComfyUI that lacks something of `USED`, or whose torch is too old."""
+
+    __module__ = "FastUSP"  # as errors.FastUSPError says
 
 
 def check() -> None:

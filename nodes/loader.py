@@ -15,6 +15,7 @@ from .files import model_names, model_path
 from .pools import pool_for
 from .remote_model import remote_model
 from .settings import SettingsType
+from .status import node_run, show
 
 STORAGE: dict[str, Storage | None] = {
     "default": None,
@@ -92,8 +93,8 @@ class USPLoader(io.ComfyNode):
                     default="auto",
                     optional=True,
                     tooltip="Let groups of ranks evaluate the positive and negative prompt (cfg above 1), or the "
-                    "images of a batch, at the same time. auto: wherever groups can be had. on: likewise, ulysses and "
-                    "ring are those of a group, and an odd number of ranks is refused. off: never.",
+                    "images of a batch, at the same time. auto: wherever the groups come out even. on: likewise, "
+                    "ulysses and ring are those of a group, and an odd number of ranks is refused. off: never.",
                 ),
             ],
             outputs=[
@@ -137,6 +138,11 @@ class USPLoader(io.ComfyNode):
         settings: Settings | None = None,
         batch_parallel: BatchParallel = "auto",
     ) -> io.NodeOutput:
+        with node_run("reading the file"):
+            return cls._load(unet_name, weight_dtype, gpus, ulysses, ring, settings or Settings(), batch_parallel)
+
+    @classmethod
+    def _load(cls, unet_name, weight_dtype, gpus, ulysses, ring, settings: Settings, batch_parallel) -> io.NodeOutput:
         path, header, config = _read(unet_name)
         devices = local_devices(gpus)
         types = choose_types(
@@ -150,10 +156,11 @@ class USPLoader(io.ComfyNode):
             pool_for(devices),
             ModelSpec.of_file(path, **types),
             plan_batches(devices.ranks, config.heads, ulysses=ulysses, ring=ring, batch_parallel=batch_parallel),
-            settings or Settings(),
+            settings,
         )
         model = remote_model(session, header)
         session.pool.start()
+        show(f"{config.family} on {devices}")
         return io.NodeOutput(model)
 
 

@@ -56,7 +56,9 @@ def taking(session: Session, device: torch.device, patcher: object) -> None:
 def leaving(session: Session) -> int:
     """ComfyUI needs the room of `session`'s weights; returns the bytes that each device got back."""
     held = session.holds()
-    if held and session.pool.busy:  # a preview wants room in the middle of a run
+    # A preview wants room in the middle of a loop. Between two evaluations of a sampler that steps from ComfyUI they
+    # leave, as ComfyUI's own would for a ControlNet's VAE; the next evaluation fetches them.
+    if held and session.pool.busy:
         _stayed.add(session.pool)
         return 0
     if not held or _unloading_all:

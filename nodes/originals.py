@@ -124,7 +124,7 @@ def owner(value: object) -> str:
         module = kind.__module__
         file = getattr(sys.modules.get(module), "__file__", None) or ""
     pack = pack_of(file)
-    return f"the node pack {pack}" if pack else module
+    return pack or module
 
 
 def module_of(code: CodeType, scope: dict) -> ModuleType | None:
@@ -174,6 +174,11 @@ def reader(text: str, modules: frozenset[ModuleType]) -> str | None:
     return None
 
 
+def packs() -> set[str]:
+    """The other node packs of which modules are loaded."""
+    return {pack for module in list(sys.modules.values()) if (pack := pack_of(getattr(module, "__file__", None) or ""))}
+
+
 @functools.cache
 def packs_naming(text: str) -> list[str]:
     """The other node packs in whose code a text stands."""
@@ -181,7 +186,7 @@ def packs_naming(text: str) -> list[str]:
     for module in list(sys.modules.values()):
         pack = pack_of(getattr(module, "__file__", None) or "")
         if pack is not None and any(text in strings_in(code) for code in codes(module)):
-            found.add(f"the node pack {pack}")
+            found.add(pack)
     return sorted(found)
 
 

@@ -43,10 +43,10 @@ def rehearse(model, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict, con
     """What a sampler function's evaluations, model(x, sigma, **extra_args), meet that the workers' loop would leave
     out; None if nothing. conditionings: the names of those that are evaluated."""
     if type(model) is not samplers.KSamplerX0Inpaint or not isinstance(model.inner_model, samplers.CFGGuider):
-        return f"the sampler was given a {type(model).__name__} of {originals.owner(model)}"
+        return f"the sampler's model is {originals.owner(model)}'s"
     guider = model.inner_model
     transformer = guider.inner_model.diffusion_model
-    options = _Watched(extra_args["model_options"], _KNOWN_OPTIONS, "the model options hold")
+    options = _Watched(extra_args["model_options"], _KNOWN_OPTIONS, "on the model")
     watch = _Watch()
     try:
         with _watched_conditionings(guider, conditionings), transformer.rehearsing() as arrived, watch:
@@ -62,13 +62,13 @@ class _Watched(dict):
     """A dict of which reading a key is an obstacle, but for `known` keys and for what says nothing. Iterating over it
     counts as reading all of it."""
 
-    def __init__(self, values: dict, known: set[str], what: str):
+    def __init__(self, values: dict, known: set[str], where: str):
         super().__init__(values)
-        self._known, self._what = known, what
+        self._known, self._where = known, where
 
     def _look(self, key) -> None:
         if key not in self._known and super().__contains__(key) and not _says_nothing(key, super().__getitem__(key)):
-            raise Obstacle(f"{self._what} {key}{_by(key, super().__getitem__(key))}")
+            raise Obstacle(f"{key}{_by(key, super().__getitem__(key))} {self._where}")
 
     def __getitem__(self, key):
         self._look(key)
@@ -117,7 +117,7 @@ def _says_nothing(key, value) -> bool:
 def _watched_conditionings(guider, names: list[str]) -> Iterator[None]:
     given = guider.conds
     watched = {
-        name: [_Watched(part, _KNOWN_CONDITIONING, f"the {name} conditioning carries") for part in given[name]]
+        name: [_Watched(part, _KNOWN_CONDITIONING, f"on the {name} conditioning") for part in given[name]]
         for name in names
     }
     guider.conds = given | watched
@@ -184,13 +184,18 @@ class _Watch:
                     and not _is_own(vars(instance)[name])
                 ):
                     by = originals.owner(vars(instance)[name])
-                    raise Obstacle(f"{type(instance).__name__}.{name} of this model was replaced by {by}")
+                    raise Obstacle(f"{type(instance).__name__}.{name} is {by}'s")
 
 
 def _check(module: ModuleType, name: str, value: object) -> None:
     """Raises Obstacle where a module's file defines a function of this name and another one stands there."""
     if name in originals.names(module) and not _is_own(value) and not originals.is_original(module, name):
-        raise Obstacle(f"{module.__name__}.{name} was replaced by {originals.owner(value)}")
+        raise Obstacle(f"{short_name(module.__name__)}.{name} is {originals.owner(value)}'s")
+
+
+def short_name(module: str) -> str:
+    """ComfyUI's library goes without saying: a status line is short."""
+    return module.removeprefix("comfy.")
 
 
 def _is_method(instance: object, name: str) -> bool:
@@ -232,14 +237,14 @@ def _described(frame: FrameType) -> str:
         for holder in (value, *type(value).__mro__):
             for name, held in getattr(holder, "__dict__", {}).items():
                 if _runs(held, code):
-                    return f"{type(value).__name__}.{name} was replaced by {by}"
+                    return f"{type(value).__name__}.{name} is {by}'s"
     for module_name, module in list(sys.modules.items()):
         if module_name.startswith("comfy."):
             for name, held in list(vars(module).items()):
                 if _runs(held, code):
-                    return f"{module_name}.{name} was replaced by {by}"
+                    return f"{short_name(module_name)}.{name} is {by}'s"
     if caller.f_code.co_filename.startswith(originals.TORCH):
-        return f"{type(this).__name__} has a hook of {by}"
+        return f"{type(this).__name__} has a hook of {by}'s"
     return f"{caller.f_code.co_name} calls {code.co_name} of {by}"
 
 
@@ -260,19 +265,19 @@ def _check_transformer_options(given: dict, arrived: dict, watch: _Watch, stock:
             continue  # ComfyUI has put its own there; dicts and lists it copies
         reader = originals.reader(key, frozenset(modules))
         if reader is not None:
-            raise Obstacle(f"the model options hold {key}{_by(key, value)}, which {reader} reads")
+            raise Obstacle(f"{key}{_by(key, value)} on the model, read by {reader}")
         _note(str(key), _by(key, value))
 
 
 @functools.cache
 def _note(key: str, by: str) -> None:
     """Once a process."""
-    log.info("FastUSP: the model options hold %s%s, which nothing reads: it costs nothing", key, by)
+    log.info("FastUSP: %s%s on the model: nothing reads it, so it changes nothing", key, by)
 
 
 def _by(key, value: object) -> str:
     """Which node pack left an entry: that of a function or class in it, else those that name its key."""
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
     owners = {originals.owner(part) for part in parts} - {"builtins"}
-    packs = sorted(by for by in owners if by.startswith("the node pack")) or originals.packs_naming(str(key))
+    packs = sorted(owners & originals.packs()) or originals.packs_naming(str(key))
     return f" ({', '.join(packs)})" if packs else ""

@@ -19,8 +19,9 @@ from ..fastusp_backend.sampling import SAMPLERS
 from . import originals
 from .comfyui import CONST, k_diffusion, samplers
 from .host import following, progress
-from .rehearsal import rehearse
+from .rehearsal import rehearse, short_name
 from .remote_transformer import RemoteTransformer, masks_nothing
+from .sampler_names import menu_name
 from .status import node_status, set_headline
 
 _PROMPT_FIELDS = {
@@ -46,7 +47,7 @@ def sample_in_workers(executor, guider, sigmas, extra_args, callback, noise, *ar
 
 
 def _step_from_here(obstacle: str) -> None:
-    set_headline(f"stepping from ComfyUI, since {obstacle}")
+    set_headline("stepping from ComfyUI", since=obstacle)
 
 
 def why_not(sampler, guider, sigmas) -> str | None:
@@ -55,18 +56,17 @@ def why_not(sampler, guider, sigmas) -> str | None:
     function = getattr(sampler, "sampler_function", None)
     name = _name_in_workers(function)
     if type(sampler) is not samplers.KSAMPLER or name is None:
-        unknown = getattr(function, "__name__", type(sampler).__name__).removeprefix("sample_")
-        return f"the workers' loop has no sampler {unknown}"
+        return f"no {menu_name(sampler)} in the workers"
     for used in originals.used_functions(k_diffusion, f"sample_{name}"):
         if not originals.is_original(k_diffusion, used):
             by = originals.owner(getattr(k_diffusion, used, None))
-            return f"{k_diffusion.__name__}.{used} was replaced by {by}"
+            return f"{short_name(k_diffusion.__name__)}.{used} is {by}'s"
     options = {k: v for k, v in sampler.extra_options.items() if v != _neutral(function, k)}
     foreign = options.keys() - SAMPLERS[name].options.keys()
     if foreign:
-        return f"the workers' {name} has no option {', '.join(sorted(foreign))}"
+        return f"no option {', '.join(sorted(foreign))} of {name} in the workers"
     if len(sigmas) < 2:
-        return "there is nothing to sample"
+        return "nothing to sample"
     if not isinstance(guider.inner_model.diffusion_model, RemoteTransformer):
         return "the transformer was replaced"
     return _why_not_schedule(guider.inner_model.model_sampling, sigmas) or _why_not_conditioning(guider)
@@ -84,23 +84,23 @@ def _why_not_schedule(model_sampling, sigmas: torch.Tensor) -> str | None:
         for method in ("calculate_input", "calculate_denoised", "noise_scaling")
     )
     if not flow or getattr(model_sampling, "noise_scale", 1.0) != 1.0:
-        return f"the model sampling {kind.__name__} is no plain rectified flow"
+        return f"{kind.__name__} is no plain rectified flow"
     scale = _timestep_scale(model_sampling)
     if not torch.allclose(model_sampling.timestep(sigmas), sigmas * scale):
-        return f"the model sampling {kind.__name__} has its own timesteps"
+        return f"{kind.__name__} has its own timesteps"
     return None
 
 
 def _why_not_conditioning(guider) -> str | None:
     for name, prompts in _prompts(guider).items():
         if prompts is None or len(prompts) != 1:
-            return f"the {name} conditioning has {len(prompts or ())} parts"
+            return f"{len(prompts or ())} parts of the {name} conditioning"
         (prompt,) = prompts
         special = {key for key, value in prompt["model_conds"].items() if not _is_taken(key, value)}
         if special:
-            return f"the {name} conditioning carries {', '.join(sorted(special))}"
+            return f"{', '.join(sorted(special))} on the {name} conditioning"
         if "c_crossattn" not in prompt["model_conds"]:
-            return f"the {name} conditioning holds no prompt"
+            return f"no prompt in the {name} conditioning"
     return None
 
 

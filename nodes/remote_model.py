@@ -21,6 +21,8 @@ from .comfyui import ModelPatcher, WrappersMP, model_config_from_unet, model_man
 from .host import Unsupported
 from .remote_loop import sample_in_workers
 from .remote_transformer import TRANSFORMERS, RemoteTransformer, meta_tensors
+from .sampling_run import sampling_run
+from .status import ends_told
 from .weight_patches import MERGE, check_supported
 
 log = logging.getLogger(__name__)
@@ -138,6 +140,7 @@ class RemotePatcher(ModelPatcher):
     def add_weight_wrapper(self, name, function):
         raise Unsupported(f"A function around a weight ({name})")
 
+    @ends_told()
     def add_hook_patches(self, hook, patches, strength_patch=1.0, strength_model=1.0):
         if patches:
             raise Unsupported(
@@ -187,5 +190,6 @@ def remote_model(session: Session, header: dict[str, TensorInfo]) -> RemotePatch
         load_device=device,
         offload_device=model_management.unet_offload_device(),
     )
+    patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "fastusp", functools.partial(sampling_run, session.pool))
     patcher.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, "fastusp", sample_in_workers)
     return patcher

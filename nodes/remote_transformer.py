@@ -17,7 +17,7 @@ from ..fastusp_backend.pool import Prompt, Session
 from ..fastusp_backend.weights.checkpoint import TensorInfo
 from .comfyui import QwenImageTransformer2DModel, WrapperExecutor, WrappersMP, get_all_wrappers, model_management
 from .host import Unsupported, following, progress
-from .status import node_status
+from .status import ends_told, node_status
 from .weight_patches import PREFIX, weight_patches
 
 
@@ -115,7 +115,7 @@ class RemoteTransformer(torch.nn.Module):
         if self._arrived is not None:
             return torch.zeros_like(x)
         used = {kind: (control.get(kind) or [])[:count] for kind, count in blocks.items()} if control else None
-        with following():
+        with ends_told(), following():
             output = self.session.evaluate(x, timestep, prompt, progress(), used)
         node_status().restore()
         return output.to(x.device)

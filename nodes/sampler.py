@@ -39,7 +39,7 @@ class USPSampler(io.ComfyNode):
                     "sampler_name",
                     options=samplers.KSampler.SAMPLERS,
                     tooltip="The sampling algorithm. The common ones loop in the workers; every other one steps "
-                    "from here.",
+                    "from ComfyUI, with the same result.",
                 ),
                 io.Combo.Input(
                     "scheduler",

@@ -1,34 +1,56 @@
-"""What people see of the pools: a line of text on the running node and in ComfyUI's log, and a route for the side
-panel."""
+"""What people see of the pools: a line of text on the running node and in ComfyUI's log, and routes for the page."""
 
+import contextlib
 import logging
+import re
+from collections.abc import Iterator
 from contextvars import ContextVar
 
 from aiohttp import web
 
-from .comfyui import PromptServer, get_executing_context
+from .comfyui import PromptServer, get_executing_context, model_management
 from .pools import all_pools
 
 log = logging.getLogger(__name__)
 
+SHORT = 80
+"""More characters do not fit on a wide node: why a run steps from ComfyUI is cut there."""
+ERROR = 100
+"""What is shown of an error, of which ComfyUI shows the whole."""
+
 _logged = ""
 """The last line. A phase is not logged twice: a sampler that steps from ComfyUI reports at each step."""
 
+_shown: tuple[str | None, dict[str, str]] = None, {}
+"""The last prompt whose nodes showed something, and what each of them shows. Never changed, only replaced: the page
+asks on another thread."""
+
 
 class NodeStatus:
-    """The status line of the executing node: a headline that stays, and phases that cover it while they last."""
+    """The status line of the executing node: a headline that stays, and what covers it for a while. since: why, for the
+    log; the node shows what fits."""
 
-    def __init__(self, headline: str):
-        self._headline = headline
+    def __init__(self, headline: str, since: str = ""):
+        whole = f"{headline}: {since}" if since else headline
+        _log(whole, again=True)
+        self._headline = shortened(whole, SHORT) if since else headline
         self._covered = False
-        _tell(headline, again=True)
+        _show(self._headline)
 
     def phase(self, text: str) -> None:
+        self.cover(f"FastUSP: {text}")
+        _log(f"FastUSP: {text}")
+
+    def cover(self, text: str) -> None:
         self._covered = True
-        _tell(f"FastUSP: {text}")
+        _show(text)
+
+    def overwritten(self) -> None:
+        """The node shows something else, which is over."""
+        self._covered = True
 
     def restore(self) -> None:
-        """Shows the headline again, if a phase covers it."""
+        """Shows the headline again, if something covers it."""
         if self._covered:
             self._covered = False
             _show(self._headline)
@@ -37,9 +59,9 @@ class NodeStatus:
 _current: ContextVar[NodeStatus | None] = ContextVar("fastusp_node_status", default=None)
 
 
-def set_headline(text: str) -> None:
-    """Starts a new status line for what the executing node does now."""
-    _current.set(NodeStatus(f"FastUSP: {text}"))
+def set_headline(text: str, *, since: str = "") -> None:
+    """Starts a new status line for what the executing node does now, and since what."""
+    _current.set(NodeStatus(f"FastUSP: {text}", since))
 
 
 def node_status() -> NodeStatus:
@@ -49,25 +71,96 @@ def node_status() -> NodeStatus:
     return _current.get()
 
 
-def _tell(text: str, *, again: bool = False) -> None:
-    """On the node, and in the log where it is news, or again."""
+@contextlib.contextmanager
+def node_run(beginning: str = "preparing") -> Iterator[None]:
+    """What the executing node does from here to the end has a status line of its own; see `ends_told`."""
+    outer = _current.get()
+    token = _current.set(None)
+    try:
+        with ends_told():
+            _show(f"FastUSP: {beginning}")
+            yield
+    finally:
+        _current.reset(token)
+        if outer is not None:
+            outer.overwritten()
+
+
+@contextlib.contextmanager
+def ends_told() -> Iterator[None]:
+    """The status line says so where what is inside ends with an error, anybody's, or with an interruption."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, model_management.InterruptProcessingException):
+            text = "interrupted"
+        else:
+            text = shortened(f"failed: {first_sentence(error)}", ERROR)
+        status = _current.get()
+        (status.cover if status is not None else _show)(f"FastUSP: {text}")
+        raise
+
+
+def show(text: str) -> None:
+    """On the executing node alone."""
+    _show(f"FastUSP: {text}")
+
+
+def first_sentence(error: BaseException) -> str:
+    """Of an error's text; where it has none, its type."""
+    return re.split(r"(?<=[.!?])\s|\n", str(error).strip(), maxsplit=1)[0].rstrip(".") or type(error).__name__
+
+
+def shortened(text: str, length: int) -> str:
+    """At most so many characters, cut between words where there is one to cut at."""
+    if len(text) <= length:
+        return text
+    cut = text[: length - 4]
+    return (cut.rpartition(" ")[0] or cut).rstrip(" :,(") + " ..."
+
+
+def _log(text: str, *, again: bool = False) -> None:
+    """Where it is news, or again."""
     global _logged
-    _show(text)
     if again or text != _logged:
         _logged = text
         log.info("%s", text)
 
 
 def _show(text: str) -> None:
-    """Where no node is executing (a script), there is nobody to show it to."""
-    context = get_executing_context()
-    if context is not None and PromptServer.instance is not None:
-        PromptServer.instance.send_progress_text(text, context.node_id)
+    """To the page whose prompt runs. Where no node is executing (a script), or no page has queued the prompt, there is
+    nobody to show it to."""
+    global _shown
+    context, server = get_executing_context(), PromptServer.instance
+    if context is None or server is None:
+        return
+    prompt, texts = _shown
+    _shown = context.prompt_id, (texts if prompt == context.prompt_id else {}) | {context.node_id: text}
+    if server.client_id is not None:
+        server.send_progress_text(text, context.node_id, server.client_id)
+
+
+def _running_texts(client: str | None) -> dict:
+    """texts: what the nodes of `client`'s running prompt show, by id; workflow: the id of the graph that they are of,
+    where the client named it."""
+    prompt, texts = _shown
+    running, _ = PromptServer.instance.prompt_queue.get_current_queue_volatile()
+    for _number, number, _prompt, extra, *_ in running:
+        if number == prompt and client and extra.get("client_id") == client:
+            workflow = (extra.get("extra_pnginfo") or {}).get("workflow") or {}
+            return {"workflow": workflow.get("id"), "texts": texts}
+    return {"workflow": None, "texts": {}}
 
 
 def add_routes() -> None:
-    """GET /fastusp/status: the pools, as `Pool.status` gives them. Takes no arguments and changes nothing."""
+    """GET /fastusp/status: the pools, as `Pool.status` gives them. GET /fastusp/texts?client=ID: the status lines of
+    that client's running prompt, for a page that was loaded anew. Neither changes anything."""
+    routes = PromptServer.instance.routes
 
-    @PromptServer.instance.routes.get("/fastusp/status")
+    @routes.get("/fastusp/status")
     async def status(_request: web.Request) -> web.Response:
         return web.json_response({"pools": [pool.status() for pool in all_pools()]})
+
+    @routes.get("/fastusp/texts")
+    async def texts(request: web.Request) -> web.Response:
+        return web.json_response(_running_texts(request.query.get("client")))

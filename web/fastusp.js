@@ -1,4 +1,5 @@
-// The FastUSP side panel: the worker pools of this ComfyUI, as GET /fastusp/status gives them.
+// The FastUSP side panel: the worker pools of this ComfyUI, as GET /fastusp/status gives them. And the status lines on
+// nodes, which a page that is loaded in the middle of a run has not heard.
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
@@ -14,8 +15,10 @@ const STATES = {
   off: "off: starts with the next run",
   starting: "starting",
   idle: "idle: warm, waiting for a run",
-  busy: "busy: computing",
+  busy: "busy: a run is under way",
 };
+
+const TIMES = ["not yet", "once", "twice"];
 
 // What Pool.status calls the whereabouts of the weights.
 const HELD = {
@@ -33,7 +36,7 @@ const STYLE = `
 .fastusp table { width: 100%; margin-top: 8px; border-collapse: collapse; }
 .fastusp th { padding-right: 12px; font-weight: normal; text-align: left; white-space: nowrap; color: var(--descrip-text); }
 .fastusp th, .fastusp td { vertical-align: top; }
-.fastusp td { overflow-wrap: anywhere; }
+.fastusp td { overflow-wrap: anywhere; white-space: pre-wrap; }
 `;
 
 /** An element with children; strings become text nodes, so that no name from a machine is ever read as HTML. */
@@ -55,7 +58,8 @@ function poolView(pool) {
     if (pool.exchanges) rows.push(["Exchanges", pool.exchanges]);
     rows.push(["PyTorch", pool.torch]);
   }
-  rows.push(["Started", pool.generation === 1 ? "once" : `${pool.generation} times`]);
+  rows.push(["Started", TIMES[pool.generation] ?? `${pool.generation} times`]);
+  if (pool.error) rows.push(["Last error", pool.error]);
   return element(
     "section",
     element("h3", pool.devices),
@@ -110,10 +114,30 @@ const tab = {
   },
 };
 
+// The id of graphs that have none; they get one when the page is loaded anew.
+const NO_ID = "00000000-0000-0000-0000-000000000000";
+
+/** Shows again what the nodes of this page's running prompt say, unless another workflow has taken their place. */
+async function showTexts() {
+  const client = api.clientId ?? api.initialClientId;
+  if (!client) return;
+  const answer = await api.fetchApi(`/fastusp/texts?client=${encodeURIComponent(client)}`);
+  if (!answer.ok) throw new Error(`/fastusp/texts answered ${answer.status}`);
+  const { workflow, texts } = await answer.json();
+  if (![null, NO_ID, (app.rootGraph ?? app.graph).id].includes(workflow)) return;
+  for (const [nodeId, text] of Object.entries(texts))
+    api.dispatchEvent(new CustomEvent("progress_text", { detail: { nodeId, text } }));
+}
+
 app.registerExtension({
   name: "FastUSP.Pools",
+  afterConfigureGraph() {
+    // Not awaited: the page should not wait for it.
+    showTexts();
+  },
   setup() {
     // Older front ends have no side bar; the nodes do not need it.
     app.extensionManager?.registerSidebarTab?.(tab);
+    api.addEventListener("reconnected", showTexts);
   },
 });

@@ -15,6 +15,7 @@ from typing import NoReturn
 from ..devices import Devices
 from ..errors import Cancelled, FastUSPError, PatchesLost, PoolError, ProtocolError, RequestError
 from ..protocol import Cancel, Done, Failed, Held, Message, Park, Phase, Release, Shutdown, Step, Unmap
+from .account import Account
 from .kept import KeptTensors, Tensors
 from .patches import HeldPatches
 from .progress import QUIET, CallersOwn, Progress, call
@@ -49,6 +50,7 @@ class Pool:
         """Changes whenever the workers have forgotten what they were given."""
         self.kept = KeptTensors()
         self.patches = HeldPatches()
+        self._account = Account()
         self._workers: Workers | None = None
         self._ids = itertools.count(1)
         self._busy = threading.Lock()
@@ -86,7 +88,9 @@ class Pool:
             number = next(self._ids)
             workers = self._submit(make(number), tensors, progress)
             try:
-                return self._follow(workers, number, progress)
+                result = self._follow(workers, number, progress)
+                self._account.error = None
+                return result
             except CallersOwn as own:
                 self._cancel(workers, number)
                 raise own.error from own.error.__cause__
@@ -133,8 +137,13 @@ class Pool:
 
     @property
     def busy(self) -> bool:
-        """Whether a request runs."""
+        """Whether a request runs. Between the requests of a run none does: weights may leave then, and the next request
+        fetches them."""
         return self._running
+
+    def sampling(self) -> contextlib.AbstractContextManager[None]:
+        """A run of several requests: `status` says `busy` from its beginning to its end, also between them."""
+        return self._account.run()
 
     def _comes_to_it(self) -> bool:
         """Whether the workers are still at a request that was left behind: weights may come with it."""
@@ -172,7 +181,7 @@ class Pool:
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
-        with self._busy:
+        with self._busy, self._account.request():
             self._running = True
             try:
                 yield
@@ -186,15 +195,18 @@ class Pool:
         if workers is None:
             return PoolError(f"The FastUSP workers on {self.devices} {event}")
         error = workers.failure(event)
+        self._account.error = str(error)
         workers.kill()
         return error
 
     def status(self) -> dict:
-        """What people want to know: devices, state (`off`, `starting`, `idle`, `busy`), processes, the model."""
+        """What people want to know: devices, state (`off`, `starting`, `idle`, `busy`), processes, the model; error:
+        the last one's text, until a request succeeds."""
         workers = self._workers
         alive = workers is not None and workers.alive
         ready = workers.ready if alive else None
-        state = "off" if not alive else "starting" if not workers.standing else "busy" if self.busy else "idle"
+        busy = self.busy or self._account.sampling
+        state = "off" if not alive else "starting" if not workers.standing else "busy" if busy else "idle"
         status = {
             "devices": str(self.devices),
             "ranks": self.devices.ranks,
@@ -207,6 +219,10 @@ class Pool:
         if held := self.held:
             status |= {"held": held.state, "nbytes": held.nbytes, "exchanges": held.exchanges}
             status["model"] = os.path.basename(held.model.path) if held.model else None
+        if self._account.error is None and workers is not None and not alive:
+            self._account.error = str(workers.failure("stopped"))  # nobody has asked them for anything since
+        if self._account.error is not None:
+            status["error"] = self._account.error
         return status
 
     def close(self) -> None:
@@ -255,7 +271,7 @@ class Pool:
                 raise error
             time.sleep(POLL_SECONDS)
         seconds, names = time.monotonic() - workers.began, ", ".join(workers.ready.devices)
-        log.info("FastUSP: the workers on %s (%s) stand, %.1f s after their start", self.devices, names, seconds)
+        log.info("FastUSP: the workers on %s (%s) are ready, %.1f s after their start", self.devices, names, seconds)
         return workers
 
     def _follow(self, workers: Workers, number: int, progress: Progress, seconds: float = math.inf) -> Tensors:

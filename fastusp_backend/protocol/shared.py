@@ -81,8 +81,8 @@ class SharedMemory:
                 os.close(fd)
         except (OSError, RuntimeError) as error:  # RuntimeError: torch cannot map it
             raise RequestError(
-                f"{size / 1e9:.2f} GB of shared memory for a request's tensors cannot be had: {error}. Close other "
-                f"programs; where too many files are open, raise `ulimit -n` before ComfyUI starts"
+                f"{size / 1e9:.2f} GB of shared memory for a request's tensors cannot be allocated: {error}. Close "
+                f"other programs; where too many files are open, raise `ulimit -n` before ComfyUI starts"
             ) from error
 
     def put(self, tensors: dict[str, torch.Tensor]) -> Places:

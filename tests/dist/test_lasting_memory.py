@@ -106,6 +106,6 @@ def test_memory_that_the_host_does_not_give_harms_no_workers(session, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(shared.os, "memfd_create", none_left)
-        with pytest.raises(RequestError, match="shared memory for .* cannot be had: .*Too many open files.*ulimit -n"):
+        with pytest.raises(RequestError, match="shared memory for .* cannot be allocated: .*Too many open files.*ulimit -n"):
             evaluate(session, control(0))
     assert torch.equal(evaluate(session, control(0)), expected) and pids(session.pool) == before

@@ -64,6 +64,7 @@ def test_death_in_mid_run(mortal, dev, expected, victim):
         assert f"rank {victim} (process {target}) was ended by SIGKILL" in text
     assert "[rank " in text.partition("Last log lines:")[2]
     assert "The next prompt starts new ones" in text
+    assert mortal.status()["error"] == text
     wait_until(lambda: not processes_of(directory), 5)
     assert mortal.status()["state"] == "off"
 
@@ -77,8 +78,9 @@ def test_the_next_request_survives_a_death_while_idle(mortal, dev, expected):
     before = pids(mortal)
     os.kill(before[1], signal.SIGKILL)
     wait_until(lambda: mortal.status()["state"] == "off", 10)
+    assert f"rank 1 (process {before[1]}) was ended by SIGKILL" in mortal.status()["error"]
     assert relative_difference(evaluate(mortal, dev), expected) < 2e-5
-    assert not set(pids(mortal)) & set(before)
+    assert not set(pids(mortal)) & set(before) and "error" not in mortal.status()
 
 
 def test_a_death_that_nobody_has_noticed_yet(mortal, dev, monkeypatch):

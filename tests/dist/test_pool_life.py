@@ -61,6 +61,16 @@ def test_phases_and_states_are_told(pool, dev, still_right):
     assert len(phases) == 1
 
 
+def test_a_run_of_several_requests_is_busy_between_them(pool, dev, still_right):
+    """Its weights may leave then: no request runs."""
+    with pool.sampling():
+        evaluate(pool, dev)
+        assert pool.status()["state"] == "busy" and not pool.busy
+        pool.release()
+        evaluate(pool, dev)
+    assert pool.status()["state"] == "idle"
+
+
 def test_release_drops_the_model_alone(pool, dev, still_right):
     pool.release()
     pool.release()
@@ -200,8 +210,9 @@ def test_a_refused_request_harms_nothing(pool, dev, tmp_path, still_right, wrong
             cfg=1.0,
         )
 
-    with pytest.raises(RequestError, match=wrong.says):
+    with pytest.raises(RequestError, match=wrong.says) as error:
         pool.run(request, tensors)
+    assert pool.status()["error"] == str(error.value)
 
 
 def test_a_degree_that_the_heads_forbid_is_refused(shared_pool, dev):

@@ -18,14 +18,6 @@ from safetensors.torch import load_file
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-class PromptFailed(Exception):
-    """The host refused a prompt, or a node raised; `text` is what the page would show."""
-
-    def __init__(self, text: str):
-        super().__init__(text)
-        self.text = text
-
-
 @dataclass
 class Outcome:
     """What one prompt brought: saved latents by node id, and the websocket's events."""
@@ -39,6 +31,15 @@ class Outcome:
     def texts_of(self, node: str) -> list[str]:
         """The status lines that a node showed."""
         return [text for number, text in self.texts if number == node]
+
+
+class PromptFailed(Exception):
+    """The host refused a prompt, or a node raised; `text` is what the page would show, under `kind`, the error's type,
+    beside what the prompt has brought before."""
+
+    def __init__(self, text: str, kind: str = "", outcome: Outcome | None = None):
+        super().__init__(text)
+        self.text, self.kind, self.outcome = text, kind, outcome
 
 
 class ComfyUI:
@@ -128,7 +129,7 @@ class ComfyUI:
                     if on_progress:
                         on_progress(data["value"], data["max"])
                 elif event["type"] == "execution_error":
-                    raise PromptFailed(data["exception_message"])
+                    raise PromptFailed(data["exception_message"], data["exception_type"], outcome)
                 elif event["type"] == "execution_interrupted":
                     outcome.interrupted = True
                     return outcome

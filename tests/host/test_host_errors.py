@@ -31,6 +31,11 @@ def refusal(host, *args, **inputs) -> str:
     ((number, node),) = answer["node_errors"].items()
     (error,) = node["errors"]
     assert graph[number]["class_type"] == "FastUSPLoader"
+    assert error["extra_info"]["exception_type"] in (
+        "FastUSP.CheckpointError",
+        "FastUSP.DeviceError",
+        "FastUSP.LayoutError",
+    )
     return error["details"]
 
 
@@ -121,7 +126,9 @@ def test_lora_hook(host, lora):
     positive = graph.node(
         "ConditioningSetProperties", cond_NEW=graph.prompt(), strength=1.0, set_cond_area="default", hooks=hooks
     )
-    assert "LoraLoaderModelOnly, for the whole run" in failure(host, graph, graph.usp(), positive=positive)
+    with pytest.raises(PromptFailed, match="LoraLoaderModelOnly, for the whole run") as error:
+        short_run(host, graph, graph.usp(), positive=positive)
+    assert error.value.outcome.texts[-1][1].startswith("FastUSP: failed: A weight hook (Create Hook LoRA)")
 
 
 def test_an_attention_mask(host):

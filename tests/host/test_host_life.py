@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from comfy import PromptFailed
-from workflows import IN_WORKERS, SCHNELL, Graph
+from workflows import IN_WORKERS, SCHNELL, STEPPING, Graph
 
 from fastusp_backend.models.flux import Flux
 from fastusp_backend.models.synthetic import TINY_FLUX
@@ -51,8 +51,10 @@ def test_the_log_and_the_panel_say_what_runs(host):
         host.run(graph)
     lines = [line.partition("FastUSP: ")[2] for line in host.log_text()[began:].splitlines() if "FastUSP: " in line]
     assert lines[0] == f"ulysses 1 x ring 3 on cpu:3, {IN_WORKERS}" and "starting 3 worker(s) on cpu:3" in lines
-    assert re.fullmatch(r"the workers on cpu:3 \(cpu \(1 thread\), .*\) stand, \d+\.\d s after their start", lines[2])
-    assert len([line for line in lines if "the workers' loop has no sampler ipndm" in line]) == 1
+    assert re.fullmatch(
+        r"the workers on cpu:3 \(cpu \(1 thread\), .*\) are ready, \d+\.\d s after their start", lines[2]
+    )
+    assert len([line for line in lines if line == f"{STEPPING}: no ipndm in the workers"]) == 1
     assert len(lines) == len(set(lines)) < 8, lines
     assert host.pool("cpu:3")["layout"] == "ulysses 1 x ring 3"
 
@@ -71,7 +73,7 @@ def test_interrupt(host, sampler):
 
     outcome = slow_run(host, interrupt, seed=41, sampler_name=sampler)
     took = time.monotonic() - interrupted[0]
-    assert outcome.interrupted
+    assert outcome.interrupted and outcome.texts[-1][1] == "FastUSP: interrupted"
     step = (times[4] - times[0]) / 4
     assert took < 2.5 * step + 0.5, f"{took:.2f} s, where a step takes {step:.2f} s"
     assert run(host, seed=42).latents

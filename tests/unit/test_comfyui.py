@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import inspect
 import sys
+import traceback
 from pathlib import Path
 from types import ModuleType
 
@@ -85,8 +86,11 @@ def test_a_comfyui_that_has_it_all(comfyui):
 def test_what_is_missing_is_named(comfyui, module, owner, name):
     delattr(getattr(comfyui[module], owner) if owner else comfyui[module], name)
     path = ".".join(filter(None, (module, owner, name)))
-    with pytest.raises(ImportError, match=rf"ComfyUI \(version 0.99.1\): {path} does not exist. .* 0.3.64 to 0.33.0"):
+    with pytest.raises(
+        ImportError, match=rf"ComfyUI \(version 0.99.1\): {path} does not exist. .* 0.3.64 to 0.33.0"
+    ) as error:
         load()
+    assert traceback.format_exception_only(error.value)[0].startswith("FastUSP.UnsupportedComfyUI: ")
 
 
 def test_a_changed_signature_is_named(comfyui):

@@ -43,7 +43,7 @@ def verdict(checks: list[Check], devices: Devices | None) -> str:
     """What all of it comes to. devices: those that were examined, None if there are none."""
     failed, warned = ([c.name for c in checks if c.status == status] for status in ("fail", "warn"))
     if failed:
-        text = f"FastUSP does not work here yet: mend {', '.join(failed)}"
+        text = f"FastUSP does not work here yet: put right {', '.join(failed)}"
     else:
         text = "FastUSP works here" + f"; look at {', '.join(warned)}" * bool(warned)
     if devices is not None and devices.ranks == 1 and not devices.gpus:
@@ -155,7 +155,7 @@ def _state(facts: Facts, gpu) -> Check:
     name = f"GPU {gpu.index}"
     state = next((x for x in facts.states if x.index == gpu.index), None)
     if state is None:
-        return Check(name, "fail", "nvidia-smi does not tell its state", "Look at nvidia-smi; mend the driver")
+        return Check(name, "fail", "nvidia-smi does not tell its state", "Look at nvidia-smi; reinstall the driver")
     major, minor = gpu.compute_capability
     types = ["bfloat16"] * ((major, minor) >= BFLOAT16) + ["fp8 products"] * ((major, minor) >= FP8)
     told = state.free is not None and state.total is not None

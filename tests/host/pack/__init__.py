@@ -1,6 +1,8 @@
 """A node pack for tests, linked into the host beside FastUSP: conditioning without a text encoder, and a sampler and a
 scheduler, registered as other packs do."""
 
+import time
+
 import comfy.k_diffusion.sampling
 import comfy.samplers
 import torch
@@ -179,6 +181,35 @@ class MaskedConditioning:
         return (weighted,)
 
 
+class AfterEveryEvaluation:
+    """Waits after each evaluation, while ComfyUI has the turn, or fails there."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {
+                "model": ("MODEL",),
+                "seconds": ("FLOAT", {"default": 0.0}),
+                "error": ("STRING", {"default": ""}),
+            }
+        }
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "apply"
+    CATEGORY = "test"
+
+    def apply(self, model, seconds, error):
+        def after(arguments):
+            time.sleep(seconds)
+            if error:
+                raise ValueError(error)
+            return arguments["denoised"]
+
+        model = model.clone()
+        model.set_model_sampler_post_cfg_function(after)
+        return (model,)
+
+
 class ReferenceMethod:
     """How references are placed, also in the ways that no node of ComfyUI's own offers."""
 
@@ -225,6 +256,7 @@ NODE_CLASS_MAPPINGS = {
     "TestVAE": SmallVAE,
     "TestInpaintConditioning": InpaintConditioning,
     "TestMaskedConditioning": MaskedConditioning,
+    "TestAfterEveryEvaluation": AfterEveryEvaluation,
     "TestReferenceMethod": ReferenceMethod,
     "TestPatchedFP8": PatchedFP8,
     **changes.NODES,

@@ -1,0 +1,78 @@
+"""ComfyUI's page in a headless Chromium, driven over its debugging protocol."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+import urllib.request
+from pathlib import Path
+
+import websocket
+
+PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+SETTLED = "window.app?.graph && document.querySelector('canvas') && window.app.extensionManager ? true : false"
+
+
+class Page:
+    """One tab of a browser of its own. profile: an empty folder."""
+
+    def __init__(self, url: str, profile: Path):
+        command = [PROGRAM, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        command += ["--no-first-run", "--remote-debugging-port=0", "--remote-allow-origins=*"]
+        command += [f"--user-data-dir={profile}", "--window-size=1400,900", "about:blank"]
+        with open(profile / "browser.log", "wb") as output:
+            self.process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+        try:
+            port = self._port(profile)
+            tabs = json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/json", timeout=30))
+            address = next(tab["webSocketDebuggerUrl"] for tab in tabs if tab["type"] == "page")
+            self._socket = websocket.create_connection(address, timeout=60)
+            self._number = 0
+            self.url = url
+            self._call("Page.enable")
+            self.load()
+        except BaseException:
+            self.close()
+            raise
+
+    @staticmethod
+    def _port(profile: Path) -> int:
+        file, deadline = profile / "DevToolsActivePort", time.monotonic() + 30
+        while not file.exists() or not file.read_text().strip():
+            assert time.monotonic() < deadline, (profile / "browser.log").read_text()[-2000:]
+            time.sleep(0.1)
+        return int(file.read_text().split()[0])
+
+    def load(self) -> None:
+        """Loads the page (again) and waits until ComfyUI's application is there."""
+        self._call("Page.navigate", url=self.url)
+        self.wait_for(SETTLED, 90)
+
+    def evaluate(self, expression: str):
+        """What an expression is, promises awaited."""
+        answer = self._call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def wait_for(self, expression: str, seconds: float = 30):
+        """Until an expression is true of the page; returns what it is then."""
+        deadline = time.monotonic() + seconds
+        while not (value := self.evaluate(expression)):
+            assert time.monotonic() < deadline, f"{expression} is {value!r}"
+            time.sleep(0.1)
+        return value
+
+    def _call(self, method: str, **params):
+        self._number += 1
+        self._socket.send(json.dumps({"id": self._number, "method": method, "params": params}))
+        while (answer := json.loads(self._socket.recv())).get("id") != self._number:
+            pass
+        assert "error" not in answer, answer
+        return answer["result"]
+
+    def close(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
