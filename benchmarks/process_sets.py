@@ -17,6 +17,8 @@ from pathlib import Path
 
 from paths import HERE, ROOT
 
+from fastusp_backend.environment import inherited
+
 MARK = "BENCHMARK "
 GRACE_SECONDS = 40
 """torchrun gives its ranks 30 s to end before it kills them."""
@@ -74,8 +76,7 @@ def _run(each: ProcessSet, number: int, folder: Path, outcome: Outcome, seconds:
     folder.mkdir(parents=True)
     job = folder / "job.json"
     job.write_text(json.dumps(each.job | {"outputs": str(folder)}))
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "false"}
+    environment = inherited(os.environ, ROOT) | {"TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={each.ranks}"]
     with open(folder / "errors.txt", "w+") as errors:
         process = subprocess.Popen(

@@ -22,8 +22,11 @@ from fastusp_backend.comm.mesh import make_mesh, single_rank_mesh
 from fastusp_backend.comm.transport import Transport
 from fastusp_backend.config import Layout, Settings
 from fastusp_backend.engine import BatchedDenoiser, Denoiser
+from fastusp_backend.environment import inherited
 from fastusp_backend.models.family import Transformer
 
+OF_OURS = "FASTUSP_QUALITY"
+"""Set for the ranks that are started here, whatever launcher surrounds all."""
 TIMESTEPS = (0.95, 0.6, 0.2)
 OPTIONS = {
     "exact": {},
@@ -105,13 +108,13 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     a = parser.parse_args()
-    if "RANK" in os.environ:
+    if OF_OURS in os.environ:
         return rank(a)
     name = torch.cuda.get_device_name() if a.device == "cuda" else "CPU"
     print(f"{a.model}, {a.ranks} ranks, {name}, torch {torch.__version__}, {a.size} px, text {a.text}, {a.steps} steps")
     print(f"| weights | layout | option | t = {', '.join(map(str, TIMESTEPS))} | after {a.steps} steps |")
     print("|---|---|---|---|---|", flush=True)
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(paths.ROOT), os.environ.get("PYTHONPATH", "")])}
+    env = inherited(os.environ, paths.ROOT) | {OF_OURS: "1"}
     if a.device == "cuda" and torch.cuda.device_count() < a.ranks:
         env["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={a.ranks}"]

@@ -1,7 +1,7 @@
 """The `gpus` input: which devices make up a pool.
 
-`auto` = the largest set of identical GPUs, else one CPU rank, `all` = every visible GPU, `0,1,3` = by nvidia-smi
-index, `cpu:N` = N CPU ranks.
+`auto` = the largest set of identical GPUs, else one CPU rank, `all` = every visible GPU, both in CUDA_VISIBLE_DEVICES'
+order (`visible.py`), else in nvidia-smi's; `0,1,3` = by nvidia-smi index, whatever is visible; `cpu:N` = N CPU ranks.
 GPUs are asked of nvidia-smi, so that looking at them initialises no CUDA context in the host.
 """
 
@@ -13,11 +13,13 @@ import re
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
+from . import visible as cuda
 from .errors import DeviceError
+from .visible import counted_by_cuda
 
 log = logging.getLogger(__name__)
 
@@ -120,52 +122,70 @@ def _query(fields: str, make: Callable[..., T]) -> tuple[T, ...]:
         raise DeviceError(f"nvidia-smi's answer is not understood: {answer.stdout.strip()}") from error
 
 
-def visible_gpus(gpus: tuple[Gpu, ...], visible: str | None) -> tuple[Gpu, ...]:
-    """Those of `gpus` that a CUDA_VISIBLE_DEVICES value leaves; None leaves all."""
-    if visible is None:
-        return gpus
-    names = [x.strip() for x in visible.split(",") if x.strip()]
-    return tuple(
-        g for g in gpus if str(g.index) in names or any(g.uuid.startswith(n) for n in names if not n.isdigit())
-    )
+class Seen(NamedTuple):
+    """gpus: what CUDA_VISIBLE_DEVICES leaves, in its order. told: that, in words; empty where it is not set, or there
+    is no GPU. problem: what of it CUDA does not take."""
+
+    gpus: tuple[Gpu, ...]
+    told: str = ""
+    problem: str = ""
+
+
+def visible_gpus(
+    gpus: tuple[Gpu, ...], value: str | None, counted: Callable[[], Sequence[str]] = counted_by_cuda
+) -> Seen:
+    """Those of `gpus` that a CUDA_VISIBLE_DEVICES value leaves; None leaves all. counted: as `visible.read` takes it.
+
+    Raises DeviceError where it cannot be told.
+    """
+    if value is None or not gpus:
+        return Seen(gpus)
+    by_uuid = {gpu.uuid: gpu for gpu in gpus}
+    uuids = list(by_uuid)
+    left = cuda.read(value, uuids, counted if len(gpus) > 1 else lambda: uuids)
+    if foreign := [uuid for uuid in left.uuids if uuid not in by_uuid]:
+        raise DeviceError(
+            f"{cuda.VARIABLE}={value} leaves {foreign[0]}, which nvidia-smi does not name. Name GPUs of nvidia-smi -L "
+            f"there, or by nvidia-smi's index in gpus"
+        )
+    found = tuple(by_uuid[uuid] for uuid in left.uuids)
+    indices = ", ".join(str(gpu.index) for gpu in found)
+    some = f"GPU{'s' * (len(found) > 1)} {indices} of {len(gpus)}" if found else f"none of {len(gpus)} GPUs"
+    told = f"{cuda.VARIABLE}={value} leaves {some}" + (f": CUDA {left.problem}" if left.problem else "")
+    return Seen(found, told, left.problem)
 
 
 def parse_devices(
-    text: str, *, gpus: tuple[Gpu, ...] | None = None, visible: str | None = None, seen_by_torch: int = 0
+    text: str,
+    *,
+    gpus: tuple[Gpu, ...] | None = None,
+    visible: str | None = None,
+    counted: Callable[[], Sequence[str]] = counted_by_cuda,
+    seen_by_torch: int = 0,
 ) -> Devices:
-    """Reads a `gpus` input. `gpus` and `visible` default to this machine's. seen_by_torch: how many GPUs the caller's
-    torch sees, where it has one.
+    """Reads a `gpus` input. `gpus` and `visible`, CUDA_VISIBLE_DEVICES, default to this machine's. counted: as for
+    `visible_gpus`. seen_by_torch: how many GPUs the caller's torch sees, where it has one.
 
     Raises DeviceError naming the value and what exists.
     """
-    if gpus is None:
-        gpus = () if text.strip().lower().startswith("cpu") else list_gpus()
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    seen = visible_gpus(gpus, visible)
     value = text.strip().lower()
-
     if match := re.fullmatch(r"cpu(?::(\d+))?", value):
         ranks = int(match[1] or 1)
         if not 1 <= ranks <= MAX_CPU_RANKS:
             raise DeviceError(f"gpus = {text!r}: between 1 and {MAX_CPU_RANKS} CPU ranks can be used")
         return Devices(ranks=ranks)
-    if value == "auto":
-        if not seen and seen_by_torch:
-            lacks = "names none of those that CUDA_VISIBLE_DEVICES leaves" if gpus else "is not found, or names none"
-            raise DeviceError(
-                f"gpus = {text!r}: torch sees {seen_by_torch} GPU{'s' * (seen_by_torch > 1)}, but nvidia-smi, which "
-                f"FastUSP asks for NVIDIA GPUs, {lacks}. Put it on ComfyUI's PATH (in a container: "
-                f"NVIDIA_DRIVER_CAPABILITIES=compute,utility), or use 'cpu:N' for N CPU ranks"
-            )
-        if not seen:
-            _tell_of_no_gpu()
-            return Devices(ranks=1)
-        name = Counter(g.name for g in seen).most_common(1)[0][0]
-        return _of(tuple(g.index for g in seen if g.name == name))
-    if value == "all":
-        if not seen:
-            raise DeviceError(f"gpus = {text!r}: no GPU is visible here; use 'cpu:N' for N CPU ranks")
-        return _of(tuple(g.index for g in seen))
+    if gpus is None:
+        gpus, visible = list_gpus(), os.environ.get(cuda.VARIABLE)
+    if value in ("auto", "all"):
+        try:
+            seen = visible_gpus(gpus, visible, counted)
+        except DeviceError as error:
+            raise DeviceError(f"gpus = {text!r}: {error}") from error
+        if not seen.gpus:
+            return _without_gpus(text, seen, seen_by_torch)
+        names = [gpu.name for gpu in seen.gpus]
+        most = Counter(names).most_common(1)[0][0]
+        return _of(tuple(gpu.index for gpu in seen.gpus if value == "all" or gpu.name == most))
     if re.fullmatch(r"\d+(\s*,\s*\d+)*", value):
         wanted = tuple(int(x) for x in value.split(","))
         existing = {g.index for g in gpus}
@@ -182,6 +202,22 @@ def parse_devices(
     )
 
 
+def _without_gpus(text: str, seen: Seen, seen_by_torch: int) -> Devices:
+    """What `auto` and `all` mean where nothing is visible."""
+    if text.strip().lower() == "all":
+        why = f"{seen.told}. Name others there, or" if seen.told else "no GPU is visible here;"
+        raise DeviceError(f"gpus = {text!r}: {why} use 'cpu:N' for N CPU ranks")
+    if seen_by_torch:
+        lacks = f"names others ({seen.told})" if seen.told else "is not found, or names none"
+        raise DeviceError(
+            f"gpus = {text!r}: torch sees {seen_by_torch} GPU{'s' * (seen_by_torch > 1)}, but nvidia-smi, which "
+            f"FastUSP asks for NVIDIA GPUs, {lacks}. Put it on ComfyUI's PATH (in a container: "
+            f"NVIDIA_DRIVER_CAPABILITIES=compute,utility), or use 'cpu:N' for N CPU ranks"
+        )
+    _tell_of_no_gpu(seen.told or "no GPU is visible here")
+    return Devices(ranks=1)
+
+
 def local_devices(text: str) -> Devices:
     """`parse_devices` where torch works, and may see GPUs that nvidia-smi does not name."""
     import torch  # not above: doctor reads `gpus` where torch is broken
@@ -190,9 +226,9 @@ def local_devices(text: str) -> Devices:
 
 
 @functools.cache
-def _tell_of_no_gpu() -> None:
+def _tell_of_no_gpu(why: str) -> None:
     """Once a process."""
-    log.warning("FastUSP: gpus = 'auto': no GPU is visible here, so one CPU rank serves; 'cpu:N' takes N")
+    log.warning("FastUSP: gpus = 'auto': %s, so one CPU rank serves; 'cpu:N' takes N", why)
 
 
 def _of(indices: tuple[int, ...]) -> Devices:
@@ -204,6 +240,16 @@ def holds_gpu(devices: Devices, uuid: str) -> bool:
     counts those that CUDA_VISIBLE_DEVICES leaves, in CUDA_DEVICE_ORDER."""
     bare = uuid.lower().removeprefix("gpu-")
     return any(g.index in devices.gpus and g.uuid.lower().removeprefix("gpu-") == bare for g in list_gpus())
+
+
+def cuda_visible(devices: Devices) -> str:
+    """CUDA_VISIBLE_DEVICES for processes that shall see these alone, in this order: by UUID, which means the same in
+    every order that CUDA may count in. Raises DeviceError where one does not exist."""
+    uuids = {gpu.index: gpu.uuid for gpu in list_gpus()} if devices.gpus else {}
+    for index in devices.gpus:
+        if index not in uuids:
+            raise DeviceError(f"GPU {index} does not exist: nvidia-smi names {', '.join(map(str, uuids)) or 'none'}")
+    return ",".join(uuids[index] for index in devices.gpus)
 
 
 def supports_bfloat16(devices: Devices) -> bool:

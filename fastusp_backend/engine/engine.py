@@ -11,7 +11,7 @@ from ..comm.mesh import Mesh, make_mesh, single_rank_mesh
 from ..comm.transport import Transport
 from ..config import Layout, ModelSpec, Settings
 from ..models.family import Config, Transformer
-from ..models.products import check_fp8_products
+from ..models.products import check_fp8_products, check_fp8_sizes
 from .batch import BatchedDenoiser
 from .denoiser import Denoiser
 from .loading import Checkpoint
@@ -83,7 +83,10 @@ class Engine:
             return self._model.config
         if spec.linear == "fp8":
             check_fp8_products(self.device, getattr(torch, spec.compute))
-        self._described = Checkpoint(spec, self._rank, self._ranks)
+        described = Checkpoint(spec, self._rank, self._ranks)
+        if spec.linear == "fp8":
+            check_fp8_sizes(self.device, {tuple(layer.weight.shape) for layer in described.model.products()})
+        self._described = described
         return self._described.model.config
 
     def make_room(self) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from ..config import Layout
-from ..devices import Devices
+from ..devices import Devices, cuda_visible
+from ..environment import inherited
 from ..errors import PoolError
 from ..protocol import VERSION, Channel, Done, Evaluate, Failed, Held, Hello, Message, Ready, Release, Sample, Unmap
 from ..protocol.messages import ToClient
@@ -28,37 +29,17 @@ PRINTED_LINES = 1000
 """Of each file of printed lines, as many are looked through for warnings: NCCL_DEBUG=INFO prints hundreds."""
 _ALARMING = re.compile(r"\b(WARN|WARNING|ERROR|FATAL)\b|[Ee]rror\b|Traceback|failed")
 
-# Not handed down: allocator settings of the host (cudaMallocAsync breaks sharing memory between processes) and what
-# another torchrun around the host would have set.
-_DENIED = {
-    "PYTORCH_CUDA_ALLOC_CONF",
-    "PYTORCH_ALLOC_CONF",
-    "CUDA_VISIBLE_DEVICES",
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "GROUP_RANK",
-    "GROUP_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-}
-_DENIED_PREFIXES = ("TORCHELASTIC_", "ROLE_", "FASTUSP_")
 
-
-def worker_environment(devices: Devices, run_dir: Path, inherited: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a pool's processes: inherited, less a denylist, plus what the workers need."""
-    env = {k: v for k, v in inherited.items() if k not in _DENIED and not k.startswith(_DENIED_PREFIXES)}
+def worker_environment(devices: Devices, run_dir: Path, environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a pool's processes: that of `environment`, less a denylist, plus what the workers need. Raises
+    DeviceError where a GPU is none of this machine's."""
+    env = inherited(environment, PACKAGE_ROOT)
     env[RUN_DIR_VARIABLE] = str(run_dir)
     env[PARENT_VARIABLE] = str(os.getpid())
     env["FASTUSP_DEVICE_TYPE"] = devices.type
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACKAGE_ROOT), inherited.get("PYTHONPATH")]))
     env.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    if devices.gpus:
-        env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # nvidia-smi's order
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices.gpus))
-    else:
-        env["CUDA_VISIBLE_DEVICES"] = ""
+    env["CUDA_VISIBLE_DEVICES"] = cuda_visible(devices)
+    if not devices.gpus:
         env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // devices.ranks)))
         # Ranks, host and others share the cores: threads that spin while they wait take them from those that work.
         env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -74,6 +55,8 @@ class Workers:
     """
 
     def __init__(self, devices: Devices):
+        """Raises DeviceError where one does not exist."""
+        cuda_visible(devices)
         self.devices = devices
         self.run_dir = RunDir()
         self.began = time.monotonic()

@@ -1,6 +1,7 @@
 """The benchmarks run: on CPU ranks with tiny models, from the command line to the written results."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 pytestmark = pytest.mark.dist
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+LAUNCHED = os.environ | {"PET_NO_PYTHON": "1", "PET_NNODES": "4", "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "5"}
+"""By another launcher, of which torchrun reads the options."""
 TINY = ("--tiny", "--device", "cpu", "--text", "8", "--count", "1")
 
 
@@ -29,7 +32,7 @@ def results(tmp_path_factory):
     for name, (script, *arguments) in COMMANDS.items():
         command = [sys.executable, str(BENCHMARKS / script), *TINY, *arguments, "--out", str(folder / name)]
         running[name] = subprocess.Popen(
-            command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command, cwd=folder, env=LAUNCHED, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
 
     def of(name: str) -> dict:
@@ -69,7 +72,7 @@ def test_the_ablation_and_its_breakdown(results):
 def test_the_quality_of_lossy_options():
     command = [sys.executable, str(BENCHMARKS / "quality.py"), "--tiny", "--device", "cpu"]
     command += ["--size", "64", "--text", "9", "--steps", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=LAUNCHED, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     rows = [line.split(" | ") for line in done.stdout.splitlines()[3:]]
     assert len(rows) == 2 * 2 * 5  # weights, layouts, options

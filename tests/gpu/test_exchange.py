@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastusp_backend.environment import inherited
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -20,8 +22,7 @@ SCRIPT = Path(__file__).with_name("joint_attention.py")
 @pytest.mark.parametrize("kind", ["symmetric memory", "host memory"])
 def test_joint_attention_over_shared_memory(kind, ranks, layouts):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    path = os.pathsep.join(filter(None, [str(SCRIPT.parents[2]), os.environ.get("PYTHONPATH")]))
-    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    env = inherited(os.environ, SCRIPT.parents[2]) | {"OMP_NUM_THREADS": "1"}
     if torch.cuda.device_count() < ranks:
         env["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
     done = subprocess.run([*command, str(SCRIPT), kind], env=env, capture_output=True, text=True, timeout=240)

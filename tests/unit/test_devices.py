@@ -13,6 +13,11 @@ def gpu(index: int, name: str = "H200", capability: tuple[int, int] = (9, 0)) ->
     return Gpu(index=index, name=name, uuid=f"GPU-{index}abc", compute_capability=capability)
 
 
+def in_order(gpus: tuple[Gpu, ...]):
+    """CUDA that counts as nvidia-smi does."""
+    return lambda: tuple(g.uuid for g in gpus)
+
+
 MIXED = (gpu(0, "T4", (7, 5)), gpu(1), gpu(2), gpu(3, "T4", (7, 5)), gpu(4))
 TWINS = (gpu(0), gpu(1))
 
@@ -22,12 +27,14 @@ TWINS = (gpu(0), gpu(1))
     [
         ("auto", MIXED, None, Devices(ranks=3, gpus=(1, 2, 4))),
         ("auto", MIXED, "0,3,4", Devices(ranks=2, gpus=(0, 3))),
+        ("auto", MIXED, "4,0,1", Devices(ranks=2, gpus=(4, 1))),
         ("auto", TWINS, None, Devices(ranks=2, gpus=(0, 1))),
         ("auto", TWINS, "1", Devices(ranks=1, gpus=(1,))),
         ("auto", TWINS, "", Devices(ranks=1)),
         ("auto", (), None, Devices(ranks=1)),
         ("all", MIXED, None, Devices(ranks=5, gpus=(0, 1, 2, 3, 4))),
-        ("all", MIXED, "GPU-2a, GPU-4", Devices(ranks=2, gpus=(2, 4))),
+        ("all", MIXED, "GPU-4,GPU-2a", Devices(ranks=2, gpus=(4, 2))),
+        ("0,1", TWINS, "1", Devices(ranks=2, gpus=(0, 1))),
         ("0,1", TWINS, None, Devices(ranks=2, gpus=(0, 1))),
         (" 4 , 1 ", MIXED, None, Devices(ranks=2, gpus=(4, 1))),
         ("AUTO", TWINS, None, Devices(ranks=2, gpus=(0, 1))),
@@ -38,7 +45,7 @@ TWINS = (gpu(0), gpu(1))
     ],
 )
 def test_understood(text, gpus, visible, expected):
-    assert parse_devices(text, gpus=gpus, visible=visible) == expected
+    assert parse_devices(text, gpus=gpus, visible=visible, counted=in_order(gpus)) == expected
 
 
 @pytest.mark.parametrize(
@@ -65,8 +72,69 @@ def test_refused_by_name(text, gpus, message):
     assert repr(text) in str(refusal.value)
 
 
+def test_numbers_count_as_cuda_does():
+    """The fastest first, by default: here those that nvidia-smi names 1, 2, 4, 0, 3."""
+
+    def fastest_first():
+        return tuple(MIXED[i].uuid for i in (1, 2, 4, 0, 3))
+
+    assert parse_devices("all", gpus=MIXED, visible="3,0", counted=fastest_first) == Devices(ranks=2, gpus=(0, 1))
+    assert parse_devices("auto", gpus=MIXED, visible="0,1,2", counted=fastest_first) == Devices(ranks=3, gpus=(1, 2, 4))
+
+
+def unasked():
+    raise AssertionError("CUDA was asked")
+
+
+def test_cuda_is_asked_for_numbers_among_several_gpus_alone():
+    for text, gpus, visible in [("auto", MIXED, None), ("all", MIXED, "GPU-1"), ("all", TWINS[:1], "0")]:
+        assert parse_devices(text, gpus=gpus, visible=visible, counted=unasked).gpus
+    assert parse_devices("1,0", gpus=TWINS, visible="1", counted=unasked) == Devices(ranks=2, gpus=(1, 0))
+    assert parse_devices("auto", gpus=TWINS, visible="-1", counted=unasked) == Devices(ranks=1)
+
+
+@pytest.mark.parametrize("text", ["auto", "all"])
 @pytest.mark.parametrize(
-    "gpus, visible, lacks", [((), None, "is not found"), (TWINS, "MIG-9", "CUDA_VISIBLE_DEVICES leaves")]
+    "visible, message",
+    [
+        ("MIG-7/1/0", r"CUDA_VISIBLE_DEVICES=MIG-7/1/0 names a part of a GPU \(MIG\)"),
+        ("0", "CUDA_VISIBLE_DEVICES=0 leaves GPU-elsewhere, which nvidia-smi does not name"),
+    ],
+)
+def test_what_cannot_be_read_is_told_with_the_variable(text, visible, message):
+    with pytest.raises(DeviceError, match=f"^gpus = '{text}': {message}"):
+        parse_devices(text, gpus=TWINS, visible=visible, counted=lambda: ("GPU-elsewhere",))
+
+
+@pytest.mark.parametrize(
+    "visible, told",
+    [
+        ("", "CUDA_VISIBLE_DEVICES= leaves none of 2 GPUs"),
+        ("7,0", "CUDA_VISIBLE_DEVICES=7,0 leaves none of 2 GPUs: CUDA reads nothing from '7' on, which names no GPU"),
+    ],
+)
+def test_nothing_visible_is_told_with_the_variable(caplog, visible, told):
+    given = {"gpus": TWINS, "visible": visible, "counted": in_order(TWINS)}
+    devices._tell_of_no_gpu.cache_clear()
+    assert parse_devices("auto", **given) == Devices(ranks=1)
+    assert f"gpus = 'auto': {told}, so one CPU rank serves" in caplog.text
+    with pytest.raises(DeviceError) as refusal:
+        parse_devices("all", **given)
+    assert str(refusal.value) == f"gpus = 'all': {told}. Name others there, or use 'cpu:N' for N CPU ranks"
+
+
+def test_processes_see_gpus_by_uuid(monkeypatch):
+    monkeypatch.setattr(devices, "list_gpus", lambda: MIXED)
+    assert devices.cuda_visible(Devices(ranks=2, gpus=(4, 1))) == "GPU-4abc,GPU-1abc"
+    with pytest.raises(DeviceError, match="GPU 9 does not exist: nvidia-smi names 0, 1, 2, 3, 4"):
+        devices.cuda_visible(Devices(ranks=2, gpus=(0, 9)))
+    monkeypatch.setattr(devices, "list_gpus", lambda: pytest.fail("nvidia-smi was asked"))
+    assert devices.cuda_visible(Devices(ranks=2)) == ""
+
+
+@pytest.mark.parametrize(
+    "gpus, visible, lacks",
+    [((), None, "is not found"), (TWINS, "GPU-9", r"names others \(CUDA_VISIBLE_DEVICES=GPU-9 leaves none of 2 GPUs")],
 )
 def test_gpus_that_torch_alone_sees_are_told(gpus, visible, lacks):
     """One CPU rank in their place would be a silent, and slow, answer."""

@@ -99,6 +99,18 @@ BAD = {
     "no compiler": (pretended(compiler="", compiler_problem="there is none"), "C compiler", "fail", "apt install gcc"),
     "no headers": (pretended(compiler_problem="Python.h: No such file"), "C compiler", "fail", "python3.12-dev"),
     "no GPU": (replace(CPU, wanted="auto"), "devices", "warn", "nvidia-smi"),
+    "cut short": (
+        pretended(visible="CUDA_VISIBLE_DEVICES=0,7,1 leaves GPU 0 of 2", visible_problem="reads nothing from '7' on"),
+        "visible GPUs",
+        "warn",
+        "--gpus 0,1",
+    ),
+    "all hidden": (
+        replace(CPU, wanted="auto", visible="CUDA_VISIBLE_DEVICES= leaves none of 2 GPUs"),
+        "visible GPUs",
+        "warn",
+        "unset it",
+    ),
     "unlike GPUs": (pretended(gpus=(gpu(0), T4)), "devices", "warn", "gpus = auto"),
     "old GPU": (pretended(gpus=(gpu(0), T4)), "GPU 1", "warn", "float32"),
     "forbidden": (
@@ -137,6 +149,10 @@ def test_what_is_wrong_is_told_with_what_to_do(machine, name, status, advice):
 
 
 def test_what_does_not_matter_is_no_warning():
+    (chosen,) = checks.visible(pretended(visible="CUDA_VISIBLE_DEVICES=1,0 leaves GPUs 1, 0 of 4"))
+    assert (chosen.status, chosen.text) == ("ok", "CUDA_VISIBLE_DEVICES=1,0 leaves GPUs 1, 0 of 4")
+    hidden = replace(CPU, wanted="auto", visible="CUDA_VISIBLE_DEVICES= leaves none of 2 GPUs")
+    assert [check.status for check in checks.gpus(hidden)] == ["ok"]  # `visible` has told it
     assert checks.compiler(replace(CPU, compiler_problem="there is none")).status == "ok"
     assert checks.environment(pretended(environment={"NCCL_P2P_DISABLE": "0"}))[0].status == "ok"
     (told,) = checks.environment(

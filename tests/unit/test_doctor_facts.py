@@ -41,6 +41,7 @@ def test_facts_of_a_machine_whose_gpus_torch_cannot_use(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:cudaMallocAsync")
     monkeypatch.setenv("CC", "/nowhere/cc")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1,GPU-0,GPU-7")
     list_gpus.cache_clear()
     try:
         found = facts.gather(Devices(ranks=2, gpus=(0, 1)), "auto")
@@ -50,6 +51,8 @@ def test_facts_of_a_machine_whose_gpus_torch_cannot_use(monkeypatch, tmp_path):
     assert found.states[1] == GpuState(
         index=1, total=143771 << 20, free=143000 << 20, compute_mode="Default", mig=False, driver="580.1"
     )
+    assert found.visible.startswith("CUDA_VISIBLE_DEVICES=GPU-1,GPU-0,GPU-7 leaves GPUs 1, 0 of 2: CUDA reads nothing")
+    assert found.visible_problem and "CUDA_VISIBLE_DEVICES" in found.dropped
     assert found.links["0-1"] == "NV4" and found.probe.torch == str(torch.__version__)
     assert "/nowhere/cc" in found.compiler_problem and "PYTORCH_CUDA_ALLOC_CONF" in found.dropped
     assert not found.run_dir_problem and not found.memfd_problem
@@ -90,3 +93,21 @@ def test_a_look_that_hangs_or_crashes_is_told(monkeypatch):
     monkeypatch.setattr(facts, "PROBE_SECONDS", 60)
     monkeypatch.setattr(facts.sys, "executable", "/bin/false")
     assert "exit status 1: nothing was printed" in facts._probe(Devices(ranks=1)).error
+
+
+def test_what_looks_at_gpus_sees_those_alone_and_starts_as_workers_do(monkeypatch):
+    def bounded(command, seconds, env):
+        return 0, json.dumps({"torch": "|".join(str(env.get(name)) for name in names)}), ""
+
+    names = ("CUDA_VISIBLE_DEVICES", "PYTHONINSPECT", "NCCL_DEBUG")
+    monkeypatch.setattr(facts, "_bounded", bounded)
+    monkeypatch.setattr(facts, "cuda_visible", lambda devices: f"GPU-{devices.gpus[0]}")
+    for name, value in zip(names, ("7", "1", "INFO"), strict=True):
+        monkeypatch.setenv(name, value)
+    assert facts._probe(Devices(ranks=1, gpus=(3,))).torch == "GPU-3|None|INFO"
+
+
+def test_cpu_ranks_are_examined_without_asking_for_gpus(monkeypatch):
+    monkeypatch.setattr(facts, "list_gpus", lambda: pytest.fail("nvidia-smi was asked"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert facts.gather(Devices(ranks=2), "cpu:2").visible == ""

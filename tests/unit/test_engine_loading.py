@@ -10,6 +10,7 @@ from formats import write
 from support import SMALL, spec_of
 
 from fastusp_backend.engine import Engine, loading
+from fastusp_backend.engine import engine as engine_module
 from fastusp_backend.engine.loading import Checkpoint
 from fastusp_backend.errors import CheckpointError
 from fastusp_backend.models.synthetic import write_flux
@@ -47,6 +48,17 @@ def test_a_file_refused_by_its_header_leaves_the_resident_model(engine, specs):
         engine.describe(specs[1])
     with pytest.raises(CheckpointError):
         engine.describe(spec_of(specs[1].path))
+    assert engine.holds(specs[0])
+
+
+def test_layers_that_gpus_cannot_multiply_in_fp8_are_refused_by_the_header(engine, specs, monkeypatch, tmp_path):
+    write_flux(str(tmp_path / "odd.safetensors"), replace(MINI, mlp=264))
+    odd = msgspec.structs.replace(spec_of(tmp_path / "odd.safetensors"), linear="fp8", compute="bfloat16")
+    assert engine.describe(odd).mlp == 264  # CPU ranks multiply in float32
+    monkeypatch.setattr(engine_module, "check_fp8_products", lambda *_: None)
+    engine.device = torch.device("cuda")
+    with pytest.raises(ValueError, match="linear = 'fp8' needs layers .* multiples of 16.* 264"):
+        engine.describe(odd)
     assert engine.holds(specs[0])
 
 

@@ -1,14 +1,19 @@
 """The client's bookkeeping: kept tensors, what a session sends after failures, the workers' environment."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
 from support import randn
+from torch.distributed import run as torchrun
 
+from fastusp_backend import devices
 from fastusp_backend.config import Layout, ModelSpec, Settings
-from fastusp_backend.devices import Devices
-from fastusp_backend.errors import Cancelled, RequestError
+from fastusp_backend.devices import Devices, Gpu
+from fastusp_backend.environment import inherited
+from fastusp_backend.errors import Cancelled, DeviceError, RequestError
+from fastusp_backend.pool import workers
 from fastusp_backend.pool.kept import KEPT_TENSORS, KeptTensors
 from fastusp_backend.pool.patches import HeldPatches
 from fastusp_backend.pool.progress import QUIET
@@ -152,34 +157,86 @@ def test_a_new_generation_is_sent_everything():
     assert torch.equal(evaluate(pool, context), context)
 
 
+PASSED = {
+    "HOME": "/home/me",
+    "HF_HOME": "/cache",
+    "LD_LIBRARY_PATH": "/lib",
+    "PYTHONHOME": "/python",
+    "PYTHONSAFEPATH": "1",
+    "NCCL_DEBUG": "INFO",
+    "NCCL_SOCKET_IFNAME": "eth0",
+    "NVSHMEM_DEBUG": "INFO",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
+    "TORCH_DISTRIBUTED_DEBUG": "DETAIL",
+    "TORCH_LOGS": "+dynamo",
+    "OMP_NUM_THREADS": "3",
+    "GLOO_SOCKET_IFNAME": "eth0",
+    "CUDA_LAUNCH_BLOCKING": "1",
+    "CUDA_DEVICE_ORDER": "FASTEST_FIRST",
+    "NVIDIA_VISIBLE_DEVICES": "all",
+    "SLURM_PROCID": "3",
+    "OMPI_COMM_WORLD_RANK": "3",
+    "PETNAME": "Rex",
+}
+DENIED = {
+    "PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync",
+    "PYTORCH_ALLOC_CONF": "x",
+    "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
+    "RANK": "5",
+    "LOCAL_RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_WORLD_SIZE": "8",
+    "GROUP_RANK": "1",
+    "GROUP_WORLD_SIZE": "2",
+    "ROLE_NAME": "default",
+    "MASTER_ADDR": "elsewhere",
+    "MASTER_PORT": "1",
+    "TORCHELASTIC_RUN_ID": "1",
+    "TORCHELASTIC_USE_AGENT_STORE": "True",
+    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "soon",
+    "PET_NNODES": "4",
+    "PET_NO_PYTHON": "1",
+    "PET_OF_NO_OPTION_YET": "1",
+    "PYTHON_EXEC": "/bin/false",
+    "PYTHONINSPECT": "1",
+    "LOGLEVEL": "chatty",
+    "FASTUSP_OTHER": "/old",
+}
+
+
 def test_the_environment_is_inherited_less_a_denylist(tmp_path):
-    inherited = {
-        "HOME": "/home/me",
-        "HF_HOME": "/cache",
-        "PYTHONPATH": "/mine",
-        "NCCL_DEBUG": "INFO",
-        "PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync",
-        "PYTORCH_ALLOC_CONF": "x",
-        "CUDA_VISIBLE_DEVICES": "7",
-        "RANK": "5",
-        "LOCAL_RANK": "5",
-        "WORLD_SIZE": "8",
-        "MASTER_ADDR": "elsewhere",
-        "MASTER_PORT": "1",
-        "TORCHELASTIC_RUN_ID": "1",
-        "FASTUSP_RUN_DIR": "/old",
-    }
-    cpu = worker_environment(Devices(ranks=2), tmp_path, inherited)
-    assert cpu["FASTUSP_RUN_DIR"] == str(tmp_path) and cpu["FASTUSP_DEVICE_TYPE"] == "cpu"
-    assert cpu["CUDA_VISIBLE_DEVICES"] == ""
-    kept = {"HOME", "HF_HOME", "NCCL_DEBUG"}
-    assert {name: cpu[name] for name in kept} == {name: inherited[name] for name in kept}
-    assert not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"} & cpu.keys()
-    assert not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "LOCAL_RANK"} & cpu.keys()
-    assert cpu["PYTHONPATH"].split(":")[1:] == ["/mine"]
-    gpu = worker_environment(Devices(ranks=2, gpus=(3, 1)), tmp_path, inherited)
-    assert gpu["FASTUSP_DEVICE_TYPE"] == "cuda"
-    assert gpu["CUDA_VISIBLE_DEVICES"] == "3,1" and gpu["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    env = worker_environment(Devices(ranks=2), tmp_path, PASSED | DENIED | {"CUDA_VISIBLE_DEVICES": "7"})
+    assert env["FASTUSP_RUN_DIR"] == str(tmp_path) and env["FASTUSP_DEVICE_TYPE"] == "cpu"
+    assert env["CUDA_VISIBLE_DEVICES"] == ""
+    assert {name: env.get(name) for name in PASSED} == PASSED
+    assert not DENIED.keys() & env.keys()
+
+
+def test_every_option_of_torchrun_is_ours_alone(tmp_path):
+    """As torch reads them: PET_ and the option's name."""
+    options = {f"PET_{action.dest.upper()}": "1" for action in torchrun.get_args_parser()._actions}
+    assert "PET_RDZV_CONF" in options
+    assert not options.keys() & worker_environment(Devices(ranks=2), tmp_path, options).keys()
+
+
+def test_folders_of_imports_mean_the_same_in_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for given, expected in [("/mine:src", ["/mine", str(tmp_path / "src")]), (":/mine", [str(tmp_path), "/mine"])]:
+        env = worker_environment(Devices(ranks=2), tmp_path, {"PYTHONPATH": given})
+        assert env["PYTHONPATH"].split(":")[1:] == expected
+    root = str(Path(workers.__file__).resolve().parents[2])
+    assert worker_environment(Devices(ranks=2), tmp_path, {"PYTHONPATH": ""})["PYTHONPATH"] == root
+    assert "PYTHONPATH" not in inherited({"PYTHONPATH": ""})
+
+
+def test_gpus_are_handed_down_by_uuid(tmp_path, monkeypatch):
+    gpus = tuple(Gpu(index=i, name="H200", uuid=f"GPU-{i}", compute_capability=(9, 0)) for i in range(4))
+    monkeypatch.setattr(devices, "list_gpus", lambda: gpus)
+    env = worker_environment(Devices(ranks=2, gpus=(3, 1)), tmp_path, {"CUDA_VISIBLE_DEVICES": "1,3"})
+    assert env["FASTUSP_DEVICE_TYPE"] == "cuda" and env["CUDA_VISIBLE_DEVICES"] == "GPU-3,GPU-1"
+    with pytest.raises(DeviceError, match="GPU 7 does not exist"):
+        workers.Workers(Devices(ranks=1, gpus=(7,)))
 
 
 def write_printed(folder, rank: int, *lines: str) -> None:

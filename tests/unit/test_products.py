@@ -1,15 +1,19 @@
-"""Products in fp8: the values that are multiplied, and which weights they take."""
+"""Products in fp8: the values that are multiplied, which weights they take, and the ways round what torch refuses."""
+
+import logging
 
 import pytest
 import torch
+from fp8_shapes import FULL_SIZE, parts
 from support import relative_difference
 
 from fastusp_backend.kernels.eight_bits import quantise
 from fastusp_backend.kernels.tokens import quantise_reference
+from fastusp_backend.models import products
 from fastusp_backend.models.flux import Flux
 from fastusp_backend.models.flux2 import Flux2
 from fastusp_backend.models.layers import Linear
-from fastusp_backend.models.products import Quantised
+from fastusp_backend.models.products import Quantised, check_fp8_sizes
 from fastusp_backend.models.qwen_image import QwenImage
 from fastusp_backend.models.synthetic import TINY_FLUX, TINY_FLUX2, TINY_QWEN_IMAGE
 from fastusp_backend.weights.stored import Stored
@@ -85,3 +89,122 @@ def test_the_large_layers_are_those_of_the_blocks_without_modulations(kind, conf
         if isinstance(module, Linear):
             inside = "blocks." in name and "mod" not in name.removeprefix("modules")
             assert (module in large) == inside, name
+
+
+@pytest.mark.parametrize("config", [*FULL_SIZE.values(), TINY_FLUX, TINY_FLUX2, TINY_QWEN_IMAGE])
+def test_gpus_can_multiply_all_that_the_blocks_do(config):
+    """Sizes, rows and their first bytes at multiples of 16, as torch and the GPUs' copy engines want them."""
+    for part in parts(config):
+        assert not any(size % 16 for size in (part.n, part.k, part.pitch, part.offset)), part
+
+
+def test_sizes_that_gpus_cannot_multiply_are_refused():
+    shapes = {(32, 48), (32, 40), (48, 16)}
+    check_fp8_sizes(torch.device("cpu"), shapes)
+    check_fp8_sizes(torch.device("cuda"), shapes - {(32, 40)})
+    with pytest.raises(ValueError, match="multiples of 16; this model has one of 32 x 40. Use exact"):
+        check_fp8_sizes(torch.device("cuda"), shapes)
+
+
+REFUSAL = RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
+
+
+class Library:
+    """torch's product, which refuses what `refuses` says, by (rows, scaled by row, with bias)."""
+
+    def __init__(self, refuses=lambda *_: False, error=REFUSAL):
+        self.refuses, self.error, self.calls = refuses, error, []
+
+    def __call__(self, values, weight, *, scale_a, scale_b, bias=None, out_dtype, use_fast_accum):
+        call = len(values), scale_a.numel() > 1 or scale_b.numel() > 1, bias is not None
+        self.calls.append(call)
+        if self.refuses(*call):
+            raise self.error
+        wide = values.float() @ weight.float() * scale_a * scale_b
+        return (wide if bias is None else wide + bias.float()).to(out_dtype)
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """library(...): puts a `Library` in torch's place, on a GPU of some compute capability."""
+    monkeypatch.setattr(products, "_refusals", {})
+
+    def make(*arguments, capability=(9, 0), torch_version=(2, 11)) -> Library:
+        made = Library(*arguments)
+        monkeypatch.setattr(torch, "_scaled_mm", made)
+        monkeypatch.setattr(products, "_capability", lambda device: capability)
+        monkeypatch.setattr(products, "_torch_version", lambda: torch_version)
+        return made
+
+    return make
+
+
+def given(rows: int = 5, bias: bool = True, columns: slice = slice(None)):
+    """Arguments of `_multiply`, and what should come of them."""
+    x = quantised(tokens().reshape(1, 10, 48)[:, :rows, columns].bfloat16().contiguous())
+    fp8 = layer(torch.bfloat16)
+    fp8.stored = fp8.stored.by_rows()
+    offset = fp8.bias.data if bias else None
+    values, scales, weight = x.values[0], x.scales[0], fp8.weight.data[:, columns]
+    expected = (values.double() * scales) @ (weight.double() * fp8.scale).T + (0 if offset is None else offset.double())
+    return (values, scales, weight, fp8.scale, offset, torch.bfloat16), expected
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "refuses, ways",
+    [
+        (lambda rows, by_row, biased: False, 1),
+        (lambda rows, by_row, biased: biased and by_row, 2),  # cuBLAS on Hopper, few rows
+        (lambda rows, by_row, biased: by_row, 3),  # no row-wise product
+    ],
+)
+def test_a_way_round_what_is_refused(library, caplog, refuses, ways, bias):
+    """As exact as the first: what is rounded to bfloat16 twice more differs by less than fp8's own error of 2.6 %."""
+    caplog.set_level(logging.INFO)
+    torchs, (arguments, expected) = library(refuses), given(bias=bias)
+    first = products._multiply(*arguments)
+    assert first.dtype == torch.bfloat16 and relative_difference(first.double(), expected) < 2**-7
+    torchs.calls.clear()
+    assert torch.equal(products._multiply(*arguments), first)
+    assert len(torchs.calls) == 1  # what was refused is not asked for again, above all not during a capture
+    refused = len(products._refusals)
+    assert refused == (ways > 1 and (bias or ways > 2))
+    assert ("refused (CUBLAS_STATUS_NOT_SUPPORTED)" in caplog.text) == bool(refused)
+
+
+def test_a_refusal_is_one_shapes_own(library):
+    """Many rows keep their bias in the product."""
+    torchs = library(lambda rows, by_row, biased: biased and rows < 6)
+    for rows in (5, 6, 10, 5):
+        products._multiply(*given(rows)[0])
+    assert torchs.calls == [(5, True, True), (5, True, False), (6, True, True), (10, True, True), (5, True, False)]
+
+
+def test_torchs_own_checks_are_refusals_and_what_no_way_mends_is_raised(library):
+    library(lambda rows, by_row, biased: by_row, ValueError("only bf16"))
+    arguments, expected = given()
+    assert relative_difference(products._multiply(*arguments).double(), expected) < 2**-7
+    library(lambda *_: True, RuntimeError("an illegal memory access was encountered"))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        products._multiply(*arguments)
+    products._refusals.clear()
+    library(lambda *_: True, torch.OutOfMemoryError("no room"))
+    with pytest.raises(torch.OutOfMemoryError):
+        products._multiply(*arguments)
+    assert not products._refusals
+
+
+@pytest.mark.parametrize(
+    "torch_version, columns, by_row",
+    [
+        ((2, 11), slice(None), False),  # its kernel ignores the current stream
+        ((2, 12), slice(None), True),
+        ((2, 12), slice(16, None), False),  # and the row pitch, in all versions
+    ],
+)
+def test_ada_goes_round_what_its_kernel_gets_wrong(library, torch_version, columns, by_row):
+    torchs = library(capability=(8, 9), torch_version=torch_version)
+    arguments, expected = given(columns=columns)
+    assert relative_difference(products._multiply(*arguments).double(), expected) < 2**-7
+    assert [call[1] for call in torchs.calls] == [by_row]

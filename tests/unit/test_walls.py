@@ -32,7 +32,9 @@ ROOMS = {
     "": set(),
     "config": {"errors"},
     "errors": set(),
-    "devices": {"errors"},
+    "devices": {"visible", "errors"},
+    "visible": {"environment", "errors"},
+    "environment": set(),
     "pinning": set(),
     "planner": BASE,
     "protocol": BASE | {"pinning"},
@@ -45,7 +47,7 @@ ROOMS = {
     "sampling": set(),
     "worker": BASE | {"sampling", "engine", "models", "protocol"},
     "worker.process": set(),
-    "pool": BASE | {"protocol", "devices", "worker.process"},
+    "pool": BASE | {"protocol", "devices", "environment", "worker.process"},
 }
 ABOVE_ALL = {"cli", "__main__"}
 FOR_NODES = (

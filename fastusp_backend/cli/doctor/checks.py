@@ -134,8 +134,18 @@ def compiler(facts: Facts) -> Check:
     return Check("C compiler", "fail", f"{name}: {facts.compiler_problem}", advice)
 
 
+def visible(facts: Facts) -> list[Check]:
+    """What CUDA_VISIBLE_DEVICES does to gpus = auto and all."""
+    if not facts.visible:
+        return []
+    if facts.visible_problem or not facts.gpus:
+        advice = "Mend it, unset it, or name GPUs by nvidia-smi's index: --gpus 0,1"
+        return [Check("visible GPUs", "warn", facts.visible, advice)]
+    return [Check("visible GPUs", "ok", facts.visible)]
+
+
 def gpus(facts: Facts) -> list[Check]:
-    if not facts.gpus and facts.wanted == "auto":
+    if not facts.gpus and facts.wanted == "auto" and not facts.visible:
         advice = "Where there are some: install NVIDIA's driver, whose nvidia-smi FastUSP asks; else name --gpus cpu:N"
         return [Check("devices", "warn", "no GPU is found", advice)]
     if not facts.gpus:
@@ -287,6 +297,7 @@ CHECKS: tuple[Callable[[Facts], Check | list[Check]], ...] = (
     torch,
     triton,
     compiler,
+    visible,
     gpus,
     links,
     symmetric_memory,

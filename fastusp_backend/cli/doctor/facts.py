@@ -17,14 +17,15 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from ...devices import Devices, Gpu, GpuState, gpu_states, list_gpus
+from ...devices import Devices, Gpu, GpuState, Seen, cuda_visible, gpu_states, list_gpus, visible_gpus
+from ...environment import inherited
 
 PACKAGES = ("msgspec", "safetensors", "gguf", "numpy", "pillow", "tqdm")
 PROBE_SECONDS = 180.0
 """Importing torch from a cold disk takes a minute; CUDA on 8 GPUs some more."""
 TOOL_SECONDS = 60.0
 
-SHOWN = ("CC", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+SHOWN = ("CC", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_NO_CUDA_MEMORY_CACHING")
 SHOWN += ("CUDA_*", "GLOO_*", "NCCL_*", "NVSHMEM_*", "OMP_*", "TORCHINDUCTOR_*", "TORCH_SYMM_MEM_*", "TRITON_*")
 """The environment variables that a report shows; no others."""
 _PACKAGE_ROOT = Path(__file__).resolve().parents[3]
@@ -79,6 +80,10 @@ class Facts:
     host_free: int | None
     environment: dict[str, str]
     dropped: tuple[str, ...]
+    visible: str = ""
+    """What CUDA_VISIBLE_DEVICES leaves; empty where it is not set, or `gpus` does not heed it."""
+    visible_problem: str = ""
+    """What of it CUDA does not take."""
 
 
 def gather(devices: Devices, wanted: str) -> Facts:
@@ -86,6 +91,8 @@ def gather(devices: Devices, wanted: str) -> Facts:
     chosen = set(devices.gpus)
     compiler, compiler_problem = _compile()
     probe = _probe(devices)
+    heeded = wanted.strip().lower() in ("auto", "all")
+    seen = visible_gpus(list_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES")) if heeded else Seen(())
     usable = platform.system() == "Linux" and bool(probe.torch) and not probe.missing  # the pool can be imported
     return Facts(
         wanted=wanted,
@@ -112,6 +119,8 @@ def gather(devices: Devices, wanted: str) -> Facts:
         host_free=_host_free() if usable else None,
         environment={k: v for k, v in sorted(os.environ.items()) if shown(k)},
         dropped=_dropped(devices) if usable else (),
+        visible=seen.told,
+        visible_problem=seen.problem,
     )
 
 
@@ -159,9 +168,7 @@ def _compile() -> tuple[str, str]:
 
 def _probe(devices: Devices) -> Probe:
     """Asks a process of its own: this one must hold no GPU while the workers run, and CUDA may hang or crash."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTORCH_")}
-    env |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(map(str, devices.gpus))}
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_PACKAGE_ROOT), os.environ.get("PYTHONPATH")]))
+    env = inherited(os.environ, _PACKAGE_ROOT) | {"CUDA_VISIBLE_DEVICES": cuda_visible(devices)}
     try:
         command = [sys.executable, "-m", "fastusp_backend.cli.doctor.probe"]
         status, output, errors = _bounded(command, PROBE_SECONDS, env)

@@ -1,0 +1,118 @@
+"""CUDA_VISIBLE_DEVICES, read as CUDA reads it; `python -m fastusp_backend.visible` prints all GPUs as CUDA counts them.
+
+Its rules (CUDA Programming Guide, environment variables; torch.cuda counts devices likewise): entries are taken in
+order, up to the first that names no GPU; behind that nothing is read, so that -1 hides the rest. Entries are numbers,
+of which what follows the digits is ignored, or beginnings of UUIDs that fit one GPU alone, as the first entry is; a GPU
+that is named twice leaves none at all. Numbers count in CUDA's own order, which CUDA_DEVICE_ORDER chooses: by default
+FASTEST_FIRST, of which only the first GPU is documented. So the driver is asked for that order, by a process of its
+own: this one shall initialise no CUDA.
+"""
+
+import ctypes
+import functools
+import os
+import re
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from .environment import inherited
+from .errors import DeviceError
+
+VARIABLE = "CUDA_VISIBLE_DEVICES"
+SECONDS = 60.0
+"""CUDA initialises a machine of 8 GPUs in a few seconds, where no driver is kept awake."""
+_NO_DEVICE = 100
+_PACKAGE_ROOT = Path(__file__).resolve().parents[1]
+
+
+class Visible(NamedTuple):
+    """uuids: of the GPUs that a value leaves, in CUDA's order. problem: what in the value CUDA does not take; empty
+    where it takes all."""
+
+    uuids: tuple[str, ...]
+    problem: str = ""
+
+
+def read(value: str, uuids: Sequence[str], counted: Callable[[], Sequence[str]]) -> Visible:
+    """uuids: of all GPUs; counted: gives those as CUDA counts them, for numbers. Raises DeviceError for parts of GPUs
+    (MIG), and as `counted`."""
+    if value.startswith("MIG-"):
+        raise DeviceError(
+            f"{VARIABLE}={value} names a part of a GPU (MIG); FastUSP takes whole ones. Name them there, or unset it"
+        )
+    found: list[str] = []
+    for entry in value.split(","):
+        named = _by_uuid(entry, uuids) if value.startswith("GPU-") else _by_number(entry, counted)
+        if named is None:
+            rest = f"reads nothing from {entry.strip()!r} on, which names no GPU"
+            return Visible(tuple(found), rest if entry.strip() not in ("", "-1") else "")
+        if named in found:
+            return Visible((), f"takes no GPU at all, since {entry.strip()!r} names one that was named before")
+        found.append(named)
+    return Visible(tuple(found))
+
+
+def _by_uuid(entry: str, uuids: Sequence[str]) -> str | None:
+    fitting = [uuid for uuid in uuids if uuid.startswith(entry)] if entry.startswith("GPU-") else []
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def _by_number(entry: str, counted: Callable[[], Sequence[str]]) -> str | None:
+    number = re.match(r"\s*\+?(\d+)", entry)
+    if not number:
+        return None
+    order = counted()
+    return order[int(number[1])] if int(number[1]) < len(order) else None
+
+
+@functools.cache
+def counted_by_cuda() -> tuple[str, ...]:
+    """The UUIDs of all GPUs as CUDA counts them in this process's environment. Asked once a process.
+
+    Raises DeviceError where the driver does not answer.
+    """
+    env = {k: v for k, v in inherited(os.environ, _PACKAGE_ROOT).items() if k != VARIABLE}
+    command = [sys.executable, "-m", "fastusp_backend.visible"]
+    try:
+        done = subprocess.run(
+            command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=SECONDS
+        )
+        problem = "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["it crashed"])[-1]
+    except (OSError, subprocess.TimeoutExpired) as error:
+        problem = str(error)
+    if problem:
+        raise DeviceError(
+            f"{VARIABLE}={os.environ.get(VARIABLE)} counts GPUs as CUDA does, and CUDA's driver does not tell how "
+            f"({problem}). Name GPUs by UUID there (nvidia-smi -L), or by nvidia-smi's index in gpus"
+        )
+    return tuple(done.stdout.split())
+
+
+def _count() -> list[str]:
+    """What the driver says, without a context on any GPU. Raises OSError where there is none, or it fails."""
+    driver = ctypes.CDLL("libcuda.so.1")
+    status = driver.cuInit(0)
+    if status == _NO_DEVICE:
+        return []
+    _check(status)
+    count, device, identity = ctypes.c_int(), ctypes.c_int(), (ctypes.c_ubyte * 16)()
+    _check(driver.cuDeviceGetCount(ctypes.byref(count)))
+    found = []
+    for number in range(count.value):
+        _check(driver.cuDeviceGet(ctypes.byref(device), number))
+        _check(driver.cuDeviceGetUuid(identity, device))
+        found.append(f"GPU-{uuid.UUID(bytes=bytes(identity))}")
+    return found
+
+
+def _check(status: int) -> None:
+    if status:
+        raise OSError(f"CUDA error {status}")
+
+
+if __name__ == "__main__":
+    print(*_count(), sep="\n")

@@ -1,0 +1,74 @@
+"""A pool starts, answers and ends whatever launcher surrounds its host."""
+
+
+import pytest
+import torch
+from pools import evaluate, pids
+
+pytestmark = pytest.mark.dist
+
+HOSTILE = {
+    # Options of torchrun, for another one.
+    "PET_NO_PYTHON": "1",
+    "PET_MODULE": "1",
+    "PET_RDZV_CONF": "store_type=file,is_host=0",
+    "PET_RDZV_BACKEND": "etcd",
+    "PET_NNODES": "4",
+    "PET_NODE_RANK": "3",
+    "PET_NPROC_PER_NODE": "8",
+    "PET_STANDALONE": "1",
+    "PET_RUN_PATH": "1",
+    "PET_START_METHOD": "fork",
+    "PET_TEE": "3",
+    "PET_LOGS_SPECS": "none",
+    "PET_MAX_RESTARTS": "many",
+    # A rank of another job.
+    "RANK": "5",
+    "LOCAL_RANK": "5",
+    "WORLD_SIZE": "32",
+    "LOCAL_WORLD_SIZE": "8",
+    "GROUP_RANK": "1",
+    "ROLE_RANK": "5",
+    "MASTER_ADDR": "10.255.255.1",
+    "MASTER_PORT": "29500",
+    "TORCHELASTIC_USE_AGENT_STORE": "True",
+    "TORCHELASTIC_RUN_ID": "other",
+    "TORCHELASTIC_ERROR_FILE": "/nowhere/error.json",
+    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "soon",
+    "TORCH_ELASTIC_WORKER_IDENTICAL": "1",
+    "SLURM_JOB_ID": "1",
+    "SLURM_PROCID": "5",
+    "SLURM_NTASKS": "32",
+    "SLURM_LOCALID": "5",
+    "SLURM_NODELIST": "node[1-4]",
+    "SLURM_STEP_GPUS": "0,1",
+    "OMPI_COMM_WORLD_RANK": "5",
+    "OMPI_COMM_WORLD_SIZE": "32",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "5",
+    "PMI_RANK": "5",
+    "PMI_SIZE": "32",
+    "ACCELERATE_MIXED_PRECISION": "fp16",
+    "DEEPSPEED_TIMEOUT": "1",
+    "CROSS_SIZE": "4",
+    # Of Python.
+    "PYTHONINSPECT": "1",
+    "PYTHONSAFEPATH": "1",
+    "PYTHONSTARTUP": "/nowhere.py",
+    "PYTHON_EXEC": "/bin/false",
+    "LOGLEVEL": "chatty",
+    # Of CUDA, which CPU ranks have none of.
+    "CUDA_VISIBLE_DEVICES": "7",
+    "CUDA_DEVICE_ORDER": "FASTEST_FIRST",
+}
+
+
+def test_a_launcher_around_the_host_harms_nothing(shared_pool, new_pool, dev, monkeypatch):
+    expected = evaluate(shared_pool(2), dev)
+    for name, value in HOSTILE.items():
+        monkeypatch.setenv(name, value)
+    pool = new_pool(2)
+    assert torch.equal(evaluate(pool, dev), expected)
+    assert pool.status()["ranks"] == len(pids(pool)) == 2
+    process = pool._workers._process
+    pool.close()
+    assert process.wait(30) == 0

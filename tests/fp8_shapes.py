@@ -1,0 +1,68 @@
+"""Which parts of their weights the families' blocks multiply in fp8, told by the blocks themselves: one evaluation on
+the meta device."""
+
+from dataclasses import replace
+from typing import NamedTuple
+from unittest.mock import patch
+
+import torch
+
+from fastusp_backend.models import layers
+from fastusp_backend.models.family import Config
+from fastusp_backend.models.segments import Segments
+from fastusp_backend.models.synthetic import FLUX2_DEV, FLUX_DEV, QWEN_IMAGE
+
+FULL_SIZE = {
+    "FLUX.1": FLUX_DEV,
+    "FLUX.2 dev": FLUX2_DEV,
+    "FLUX.2 klein 4B": replace(FLUX2_DEV, hidden=3072, heads=24, mlp=9216, context=7680, guidance=False),
+    "FLUX.2 klein 9B": replace(FLUX2_DEV, hidden=4096, heads=32, mlp=12288, context=12288, guidance=False),
+    "Qwen-Image": QWEN_IMAGE,
+}
+
+
+class Part(NamedTuple):
+    """Of a weight: n rows of k columns, rows `pitch` values apart, from value `offset` on; and whether a bias is
+    added."""
+
+    n: int
+    k: int
+    pitch: int
+    offset: int
+    bias: bool
+
+
+class _Joint:
+    """Attention that gives tokens of the right shape."""
+
+    def __init__(self, tokens: torch.Tensor):
+        self.collect = lambda: tokens
+
+    def project(self, *_, **__) -> None:
+        pass
+
+    def attend(self) -> None:
+        pass
+
+
+def parts(config: Config) -> set[Part]:
+    """Of all products of two blocks of each kind: what comes after a block differs for the last."""
+    counts = {name: 2 for name in ("double_blocks", "single_blocks", "blocks") if hasattr(config, name)}
+    found = set()
+
+    def record(x, weight, scales, bias):
+        found.add(Part(*weight.shape, weight.stride(0), weight.storage_offset(), bias is not None))
+        assert scales.shape == (len(weight), 1) and (bias is None or bias.shape == (len(weight),))
+        return x.values.new_empty(*x.values.shape[:2], len(weight), dtype=x.dtype)
+
+    with torch.device("meta"), patch.object(layers, "product", record):
+        model = replace(config, **counts).build().bfloat16()
+        for layer in model.products():
+            layer.stored = layer.stored.by_rows()
+        txt, img = torch.empty(2, 1, 3, config.hidden, dtype=torch.bfloat16)
+        patches = torch.empty(1, 3, config.patch**2 * (config.channels + config.concat_channels), dtype=torch.bfloat16)
+        table = torch.empty(3, 64)
+        mods = model.split_modulations(torch.empty(1, 1, model.modulation_width, dtype=torch.bfloat16))
+        joint = _Joint(torch.empty(1, 6, config.hidden, dtype=torch.bfloat16))
+        model(patches, txt, mods, ((table, table), (table, table)), joint, Segments(img.device, fused=False, fp8=True))
+    return found
