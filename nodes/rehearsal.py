@@ -43,7 +43,7 @@ def rehearse(model, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict, con
     """What a sampler function's evaluations, model(x, sigma, **extra_args), meet that the workers' loop would leave
     out; None if nothing. conditionings: the names of those that are evaluated."""
     if type(model) is not samplers.KSamplerX0Inpaint or not isinstance(model.inner_model, samplers.CFGGuider):
-        return f"the sampler's model is {originals.owner(model)}'s"
+        return f"{originals.owner(model)}'s {type(model).__name__} around the model"
     guider = model.inner_model
     transformer = guider.inner_model.diffusion_model
     options = _Watched(extra_args["model_options"], _KNOWN_OPTIONS, "on the model")
@@ -184,13 +184,13 @@ class _Watch:
                     and not _is_own(vars(instance)[name])
                 ):
                     by = originals.owner(vars(instance)[name])
-                    raise Obstacle(f"{type(instance).__name__}.{name} is {by}'s")
+                    raise Obstacle(f"{by}'s {type(instance).__name__}.{name}")
 
 
 def _check(module: ModuleType, name: str, value: object) -> None:
     """Raises Obstacle where a module's file defines a function of this name and another one stands there."""
     if name in originals.names(module) and not _is_own(value) and not originals.is_original(module, name):
-        raise Obstacle(f"{short_name(module.__name__)}.{name} is {originals.owner(value)}'s")
+        raise Obstacle(f"{originals.owner(value)}'s {short_name(module.__name__)}.{name}")
 
 
 def short_name(module: str) -> str:
@@ -231,21 +231,21 @@ def _described(frame: FrameType) -> str:
     scope = caller.f_locals
     this = scope.get("self")
     if isinstance(this, WrapperExecutor) and not _runs(this.original, code):
-        return f"{this.original.__name__} is wrapped by {by}"
+        return f"{by}'s wrapper around {this.original.__name__}"
     parts = this.children() if isinstance(this, torch.nn.Module) else (getattr(this, "class_obj", None),)
     for value in (*parts, this, *scope.values()):
         for holder in (value, *type(value).__mro__):
             for name, held in getattr(holder, "__dict__", {}).items():
                 if _runs(held, code):
-                    return f"{type(value).__name__}.{name} is {by}'s"
+                    return f"{by}'s {type(value).__name__}.{name}"
     for module_name, module in list(sys.modules.items()):
         if module_name.startswith("comfy."):
             for name, held in list(vars(module).items()):
                 if _runs(held, code):
-                    return f"{short_name(module_name)}.{name} is {by}'s"
+                    return f"{by}'s {short_name(module_name)}.{name}"
     if caller.f_code.co_filename.startswith(originals.TORCH):
-        return f"{type(this).__name__} has a hook of {by}'s"
-    return f"{caller.f_code.co_name} calls {code.co_name} of {by}"
+        return f"{by}'s hook on {type(this).__name__}"
+    return f"{by}'s {code.co_name}, called by {caller.f_code.co_name}"
 
 
 def _runs(value: object, code: CodeType) -> bool:

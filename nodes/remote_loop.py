@@ -60,7 +60,7 @@ def why_not(sampler, guider, sigmas) -> str | None:
     for used in originals.used_functions(k_diffusion, f"sample_{name}"):
         if not originals.is_original(k_diffusion, used):
             by = originals.owner(getattr(k_diffusion, used, None))
-            return f"{short_name(k_diffusion.__name__)}.{used} is {by}'s"
+            return f"{by}'s {short_name(k_diffusion.__name__)}.{used}"
     options = {k: v for k, v in sampler.extra_options.items() if v != _neutral(function, k)}
     foreign = options.keys() - SAMPLERS[name].options.keys()
     if foreign:

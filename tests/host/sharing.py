@@ -37,7 +37,8 @@ from fastusp_pack.fastusp_backend.pool import Progress, Prompt, Session  # noqa:
 from fastusp_pack.fastusp_backend.weights.checkpoint import read_header  # noqa: E402
 from fastusp_pack.nodes import memory, pools  # noqa: E402
 from fastusp_pack.nodes.loader import USPLoader  # noqa: E402
-from fastusp_pack.nodes.remote_model import RemoteQwenImage, remote_model  # noqa: E402
+from fastusp_pack.nodes.remote_model import remote_model  # noqa: E402
+from fastusp_pack.nodes.remote_transformer import RemoteQwenImage  # noqa: E402
 
 CPU = torch.device("cpu")
 header = read_header(FILE)
@@ -152,7 +153,7 @@ seen = []
 wrappers = {WrappersMP.DIFFUSION_MODEL: {"test": [lambda _executor, *args, **kwargs: seen.append((args, kwargs))]}}
 call = {"context": 3, "control": 4, "ref_latents": 5, "ref_latents_method": 6}
 for kind in (QwenImageTransformer2DModel, RemoteQwenImage):
-    stub = types.SimpleNamespace(_forward=None, _evaluate=None)
+    stub = types.SimpleNamespace(_forward=None, _evaluate=None, _arrived=None)
     stub._through_wrappers = functools.partial(RemoteQwenImage._through_wrappers, stub)
     stub._ORDER = RemoteQwenImage._ORDER
     kind.forward(stub, 1, 2, transformer_options={"wrappers": wrappers}, **call)
