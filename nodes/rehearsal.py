@@ -3,7 +3,7 @@
 A sampling loop in the workers leaves out what ComfyUI does around the transformer at each step. That is right only as
 long as nobody has changed it, and there are many places for a change: options, wrappers, hooks, methods of instances,
 functions of modules, classes. Instead of looking at lists of such places, one evaluation runs through ComfyUI with a
-transformer that answers zeros (under a millisecond), and is watched:
+transformer that answers zeros (two milliseconds), and is watched:
 
 - each Python function that is called must be ComfyUI's, as its file has it, or of torch, Python or a library that the
   calling file imports (a profile function sees every call);
@@ -148,7 +148,7 @@ class _Watch:
         code = frame.f_code
         if event != "call":
             return
-        if code.co_filename.startswith(originals.COMFY) and code.co_varnames[:1] == ("self",):
+        if code.co_filename.startswith(originals.COMFY) and code.co_argcount and code.co_varnames[0] == "self":
             instance = frame.f_locals["self"]
             self._instances[id(instance)] = instance
         if code in self._seen:
@@ -178,13 +178,8 @@ class _Watch:
                 for name in used & vars(kind).keys():
                     _check(module, f"{kind.__qualname__}.{name}", vars(kind)[name])
             for name in used & getattr(instance, "__dict__", {}).keys():
-                if (
-                    hasattr(type(instance), name)
-                    and not _is_method(instance, name)
-                    and not _is_own(vars(instance)[name])
-                ):
-                    by = originals.owner(vars(instance)[name])
-                    raise Obstacle(f"{by}'s {type(instance).__name__}.{name}")
+                if _hides_a_method(instance, name) and not _is_own(vars(instance)[name]):
+                    raise Obstacle(f"{originals.owner(vars(instance)[name])}'s {type(instance).__name__}.{name}")
 
 
 def _check(module: ModuleType, name: str, value: object) -> None:
@@ -198,11 +193,12 @@ def short_name(module: str) -> str:
     return module.removeprefix("comfy.")
 
 
-def _is_method(instance: object, name: str) -> bool:
-    """Whether an instance has its class's method as its own, as ComfyUI leaves it when an object patch is undone."""
-    value = vars(instance)[name]
-    held = inspect.getattr_static(type(instance), name, None)
-    return isinstance(value, MethodType) and value.__self__ is instance and value.__func__ is held
+def _hides_a_method(instance: object, name: str) -> bool:
+    """Whether an instance's own value stands before its class's method, and is not that method, as ComfyUI leaves it
+    when an object patch is undone."""
+    value, held = vars(instance)[name], inspect.getattr_static(type(instance), name, None)
+    is_it = isinstance(value, MethodType) and value.__self__ is instance and value.__func__ is held
+    return originals.code_of(held) is not None and not is_it
 
 
 def _is_own(value: object) -> bool:

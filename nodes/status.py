@@ -131,9 +131,10 @@ def _show(text: str) -> None:
     """To the page whose prompt runs. Where no node is executing (a script), or no page has queued the prompt, there is
     nobody to show it to."""
     global _shown
-    context, server = get_executing_context(), PromptServer.instance
-    if context is None or server is None:
+    context = get_executing_context()
+    if context is None:
         return
+    server = PromptServer.instance
     prompt, texts = _shown
     _shown = context.prompt_id, (texts if prompt == context.prompt_id else {}) | {context.node_id: text}
     if server.client_id is not None:
