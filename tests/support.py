@@ -89,6 +89,12 @@ class OneRank(BatchedDenoiser):
         return velocity
 
 
+REORDERED = 1e-5
+"""How far evaluations of one model may be apart, relative to the largest value, whose equal weights lie at other
+addresses: where memory is aligned otherwise, a product may sum in another order. Sums of some hundred float32 values
+differ by about 1e-6 then, and pass through a few layers; one weight that is off by a bit of fp8 makes 1e-4."""
+
+
 def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     """max |a - b| / max |b|."""
     assert a.shape == b.shape

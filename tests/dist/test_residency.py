@@ -12,10 +12,10 @@ from support import SMALL, inputs, relative_difference, spec_of
 
 from fastusp_backend.config import Layout
 from fastusp_backend.errors import Cancelled, RequestError
+from fastusp_backend.models.files import read_model
 from fastusp_backend.models.holding import rank_bytes
 from fastusp_backend.pool import Progress, Prompt
 from fastusp_backend.pool import pool as client
-from fastusp_backend.weights.checkpoint import read_header
 
 pytestmark = pytest.mark.dist
 
@@ -29,7 +29,7 @@ def pool(shared_pool):
 def test_parked_weights_come_back_as_they_were(shared_pool, dev, schnell, ranks):
     pool, layout = shared_pool(ranks), Layout(ulysses=1, ring=ranks)
     before = evaluate(pool, dev, layout)
-    loaded, header = pool.held, read_header(str(dev))
+    loaded, header = pool.held, read_model(str(dev)).header
     assert (loaded.state, loaded.model.path) == ("resident", str(dev))
     everything, most = (rank_bytes(header, spec_of(dev), n) for n in (1, ranks))
     modulations = sum(info.size for key, info in header.items() if "mod" in key)
