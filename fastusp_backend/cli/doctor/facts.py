@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ...devices import Devices, Gpu, GpuState, gpu_states, list_gpus
 
-PACKAGES = ("msgspec", "safetensors", "gguf", "numpy", "pillow", "tqdm")
+PACKAGES = ("msgspec", "safetensors", "numpy", "pillow", "tqdm")
 PROBE_SECONDS = 180.0
 """Importing torch from a cold disk takes a minute; CUDA on 8 GPUs some more."""
 TOOL_SECONDS = 60.0
