@@ -91,8 +91,9 @@ class OneRank(BatchedDenoiser):
 
 REORDERED = 1e-5
 """How far evaluations of one model may be apart, relative to the largest value, whose equal weights lie at other
-addresses: where memory is aligned otherwise, a product may sum in another order. Sums of some hundred float32 values
-differ by about 1e-6 then, and pass through a few layers; one weight that is off by a bit of fp8 makes 1e-4."""
+addresses: where memory is aligned otherwise, a product may sum in another order. A sum of some hundred float32 values
+differs by about 1e-6 then (1.7e-6 was seen of whole evaluations), and passes through a few layers. What is wrong in a
+single weight may be less than that: bits are demanded of the weights themselves."""
 
 
 def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
