@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-portable lint clean
 
 $(VENV)/ready: requirements.txt requirements-dev.txt constraints-dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -16,6 +16,10 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready
 	OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest $(PYTEST_ARGS)
+
+# The unit tests as another processor would run them: without vector instructions, on one thread.
+test-portable: $(VENV)/ready
+	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 $(RUN) -m pytest -m unit
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

@@ -18,14 +18,14 @@ from files import write_model
 
 from fastusp_backend.config import Layout, ModelSpec, Settings, WeightPatch
 from fastusp_backend.devices import Devices
+from fastusp_backend.models.files import read_model
 from fastusp_backend.models.synthetic import FLUX_DEV
 from fastusp_backend.pool import NO_PATCHES, Pool, Progress, Prompt, Session, WeightPatches, name_of
-from fastusp_backend.weights.checkpoint import read_header
 
 
 def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
     """By the file's names."""
-    return {name: info.shape for name, info in read_header(str(path)).items()}
+    return {name: info.shape for name, info in read_model(str(path)).header.items()}
 
 
 def lora(shapes: dict[str, tuple[int, ...]], rank: int) -> WeightPatches:

@@ -6,10 +6,10 @@ from typing import get_args
 from ..fastusp_backend.config import BatchParallel, ModelSpec, Settings, Storage
 from ..fastusp_backend.devices import local_devices, supports_bfloat16
 from ..fastusp_backend.errors import CheckpointError, FastUSPError
-from ..fastusp_backend.models.detection import Config, detect
+from ..fastusp_backend.models.files import ModelFile, read_model
 from ..fastusp_backend.planner import plan_batches
 from ..fastusp_backend.pool import Session
-from ..fastusp_backend.weights.checkpoint import TensorInfo, choose_types, main_dtype, read_header
+from ..fastusp_backend.weights.checkpoint import TensorInfo, choose_types, main_dtype
 from .comfyui import command_line, io
 from .files import model_names, model_path
 from .pools import pool_for
@@ -115,10 +115,10 @@ class USPLoader(io.ComfyNode):
         devices = local_devices(gpus) if gpus is not None else None
         if unet_name is None:
             return True
-        config = _read(unet_name)[2]
+        heads = _read(unet_name).config.heads
         if devices is not None and ulysses is not None and ring is not None:
             wish = "auto" if batch_parallel is None else batch_parallel
-            plan_batches(devices.ranks, config.heads, ulysses=ulysses, ring=ring, batch_parallel=wish)
+            plan_batches(devices.ranks, heads, ulysses=ulysses, ring=ring, batch_parallel=wish)
         return True
 
     @classmethod
@@ -143,24 +143,25 @@ class USPLoader(io.ComfyNode):
 
     @classmethod
     def _load(cls, unet_name, weight_dtype, gpus, ulysses, ring, settings: Settings, batch_parallel) -> io.NodeOutput:
-        path, header, config = _read(unet_name)
+        file = _read(unet_name)
         devices = local_devices(gpus)
         types = choose_types(
-            _storage(weight_dtype, header),
-            main_dtype(header),
+            _storage(weight_dtype, file.header),
+            main_dtype(file.header),
             cpu=devices.type == "cpu",
             bfloat16=supports_bfloat16(devices),
-            float16=config.float16,
+            float16=file.config.float16,
         )
         session = Session(
             pool_for(devices),
-            ModelSpec.of_file(path, **types),
-            plan_batches(devices.ranks, config.heads, ulysses=ulysses, ring=ring, batch_parallel=batch_parallel),
+            ModelSpec.of_file(file.path, **types),
+            plan_batches(devices.ranks, file.config.heads, ulysses=ulysses, ring=ring, batch_parallel=batch_parallel),
             settings,
         )
-        model = remote_model(session, header)
+        model = remote_model(session, file.header)
+        file.log_ignored()
         session.pool.start()
-        show(f"{config.family} on {devices}")
+        show(f"{file.config.family} on {devices}")
         return io.NodeOutput(model)
 
 
@@ -187,11 +188,10 @@ def _path(unet_name: str) -> str:
     return path
 
 
-def _read(unet_name: str) -> tuple[str, dict[str, TensorInfo], Config]:
-    """Path, header and model of a file. Raises CheckpointError, naming the input."""
+def _read(unet_name: str) -> ModelFile:
+    """Raises CheckpointError, naming the input."""
     path = _path(unet_name)
     try:
-        header = read_header(path)
-        return path, header, detect(header, path)
+        return read_model(path)
     except CheckpointError as error:
         raise CheckpointError(f"unet_name = {unet_name!r}: {error}") from error

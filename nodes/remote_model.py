@@ -157,9 +157,10 @@ def _no_weights(*_args, **_kwargs):
 
 
 def remote_model(session: Session, header: dict[str, TensorInfo]) -> RemotePatcher:
-    """The MODEL for `session`. header: the file's tensors, from which ComfyUI detects its half of the model.
+    """The MODEL for `session`. header: of the file's tensors those that the model needs, from which ComfyUI detects its
+    half of it.
 
-    Raises FastUSPError where this ComfyUI does not know the file's family or sizes, or the file is incomplete.
+    Raises FastUSPError where this ComfyUI does not know the file's family or sizes.
     """
     family = detect(header, session.model.path)
     name, transformer = TRANSFORMERS[family.family]

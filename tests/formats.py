@@ -2,13 +2,17 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from support import SMALL
 
+MINI = replace(SMALL, hidden=256, heads=2, mlp=512, double_blocks=1, single_blocks=1, context=256, pooled=256)
+"""Whose rows are whole blocks of GGUF's formats."""
 State = dict[str, torch.Tensor]
 LIMITS = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 PREFIX = "model.diffusion_model."
@@ -157,3 +161,24 @@ FORMATS: dict[str, Callable[[State, Path], State]] = {
 def write(name: str, source: Path, path: Path) -> State:
     """The model of a plain file `source` in a format; returns what it means now."""
     return FORMATS[name](load_file(source), path)
+
+
+def add_raw(path: Path, tensors: dict[str, tuple[str, tuple[int, ...], bytes]]) -> None:
+    """Adds tensors of any (type, shape, bytes) to a safetensors file, known to its library or not."""
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header, body = json.loads(data[8 : 8 + size]), data[8 + size :]
+    for name, (kind, shape, values) in tensors.items():
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [len(body), len(body) + len(values)]}
+        body += values
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + body)
+
+
+def retype_gguf(path: Path, name: str, number: int) -> None:
+    """Makes a GGUF file say that a tensor is of ggml's type `number`."""
+    data, key = bytearray(path.read_bytes()), name.encode()
+    after = data.index(len(key).to_bytes(8, "little") + key) + 8 + len(key)
+    place = after + 4 + 8 * int.from_bytes(data[after : after + 4], "little")
+    data[place : place + 4] = number.to_bytes(4, "little")
+    path.write_bytes(data)

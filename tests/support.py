@@ -89,6 +89,13 @@ class OneRank(BatchedDenoiser):
         return velocity
 
 
+REORDERED = 1e-5
+"""How far evaluations of one model may be apart, relative to the largest value, whose equal weights lie at other
+addresses: where memory is aligned otherwise, a product may sum in another order. A sum of some hundred float32 values
+differs by about 1e-6 then (1.7e-6 was seen of whole evaluations), and passes through a few layers. What is wrong in a
+single weight may be less than that: bits are demanded of the weights themselves."""
+
+
 def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     """max |a - b| / max |b|."""
     assert a.shape == b.shape

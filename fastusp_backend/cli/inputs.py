@@ -7,10 +7,10 @@ import torch
 
 from ..config import ModelSpec
 from ..devices import Devices, supports_bfloat16
-from ..models.detection import detect
 from ..models.family import Config
+from ..models.files import read_model
 from ..pool import Prompt
-from ..weights.checkpoint import TensorInfo, choose_types, main_dtype, read_header
+from ..weights.checkpoint import TensorInfo, choose_types, main_dtype
 
 BOUNDS = {"float32": 2e-5, "bfloat16": 5e-2, "float16": 1e-2}
 """By how much the ranks may differ from one, by compute type: rounding in another order."""
@@ -33,9 +33,11 @@ def pixels(text: str) -> tuple[int, int]:
 
 
 def describe(path: str, devices: Devices) -> tuple[dict[str, TensorInfo], Config, ModelSpec]:
-    """A file's header, its model, and how USP Loader's default loads it on `devices`. Raises CheckpointError."""
-    header = read_header(path)
-    config = detect(header, path)
+    """The tensors of a file's model, the model, and how USP Loader's default loads it on `devices`. Raises
+    CheckpointError."""
+    file = read_model(path)
+    file.log_ignored()
+    header, config = file.header, file.config
     types = choose_types(
         None,
         main_dtype(header),

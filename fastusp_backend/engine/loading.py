@@ -11,10 +11,10 @@ from torch import nn
 
 from ..config import ModelSpec
 from ..errors import CheckpointError
-from ..models.detection import detect
 from ..models.family import Transformer
-from ..models.holding import Holding, check_tensors
-from ..weights.checkpoint import TensorInfo, read_header
+from ..models.files import read_model
+from ..models.holding import Holding, by_module
+from ..weights.checkpoint import TensorInfo
 from ..weights.headers import FP8
 from ..weights.reading import Shares, map_tensors, read_tensors, room
 from ..weights.stored import Stored, conversion_bytes, hold, in_file, keeps
@@ -30,17 +30,16 @@ def check_unchanged(spec: ModelSpec) -> None:
 class Checkpoint:
     """The model of a file: described when it is made, still without weights.
 
-    model: the transformer. infos: the file's tensors by the module's names. holding: which ranks hold them; this is
-    `rank` of `ranks`. Raises CheckpointError when the file is unusable or was replaced after the client looked at it.
+    model: the transformer. infos: its tensors in the file, by the module's names. holding: which ranks hold them; this
+    is `rank` of `ranks`. Raises CheckpointError when the file is unusable or was replaced after the client looked at
+    it.
     """
 
     def __init__(self, spec: ModelSpec, rank: int = 0, ranks: int = 1):
         check_unchanged(spec)
         self.spec = spec
-        header = read_header(spec.path)
-        with torch.device("meta"):
-            self.model = detect(header, spec.path).build()
-        self.infos = check_tensors(self.model, header, spec.path)
+        file = read_model(spec.path)
+        self.model, self.infos = file.model, by_module(file.model, file.header)
         self.holding, self._rank = Holding(self.model, self.infos, spec, ranks), rank
         self._shares = Shares()
         self._device = torch.device("cpu")

@@ -1,11 +1,18 @@
-"""Tells from a file's keys which model it holds; refuses by name what FastUSP does not run."""
+"""Tells from a file's keys which model it holds; refuses by name what FastUSP does not run.
 
+A file is a model's if it has all tensors that this one needs, whatever lies beside them. What else it may be is asked
+where some are missing, to say so.
+"""
+
+import functools
 import re
+from collections.abc import Collection, Iterable
+
+import torch
 
 from ..errors import CheckpointError
-from ..weights.checkpoint import Sizes, TensorInfo
-from ..weights.scales import check_types
-from .family import Config
+from ..weights.checkpoint import AnySizes, OneOfEach, Sizes, TensorInfo
+from .family import Config, Transformer
 from .flux import FluxConfig
 from .flux2 import Flux2Config
 from .qwen_image import QwenImageConfig
@@ -14,9 +21,10 @@ FAMILIES: tuple[type[Config], ...] = (Flux2Config, FluxConfig, QwenImageConfig)
 """In the order of asking: FLUX.2's files have FLUX.1's marks, too."""
 RUNS = ", ".join(family.runs for family in FAMILIES)
 OTHERS = "for other diffusion models use Load Diffusion Model, or Load Checkpoint where the file is an all-in-one one"
+CONTROLNET = "a ControlNet"
 
 # Parts of keys of files that hold no diffusion model, checked in this order: where in the key (its start, or anywhere),
-# what the file holds, and the node that loads it.
+# what the file holds, and the node that loads it. ControlNets alone have the marks of the families they are for.
 _PARTS: tuple[tuple[re.Pattern, str, str], ...] = tuple(
     (re.compile(mark), what, advice)
     for mark, what, advice in (
@@ -27,7 +35,7 @@ _PARTS: tuple[tuple[re.Pattern, str, str], ...] = tuple(
         ),
         (
             r"^control(net_|_blocks\.|_model\.)",
-            "a ControlNet",
+            CONTROLNET,
             "load it with Load ControlNet Model and apply it to the prompt",
         ),
         (
@@ -41,38 +49,149 @@ _PARTS: tuple[tuple[re.Pattern, str, str], ...] = tuple(
     )
 )
 
-# Keys that only one foreign family or variant has, checked in this order. Several share the block names of ours.
+# Starts of keys that a variant has beside a family's own, which make another model of it: all must be there.
+_VARIANTS = (
+    (("distilled_guidance_layer.",), "Chroma"),
+    (("double_blocks.0.img_mlp.gate_proj.weight",), "Ovis-Image or LongCat-Image"),
+    (("double_blocks.", "txt_norm."), "Ovis-Image or LongCat-Image"),
+    (("time_text_embed.addition_t_embedding.",), "Qwen-Image-Layered"),
+    (("transformer_blocks.0.img_mlp.w1.weight",), "Lens"),
+)
+# Starts of keys of other families, checked in this order where a file is none of ours. Some share our block names.
 _FOREIGN = (
-    ("distilled_guidance_layer.", "Chroma"),
     ("nerf_blocks.", "Chroma Radiance"),
-    ("double_blocks.0.img_mlp.gate_proj.weight", "Ovis-Image or LongCat-Image"),
-    ("time_text_embed.addition_t_embedding.", "Qwen-Image-Layered"),
-    ("transformer_blocks.0.img_mlp.w1.weight", "Lens"),
+    ("img_in.proj.", "HunyuanVideo or HunyuanImage"),
+    ("latent_in.", "Hunyuan3D"),
     ("joint_blocks.", "Stable Diffusion 3"),
-    ("transformer_blocks.0.norm1_context.linear.weight", "a transformer in diffusers' key layout"),
+    ("joint_transformer_blocks.", "AuraFlow"),
+    ("pos_embed.proj.", "Stable Diffusion 3 in diffusers' key layout"),
     ("input_blocks.", "a Stable Diffusion U-Net"),
     ("cap_embedder.", "Lumina or Z-Image"),
 )
+_FLUX_IN_DIFFUSERS = ("single_transformer_blocks.", "transformer_blocks.0.norm1_context.linear.")
+_ORIGINALS = (
+    "take the model's original file, on Hugging Face at the top of its repository and not in the folder transformer/: "
+    "flux1-dev.safetensors of black-forest-labs/FLUX.1-dev, flux2-dev.safetensors of black-forest-labs/FLUX.2-dev. Or "
+    "convert this one, if it is in one piece: Load Diffusion Model with ModelSave writes the original layout"
+)
+_BLOCK = re.compile(r"^(\w+)\.\d+\.")
+_NEARLY = 0.9
+"""A file with this share of a family's tensors is one of its files, even without the marks."""
 
 
-def detect(header: dict[str, TensorInfo], path: str) -> Config:
-    """The configuration of the model in a file. `path` is for the error.
+def detect(header: dict[str, TensorInfo], path: str, names: Collection[str] = ()) -> Config:
+    """The configuration of the model in a file. path, and names, all that the file has, are for the error.
 
-    Raises CheckpointError naming what was found instead (a LoRA, an encoder, another family), the first tensors that
-    are missing, or a quantisation that FastUSP does not read.
+    Raises CheckpointError naming what was found instead (a LoRA, an encoder, another family), or the first tensors that
+    are missing.
     """
+    family = family_of(header, path, names)
+    model, needed = needed_tensors(family, header)
+    wanted = set(needed)
+    own = {key: info for key, info in header.items() if model.module_key(key) in wanted}
+    return family.from_sizes(Sizes(own, path, family.family))
+
+
+def family_of(header: dict[str, TensorInfo], path: str, names: Collection[str] = ()) -> type[Config]:
+    """The family of a file that has all tensors of one. Otherwise as `detect`."""
+    for marks, variant in _VARIANTS:
+        if all(_begins(header, mark) for mark in marks):
+            raise _foreign(path, variant)
+    marked = next((family for family in FAMILIES if family.marks <= header.keys()), None)
+    if marked and not _missing(marked, header)[0]:
+        return marked
+    if marked is None:
+        _refuse_others(header, path)
+        _refuse_others(names, path)
+    nearest = max(FAMILIES, key=lambda family: _share(family, header))
+    if marked is None and _share(nearest, header) < _NEARLY:
+        some = ", ".join(sorted(names or header)[:3]) or "no tensors at all"
+        known = " or ".join(family.family for family in FAMILIES)
+        raise CheckpointError(
+            f"{path} is no {known} transformer in its original key layout: it begins with {some}; {OTHERS}"
+        )
+    raise _incomplete(nearest, header, path)
+
+
+def needed_tensors(family: type[Config], header: dict[str, TensorInfo]) -> tuple[type[Transformer], tuple[str, ...]]:
+    """The transformer of a family's file, and the names in it of the tensors that it needs, of any shape.
+
+    What is no tensor of the family makes up neither blocks nor parts of its model.
+    """
+    model, names = _needed(family.from_sizes(OneOfEach(header, "", family.family)))
+    known = set(names)
+    own = {key: info for key, info in header.items() if _BLOCK.sub(r"\1.0.", model.module_key(key)) in known}
+    return _needed(family.from_sizes(AnySizes(own, "", family.family)))
+
+
+@functools.lru_cache(maxsize=2 * len(FAMILIES))
+def _needed(config: Config) -> tuple[type[Transformer], tuple[str, ...]]:
+    with torch.device("meta"):
+        model = config.build()
+    return type(model), tuple(name for name, _ in model.named_parameters())
+
+
+def _missing(family: type[Config], header: dict[str, TensorInfo]) -> tuple[list[str], int]:
+    """Which of the tensors that a family's file needs are not there, by the file's names, and how many it needs."""
+    model, needed = needed_tensors(family, header)
+    there = {model.module_key(key) for key in header}
+    return [model.file_key(name) for name in needed if name not in there], len(needed)
+
+
+def _share(family: type[Config], header: dict[str, TensorInfo]) -> float:
+    """Of the tensors that a family's file needs, how many are there, from 0 to 1."""
+    missing, needed = _missing(family, header)
+    return 1 - len(missing) / needed
+
+
+def _incomplete(family: type[Config], header: dict[str, TensorInfo], path: str) -> CheckpointError:
     for mark, part, advice in _PARTS:
-        if any(map(mark.search, header)):
+        if part == CONTROLNET and any(map(mark.search, header)):
+            return CheckpointError(f"{path} holds {part}, not a diffusion model: {advice}")
+    missing, needed = _missing(family, header)
+    return Incomplete(
+        f"{_whole(path)}: it is an incomplete {family.family} file, in which {len(missing)} of {needed} tensors are "
+        f"missing: {first_of(missing)}",
+        missing,
+    )
+
+
+class Incomplete(CheckpointError):
+    """missing: the names, in the file's layout, of the tensors that a file lacks."""
+
+    def __init__(self, text: str, missing: list[str]):
+        super().__init__(text)
+        self.missing = missing
+
+
+def first_of(names: Iterable[str]) -> str:
+    """The first of some names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(map(repr, names[:3])) + more
+
+
+def _whole(path: str) -> str:
+    if re.search(r"-\d+-of-\d+\.", path):
+        return f"take the model in one file; {path} is a part of it"
+    return f"download {path} again, or take another file"
+
+
+def _refuse_others(names: Collection[str], path: str) -> None:
+    """Raises CheckpointError naming what a file of none of our families holds, if that can be told."""
+    for mark, part, advice in _PARTS:
+        if any(map(mark.search, names)):
             raise CheckpointError(f"{path} holds {part}, not a diffusion model: {advice}")
     for mark, foreign in _FOREIGN:
-        if any(key.startswith(mark) for key in header):
-            raise CheckpointError(f"{path} holds {foreign}, which FastUSP does not run yet; it runs {RUNS}; {OTHERS}")
-    family = next((family for family in FAMILIES if family.marks <= header.keys()), None)
-    if family is None:
-        some = ", ".join(sorted(header)[:3]) or "no tensors at all"
-        names = " or ".join(family.family for family in FAMILIES)
-        raise CheckpointError(
-            f"{path} is no {names} transformer in its original key layout: it begins with {some}; {OTHERS}"
-        )
-    check_types(header, path)
-    return family.from_sizes(Sizes(header, path, family.family))
+        if _begins(names, mark):
+            raise _foreign(path, foreign)
+    if any(_begins(names, mark) for mark in _FLUX_IN_DIFFUSERS):
+        raise CheckpointError(f"{path} holds FLUX in diffusers' key layout, which FastUSP does not read: {_ORIGINALS}")
+
+
+def _begins(names: Iterable[str], mark: str) -> bool:
+    return any(name.startswith(mark) for name in names)
+
+
+def _foreign(path: str, foreign: str) -> CheckpointError:
+    return CheckpointError(f"{path} holds {foreign}, which FastUSP does not run yet; it runs {RUNS}; {OTHERS}")

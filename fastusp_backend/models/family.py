@@ -126,6 +126,10 @@ class Transformer(Protocol):
     def module_key(key: str) -> str:
         """The name in this module of a file's tensor."""
 
+    @staticmethod
+    def file_key(name: str) -> str:
+        """The inverse of `module_key`, in the original naming."""
+
     def products(self) -> Iterator[Linear]:
         """The large layers of every step, whose products may be computed in fp8."""
 

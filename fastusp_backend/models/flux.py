@@ -74,7 +74,7 @@ class FluxConfig:
             mlp=sizes.matrix("double_blocks.0.img_mlp.0.weight")[0],
             double_blocks=sizes.count("double_blocks"),
             single_blocks=sizes.count("single_blocks"),
-            guidance=sizes.has("guidance_in.in_layer.weight"),
+            guidance=sizes.has("guidance_in"),
         )
 
     def widened(self, name: str, shape: tuple[int, ...]) -> "FluxConfig | None":

@@ -73,7 +73,7 @@ class Flux2Config:
             mlp=sizes.matrix("double_blocks.0.img_mlp.2.weight")[1],
             double_blocks=sizes.count("double_blocks"),
             single_blocks=sizes.count("single_blocks"),
-            guidance=sizes.has("guidance_in.in_layer.weight"),
+            guidance=sizes.has("guidance_in"),
         )
 
     def widened(self, name: str, shape: tuple[int, ...]) -> None:

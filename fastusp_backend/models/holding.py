@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import torch
 
 from ..config import ModelSpec
-from ..errors import CheckpointError
 from ..weights.checkpoint import TensorInfo
 from ..weights.stored import conversion_bytes, keeps
 from .detection import detect
@@ -17,25 +16,9 @@ from .family import Transformer
 from .layers import Linear
 
 
-def check_tensors(model: Transformer, header: dict[str, TensorInfo], path: str) -> dict[str, TensorInfo]:
-    """Compares a file's tensors with what the model needs; returns them by the module's names.
-
-    Raises CheckpointError naming what is missing, left over or of another shape.
-    """
-    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    keys = {key: model.module_key(key) for key in header}
-    names = set(keys.values())
-    problems = [f"tensor {name!r} is missing" for name in sorted(wanted.keys() - names)]
-    problems += [f"tensor {key!r} is unknown" for key, name in keys.items() if name not in wanted]
-    problems += [
-        f"tensor {key!r} is {header[key].shape}, expected {wanted[name]}"
-        for key, name in keys.items()
-        if name in wanted and header[key].shape != wanted[name]
-    ]
-    if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise CheckpointError(f"{path} is no complete {type(model).__name__} file: {'; '.join(problems[:3])}{more}")
-    return {keys[key]: info for key, info in header.items()}
+def by_module(model: Transformer, header: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The tensors that a model needs, by the module's names. header: by the file's, as `files.read_model` gives it."""
+    return {model.module_key(key): info for key, info in header.items()}
 
 
 class Holding:
@@ -90,7 +73,7 @@ def balanced(sizes: Sequence[int], ranks: int) -> list[int]:
 
 
 def rank_bytes(header: dict[str, TensorInfo], spec: ModelSpec, ranks: int) -> int:
-    """The most that one of `ranks` ranks holds of a file's weights once they are loaded. Raises CheckpointError."""
+    """The most that one of `ranks` ranks holds of a file's weights once they are loaded. header: as of `by_module`."""
     with torch.device("meta"):
         model = detect(header, spec.path).build()
-    return max(Holding(model, check_tensors(model, header, spec.path), spec, ranks).nbytes)
+    return max(Holding(model, by_module(model, header), spec, ranks).nbytes)

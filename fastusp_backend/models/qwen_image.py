@@ -170,6 +170,10 @@ class QwenImage(nn.Module):
         """The file's own names serve here too."""
         return key
 
+    @staticmethod
+    def file_key(name: str) -> str:
+        return name
+
     def products(self) -> Iterator[Linear]:
         """The large layers of every step, whose products may be computed in fp8."""
         for block in self.transformer_blocks:

@@ -21,7 +21,7 @@ from .messages import (
     Step,
     Unmap,
 )
-from .shared import Places, SharedMemory, SharedTensors
+from .shared import Places, SharedMemory, SharedTensors, inline_tensors
 
 __all__ = [
     "VERSION",
@@ -45,4 +45,5 @@ __all__ = [
     "Shutdown",
     "Step",
     "Unmap",
+    "inline_tensors",
 ]

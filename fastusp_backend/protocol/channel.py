@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from ..errors import ProtocolError
 from .messages import Message
-from .shared import Places, SharedMemory, SharedTensors, room_for
+from .shared import Places, SharedMemory, SharedTensors, inline_tensors, room_for
 
 _HEADER = struct.Struct(">2sBxI")
 _LENGTH = struct.Struct("!i")
@@ -126,7 +126,7 @@ class Channel:
         if carrier == _NONE:
             return message, {}
         if carrier == _INLINE:
-            return message, safetensors.torch.load(rest)
+            return message, inline_tensors(rest)
         places = self._places.decode(rest)
         return message, SharedTensors(self._memory(fd, lasting=carrier == _LASTING), places)
 

@@ -1,6 +1,5 @@
-"""A checkpoint's transformer, as the header of its file tells it."""
+"""What a transformer's tensors in its file say of it: its types and its sizes."""
 
-import json
 from collections import Counter
 from dataclasses import dataclass
 from math import prod
@@ -9,24 +8,12 @@ import torch
 
 from ..config import Storage
 from ..errors import CheckpointError
-from .headers import TensorInfo, read_file_header
-from .scales import PREFIX, fold_scales
+from .headers import TensorInfo
 
-__all__ = ["Sizes", "TensorInfo", "choose_types", "main_dtype", "read_header"]
+__all__ = ["AnySizes", "OneOfEach", "Sizes", "TensorInfo", "choose_types", "main_dtype"]
 
-
-def read_header(path: str) -> dict[str, TensorInfo]:
-    """The tensors of a file's transformer under its own names, without reading them: those of an all-in-one checkpoint
-    without their prefix, scales within their weights' entries.
-
-    Raises CheckpointError for a file that is missing, truncated, corrupt, or of a format that FastUSP does not read.
-    """
-    tensors, metadata = read_file_header(path)
-    own = {name.removeprefix(PREFIX): info for name, info in tensors.items() if name.startswith(PREFIX)}
-    try:
-        return fold_scales(own or tensors, metadata, path)
-    except (json.JSONDecodeError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path}: what it says of its quantisation is malformed ({error})") from error
+_SMALLEST = 128
+"""The head dim of all families."""
 
 
 def main_dtype(header: dict[str, TensorInfo]) -> torch.dtype:
@@ -66,15 +53,12 @@ class Sizes:
     path: str
     family: str
 
-    def has(self, name: str) -> bool:
-        return name in self.header
+    def has(self, part: str) -> bool:
+        """Whether the file has a tensor of this name, or some of this part of the model."""
+        return part in self.header or any(name.startswith(part + ".") for name in self.header)
 
     def matrix(self, name: str) -> tuple[int, int]:
-        """(outputs, inputs) of a weight. Raises CheckpointError where it is missing or no matrix."""
-        if name not in self.header:
-            raise CheckpointError(
-                f"{self.path} is an incomplete {self.family} file: tensor {name!r} is missing. Download it again"
-            )
+        """(outputs, inputs) of a weight that the file has. Raises CheckpointError where it is no matrix."""
         shape = self.header[name].shape
         if len(shape) != 2:
             raise CheckpointError(
@@ -93,3 +77,18 @@ class Sizes:
     def count(self, blocks: str) -> int:
         """Blocks named `blocks`.0, `blocks`.1, ..."""
         return len({key.split(".")[1] for key in self.header if key.startswith(blocks + ".")})
+
+
+class AnySizes(Sizes):
+    """Of a model whose layers are all as small as can be, but that has the parts and blocks of the file's: which
+    tensors a model needs does not depend on their shapes."""
+
+    def matrix(self, name: str) -> tuple[int, int]:
+        return _SMALLEST, _SMALLEST
+
+
+class OneOfEach(AnySizes):
+    """Of the same with one block of each kind: what is in a block does not depend on their number."""
+
+    def count(self, blocks: str) -> int:
+        return 1

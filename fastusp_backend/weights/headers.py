@@ -4,12 +4,12 @@
 import json
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from ..errors import CheckpointError
+from .gguf_header import gguf_header
 from .packing import PACKINGS
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -37,15 +37,17 @@ _LONGEST_HEADER = 100_000_000
 class TensorInfo:
     """A tensor in a file.
 
-    shape: of its values. dtype: theirs; of packed ones, float32. start: where its bytes begin in the file.
-    packing: its GGUF block format, "" for none. scale: what its fp8 values are to be multiplied by.
+    shape: of its values. dtype: theirs; of packed ones, float32; None where FastUSP does not know the type, whose name
+    in the file is `unknown` then. start: where its bytes begin in the file. packing: its GGUF block format, "" for
+    none. scale: what its fp8 values are to be multiplied by. A tensor of an unknown type has no size.
     """
 
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: torch.dtype | None
     start: int = 0
     packing: str = ""
     scale: float | None = None
+    unknown: str = ""
 
     @property
     def quantised(self) -> bool:
@@ -67,7 +69,7 @@ class TensorInfo:
 
 
 def read_file_header(path: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """All tensors of a file, and its metadata (safetensors alone), without reading a tensor.
+    """All tensors of a file, of whatever type, and its metadata (safetensors alone), without reading a tensor.
 
     Raises CheckpointError for a file that is missing, truncated, corrupt or of another format.
     """
@@ -76,7 +78,7 @@ def read_file_header(path: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             length = os.fstat(file.fileno()).st_size
             start = file.read(8)
             if start[:4] == b"GGUF":
-                tensors, metadata = dict(_gguf_tensors(path)), {}
+                tensors, metadata = _gguf(file, length), {}
             elif start[:4] == b"PK\x03\x04" or start[:2] == b"\x80\x02":
                 raise CheckpointError(
                     f"{path} is a PyTorch pickle file, which can run code when it is read; FastUSP reads safetensors "
@@ -88,11 +90,10 @@ def read_file_header(path: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         raise CheckpointError(f"there is no model file {path}") from error
     except OSError as error:
         raise CheckpointError(f"cannot read the model file {path}: {error.strerror or error}") from error
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise _unreadable(path, str(error)) from error
     for name, info in tensors.items():
-        end = info.start + info.size
-        if end > length:
+        if info.dtype is not None and (end := info.start + info.size) > length:
             raise CheckpointError(
                 f"{path} is truncated: tensor {name!r} ends at byte {end}, the file at byte {length}. Download it again"
             )
@@ -107,33 +108,25 @@ def _safetensors(file, size: int, length: int) -> tuple[dict[str, TensorInfo], d
     tensors = {}
     for name, entry in header.items():
         kind, (start, stop) = entry["dtype"], entry["data_offsets"]
-        if kind not in _SAFETENSORS:
-            raise CheckpointError(
-                f"{file.name}: tensor {name!r} has type {kind}, which FastUSP does not read; it reads "
-                f"{', '.join(_SAFETENSORS)}"
-            )
-        info = TensorInfo(tuple(map(int, entry["shape"])), _SAFETENSORS[kind], 8 + size + start)
-        if start < 0 or stop - start != info.size:
+        dtype = _SAFETENSORS.get(kind)
+        info = TensorInfo(
+            tuple(map(int, entry["shape"])), dtype, 8 + size + start, unknown="" if dtype is not None else str(kind)
+        )
+        if start < 0 or dtype is not None and stop - start != info.size:
             raise ValueError(f"tensor {name!r} has {stop - start} bytes, its shape {info.shape} takes {info.size}")
         tensors[name] = info
     return tensors, metadata
 
 
-def _gguf_tensors(path: str) -> Iterator[tuple[str, TensorInfo]]:
-    try:
-        from gguf import GGUFReader
-    except ImportError as error:
-        raise CheckpointError(f"{path} is a GGUF file; reading it needs `pip install gguf`") from error
-    for tensor in GGUFReader(path).tensors:
-        kind, shape = tensor.tensor_type.name, tuple(reversed(tensor.shape.tolist()))
-        if kind not in _GGUF and kind not in PACKINGS:
-            some = ", ".join([*_GGUF, *PACKINGS])
-            raise CheckpointError(
-                f"{path} is quantised as GGUF {kind} (tensor {tensor.name!r}), which FastUSP does not read; it reads "
-                f"{some}"
-            )
+def _gguf(file, length: int) -> dict[str, TensorInfo]:
+    tensors = {}
+    for name, kind, shape, start in gguf_header(file, length):
         packing = kind if kind in PACKINGS else ""
-        yield tensor.name, TensorInfo(shape, _GGUF.get(kind, torch.float32), int(tensor.data_offset), packing)
+        dtype = torch.float32 if packing else _GGUF.get(kind)
+        if packing and (not shape or shape[-1] % PACKINGS[packing][0]):
+            raise ValueError(f"tensor {name!r} of shape {shape} is no whole number of {kind}'s blocks")
+        tensors[name] = TensorInfo(shape, dtype, start, packing, unknown="" if dtype is not None else f"GGUF {kind}")
+    return tensors
 
 
 def _unreadable(path: str, why: str) -> CheckpointError:

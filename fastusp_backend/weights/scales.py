@@ -6,90 +6,164 @@ Three ways to say it, all per tensor, as ComfyUI reads them:
   `layer.input_scale`;
 - the same with a tensor `layer.comfy_quant` of JSON bytes, {"format": ...}, for each layer.
 
-The inputs' scales are not used: products in fp8 measure a scale for each token.
+The inputs' scales are not used: products in fp8 measure a scale for each token. What a file says of layers that the
+transformer does not have is not looked at.
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import replace
+from typing import BinaryIO
 
 import torch
 
 from ..errors import CheckpointError
+from .contents import Contents
 from .headers import FP8, TensorInfo
 
-PREFIX = "model.diffusion_model."
-"""Of the transformer's tensors in an all-in-one checkpoint."""
 READS = "bf16, fp16, fp32, fp8 (e4m3fn, e5m2), scaled fp8 and GGUF"
 _FORMATS = {str(dtype).removeprefix("torch."): dtype for dtype in FP8}
+_INPUT_SCALES = ("scale_input", "input_scale")
 
 # Parts of tensor names that only one foreign quantisation has, checked in this order.
 _FOREIGN = (
     ("bitsandbytes__nf4", "bitsandbytes NF4"),
     ("bitsandbytes__fp4", "bitsandbytes FP4"),
     (".quant_map", "bitsandbytes"),
+    (".SCB", "bitsandbytes int8"),
     (".wscales", "SVDQuant (Nunchaku)"),
     (".qzeros", "GPTQ or AWQ"),
     (".qweight", "GPTQ or AWQ"),
 )
 
 
-def fold_scales(tensors: dict[str, TensorInfo], metadata: dict[str, str], path: str) -> dict[str, TensorInfo]:
-    """The weights of a transformer, each with its scale; the tensors that held scales and formats are gone.
-
-    Raises CheckpointError naming a quantisation that FastUSP does not read.
-    """
+def refuse_foreign(contents: Contents, layers: Iterable[str] | None = None) -> None:
+    """Raises CheckpointError naming the quantisation of another tool. layers: those alone whose tensors count; without,
+    all."""
+    layers = None if layers is None else set(layers)
     for mark, name in _FOREIGN:
-        if any(mark in key for key in tensors):
-            raise _refusal(path, name, mark)
-    weights = dict(tensors)
-    with open(path, "rb") as file:
-        formats = _declared(file, weights, metadata)
-        old = weights.pop("scaled_fp8", None) is not None
-        for layer, name in formats.items():
-            if name not in _FORMATS:
-                raise _refusal(path, str(name), layer)
-            _scale(file, weights, layer, "weight_scale", "input_scale", path)
-            if weights[f"{layer}.weight"].dtype != _FORMATS[name]:
-                kind = weights[f"{layer}.weight"].dtype
-                raise CheckpointError(f"{path}: {layer!r} is said to be {name}, but its weight is {kind}")
-        if old:
-            for key in [key for key in weights if key.endswith(".scale_weight")]:
-                _scale(file, weights, key.removesuffix(".scale_weight"), "scale_weight", "scale_input", path)
-    return weights
+        for key in contents.tensors:
+            if mark in key and (layers is None or _any_begins(key, layers)):
+                raise _refusal(contents.path, name, key)
 
 
-def check_types(header: dict[str, TensorInfo], path: str) -> None:
-    """Raises CheckpointError for a transformer's file with tensors of a type that only quantised weights have. Other
-    models keep such types beside their weights, so this is to be asked once the file is known to be a transformer's.
+def fold_scales(contents: Contents, needed: Iterable[str]) -> dict[str, TensorInfo]:
+    """The tensors that a transformer needs, all of which the file has, each with its scale.
+
+    Raises CheckpointError naming the first whose quantisation FastUSP does not read, or which misses a scale or a mark
+    that says how to read it.
     """
-    for name, info in header.items():
-        if not info.dtype.is_floating_point or info.dtype.itemsize == 1 and info.dtype not in FP8:
-            raise _refusal(path, str(info.dtype).removeprefix("torch."), name)
+    tensors, folded, needed = contents.tensors, {}, list(needed)
+    with open(contents.path, "rb") as file:
+        for name in needed:
+            info, scale = tensors[name], None
+            layer, _, leaf = name.rpartition(".")
+            if leaf == "weight":
+                scale = _scale_of(file, contents, layer)
+            if not _readable(info):
+                raise _unread(contents, name)
+            folded[name] = info if scale is None else replace(info, scale=_value(file, contents, scale))
+    _refuse_unmarked(contents, folded)
+    return folded
 
 
-def _declared(file, weights: dict[str, TensorInfo], metadata: dict[str, str]) -> dict[str, str]:
-    """Layer -> format, as the file's metadata or its `comfy_quant` tensors say; the latter are taken out."""
-    layers = json.loads(metadata.get("_quantization_metadata", "{}")).get("layers", {})
-    layers = {name.removeprefix(PREFIX): entry for name, entry in layers.items()}
-    for key in [key for key in weights if key.endswith(".comfy_quant")]:
-        layers[key.removesuffix(".comfy_quant")] = json.loads(_bytes(file, weights.pop(key)))
-    return {layer: entry.get("format") for layer, entry in layers.items() if f"{layer}.weight" in weights}
+def used_for_scales(name: str, needed: dict[str, TensorInfo]) -> bool:
+    """Whether a tensor says how to read a needed one, or would scale its inputs."""
+    layer, _, leaf = name.rpartition(".")
+    telling = ("scale_weight", "weight_scale", "comfy_quant", *_INPUT_SCALES)
+    return name == "scaled_fp8" or leaf in telling and f"{layer}.weight" in needed
 
 
-def _scale(file, weights: dict[str, TensorInfo], layer: str, scale: str, input_scale: str, path: str) -> None:
-    """Moves a layer's scale into its weight's entry and drops its input's."""
-    info, weight = weights.pop(f"{layer}.{scale}", None), weights.get(f"{layer}.weight")
-    weights.pop(f"{layer}.{input_scale}", None)
-    if weight is None or info is None:
-        missing = f"{layer}.weight" if weight is None else f"{layer}.{scale}"
-        raise CheckpointError(f"{path} is an incomplete scaled fp8 file: tensor {missing!r} is missing")
+def _scale_of(file: BinaryIO, contents: Contents, layer: str) -> str | None:
+    """The name of the tensor that holds a layer's scale; None where its weight has none."""
+    path, tensors = contents.path, contents.tensors
+    entry = _declared(file, contents, layer)
+    if entry is None:
+        return f"{layer}.scale_weight" if contents.scaled and f"{layer}.scale_weight" in tensors else None
+    form, weight, scale = entry.get("format"), tensors[f"{layer}.weight"], f"{layer}.weight_scale"
+    if form not in _FORMATS:
+        raise _refusal(path, str(form), layer)
+    if weight.dtype != _FORMATS[form]:
+        raise CheckpointError(
+            f"{path}: {layer!r} is said to be {form}, but its weight is {weight.dtype or weight.unknown}"
+        )
+    if scale not in tensors:
+        raise CheckpointError(f"{path} is an incomplete scaled fp8 file: tensor {scale!r} is missing")
+    return scale
+
+
+def _declared(file: BinaryIO, contents: Contents, layer: str) -> dict | None:
+    """What the file says of a layer's format: in a `comfy_quant` tensor, else in its metadata."""
+    info = contents.tensors.get(f"{layer}.comfy_quant")
+    try:
+        entry = contents.formats.get(layer) if info is None else json.loads(_bytes(file, info))
+        return None if info is None and entry is None else dict(entry)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise CheckpointError(
+            f"{contents.path}: what it says of the quantisation of {layer!r} is malformed ({error})"
+        ) from error
+
+
+def _value(file: BinaryIO, contents: Contents, name: str) -> float:
+    info = contents.tensors[name]
+    if not _readable(info):
+        raise _refusal(contents.path, f"fp8 with scales of type {type_of(info)}", name)
     if info.size != info.dtype.itemsize:
-        raise _refusal(path, f"fp8 with more than one scale per tensor, {info.shape},", f"{layer}.{scale}")
-    value = torch.frombuffer(bytearray(_bytes(file, info)), dtype=info.dtype).item()
-    weights[f"{layer}.weight"] = replace(weight, scale=value)
+        raise _refusal(contents.path, f"fp8 with more than one scale per tensor, {info.shape},", name)
+    return torch.frombuffer(bytearray(_bytes(file, info)), dtype=info.dtype).item()
 
 
-def _bytes(file, info: TensorInfo) -> bytes:
+def _refuse_unmarked(contents: Contents, folded: dict[str, TensorInfo]) -> None:
+    """Refuses scales beside a needed weight that nothing says how to use: without them it would mean something else."""
+    for key in contents.tensors:
+        layer, _, leaf = key.rpartition(".")
+        weight = folded.get(f"{layer}.weight")
+        if weight is None or key in folded or leaf in _INPUT_SCALES or "scale" not in leaf and "zero" not in leaf:
+            continue
+        told = weight.scale is not None
+        if leaf == "scale_weight" and not contents.scaled and not told:
+            missing = "the tensor 'scaled_fp8', which marks such files,"
+        elif leaf == "weight_scale" and not told:
+            missing = (
+                f"the tensor '{layer}.comfy_quant', or _quantization_metadata in its header, which says its format,"
+            )
+        elif leaf in ("scale_weight", "weight_scale"):
+            continue
+        else:
+            raise _refusal(contents.path, f"something with a {leaf!r}", key)
+        raise CheckpointError(
+            f"take another file, or add the mark to {contents.path}: {key!r} is the scale of a weight, but {missing} "
+            "is missing"
+        )
+
+
+def type_of(info: TensorInfo) -> str:
+    """The name of a tensor's type, for people."""
+    return info.unknown or info.packing or str(info.dtype).removeprefix("torch.")
+
+
+def _readable(info: TensorInfo) -> bool:
+    """Whether a tensor's type is one that weights and scales may have."""
+    return info.dtype is not None and (info.dtype in FP8 or info.dtype.is_floating_point and info.dtype.itemsize > 1)
+
+
+def _unread(contents: Contents, name: str) -> CheckpointError:
+    info, layer = contents.tensors[name], name.rpartition(".")[0]
+    if info.dtype not in (torch.int8, torch.uint8):
+        return _refusal(contents.path, type_of(info), name)
+    return CheckpointError(
+        f"{contents.path} is quantised as {type_of(info)} ({name!r}), and neither a tensor '{layer}.comfy_quant' nor "
+        f"_quantization_metadata in its header says what these bytes mean. FastUSP reads {READS}"
+    )
+
+
+def _any_begins(key: str, layers: set[str]) -> bool:
+    """Whether a tensor's name begins with that of one of these layers."""
+    parts = key.split(".")
+    return any(".".join(parts[:end]) in layers for end in range(1, len(parts)))
+
+
+def _bytes(file: BinaryIO, info: TensorInfo) -> bytes:
     file.seek(info.start)
     return file.read(info.size)
 

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 
-from ..protocol import Places, SharedMemory, SharedTensors
+from ..protocol import Places, SharedMemory, SharedTensors, inline_tensors
 
 _SHARED = b"S"
 """In front of a `_Where`; no safetensors file starts so: its first byte is a multiple of 8."""
@@ -84,7 +84,7 @@ class Crew:
     def _receive_tensors(self) -> dict[str, torch.Tensor]:
         blob = self.share(None)
         if not blob.startswith(_SHARED):
-            return safetensors.torch.load(blob) if blob else {}
+            return inline_tensors(blob) if blob else {}
         where = msgspec.msgpack.decode(blob[1:], type=_Where)
         if where.path is None:
             return SharedTensors(self._lasting, where.places)

@@ -63,6 +63,22 @@ def shared_pool(run_dirs):
 
 
 @pytest.fixture
+def park():
+    """park(pool): parks its weights. They come back otherwise aligned than those of a mapped file, and are from then on
+    alike: what is to be equal to the bit is computed behind the first `park`, or before it. After the test they go, so
+    that others begin with mapped ones."""
+    pools: list[Pool] = []
+
+    def of(pool: Pool) -> None:
+        pool.park()
+        pools.append(pool)
+
+    yield of
+    for pool in pools:
+        pool.release()
+
+
+@pytest.fixture
 def new_pool(run_dirs):
     """new_pool(ranks): started, closed after the test."""
     pools: list[Pool] = []

@@ -9,7 +9,7 @@ import torch.multiprocessing as processes
 from safetensors.torch import load_file
 
 from fastusp_backend.weights import reading
-from fastusp_backend.weights.checkpoint import read_header
+from fastusp_backend.weights.headers import read_file_header
 from fastusp_backend.weights.reading import Shares, read_tensors
 
 pytestmark = pytest.mark.dist
@@ -21,7 +21,7 @@ def _read(rank: int, ranks: int, folder: str, path: str) -> None:
     torch.set_num_threads(1)
     reading.PIECE = 100_003
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=ranks)
-    infos, read = read_header(path), []
+    (infos, _), read = read_file_header(path), []
     own = os.preadv
 
     def counted(descriptor, buffers, offset):

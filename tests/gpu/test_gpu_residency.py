@@ -10,9 +10,9 @@ from fastusp_backend.devices import Devices
 from fastusp_backend.engine import Engine
 from fastusp_backend.errors import RequestError
 from fastusp_backend.models.family import Conditioning
+from fastusp_backend.models.files import read_model
 from fastusp_backend.models.holding import rank_bytes
 from fastusp_backend.pool import Pool, Progress, Prompt, Session
-from fastusp_backend.weights.checkpoint import read_header
 
 pytestmark = [
     pytest.mark.gpu,
@@ -73,7 +73,7 @@ def test_two_gpus_keep_half_each(spec):  # noqa: F811
     pool, layout = Pool(Devices(ranks=2, gpus=(0, 1))), ONE.__class__(ulysses=2, ring=1)
     try:
         before = sample(pool, spec, layout)
-        assert pool.held.nbytes == rank_bytes(read_header(spec.path), spec, 2) < 0.9 * spec.size
+        assert pool.held.nbytes == rank_bytes(read_model(spec.path).header, spec, 2) < 0.9 * spec.size
         for _ in range(2):
             pool.park()
             assert pool.held.state == "parked" and pool.held.nbytes < 0.51 * spec.size

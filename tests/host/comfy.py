@@ -65,10 +65,6 @@ class ComfyUI:
             self.process = subprocess.Popen(command, cwd=path, stdout=output, stderr=subprocess.STDOUT, env=env)
         self.client = uuid.uuid4().hex
 
-    def has_module(self, name: str) -> bool:
-        """Whether the host's Python can import it."""
-        return not subprocess.run([self.process.args[0], "-c", f"import {name}"], capture_output=True).returncode
-
     def wait_until_ready(self, seconds: float = 120) -> None:
         deadline = time.monotonic() + seconds
         while True:

@@ -33,15 +33,15 @@ spec.loader.exec_module(pack)
 from fastusp_pack.fastusp_backend.config import Layout, ModelSpec, Settings  # noqa: E402
 from fastusp_pack.fastusp_backend.devices import Devices  # noqa: E402
 from fastusp_pack.fastusp_backend.errors import DeviceError, PoolError  # noqa: E402
+from fastusp_pack.fastusp_backend.models.files import read_model  # noqa: E402
 from fastusp_pack.fastusp_backend.pool import Progress, Prompt, Session  # noqa: E402
-from fastusp_pack.fastusp_backend.weights.checkpoint import read_header  # noqa: E402
 from fastusp_pack.nodes import memory, pools  # noqa: E402
 from fastusp_pack.nodes.loader import USPLoader  # noqa: E402
 from fastusp_pack.nodes.remote_model import remote_model  # noqa: E402
 from fastusp_pack.nodes.remote_transformer import RemoteQwenImage  # noqa: E402
 
 CPU = torch.device("cpu")
-header = read_header(FILE)
+header = read_model(FILE).header
 model_spec = ModelSpec.of_file(FILE, storage=None, compute="float32")
 size = sum(info.dtype.itemsize * torch.Size(info.shape).numel() for info in header.values())
 context, pooled = header["txt_in.weight"].shape[1], header["vector_in.in_layer.weight"].shape[1]

@@ -129,8 +129,6 @@ def test_a_scaled_fp8_file(host, files):
 
 def test_packed_weights(host, files):
     """A GGUF file, whose weights stay packed, against stock with a plain file of the same values."""
-    if not host.has_module("gguf"):
-        pytest.skip("this ComfyUI's Python lacks the pack's requirement gguf")
     folder = host.base / "models"
     paths = folder / "diffusion_models/lora.gguf", folder / "diffusion_models/lora_values.safetensors"
     save_file(write("gguf_Q4_K", folder / "diffusion_models" / DEV, paths[0]), paths[1])

@@ -5,8 +5,9 @@ import signal
 import time
 
 import pytest
+from support import REORDERED
 from test_host_life import run
-from workflows import IN_WORKERS, STEPPING, Graph
+from workflows import IN_WORKERS, STEPPING, Graph, difference
 
 pytestmark = [pytest.mark.host, pytest.mark.any_host]
 
@@ -46,15 +47,17 @@ def test_unloading_all_models_reaches_the_workers(host, what):
 
 @pytest.mark.parametrize(("sampler", "where"), [("euler", IN_WORKERS), ("uni_pc", STEPPING)])
 def test_residency(host, sampler, where):
-    """The pictures stay the same, and weights move once a run, at its end and its start."""
+    """The pictures stay the same, to the bit where the weights are a mapped file's and not those that come back from
+    host memory; weights move once a run, at its end and its start."""
     seeds = 130, 131
     kept = [sampled(host, "keep", sampler, seed)[0] for seed in seeds]
     assert held(host) == "resident"
     for residency, state, phase in (("park", "parked", FETCHING), ("release", "none", LOADING)):
         moves = []
         for seed, want in zip(seeds, kept, strict=True):
+            bound = REORDERED if held(host) == "parked" else 0
             latents, texts = sampled(host, residency, sampler, seed)
-            assert latents.equal(want) and any(where in text for text in texts)
+            assert difference(latents, want) <= bound and any(where in text for text in texts)
             assert held(host) == state
             moves.append(sum(phase in text for text in texts))
         assert moves[1] == 1

@@ -4,6 +4,9 @@ busy machine."""
 import pytest
 import torch
 from channels import Pair
+from formats import MINI
+
+from fastusp_backend.models.synthetic import write_flux
 
 torch.set_num_threads(1)
 
@@ -14,3 +17,11 @@ def pair():
     pair = Pair()
     yield pair
     pair.close()
+
+
+@pytest.fixture(scope="session")
+def mini(tmp_path_factory):
+    """A plain file of the model whose formats are tested; not to be written to."""
+    path = tmp_path_factory.mktemp("formats") / "mini.safetensors"
+    write_flux(str(path), MINI, seed=1)
+    return path

@@ -45,7 +45,7 @@ GOOD = Facts(
     release="6.8.0",
     container=False,
     cpus=32,
-    packages={"msgspec": "0.20", "gguf": "0.17"},
+    packages={"msgspec": "0.20", "safetensors": "0.7"},
     compiler="/usr/bin/gcc",
     compiler_problem="",
     devices=Devices(ranks=2, gpus=(0, 1)),

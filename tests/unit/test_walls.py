@@ -53,7 +53,7 @@ ABOVE_ALL = {"cli", "__main__"}
 FOR_NODES = (
     BASE
     | {"pool", "planner", "devices", "sampling"}
-    | {"models.detection", "models.holding", "weights.checkpoint", "weights.adapters"}
+    | {"models.detection", "models.files", "models.holding", "weights.checkpoint", "weights.adapters"}
 )
 
 

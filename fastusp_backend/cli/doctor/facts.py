@@ -20,7 +20,7 @@ from pathlib import Path
 from ...devices import Devices, Gpu, GpuState, Seen, cuda_visible, gpu_states, list_gpus, visible_gpus
 from ...environment import inherited
 
-PACKAGES = ("msgspec", "safetensors", "gguf", "numpy", "pillow", "tqdm")
+PACKAGES = ("msgspec", "safetensors", "numpy", "pillow", "tqdm")
 PROBE_SECONDS = 180.0
 """Importing torch from a cold disk takes a minute; CUDA on 8 GPUs some more."""
 TOOL_SECONDS = 60.0

@@ -1,0 +1,78 @@
+"""From a file to the tensors that its transformer needs. All others in it are left alone, whatever they are."""
+
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import CheckpointError
+from ..weights.checkpoint import Sizes, TensorInfo
+from ..weights.contents import read_contents
+from ..weights.scales import fold_scales, refuse_foreign, used_for_scales
+from .detection import FAMILIES, Incomplete, family_of, first_of, needed_tensors
+from .family import Config, Transformer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFile:
+    """A file's model. header: the tensors that it needs, under the transformer's own names in files. model: without
+    weights, on the meta device. ignored: the names of the transformer's tensors that nothing needs."""
+
+    path: str
+    config: Config
+    model: Transformer
+    header: dict[str, TensorInfo]
+    ignored: tuple[str, ...]
+
+    def log_ignored(self) -> None:
+        """One line about what is left alone, if anything is."""
+        if self.ignored:
+            log.warning(
+                "%s: %d tensors that no weight of %s needs are ignored: %s",
+                self.path,
+                len(self.ignored),
+                self.config.family,
+                first_of(self.ignored),
+            )
+
+
+def read_model(path: str) -> ModelFile:
+    """What a file says of its model, by its header alone (and its scales).
+
+    Raises CheckpointError for a file that is missing, truncated or corrupt; that holds something else than a model of
+    ours; that lacks tensors or has them in another shape; or that is quantised in a way that FastUSP does not read.
+    """
+    contents = read_contents(path, [family.marks for family in FAMILIES])
+    try:
+        family = family_of(contents.tensors, path, contents.names)
+    except Incomplete as error:
+        refuse_foreign(contents, (name.rpartition(".")[0] for name in error.missing))
+        raise
+    except CheckpointError:
+        refuse_foreign(contents)
+        raise
+    transformer, names = needed_tensors(family, contents.tensors)
+    wanted = set(names)
+    needed = [key for key in contents.tensors if transformer.module_key(key) in wanted]
+    refuse_foreign(contents, (key.rpartition(".")[0] for key in needed))
+    header = fold_scales(contents, needed)
+    config = family.from_sizes(Sizes(header, path, family.family))
+    with torch.device("meta"):
+        model = config.build()
+    _check_shapes(model, header, path, family.family)
+    others = (key for key in contents.tensors if key not in header and not used_for_scales(key, header))
+    return ModelFile(path, config, model, header, tuple(others))
+
+
+def _check_shapes(model: Transformer, header: dict[str, TensorInfo], path: str, family: str) -> None:
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    problems = [
+        f"tensor {key!r} is {info.shape}, expected {shapes[model.module_key(key)]}"
+        for key, info in header.items()
+        if info.shape != shapes[model.module_key(key)]
+    ]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise CheckpointError(f"{path} is no {family} file: {'; '.join(problems[:3])}{more}")

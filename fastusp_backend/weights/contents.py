@@ -1,0 +1,57 @@
+"""The part of a file that is its transformer: the tensors under the transformer's own names, and what the file says of
+their quantisation."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ..errors import CheckpointError
+from .headers import TensorInfo, read_file_header
+
+ALL_IN_ONE = "model.diffusion_model."
+_FEW = 5
+"""A prefix of no more tensors than these is not taken for a transformer's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """tensors: of the transformer, without their prefix. names: of all tensors, as in the file. formats: what the
+    metadata says of layers, by name: {"format": ...} where it is well-formed. scaled: whether a tensor `scaled_fp8`
+    marks the file."""
+
+    path: str
+    tensors: dict[str, TensorInfo]
+    names: tuple[str, ...]
+    formats: dict[str, object]
+    scaled: bool
+
+
+def read_contents(path: str, marks: Iterable[frozenset[str]]) -> Contents:
+    """What a file holds, without reading its weights. marks: sets of names, of which a transformer has one.
+
+    Raises CheckpointError for a file that is missing, truncated, corrupt, or of a format that FastUSP does not read.
+    """
+    tensors, metadata = read_file_header(path)
+    prefix = own_prefix(tensors, tuple(marks))
+    own = {name.removeprefix(prefix): info for name, info in tensors.items() if name.startswith(prefix)}
+    try:
+        layers = json.loads(metadata.get("_quantization_metadata", "{}")).get("layers", {})
+        formats = {name.removeprefix(prefix): entry for name, entry in layers.items()}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{path}: what it says of its quantisation is malformed ({error})") from error
+    return Contents(path, own, tuple(tensors), formats, "scaled_fp8" in tensors or "scaled_fp8" in own)
+
+
+def own_prefix(names: Iterable[str], marks: tuple[frozenset[str], ...]) -> str:
+    """Of the prefixes that ComfyUI knows, the one before the transformer's names, "" for none.
+
+    Where several transformers lie in a file, ComfyUI takes the one of most tensors, and any of its prefixes before
+    none. Unlike there, tensors that are no transformer of ours never hide one that is.
+    """
+    names = set(names)
+    counts = {prefix: sum(name.startswith(prefix) for name in names) for prefix in (ALL_IN_ONE, "model.model.", "net.")}
+    large = [prefix for prefix in sorted(counts, key=counts.get, reverse=True) if counts[prefix] > _FEW]
+    for prefix in (*large, "model.", ""):
+        if any(all(prefix + name in names for name in some) for some in marks):
+            return prefix
+    return ALL_IN_ONE if counts[ALL_IN_ONE] else ""

@@ -1,0 +1,155 @@
+"""Files in other formats, and broken ones, are refused by name."""
+
+import json
+
+import pytest
+import torch
+from formats import PREFIX, add_raw, retype_gguf, write
+from safetensors.torch import load_file, save_file
+from support import load_model, spec_of
+
+from fastusp_backend.errors import CheckpointError
+
+pytestmark = pytest.mark.unit
+
+CPU = torch.device("cpu")
+LAYER = "single_blocks.0.linear1"
+
+
+def refusal(path) -> str:
+    with pytest.raises(CheckpointError) as refused:
+        load_model(spec_of(path), CPU)
+    assert str(path) in str(refused.value)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("kind", ["nvfp4", "mxfp8", "int8_tensorwise", "convrot_w4a4"])
+@pytest.mark.parametrize("where", ["metadata", "prefixed metadata", "tensor"])
+def test_other_formats_are_refused_by_name(mini, tmp_path, kind, where):
+    path, state, metadata = tmp_path / "x.safetensors", load_file(mini), {}
+    if where == "tensor":
+        state[f"{LAYER}.comfy_quant"] = torch.tensor(list(json.dumps({"format": kind}).encode()), dtype=torch.uint8)
+    else:
+        prefix = PREFIX if where.startswith("prefixed") else ""
+        state = {prefix + name: tensor for name, tensor in state.items()}
+        metadata["_quantization_metadata"] = json.dumps({"layers": {f"{prefix}{LAYER}": {"format": kind}}})
+    save_file(state, path, metadata)
+    text = refusal(path)
+    assert f"quantised as {kind}" in text and LAYER in text and "scaled fp8 and GGUF" in text
+
+
+@pytest.mark.parametrize(
+    "extra, words",
+    [
+        ({f"{LAYER}.weight.quant_state.bitsandbytes__nf4": torch.zeros(4)}, "bitsandbytes NF4"),
+        ({f"{LAYER}.qweight": torch.zeros(4), f"{LAYER}.wscales": torch.zeros(4)}, "SVDQuant"),
+        ({f"{LAYER}.qweight": torch.zeros(4), f"{LAYER}.qzeros": torch.zeros(4)}, "GPTQ or AWQ"),
+        ({f"{LAYER}.qweight": torch.zeros(4), f"{LAYER}.weight": None}, "GPTQ or AWQ"),
+        ({f"{LAYER}.weight": torch.zeros(2, dtype=torch.int8)}, "quantised as int8"),
+        (
+            {
+                f"{LAYER}.weight": torch.zeros(9, 1, dtype=torch.uint8),
+                f"{LAYER}.weight.quant_map": torch.zeros(16),
+                "img_in.weight": torch.zeros(9, 1, dtype=torch.uint8),
+            },
+            "quantised as bitsandbytes",
+        ),
+    ],
+)
+def test_other_tools_are_refused_by_name(mini, tmp_path, extra, words):
+    state = {name: tensor for name, tensor in (load_file(mini) | extra).items() if tensor is not None}
+    save_file(state, tmp_path / "x.safetensors")
+    assert words in refusal(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda s: s.update({f"{LAYER}.weight_scale": torch.ones(4, 1)}), "more than one scale per tensor"),
+        (lambda s: s.pop(f"{LAYER}.weight_scale"), f"tensor '{LAYER}.weight_scale' is missing"),
+        (lambda s: s.update({f"{LAYER}.weight": s[f"{LAYER}.weight"].float()}), "its weight is torch.float32"),
+        (lambda s: s.update({f"{LAYER}.comfy_quant": torch.tensor([123], dtype=torch.uint8)}), "malformed"),
+        (
+            lambda s: s.update({f"{LAYER}.pre_quant_scale": torch.ones(2)}),
+            "quantised as something with a 'pre_quant_scale'",
+        ),
+    ],
+)
+def test_broken_scaled_files_are_refused(mini, tmp_path, change, words):
+    path = tmp_path / "x.safetensors"
+    write("scaled_tensors", mini, path)
+    state = load_file(path)
+    change(state)
+    save_file(state, path)
+    assert words in refusal(path)
+
+
+@pytest.mark.parametrize("number, kind", [(20, "IQ4_NL"), (39, "MXFP4"), (26, "I32"), (4242, "type 4242")])
+def test_other_gguf_formats_are_refused_by_name(mini, tmp_path, number, kind):
+    path = tmp_path / "x.gguf"
+    write("gguf_Q8_0", mini, path)
+    retype_gguf(path, f"{LAYER}.weight", number)
+    text = refusal(path)
+    assert f"quantised as GGUF {kind} ('{LAYER}.weight')" in text and "scaled fp8 and GGUF" in text
+
+
+@pytest.mark.parametrize("kind", ["U16", "U32", "F4", "F6_E2M3", "C64", "I64", "BOOL"])
+def test_a_needed_weight_of_another_type_is_refused_by_it(mini, tmp_path, kind):
+    path, state = tmp_path / "x.safetensors", load_file(mini)
+    weight = state.pop(f"{LAYER}.weight")
+    save_file(state, path)
+    size = {"BOOL": 1, "I64": 8}.get(kind, 4)
+    add_raw(path, {f"{LAYER}.weight": (kind, tuple(weight.shape), bytes(weight.numel() * size))})
+    text = refusal(path)
+    assert f"quantised as {dict(BOOL='bool', I64='int64').get(kind, kind)} ('{LAYER}.weight')" in text
+
+
+@pytest.mark.parametrize(
+    "name, leaf, words",
+    [
+        ("scaled_old", "scaled_fp8", "'scaled_fp8', which marks such files, is missing"),
+        ("scaled_tensors", "comfy_quant", ".comfy_quant', or _quantization_metadata in its header"),
+        ("scaled_metadata", "__metadata__", "or _quantization_metadata in its header"),
+    ],
+)
+def test_scales_without_their_mark_are_refused(mini, tmp_path, name, leaf, words):
+    """Without its scale a weight would mean something else."""
+    path = tmp_path / "x.safetensors"
+    write(name, mini, path)
+    save_file({key: tensor for key, tensor in load_file(path).items() if not key.endswith(leaf)}, path)
+    text = refusal(path)
+    assert words in text and "add the mark to" in text and "is the scale of a weight" in text
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
+def test_bytes_without_a_mark_are_refused(mini, tmp_path, dtype):
+    path, state = tmp_path / "x.safetensors", load_file(mini)
+    save_file(state | {f"{LAYER}.weight": state[f"{LAYER}.weight"].to(dtype)}, path)
+    text = refusal(path)
+    assert f"quantised as {str(dtype)[6:]} ('{LAYER}.weight')" in text
+    assert f"neither a tensor '{LAYER}.comfy_quant' nor _quantization_metadata" in text
+
+
+@pytest.mark.parametrize("kept", [4, 30, 0.05, 0.5, -1], ids=str)
+def test_truncated_gguf_files_are_refused(mini, tmp_path, kept):
+    path = tmp_path / "x.gguf"
+    write("gguf_Q8_0", mini, path)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * kept)] if isinstance(kept, float) else data[:kept])
+    text = refusal(path)
+    assert "truncated" in text and "Download it again" in text
+
+
+def test_pickles_are_refused(mini, tmp_path):
+    path = tmp_path / "x.ckpt"
+    torch.save(load_file(mini), path)
+    assert "PyTorch pickle" in refusal(path)
+
+
+def test_a_truncated_file_names_the_tensor(mini, tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(mini.read_bytes()[:-10])
+    text = refusal(path)
+    assert "is truncated: tensor '" in text and text.endswith(
+        f"the file at byte {path.stat().st_size}. Download it again"
+    )

@@ -1,0 +1,108 @@
+"""Files that hold another model, or part of one, are refused by name, with the node that loads them."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from support import load_model, spec_of
+
+from fastusp_backend.errors import CheckpointError
+from fastusp_backend.models.detection import OTHERS
+
+pytestmark = pytest.mark.unit
+
+
+def refusal(path) -> str:
+    with pytest.raises(CheckpointError) as refused:
+        load_model(spec_of(path), torch.device("cpu"))
+    assert str(path) in str(refused.value)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "family, keys",
+    [
+        ("Chroma", ["distilled_guidance_layer.in_proj.weight", "double_blocks.0.img_attn.qkv.weight", "img_in.weight"]),
+        ("Chroma Radiance", ["nerf_blocks.0.param_generator.weight", "double_blocks.0.img_attn.qkv.weight"]),
+        ("Qwen-Image-Layered", ["time_text_embed.addition_t_embedding.weight", "txt_norm.weight", "img_in.weight"]),
+        ("Lens", ["transformer_blocks.0.img_mlp.w1.weight", "txt_norm.weight", "img_in.weight"]),
+        ("Stable Diffusion 3", ["joint_blocks.0.x_block.attn.qkv.weight", "x_embedder.proj.weight"]),
+        ("Stable Diffusion 3", ["transformer_blocks.0.norm1_context.linear.weight", "pos_embed.proj.weight"]),
+        ("HunyuanVideo", ["double_blocks.0.img_attn.qkv.weight", "img_in.proj.weight"]),
+        ("Ovis-Image", ["double_blocks.0.img_attn.qkv.weight", "img_in.weight", "txt_norm.scale"]),
+        ("Stable Diffusion U-Net", ["input_blocks.0.0.weight"]),
+        ("Stable Diffusion U-Net", ["model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.x.weight"]),
+        ("no FLUX.2 or FLUX.1 or Qwen-Image transformer", ["something.else"]),
+        ("no tensors at all", []),
+    ],
+)
+def test_other_families_are_refused_by_name(tmp_path, family, keys):
+    path = tmp_path / "other.safetensors"
+    save_file({key: torch.zeros(2, 2) for key in keys}, path)
+    text = refusal(path)
+    assert family in text and text.endswith(OTHERS)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["transformer_blocks.0.norm1_context.linear.weight", "x_embedder.weight"],
+        ["single_transformer_blocks.9.attn.to_q.weight"],
+        ["transformer_blocks.0.attn.to_q.weight", "single_transformer_blocks.0.attn.to_qkv_mlp_proj.weight"],
+    ],
+    ids=["first part", "last part", "FLUX.2"],
+)
+def test_flux_in_diffusers_layout_tells_where_the_original_is(tmp_path, keys):
+    path = tmp_path / "other.safetensors"
+    save_file({key: torch.zeros(2, 2) for key in keys}, path)
+    text = refusal(path)
+    for words in (
+        "FLUX in diffusers' key layout",
+        "flux1-dev.safetensors of black-forest-labs/FLUX.1-dev",
+        "ModelSave",
+    ):
+        assert words in text
+
+
+@pytest.mark.parametrize(
+    ("part", "node", "keys"),
+    [
+        ("a LoRA", "LoraLoaderModelOnly after USP Loader", ["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"]),
+        ("a LoRA", "LoraLoaderModelOnly", ["transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight"]),
+        ("a LoRA", "LoraLoaderModelOnly", ["diffusion_model.img_in.lora_up.weight", "diffusion_model.img_in.alpha"]),
+        ("a LoRA", "LoraLoaderModelOnly", ["double_blocks.0.img_attn.proj.lokr_w1", "img_in.lora_A.default.weight"]),
+        ("a LoRA", "LoraLoaderModelOnly", ["double_blocks.0.processor.proj_lora1.down.weight"]),
+        ("a LoRA", "LoraLoaderModelOnly", ["unet.mid_block.attn1.processor.to_q_lora.up.weight"]),
+        ("a LoRA", "LoraLoaderModelOnly", ["diffusion_model.img_in.diff", "diffusion_model.img_in.diff_b"]),
+        ("a ControlNet", "Load ControlNet Model", ["control_blocks.0.after_proj.weight", "control_img_in.weight"]),
+        ("a text encoder", "CLIPLoader", ["encoder.embed_tokens.weight", "encoder.final_layer_norm.weight"]),
+        ("a ControlNet", "Load ControlNet Model", ["controlnet_blocks.0.weight", "txt_norm.weight", "img_in.weight"]),
+        ("a text encoder", "CLIPLoader", ["text_model.encoder.layers.0.mlp.fc1.weight"]),
+        ("a text encoder", "CLIPLoader", ["encoder.block.0.layer.0.SelfAttention.k.weight", "shared.weight"]),
+        ("a text encoder", "CLIPLoader", ["model.layers.0.self_attn.q_proj.weight", "visual.blocks.0.norm1.weight"]),
+        ("a text encoder", "CLIPLoader", ["blk.0.attn_q.weight", "token_embd.weight"]),
+        ("a vision encoder", "Load CLIP Vision", ["vision_model.encoder.layers.0.mlp.fc1.weight"]),
+        ("a VAE", "Load VAE", ["encoder.conv_in.weight", "decoder.conv_in.weight"]),
+        ("a VAE", "Load VAE", ["conv1.weight", "decoder.head.0.gamma"]),
+    ],
+)
+def test_parts_of_a_workflow_are_sent_to_their_nodes(tmp_path, part, node, keys):
+    path = tmp_path / "part.safetensors"
+    save_file({key: torch.zeros(2, 2) for key in keys}, path)
+    text = refusal(path)
+    assert f"holds {part}, not a diffusion model: load it with" in text and node in text
+
+
+@pytest.mark.parametrize(
+    ("key", "tensor", "family"),
+    [
+        ("text_model.embeddings.position_ids", torch.arange(77)[None], "a text encoder"),
+        ("encoder.down.0.norm.num_batches_tracked", torch.tensor(1), "a VAE"),
+        ("distilled_guidance_layer.in_proj.weight", torch.zeros(2, 2, dtype=torch.int8), "Chroma"),
+        ("spiece_model", torch.zeros(8, dtype=torch.uint8), "no FLUX.2 or FLUX.1 or Qwen-Image"),
+    ],
+)
+def test_integers_in_other_families_are_no_quantisation(tmp_path, key, tensor, family):
+    path = tmp_path / "other.safetensors"
+    save_file({key: tensor}, path)
+    text = refusal(path)
+    assert family in text and "quantised" not in text
