@@ -67,7 +67,6 @@ USED = {
         "ModelPatcher.partially_load(device_to, extra_memory, force_patch_weights)",
         "ModelPatcher.partially_unload(device_to, memory_to_free)",
         "ModelPatcher.patch_model",
-        "ModelPatcher.pre_run()",
     ],
     "comfy.model_sampling": ["CONST.calculate_denoised", "CONST.calculate_input", "CONST.noise_scaling"],
     "comfy.patcher_extension": [

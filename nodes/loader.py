@@ -27,16 +27,16 @@ STORAGE: dict[str, Storage | None] = {
 }
 _FLAGS: dict[str, Storage | None] = {
     "fp32_unet": "float32",
-    "force_fp32": "float32",
     "bf16_unet": "bfloat16",
     "fp16_unet": "float16",
     "fp8_e4m3fn_unet": "float8_e4m3fn",
     "fp8_e5m2_unet": "float8_e5m2",
     "fp64_unet": None,
     "fp8_e8m0fnu_unet": None,
+    "force_fp32": "float32",
 }
-"""Arguments that ComfyUI was started with, and what they mean for weights whose type is the default; None for types
-that FastUSP does not have."""
+"""Arguments that ComfyUI was started with, in the order in which it heeds them, and what they mean for weights whose
+type is the default; None for types that FastUSP does not have."""
 
 
 class USPLoader(io.ComfyNode):

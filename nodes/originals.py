@@ -1,8 +1,10 @@
-"""Which functions of the host are still those of its files, and who replaced the others.
+"""Which functions of the host are still those of its files, and whose the others are.
 
 Packs change ComfyUI by putting functions of their own in its modules, classes and instances. A function's name and
 `__module__` prove nothing (`functools.wraps` copies them); its code does: Python keeps, and compares, what it compiled.
 So a function is an original where the file of its module, compiled anew, holds that code under that name.
+
+`closure.py` beside this file says which functions another one reaches.
 """
 
 import functools
@@ -20,6 +22,7 @@ from .comfyui import folder_paths, samplers
 COMFY = dirname(samplers.__file__) + sep
 OWN = dirname(dirname(__file__)) + sep
 TORCH = dirname(torch.__file__) + sep
+_ROOT = dirname(dirname(samplers.__file__)) + sep
 _STDLIB = sysconfig.get_paths()["stdlib"] + sep
 _INSTALLED = ("site-packages", "dist-packages")
 
@@ -27,26 +30,30 @@ _INSTALLED = ("site-packages", "dist-packages")
 @functools.cache
 def codes(module: ModuleType) -> dict[CodeType, str]:
     """All code that a module's file compiles to, with qualified names such as `KSAMPLER.sample.<locals>.k_callback`; a
-    class's body is `KSAMPLER.<class>`, the module's own is `<module>`."""
-    own = module.__spec__.loader.get_code(module.__name__) if module.__spec__ is not None else None
-    if own is None:
-        return {}  # an extension module, or made by hand
-    found = {own: "<module>"}
+    class's body is `KSAMPLER.<class>`, the module's own is `<module>`. Empty where no file can be compiled."""
+    return dict(_compiled(module))
 
-    def walk(code: CodeType, prefix: str) -> None:
+
+def _compiled(module: ModuleType) -> Iterator[tuple[CodeType, str]]:
+    def walk(code: CodeType, prefix: str) -> Iterator[tuple[CodeType, str]]:
         for constant in code.co_consts:
             if not isinstance(constant, CodeType):
                 continue
             name = prefix + constant.co_name
             if constant.co_flags & inspect.CO_OPTIMIZED:
-                found[constant] = name
-                walk(constant, f"{name}.<locals>.")
+                yield constant, name
+                yield from walk(constant, f"{name}.<locals>.")
             else:
-                found[constant] = f"{name}.<class>"
-                walk(constant, f"{name}.")
+                yield constant, f"{name}.<class>"
+                yield from walk(constant, f"{name}.")
 
-    walk(own, "")
-    return found
+    try:
+        own = module.__spec__.loader.get_code(module.__name__)
+    except (AttributeError, ImportError, OSError, SyntaxError, ValueError):
+        own = None  # made by hand, gone, or changed while ComfyUI runs
+    if own is not None:  # else an extension module
+        yield own, "<module>"
+        yield from walk(own, "")
 
 
 @functools.cache
@@ -63,13 +70,15 @@ def is_original(module: ModuleType, name: str) -> bool:
             found = inspect.getattr_static(found, part)
         except AttributeError:
             return False
-    code = code_of(found)
-    return code is not None and codes(module).get(code) == name
+    function = function_of(found)
+    return (
+        function is not None and function.__globals__ is vars(module) and codes(module).get(function.__code__) == name
+    )
 
 
-def code_of(value: object) -> CodeType | None:
-    """A function's code, below the decorators of Python, torch and ComfyUI, but a foreign wrapper's own; None for what
-    is no Python function, such as `functools.partial`."""
+def function_of(value: object) -> FunctionType | None:
+    """The Python function below the decorators of Python, torch and ComfyUI, but a foreign wrapper itself; None for
+    what is no Python function, such as `functools.partial`."""
     while True:
         if isinstance(value, property):
             value = value.fget
@@ -80,20 +89,23 @@ def code_of(value: object) -> CodeType | None:
         elif isinstance(value, FunctionType) and hasattr(value, "__wrapped__") and not is_foreign(value.__code__):
             value = value.__wrapped__
         else:
-            return value.__code__ if isinstance(value, FunctionType) else None
+            return value if isinstance(value, FunctionType) else None
 
 
-def is_foreign(code: CodeType | None) -> bool:
+def code_of(value: object) -> CodeType | None:
+    function = function_of(value)
+    return None if function is None else function.__code__
+
+
+def is_foreign(code: CodeType) -> bool:
     """Whether code comes from neither ComfyUI's library, FastUSP, torch nor Python."""
-    if code is None:
-        return False
     file = code.co_filename
-    return not file.startswith((COMFY, OWN, TORCH, "<frozen ")) and not is_python(file)
+    return not file.startswith((COMFY, OWN, TORCH)) and not is_python(file)
 
 
 def is_python(file: str) -> bool:
     """Whether a file is of Python's standard library."""
-    return file.startswith(_STDLIB) and not any(folder in file for folder in _INSTALLED)
+    return file.startswith("<frozen ") or file.startswith(_STDLIB) and not is_installed(file)
 
 
 def is_installed(file: str) -> bool:
@@ -111,6 +123,11 @@ def pack_of(file: str) -> str | None:
     return None
 
 
+def file_of(module: ModuleType | None) -> str:
+    """Without waking modules that load themselves when they are asked for something."""
+    return getattr(module, "__dict__", {}).get("__file__") or ""
+
+
 def owner(value: object) -> str:
     """Whose a function, its code, a class or an instance is, for people: a node pack, else a module or file."""
     if isinstance(value, functools.partial):
@@ -118,13 +135,29 @@ def owner(value: object) -> str:
     code = value if isinstance(value, CodeType) else code_of(value)
     if code is not None:
         file = code.co_filename
-        module = next((n for n, m in list(sys.modules.items()) if getattr(m, "__file__", None) == file), file)
+        found = next((n for n, m in list(sys.modules.items()) if file_of(m) == file), file)
     else:
         kind = value if isinstance(value, type) else type(value)
-        module = kind.__module__
-        file = getattr(sys.modules.get(module), "__file__", None) or ""
-    pack = pack_of(file)
-    return pack or module
+        found = kind.__module__
+        file = file_of(sys.modules.get(found))
+    # ComfyUI's own nodes are loaded under their paths.
+    return pack_of(file) or found.removeprefix(_ROOT).removesuffix(".py").replace(sep, ".")
+
+
+def packs() -> set[str]:
+    """The other node packs of which modules are loaded."""
+    return {pack for module in list(sys.modules.values()) if (pack := pack_of(file_of(module)))}
+
+
+@functools.cache
+def packs_naming(text: str) -> list[str]:
+    """The other node packs in whose code a text stands."""
+    found = set()
+    for module in list(sys.modules.values()):
+        pack = pack_of(file_of(module))
+        if pack is not None and any(text in strings_in(code) for code, _ in _compiled(module)):
+            found.add(pack)
+    return sorted(found)
 
 
 def module_of(code: CodeType, scope: dict) -> ModuleType | None:
@@ -133,22 +166,11 @@ def module_of(code: CodeType, scope: dict) -> ModuleType | None:
     return module if code.co_filename.startswith(COMFY) and getattr(module, "__dict__", None) is scope else None
 
 
-def used_functions(module: ModuleType, name: str) -> set[str]:
-    """The functions of a module that one of its functions refers to, and those that these refer to, by the file."""
-    by_name = {name: code for code, name in codes(module).items()}
-    found, open_names = set(), [name]
-    while open_names:
-        name = open_names.pop()
-        if name in by_name and name not in found:
-            found.add(name)
-            open_names += names_in(by_name[name])
-    return found
-
-
-def names_in(code: CodeType) -> set[str]:
+@functools.cache
+def names_in(code: CodeType) -> frozenset[str]:
     """The global and attribute names that code refers to, nested functions included."""
     nested = (names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType))
-    return set(code.co_names).union(*nested)
+    return frozenset(code.co_names).union(*nested)
 
 
 def strings_in(code: CodeType) -> set[str]:
@@ -164,75 +186,14 @@ def strings_in(code: CodeType) -> set[str]:
     return set(walk(code.co_consts))
 
 
-@functools.cache
-def reader(text: str, modules: frozenset[ModuleType]) -> str | None:
-    """A function of these modules whose code holds a text, such as a key that it looks up; None if there is none."""
-    for module in modules:
-        for code, name in codes(module).items():
-            if text in strings_in(code):
-                return f"{module.__name__}.{name}"
-    return None
+def short_name(module: str) -> str:
+    """ComfyUI's library goes without saying: a status line is short."""
+    return module.removeprefix("comfy.")
 
 
-def packs() -> set[str]:
-    """The other node packs of which modules are loaded."""
-    return {pack for module in list(sys.modules.values()) if (pack := pack_of(getattr(module, "__file__", None) or ""))}
-
-
-@functools.cache
-def packs_naming(text: str) -> list[str]:
-    """The other node packs in whose code a text stands."""
-    found = set()
-    for module in list(sys.modules.values()):
-        pack = pack_of(getattr(module, "__file__", None) or "")
-        if pack is not None and any(text in strings_in(code) for code in codes(module)):
-            found.add(pack)
-    return sorted(found)
-
-
-def family_modules(kind: type) -> list[ModuleType]:
-    """The modules of ComfyUI's models (comfy.ldm) that a transformer's class is made from."""
-    found, open_names = {}, [kind.__module__]
-    while open_names:
-        name = open_names.pop()
-        module = sys.modules.get(name)
-        if module is None or name in found or not name.startswith("comfy.ldm."):
-            continue
-        found[name] = module
-        for value in vars(module).values():
-            if isinstance(value, ModuleType):
-                open_names.append(value.__name__)
-            elif isinstance(value, type | FunctionType):
-                open_names.append(value.__module__ or "")
-    return list(found.values())
-
-
-def replaced_in(module: ModuleType) -> Iterator[tuple[str, object]]:
-    """The qualified names of a module's functions, classes and methods that a pack replaced, and what stands there."""
-    for name, value in vars(module).items():
-        if isinstance(value, type):
-            if pack_of(_file_of(value)) is not None:
-                yield f"{module.__name__}.{name}", value
-            elif value.__module__ == module.__name__:
-                for part, inner in vars(value).items():
-                    if _is_replaced(module, f"{name}.{part}", inner):
-                        yield f"{module.__name__}.{name}.{part}", inner
-        elif _is_replaced(module, name, value):
-            yield f"{module.__name__}.{name}", value
-
-
-def _is_replaced(module: ModuleType, name: str, value: object) -> bool:
-    """A pack's function counts wherever it stands; one from elsewhere where the file defines a function: decorators
-    such as `dataclass` write functions, and modules take some from libraries."""
+def change_of(module: ModuleType, name: str, value: object) -> str:
+    """What to say of a function that is not its file's any more, and of what stands there."""
     code = code_of(value)
-    if code is not None and pack_of(code.co_filename) is not None:
-        return True
-    if name not in codes(module).values():
-        return False
-    if code is None:
-        return isinstance(value, functools.partial | functools.partialmethod)
-    return code not in codes(module) and is_foreign(code) and not is_installed(code.co_filename)
-
-
-def _file_of(kind: type) -> str:
-    return getattr(sys.modules.get(kind.__module__), "__file__", None) or ""
+    if code is not None and code.co_filename == file_of(module) and code.co_name == name.rpartition(".")[2]:
+        return f"{short_name(module.__name__)}.{name} is older than its file: restart ComfyUI"
+    return f"{owner(value)}'s {short_name(module.__name__)}.{name}"

@@ -7,68 +7,93 @@ transformer that answers zeros (two milliseconds), and is watched:
 
 - each Python function that is called must be ComfyUI's, as its file has it, or of torch, Python or a library that the
   calling file imports (a profile function sees every call);
-- what stands at the names that these functions use, in their modules, classes and instances, must be so as well: not
-  everything that can be called is a Python function;
+- what else stands at the names that these functions use must be no callable that a profile function cannot see;
 - options and conditioning that the loop does not know may lie there, as long as nothing reads them.
 
-A foreign function is found before it runs: it is not called once more than it would be.
+A foreign function is found before it runs. What the sampler's own function reaches runs in the workers instead, so that
+nothing calls it here: it is looked at by name alone (`changed_sampler`).
 """
 
 import contextlib
 import functools
-import inspect
 import logging
 import sys
-from collections.abc import Iterator
-from types import CodeType, FrameType, MethodType, ModuleType
+from collections.abc import Callable, Iterator
 
 import torch
 
-from . import originals
-from .comfyui import WrapperExecutor, samplers
+from . import closure, originals
+from .comfyui import k_diffusion, samplers
+from .watch import Obstacle, Watch, changed_in
 
 log = logging.getLogger(__name__)
 
 _KNOWN_OPTIONS = {"transformer_options", "disable_cfg1_optimization"}
-_KNOWN_TRANSFORMER_OPTIONS = {"wrappers", "callbacks", "sample_sigmas"}
+_KNOWN_TRANSFORMER_OPTIONS = {"wrappers", "callbacks", "sample_sigmas", "patches", "patches_replace"}
+"""Those whose functions are seen when they are called; patches the transformer looks at for itself."""
 _KNOWN_CONDITIONING = {"model_conds", "uuid"}
 
 
-class Obstacle(BaseException):
-    """Ends a rehearsal; its text says what keeps the loop out of the workers. No Exception: ComfyUI and packs catch
-    those on the way."""
-
-
-def rehearse(model, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict, conditionings: list[str]) -> str | None:
+def rehearse(
+    model, guider, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict, conditionings: list[str]
+) -> str | None:
     """What a sampler function's evaluations, model(x, sigma, **extra_args), meet that the workers' loop would leave
-    out; None if nothing. conditionings: the names of those that are evaluated."""
-    if type(model) is not samplers.KSamplerX0Inpaint or not isinstance(model.inner_model, samplers.CFGGuider):
+    out; None if nothing. conditionings: the names of those of the guider that are evaluated."""
+    if type(model) is not samplers.KSamplerX0Inpaint or model.inner_model is not guider:
         return f"{originals.owner(model)}'s {type(model).__name__} around the model"
-    guider = model.inner_model
+    if sys.getprofile() is not None:
+        return "a profiler is active"
     transformer = guider.inner_model.diffusion_model
-    options = _Watched(extra_args["model_options"], _KNOWN_OPTIONS, "on the model")
-    watch = _Watch()
+    watch = Watch(rehearse.__code__)
+    options = _Watched(extra_args["model_options"], _KNOWN_OPTIONS, "on the model", watch.fail)
     try:
-        with _watched_conditionings(guider, conditionings), transformer.rehearsing() as arrived, watch:
+        with _watched_conditionings(guider, conditionings, watch.fail), transformer.rehearsing() as arrived, watch:
             model(x, sigmas[0] * x.new_ones(len(x)), **extra_args | {"model_options": options})
         watch.check_names()
         _check_transformer_options(options.get("transformer_options", {}), arrived, watch, transformer.stock)
-    except Obstacle as obstacle:
-        return str(obstacle)
+    except Obstacle:
+        pass  # told by what the watch has found, as are those that somebody swallowed
+    return watch.found
+
+
+def changed_sampler(name: str, model) -> str | None:
+    """What somebody has changed of ComfyUI's sampler function `name`, or of what it uses of a model (BaseModel); None
+    if nothing."""
+    used: set[str] = set()
+    for place in closure.reached(k_diffusion, f"sample_{name}", "comfy."):
+        change = _changed_at(place)
+        if change is not None:
+            return change
+        used |= {*closure.codes_at(place)}
+    names = frozenset().union(*map(originals.names_in, used))
+    for instance in (model, model.model_sampling):
+        change = changed_in(instance, names, every=True)
+        if change is not None:
+            return change
     return None
+
+
+def _changed_at(place: closure.Place) -> str | None:
+    value = vars(place.module).get(place.name)
+    if place.name in originals.names(place.module):
+        if originals.is_original(place.module, place.name):
+            return None
+        return originals.change_of(place.module, place.name, value)
+    change = closure.changed(place)
+    return None if change is None else originals.change_of(place.module, *change)
 
 
 class _Watched(dict):
     """A dict of which reading a key is an obstacle, but for `known` keys and for what says nothing. Iterating over it
     counts as reading all of it."""
 
-    def __init__(self, values: dict, known: set[str], where: str):
+    def __init__(self, values: dict, known: set[str], where: str, fail: Callable[[str], None]):
         super().__init__(values)
-        self._known, self._where = known, where
+        self._known, self._where, self._fail = known, where, fail
 
     def _look(self, key) -> None:
         if key not in self._known and super().__contains__(key) and not _says_nothing(key, super().__getitem__(key)):
-            raise Obstacle(f"{key}{_by(key, super().__getitem__(key))} {self._where}")
+            self._fail(f"{key}{_by(key, super().__getitem__(key))} {self._where}")
 
     def __getitem__(self, key):
         self._look(key)
@@ -114,10 +139,10 @@ def _says_nothing(key, value) -> bool:
 
 
 @contextlib.contextmanager
-def _watched_conditionings(guider, names: list[str]) -> Iterator[None]:
+def _watched_conditionings(guider, names: list[str], fail: Callable[[str], None]) -> Iterator[None]:
     given = guider.conds
     watched = {
-        name: [_Watched(part, _KNOWN_CONDITIONING, f"on the {name} conditioning") for part in given[name]]
+        name: [_Watched(part, _KNOWN_CONDITIONING, f"on the {name} conditioning", fail) for part in given[name]]
         for name in names
     }
     guider.conds = given | watched
@@ -127,141 +152,18 @@ def _watched_conditionings(guider, names: list[str]) -> Iterator[None]:
         guider.conds = given
 
 
-class _Watch:
-    """Sees the functions that are called inside a `with`; raises Obstacle there, or in `check_names` after it."""
-
-    def __init__(self):
-        self.codes: dict[CodeType, ModuleType] = {}
-        """ComfyUI's own that were called."""
-        self._seen: set[CodeType] = set()
-        self._instances: dict[int, object] = {}
-
-    def __enter__(self):
-        self._previous = sys.getprofile()
-        sys.setprofile(self._called)
-        return self
-
-    def __exit__(self, *_error):
-        sys.setprofile(self._previous)
-
-    def _called(self, frame: FrameType, event: str, _argument) -> None:
-        code = frame.f_code
-        if event != "call":
-            return
-        if code.co_filename.startswith(originals.COMFY) and code.co_argcount and code.co_varnames[0] == "self":
-            instance = frame.f_locals["self"]
-            self._instances[id(instance)] = instance
-        if code in self._seen:
-            return
-        self._seen.add(code)
-        if code.co_filename.startswith((originals.OWN, originals.TORCH)):
-            return
-        module = originals.module_of(code, frame.f_globals)
-        if module is not None:
-            if code not in originals.codes(module):
-                raise Obstacle(f"{module.__name__}.{code.co_name} is not what its file has: was ComfyUI updated?")
-            self.codes[code] = module
-        elif not _is_library(frame):
-            raise Obstacle(_described(frame))
-
-    def check_names(self) -> None:
-        """What the functions that were called refer to by name, in ComfyUI's modules, classes and instances."""
-        used = set().union(*map(originals.names_in, self.codes))
-        for module in {*self.codes.values()}:
-            for name in used & originals.names(module) & vars(module).keys():
-                _check(module, name, vars(module)[name])
-        for instance in self._instances.values():
-            for kind in type(instance).__mro__:
-                module = sys.modules.get(kind.__module__)
-                if module is None or not kind.__module__.startswith("comfy."):
-                    continue
-                for name in used & vars(kind).keys():
-                    _check(module, f"{kind.__qualname__}.{name}", vars(kind)[name])
-            for name in used & getattr(instance, "__dict__", {}).keys():
-                if _hides_a_method(instance, name) and not _is_own(vars(instance)[name]):
-                    raise Obstacle(f"{originals.owner(vars(instance)[name])}'s {type(instance).__name__}.{name}")
-
-
-def _check(module: ModuleType, name: str, value: object) -> None:
-    """Raises Obstacle where a module's file defines a function of this name and another one stands there."""
-    if name in originals.names(module) and not _is_own(value) and not originals.is_original(module, name):
-        raise Obstacle(f"{originals.owner(value)}'s {short_name(module.__name__)}.{name}")
-
-
-def short_name(module: str) -> str:
-    """ComfyUI's library goes without saying: a status line is short."""
-    return module.removeprefix("comfy.")
-
-
-def _hides_a_method(instance: object, name: str) -> bool:
-    """Whether an instance's own value stands before its class's method, and is not that method, as ComfyUI leaves it
-    when an object patch is undone."""
-    value, held = vars(instance)[name], inspect.getattr_static(type(instance), name, None)
-    is_it = isinstance(value, MethodType) and value.__self__ is instance and value.__func__ is held
-    return originals.code_of(held) is not None and not is_it
-
-
-def _is_own(value: object) -> bool:
-    code = originals.code_of(value)
-    return code is not None and code.co_filename.startswith(originals.OWN)
-
-
-def _is_library(frame: FrameType) -> bool:
-    """Whether a function is Python's, or of a library that the file of its caller imports, or called by either or by
-    FastUSP."""
-    file, caller = frame.f_code.co_filename, frame.f_back
-    if originals.pack_of(file) is not None:
-        return False
-    if not caller.f_code.co_filename.startswith((originals.COMFY, originals.TORCH)):
-        return True
-    name = frame.f_globals.get("__name__", "")
-    if originals.is_python(file) or file.startswith("<frozen ") or name.startswith("namedtuple_"):
-        return True
-    return originals.is_installed(file) and isinstance(caller.f_globals.get(name.split(".")[0]), ModuleType)
-
-
-def _described(frame: FrameType) -> str:
-    """A foreign function that is about to run: where it stands, and whose it is."""
-    code, caller = frame.f_code, frame.f_back
-    by = originals.owner(code)
-    scope = caller.f_locals
-    this = scope.get("self")
-    if isinstance(this, WrapperExecutor) and not _runs(this.original, code):
-        return f"{by}'s wrapper around {this.original.__name__}"
-    parts = this.children() if isinstance(this, torch.nn.Module) else (getattr(this, "class_obj", None),)
-    for value in (*parts, this, *scope.values()):
-        for holder in (value, *type(value).__mro__):
-            for name, held in getattr(holder, "__dict__", {}).items():
-                if _runs(held, code):
-                    return f"{by}'s {type(value).__name__}.{name}"
-    for module_name, module in list(sys.modules.items()):
-        if module_name.startswith("comfy."):
-            for name, held in list(vars(module).items()):
-                if _runs(held, code):
-                    return f"{by}'s {short_name(module_name)}.{name}"
-    if caller.f_code.co_filename.startswith(originals.TORCH):
-        return f"{by}'s hook on {type(this).__name__}"
-    return f"{by}'s {code.co_name}, called by {caller.f_code.co_name}"
-
-
-def _runs(value: object, code: CodeType) -> bool:
-    """Whether calling a value runs `code`."""
-    called = vars(type(value)).get("__call__") if code.co_name == "__call__" else value
-    return originals.code_of(called) is code
-
-
-def _check_transformer_options(given: dict, arrived: dict, watch: _Watch, stock: type) -> None:
-    """Raises Obstacle for an option that reached the transformer as it was given and that a function reads on the way,
-    or in the transformer that ComfyUI would have: its files hold the key."""
-    modules = {*watch.codes.values(), *originals.family_modules(stock)}
+def _check_transformer_options(given: dict, arrived: dict, watch: Watch, stock: closure.Unchanged) -> None:
+    """Finds an option that reached the transformer as it was given and that a function reads on the way, or in the
+    transformer that ComfyUI would have: code holds the key."""
     for key, value in given.items():
         if key in _KNOWN_TRANSFORMER_OPTIONS or _says_nothing(key, value):
             continue
         if not isinstance(value, dict | list) and arrived.get(key) is not value:
             continue  # ComfyUI has put its own there; dicts and lists it copies
-        reader = originals.reader(key, frozenset(modules))
+        on_the_way = (code.co_name for code in watch.codes if key in originals.strings_in(code))
+        reader = next(on_the_way, None) or stock.reader(key)
         if reader is not None:
-            raise Obstacle(f"{key}{_by(key, value)} on the model, read by {reader}")
+            watch.fail(f"{key}{_by(key, value)} on the model, read by {reader}")
         _note(str(key), _by(key, value))
 
 

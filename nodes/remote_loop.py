@@ -16,10 +16,9 @@ from tqdm.auto import trange
 
 from ..fastusp_backend.pool import Mask, Prompt, Session
 from ..fastusp_backend.sampling import SAMPLERS
-from . import originals
 from .comfyui import CONST, k_diffusion, samplers
 from .host import following, progress
-from .rehearsal import rehearse, short_name
+from .rehearsal import changed_sampler, rehearse
 from .remote_transformer import RemoteTransformer, masks_nothing
 from .sampler_names import menu_name
 from .status import node_status, set_headline
@@ -36,7 +35,7 @@ _PROMPT_FIELDS = {
 
 def sample_in_workers(executor, guider, sigmas, extra_args, callback, noise, *args, **kwargs):
     """A SAMPLER_SAMPLE wrapper."""
-    obstacle = why_not(executor.class_obj, guider, sigmas)
+    obstacle = why_not(executor.class_obj, guider)
     if obstacle is not None:
         _step_from_here(obstacle)
         return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
@@ -50,26 +49,20 @@ def _step_from_here(obstacle: str) -> None:
     set_headline("stepping from ComfyUI", since=obstacle)
 
 
-def why_not(sampler, guider, sigmas) -> str | None:
-    """What keeps this run out of the workers' loop, for people to read, as far as it can be told before a rehearsal;
-    None if nothing does."""
+def why_not(sampler, guider) -> str | None:
+    """What keeps this run out of the workers' loop, for people to read, as far as it can be told of the sampler; None
+    if nothing does."""
     function = getattr(sampler, "sampler_function", None)
     name = _name_in_workers(function)
     if type(sampler) is not samplers.KSAMPLER or name is None:
         return f"no {menu_name(sampler)} in the workers"
-    for used in originals.used_functions(k_diffusion, f"sample_{name}"):
-        if not originals.is_original(k_diffusion, used):
-            by = originals.owner(getattr(k_diffusion, used, None))
-            return f"{by}'s {short_name(k_diffusion.__name__)}.{used}"
     options = {k: v for k, v in sampler.extra_options.items() if v != _neutral(function, k)}
     foreign = options.keys() - SAMPLERS[name].options.keys()
     if foreign:
         return f"no option {', '.join(sorted(foreign))} of {name} in the workers"
-    if len(sigmas) < 2:
-        return "nothing to sample"
     if not isinstance(guider.inner_model.diffusion_model, RemoteTransformer):
         return "the transformer was replaced"
-    return _why_not_schedule(guider.inner_model.model_sampling, sigmas) or _why_not_conditioning(guider)
+    return changed_sampler(name, guider.inner_model)
 
 
 def _name_in_workers(function) -> str | None:
@@ -78,6 +71,8 @@ def _name_in_workers(function) -> str | None:
 
 
 def _why_not_schedule(model_sampling, sigmas: torch.Tensor) -> str | None:
+    if len(sigmas) < 2:
+        return "nothing to sample"
     kind = type(model_sampling)
     flow = all(
         getattr(kind, method, None) is getattr(CONST, method)
@@ -125,35 +120,51 @@ def _neutral(function, option: str):
     return parameter.default if parameter is not None else inspect.Parameter.empty
 
 
+class _LatentsChanged(Exception):
+    """A callback has written to the tensors that it was given: ComfyUI's sampler would go on with them."""
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+
+
 def _loop_for(function, guider):
     """A stand-in for ComfyUI's sampler function."""
     name = _name_in_workers(function)
 
     def loop(model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
-        obstacle = rehearse(model, x, sigmas, extra_args, list(_prompts(guider)))
-        if obstacle is not None:
-            _step_from_here(obstacle)
-            return function(model, x, sigmas, extra_args=extra_args, callback=callback, disable=disable, **options)
+        # Only now: a wrapper between here and `sample_in_workers` may have changed any of it.
+        obstacle = (
+            _why_not_schedule(guider.inner_model.model_sampling, sigmas)
+            or _why_not_conditioning(guider)
+            or rehearse(model, guider, x, sigmas, extra_args, list(_prompts(guider)))
+        )
+        if obstacle is None:
+            try:
+                return in_workers(model, x, sigmas, extra_args, callback, disable, options)
+            except _LatentsChanged:
+                obstacle = "a callback that changes the latents"
+        _step_from_here(obstacle)
+        return function(model, x, sigmas, extra_args=extra_args, callback=callback, disable=disable, **options)
+
+    def in_workers(model, x, sigmas, extra_args, callback, disable, options):
         session: Session = guider.inner_model.diffusion_model.session
         batch = len(x)
         evaluations = 2 if len(_prompts(guider)) > 1 else batch
         set_headline(f"{session.layout(evaluations)} on {session.pool.devices}, loop in the workers")
         prompts = {key: _prompt(parts[0], batch) for key, parts in _prompts(guider).items()}
-        options = {k: v for k, v in options.items() if k in SAMPLERS[name].options}
+        options = {k: options.get(k, _neutral(function, k)) for k in SAMPLERS[name].options}
+        options = {k: v for k, v in options.items() if v is not inspect.Parameter.empty}
         bar = trange(len(sigmas) - 1, disable=disable)
 
         def step(event, tensors) -> None:
             node_status().restore()
             if callback is not None:
-                callback(
-                    {
-                        "i": event.index,
-                        "x": tensors["x"].to(x.device),
-                        "denoised": tensors["denoised"].to(x.device),
-                        "sigma": sigmas[event.index],
-                        "sigma_hat": sigmas[event.index],
-                    }
-                )
+                given = {name: tensors[name].to(x.device, copy=True) for name in ("x", "denoised")}
+                sigma = sigmas[event.index]
+                callback({"i": event.index, "sigma": sigma, "sigma_hat": sigma} | given)
+                if not all(_same_bits(tensor.cpu(), tensors[name]) for name, tensor in given.items()):
+                    raise _LatentsChanged
             bar.update(1)
 
         with following(), contextlib.closing(bar):

@@ -6,7 +6,6 @@ guiders and wrappers run on the host as ever.
 """
 
 import functools
-import logging
 import weakref
 
 import torch
@@ -16,43 +15,15 @@ from ..fastusp_backend.models.detection import detect
 from ..fastusp_backend.models.holding import rank_bytes
 from ..fastusp_backend.pool import Session
 from ..fastusp_backend.weights.checkpoint import TensorInfo
-from . import memory, originals
+from . import memory
 from .comfyui import ModelPatcher, WrappersMP, model_config_from_unet, model_management
 from .host import Unsupported
+from .remote_families import TRANSFORMERS
 from .remote_loop import sample_in_workers
-from .remote_transformer import TRANSFORMERS, RemoteTransformer, meta_tensors
+from .remote_transformer import RemoteTransformer, meta_tensors
 from .sampling_run import sampling_run
 from .status import ends_told
 from .weight_patches import MERGE, check_supported
-
-log = logging.getLogger(__name__)
-
-
-def refuse_replaced(stock: type) -> None:
-    """Raises Unsupported where a pack has changed ComfyUI's own transformer, of class `stock`, for all its models: that
-    cannot reach the workers. Another attention function is told in the log alone: it is there for speed."""
-    for module in originals.family_modules(stock):
-        for name, value in originals.replaced_in(module):
-            by = originals.owner(value)
-            if name.rpartition(".")[2].startswith(("optimized_attention", "attention_")):
-                _tell_of_attention(name, by)
-            else:
-                raise Unsupported(
-                    f"{name}, replaced by {by}",
-                    f"Disable {by} and restart ComfyUI, or load the model with Load Diffusion Model",
-                )
-
-
-@functools.cache
-def _tell_of_attention(name: str, by: str) -> None:
-    """Once a process."""
-    log.warning(
-        "FastUSP: %s was replaced by %s; it has no effect on a model of USP Loader: attention is chosen in USP "
-        "Optimization Settings",
-        name,
-        by,
-    )
-
 
 _ALL = 1e32
 """As ComfyUI says that there is room for all weights."""
@@ -132,11 +103,6 @@ class RemotePatcher(ModelPatcher):
             transformer.compute_in(self.model.manual_cast_dtype or self.model.get_dtype())
         return patched
 
-    def pre_run(self):
-        """ComfyUI calls it before a sampling run."""
-        refuse_replaced(self.model.fastusp_stock)
-        super().pre_run()
-
     def add_weight_wrapper(self, name, function):
         raise Unsupported(f"A function around a weight ({name})")
 
@@ -175,7 +141,6 @@ def remote_model(session: Session, header: dict[str, TensorInfo]) -> RemotePatch
     model = config.get_model(meta, "", device=torch.device("meta"))  # with a transformer that has no memory
     model.device = None
     model.fastusp_config = family
-    model.fastusp_stock = type(model.diffusion_model)
     own_names = config.process_unet_state_dict(dict(header))
     model.diffusion_model = transformer(session, own_names, model.diffusion_model, family)
     model.fastusp_session = session

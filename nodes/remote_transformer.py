@@ -3,11 +3,11 @@ plain facts are answered as ComfyUI's own transformer answers them, and everythi
 """
 
 import contextlib
-import inspect
+import functools
+import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import replace
-from types import SimpleNamespace
 
 import msgspec
 import torch
@@ -15,13 +15,31 @@ import torch
 from ..fastusp_backend.models.detection import Config
 from ..fastusp_backend.pool import Prompt, Session
 from ..fastusp_backend.weights.checkpoint import TensorInfo
-from .comfyui import QwenImageTransformer2DModel, WrapperExecutor, WrappersMP, get_all_wrappers, model_management
+from .closure import Unchanged, unchanged
+from .comfyui import WrapperExecutor, WrappersMP, get_all_wrappers, model_management
 from .host import Unsupported, following, progress
+from .originals import owner
 from .status import ends_told, node_status
 from .weight_patches import PREFIX, weight_patches
 
+log = logging.getLogger(__name__)
 
-class RemoteTransformer(torch.nn.Module):
+
+def _refuse(names: Container[str], name: str) -> None:
+    if name in names:
+        raise Unsupported(f"A change inside the transformer ({name})")
+
+
+class _Sealed(type):
+    """Of classes of which nobody may set more than `forward`: what would it change, and for whom?"""
+
+    def __setattr__(cls, name: str, value) -> None:
+        if name != "forward":
+            _refuse({name}, name)
+        super().__setattr__(name, value)
+
+
+class RemoteTransformer(torch.nn.Module, metaclass=_Sealed):
     """Evaluates on the workers. It has no weights, but names those of the file. header: by ComfyUI's names. stock:
     ComfyUI's own transformer for the file, without weights, which gives its plain facts (sizes, `params`); what is left
     of it is its class. config: of the file's model.
@@ -35,7 +53,7 @@ class RemoteTransformer(torch.nn.Module):
         for name, value in vars(stock).items():
             if not name.startswith("_") and not isinstance(value, torch.nn.Module | torch.Tensor):
                 setattr(self, name, value)
-        self.stock = type(stock)
+        self.stock = unchanged(type(stock))
         self.session = session
         self._header = header
         self._config = config
@@ -43,16 +61,30 @@ class RemoteTransformer(torch.nn.Module):
         self._patches_uuid = None
         self._arrived: dict | None = None
         # The last of all: from here on these names are refused.
-        self._fixed = frozenset({*dir(stock)} - {*dir(torch.nn.Module)} | {"__class__"})
+        self._fixed = frozenset({*dir(stock)} - {*dir(torch.nn.Module())} | {"__class__"})
 
     def __setattr__(self, name: str, value) -> None:
-        """A node may leave notes here, and set `forward`, which counts while ComfyUI steps; setting what ComfyUI's own
-        transformer has, but for that, would change nothing here."""
-        if name in self.__dict__.get("_fixed", ()):
-            raise Unsupported(f"A change inside the transformer ({name})")
-        super().__setattr__(name, value)
+        """A node may leave notes here, which are no part of the module, and set `forward`, which counts while ComfyUI
+        steps; setting what ComfyUI's own transformer has, but for that, would change nothing here."""
+        _refuse(self.__dict__.get("_fixed", ()), name)
+        object.__setattr__(self, name, value)
+
+    def add_module(self, name: str, module: torch.nn.Module | None) -> None:
+        _refuse(self._fixed, name)
+        super().add_module(name, module)
+
+    def register_parameter(self, name: str, param: torch.nn.Parameter | None) -> None:
+        _refuse(self._fixed, name)
+        super().register_parameter(name, param)
+
+    def register_buffer(self, name: str, tensor: torch.Tensor | None, persistent: bool = True) -> None:
+        _refuse(self._fixed, name)
+        super().register_buffer(name, tensor, persistent)
 
     def __getattr__(self, name: str):
+        for registered in ("_modules", "_parameters", "_buffers"):
+            if name in self.__dict__.get(registered, {}):
+                return self.__dict__[registered][name]
         if sys._getframe(1).f_globals.get("__name__") == "comfy.weight_adapter.bypass":
             # It takes an AttributeError for a layer that the LoRA does not fit, and goes on without it.
             raise Unsupported("A LoRA in bypass mode", "Load it with LoraLoaderModelOnly")
@@ -61,11 +93,13 @@ class RemoteTransformer(torch.nn.Module):
             "the model with Load Diffusion Model for a node that needs it"
         )
 
+    def __repr__(self) -> str:
+        return "The transformer of USP Loader, which is in the workers,"  # unittest.mock goes on: does not have ...
+
     def parameters(self, recurse: bool = True):
         """One without elements: nodes ask the first for its type and device."""
-        yield torch.nn.Parameter(
-            torch.empty(0, dtype=self.dtype, device=model_management.get_torch_device()), requires_grad=False
-        )
+        device = model_management.get_torch_device()
+        yield torch.nn.Parameter(torch.empty(0, dtype=self.dtype, device=device), requires_grad=False)
 
     @contextlib.contextmanager
     def rehearsing(self) -> Iterator[dict]:
@@ -112,6 +146,7 @@ class RemoteTransformer(torch.nn.Module):
 
     def _on_workers(self, x, timestep, prompt: Prompt, control: dict | None, **blocks: int) -> torch.Tensor:
         """blocks: of a ControlNet's residuals under `input` and `output`, how many the model has a block for."""
+        refuse_replaced(self.stock)
         if self._arrived is not None:
             return torch.zeros_like(x)
         used = {kind: (control.get(kind) or [])[:count] for kind, count in blocks.items()} if control else None
@@ -121,120 +156,17 @@ class RemoteTransformer(torch.nn.Module):
         return output.to(x.device)
 
 
-class RemoteFlux(RemoteTransformer):
-    """FLUX.1 and FLUX.2, of which ComfyUI has one transformer."""
-
-    @classmethod
-    def fits(cls, unet_config: dict, config: Config) -> bool:
-        """Old ComfyUI takes every FLUX for one of hidden size 3072."""
-        return unet_config["hidden_size"] == config.hidden
-
-    @property
-    def img_in(self) -> SimpleNamespace:
-        """ComfyUI reads off its weight's shape whether the model, patched as it is now, takes an image or mask."""
-        return SimpleNamespace(weight=torch.empty(self._shapes[f"{PREFIX}img_in.weight"], device="meta"))
-
-    def forward(
-        self,
-        x,
-        timestep,
-        context,
-        y=None,
-        guidance=None,
-        ref_latents=None,
-        control=None,
-        transformer_options={},  # noqa: B006 - ComfyUI's own signature
-        **kwargs,
-    ):
-        args = x, timestep, context, y, guidance, ref_latents, control, transformer_options
-        return self._through_wrappers(transformer_options, *args, **kwargs)
-
-    def _evaluate(
-        self,
-        x,
-        timestep,
-        context,
-        y,
-        guidance,
-        ref_latents,
-        control,
-        transformer_options,
-        attention_mask=None,
-        ref_latents_method=None,
-        **kwargs,
-    ):
-        if attention_mask is not None and not masks_nothing(attention_mask):
-            raise Unsupported(
-                "A prompt with an attention mask (Apply Style Model with attn_bias)",
-                "Set strength_type to multiply in Apply Style Model",
-            )
-        refuse_unsupported(transformer_options, kwargs)
-        own = self._config.channels  # ComfyUI has put the image and mask of Fill, Canny, Depth behind them
-        concat = x[:, own:] if x.shape[1] > own else None
-        prompt = Prompt(context, y, guidance, concat, tuple(ref_latents or ()), ref_latents_method)
-        counts = {"input": self._config.double_blocks, "output": self._config.single_blocks}
-        return self._on_workers(x[:, :own], timestep, prompt, control, **counts)
-
-
-class RemoteQwenImage(RemoteTransformer):
-    _POSITIONS = inspect.signature(QwenImageTransformer2DModel.forward).parameters
-    """The order of arguments differs between versions of ComfyUI; it calls by name, wrappers are called by position."""
-    _ORDER = tuple(name for name, p in _POSITIONS.items() if name != "self" and p.kind is not p.VAR_KEYWORD)
-
-    def process_img(self, *args, **kwargs):
-        """What a ControlNet calls that computes with weights of the model itself."""
-        raise Unsupported(
-            "A ControlNet that needs the model's own weights (Qwen-Image Fun)",
-            "Take an InstantX ControlNet, or load the model with Load Diffusion Model",
-        )
-
-    def forward(self, *args, **kwargs):
-        given = dict(zip(self._ORDER, args, strict=False)) | kwargs
-        positions = [given.pop(name, {} if name == "transformer_options" else None) for name in self._ORDER]
-        return self._through_wrappers(positions[self._ORDER.index("transformer_options")], *positions, **given)
-
-    def _evaluate(self, *args, **kwargs):
-        return self._evaluate_named(**dict(zip(self._ORDER, args, strict=True)), **kwargs)
-
-    def _evaluate_named(
-        self,
-        x,
-        timestep,
-        context,
-        transformer_options,
-        attention_mask=None,
-        ref_latents=None,
-        additional_t_cond=None,
-        control=None,
-        ref_latents_method=None,
-        **kwargs,
-    ):
-        if attention_mask is not None and not masks_nothing(attention_mask):
-            raise Unsupported("A prompt with an attention mask")
-        if additional_t_cond is not None:
-            raise Unsupported("The timestep condition of Qwen-Image-Layered (additional_t_cond)")
-        refuse_unsupported(transformer_options, kwargs)
-        prompt = Prompt(context, references=tuple(ref_latents or ()), reference_method=ref_latents_method)
-        return self._on_workers(x, timestep, prompt, control, input=self._config.blocks)
-
-
-TRANSFORMERS: dict[str, tuple[str, type[RemoteTransformer]]] = {
-    "FLUX.1": ("flux", RemoteFlux),
-    "FLUX.2": ("flux2", RemoteFlux),
-    "Qwen-Image": ("qwen_image", RemoteQwenImage),
-}
-"""By family: the name that ComfyUI's detection gives it, and what stands for its transformer."""
-
-
 def meta_tensors(header: dict[str, TensorInfo]) -> dict[str, torch.Tensor]:
     """A file's tensors on the meta device."""
     return {name: torch.empty(info.shape, dtype=info.dtype, device="meta") for name, info in header.items()}
 
 
-def refuse_unsupported(transformer_options: dict, extra: dict) -> None:
-    """Raises Unsupported, naming the node feature, for what would have to happen inside the transformer."""
+def refuse_unsupported(transformer_options: dict, extra: dict, stock: Unchanged) -> None:
+    """Raises Unsupported, naming the node feature, for what would have to happen inside the transformer. Patches of
+    kinds that ComfyUI's own one does not read (attn2, for FLUX) have no effect there either."""
     for kind in ("patches", "patches_replace"):
-        names = [name for name, value in transformer_options.get(kind, {}).items() if value]
+        given = transformer_options.get(kind, {})
+        names = [name for name, value in given.items() if value and stock.reader(name) is not None]
         if names:
             raise Unsupported(f"A patch inside the transformer ({kind}: {', '.join(names)})")
     for option, node, instead in (
@@ -257,3 +189,28 @@ def masks_nothing(mask: torch.Tensor) -> bool:
     does booleans; integers say which tokens count."""
     adds = mask.is_floating_point() or mask.dtype == torch.bool
     return not mask.any() if adds else bool((mask == 1).all())
+
+
+def refuse_replaced(stock: Unchanged) -> None:
+    """Raises Unsupported where a pack has changed what ComfyUI's own transformer is made of, for all its models: that
+    cannot reach the workers. Another attention function is told in the log alone: it is there for speed."""
+    for place, name, value in stock.changes():
+        whole, by = f"{place.module.__name__}.{name}", owner(value)
+        if name.startswith(("optimized_attention", "attention_")):
+            _tell_of_attention(whole, by)
+        else:
+            raise Unsupported(
+                f"{whole}, replaced by {by}",
+                f"Disable {by} and restart ComfyUI, or load the model with Load Diffusion Model",
+            )
+
+
+@functools.cache
+def _tell_of_attention(name: str, by: str) -> None:
+    """Once a process."""
+    log.warning(
+        "FastUSP: %s was replaced by %s; it has no effect on a model of USP Loader: attention is chosen in USP "
+        "Optimization Settings",
+        name,
+        by,
+    )

@@ -145,6 +145,7 @@ def test_nodes_that_change_the_guidance(host):
         ("CFGZeroStar", {}),
         ("TCFG", {}),
         ("DifferentialDiffusion", {}),
+        ("PerturbedAttentionGuidance", {"scale": 3.0}),  # its patch is of a kind that FLUX does not read
     ):
 
         def patched(model, kind=kind, options=options):

@@ -160,7 +160,6 @@ NO_ROPE = {f"{what}_{axis}": value for axis in "xyt" for what, value in (("scale
     ("kind", "options", "words"),
     [
         ("SkipLayerGuidanceDiT", {**LAYERS, "rescaling_scale": 0.0}, ["patch inside the transformer", "dit"]),
-        ("PerturbedAttentionGuidance", {"scale": 3.0}, ["patch inside the transformer", "attn1"]),
         ("NAGuidance", {"nag_scale": 5.0, "nag_alpha": 0.5, "nag_tau": 1.5}, ["patch inside", "attn1_output_patch"]),
         ("ScaleROPE", NO_ROPE, ["ScaleROPE"]),
         ("FluxKVCache", {}, ["change inside the transformer", "default_ref_method"]),

@@ -5,6 +5,7 @@ import pytest
 import torch
 from channels import Pair
 from formats import MINI
+from small_library import world  # noqa: F401 - a fixture
 
 from fastusp_backend.models.synthetic import write_flux
 

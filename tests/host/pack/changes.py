@@ -2,12 +2,22 @@
 nothing."""
 
 import contextlib
+import cProfile
 import functools
+import inspect
+import unittest.mock
 
 import comfy.k_diffusion.sampling as k_diffusion
+import comfy.k_diffusion.utils
+import comfy.ldm.flux.math
 import comfy.ldm.flux.model
+import comfy.ldm.modules.attention
+import comfy.model_management
+import comfy.model_sampling
 import comfy.samplers
+import latent_preview
 import torch
+from comfy.patcher_extension import WrappersMP
 
 import nodes
 
@@ -65,11 +75,66 @@ def hooked(module):
         hook.remove()
 
 
+@contextlib.contextmanager
+def other_default(function, value):
+    function = inspect.unwrap(function)
+    original = function.__defaults__
+    function.__defaults__ = (*original[:3], value, *original[4:])
+    try:
+        yield
+    finally:
+        function.__defaults__ = original
+
+
+@contextlib.contextmanager
+def profiled():
+    profiler = cProfile.Profile()
+    profiler.enable()
+    try:
+        yield
+    finally:
+        profiler.disable()
+        assert profiler.getstats()
+
+
+def writing(original):
+    """Callbacks that write to the latents which they are shown."""
+
+    def prepare_callback(*args, **kwargs):
+        callback = original(*args, **kwargs)
+
+        def write(step, x0, x, total_steps):
+            callback(step, x0, x, total_steps)
+            x.mul_(1.01)
+
+        return write
+
+    return prepare_callback
+
+
+def same(original):
+    return lambda *args, **kwargs: original(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def as_pulid_does(model):
+    model.diffusion_model.pulid_ca = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+    model.diffusion_model.forward_orig = scaled
+    yield
+
+
+@contextlib.contextmanager
+def evaluating(model):
+    model.diffusion_model.eval().requires_grad_(False)
+    model.eval()
+    yield
+
+
+def mocked(model):
+    return unittest.mock.patch.multiple(model.diffusion_model, forward_orig=scaled)
+
+
 class _MyFlux(comfy.ldm.flux.model.Flux):
-    pass
-
-
-class _MyGuider(comfy.samplers.CFGGuider):
     pass
 
 
@@ -92,6 +157,21 @@ CHANGES = {
     "set forward_orig": lambda m: setattr(m.diffusion_model, "forward_orig", scaled),
     "set blocks": lambda m: setattr(m.diffusion_model, "double_blocks", torch.nn.ModuleList()),
     "set class": lambda m: setattr(m.diffusion_model, "__class__", _MyFlux),
+    "set of the class": lambda m: setattr(type(m.diffusion_model), "forward_orig", scaled),
+    "add module": lambda m: m.diffusion_model.add_module("double_blocks", torch.nn.ModuleList()),
+    "as PuLID": as_pulid_does,
+    "mock": mocked,
+    "noise_scaling": lambda m: replaced(m.model_sampling, "noise_scaling", scaled),
+    "CONST.noise_scaling": lambda m: replaced(comfy.model_sampling.CONST, "noise_scaling", scaled),
+    "append_dims": lambda m: replaced(comfy.k_diffusion.utils, "append_dims", scaled),
+    "eta": lambda m: other_default(k_diffusion.sample_euler_ancestral, 0.2),
+    "callback": lambda m: replaced(latent_preview, "prepare_callback", writing),
+    "profiler": lambda m: profiled(),
+    "eval": evaluating,
+    "get_torch_device": lambda m: replaced(comfy.model_management, "get_torch_device", same),
+    "get_free_memory": lambda m: replaced(comfy.model_management, "get_free_memory", same),
+    "other models' blocks": lambda m: replaced(comfy.ldm.modules.attention.BasicTransformerBlock, "forward", scaled),
+    "attention": lambda m: replaced(comfy.ldm.flux.math, "optimized_attention", same),
     "note on the transformer": lambda m: setattr(m.diffusion_model, "test_note", 1) or contextlib.nullcontext(),
 }
 
@@ -113,12 +193,23 @@ class ChangedSampling:
             return nodes.KSampler().sample(model, **inputs)
 
 
+def _two_parts(executor, guider, *args, **kwargs):
+    guider.conds = guider.conds | {"positive": guider.conds["positive"] + guider.conds["negative"]}
+    return executor(guider, *args, **kwargs)
+
+
+def _patching(apply_model, given):
+    with unittest.mock.patch.object(comfy.ldm.flux.model.DoubleStreamBlock, "forward", scaled):
+        return apply_model(given["input"], given["timestep"], **given["c"])
+
+
 class ChangedModel:
     """A model that carries something for all its runs."""
 
     @classmethod
     def INPUT_TYPES(cls):
         kinds = ["object patch", "sigmas", "own key", "own option", "function", "read key", "empty", "weight wrapper"]
+        kinds += ["two parts", "patched in the run", "unread patches"]
         return {"required": {"model": ("MODEL",), "change": (kinds,)}}
 
     RETURN_TYPES = ("MODEL",)
@@ -140,10 +231,17 @@ class ChangedModel:
         elif change == "function":
             options["sampler_post_cfg_function"] = [lambda args: args["denoised"] * 1.01]
         elif change == "read key":
-            inner["patches_replace"] = {"dit": {}, "test": {"block": None}}
+            inner["patches_replace"] = {"test": {}, "dit": {("double_block", 0): None}}
         elif change == "empty":
             inner["patches"] = {}
             options["sampler_post_cfg_function"] = []
+        elif change == "two parts":
+            model.add_wrapper(WrappersMP.SAMPLER_SAMPLE, _two_parts)
+        elif change == "patched in the run":
+            model.set_model_unet_function_wrapper(_patching)
+        elif change == "unread patches":
+            model.set_model_attn2_patch(lambda *args: args)
+            model.set_model_output_block_patch(lambda *args: args)
         else:
             model.add_weight_wrapper("diffusion_model.img_in.weight", lambda weight: weight)
         return (model,)

@@ -1,0 +1,150 @@
+"""What a function or class of ComfyUI's library reaches: the functions and classes that its code names, those that
+these name, and so on. Told from the files' code, whatever stands in the modules now; more may be listed than is called.
+"""
+
+import functools
+import inspect
+import sys
+from collections.abc import Iterator
+from types import CodeType, FunctionType, ModuleType
+from typing import NamedTuple
+
+from . import originals
+
+
+class Place(NamedTuple):
+    """A global name of a module, at which a function or class of the library was, or is, to be found."""
+
+    module: ModuleType
+    name: str
+
+
+@functools.cache
+def reached(module: ModuleType, name: str, library: str) -> tuple[Place, ...]:
+    """The places of what a function or class reaches, itself included, in modules whose names begin with `library`."""
+    found: dict[Place, None] = {}
+    open_places = [Place(module, name)]
+    while open_places:
+        place = open_places.pop()
+        if place not in found:
+            found[place] = None
+            open_places += _decorators(place)
+            for code in codes_at(place):
+                open_places += _named(place.module, originals.names_in(code), library)
+    return tuple(found)
+
+
+def codes_at(place: Place) -> Iterator[CodeType]:
+    """The code that a place's file has there: a function's, or of all methods of a class; none for an imported name."""
+    for code, name in originals.codes(place.module).items():
+        if name == place.name or name.startswith(f"{place.name}."):
+            yield code
+
+
+def _decorators(place: Place) -> Iterator[Place]:
+    """The functions of the same module that wrapped the one at a place: nothing in its own code names them."""
+    value = vars(place.module).get(place.name)
+    while isinstance(value, FunctionType):
+        name = originals.codes(place.module).get(value.__code__)
+        if name is not None:
+            yield Place(place.module, name.partition(".")[0])
+        value = getattr(value, "__wrapped__", None)
+
+
+def _named(module: ModuleType, used: frozenset[str], library: str) -> Iterator[Place]:
+    """The places in the library that names mean in a module: its own and imported functions and classes, and those of
+    modules that it refers to, at whatever depth (comfy.ldm.common_dit.pad)."""
+    modules, seen = [module], set()
+    while modules:
+        scope = modules.pop()
+        seen.add(scope)
+        for name in used & vars(scope).keys():
+            value = vars(scope)[name]
+            if isinstance(value, ModuleType):
+                inside = value.__name__.startswith(library) or library.startswith(f"{value.__name__}.")
+                if inside and value not in seen:
+                    modules.append(value)
+            elif isinstance(value, FunctionType | type) or name in _defined(scope):
+                yield Place(scope, name)
+                home = sys.modules.get(getattr(value, "__module__", None) or "")
+                if home not in (None, scope) and home.__name__.startswith(library):
+                    yield Place(home, value.__name__)
+
+
+@functools.cache
+def _defined(module: ModuleType) -> frozenset[str]:
+    """The functions and classes that a module's file defines."""
+    return frozenset(name.partition(".")[0] for name in originals.names(module))
+
+
+def changed(place: Place) -> tuple[str, object] | None:
+    """The qualified name and the value of a pack's function, or class, at a place or in the class there; None where
+    there is none."""
+    value = vars(place.module).get(place.name)
+    if not isinstance(value, type):
+        return (place.name, value) if _is_changed(place.module, place.name, value) else None
+    if originals.pack_of(originals.file_of(sys.modules.get(value.__module__))) is not None:
+        return place.name, value
+    if value.__module__ == place.module.__name__:
+        for part, inner in vars(value).items():
+            if _is_changed(place.module, f"{place.name}.{part}", inner):
+                return f"{place.name}.{part}", inner
+    return None
+
+
+def _is_changed(module: ModuleType, name: str, value: object) -> bool:
+    """A pack's function counts wherever it stands; one from elsewhere where the file defines a function: decorators
+    such as `dataclass` write functions, and modules take some from libraries."""
+    code = originals.code_of(value)
+    if code is not None and originals.pack_of(code.co_filename) is not None:
+        return True
+    if name not in originals.names(module):
+        return False
+    if code is None:
+        return isinstance(value, functools.partial | functools.partialmethod)
+    known = code in originals.codes(module) or originals.is_installed(code.co_filename)
+    return not known and originals.is_foreign(code)
+
+
+class Unchanged:
+    """Whether what a class reaches is still its files'. What was found so is remembered by what stood there, so that
+    asking again costs a look."""
+
+    def __init__(self, kind: type):
+        self.places = reached(sys.modules[kind.__module__], kind.__name__, "comfy.ldm.")
+        self._known: dict[Place, list[tuple[dict, str, object]]] = {}
+
+    def changes(self) -> Iterator[tuple[Place, str, object]]:
+        """Place, qualified name and value of what is not."""
+        for place in self.places:
+            known = self._known.get(place)
+            if known is not None and all(scope.get(name) is value for scope, name, value in known):
+                continue
+            change = changed(place)
+            if change is None:
+                self._known[place] = list(_standing(place))
+            else:
+                yield place, *change
+
+    def reader(self, text: str) -> str | None:
+        """A function whose code holds a text, such as a key that it looks up; None if there is none."""
+        for place in self.places:
+            for code in codes_at(place):
+                if text in originals.strings_in(code):
+                    return f"{originals.short_name(place.module.__name__)}.{place.name}"
+        return None
+
+
+@functools.cache
+def unchanged(kind: type) -> Unchanged:
+    """One for each class."""
+    return Unchanged(kind)
+
+
+def _standing(place: Place) -> Iterator[tuple[dict, str, object]]:
+    value = vars(place.module).get(place.name)
+    yield vars(place.module), place.name, value
+    if isinstance(value, type):
+        for name, inner in vars(value).items():
+            if inspect.isroutine(inner) or isinstance(inner, property):
+                yield vars(value), name, inner

@@ -1,0 +1,118 @@
+"""What stands for the transformer of each family (remote_transformer.py), called as ComfyUI calls its own."""
+
+import inspect
+from types import SimpleNamespace
+
+import torch
+
+from ..fastusp_backend.models.detection import Config
+from ..fastusp_backend.pool import Prompt
+from .comfyui import QwenImageTransformer2DModel
+from .host import Unsupported
+from .remote_transformer import RemoteTransformer, masks_nothing, refuse_unsupported
+from .weight_patches import PREFIX
+
+
+class RemoteFlux(RemoteTransformer):
+    """FLUX.1 and FLUX.2, of which ComfyUI has one transformer."""
+
+    @classmethod
+    def fits(cls, unet_config: dict, config: Config) -> bool:
+        """Old ComfyUI takes every FLUX for one of hidden size 3072."""
+        return unet_config["hidden_size"] == config.hidden
+
+    @property
+    def img_in(self) -> SimpleNamespace:
+        """ComfyUI reads off its weight's shape whether the model, patched as it is now, takes an image or mask."""
+        return SimpleNamespace(weight=torch.empty(self._shapes[f"{PREFIX}img_in.weight"], device="meta"))
+
+    def forward(
+        self,
+        x,
+        timestep,
+        context,
+        y=None,
+        guidance=None,
+        ref_latents=None,
+        control=None,
+        transformer_options={},  # noqa: B006 - ComfyUI's own signature
+        **kwargs,
+    ):
+        args = x, timestep, context, y, guidance, ref_latents, control, transformer_options
+        return self._through_wrappers(transformer_options, *args, **kwargs)
+
+    def _evaluate(
+        self,
+        x,
+        timestep,
+        context,
+        y,
+        guidance,
+        ref_latents,
+        control,
+        transformer_options,
+        attention_mask=None,
+        ref_latents_method=None,
+        **kwargs,
+    ):
+        if attention_mask is not None and not masks_nothing(attention_mask):
+            raise Unsupported(
+                "A prompt with an attention mask (Apply Style Model with attn_bias)",
+                "Set strength_type to multiply in Apply Style Model",
+            )
+        refuse_unsupported(transformer_options, kwargs, self.stock)
+        own = self._config.channels  # ComfyUI has put the image and mask of Fill, Canny, Depth behind them
+        concat = x[:, own:] if x.shape[1] > own else None
+        prompt = Prompt(context, y, guidance, concat, tuple(ref_latents or ()), ref_latents_method)
+        counts = {"input": self._config.double_blocks, "output": self._config.single_blocks}
+        return self._on_workers(x[:, :own], timestep, prompt, control, **counts)
+
+
+class RemoteQwenImage(RemoteTransformer):
+    _POSITIONS = inspect.signature(QwenImageTransformer2DModel.forward).parameters
+    """The order of arguments differs between versions of ComfyUI; it calls by name, wrappers are called by position."""
+    _ORDER = tuple(name for name, p in _POSITIONS.items() if name != "self" and p.kind is not p.VAR_KEYWORD)
+
+    def process_img(self, *args, **kwargs):
+        """What a ControlNet calls that computes with weights of the model itself."""
+        raise Unsupported(
+            "A ControlNet that needs the model's own weights (Qwen-Image Fun)",
+            "Take an InstantX ControlNet, or load the model with Load Diffusion Model",
+        )
+
+    def forward(self, *args, **kwargs):
+        given = dict(zip(self._ORDER, args, strict=False)) | kwargs
+        positions = [given.pop(name, {} if name == "transformer_options" else None) for name in self._ORDER]
+        return self._through_wrappers(positions[self._ORDER.index("transformer_options")], *positions, **given)
+
+    def _evaluate(self, *args, **kwargs):
+        return self._evaluate_named(**dict(zip(self._ORDER, args, strict=True)), **kwargs)
+
+    def _evaluate_named(
+        self,
+        x,
+        timestep,
+        context,
+        transformer_options,
+        attention_mask=None,
+        ref_latents=None,
+        additional_t_cond=None,
+        control=None,
+        ref_latents_method=None,
+        **kwargs,
+    ):
+        if attention_mask is not None and not masks_nothing(attention_mask):
+            raise Unsupported("A prompt with an attention mask")
+        if additional_t_cond is not None:
+            raise Unsupported("The timestep condition of Qwen-Image-Layered (additional_t_cond)")
+        refuse_unsupported(transformer_options, kwargs, self.stock)
+        prompt = Prompt(context, references=tuple(ref_latents or ()), reference_method=ref_latents_method)
+        return self._on_workers(x, timestep, prompt, control, input=self._config.blocks)
+
+
+TRANSFORMERS: dict[str, tuple[str, type[RemoteTransformer]]] = {
+    "FLUX.1": ("flux", RemoteFlux),
+    "FLUX.2": ("flux2", RemoteFlux),
+    "Qwen-Image": ("qwen_image", RemoteQwenImage),
+}
+"""By family: the name that ComfyUI's detection gives it, and what stands for its transformer."""

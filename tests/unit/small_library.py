@@ -1,0 +1,139 @@
+"""A small library under ComfyUI's name, and a pack, in files, to try nodes/originals.py and its neighbours on."""
+
+import importlib.util
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[2] / "nodes"
+LIBRARY = """
+import contextlib
+import dataclasses
+import functools
+import sys
+import torch
+
+helpers = sys.modules["comfy.ldm.helpers"]
+far = helpers.far
+
+KEY = "read_by_the_module"
+
+@dataclasses.dataclass
+class Sizes:
+    width: int = 3
+
+class Guider:
+    label = "read_by_the_class"
+
+    def predict(self, x):
+        return x + helper(x) + helpers.near(x)
+
+    @property
+    def twice(self):
+        return 2
+
+    @staticmethod
+    def still(x):
+        return x
+
+def helper(x):
+    inner = lambda y: y * 2
+    return inner(x)
+
+@torch.no_grad()
+def sample(x, options={}):
+    return helper(x) + options.get("read_by_sample", 0)
+
+@functools.lru_cache
+def remembered(x):
+    return x
+
+if KEY:
+    def either(x):
+        return 1
+else:
+    def either(x):
+        return 2
+"""
+HELPERS = """
+def near(x):
+    return further(x)
+
+def further(x):
+    return x.get("read_further", 0)
+
+def far(x):
+    return x
+
+def unrelated(x):
+    return "read_by_the_unrelated"
+"""
+PACK = """
+import functools
+
+KEYS = ("left_by_the_pack",)
+
+def wrapped(original):
+    @functools.wraps(original)
+    def function(*args, **kwargs):
+        return original(*args, **kwargs)
+    return function
+
+done = []
+
+def note():
+    done.append(1)
+
+class Finalised:
+    def __init__(self):
+        self.self = self
+
+    def __del__(self):
+        note()
+
+class Other:
+    pass
+"""
+
+
+def load(name: str, file: Path, **attributes) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    vars(module).update(attributes)
+    spec.loader.exec_module(module)
+    return module
+
+
+class _Executor:
+    """Of ComfyUI's wrappers; none is used here."""
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """originals, the library's module and the pack's."""
+    names = ["comfy.ldm.library", "comfy.ldm.helpers", "the_pack", "originals_test"]
+    names += [f"originals_test.{name}" for name in ("comfyui", "originals", "closure", "watch")]
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    library, pack = tmp_path / "comfy/ldm/library.py", tmp_path / "custom_nodes/the-pack/__init__.py"
+    helpers = library.with_name("helpers.py")
+    for path, text in ((library, LIBRARY), (helpers, HELPERS), (pack, PACK)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    paths = types.SimpleNamespace(get_folder_paths=lambda _kind: [str(tmp_path / "custom_nodes")])
+    samplers = types.SimpleNamespace(__file__=str(tmp_path / "comfy/samplers.py"))
+    package = types.ModuleType("originals_test")
+    package.__path__ = []
+    sys.modules["originals_test"] = package
+    comfyui = sys.modules["originals_test.comfyui"] = types.ModuleType("originals_test.comfyui")
+    comfyui.folder_paths, comfyui.samplers, comfyui.WrapperExecutor = paths, samplers, _Executor
+    load("comfy.ldm.helpers", helpers)
+    yield (
+        load("originals_test.originals", FOLDER / "originals.py", __package__="originals_test"),
+        load("comfy.ldm.library", library),
+        load("the_pack", pack),
+    )
+    for name in names:
+        sys.modules.pop(name, None)
