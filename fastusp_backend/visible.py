@@ -57,12 +57,13 @@ def read(value: str, uuids: Sequence[str], counted: Callable[[], Sequence[str]])
 
 
 def _by_uuid(entry: str, uuids: Sequence[str]) -> str | None:
-    fitting = [uuid for uuid in uuids if uuid.startswith(entry)] if entry.startswith("GPU-") else []
-    return fitting[0] if len(fitting) == 1 else None
+    entry = entry.strip().lower()
+    fitting = [uuid for uuid in uuids if uuid.lower().startswith(entry) or entry.startswith(uuid.lower())]
+    return fitting[0] if len(fitting) == 1 and entry.startswith("gpu-") else None
 
 
 def _by_number(entry: str, counted: Callable[[], Sequence[str]]) -> str | None:
-    number = re.match(r"\s*\+?(\d+)", entry)
+    number = re.match(r"\s*\+?(\d+)", entry, re.ASCII)
     if not number:
         return None
     order = counted()

@@ -18,7 +18,7 @@ class Unsupported(FastUSPError):
             "Take that node out of the path between USP Loader and the sampler, or load the model with Load Diffusion "
             "Model"
         )
-        super().__init__(f"{what}: a model of USP Loader does not support this yet. {instead}")
+        super().__init__(f"{what}: USP Loader does not support this yet. {instead}")
 
 
 def progress(step: Callable | None = None) -> Progress:

@@ -182,9 +182,7 @@ def _storage(weight_dtype: str, header: dict[str, TensorInfo]) -> Storage | None
 def _path(unet_name: str) -> str:
     path = model_path(unet_name)
     if path is None:
-        raise CheckpointError(
-            f"unet_name = {unet_name!r}: there is no such file in models/diffusion_models or models/checkpoints"
-        )
+        raise CheckpointError(f"unet_name: there is no {unet_name!r} in models/diffusion_models or models/checkpoints")
     return path
 
 
@@ -194,4 +192,5 @@ def _read(unet_name: str) -> ModelFile:
     try:
         return read_model(path)
     except CheckpointError as error:
-        raise CheckpointError(f"unet_name = {unet_name!r}: {error}") from error
+        # The page shows little room: the file once, by the name that the node has for it.
+        raise CheckpointError(f"unet_name: {str(error).replace(path, repr(unet_name))}") from error

@@ -196,4 +196,4 @@ def change_of(module: ModuleType, name: str, value: object) -> str:
     code = code_of(value)
     if code is not None and code.co_filename == file_of(module) and code.co_name == name.rpartition(".")[2]:
         return f"{short_name(module.__name__)}.{name} is older than its file: restart ComfyUI"
-    return f"{owner(value)}'s {short_name(module.__name__)}.{name}"
+    return f"{owner(value)} changed {short_name(module.__name__)}.{name}"

@@ -40,7 +40,7 @@ def rehearse(
     """What a sampler function's evaluations, model(x, sigma, **extra_args), meet that the workers' loop would leave
     out; None if nothing. conditionings: the names of those of the guider that are evaluated."""
     if type(model) is not samplers.KSamplerX0Inpaint or model.inner_model is not guider:
-        return f"{originals.owner(model)}'s {type(model).__name__} around the model"
+        return f"{originals.owner(model)} wraps the model in {type(model).__name__}"
     if sys.getprofile() is not None:
         return "a profiler is active"
     transformer = guider.inner_model.diffusion_model
@@ -174,8 +174,9 @@ def _note(key: str, by: str) -> None:
 
 
 def _by(key, value: object) -> str:
-    """Which node pack left an entry: that of a function or class in it, else those that name its key."""
+    """Whose an entry is: of whom there is a function or an object in it; else which node packs name its key."""
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
-    owners = {originals.owner(part) for part in parts} - {"builtins"}
-    packs = sorted(owners & originals.packs()) or originals.packs_naming(str(key))
-    return f" ({', '.join(packs)})" if packs else ""
+    owners = {originals.owner(part) for part in parts}
+    owners = {by for by in owners if by.partition(".")[0] not in ("builtins", "torch", "numpy")}
+    named = sorted(owners) or originals.packs_naming(str(key))
+    return f" ({', '.join(named)})" if named else ""

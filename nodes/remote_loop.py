@@ -18,6 +18,7 @@ from ..fastusp_backend.pool import Mask, Prompt, Session
 from ..fastusp_backend.sampling import SAMPLERS
 from .comfyui import CONST, k_diffusion, samplers
 from .host import following, progress
+from .originals import owner
 from .rehearsal import changed_sampler, rehearse
 from .remote_transformer import RemoteTransformer, masks_nothing
 from .sampler_names import menu_name
@@ -46,7 +47,7 @@ def sample_in_workers(executor, guider, sigmas, extra_args, callback, noise, *ar
 
 
 def _step_from_here(obstacle: str) -> None:
-    set_headline("stepping from ComfyUI", since=obstacle)
+    set_headline("stepping", since=obstacle)
 
 
 def why_not(sampler, guider) -> str | None:
@@ -61,7 +62,7 @@ def why_not(sampler, guider) -> str | None:
     if foreign:
         return f"no option {', '.join(sorted(foreign))} of {name} in the workers"
     if not isinstance(guider.inner_model.diffusion_model, RemoteTransformer):
-        return "the transformer was replaced"
+        return f"{owner(guider.inner_model.diffusion_model)} replaced the transformer"
     return changed_sampler(name, guider.inner_model)
 
 

@@ -94,12 +94,16 @@ class RemoteTransformer(torch.nn.Module, metaclass=_Sealed):
         )
 
     def __repr__(self) -> str:
-        return "The transformer of USP Loader, which is in the workers,"  # unittest.mock goes on: does not have ...
+        # unittest.mock, by which nodes replace functions for a while, goes on: does not have the attribute ...
+        return "Load the model with Load Diffusion Model for this node: a model of USP Loader"
 
     def parameters(self, recurse: bool = True):
         """One without elements: nodes ask the first for its type and device."""
         device = model_management.get_torch_device()
         yield torch.nn.Parameter(torch.empty(0, dtype=self.dtype, device=device), requires_grad=False)
+
+    shown_as = "transformer"
+    """To people, by a status line."""
 
     @contextlib.contextmanager
     def rehearsing(self) -> Iterator[dict]:
@@ -144,6 +148,7 @@ class RemoteTransformer(torch.nn.Module, metaclass=_Sealed):
         wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, transformer_options)
         return WrapperExecutor.new_class_executor(self._evaluate, self, wrappers).execute(*args, **kwargs)
 
+    @torch.compiler.disable  # Torch Compile Model has nothing to compile here
     def _on_workers(self, x, timestep, prompt: Prompt, control: dict | None, **blocks: int) -> torch.Tensor:
         """blocks: of a ControlNet's residuals under `input` and `output`, how many the model has a block for."""
         refuse_replaced(self.stock)
@@ -200,7 +205,7 @@ def refuse_replaced(stock: Unchanged) -> None:
             _tell_of_attention(whole, by)
         else:
             raise Unsupported(
-                f"{whole}, replaced by {by}",
+                f"{by} has replaced {whole}",
                 f"Disable {by} and restart ComfyUI, or load the model with Load Diffusion Model",
             )
 

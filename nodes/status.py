@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import re
 from collections.abc import Iterator
 from contextvars import ContextVar
 
@@ -31,7 +30,7 @@ class NodeStatus:
     log; the node shows what fits."""
 
     def __init__(self, headline: str, since: str = ""):
-        whole = f"{headline}: {since}" if since else headline
+        whole = f"{headline} ({since})" if since else headline
         _log(whole, again=True)
         self._headline = shortened(whole, SHORT) if since else headline
         self._covered = False
@@ -95,7 +94,7 @@ def ends_told() -> Iterator[None]:
         if isinstance(error, model_management.InterruptProcessingException):
             text = "interrupted"
         else:
-            text = shortened(f"failed: {first_sentence(error)}", ERROR)
+            text = shortened(f"failed: {first_line(error)}", ERROR)
         status = _current.get()
         (status.cover if status is not None else _show)(f"FastUSP: {text}")
         raise
@@ -106,9 +105,9 @@ def show(text: str) -> None:
     _show(f"FastUSP: {text}")
 
 
-def first_sentence(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """Of an error's text; where it has none, its type."""
-    return re.split(r"(?<=[.!?])\s|\n", str(error).strip(), maxsplit=1)[0].rstrip(".") or type(error).__name__
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def shortened(text: str, length: int) -> str:
@@ -138,7 +137,12 @@ def _show(text: str) -> None:
     prompt, texts = _shown
     _shown = context.prompt_id, (texts if prompt == context.prompt_id else {}) | {context.node_id: text}
     if server.client_id is not None:
-        server.send_progress_text(text, context.node_id, server.client_id)
+        server.send_progress_text(_as_text(text), context.node_id, server.client_id)
+
+
+def _as_text(text: str) -> str:
+    """The page takes these lines for HTML, and [[...]] for links."""
+    return text.replace("<", "‹").replace(">", "›").replace("[[", "[ [")
 
 
 def _running_texts(client: str | None) -> dict:
@@ -148,8 +152,10 @@ def _running_texts(client: str | None) -> dict:
     running, _ = PromptServer.instance.prompt_queue.get_current_queue_volatile()
     for _number, number, _prompt, extra, *_ in running:
         if number == prompt and client and extra.get("client_id") == client:
-            workflow = (extra.get("extra_pnginfo") or {}).get("workflow") or {}
-            return {"workflow": workflow.get("id"), "texts": texts}
+            png = extra.get("extra_pnginfo")
+            workflow = png.get("workflow") if isinstance(png, dict) else None
+            number = workflow.get("id") if isinstance(workflow, dict) else None
+            return {"workflow": number, "texts": {node: _as_text(text) for node, text in texts.items()}}
     return {"workflow": None, "texts": {}}
 
 

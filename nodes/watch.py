@@ -115,7 +115,7 @@ def changed_in(instance: object, used: frozenset[str], *, every: bool) -> str | 
     for name in used & getattr(instance, "__dict__", {}).keys():
         value = vars(instance)[name]
         if (every or originals.code_of(value) is None) and _hides_a_method(instance, name) and not _is_own(value):
-            return f"{originals.owner(value)}'s {type(instance).__name__}.{name}"
+            return f"{originals.owner(value)} changed {_shown(instance)}.{name}"
     return None
 
 
@@ -139,21 +139,26 @@ def _described(frame: FrameType) -> str:
     scope = caller.f_locals
     this = scope.get("self")
     if isinstance(this, WrapperExecutor) and not _runs(this.original, code):
-        return f"{by}'s wrapper around {this.original.__name__}"
+        return f"{by} wraps {this.original.__name__}"
     parts = this.children() if isinstance(this, torch.nn.Module) else (getattr(this, "class_obj", None),)
     for value in (*parts, this, *scope.values()):
         for holder in (value, *type(value).__mro__):
             for name, held in list(getattr(holder, "__dict__", {}).items()):
                 if _runs(held, code):
-                    return f"{by}'s {type(value).__name__}.{name}"
+                    own = originals.file_of(sys.modules.get(type(value).__module__)) == code.co_filename
+                    return f"{_shown(value)} of {by}" if own else f"{by} changed {_shown(value)}.{name}"
     for module_name, module in list(sys.modules.items()):
         if module_name.startswith("comfy."):
             for name, held in list(vars(module).items()):
                 if _runs(held, code):
-                    return f"{by}'s {originals.short_name(module_name)}.{name}"
+                    return f"{by} changed {originals.short_name(module_name)}.{name}"
     if caller.f_code.co_filename.startswith(originals.TORCH) and isinstance(this, torch.nn.Module):
-        return f"{by}'s hook on {type(this).__name__}"
+        return f"{by} hooks into the {_shown(this)}"
     return f"{by}'s {code.co_name}, called by {caller.f_code.co_name}"
+
+
+def _shown(instance: object) -> str:
+    return getattr(type(instance), "shown_as", type(instance).__name__)
 
 
 def _runs(value: object, code: CodeType) -> bool:

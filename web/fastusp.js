@@ -129,15 +129,17 @@ async function showTexts() {
     api.dispatchEvent(new CustomEvent("progress_text", { detail: { nodeId, text } }));
 }
 
+/** Nobody waits for it; where the server is away, it comes again. */
+function showTextsSoon() {
+  showTexts().catch((error) => console.warn("FastUSP: the nodes' texts were not read:", error));
+}
+
 app.registerExtension({
   name: "FastUSP.Pools",
-  afterConfigureGraph() {
-    // Not awaited: the page should not wait for it.
-    showTexts();
-  },
+  afterConfigureGraph: showTextsSoon,
   setup() {
     // Older front ends have no side bar; the nodes do not need it.
     app.extensionManager?.registerSidebarTab?.(tab);
-    api.addEventListener("reconnected", showTexts);
+    api.addEventListener("reconnected", showTextsSoon);
   },
 });

@@ -6,6 +6,7 @@ where some are missing, to say so.
 
 import functools
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable
 
 import torch
@@ -49,16 +50,21 @@ _PARTS: tuple[tuple[re.Pattern, str, str], ...] = tuple(
     )
 )
 
-# Starts of keys that a variant has beside a family's own, which make another model of it: all must be there.
-_VARIANTS = (
-    (("distilled_guidance_layer.",), "Chroma"),
-    (("double_blocks.0.img_mlp.gate_proj.weight",), "Ovis-Image or LongCat-Image"),
-    (("double_blocks.", "txt_norm."), "Ovis-Image or LongCat-Image"),
-    (("time_text_embed.addition_t_embedding.",), "Qwen-Image-Layered"),
-    (("transformer_blocks.0.img_mlp.w1.weight",), "Lens"),
+# Keys that make another model of what has all of a family's: of each group, one must be there.
+_VARIANTS: tuple[tuple[tuple[tuple[str, ...], ...], str], ...] = (
+    ((("distilled_guidance_layer.norms.0.scale", "distilled_guidance_layer.norms.0.weight"),), "Chroma"),
+    ((("distilled_guidance_layer.0.norms.0.scale", "distilled_guidance_layer.0.norms.0.weight"),), "Chroma"),
+    ((("double_blocks.0.img_mlp.gate_proj.weight",),), "Ovis-Image or LongCat-Image"),
+    (
+        (("double_blocks.0.img_attn.qkv.weight",), ("txt_norm.scale", "txt_norm.weight")),
+        "Ovis-Image or LongCat-Image",
+    ),
+    ((("time_text_embed.addition_t_embedding.weight",),), "Qwen-Image-Layered"),
+    ((("transformer_blocks.0.img_mlp.w1.weight",),), "Lens"),
 )
 # Starts of keys of other families, checked in this order where a file is none of ours. Some share our block names.
 _FOREIGN = (
+    ("distilled_guidance_layer.", "Chroma"),
     ("nerf_blocks.", "Chroma Radiance"),
     ("img_in.proj.", "HunyuanVideo or HunyuanImage"),
     ("latent_in.", "Hunyuan3D"),
@@ -70,11 +76,11 @@ _FOREIGN = (
 )
 _FLUX_IN_DIFFUSERS = ("single_transformer_blocks.", "transformer_blocks.0.norm1_context.linear.")
 _ORIGINALS = (
-    "take the model's original file, on Hugging Face at the top of its repository and not in the folder transformer/: "
-    "flux1-dev.safetensors of black-forest-labs/FLUX.1-dev, flux2-dev.safetensors of black-forest-labs/FLUX.2-dev. Or "
-    "convert this one, if it is in one piece: Load Diffusion Model with ModelSave writes the original layout"
+    "Take the model's original file, at the top of its Hugging Face repository and not in its folder transformer/ "
+    "(flux1-dev.safetensors of black-forest-labs/FLUX.1-dev, flux2-dev.safetensors of black-forest-labs/FLUX.2-dev), "
+    "or convert this one, if it is in one piece: Load Diffusion Model with ModelSave writes the original layout"
 )
-_BLOCK = re.compile(r"^(\w+)\.\d+\.")
+_BLOCK = re.compile(r"^(\w+)\.(\d+)\.")
 _NEARLY = 0.9
 """A file with this share of a family's tensors is one of its files, even without the marks."""
 
@@ -94,21 +100,24 @@ def detect(header: dict[str, TensorInfo], path: str, names: Collection[str] = ()
 
 def family_of(header: dict[str, TensorInfo], path: str, names: Collection[str] = ()) -> type[Config]:
     """The family of a file that has all tensors of one. Otherwise as `detect`."""
-    for marks, variant in _VARIANTS:
-        if all(_begins(header, mark) for mark in marks):
+    for groups, variant in _VARIANTS:
+        if all(any(key in header for key in group) for group in groups):
             raise _foreign(path, variant)
-    marked = next((family for family in FAMILIES if family.marks <= header.keys()), None)
-    if marked and not _missing(marked, header)[0]:
-        return marked
-    if marked is None:
-        _refuse_others(header, path)
-        _refuse_others(names, path)
-    nearest = max(FAMILIES, key=lambda family: _share(family, header))
-    if marked is None and _share(nearest, header) < _NEARLY:
+    marked = [family for family in FAMILIES if family.marks <= header.keys()]
+    whole = next((family for family in marked if not _missing(family, header)[0]), None)
+    if whole is not None:
+        return whole
+    nearest = _nearest(header)
+    if _share(nearest, header) < _NEARLY:
+        for found in (header, names):
+            if not marked:
+                _refuse_parts(found, path)
+            _refuse_foreign(found, path)
+    if not marked and _share(nearest, header) < _NEARLY:
         some = ", ".join(sorted(names or header)[:3]) or "no tensors at all"
         known = " or ".join(family.family for family in FAMILIES)
         raise CheckpointError(
-            f"{path} is no {known} transformer in its original key layout: it begins with {some}; {OTHERS}"
+            f"{path} is not a {known} transformer in its original key layout: it begins with {some}; {OTHERS}"
         )
     raise _incomplete(nearest, header, path)
 
@@ -116,12 +125,27 @@ def family_of(header: dict[str, TensorInfo], path: str, names: Collection[str] =
 def needed_tensors(family: type[Config], header: dict[str, TensorInfo]) -> tuple[type[Transformer], tuple[str, ...]]:
     """The transformer of a family's file, and the names in it of the tensors that it needs, of any shape.
 
-    What is no tensor of the family makes up neither blocks nor parts of its model.
+    What is no tensor of the family makes up neither blocks nor parts of its model, nor do some tensors of a block
+    behind a gap.
     """
     model, names = _needed(family.from_sizes(OneOfEach(header, "", family.family)))
     known = set(names)
     own = {key: info for key, info in header.items() if _BLOCK.sub(r"\1.0.", model.module_key(key)) in known}
+    whole = Counter(_block_of(name) for name in names)
+    there = Counter(_block_of(model.module_key(key)) for key in own)
+    stray = {
+        block
+        for block, count in there.items()
+        if block and 2 * count < whole[_BLOCK.sub(r"\1.0.", block)] and _before(block) not in there
+    }
+    own = {key: info for key, info in own.items() if _block_of(model.module_key(key)) not in stray}
     return _needed(family.from_sizes(AnySizes(own, "", family.family)))
+
+
+def _block_of(name: str) -> str:
+    """The beginning of the names in a tensor's block, such as `double_blocks.3.`; "" for a tensor of no block."""
+    found = _BLOCK.match(name)
+    return found[0] if found else ""
 
 
 @functools.lru_cache(maxsize=2 * len(FAMILIES))
@@ -144,16 +168,34 @@ def _share(family: type[Config], header: dict[str, TensorInfo]) -> float:
     return 1 - len(missing) / needed
 
 
+def _nearest(header: dict[str, TensorInfo]) -> type[Config]:
+    """The family that an incomplete file is most likely of: one that knows the tensors which tell families apart, not
+    just the one that lacks the fewest: FLUX.2 needs few, and FLUX.1 has most of them."""
+    known = {}
+    for family in FAMILIES:
+        model, needed = needed_tensors(family, header)
+        wanted = set(needed)
+        known[family] = {key for key in header if model.module_key(key) in wanted}
+    telling = set().union(*known.values())
+    return min(FAMILIES, key=lambda family: (len(telling - known[family]), -_share(family, header)))
+
+
 def _incomplete(family: type[Config], header: dict[str, TensorInfo], path: str) -> CheckpointError:
     for mark, part, advice in _PARTS:
         if part == CONTROLNET and any(map(mark.search, header)):
             return CheckpointError(f"{path} holds {part}, not a diffusion model: {advice}")
     missing, needed = _missing(family, header)
     return Incomplete(
-        f"{_whole(path)}: it is an incomplete {family.family} file, in which {len(missing)} of {needed} tensors are "
-        f"missing: {first_of(missing)}",
+        f"{_whole(path)}: it is an incomplete {family.family} file, without {len(missing)} of its {needed} tensors: "
+        f"{first_of(missing)}",
         missing,
     )
+
+
+def _before(block: str) -> str:
+    """The beginning of the names in the block before one; "" for the first."""
+    kind, number, _ = block.split(".")
+    return f"{kind}.{int(number) - 1}." if int(number) else ""
 
 
 class Incomplete(CheckpointError):
@@ -173,20 +215,24 @@ def first_of(names: Iterable[str]) -> str:
 
 def _whole(path: str) -> str:
     if re.search(r"-\d+-of-\d+\.", path):
-        return f"take the model in one file; {path} is a part of it"
-    return f"download {path} again, or take another file"
+        return f"Take the model in one file; {path} is a part of it"
+    return f"Download {path} again, or take another file"
 
 
-def _refuse_others(names: Collection[str], path: str) -> None:
-    """Raises CheckpointError naming what a file of none of our families holds, if that can be told."""
+def _refuse_parts(names: Collection[str], path: str) -> None:
+    """Raises CheckpointError naming what a file holds that is no diffusion model, if that can be told."""
     for mark, part, advice in _PARTS:
         if any(map(mark.search, names)):
             raise CheckpointError(f"{path} holds {part}, not a diffusion model: {advice}")
+
+
+def _refuse_foreign(names: Collection[str], path: str) -> None:
+    """Raises CheckpointError naming the family of a file that is no whole model of ours, if that can be told."""
     for mark, foreign in _FOREIGN:
         if _begins(names, mark):
             raise _foreign(path, foreign)
     if any(_begins(names, mark) for mark in _FLUX_IN_DIFFUSERS):
-        raise CheckpointError(f"{path} holds FLUX in diffusers' key layout, which FastUSP does not read: {_ORIGINALS}")
+        raise CheckpointError(f"{_ORIGINALS}. FastUSP does not read FLUX in diffusers' key layout, as in {path}")
 
 
 def _begins(names: Iterable[str], mark: str) -> bool:

@@ -1,6 +1,7 @@
 """From a file to the tensors that its transformer needs. All others in it are left alone, whatever they are."""
 
 import logging
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -29,8 +30,8 @@ class ModelFile:
     def log_ignored(self) -> None:
         """One line about what is left alone, if anything is."""
         if self.ignored:
-            log.warning(
-                "%s: %d tensors that no weight of %s needs are ignored: %s",
+            log.info(
+                "FastUSP: %s: %d tensors that %s does not use are ignored: %s",
                 self.path,
                 len(self.ignored),
                 self.config.family,
@@ -56,6 +57,9 @@ def read_model(path: str) -> ModelFile:
     transformer, names = needed_tensors(family, contents.tensors)
     wanted = set(names)
     needed = [key for key in contents.tensors if transformer.module_key(key) in wanted]
+    twice = [key for key, n in Counter(map(transformer.module_key, needed)).items() if n > 1]
+    if twice:
+        raise CheckpointError(f"Take another file: {path} has two tensors for {first_of(twice)}, in two spellings")
     refuse_foreign(contents, (key.rpartition(".")[0] for key in needed))
     header = fold_scales(contents, needed)
     config = family.from_sizes(Sizes(header, path, family.family))

@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 _MIN_CAPABILITY = (8, 9)
 _ADA = (8, 9)
+_PASSING = ("ALLOC_FAILED", "NOT_INITIALIZED", "EXECUTION_FAILED", "INTERNAL_ERROR")
+"""Of errors that say nothing of a shape."""
 _MULTIPLE = 16
 """What the sizes of a weight must be multiples of, on all GPUs and in all torch versions."""
 
@@ -61,6 +63,8 @@ def _multiply(values, rows, weight, scales, bias, dtype) -> torch.Tensor:
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError) as error:  # an error that is none of this way's alone comes again in the last
+            if any(passing in str(error) for passing in _PASSING):
+                raise
             _refusals[shape] = number + 1
             m, n, k = shape[:3]
             reason = str(error).splitlines()[0]

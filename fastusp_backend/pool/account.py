@@ -22,11 +22,13 @@ class Account:
 
     @contextlib.contextmanager
     def run(self) -> Iterator[None]:
-        """A sampling run, from its beginning to its end or failure. Runs may lie in each other."""
+        """A sampling run, from its beginning to its end or failure, as `request` accounts for it. Runs may lie in each
+        other."""
         with self._lock:
             self._runs += 1
         try:
-            yield
+            with self.request():
+                yield
         finally:
             with self._lock:
                 self._runs -= 1

@@ -12,6 +12,7 @@ from .headers import TensorInfo
 
 __all__ = ["AnySizes", "OneOfEach", "Sizes", "TensorInfo", "choose_types", "main_dtype"]
 
+_MOST_BLOCKS = 1000
 _SMALLEST = 128
 """The head dim of all families."""
 
@@ -68,7 +69,7 @@ class Sizes:
 
     def heads(self, hidden: int, dim: int) -> int:
         """Attention heads of `dim` in a width. Raises CheckpointError where that leaves a rest."""
-        if hidden % dim:
+        if hidden % dim or not hidden:
             raise CheckpointError(
                 f"{self.path}: hidden size {hidden} is not a multiple of {self.family}'s head dim, {dim}"
             )
@@ -76,7 +77,10 @@ class Sizes:
 
     def count(self, blocks: str) -> int:
         """Blocks named `blocks`.0, `blocks`.1, ..."""
-        return len({key.split(".")[1] for key in self.header if key.startswith(blocks + ".")})
+        count = len({key.split(".")[1] for key in self.header if key.startswith(blocks + ".")})
+        if count > _MOST_BLOCKS:
+            raise CheckpointError(f"Take another file: this one has {count} {blocks}, which no {self.family} has")
+        return count
 
 
 class AnySizes(Sizes):
@@ -85,6 +89,9 @@ class AnySizes(Sizes):
 
     def matrix(self, name: str) -> tuple[int, int]:
         return _SMALLEST, _SMALLEST
+
+    def count(self, blocks: str) -> int:
+        return max(super().count(blocks), 1)  # no model is without: the first one's tensors are missing then
 
 
 class OneOfEach(AnySizes):

@@ -37,7 +37,7 @@ def read_contents(path: str, marks: Iterable[frozenset[str]]) -> Contents:
     try:
         layers = json.loads(metadata.get("_quantization_metadata", "{}")).get("layers", {})
         formats = {name.removeprefix(prefix): entry for name, entry in layers.items()}
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: what it says of its quantisation is malformed ({error})") from error
     return Contents(path, own, tuple(tensors), formats, "scaled_fp8" in tensors or "scaled_fp8" in own)
 
@@ -54,4 +54,5 @@ def own_prefix(names: Iterable[str], marks: tuple[frozenset[str], ...]) -> str:
     for prefix in (*large, "model.", ""):
         if any(all(prefix + name in names for name in some) for some in marks):
             return prefix
-    return ALL_IN_ONE if counts[ALL_IN_ONE] else ""
+    # None has its marks: the most likely one, so that what is missing can be told.
+    return large[0] if large else ALL_IN_ONE if counts[ALL_IN_ONE] else ""

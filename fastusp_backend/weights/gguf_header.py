@@ -46,6 +46,9 @@ _FIXED = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 """Bytes of the types of metadata that always take as many."""
 _UINT32, _STRING, _ARRAY = 4, 8, 9
 _VERSIONS = (2, 3)
+_MOST_DIMENSIONS = 4
+_LONGEST = 16 << 20
+"""Bytes of a header. Those of image models take some 100 KB, and reading goes at about 10 MB/s."""
 
 
 def gguf_header(file: BinaryIO, length: int) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
@@ -55,7 +58,7 @@ def gguf_header(file: BinaryIO, length: int) -> Iterator[tuple[str, str, tuple[i
     Raises ValueError for a file that is cut short, of another version, or contradicts itself.
     """
     file.seek(4)
-    header = _Header(file, length)
+    header = _Header(file, min(length, _LONGEST))
     version = header.number(4)
     if version not in _VERSIONS:
         raise ValueError(f"it is GGUF of version {version}, expected one of {_VERSIONS}, little-endian")
@@ -74,7 +77,10 @@ def gguf_header(file: BinaryIO, length: int) -> Iterator[tuple[str, str, tuple[i
         name = header.string()
         if name in tensors:
             raise ValueError(f"it has two tensors {name!r}")
-        shape = tuple(reversed([header.number(8) for _ in range(header.number(4))]))
+        dimensions = header.number(4)
+        if dimensions > _MOST_DIMENSIONS:
+            raise ValueError(f"tensor {name!r} has {dimensions} dimensions, GGUF knows up to {_MOST_DIMENSIONS}")
+        shape = tuple(reversed([header.number(8) for _ in range(dimensions)]))
         kind = header.number(4)
         tensors[name] = _TYPES.get(kind, f"type {kind}"), shape, header.number(8)
     data = -(-file.tell() // alignment) * alignment
@@ -120,4 +126,4 @@ class _Header:
 
     def _check(self, size: int) -> None:
         if size > self._length - self._file.tell():
-            raise ValueError(f"its header goes on beyond the file's {self._length} bytes")
+            raise ValueError(f"its header goes on beyond {self._length} bytes, of the file or of any header")

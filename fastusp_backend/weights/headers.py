@@ -90,7 +90,7 @@ def read_file_header(path: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         raise CheckpointError(f"there is no model file {path}") from error
     except OSError as error:
         raise CheckpointError(f"cannot read the model file {path}: {error.strerror or error}") from error
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, MemoryError) as error:
         raise _unreadable(path, str(error)) from error
     for name, info in tensors.items():
         if info.dtype is not None and (end := info.start + info.size) > length:

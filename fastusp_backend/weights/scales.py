@@ -11,6 +11,7 @@ transformer does not have is not looked at.
 """
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import BinaryIO
@@ -77,28 +78,36 @@ def used_for_scales(name: str, needed: dict[str, TensorInfo]) -> bool:
 def _scale_of(file: BinaryIO, contents: Contents, layer: str) -> str | None:
     """The name of the tensor that holds a layer's scale; None where its weight has none."""
     path, tensors = contents.path, contents.tensors
-    entry = _declared(file, contents, layer)
+    entry, weight = _declared(file, contents, layer), tensors[f"{layer}.weight"]
     if entry is None:
-        return f"{layer}.scale_weight" if contents.scaled and f"{layer}.scale_weight" in tensors else None
-    form, weight, scale = entry.get("format"), tensors[f"{layer}.weight"], f"{layer}.weight_scale"
-    if form not in _FORMATS:
+        scale = f"{layer}.scale_weight"
+        if contents.scaled and scale in tensors:
+            return scale
+        unmarked = any(f"{layer}.{leaf}" in tensors for leaf in ("scale_weight", "weight_scale"))
+        told = contents.scaled or any(f"{layer}.{leaf}" in tensors for leaf in _INPUT_SCALES)
+        if weight.dtype in FP8 and len(weight.shape) > 1 and told and not unmarked:
+            raise _lacks(path, scale if contents.scaled else f"{layer}.weight_scale")
+        return None
+    form, scale = entry.get("format"), f"{layer}.weight_scale"
+    if not isinstance(form, str) or form not in _FORMATS:
         raise _refusal(path, str(form), layer)
     if weight.dtype != _FORMATS[form]:
         raise CheckpointError(
             f"{path}: {layer!r} is said to be {form}, but its weight is {weight.dtype or weight.unknown}"
         )
     if scale not in tensors:
-        raise CheckpointError(f"{path} is an incomplete scaled fp8 file: tensor {scale!r} is missing")
+        raise _lacks(path, scale)
     return scale
 
 
 def _declared(file: BinaryIO, contents: Contents, layer: str) -> dict | None:
-    """What the file says of a layer's format: in a `comfy_quant` tensor, else in its metadata."""
+    """What the file says of a layer's format: in its metadata, else in a `comfy_quant` tensor."""
     info = contents.tensors.get(f"{layer}.comfy_quant")
     try:
-        entry = contents.formats.get(layer) if info is None else json.loads(_bytes(file, info))
-        return None if info is None and entry is None else dict(entry)
-    except (ValueError, AttributeError, TypeError) as error:
+        if layer in contents.formats:
+            return dict(contents.formats[layer])
+        return None if info is None else dict(json.loads(_bytes(file, info)))
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{contents.path}: what it says of the quantisation of {layer!r} is malformed ({error})"
         ) from error
@@ -110,7 +119,10 @@ def _value(file: BinaryIO, contents: Contents, name: str) -> float:
         raise _refusal(contents.path, f"fp8 with scales of type {type_of(info)}", name)
     if info.size != info.dtype.itemsize:
         raise _refusal(contents.path, f"fp8 with more than one scale per tensor, {info.shape},", name)
-    return torch.frombuffer(bytearray(_bytes(file, info)), dtype=info.dtype).item()
+    value = torch.frombuffer(bytearray(_bytes(file, info)), dtype=info.dtype).item()
+    if value == 0 or not math.isfinite(value):
+        raise CheckpointError(f"Download {contents.path} again, or take another file: its scale {name!r} is {value}")
+    return value
 
 
 def _refuse_unmarked(contents: Contents, folded: dict[str, TensorInfo]) -> None:
@@ -132,9 +144,15 @@ def _refuse_unmarked(contents: Contents, folded: dict[str, TensorInfo]) -> None:
         else:
             raise _refusal(contents.path, f"something with a {leaf!r}", key)
         raise CheckpointError(
-            f"take another file, or add the mark to {contents.path}: {key!r} is the scale of a weight, but {missing} "
+            f"Take another file, or add the mark to {contents.path}: {key!r} is the scale of a weight, but {missing} "
             "is missing"
         )
+
+
+def _lacks(path: str, scale: str) -> CheckpointError:
+    return CheckpointError(
+        f"Download {path} again, or take another file: it is an incomplete scaled fp8 file, without tensor {scale!r}"
+    )
 
 
 def type_of(info: TensorInfo) -> str:

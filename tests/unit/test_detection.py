@@ -181,14 +181,14 @@ def test_many_missing_tensors_are_counted(mini, changed):
     """What to do comes first: ComfyUI cuts long messages."""
     names = [name for name in load_file(mini) if name.startswith("single_blocks.0.linear") or "final_layer" in name]
     text = refusal(changed(names))
-    assert text.startswith("download ") and "an incomplete FLUX.1 file, in which 8 of" in text
+    assert text.startswith("Download ") and "an incomplete FLUX.1 file, without 8 of" in text
     assert text.endswith("and 5 more") and text.count(".weight'") + text.count(".bias'") == 3
 
 
 @pytest.mark.parametrize("name", ["img_in.weight", "double_blocks.0.img_attn.qkv.weight"])
 def test_a_missing_tensor_that_tells_the_family_is_named(changed, name):
     text = refusal(changed((name,)))
-    assert "an incomplete FLUX.1 file, in which 1 of" in text and text.endswith(f"are missing: '{name}'")
+    assert "an incomplete FLUX.1 file, without 1 of" in text and text.endswith(f"tensors: '{name}'")
 
 
 @pytest.mark.parametrize("block", [0, 1, 2])
@@ -204,7 +204,7 @@ def test_a_missing_block_is_named(tmp_path, block):
 def test_a_part_of_a_model_is_told(changed):
     path = changed(("final_layer.linear.weight",))
     part = path.rename(path.parent / "model-00001-of-00003.safetensors")
-    assert refusal(part).startswith("take the model in one file")
+    assert refusal(part).startswith("Take the model in one file")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from support import SMALL_FLUX2, SMALL_QWEN, load_model, spec_of
 
 from fastusp_backend.errors import CheckpointError
 from fastusp_backend.models.detection import detect
-from fastusp_backend.models.synthetic import FLUX2_DEV, write_flux, write_qwen_image
+from fastusp_backend.models.files import read_model
+from fastusp_backend.models.synthetic import FLUX2_DEV, TINY_FLUX, write_flux, write_qwen_image
 from fastusp_backend.weights.checkpoint import TensorInfo
 
 pytestmark = pytest.mark.unit
@@ -65,10 +66,10 @@ def test_full_sized_flux2_headers():
 @pytest.mark.parametrize(
     "name, tensor, words",
     [
-        ("txt_in.weight", None, "incomplete FLUX.2 file, in which 1 of 27 tensors are missing: 'txt_in.weight'"),
-        ("single_stream_modulation.lin.weight", None, "are missing: 'single_stream_modulation.lin.weight'"),
+        ("txt_in.weight", None, "incomplete FLUX.2 file, without 1 of its 27 tensors: 'txt_in.weight'"),
+        ("single_stream_modulation.lin.weight", None, "tensors: 'single_stream_modulation.lin.weight'"),
         ("img_in.weight", torch.zeros(128, 64), "takes 64 values per token and gives 128: it is none of FLUX.2 dev"),
-        ("double_stream_modulation_img.lin.weight", None, "an incomplete FLUX.2 file, in which 1 of 27"),
+        ("double_stream_modulation_img.lin.weight", None, "an incomplete FLUX.2 file, without 1 of its 27"),
         ("double_blocks.0.txt_mlp.0.weight", torch.zeros(256, 128), "is (256, 128), expected (512, 128)"),
     ],
 )
@@ -144,10 +145,10 @@ def test_mage_flow_is_refused(changed_qwen):
         (
             "proj_out.weight",
             None,
-            "incomplete Qwen-Image file, in which 1 of 45 tensors are missing: 'proj_out.weight'",
+            "incomplete Qwen-Image file, without 1 of its 45 tensors: 'proj_out.weight'",
         ),
-        ("transformer_blocks.0.attn.norm_added_k.weight", None, "are missing"),
-        ("txt_norm.weight", None, "incomplete Qwen-Image file, in which 1 of 45"),
+        ("transformer_blocks.0.attn.norm_added_k.weight", None, "without 1 of"),
+        ("txt_norm.weight", None, "incomplete Qwen-Image file, without 1 of its 45"),
         ("img_in.weight", torch.zeros(100, 64), "hidden size 100 is not a multiple of Qwen-Image's head dim"),
         ("proj_out.weight", torch.zeros(128, 128), "takes 64 values per patch and gives 128"),
         ("transformer_blocks.0.attn.to_q.weight", torch.zeros(128, 128, dtype=torch.int8), "is quantised as int8"),
@@ -158,3 +159,19 @@ def test_unfit_qwen_image_files(changed_qwen, name, tensor, words):
     text = refusal(changed_qwen(**{name: tensor}))
     assert name in text or "hidden size" in text or "per patch" in text
     assert words in text
+
+
+@pytest.mark.parametrize(
+    "gone", [lambda n: n.startswith("double_blocks.2.") and n.endswith("bias"), lambda n: "_mod." in n]
+)
+def test_an_incomplete_file_keeps_its_familys_name(tmp_path, gone):
+    """FLUX.2 needs fewer tensors, and has most of FLUX.1's: it is not nearer for that."""
+    path = tmp_path / "flux.safetensors"
+    write_flux(str(path), replace(TINY_FLUX, double_blocks=3, single_blocks=9, hidden=128, heads=1, mlp=256))
+    state = load_file(path)
+    kept = {name: tensor for name, tensor in state.items() if not gone(name)}
+    save_file(kept, path)
+    with pytest.raises(CheckpointError) as error:
+        read_model(str(path))
+    count = len(state) - len(kept)
+    assert f"incomplete FLUX.1 file, without {count} of its {len(state)} tensors" in str(error.value)

@@ -285,7 +285,7 @@ def test_a_machine_that_cannot_work_is_not_tried(monkeypatch, capsys):
     [
         ("ok ok", GOOD.devices, "FastUSP works here"),
         ("ok warn", GOOD.devices, "FastUSP works here; look at 1"),
-        ("fail warn fail", None, "FastUSP does not work here yet: put right 0, 2"),
+        ("fail warn fail", None, "FastUSP does not work here yet: fix 0, 2"),
         ("ok", Devices(ranks=1), "FastUSP works here. One CPU rank shares nothing: --gpus cpu:2"),
         ("ok", Devices(ranks=1, gpus=(0,)), "FastUSP works here"),
     ],
@@ -299,4 +299,4 @@ def test_the_verdict_is_the_last_line(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "gather", lambda *_: GOOD)
     monkeypatch.setattr(doctor, "examine", lambda _: [Check("system", "fail", "Windows", "WSL 2")])
     assert doctor.run(type("Arguments", (), {"gpus": "cpu:2", "json": False, "seconds": 1.0})) == 1
-    assert capsys.readouterr().out.splitlines()[-1] == "FastUSP does not work here yet: put right system"
+    assert capsys.readouterr().out.splitlines()[-1] == "FastUSP does not work here yet: fix system"

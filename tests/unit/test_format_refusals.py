@@ -66,7 +66,7 @@ def test_other_tools_are_refused_by_name(mini, tmp_path, extra, words):
     "change, words",
     [
         (lambda s: s.update({f"{LAYER}.weight_scale": torch.ones(4, 1)}), "more than one scale per tensor"),
-        (lambda s: s.pop(f"{LAYER}.weight_scale"), f"tensor '{LAYER}.weight_scale' is missing"),
+        (lambda s: s.pop(f"{LAYER}.weight_scale"), f"without tensor '{LAYER}.weight_scale'"),
         (lambda s: s.update({f"{LAYER}.weight": s[f"{LAYER}.weight"].float()}), "its weight is torch.float32"),
         (lambda s: s.update({f"{LAYER}.comfy_quant": torch.tensor([123], dtype=torch.uint8)}), "malformed"),
         (

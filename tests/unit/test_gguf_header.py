@@ -79,6 +79,14 @@ def test_arrays_within_arrays_are_passed():
         (file(pairs=(string("k") + number(8, 4) + number(1 << 62),)), "goes on beyond"),
         (file(pairs=(string("k") + number(9, 4) + number(10, 4) + number(1 << 61),)), "goes on beyond"),
         (file(pairs=(string("k") + number(77, 4),)), "type 77"),
+        (
+            file(tensors=(string("x") + number(1 << 31, 4),)) + bytes(99),
+            "'x' has 2147483648 dimensions, GGUF knows up to",
+        ),
+        (
+            file(pairs=(string("k") + number(9, 4) + number(8, 4) + number(1 << 40),)) + bytes(17 << 20),
+            "goes on beyond",
+        ),
         (file(pairs=(string("general.alignment") + number(4, 4) + number(24, 4),)), "24, is no power of two"),
         (file(pairs=(string("general.alignment") + number(4, 4) + number(0, 4),)), "0, is no power of two"),
     ],

@@ -41,7 +41,7 @@ def test_what_hides_behind_the_originals_name(world, closure, name):
     setattr(place, last, pack.wrapped(original))
     assert getattr(place, last).__module__ == library.__name__  # it says so
     assert originals.owner(getattr(place, last)) == "the-pack"
-    assert originals.change_of(library, name, getattr(place, last)) == f"the-pack's ldm.library.{name}"
+    assert originals.change_of(library, name, getattr(place, last)) == f"the-pack changed ldm.library.{name}"
     assert changes(closure, library) == [name]
     setattr(place, last, original)
     assert originals.is_original(library, name) and not changes(closure, library)

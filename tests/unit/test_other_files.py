@@ -31,7 +31,7 @@ def refusal(path) -> str:
         ("Ovis-Image", ["double_blocks.0.img_attn.qkv.weight", "img_in.weight", "txt_norm.scale"]),
         ("Stable Diffusion U-Net", ["input_blocks.0.0.weight"]),
         ("Stable Diffusion U-Net", ["model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.x.weight"]),
-        ("no FLUX.2 or FLUX.1 or Qwen-Image transformer", ["something.else"]),
+        ("not a FLUX.2 or FLUX.1 or Qwen-Image transformer", ["something.else"]),
         ("no tensors at all", []),
     ],
 )
@@ -98,7 +98,7 @@ def test_parts_of_a_workflow_are_sent_to_their_nodes(tmp_path, part, node, keys)
         ("text_model.embeddings.position_ids", torch.arange(77)[None], "a text encoder"),
         ("encoder.down.0.norm.num_batches_tracked", torch.tensor(1), "a VAE"),
         ("distilled_guidance_layer.in_proj.weight", torch.zeros(2, 2, dtype=torch.int8), "Chroma"),
-        ("spiece_model", torch.zeros(8, dtype=torch.uint8), "no FLUX.2 or FLUX.1 or Qwen-Image"),
+        ("spiece_model", torch.zeros(8, dtype=torch.uint8), "not a FLUX.2 or FLUX.1 or Qwen-Image"),
     ],
 )
 def test_integers_in_other_families_are_no_quantisation(tmp_path, key, tensor, family):

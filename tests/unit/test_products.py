@@ -189,6 +189,10 @@ def test_torchs_own_checks_are_refusals_and_what_no_way_mends_is_raised(library)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         products._multiply(*arguments)
     products._refusals.clear()
+    library(lambda *_: True, RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"))
+    with pytest.raises(RuntimeError, match="ALLOC_FAILED"):
+        products._multiply(*arguments)
+    assert not products._refusals, "it says nothing of the shape"
     library(lambda *_: True, torch.OutOfMemoryError("no room"))
     with pytest.raises(torch.OutOfMemoryError):
         products._multiply(*arguments)

@@ -48,6 +48,16 @@ def test_numbers_are_places_in_cudas_count_and_uuids_are_not():
     assert read("GPU-1,GPU-00b", UUIDS, lambda: counted).uuids == ("GPU-1111", "GPU-00bb")
 
 
+def test_uuids_as_scripts_write_them():
+    for value in ("GPU-1111 ", "gpu-1111", "GPU-1111 trailing text"):
+        assert (
+            read(value if value.startswith("GPU-") else f"GPU-00aa,{value}", UUIDS, lambda: UUIDS).uuids[-1]
+            == "GPU-1111"
+        )
+    assert read("GPU-00aa ,GPU-1", UUIDS, lambda: UUIDS).uuids == ("GPU-00aa", "GPU-1111")
+    assert not read("\u0661", UUIDS, lambda: UUIDS).uuids, "a digit, but not to CUDA"
+
+
 def test_parts_of_gpus_are_refused():
     with pytest.raises(DeviceError, match="CUDA_VISIBLE_DEVICES=MIG-GPU-1/1/0 names a part of a GPU"):
         read("MIG-GPU-1/1/0", UUIDS, lambda: UUIDS)

@@ -43,7 +43,7 @@ def verdict(checks: list[Check], devices: Devices | None) -> str:
     """What all of it comes to. devices: those that were examined, None if there are none."""
     failed, warned = ([c.name for c in checks if c.status == status] for status in ("fail", "warn"))
     if failed:
-        text = f"FastUSP does not work here yet: put right {', '.join(failed)}"
+        text = f"FastUSP does not work here yet: fix {', '.join(failed)}"
     else:
         text = "FastUSP works here" + f"; look at {', '.join(warned)}" * bool(warned)
     if devices is not None and devices.ranks == 1 and not devices.gpus:
