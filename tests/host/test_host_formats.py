@@ -115,7 +115,7 @@ def test_extra_tensors_and_prefixes(host, models):
     both.add("scaled, values", got, graph.sample(graph.stock("scaled_values.safetensors"), steps=4))
     both.add("scaled, file", got, graph.sample(graph.stock("scaled.safetensors"), steps=4))
     both.check(host)
-    said = [line for line in host.log_text().splitlines() if "that no weight of FLUX.1 needs are ignored" in line]
+    said = [line for line in host.log_text().splitlines() if "that FLUX.1 does not use are ignored" in line]
     assert len(said) == 1 and "extra.safetensors: 3 tensors" in said[0] and "'steps'" in said[0]
 
 

@@ -37,7 +37,7 @@ def check(host, names, **inputs) -> None:
                 wrong.append(f"{name}: NaN in other places than stock's")
         elif not difference(got, want) <= TOLERANCE:
             wrong.append(f"{name}: {difference(got, want):.1e}")
-        where = IN_WORKERS if name in LOOP_SAMPLERS else f"FastUSP: {STEPPING}: no {name} in the workers"
+        where = IN_WORKERS if name in LOOP_SAMPLERS else f"FastUSP: {STEPPING}no {name} in the workers"
         if not any(where in text for text in said):
             wrong.append(f"{name}: not {where!r} but {said}")
     assert not wrong, "\n".join(wrong)

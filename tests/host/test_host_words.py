@@ -115,10 +115,10 @@ def test_a_loader_that_fails_and_one_that_does_not(host):
 def test_an_error_of_another_party(host):
     graph = Graph()
     model = graph.node(
-        "TestAfterEveryEvaluation", model=graph.usp(), seconds=0.0, error="Theirs, 1.5 times. More of it"
+        "TestAfterEveryEvaluation", model=graph.usp(), seconds=0.0, error="Theirs, <1.5> times.\nMore of it"
     )
     kind, line = failed(host, graph, sampling(graph, model))
-    assert (kind, line) == ("ValueError", "FastUSP: failed: Theirs, 1.5 times")
+    assert (kind, line) == ("ValueError", "FastUSP: failed: Theirs, ‹1.5› times.")
     assert host.pool("cpu:2")["state"] == "idle" and "error" not in host.pool("cpu:2")
 
 
@@ -158,7 +158,7 @@ def test_the_menus_name_of_a_sampler(host):
 
 def test_a_long_reason_is_cut_on_the_node_and_whole_in_the_log(host):
     graph, began = Graph(), len(host.log_text())
-    model = graph.node("TestChangedModel", model=graph.usp(), change="function")
+    model = graph.node("TestChangedModel", model=graph.usp(), change="batch function")
     node = sampling(graph, model, seed=310)
     line = host.run(graph).texts_of(node)[-1]
     assert line.startswith(f"FastUSP: {STEPPING}") and line.endswith(" ...") and len(line) <= 80

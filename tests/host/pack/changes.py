@@ -193,6 +193,11 @@ class ChangedSampling:
             return nodes.KSampler().sample(model, **inputs)
 
 
+def _batch(args):
+    given = (args[name] for name in ("model", "conds", "input", "sigma", "model_options"))
+    return comfy.samplers.calc_cond_batch(*given)
+
+
 def _two_parts(executor, guider, *args, **kwargs):
     guider.conds = guider.conds | {"positive": guider.conds["positive"] + guider.conds["negative"]}
     return executor(guider, *args, **kwargs)
@@ -209,7 +214,7 @@ class ChangedModel:
     @classmethod
     def INPUT_TYPES(cls):
         kinds = ["object patch", "sigmas", "own key", "own option", "function", "read key", "empty", "weight wrapper"]
-        kinds += ["two parts", "patched in the run", "unread patches"]
+        kinds += ["two parts", "patched in the run", "unread patches", "batch function"]
         return {"required": {"model": ("MODEL",), "change": (kinds,)}}
 
     RETURN_TYPES = ("MODEL",)
@@ -235,6 +240,8 @@ class ChangedModel:
         elif change == "empty":
             inner["patches"] = {}
             options["sampler_post_cfg_function"] = []
+        elif change == "batch function":
+            options["sampler_calc_cond_batch_function"] = _batch
         elif change == "two parts":
             model.add_wrapper(WrappersMP.SAMPLER_SAMPLE, _two_parts)
         elif change == "patched in the run":
