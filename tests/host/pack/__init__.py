@@ -8,7 +8,7 @@ import comfy.samplers
 import torch
 from comfy.controlnet import ControlBase
 
-from . import changes
+from . import changed
 from .patched_fp8 import PatchedFP8
 
 
@@ -259,5 +259,5 @@ NODE_CLASS_MAPPINGS = {
     "TestAfterEveryEvaluation": AfterEveryEvaluation,
     "TestReferenceMethod": ReferenceMethod,
     "TestPatchedFP8": PatchedFP8,
-    **changes.NODES,
+    **changed.NODES,
 }
