@@ -96,12 +96,13 @@ def _is_changed(module: ModuleType, name: str, value: object) -> bool:
     """A pack's function counts wherever it stands; one from elsewhere where the file defines a function: decorators
     such as `dataclass` write functions, and modules take some from libraries."""
     code = originals.code_of(value)
-    if code is not None and originals.pack_of(code.co_filename) is not None:
+    if code is None:  # no Python function: a pack's callable object, or what hides a function
+        made_by = originals.file_of(sys.modules.get(type(value).__module__))
+        return isinstance(value, functools.partial | functools.partialmethod) or originals.pack_of(made_by) is not None
+    if originals.pack_of(code.co_filename) is not None:
         return True
     if name not in originals.names(module):
         return False
-    if code is None:
-        return isinstance(value, functools.partial | functools.partialmethod)
     known = code in originals.codes(module) or originals.is_installed(code.co_filename)
     return not known and originals.is_foreign(code)
 
@@ -113,6 +114,7 @@ class Unchanged:
     def __init__(self, kind: type):
         self.places = reached(sys.modules[kind.__module__], kind.__name__, "comfy.ldm.")
         self._known: dict[Place, list[tuple[dict, str, object]]] = {}
+        self._readers: dict[str, str | None] = {}
 
     def changes(self) -> Iterator[tuple[Place, str, object]]:
         """Place, qualified name and value of what is not."""
@@ -128,11 +130,11 @@ class Unchanged:
 
     def reader(self, text: str) -> str | None:
         """A function whose code holds a text, such as a key that it looks up; None if there is none."""
-        for place in self.places:
-            for code in codes_at(place):
-                if text in originals.strings_in(code):
-                    return f"{originals.short_name(place.module.__name__)}.{place.name}"
-        return None
+        if text not in self._readers:
+            reading = (p for p in self.places for code in codes_at(p) if text in originals.strings_in(code))
+            place = next(reading, None)
+            self._readers[text] = place and f"{originals.short_name(place.module.__name__)}.{place.name}"
+        return self._readers[text]
 
 
 @functools.cache

@@ -144,11 +144,6 @@ def owner(value: object) -> str:
     return pack_of(file) or found.removeprefix(_ROOT).removesuffix(".py").replace(sep, ".")
 
 
-def packs() -> set[str]:
-    """The other node packs of which modules are loaded."""
-    return {pack for module in list(sys.modules.values()) if (pack := pack_of(file_of(module)))}
-
-
 @functools.cache
 def packs_naming(text: str) -> list[str]:
     """The other node packs in whose code a text stands."""

@@ -19,6 +19,7 @@ import functools
 import logging
 import sys
 from collections.abc import Callable, Iterator
+from types import CodeType
 
 import torch
 
@@ -53,13 +54,16 @@ def rehearse(
         _check_transformer_options(options.get("transformer_options", {}), arrived, watch, transformer.stock)
     except Obstacle:
         pass  # told by what the watch has found, as are those that somebody swallowed
+    except Exception:
+        if watch.found is None:
+            raise  # as it would be while stepping; else somebody made another error of an obstacle
     return watch.found
 
 
 def changed_sampler(name: str, model) -> str | None:
     """What somebody has changed of ComfyUI's sampler function `name`, or of what it uses of a model (BaseModel); None
     if nothing."""
-    used: set[str] = set()
+    used: set[CodeType] = set()
     for place in closure.reached(k_diffusion, f"sample_{name}", "comfy."):
         change = _changed_at(place)
         if change is not None:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 import sys
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import msgspec
@@ -25,9 +25,8 @@ from .weight_patches import PREFIX, weight_patches
 log = logging.getLogger(__name__)
 
 
-def _refuse(names: Container[str], name: str) -> None:
-    if name in names:
-        raise Unsupported(f"A change inside the transformer ({name})")
+def _refused(name: str) -> Unsupported:
+    return Unsupported(f"A change inside the transformer ({name})")
 
 
 class _Sealed(type):
@@ -35,7 +34,7 @@ class _Sealed(type):
 
     def __setattr__(cls, name: str, value) -> None:
         if name != "forward":
-            _refuse({name}, name)
+            raise _refused(name)
         super().__setattr__(name, value)
 
 
@@ -66,19 +65,23 @@ class RemoteTransformer(torch.nn.Module, metaclass=_Sealed):
     def __setattr__(self, name: str, value) -> None:
         """A node may leave notes here, which are no part of the module, and set `forward`, which counts while ComfyUI
         steps; setting what ComfyUI's own transformer has, but for that, would change nothing here."""
-        _refuse(self.__dict__.get("_fixed", ()), name)
+        if name in self.__dict__.get("_fixed", ()):
+            raise _refused(name)
         object.__setattr__(self, name, value)
 
     def add_module(self, name: str, module: torch.nn.Module | None) -> None:
-        _refuse(self._fixed, name)
+        if name in self._fixed:
+            raise _refused(name)
         super().add_module(name, module)
 
     def register_parameter(self, name: str, param: torch.nn.Parameter | None) -> None:
-        _refuse(self._fixed, name)
+        if name in self._fixed:
+            raise _refused(name)
         super().register_parameter(name, param)
 
     def register_buffer(self, name: str, tensor: torch.Tensor | None, persistent: bool = True) -> None:
-        _refuse(self._fixed, name)
+        if name in self._fixed:
+            raise _refused(name)
         super().register_buffer(name, tensor, persistent)
 
     def __getattr__(self, name: str):

@@ -22,5 +22,5 @@ def _functions():
     for name in samplers.KSampler.SAMPLERS:
         try:
             yield name, getattr(samplers.sampler_object(name), "sampler_function", None)
-        except Exception:  # noqa: BLE001 - of any kind: another pack's name that it cannot make a sampler of
+        except Exception:  # of any kind: another pack's name that it cannot make a sampler of
             continue

@@ -95,6 +95,10 @@ class Finalised:
 
 class Other:
     pass
+
+class Callable:
+    def __call__(self, *args):
+        return 0
 """
 
 

@@ -83,6 +83,21 @@ def test_a_replaced_class(world, closure):
     assert not [*unchanged.changes()]
 
 
+def test_what_is_no_function_is_a_change_too(world, closure):
+    """At names that a module defines, and at those that it imports."""
+    _, library, pack = world
+    library.near = sys.modules["comfy.ldm.helpers"].near
+    unchanged = closure.Unchanged(library.Guider)
+    assert not [*unchanged.changes()]
+    for name in ("near", "helper"):
+        original = getattr(library, name)
+        for other in (pack.Callable(), functools.partial(original)):
+            setattr(library, name, other)
+            assert [whole for _, whole, _ in unchanged.changes()] == [name]
+        setattr(library, name, original)
+    assert not [*unchanged.changes()]
+
+
 def test_a_change_after_the_first_look_is_seen(world, closure):
     _, library, pack = world
     unchanged, helpers = closure.Unchanged(library.Guider), sys.modules["comfy.ldm.helpers"]

@@ -139,7 +139,7 @@ def visible(facts: Facts) -> list[Check]:
     if not facts.visible:
         return []
     if facts.visible_problem or not facts.gpus:
-        advice = "Mend it, unset it, or name GPUs by nvidia-smi's index: --gpus 0,1"
+        advice = "Fix it, unset it, or name GPUs by nvidia-smi's index: --gpus 0,1"
         return [Check("visible GPUs", "warn", facts.visible, advice)]
     return [Check("visible GPUs", "ok", facts.visible)]
 
