@@ -14,11 +14,12 @@ from fastusp_backend.devices import Devices, Gpu
 from fastusp_backend.environment import inherited
 from fastusp_backend.errors import Cancelled, DeviceError, RequestError
 from fastusp_backend.pool import workers
+from fastusp_backend.pool.cause import LOG_LINES, printed_lines
 from fastusp_backend.pool.kept import KEPT_TENSORS, KeptTensors
 from fastusp_backend.pool.patches import HeldPatches
 from fastusp_backend.pool.progress import QUIET
 from fastusp_backend.pool.session import Prompt, Session, _distinct
-from fastusp_backend.pool.workers import LOG_LINES, printed_lines, worker_environment
+from fastusp_backend.pool.workers import worker_environment
 
 pytestmark = pytest.mark.unit
 
