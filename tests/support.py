@@ -1,6 +1,7 @@
 """Small models, and requests for them, that several tests use."""
 
 import os
+import time
 from dataclasses import dataclass
 
 import torch
@@ -100,6 +101,13 @@ def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     """max |a - b| / max |b|."""
     assert a.shape == b.shape
     return float((a - b).abs().max() / b.abs().max())
+
+
+def wait_until(condition, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.02)
 
 
 def open_descriptors() -> int:

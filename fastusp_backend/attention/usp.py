@@ -13,6 +13,7 @@ from ..comm.transport import Links
 from ..comm.ulysses import K, Q, V
 from ..kernels.merge import merge
 from ..kernels.place import place
+from ..pulse import beat
 from .local import Attend
 
 ALL = slice(Q, V + 1)
@@ -53,6 +54,7 @@ class JointAttention:
         and starts sending them. scales: norm weights (D,), None for v. rope: cos, sin of these rows."""
         first_row = 0 if text else self._shards.local_text
         exchange = self._exchange
+        beat()
         place(
             projected,
             scales,

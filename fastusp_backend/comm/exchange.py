@@ -19,6 +19,14 @@ Pending = Callable[[], torch.Tensor]
 T = TypeVar("T")
 
 
+class OutOfMemoryTogether(torch.OutOfMemoryError):
+    """Memory ran out on rank `rank` of a group; all its ranks raise this alike."""
+
+    def __init__(self, rank: int, text: str):
+        super().__init__(text)
+        self.rank = rank
+
+
 def world() -> tuple[int, int]:
     """(this process's rank, how many there are); (0, 1) without a process group."""
     there = dist.is_available() and dist.is_initialized()
@@ -26,7 +34,7 @@ def world() -> tuple[int, int]:
 
 
 def allocate_together(allocate: Callable[[], T], group: dist.ProcessGroup) -> T:
-    """What allocate() gives. Where memory ran out on any rank of the group, all of them raise torch.OutOfMemoryError,
+    """What allocate() gives. Where memory ran out on any rank of the group, all of them raise OutOfMemoryTogether,
     so that none goes on alone into an exchange. allocate() may be collective if a rank fails in it only after its last
     exchange. Collective."""
     made, problem = None, ""
@@ -36,10 +44,10 @@ def allocate_together(allocate: Callable[[], T], group: dist.ProcessGroup) -> T:
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "out of memory" not in str(error):
             raise
         problem = str(error)
-    failed = torch.tensor([float(bool(problem))])
+    failed = torch.tensor([dist.get_rank() if problem else -1])
     dist.all_reduce(failed, dist.ReduceOp.MAX, group=group)
-    if failed.item():
-        raise torch.OutOfMemoryError(problem or "memory ran out on another rank")
+    if (rank := int(failed)) >= 0:
+        raise OutOfMemoryTogether(rank, problem or f"memory ran out on rank {rank}")
     return made
 
 

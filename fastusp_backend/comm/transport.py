@@ -67,7 +67,7 @@ class Transport:
 
     def wire(self, choice: WireChoice) -> Sent:
         """What the ranks send. `auto` measures the link once: int8 where it is slower than FAST_LINK. CPU ranks share
-        their memory, so they send exact values then. Collective; raises torch.OutOfMemoryError on all ranks alike."""
+        their memory, so they send exact values then. Collective; raises OutOfMemoryTogether."""
         if choice == "auto":
             if self.kind not in ("none", "gloo") and self._speed is None:
                 self._speed = self._measure()

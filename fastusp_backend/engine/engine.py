@@ -124,8 +124,15 @@ class Engine:
         if self._denoiser is not None:
             self._denoiser[2].forget_prompts()
 
+    def connect(self, layout: Layout, settings: Settings) -> None:
+        """Has the ranks of a layout know each other, which `denoiser` exchanges nothing for then. Collective: a rank
+        that fails here alone leaves the others waiting. Raises OutOfMemoryTogether."""
+        _, transport = self.mesh(layout)
+        transport.wire(settings.wire)
+
     def denoiser(self, layout: Layout, settings: Settings) -> BatchedDenoiser:
-        """The resident model under a layout and options; the last one asked for is kept, with its graphs.
+        """The resident model under a layout and options; the last one asked for is kept, with its graphs. Collective
+        before `connect`.
 
         Raises ValueError for options this device does not have.
         """

@@ -14,6 +14,7 @@ from ..errors import CheckpointError
 from ..models.family import Transformer
 from ..models.files import read_model
 from ..models.holding import Holding, by_module
+from ..pulse import beat
 from ..weights.checkpoint import TensorInfo
 from ..weights.headers import FP8
 from ..weights.reading import Shares, map_tensors, read_tensors, room
@@ -86,6 +87,7 @@ class Checkpoint:
         for infos, shares in parts:
             for name, raw in self._read(infos, self._rooms, shares):
                 self.give(name, self._hold(name, raw))
+                beat()
         self._rooms = {}
         return self.model.eval()
 

@@ -15,6 +15,7 @@ import torch
 
 from ..config import WeightPatch
 from ..errors import PatchesLost, RequestError
+from ..pulse import beat
 from ..weights import adapters
 from ..weights.stored import Stored
 from .loading import Checkpoint
@@ -68,6 +69,7 @@ class PatchedWeights:
         self._patched = self._patched - elsewhere | elsewhere.intersection(patched)
         for name, stored in again:
             self._place(name, stored.data.shape).restore(stored)
+            beat()
             self._patched.remove(name)
         done = {*rounded, *packed, *widened, *elsewhere}
         values = ((name, checkpoint.held(name).dequantise()) for name in patched if name not in done)
@@ -76,6 +78,7 @@ class PatchedWeights:
             for patch in wanted[name]:
                 weight = adapters.apply(weight, patch, tensors)
             self._place(name, weight.shape).store(weight)
+            beat()
         self.number = number
         return len(restored), len(patched)
 
@@ -111,6 +114,7 @@ class PatchedWeights:
             if wanted.get(name):
                 self._patched.add(name)
                 layer.low_rank = self._low_rank(name, wanted[name], tensors, layer.weight.device)
+                beat()
 
     def _low_rank(self, name: str, patches: Sequence[WeightPatch], tensors, device: torch.device):
         dtype = getattr(torch, self._checkpoint.spec.compute)

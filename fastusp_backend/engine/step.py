@@ -1,5 +1,6 @@
 """One evaluation for tensors of one shape: static buffers, and on GPUs one CUDA graph of everything between them."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,6 +16,8 @@ from ..models.family import Residuals, Transformer
 from ..models.patchify import patch_grid, patchify, unpatchify
 from ..models.positions import References
 from ..models.segments import Segments
+from ..pulse import COLD_SECONDS, beat
+from .pace import Pace
 
 
 class Shape(NamedTuple):
@@ -97,6 +100,7 @@ class Step:
             self._segments = segments.by_row(torch.cat(rows))
         self._captures = settings.cuda_graphs and device.type == "cuda"
         self._runs = 0
+        self._pace = Pace(device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._output: torch.Tensor | None = None
 
@@ -129,15 +133,18 @@ class Step:
             for image, values in zip(buffer, mine, strict=True):
                 image[: len(values)].copy_(values, non_blocking=True)
         self._runs += 1
-        if not self._captures or self._runs == 1:
-            return self._evaluate()
-        if self._graph is None:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                self._output = self._evaluate()
-            self._graph = graph
-        self._graph.replay()
-        return self._output
+        known = self.captured if self._captures else self._runs > 1  # else it compiles, or is captured
+        beat(self._pace.limit if known else COLD_SECONDS)
+        with self._pace.measured() if known else contextlib.nullcontext():
+            if not self._captures or self._runs == 1:
+                return self._evaluate()
+            if self._graph is None:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                    self._output = self._evaluate()
+                self._graph = graph
+            self._graph.replay()
+            return self._output
 
     def _evaluate(self) -> torch.Tensor:
         shards, rank = self._shards, self._mesh.rank

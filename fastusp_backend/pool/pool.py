@@ -4,35 +4,27 @@ import atexit
 import contextlib
 import itertools
 import logging
-import math
 import os
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from typing import NoReturn
 
 from ..devices import Devices
-from ..errors import Cancelled, FastUSPError, PatchesLost, PoolError, ProtocolError, RequestError
-from ..protocol import Cancel, Done, Failed, Held, Message, Park, Phase, Release, Shutdown, Step, Unmap
+from ..errors import FastUSPError, PoolError, ProtocolError
+from ..protocol import Held, Message, Park, Release, Shutdown, Unmap
 from .account import Account
+from .following import cancel, follow
 from .kept import KeptTensors, Tensors
+from .link import POLL_SECONDS
 from .patches import HeldPatches
-from .progress import QUIET, CallersOwn, Progress, call
+from .progress import QUIET, CallersOwn, Progress
 from .workers import Workers
 
 log = logging.getLogger(__name__)
 
-POLL_SECONDS = 0.05
-START_SECONDS = 300.0
 DEATH_SECONDS = 8.0
-CANCEL_SECONDS = 5.0
-"""How long a cancel waits for its answer. Loading and compiling do not hear it: the request is then left behind, and
-its late replies are dropped."""
-ORDER_SECONDS = 120.0
-"""How long idle workers may take to drop or park their weights; those that take longer are taken for hung."""
-HANG_SECONDS = 300.0
-"""Workers that have not answered for so long since a request was left behind are taken for hung, at the next cancel."""
+"""How long processes may take to end when one of them has."""
 
 KEPT_BYTES = 512 << 20
 """Shared memory that stays between sampling runs: the residuals of a ControlNet for FLUX.1 at 1024 x 1024 take 377
@@ -84,25 +76,25 @@ class Pool:
         Raises Cancelled, RequestError (refused; the pool goes on) or PoolError (the workers died; the next call
         starts new ones).
         """
-        with self._turn():
+        with self._turn(progress):
             number = next(self._ids)
             workers = self._submit(make(number), tensors, progress)
             try:
-                result = self._follow(workers, number, progress)
+                result = follow(workers, number, progress)
                 self._account.error = None
                 return result
             except CallersOwn as own:
-                self._cancel(workers, number)
+                cancel(workers, number)
                 raise own.error from own.error.__cause__
             except (OSError, EOFError) as error:
                 raise self._failed(workers, "stopped while a prompt ran") from error
             except ProtocolError:
-                self._cancel(workers, number)  # one message was refused, but the request may run
+                cancel(workers, number)  # one message was refused, but the request may run
                 raise
             except FastUSPError:
                 raise
             except BaseException:
-                self._cancel(workers, number)  # Ctrl-C: the ranks must stop as well
+                cancel(workers, number)  # Ctrl-C: the ranks must stop as well
                 raise
 
     def release(self) -> None:
@@ -129,11 +121,7 @@ class Pool:
     def held(self) -> Held | None:
         """What the workers hold; None where they have not held anything yet, or none run."""
         workers = self._workers
-        if workers is None or not workers.alive:
-            return None
-        if workers.left_behind is not None:
-            self._hear_out(workers)
-        return workers.held
+        return workers.held if workers is not None and workers.alive else None
 
     @property
     def busy(self) -> bool:
@@ -148,40 +136,29 @@ class Pool:
     def _comes_to_it(self) -> bool:
         """Whether the workers are still at a request that was left behind: weights may come with it."""
         workers = self._workers
-        return workers is not None and workers.alive and workers.left_behind is not None
+        return workers is not None and workers.alive and workers.behind
 
     def _order(self, kind: type[Release] | type[Park] | type[Unmap]) -> bool:
         """Has workers that stand do something with what they hold; whether any stood."""
-        with self._turn():
+        with self._turn(QUIET):
             workers = self._workers
-            if workers is None or not workers.alive or workers.channel is None:
+            if workers is None or not workers.alive or workers.ready is None:
                 return False
             number = next(self._ids)
             try:
-                workers.send(kind(id=number))
-                if workers.left_behind is not None:
-                    workers.left_behind = number  # they come to it after what was given up: nobody should wait for that
+                if workers.behind:  # they come to it after what was given up: nobody should wait for that
+                    workers.leave_behind(number)
+                    workers.send(kind(id=number))
                 else:
-                    self._follow(workers, number, QUIET, ORDER_SECONDS)
+                    workers.send(kind(id=number))
+                    follow(workers, number, QUIET)
             except (OSError, EOFError) as error:
                 raise self._failed(workers, "stopped while no prompt ran") from error
             return True
 
-    def _hear_out(self, workers: Workers) -> None:
-        """Takes in what workers have said since a request was left behind: they may have loaded its model."""
-        if not self._busy.acquire(blocking=False):
-            return  # whoever has the turn listens
-        try:
-            while workers.channel.poll(0):
-                workers.receive()
-        except (OSError, EOFError, ProtocolError) as error:
-            log.warning("the FastUSP workers on %s were not understood: %s", self.devices, error)
-        finally:
-            self._busy.release()
-
     @contextlib.contextmanager
-    def _turn(self) -> Iterator[None]:
-        with self._busy, self._account.request():
+    def _turn(self, progress: Progress) -> Iterator[None]:
+        with progress.holding(self._busy), self._account.request():
             self._running = True
             try:
                 yield
@@ -194,19 +171,22 @@ class Pool:
         workers = self._workers
         if workers is None:
             return PoolError(f"The FastUSP workers on {self.devices} {event}")
+        workers.give_up()
         error = workers.failure(event)
         self._account.error = str(error)
-        workers.kill()
         return error
 
     def status(self) -> dict:
-        """What people want to know: devices, state (`off`, `starting`, `idle`, `busy`), processes, the model; error:
+        """What people want to know: devices, state (`off`, `starting`, `idle`, `busy`, `stopping`: at
+        what was cancelled), processes, the model; error:
         the last one's text, until a request succeeds."""
         workers = self._workers
         alive = workers is not None and workers.alive
         ready = workers.ready if alive else None
         busy = self.busy or self._account.sampling
-        state = "off" if not alive else "starting" if not workers.standing else "busy" if busy else "idle"
+        state = "off"
+        if alive:
+            state = "starting" if ready is None else "stopping" if workers.behind else "busy" if busy else "idle"
         status = {
             "devices": str(self.devices),
             "ranks": self.devices.ranks,
@@ -232,12 +212,10 @@ class Pool:
             workers, self._workers = self._workers, None
         if workers is None:
             return
-        if workers.channel is not None and workers.alive and self._busy.acquire(blocking=False):
+        if workers.ready is not None and workers.alive and self._busy.acquire(blocking=False):
             try:
-                workers.channel.send(Shutdown())
+                workers.post(Shutdown())
                 workers.wait_until_ended(5)
-            except OSError:
-                pass  # they are ending already
             finally:
                 self._busy.release()
         workers.dispose()
@@ -248,87 +226,41 @@ class Pool:
         while True:
             generation, workers = self.generation, self._standing_workers(progress)
             try:
-                workers.send(message, tensors)
+                workers.send(message, tensors, progress.go_on)
                 return workers
             except OSError as error:
                 failed = self._failed(workers, "stopped before a prompt ran")
                 if self.generation > generation:
                     raise failed from error
                 log.warning("%s", failed)
+            except BaseException:
+                cancel(workers, message.id)  # it is on its way, perhaps
+                raise
 
     def _standing_workers(self, progress: Progress) -> Workers:
-        workers = self.start()
-        if workers.ready is not None:
-            return workers
-        progress.phase(f"starting {self.devices.ranks} worker(s) on {self.devices}")
-        deadline = time.monotonic() + START_SECONDS
-        while not workers.try_connect():
-            if progress.interrupted():
-                raise Cancelled("interrupted while the workers started")
-            if time.monotonic() > deadline:
-                error = workers.failure(f"did not start within {START_SECONDS:.0f} s")
-                workers.kill()
-                raise error
-            time.sleep(POLL_SECONDS)
-        seconds, names = time.monotonic() - workers.began, ", ".join(workers.ready.devices)
-        log.info("FastUSP: the workers on %s (%s) are ready, %.1f s after their start", self.devices, names, seconds)
-        return workers
-
-    def _follow(self, workers: Workers, number: int, progress: Progress, seconds: float = math.inf) -> Tensors:
-        cancelled_at, started = None, time.monotonic()
+        """Workers that are free: those that hang at what was stopped are replaced."""
         while True:
-            if cancelled_at is None and call(progress.interrupted):
-                workers.channel.send(Cancel(id=number))
-                cancelled_at = time.monotonic()
-            if not workers.channel.poll(POLL_SECONDS):
-                if not workers.alive:
-                    raise self._failed(workers, "stopped while a prompt ran")
-                if cancelled_at is not None and time.monotonic() - cancelled_at > CANCEL_SECONDS:
-                    self._leave_behind(workers, number)
-                if time.monotonic() - started > seconds:
-                    raise self._failed(workers, f"did not answer within {seconds:.0f} s")
-                continue
-            message, tensors = workers.receive()
-            if isinstance(message, Failed) and message.id is None:
-                raise ProtocolError(f"the workers refused a message: {message.text}")
-            if message.id != number or isinstance(message, Held):
-                continue  # the reply of a request that was given up, or what `receive` saw to
-            if isinstance(message, Step):
-                if cancelled_at is None:
-                    call(progress.step, message, tensors)
-            elif isinstance(message, Phase):
-                call(progress.phase, message.text)
-            elif isinstance(message, Done):
-                return tensors
-            elif message.kind == "cancelled":
-                raise Cancelled(f"request {number} was cancelled")
-            elif message.kind == "out_of_memory":
-                device = workers.ready.devices[message.rank]
-                raise RequestError(f"rank {message.rank} ({device}) ran out of memory {message.text}")
+            workers = self.start()
+            starting = workers.ready is None
+            if starting:
+                progress.phase(f"starting {self.devices.ranks} worker(s) on {self.devices}")
+            elif workers.behind:
+                progress.phase("waiting for the workers to end what was stopped")
             else:
-                raise (PatchesLost if message.kind == "unpatched" else RequestError)(message.text)
-
-    def _cancel(self, workers: Workers, number: int) -> None:
-        """Cancels and waits for the end, so that the next request finds the ranks free."""
-        try:
-            self._follow(workers, number, Progress(interrupted=lambda: True))
-        except (FastUSPError, OSError, EOFError):
-            pass  # ended, one way or another; the caller's exception is what is raised
-
-    def _leave_behind(self, workers: Workers, number: int) -> NoReturn:
-        """Raises Cancelled for a request that has not answered; PoolError, ending the workers, if they seem hung."""
-        now = time.monotonic()
-        if workers.left_behind is None:
-            workers.silent_since = now
-        elif now - workers.silent_since > HANG_SECONDS:
-            raise self._failed(workers, f"did not answer for {HANG_SECONDS:.0f} s")
-        workers.left_behind = number
-        raise Cancelled(f"request {number} was cancelled; the workers will come to it")
+                return workers
+            while workers.alive and (workers.ready is None or workers.behind):
+                progress.go_on()
+                time.sleep(POLL_SECONDS)
+            if not workers.alive:
+                failed = self._failed(workers, "did not start" if starting else "stopped at what was cancelled")
+                if starting:
+                    raise failed
+                log.warning("%s", failed)
 
     def _failed(self, workers: Workers, event: str) -> PoolError:
         """The error for workers that ended or must end; waits for torchrun's own account of it."""
         if not workers.wait_until_ended(DEATH_SECONDS):
-            workers.kill()
+            workers.give_up()
         return workers.failure(event)
 
 

@@ -1,10 +1,22 @@
 """How a caller follows a request, and what its own exceptions do to it."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
+from ..errors import Cancelled
 from ..protocol import Step
 from .kept import Tensors
+from .link import POLL_SECONDS
+
+
+class Lock(Protocol):
+    """Of `threading`, reentrant or not."""
+
+    def acquire(self, *, timeout: float) -> bool: ...
+
+    def release(self) -> None: ...
 
 
 def _nothing(*_) -> None:
@@ -22,6 +34,21 @@ class Progress:
     step: Callable[[Step, Tensors], None] = _nothing
     phase: Callable[[str], None] = _nothing
     interrupted: Callable[[], bool] = lambda: False
+
+    def go_on(self) -> None:
+        """Raises Cancelled where the caller has had enough, or what `interrupted` raises."""
+        if self.interrupted():
+            raise Cancelled("interrupted before the workers had the request")
+
+    @contextlib.contextmanager
+    def holding(self, lock: Lock) -> Iterator[None]:
+        """Holds a lock that another request may hold for long. Raises as `go_on` while it waits."""
+        while not lock.acquire(timeout=POLL_SECONDS):
+            self.go_on()
+        try:
+            yield
+        finally:
+            lock.release()
 
 
 QUIET = Progress()

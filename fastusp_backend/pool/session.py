@@ -75,7 +75,7 @@ class Session:
             self.pool.start()
             epoch = self.pool.epoch
             try:
-                with self.pool.kept.lock:
+                with progress.holding(self.pool.kept.lock):
                     return self._evaluate_once(x, timestep, prompt, progress, control or {}, epoch)
             except RequestError:
                 if self.pool.epoch == epoch:
@@ -191,7 +191,7 @@ class Session:
     def _run(self, make: Callable[[int, int], Message], tensors: Tensors, progress: Progress) -> Tensors:
         """`Pool.run` of make(id, patch set), with this session's patches in the workers' weights. Workers that turn out
         not to hold what they should get all of it once more."""
-        with self.pool.patches.lock:
+        with progress.holding(self.pool.patches.lock):
             try:
                 return self._run_patched(make, tensors, progress)
             except PatchesLost:

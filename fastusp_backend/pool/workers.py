@@ -1,26 +1,31 @@
 """One generation of worker processes: torchrun as a child, its control channel, and why it ended."""
 
+import logging
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client
 from pathlib import Path
-
-import torch
 
 from ..config import Layout
 from ..devices import Devices, cuda_visible
 from ..environment import inherited
-from ..errors import PoolError
+from ..errors import PoolError, ProtocolError
 from ..protocol import VERSION, Channel, Done, Evaluate, Failed, Held, Hello, Message, Ready, Release, Sample, Unmap
 from ..protocol.messages import ToClient
 from ..worker.process import PARENT_VARIABLE, RUN_DIR_VARIABLE
 from .cause import find_cause, last_log_lines
+from .kept import Tensors
+from .link import POLL_SECONDS, Link
 from .rundir import RunDir
+from .watch import LOOK_SECONDS, Awaited, Hang, Watch
+
+log = logging.getLogger(__name__)
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,11 +47,11 @@ def worker_environment(devices: Devices, run_dir: Path, environment: Mapping[str
 
 
 class Workers:
-    """Starts the processes at once and returns; `try_connect` says when they stand.
+    """Starts the processes at once and returns. Threads of its own connect to them and watch over them: workers that
+    hang are ended.
 
-    began: when they were started, by time.monotonic. layout: of the last request. left_behind: the last request or
-    order whose answer nobody waited for, until it comes. silent_since: when they last said something, or the first of
-    those was left behind. held: what they last said to hold.
+    ready: what they said when they stood, None before. layout: of the last request. sent, answered: the last request or
+    order that went to them, and the last one that they answered, in order. held: what they last said to hold.
     """
 
     def __init__(self, devices: Devices):
@@ -54,21 +59,25 @@ class Workers:
         cuda_visible(devices)
         self.devices = devices
         self.run_dir = RunDir()
-        self.began = time.monotonic()
         self.ready: Ready | None = None
         self.layout: Layout | None = None
-        self.left_behind: int | None = None
-        self.silent_since = 0.0
+        self.sent = self.answered = 0
         self.held: Held | None = None
         self.channel: Channel | None = None
-        self._unread: int | None = None  # the last evaluation, until its answer says that its tensors were read
+        self._link: Link | None = None
+        self._behind = 0  # the last request or order whose answer nobody waits for
+        self._unread = 0  # the last evaluation: its answer says that its tensors were read
+        self._watch = Watch(self.run_dir.path, devices.ranks)
+        self._condemned = False  # they are being asked where they are, and answer nothing else any more
+        self._hang: Hang | None = None  # why this process itself ended them
         self._process: subprocess.Popen | None = None
         self._started = threading.Event()
         self._ended = threading.Event()
         # Linux sends the parent-death signal when the *thread* that started a child ends, so one thread starts
         # torchrun and stays until it has ended.
-        threading.Thread(target=self._supervise, name=f"fastusp {devices}", daemon=True).start()
-        self._started.wait()
+        for work in (self._supervise, self._connect, self._guard):
+            threading.Thread(target=work, name=f"fastusp {devices}", daemon=True).start()
+            self._started.wait()
 
     def _supervise(self) -> None:
         directory = self.run_dir.path
@@ -98,63 +107,105 @@ class Workers:
             self._ended.set()
             self._started.set()
 
+    def _connect(self) -> None:
+        began = time.monotonic()
+        while not self._ended.wait(POLL_SECONDS):
+            channel = None
+            try:
+                connection = Client(self.run_dir.address, family="AF_UNIX", authkey=self.run_dir.key)
+                channel = Channel(connection, ToClient)
+                channel.send(Hello(version=VERSION))
+                reply, _ = channel.receive()
+                if not isinstance(reply, Ready) or reply.version != VERSION:
+                    raise ProtocolError(str(reply))
+            except ProtocolError as error:
+                channel.close()
+                self.end(Hang(f"they speak another protocol version: {error}; restart ComfyUI", []))
+            except (EOFError, OSError, AuthenticationError):  # not yet, or they are ending
+                if channel is not None:
+                    channel.close()
+            else:
+                self._link = Link(channel, self._hear)
+                self.channel, self.ready = channel, reply
+                if not self.alive:
+                    self._link.close()  # perhaps after `dispose`
+                seconds, names = time.monotonic() - began, ", ".join(reply.devices)
+                log.info("FastUSP: the workers on %s (%s) stand after %.1f s", self.devices, names, seconds)
+                return
+
+    def _guard(self) -> None:
+        while not self._ended.wait(LOOK_SECONDS):
+            if (suspicion := self._watch.look(self._awaited)) is not None:
+                self._condemned = True
+                self.end(self._watch.accuse(suspicion))
+
+    @property
+    def _awaited(self) -> Awaited | None:
+        if self.ready is None:
+            return "start"
+        if self.behind:
+            return "end of what was left behind"
+        return "answer" if self.sent > self.answered else None
+
+    def _hear(self, message: Message) -> None:
+        if isinstance(message, Held):
+            self.held = message
+        elif isinstance(message, Done | Failed) and message.id is not None:
+            self.answered = max(self.answered, message.id)
+
     @property
     def alive(self) -> bool:
         return not self._ended.is_set()
 
     @property
-    def standing(self) -> bool:
-        """Whether rank 0 listens, connected or not."""
-        return self.alive and os.path.exists(self.run_dir.address)
+    def behind(self) -> bool:
+        """Whether they are still at a request or order whose answer nobody waits for, or about to end."""
+        return self._condemned or self._behind > self.answered
 
-    def try_connect(self) -> bool:
-        """Whether the workers stand. Raises PoolError when they ended instead, or speak another version."""
-        if self.channel is not None:
-            return True
-        if not self.alive:
-            raise self.failure("did not start")
-        try:
-            connection = Client(self.run_dir.address, family="AF_UNIX", authkey=self.run_dir.key)
-            channel = Channel(connection, ToClient)
-            channel.send(Hello(version=VERSION))
-            reply, _ = channel.receive()
-        except (FileNotFoundError, ConnectionRefusedError):
-            return False
-        except (EOFError, OSError) as error:
-            self.wait_until_ended(5)
-            raise self.failure("ended while they started") from error
-        if isinstance(reply, Failed) or not isinstance(reply, Ready) or reply.version != VERSION:
-            channel.close()
-            raise PoolError(f"the workers speak another protocol version: {reply}; restart ComfyUI")
-        self.channel, self.ready = channel, reply
-        return True
+    def leave_behind(self, number: int) -> None:
+        """Nobody waits any more for the answer to this request or order."""
+        self._behind = number
 
-    def send(self, message: Message, tensors: dict[str, torch.Tensor] | None = None) -> None:
-        """As `Channel.send`. An evaluation's tensors lie where the last one's did, as soon as those were read."""
+    def send(
+        self, message: Message, tensors: Tensors | None = None, meanwhile: Callable[[], None] = lambda: None
+    ) -> None:
+        """Sends a request or an order to workers that stand, as `Link.send`. An evaluation's tensors lie where the last
+        one's did, as soon as those were read."""
         evaluates = isinstance(message, Evaluate)
         if isinstance(message, Evaluate | Sample):
             self.layout = message.layout
-        if isinstance(message, Release | Unmap) or (evaluates and self._unread is not None):
+        if isinstance(message, Release | Unmap) or (evaluates and self._unread > self.answered):
             self.channel.forget()
         if evaluates:
             self._unread = message.id
-        self.channel.send(message, tensors, lasting=evaluates)
+        frame = self.channel.frame(message, tensors, lasting=evaluates)
+        self.sent = message.id
+        self._link.send(frame, meanwhile)
 
-    def receive(self) -> tuple[Message, dict[str, torch.Tensor]]:
-        """The next message, as `Channel.receive`, with what it says of these workers taken down."""
-        message, tensors = self.channel.receive()
-        self.silent_since = time.monotonic()
-        if isinstance(message, Held):
-            self.held = message
-        elif isinstance(message, Done | Failed) and message.id is not None:  # they answer in order
-            if self.left_behind is not None and message.id >= self.left_behind:
-                self.left_behind = None
-            if self._unread is not None and message.id >= self._unread:
-                self._unread = None
-        return message, tensors
+    def post(self, message: Message) -> None:
+        """Sends what is not answered, when those before it have been taken."""
+        self._link.post(self.channel.frame(message))
+
+    def receive(self, seconds: float) -> tuple[Message, Tensors] | None:
+        """As `Link.receive`; of workers that are about to end, nothing counts."""
+        received = self._link.receive(seconds)
+        if self._condemned:
+            raise EOFError
+        return received
 
     def wait_until_ended(self, seconds: float) -> bool:
         return self._ended.wait(seconds)
+
+    def end(self, why: Hang) -> None:
+        """Ends all processes for a reason that they cannot tell."""
+        self._hang = self._hang or why
+        self.kill()
+
+    def give_up(self) -> None:
+        """Ends processes that should have answered, or ended by themselves; `failure` then tells where they were."""
+        if self.alive:
+            cause = find_cause(self.run_dir.path, "its processes went on, and were ended")
+            self.end(Hang(cause, self._watch.where()))
 
     def kill(self) -> None:
         """Ends all processes at once: the ranks die with torchrun."""
@@ -173,16 +224,15 @@ class Workers:
     def dispose(self) -> None:
         """Kills what still runs and removes all traces."""
         self.kill()
-        if self.channel is not None:
-            self.channel.close()
+        if self._link is not None:
+            self._link.close()
         self.run_dir.remove()
 
     def failure(self, event: str) -> PoolError:
         """Why the workers ended: the rank that failed first, its error or signal, and the last log lines."""
         directory, code = self.run_dir.path, self._process.returncode if self._process else None
         otherwise = "its processes still run" if self.alive else f"torchrun ended with exit code {code}"
-        cause, lines = find_cause(directory, otherwise), last_log_lines(directory)
-        log = "\nLast log lines:\n" + "\n".join(f"  {line}" for line in lines) if lines else ""
-        return PoolError(
-            f"The FastUSP workers on {self.devices} {event}: {cause}. The next prompt starts new ones.{log}"
-        )
+        cause, stacks = self._hang or Hang(find_cause(directory, otherwise), [])
+        text = f"The FastUSP workers on {self.devices} {event}: {cause}. The next prompt starts new ones."
+        lines = [*stacks, "Last log lines:", *(f"  {line}" for line in last_log_lines(directory))]
+        return PoolError("\n".join([text, *(lines if len(lines) > 1 else [])]))

@@ -1,7 +1,7 @@
 """What client and workers say to each other, and how it is framed. Both sides import this room; nothing here runs a
 model."""
 
-from .channel import Channel
+from .channel import Channel, Frame
 from .messages import (
     VERSION,
     Cancel,
@@ -30,6 +30,7 @@ __all__ = [
     "Done",
     "Evaluate",
     "Failed",
+    "Frame",
     "Held",
     "Hello",
     "Message",

@@ -6,12 +6,14 @@ in it they lie, and its descriptor comes with the frame over the AF_UNIX socket,
 before. Nothing that arrives is ever unpickled.
 """
 
+import contextlib
 import os
 import socket
 import struct
 import threading
 import weakref
 from multiprocessing.connection import Connection
+from typing import NamedTuple
 
 import msgspec
 import safetensors.torch
@@ -33,6 +35,13 @@ MAX_FRAME = 1 << 30
 """Upper bound of a frame, in bytes: tensors travel inline where shared memory is not to be had (TCP, no memfd)."""
 
 
+class Frame(NamedTuple):
+    """What `Channel.write` sends. memory: whose descriptor goes along."""
+
+    data: bytes
+    memory: SharedMemory | None = None
+
+
 class Channel:
     """One end of the control channel. `receives` is the union of messages this end accepts.
 
@@ -52,7 +61,13 @@ class Channel:
         self.shares_memory = self._socket.family == socket.AF_UNIX and hasattr(os, "memfd_create")
 
     def send(self, message: Message, tensors: dict[str, torch.Tensor] | None = None, *, lasting: bool = False) -> None:
-        """Raises OSError when the other end is gone.
+        """`write` of a `frame`."""
+        self.write(self.frame(message, tensors, lasting=lasting))
+
+    def frame(
+        self, message: Message, tensors: dict[str, torch.Tensor] | None = None, *, lasting: bool = False
+    ) -> Frame:
+        """A message and its tensors, copied. Frames are written in the order in which they were made.
 
         lasting: large tensors are written where the last ones sent so lay, which the receiver must have read; it holds
         the memory's `SharedTensors` from one to the next. See `forget`.
@@ -60,12 +75,17 @@ class Channel:
         tensors = {name: t.detach() for name, t in (tensors or {}).items()}
         body = msgspec.msgpack.encode(message)
         if sum(t.nbytes for t in tensors.values()) > INLINE_LIMIT and self.shares_memory:
-            self._send_shared(body, tensors, lasting)
-            return
+            return self._shared_frame(body, tensors, lasting)
         blob = safetensors.torch.save(_standing_alone(tensors)) if tensors else b""
-        frame = _HEADER.pack(_MAGIC, _INLINE if tensors else _NONE, len(body)) + body + blob
+        return Frame(_HEADER.pack(_MAGIC, _INLINE if tensors else _NONE, len(body)) + body + blob)
+
+    def write(self, frame: Frame) -> None:
+        """Raises OSError when the other end is gone. Whoever is interrupted here leaves half a frame behind."""
         with self._send_lock:
-            self._connection.send_bytes(frame)
+            if frame.memory is None:
+                self._connection.send_bytes(frame.data)
+            else:
+                self._send_with_descriptor(frame.data, frame.memory.fd)
 
     def forget(self) -> None:
         """Gives lasting memory up: the next tensors go into other memory."""
@@ -78,7 +98,7 @@ class Channel:
         """Of the lasting memory that this end writes to."""
         return len(self._lasting.bytes) if self._lasting is not None else 0
 
-    def _send_shared(self, body: bytes, tensors: dict[str, torch.Tensor], lasting: bool) -> None:
+    def _shared_frame(self, body: bytes, tensors: dict[str, torch.Tensor], lasting: bool) -> Frame:
         size = room_for(tensors)
         known = lasting and size <= self.lasting_bytes
         if lasting and not known:
@@ -88,14 +108,9 @@ class Channel:
             memory.pin()
         places = memory.put(tensors)
         header = _HEADER.pack(_MAGIC, _LASTING if lasting else _SHARED, len(body))
-        frame = header + body + msgspec.msgpack.encode(places)
-        with self._send_lock:
-            if known:
-                self._connection.send_bytes(frame)
-            else:
-                self._send_with_descriptor(frame, memory.fd)
         if lasting:
             self._lasting = memory
+        return Frame(header + body + msgspec.msgpack.encode(places), None if known else memory)
 
     def poll(self, seconds: float) -> bool:
         """Whether a frame (or the end of the stream) waits. Raises OSError when the connection broke."""
@@ -169,6 +184,11 @@ class Channel:
                 raise EOFError
             data += part
         return bytes(data)
+
+    def shut(self) -> None:
+        """Ends the stream for both ends, and for threads that read or write here."""
+        with contextlib.suppress(OSError):  # the other end has done so
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self.forget()

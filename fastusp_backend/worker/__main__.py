@@ -14,9 +14,11 @@ import torch.distributed as dist
 from ..engine import Engine
 from ..models.segments import wake_compiler
 from ..protocol import VERSION, Ready
+from ..pulse import turn_to
 from .control import Control
 from .crew import Crew
-from .process import PARENT_VARIABLE, RUN_DIR_VARIABLE, die_with_parent, log_to_pool, record_failure
+from .memory import STARTING
+from .process import PARENT_VARIABLE, RUN_DIR_VARIABLE, die_with_parent, log_to_pool, record_failure, show_pulse
 from .runner import Runner
 
 log = logging.getLogger(__name__)
@@ -74,6 +76,8 @@ def main() -> int:
     die_with_parent(int(os.environ[PARENT_VARIABLE]))
     run_dir, rank = Path(os.environ[RUN_DIR_VARIABLE]), int(os.environ["RANK"])
     log_to_pool(run_dir, rank)
+    show_pulse(run_dir, rank)
+    turn_to(STARTING)
     try:
         _work(run_dir)
     except BaseException as error:

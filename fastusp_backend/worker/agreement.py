@@ -3,10 +3,13 @@
 from collections.abc import Callable
 from typing import TypeVar
 
+from ..comm.exchange import OutOfMemoryTogether
 from ..engine import Engine
 from ..errors import FastUSPError, PatchesLost
+from ..protocol.messages import Request
+from ..pulse import USUAL_SECONDS, beat, turn_to
 from .crew import Crew
-from .memory import EVALUATING, explain, is_out_of_memory
+from .memory import EVALUATING, PREPARING, explain, is_out_of_memory
 
 T = TypeVar("T")
 
@@ -21,11 +24,20 @@ class Refused(Exception):
 
 
 class Agreement:
-    """doing: what the ranks are at, for a failure that ends one of them, see memory.py."""
-
     def __init__(self, crew: Crew, engine: Engine):
         self._crew, self._engine = crew, engine
         self.doing = EVALUATING
+
+    @property
+    def doing(self) -> str:
+        """What the ranks are at, see memory.py: for a failure that ends one of them, or one that hangs."""
+        return self._doing
+
+    @doing.setter
+    def doing(self, doing: str) -> None:
+        self._doing = doing
+        turn_to(doing)
+        beat(USUAL_SECONDS)
 
     def together(self, part: Callable[[], T], doing: str) -> T:
         """part() on every rank. Raises Refused where it failed on any. Collective."""
@@ -55,3 +67,13 @@ class Agreement:
             if refused.kind == "out_of_memory":
                 self._engine.drop_evaluations()
             raise
+
+    def connect(self, request: Request) -> None:
+        """Has the ranks of the request's layout know each other. What one rank fails in alone is raised and ends it, as
+        the others wait for it in an exchange; memory that ran out where all ranks know of it is Refused."""
+        self.doing = PREPARING
+        try:
+            self._engine.connect(request.layout, request.settings)
+        except OutOfMemoryTogether as error:
+            self._engine.drop_evaluations()
+            raise Refused(error.rank, "out_of_memory", explain(error, PREPARING, self._engine.held())) from error

@@ -1,16 +1,21 @@
-"""Rank 0's end of the control channel: a thread that reads requests, a thread that sends replies.
+"""Rank 0's end of the control channel: a thread that reads requests, a thread that sends replies, and one for each
+connection until it is known to be the client's.
 
 Cancelling works at any time because reading never waits for the ranks, and a slow client never holds up a step because
 sending does not either.
 """
 
+import contextlib
 import logging
 import os
 import queue
+import socket
+import struct
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Listener
+from multiprocessing.connection import Connection, Listener, answer_challenge, deliver_challenge
 
 import torch
 
@@ -22,6 +27,10 @@ log = logging.getLogger(__name__)
 
 CLIENT_GONE = 3
 """Exit code of a rank 0 whose client went away; torchrun then ends the other ranks."""
+GREETING_SECONDS = 10
+"""How long a connection may say nothing before it is known to be the client's."""
+STRANGERS = 8
+"""Connections that are heard at a time before one is known to be the client's."""
 
 
 class Control:
@@ -29,14 +38,19 @@ class Control:
     why this rank ends."""
 
     def __init__(self, address: str, key: bytes, ready: Ready, on_death: Callable[[BaseException], None]):
+        self._key = key
         self._ready = ready
+        self._on_death = on_death
         self._inbox: queue.Queue[tuple[Message, dict[str, torch.Tensor]]] = queue.Queue()
         self._outbox: queue.Queue[Callable[[Channel], None]] = queue.Queue()
         self._cancelled: set[int] = set()
+        self._taken = 0  # the last request that has arrived
         self._channel: Channel | None = None
-        self._listener = Listener(address, family="AF_UNIX", backlog=4, authkey=key)
-        for work in (self._read_clients, self._write):
-            threading.Thread(target=_or_end, args=(work, on_death), name=work.__name__, daemon=True).start()
+        self._greeting = threading.Lock()
+        self._strangers = threading.Semaphore(STRANGERS)
+        self._listener = Listener(address, family="AF_UNIX", backlog=STRANGERS)
+        for work in (self._accept, self._write):
+            self._start(work)
 
     def next_request(self) -> tuple[Message, dict[str, torch.Tensor]]:
         """Waits for the next request."""
@@ -57,50 +71,67 @@ class Control:
 
         self._outbox.put(deliver)
 
+    def _start(self, work: Callable[..., None], *arguments) -> None:
+        target = (work, self._on_death, *arguments)
+        threading.Thread(target=_or_end, args=target, name=work.__name__, daemon=True).start()
+
     def _write(self) -> None:
         while True:
             deliver = self._outbox.get()
-            channel = self._channel
-            if channel is None:
-                continue
-            try:
-                deliver(channel)
-            except OSError as error:
-                gone = isinstance(error, ConnectionError) or self._channel is not channel
-                if not gone:
-                    raise  # a reply that is lost would leave its client waiting for ever
-                log.info("a reply found no client")
+            if self._channel is not None:
+                try:
+                    deliver(self._channel)
+                except ConnectionError:
+                    log.info("a reply found no client")  # the thread that reads it ends this rank
 
-    def _read_clients(self) -> None:
+    def _accept(self) -> None:
         while True:
             try:
                 connection = self._listener.accept()
-            except (AuthenticationError, EOFError, OSError) as error:
-                log.warning("a client was refused: %s", error or type(error).__name__)
+            except OSError as error:
+                log.warning("a client was refused: %s", error)
+                time.sleep(0.1)  # too many open files, say: it comes again
                 continue
-            channel = Channel(connection, ToWorker)
-            try:
-                self._greet(channel)
-                self._read(channel)
-            except EOFError:
-                if self._channel is not None:
-                    log.info("the client is gone; ending")
-                    os._exit(CLIENT_GONE)
-                log.warning("a client left before it was greeted")
-            except (ProtocolError, OSError) as error:
-                log.warning("a client was dropped: %s", error)
-            finally:
-                self._channel = None
-                channel.close()
+            if self._strangers.acquire(blocking=False):
+                self._start(self._meet, connection)
+            else:
+                log.warning("a client was refused: %d others have not said who they are", STRANGERS)
+                connection.close()
 
-    def _greet(self, channel: Channel) -> None:
-        hello, _ = channel.receive()
-        if not isinstance(hello, Hello) or hello.version != VERSION:
-            text = f"expected Hello of protocol version {VERSION}, got {hello}"
-            channel.send(Failed(id=None, kind="protocol", rank=0, text=text))
-            raise ProtocolError(text)
-        channel.send(self._ready)
-        self._channel = channel
+    def _meet(self, connection: Connection) -> None:
+        channel = Channel(connection, ToWorker)
+        try:
+            self._greet(connection, channel)
+        except (AuthenticationError, EOFError, OSError, ProtocolError) as error:
+            silent = isinstance(error, BlockingIOError)
+            said = f"it said nothing for {GREETING_SECONDS} s" if silent else error or type(error).__name__
+            log.warning("a client was refused: %s", said)
+            channel.close()
+            return
+        finally:
+            self._strangers.release()
+        try:
+            self._read(channel)
+        except (EOFError, ConnectionError):
+            log.info("the client is gone; ending")
+            os._exit(CLIENT_GONE)
+
+    def _greet(self, connection: Connection, channel: Channel) -> None:
+        with _limited(connection, GREETING_SECONDS):
+            deliver_challenge(connection, self._key)
+            answer_challenge(connection, self._key)
+            hello, _ = channel.receive()
+            with self._greeting:
+                if not isinstance(hello, Hello) or hello.version != VERSION:
+                    problem = f"expected Hello of protocol version {VERSION}, got {hello}"
+                elif self._channel is not None:
+                    problem = "this pool has a client"
+                else:
+                    channel.send(self._ready)
+                    self._channel = channel
+                    return
+            channel.send(Failed(id=None, kind="protocol", rank=0, text=problem))
+            raise ProtocolError(problem)
 
     def _read(self, channel: Channel) -> None:
         while True:
@@ -110,18 +141,35 @@ class Control:
                 log.warning("%s", error)
                 channel.send(Failed(id=None, kind="protocol", rank=0, text=str(error)))
                 continue
-            if isinstance(message, Cancel):
-                self._cancelled.add(message.id)
-            elif isinstance(message, Hello):
+            if isinstance(message, Hello):
                 channel.send(Failed(id=None, kind="protocol", rank=0, text="Hello was said before"))
-            else:
+            elif not isinstance(message, Cancel):
+                self._taken = getattr(message, "id", self._taken)
                 self._inbox.put((message, tensors))
+            elif message.id > self._taken:  # its frame was refused
+                channel.send(Failed(id=message.id, kind="cancelled", rank=0, text="it has not arrived"))
+            else:
+                self._cancelled.add(message.id)
 
 
-def _or_end(work: Callable[[], None], on_death: Callable[[BaseException], None]) -> None:
+@contextlib.contextmanager
+def _limited(connection: Connection, seconds: int) -> Iterator[None]:
+    """Within it, reading from a connection or writing to it fails after some seconds, with BlockingIOError."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as sock:
+
+        def limit(seconds: int) -> None:
+            for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+                sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", seconds, 0))
+
+        limit(seconds)
+        yield
+        limit(0)
+
+
+def _or_end(work: Callable[..., None], on_death: Callable[[BaseException], None], *arguments) -> None:
     """A rank 0 that cannot hear or speak any more must not live on."""
     try:
-        work()
+        work(*arguments)
     except BaseException as error:
         log.exception("a control thread failed")
         on_death(error)

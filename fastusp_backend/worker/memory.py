@@ -1,4 +1,4 @@
-"""What a rank says when its memory does not suffice."""
+"""What a rank is at, and what it says when its memory does not suffice."""
 
 import re
 
@@ -10,6 +10,8 @@ PREPARING = "while it made room for an evaluation"
 PARKING = "while it parked the weights"
 EVALUATING = "while it evaluated the model"
 RECEIVING = "while it took in a request"
+STARTING = "while it started"
+WAITING = "while it waited for a request"
 
 _ADVICE = {
     LOADING: "Free memory on its device (other programs; ComfyUI's models: Unload Models), or take a smaller file or "

@@ -1,6 +1,7 @@
 """What a worker process needs of its operating system: to die with its parent, and to leave a trace when it fails."""
 
 import ctypes
+import faulthandler
 import json
 import logging
 import os
@@ -9,8 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+from .. import pulse
+
 RUN_DIR_VARIABLE = "FASTUSP_RUN_DIR"
 PARENT_VARIABLE = "FASTUSP_PARENT_PID"
+STACK_SIGNAL = signal.SIGUSR1
+"""On which a rank writes its threads' stacks to a file."""
 
 _PR_SET_PDEATHSIG = 1
 
@@ -47,6 +52,14 @@ def log_to_pool(run_dir: Path, rank: int) -> None:
     handler = logging.FileHandler(run_dir / "pool.log", mode="a", encoding="utf-8")
     handler.setFormatter(_JsonLines(rank))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
+def show_pulse(run_dir: Path, rank: int) -> None:
+    """Has the pool see what this rank is at, see pulse.py, and have its stack when it asks for it."""
+    stacks = open(run_dir / f"stack-{rank}", "w")  # noqa: SIM115 - for the process' life
+    # Of all threads: of one process that was stopped, any thread may be the one that hears of a signal.
+    faulthandler.register(STACK_SIGNAL, stacks, all_threads=True)
+    pulse.start(run_dir / f"pulse-{rank}")
 
 
 def record_failure(run_dir: Path, rank: int, error: BaseException) -> None:

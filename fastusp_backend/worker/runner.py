@@ -18,11 +18,12 @@ from ..errors import Cancelled, LayoutError, PatchesLost, RequestError
 from ..models.family import NO_RESIDUALS, Conditioning, Residuals
 from ..protocol import Done, Evaluate, Failed, Park, Patch, Phase, Release, Sample, Shutdown, Step, Unmap
 from ..protocol.messages import Request
+from ..pulse import beat, turn_to
 from ..sampling import SAMPLERS, GuidedModel, Inpainting, StepState
 from .agreement import Agreement, Refused
 from .control import Control
 from .crew import Crew
-from .memory import EVALUATING, PATCHING, PREPARING, RECEIVING, explain, out_of_memory_in
+from .memory import EVALUATING, PATCHING, PREPARING, RECEIVING, WAITING, explain, out_of_memory_in
 from .residency import Residency
 from .tensors import CONTROL, KeptPrompts, Tensors, conditioning_of, like, residuals_of, take
 
@@ -32,6 +33,9 @@ Work = Sample | Evaluate | Patch | Release | Park | Unmap | Shutdown
 
 IN_FLIGHT = 2
 """Evaluations that a GPU may have before it, the running one too: it never waits for its CPU, and a cancel is felt."""
+
+IDLE_SECONDS = 30.0
+"""From when a request was sent until rank 0 takes it."""
 
 
 class Runner:
@@ -92,6 +96,9 @@ class Runner:
 
     def _next(self) -> tuple[Work, Tensors]:
         body = tensors = None
+        turn_to(WAITING)
+        if self._engine.device.type == "cpu" or torch.cuda.current_stream().query():
+            beat(IDLE_SECONDS)  # else a GPU is at what was asked for last, and the time for that has not changed
         if self._control is not None:
             message, tensors = self._control.next_request()
         self._agreement.doing = RECEIVING
@@ -120,7 +127,7 @@ class Runner:
             unknown = request.options.keys() - SAMPLERS[request.sampler].options.keys()
             if unknown:
                 raise RequestError(f"sampler {request.sampler!r} has no option {', '.join(sorted(unknown))}")
-            denoiser = self._engine.denoiser(request.layout, request.settings)  # an exchange, before any rank can fail
+            denoiser = self._engine.denoiser(request.layout, request.settings)
             tensors = self._here(sent)
             x, sigmas = take(tensors, "x"), take(tensors, "sigmas").cpu()
             if sigmas.dim() != 1 or not len(sigmas):
@@ -184,7 +191,7 @@ class Runner:
 
     def _evaluate(self, request: Evaluate, sent: Tensors) -> None:
         def prepare() -> tuple[BatchedDenoiser, Conditioning, torch.Tensor, torch.Tensor, Residuals]:
-            denoiser = self._engine.denoiser(request.layout, request.settings)  # an exchange, before any rank can fail
+            denoiser = self._engine.denoiser(request.layout, request.settings)
             tensors = self._here(sent)
             x, conditioning = take(tensors, "x"), self._prompts.conditioning(request, tensors)
             control = residuals_of(request.control, tensors)
@@ -213,9 +220,10 @@ class Runner:
     def _prepare(self, request: Request, build):
         """Loads the model and calls `build`; raises Refused on all ranks when any of them failed.
 
-        They agree on the model first: its reading is shared, and `build` makes a mesh: all ranks must come for both.
+        They agree on the model first: its reading is shared, and connecting makes a mesh: all ranks must come for both.
         """
         self._residency.bring(request, lambda: self._check(request))
+        self._agreement.connect(request)
         prepared = self._agreement.together_or_drop(build, PREPARING)
         self._residency.tell(request.id)
         return prepared

@@ -55,13 +55,6 @@ def processes_of(directory: Path) -> set[int]:
     return found
 
 
-def wait_until(condition, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.02)
-
-
 class Stopwatch:
     def __init__(self):
         self.start = time.monotonic()

@@ -20,7 +20,7 @@ from fastusp_backend.cli.bench import Row, _measured
 from fastusp_backend.cli.doctor.trial import Job
 from fastusp_backend.config import Layout, Settings
 from fastusp_backend.errors import PoolError
-from fastusp_backend.pool import pool as client
+from fastusp_backend.pool import following
 
 pytestmark = pytest.mark.dist
 
@@ -91,11 +91,11 @@ def test_doctor():
 
 def test_trials_have_a_limit(new_pool, dev, monkeypatch):
     """Workers that hang are ended, while they start and later, and the error holds what is known of them."""
-    monkeypatch.setattr(client, "CANCEL_SECONDS", 0.2)
+    monkeypatch.setattr(following, "CANCEL_SECONDS", 0.2)
     pool, said, one = new_pool(1), [], Layout(ulysses=1, ring=1)
     job = Job(spec_of(dev), (GIVEN.x, PROMPT), 60.0, said.append)
     began = time.monotonic()
-    with pytest.raises(PoolError, match="gave no result within 0.1 s: its processes still run"):
+    with pytest.raises(PoolError, match="gave no result within 0.1 s: its processes went on"):
         replace(job, seconds=0.1).run(pool, one)
     assert time.monotonic() - began < 10 and said == ["ulysses 1 x ring 1: starting 1 worker(s) on cpu:1"]
     assert pool.status()["state"] == "off"

@@ -67,9 +67,9 @@ def test_it_carries_every_evaluation_and_is_mapped_once(session, model, shared_p
 def test_memory_that_may_be_read_still_is_not_written_to(session):
     first = evaluate(session, control(0))
     workers = session.pool._workers
-    lasting, workers._unread = workers.channel._lasting, 1
+    lasting, workers._unread = workers.channel._lasting, workers.sent + 1
     assert torch.equal(evaluate(session, control(0)), first)
-    assert workers.channel._lasting is not lasting and workers._unread is None
+    assert workers.channel._lasting is not lasting and workers._unread == workers.answered
     del lasting
     assert mapped(session.pool) == [1, 1]
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from pools import GIVEN, LONG, ROOT, Stopwatch, evaluate, pids, processes_of, run_dir, sample, session, wait_until
-from support import open_descriptors, relative_difference
+from pools import GIVEN, LONG, ROOT, Stopwatch, evaluate, pids, processes_of, run_dir, sample, session
+from support import open_descriptors, relative_difference, wait_until
 
 from fastusp_backend.devices import Devices
 from fastusp_backend.errors import Cancelled, PoolError
@@ -91,7 +91,7 @@ def test_a_death_that_nobody_has_noticed_yet(mortal, dev, monkeypatch):
     torchrun = mortal._workers._process.pid
     os.kill(torchrun, signal.SIGSTOP)
     os.kill(before[0], signal.SIGKILL)
-    wait_until(lambda: mortal._workers.channel.poll(0), 10)  # the end of the stream
+    wait_until(lambda: not mortal._workers._link._inbox.empty(), 10)  # the end of the stream
     assert mortal.status()["state"] == "idle"
     assert torch.equal(evaluate(mortal, dev), expected)
     assert not set(pids(mortal)) & set(before)
@@ -107,19 +107,6 @@ def test_an_order_starts_no_processes(mortal, dev):
     mortal.release()
     mortal.park()
     assert mortal.generation == generation and mortal.held is None
-
-
-def test_an_order_that_hung_workers_do_not_follow(mortal, dev, expected, monkeypatch):
-    evaluate(mortal, dev)
-    directory = run_dir(mortal)
-    monkeypatch.setattr(client, "ORDER_SECONDS", 0.5)
-    monkeypatch.setattr(client, "DEATH_SECONDS", 0.5)
-    os.kill(pids(mortal)[0], signal.SIGSTOP)
-    with pytest.raises(PoolError, match="did not answer within"):
-        mortal.release()
-    assert not mortal.busy
-    wait_until(lambda: not processes_of(directory), 5)
-    assert relative_difference(evaluate(mortal, dev), expected) < 2e-5
 
 
 def test_close_in_mid_run_ends_the_request(mortal, dev):
@@ -181,63 +168,14 @@ def test_interrupted_while_the_workers_start(new_pool, dev):
     assert pool.generation == 1
 
 
-def connect(directory: Path, key: bytes):
-    return Client(str(directory / "control.sock"), family="AF_UNIX", authkey=key)
-
-
-def raw(directory: Path, data: bytes) -> None:
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.connect(str(directory / "control.sock"))
-        sock.sendall(data)
-
-
-def test_strangers_are_refused(new_pool, dev, expected, monkeypatch):
-    pool = new_pool(1)
-    directory, key = run_dir(pool), pool._workers.run_dir.key
-    wait_until((directory / "control.sock").exists, 60)
-
-    with pytest.raises(AuthenticationError):
-        connect(directory, b"x" * 32)
-    with pytest.raises(AuthenticationError):
-        connect(directory, b"")
-    raw(directory, b"")
-    raw(directory, b"GET / HTTP/1.1\r\n\r\n" * 10)
-    raw(directory, b"\x00\x00\x00\x10" + bytes(16))
-    raw(directory, b"\x7f\xff\xff\xff")
-
-    for frame in (b"", b"garbage", os.urandom(300), b"FU\x00\x00\x00\x00\x00\x01\xc0"):
-        connection = connect(directory, key)
-        connection.send_bytes(frame)
-        with pytest.raises((EOFError, OSError)):
-            connection.recv_bytes()
-        connection.close()
-
-    oversized = connect(directory, key)
-    os.write(oversized.fileno(), b"\x7f\xff\xff\xff")
-    with pytest.raises((EOFError, OSError)):
-        oversized.recv_bytes()
-    oversized.close()
-    connect(directory, key).close()
-
-    for message in (Hello(version=VERSION + 1), Release(id=1)):
-        channel = Channel(connect(directory, key), ToClient)
-        channel.send(message)
-        reply, _ = channel.receive()
-        assert isinstance(reply, Failed) and reply.kind == "protocol"
-        assert f"expected Hello of protocol version {VERSION}" in reply.text
-        with pytest.raises((EOFError, OSError)):
-            channel.receive()
-        channel.close()
-
+def test_workers_of_another_version_are_told_so(new_pool, dev, monkeypatch):
+    """The pack was replaced on disk while this process runs: nothing but its restart helps."""
     with monkeypatch.context() as patch:
         patch.setattr(workers, "VERSION", VERSION + 1)
-        with pytest.raises(PoolError, match="another protocol version"):
+        pool = new_pool(1)
+        with pytest.raises(PoolError, match=r"did not start: they speak another protocol version: .*restart ComfyUI"):
             evaluate(pool, dev)
-
-    assert relative_difference(evaluate(pool, dev), expected) < 2e-5
-    assert pool.generation == 1 and isinstance(pool._workers.ready, Ready)
-    log = (directory / "pool.log").read_text()
-    assert "a client was refused" in log and "a client was dropped" in log
+    assert evaluate(pool, dev).isfinite().all()
 
 
 CLIENT = """

@@ -92,20 +92,19 @@ def test_a_cancel_takes_effect_within_two_evaluations(pool, dev, still_right, mo
     """Evaluations are made slow here, so that the step that is shown is the one that the workers have just done."""
     slow = inputs(SMALL, text=301, size=(64, 48))
     prompt = Prompt(slow.context, slow.y, slow.guidance)
-    channel, evaluated = pool._workers.channel, []
-    receive = channel.receive
+    link, evaluated = pool._workers._link, []
+    heard = link._heard
 
-    def recording_receive():
-        message, tensors = receive()
+    def recording(message):
         if isinstance(message, Step):
             evaluated.append(message.index)
-        return message, tensors
+        heard(message)
 
     def step(event, tensors):
         if event.index == 2:
             raise Interrupted
 
-    monkeypatch.setattr(channel, "receive", recording_receive)
+    monkeypatch.setattr(link, "_heard", recording)
     with pytest.raises(Interrupted):
         session(pool, dev).sample(slow.x, LONG, sampler="euler", positive=prompt, progress=Progress(step=step))
     assert evaluated in ([0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4])

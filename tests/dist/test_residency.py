@@ -7,15 +7,15 @@ import signal
 
 import pytest
 import torch
-from pools import GIVEN, LONG, PROMPT, evaluate, pids, sample, session, wait_until
-from support import REORDERED, SMALL, inputs, relative_difference, spec_of
+from pools import GIVEN, LONG, PROMPT, evaluate, pids, sample, session
+from support import REORDERED, SMALL, inputs, relative_difference, spec_of, wait_until
 
 from fastusp_backend.config import Layout
 from fastusp_backend.errors import Cancelled, RequestError
 from fastusp_backend.models.files import read_model
 from fastusp_backend.models.holding import rank_bytes
 from fastusp_backend.pool import Progress, Prompt
-from fastusp_backend.pool import pool as client
+from fastusp_backend.pool import following
 
 pytestmark = pytest.mark.dist
 
@@ -95,7 +95,7 @@ def test_a_cancelled_run_can_be_parked(pool, dev):
 def halted(pool, dev, monkeypatch):
     """A context in which rank 1 stands still, so that what is cancelled is left behind."""
     evaluate(pool, dev)
-    monkeypatch.setattr(client, "CANCEL_SECONDS", 0.0)
+    monkeypatch.setattr(following, "CANCEL_SECONDS", 0.0)
 
     @contextlib.contextmanager
     def context():
@@ -118,7 +118,7 @@ def test_weights_that_come_after_a_cancel_are_known(pool, dev, halted):
     with halted():
         leave_behind(pool, dev)
         assert pool.held.state == "none"
-    wait_until(lambda: pool.held.state == "resident" and pool._workers.left_behind is None, 20)
+    wait_until(lambda: pool.held.state == "resident" and not pool._workers.behind, 20)
     assert session(pool, dev).holds() and not pool.busy
     pool.park()
     assert pool.held.state == "parked"
@@ -132,7 +132,7 @@ def test_weights_that_come_after_a_cancel_leave_again(pool, dev, halted, residen
     with halted():
         leave_behind(pool, dev)
         over.settle()
-    wait_until(lambda: pool.held.state == state and pool._workers.left_behind is None, 20)
+    wait_until(lambda: pool.held.state == state and not pool._workers.behind, 20)
     assert sample(pool, dev).isfinite().all()
 
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fastusp_backend.comm.exchange import OutOfMemoryTogether
 from fastusp_backend.config import Layout, ModelSpec, Settings
 from fastusp_backend.errors import CheckpointError
 from fastusp_backend.protocol import Done, Evaluate, Failed, Park, Shutdown
@@ -83,9 +84,8 @@ class Engine:
     def held(self):
         return "9 GB of weights"
 
-    def denoiser(self, layout, settings):
+    def connect(self, layout, settings):
         self.meshes += 1
-        raise AssertionError("the other rank will never come")
 
 
 def serve(engine: Engine, other: str, tensors=()) -> Failed:
@@ -158,6 +158,22 @@ def test_an_evaluation_that_does_not_fit_drops_what_others_left_but_not_the_weig
     assert (engine.releases, engine.drops) == (0, 1)
 
 
+def test_a_lack_of_memory_on_one_rank_alone_while_a_mesh_is_made_ends_the_pool():
+    """The others wait for it in the mesh's exchanges: they would not come to be told."""
+    engine, crew = Engine(), Crew("")
+    engine.connect = fail(torch.OutOfMemoryError(CUDA_ALLOCATOR))
+    with pytest.raises(MemoryError, match="while it made room for an evaluation: it asked for 2.50 GiB, and held 9 GB"):
+        Runner(crew, engine, Control()).serve()
+
+
+def test_a_lack_of_memory_that_all_ranks_know_of_is_refused():
+    engine = Engine()
+    engine.connect = fail(OutOfMemoryTogether(1, "memory ran out on rank 1"))
+    failed = serve(engine, "")
+    assert (failed.kind, failed.rank, engine.drops) == ("out_of_memory", 1, 1)
+    assert failed.text.startswith("while it made room for an evaluation: memory ran out on rank 1, and held")
+
+
 def test_what_was_prepared_is_gone_when_evaluations_are_dropped():
     class Denoiser:
         def check(self, *_):
@@ -197,10 +213,10 @@ def test_a_lack_of_memory_within_an_evaluation_ends_the_pool_and_says_why():
 
 def test_tensors_that_do_not_fit_the_device_are_refused():
     """Once the mesh is made: the other ranks, whose tensors may fit, would wait there."""
-    engine, meshes = Engine(), []
-    engine.denoiser = lambda layout, _: meshes.append(layout)
+    engine = Engine()
+    engine.denoiser = lambda *_: None
     failed = serve(engine, "", {"y": SimpleNamespace(to=fail(torch.OutOfMemoryError(CUDA_ALLOCATOR)))})
-    assert meshes == [REQUEST.layout]
+    assert engine.meshes == 1
     assert failed.kind == "out_of_memory" and "made room for an evaluation: it asked for 2.50 GiB" in failed.text
 
 

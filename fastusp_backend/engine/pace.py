@@ -1,0 +1,48 @@
+"""How long evaluations of one kind take, so that one which takes far longer is noticed."""
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Iterator
+
+import torch
+
+from ..pulse import COLD_SECONDS
+
+SHORTEST_SECONDS = 12.0
+TIMES_LONGER = 4
+"""Than the longest of the last ones: other programs may take the processors, or heat slows them."""
+_KEPT = 8
+
+
+class Pace:
+    """Of the evaluations of one `Step`, which runs on `device`."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._seconds: deque[float] = deque(maxlen=_KEPT)
+        self._running: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+
+    @property
+    def limit(self) -> float:
+        """Seconds after which an evaluation that has not ended is taken for hung."""
+        if not self._seconds:
+            return COLD_SECONDS
+        return max(SHORTEST_SECONDS, TIMES_LONGER * max(self._seconds))
+
+    @contextlib.contextmanager
+    def measured(self) -> Iterator[None]:
+        """Takes the time of an evaluation which neither compiles nor captures. A GPU's is known when it has ended."""
+        if self._device.type == "cpu":
+            began = time.perf_counter()
+            yield
+            self._seconds.append(time.perf_counter() - began)
+            return
+        while self._running and self._running[0][1].query():
+            began, ended = self._running.popleft()
+            self._seconds.append(began.elapsed_time(ended) / 1000)
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        yield
+        ended.record()
+        self._running.append((began, ended))

@@ -1,0 +1,62 @@
+"""A request, from when it was sent to its end: what its caller hears of it, and how it is cancelled."""
+
+import time
+
+from ..errors import Cancelled, FastUSPError, PatchesLost, ProtocolError, RequestError
+from ..protocol import Cancel, Done, Failed, Held, Phase, Step
+from .kept import Tensors
+from .link import POLL_SECONDS
+from .progress import Progress, call
+from .workers import Workers
+
+CANCEL_SECONDS = 5.0
+"""How long a cancel waits for its answer. Loading and compiling do not hear it: the request is then left behind, and
+its late replies are dropped."""
+
+
+def follow(workers: Workers, number: int, progress: Progress) -> Tensors:
+    """Waits for the answer to request `number`, and gives its tensors.
+
+    Raises Cancelled, RequestError (refused), ProtocolError (one message was not understood; the request may run),
+    CallersOwn, or EOFError or OSError where the workers are gone.
+    """
+    cancelled_at = None
+    while True:
+        if cancelled_at is None and call(progress.interrupted):
+            workers.post(Cancel(id=number))
+            cancelled_at = time.monotonic()
+        received = workers.receive(POLL_SECONDS)
+        if received is None:
+            if not workers.alive:
+                raise EOFError
+            if cancelled_at is not None and time.monotonic() - cancelled_at > CANCEL_SECONDS:
+                workers.leave_behind(number)
+                raise Cancelled(f"request {number} was cancelled; the workers will come to it")
+            continue
+        message, tensors = received
+        if isinstance(message, Failed) and message.id is None:
+            raise ProtocolError(f"the workers refused a message: {message.text}")
+        if message.id != number or isinstance(message, Held):
+            continue  # the reply of a request that was given up, or what `Workers` has seen to
+        if isinstance(message, Step):
+            if cancelled_at is None:
+                call(progress.step, message, tensors)
+        elif isinstance(message, Phase):
+            call(progress.phase, message.text)
+        elif isinstance(message, Done):
+            return tensors
+        elif message.kind == "cancelled":
+            raise Cancelled(f"request {number} was cancelled")
+        elif message.kind == "out_of_memory":
+            device = workers.ready.devices[message.rank]
+            raise RequestError(f"rank {message.rank} ({device}) ran out of memory {message.text}")
+        else:
+            raise (PatchesLost if message.kind == "unpatched" else RequestError)(message.text)
+
+
+def cancel(workers: Workers, number: int) -> None:
+    """Cancels a request and waits for its end, so that the next one finds the ranks free."""
+    try:
+        follow(workers, number, Progress(interrupted=lambda: True))
+    except (FastUSPError, OSError, EOFError):
+        pass  # ended, one way or another; the caller's exception is what is raised

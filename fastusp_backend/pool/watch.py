@@ -1,0 +1,162 @@
+"""Which rank hangs: a look at the ranks' pulses and at their processes, now and then, while somebody waits for them.
+
+A rank hangs that was stopped, or that has not beaten for longer than it said it would take (`pulse`). Only time in
+which this process itself ran counts, so nobody hangs because a machine was suspended; and a rank that the system has
+read memory for since the last look gets on, however slowly.
+"""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from .. import pulse
+from ..worker.process import STACK_SIGNAL
+
+LOOK_SECONDS = 0.5
+STOPPED_SECONDS = 10.0
+START_SECONDS = 300.0
+BEHIND_SECONDS = 300.0
+"""How long workers that were told to stop may give no sign, however long they said that it would take: they may be
+compiling."""
+STACK_SECONDS = 2.0
+STACK_LINES = 12
+
+Awaited = Literal["start", "answer", "end of what was left behind"]
+
+_WAITING = ("torch/distributed/", "torch/cuda/streams.py", "/queue.py", "/threading.py")
+"""Files of Python's and torch's in which ranks wait for each other, for their GPUs, for requests."""
+
+
+class Suspicion(NamedTuple):
+    """Whom `Watch.look` takes for hung. ranks: empty where it is not plain who holds up the others."""
+
+    what: str
+    ranks: list[int]
+
+
+class Hang(NamedTuple):
+    """Who hangs, and in what: a cause for people, and lines that say where the ranks were."""
+
+    cause: str
+    stacks: list[str]
+
+
+@dataclass
+class _Rank:
+    sign: pulse.Sign | None = None
+    faults: int = 0
+    still: float = 0.0
+    stopped: float = 0.0
+
+
+class Watch:
+    """Of the ranks of one run directory."""
+
+    def __init__(self, directory: Path, ranks: int):
+        self._directory = directory
+        self._ranks = [_Rank() for _ in range(ranks)]
+        self._awaited: Awaited | None = None
+        self._waited = 0.0
+        self._last = time.monotonic()
+
+    def look(self, awaited: Awaited | None) -> Suspicion | None:
+        """Whether anybody hangs. awaited: what somebody waits for; only while that is something do ranks hang."""
+        now = time.monotonic()
+        passed, self._last = min(now - self._last, 2 * LOOK_SECONDS), now
+        if awaited != self._awaited:
+            self._awaited, self._waited = awaited, 0.0
+            for rank in self._ranks:
+                rank.still = rank.stopped = 0.0
+        if awaited is None:
+            return None
+        self._waited += passed
+        for number, rank in enumerate(self._ranks):
+            self._look_at(number, rank, passed)
+        return self._judge()
+
+    def where(self) -> list[str]:
+        """Lines that say where the ranks are."""
+        return self._lines(self._stacks(), range(len(self._ranks)))
+
+    def _stacks(self) -> list[list[str]]:
+        """Every rank's stack, innermost first, empty where it does not tell. What was stopped goes on to do so."""
+        for number, rank in enumerate(self._ranks):
+            rank.sign = pulse.read(self._directory / f"pulse-{number}")
+        files = [self._directory / f"stack-{number}" for number in range(len(self._ranks))]
+        sizes = [file.stat().st_size if file.exists() else 0 for file in files]
+        asked = []
+        for number, rank in enumerate(self._ranks):
+            if rank.sign is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(rank.sign.pid, STACK_SIGNAL)
+                    os.kill(rank.sign.pid, signal.SIGCONT)
+                    asked.append(number)
+        deadline = time.monotonic() + STACK_SECONDS
+        while time.monotonic() < deadline and any(files[n].stat().st_size == sizes[n] for n in asked):
+            time.sleep(0.02)
+        time.sleep(0.05)  # a stack is written line by line
+        told = [[] for _ in files]
+        for number in asked:
+            text = files[number].read_text(errors="replace")[sizes[number] :]
+            main = text.rpartition("most recent call first")[2]  # the oldest thread comes last
+            told[number] = [line.strip() for line in main.splitlines() if line.startswith("  File")]
+        return told
+
+    def _look_at(self, number: int, rank: _Rank, passed: float) -> None:
+        sign = pulse.read(self._directory / f"pulse-{number}")
+        if sign is None:
+            return
+        state, faults = _process(sign.pid)
+        same = rank.sign is not None and (sign.count, faults) == (rank.sign.count, rank.faults)
+        rank.still = rank.still + passed if same else 0.0
+        rank.stopped = rank.stopped + passed if state == "T" else 0.0
+        rank.sign, rank.faults = sign, faults
+
+    def _judge(self) -> Suspicion | None:
+        stopped = [n for n, rank in enumerate(self._ranks) if rank.stopped >= STOPPED_SECONDS]
+        if stopped:
+            return Suspicion("was stopped (SIGSTOP, Ctrl-Z)", stopped)
+        if self._awaited == "start":
+            late = self._waited >= START_SECONDS
+            return Suspicion(f"did not stand after {START_SECONDS:.0f} s", []) if late else None
+        most = BEHIND_SECONDS if self._awaited != "answer" else float("inf")
+        if any(rank.sign is None or rank.still < min(rank.sign.seconds, most) for rank in self._ranks):
+            return None
+        return Suspicion(f"made no headway for {min(rank.still for rank in self._ranks):.0f} s", [])
+
+    def accuse(self, suspicion: Suspicion) -> Hang:
+        """Who it is and where they are; those that wait for nobody, where it is not known. The ranks may do anything
+        afterwards but answer well."""
+        stacks, everybody = self._stacks(), range(len(self._ranks))
+        ranks = suspicion.ranks or [n for n in everybody if stacks[n] and not _waits(stacks[n])] or list(everybody)
+        signs = [(n, self._ranks[n].sign) for n in ranks]
+        names = [f"rank {n}" + (f" (process {sign.pid})" if sign else "") for n, sign in signs]
+        doing = signs[0][1].doing if signs[0][1] else "before it said anything"
+        return Hang(f"{' and '.join(names)} {suspicion.what} {doing}", self._lines(stacks, ranks))
+
+    def _lines(self, stacks: list[list[str]], full: Sequence[int]) -> list[str]:
+        lines = []
+        for number, stack in enumerate(stacks):
+            shown = stack[: STACK_LINES if number in full else 1]
+            lines += [f"Rank {number} was in:" if shown else f"Rank {number} did not say where it was"]
+            lines += [f"  {line}" for line in shown]
+        return lines
+
+
+def _waits(stack: list[str]) -> bool:
+    return any(file in stack[0] for file in _WAITING)
+
+
+def _process(pid: int) -> tuple[str, int]:
+    """(state, pages that were read from a disk) of a process; none of either where the system does not tell."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return "", 0
+    fields = stat.rpartition(")")[2].split()
+    return fields[0], int(fields[9])

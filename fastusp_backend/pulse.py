@@ -1,0 +1,95 @@
+"""How a rank shows that it gets on: a small file in its pool's run directory, mapped by it and read by the pool.
+
+A rank counts what it has done and says by when it will have done more. Nothing is sent for that, so it costs nothing,
+and a rank that has stopped, or waits for one that has, shows it by saying nothing.
+"""
+
+import mmap
+import os
+import struct
+from pathlib import Path
+from typing import NamedTuple
+
+_NUMBERS = struct.Struct("=Qd")
+_TEXT = slice(_NUMBERS.size + 8, 128)  # behind the process' id
+_BYTES = 4096
+
+COLD_SECONDS = 1800.0
+"""How long a rank may take from beat to beat where nothing is known of its pace: one block of an image of 4096 x 4096
+on CPUs, the compiling of one."""
+USUAL_SECONDS = 600.0
+"""The same for what is done in small parts: reading a tensor, patching a weight, making a group of ranks."""
+
+
+class Sign(NamedTuple):
+    """What a rank last showed. count: of its beats; seconds: by when the next one is due; doing: what it is at, as in
+    worker/memory.py."""
+
+    pid: int
+    count: int
+    seconds: float
+    doing: str
+
+
+class Pulse:
+    """A rank's end. Without a path it shows itself to nobody: in the host, in tests."""
+
+    def __init__(self, path: Path | None = None):
+        """Makes the file. Raises OSError where there is no room for it."""
+        self._count = 0
+        self._seconds = COLD_SECONDS
+        if path is None:
+            self._memory = bytearray(_BYTES)
+            return
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(fd, 0, _BYTES)  # a page that finds no room when it is written to ends the process
+            self._memory = mmap.mmap(fd, _BYTES)
+        finally:
+            os.close(fd)
+        struct.pack_into("=Q", self._memory, _NUMBERS.size, os.getpid())
+        self.beat()
+
+    def beat(self, seconds: float | None = None) -> None:
+        """Something is done; the next beat comes within `seconds`, or in the time that was said last."""
+        self._count += 1
+        if seconds is not None:
+            self._seconds = seconds
+        _NUMBERS.pack_into(self._memory, 0, self._count, self._seconds)
+
+    def turn_to(self, doing: str) -> None:
+        """What the rank is at from now on."""
+        text = doing.encode()[: _TEXT.stop - _TEXT.start]
+        self._memory[_TEXT] = text.ljust(_TEXT.stop - _TEXT.start, b"\0")
+
+
+_own = Pulse()
+
+
+def start(path: Path) -> None:
+    """Has this process, a rank, show its pulse in a file. Raises OSError."""
+    global _own
+    _own = Pulse(path)
+
+
+def beat(seconds: float | None = None) -> None:
+    """This process' `Pulse.beat`."""
+    _own.beat(seconds)
+
+
+def turn_to(doing: str) -> None:
+    """This process' `Pulse.turn_to`."""
+    _own.turn_to(doing)
+
+
+def read(path: Path) -> Sign | None:
+    """What a rank shows in its file; None before it has made one."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    if len(data) < _BYTES:
+        return None  # it is being made
+    count, seconds = _NUMBERS.unpack_from(data)
+    (pid,) = struct.unpack_from("=Q", data, _NUMBERS.size)
+    return Sign(pid, count, seconds, data[_TEXT].rstrip(b"\0").decode(errors="replace")) if pid else None

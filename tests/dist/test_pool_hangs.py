@@ -1,0 +1,203 @@
+"""Workers that stand still or loop are found, named and replaced, and Stop is heard meanwhile."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from pools import GIVEN, LONG, PROMPT, Stopwatch, evaluate, pids, processes_of, run_dir, sample, session
+from support import SMALL, inputs, wait_until
+
+from fastusp_backend.devices import Devices
+from fastusp_backend.errors import Cancelled, PoolError
+from fastusp_backend.pool import Pool, Progress, Prompt, following, watch
+from fastusp_backend.protocol import channel
+
+pytestmark = pytest.mark.dist
+
+LOOPS = """
+import signal
+
+def loop(number, frame):
+    while True:
+        pass
+
+signal.signal(signal.SIGUSR2, loop)
+"""
+"""Has every process loop in its main thread on a signal, wherever it is."""
+
+
+@pytest.fixture(scope="module")
+def mortal(run_dirs, tmp_path_factory):
+    """A pool whose processes these tests halt; the next request starts new ones."""
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "sitecustomize.py").write_text(LOOPS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder))
+        pool = Pool(Devices(ranks=2))
+        yield pool
+        pool.close()
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(watch, "STOPPED_SECONDS", 1.5)
+
+
+@pytest.fixture
+def right(mortal, dev, impatient):
+    """What comes before the test comes after it too, from other workers."""
+    expected, before, directory = evaluate(mortal, dev), pids(mortal), run_dir(mortal)
+    yield
+    assert torch.equal(evaluate(mortal, dev), expected)
+    assert not set(pids(mortal)) & set(before) and not directory.exists() and not processes_of(directory)
+    assert mortal.status()["state"] == "idle" and "error" not in mortal.status()
+
+
+def in_step(victim: int, number: int, pool: Pool):
+    """A Progress that signals a rank in its third step. watches: from then on."""
+    watches = []
+
+    def step(event, tensors):
+        if event.index == 2:
+            os.kill(pids(pool)[victim], number)
+            watches.append(Stopwatch())
+
+    return Progress(step=step), watches
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_stopped_in_a_step(mortal, dev, right, victim):
+    pid = pids(mortal)[victim]
+    progress, watches = in_step(victim, signal.SIGSTOP, mortal)
+    with pytest.raises(PoolError) as failure:
+        sample(mortal, dev, LONG, progress)
+    assert watches[0].seconds < 10
+    text = str(failure.value)
+    assert f"stopped while a prompt ran: rank {victim} (process {pid}) was stopped (SIGSTOP, Ctrl-Z) while it" in text
+    assert f"Rank {victim} was in:\n  File" in text and "/fastusp_backend/" in text
+    assert "The next prompt starts new ones" in text and mortal.status()["error"] == text
+    assert mortal.status()["state"] == "off"
+
+
+def test_a_rank_that_loops_in_a_step(mortal, dev, right):
+    """With the true limits: a step of these takes milliseconds."""
+    pid = pids(mortal)[1]
+    progress, watches = in_step(1, signal.SIGUSR2, mortal)
+    with pytest.raises(PoolError) as failure:
+        sample(mortal, dev, LONG, progress)
+    assert watches[0].seconds < 15
+    text = str(failure.value)
+    assert f"rank 1 (process {pid}) made no headway for 12 s while it evaluated the model" in text
+    assert "Rank 1 was in:\n  File" in text and "in loop" in text
+
+
+def test_stop_and_the_next_prompt(mortal, dev, right, monkeypatch, caplog):
+    """What hangs at a prompt that was stopped is no error of the next one."""
+    monkeypatch.setattr(following, "CANCEL_SECONDS", 0.5)
+    progress, watches = in_step(1, signal.SIGSTOP, mortal)
+    stopping = Progress(step=progress.step, interrupted=lambda: bool(watches))
+    with pytest.raises(Cancelled):
+        sample(mortal, dev, LONG, stopping)
+    assert watches[0].seconds < 1.5 and mortal.status()["state"] == "stopping"
+    phases = []
+    sample(mortal, dev, progress=Progress(phase=phases.append))
+    assert phases[:2] == ["waiting for the workers to end what was stopped", "starting 2 worker(s) on cpu:2"]
+    assert "stopped at what was cancelled: rank 1 (process" in caplog.text
+
+
+def test_stop_is_heard_by_the_prompt_that_waits_for_a_stopped_one(mortal, dev, right, monkeypatch):
+    monkeypatch.setattr(following, "CANCEL_SECONDS", 0.0)
+    progress, watches = in_step(0, signal.SIGSTOP, mortal)
+    with pytest.raises(Cancelled):
+        sample(mortal, dev, LONG, Progress(step=progress.step, interrupted=lambda: bool(watches)))
+    with pytest.raises(Cancelled, match="before the workers had the request"):
+        sample(mortal, dev, progress=Progress(interrupted=lambda: True))
+    assert watches[0].seconds < 1.5
+    wait_until(lambda: mortal.status()["state"] == "off", 10)  # found though nobody asks
+    assert "was stopped" in mortal.status()["error"]
+
+
+def test_stop_is_heard_while_a_request_is_sent(mortal, dev, right, monkeypatch):
+    """Rank 0 does not read, and the tensors, inline, are more than the socket takes."""
+    monkeypatch.setattr(following, "CANCEL_SECONDS", 0.2)
+    monkeypatch.setattr(channel, "INLINE_LIMIT", 1 << 30)
+    large = inputs(SMALL, text=20_000, size=(8, 6))
+    os.kill(pids(mortal)[0], signal.SIGSTOP)
+    watch, asked = Stopwatch(), []
+
+    def interrupted():
+        asked.append(watch.seconds)
+        return asked[-1] > 0.3
+
+    with pytest.raises(Cancelled):
+        session(mortal, dev).evaluate(
+            large.x, large.timestep, Prompt(large.context, large.y, large.guidance), Progress(interrupted=interrupted)
+        )
+    assert watch.seconds < 1.5 and mortal.status()["state"] == "stopping"
+
+
+def test_an_order_that_hung_workers_do_not_follow(mortal, dev, right):
+    os.kill(pids(mortal)[1], signal.SIGSTOP)
+    with pytest.raises(PoolError, match="stopped while no prompt ran: rank 1 .* was stopped"):
+        mortal.release()
+    assert not mortal.busy
+
+
+def test_a_rank_that_is_stopped_while_it_starts(new_pool, dev, impatient):
+    pool = new_pool(2)
+    shown = Path(run_dir(pool)) / "pulse-0"
+    wait_until(shown.exists, 60)
+    os.kill(int.from_bytes(shown.read_bytes()[16:24], "little"), signal.SIGSTOP)
+    watch = Stopwatch()
+    with pytest.raises(Cancelled):
+        sample(pool, dev, progress=Progress(interrupted=lambda: watch.seconds > 0.3))
+    with pytest.raises(PoolError, match="did not start: rank 0 .* was stopped"):
+        sample(pool, dev)
+    assert watch.seconds < 10
+    assert sample(pool, dev).isfinite().all()
+
+
+def test_stop_is_heard_by_who_waits_for_another_thread(mortal, dev):
+    """One that hangs until it is found."""
+    evaluate(mortal, dev)
+    started = threading.Event()
+    going = True
+
+    def first():
+        with pytest.raises(Cancelled):
+            sample(mortal, dev, LONG, Progress(step=lambda *_: started.set(), interrupted=lambda: not going))
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    try:
+        assert started.wait(20)
+        for ask in (lambda p: sample(mortal, dev, progress=p), lambda p: one_evaluation(mortal, dev, p)):
+            watch = Stopwatch()
+            with pytest.raises(Cancelled):
+                ask(Progress(interrupted=lambda watch=watch: watch.seconds > 0.2))
+            assert watch.seconds < 1
+    finally:
+        going = False
+        thread.join()
+
+
+def one_evaluation(pool, dev, progress):
+    return session(pool, dev).evaluate(GIVEN.x, GIVEN.timestep, PROMPT, progress)
+
+
+def test_ctrl_c_leaves_no_half_frame(mortal, dev):
+    """It comes wherever the main thread is; the workers stay, and the next prompt is right."""
+    expected, before = sample(mortal, dev), pids(mortal)
+    for n in range(12):
+        timer = threading.Timer(0.002 + 0.004 * n, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        with pytest.raises((KeyboardInterrupt, Cancelled)):
+            while True:
+                sample(mortal, dev)
+        timer.join()
+        time.sleep(0.01)
+    assert torch.equal(sample(mortal, dev), expected) and pids(mortal) == before

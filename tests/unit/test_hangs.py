@@ -1,0 +1,226 @@
+"""Who hangs and who is merely slow, by what ranks show of themselves."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from support import wait_until
+
+from fastusp_backend import pulse
+from fastusp_backend.engine import pace
+from fastusp_backend.engine.pace import Pace
+from fastusp_backend.pool import watch
+from fastusp_backend.pool.watch import BEHIND_SECONDS, LOOK_SECONDS, START_SECONDS, STOPPED_SECONDS, Watch
+from fastusp_backend.pulse import COLD_SECONDS, Pulse
+
+pytestmark = pytest.mark.unit
+
+DOING = "while it evaluated the model"
+THERE = '  File "/pack/models/flux.py", line 7 in forward'
+OTHER = '  File "/pack/worker/control.py", line 8 in _write'
+WAITS = '  File "/lib/torch/distributed/distributed_c10d.py", line 9 in broadcast'
+
+
+class Ranks:
+    """Two ranks that exist in their files alone, and a clock. states, faults: what the system says of each."""
+
+    def __init__(self, folder, monkeypatch):
+        self.folder, self.now = folder, 100.0
+        self.states, self.faults, self.asked = ["R", "R"], [0, 0], []
+        self.stacks = [WAITS, THERE]
+        self.pulses = []
+        for n in range(2):
+            self.pulses.append(Pulse(folder / f"pulse-{n}"))
+            self.pulses[n].turn_to(DOING)
+            (folder / f"stack-{n}").touch()
+        monkeypatch.setattr(watch.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(watch, "_process", lambda pid: (self.states[pid], self.faults[pid]))
+        real = pulse.read
+        monkeypatch.setattr(pulse, "read", lambda path: real(path)._replace(pid=int(path.name[-1])))
+        monkeypatch.setattr(watch.os, "kill", self._kill)
+        monkeypatch.setattr(watch.time, "sleep", lambda seconds: None)
+        self.watch = Watch(folder, 2)
+
+    def _kill(self, pid, number):
+        self.asked.append((pid, number))
+        if number == watch.STACK_SIGNAL:
+            with open(self.folder / f"stack-{pid}", "a") as file:
+                file.write(
+                    f"Thread 0x2 (most recent call first):\n{OTHER}\n\nCurrent thread 0x1 (most recent call first):\n"
+                    f"{self.stacks[pid]}\n"
+                )
+
+    def look(self, seconds, awaited="answer"):
+        """Looks as the pool does, for some seconds or until somebody hangs."""
+        for _ in range(round(seconds / LOOK_SECONDS)):
+            self.now += LOOK_SECONDS
+            if suspicion := self.watch.look(awaited):
+                return self.watch.accuse(suspicion)
+        return None
+
+
+@pytest.fixture
+def ranks(tmp_path, monkeypatch):
+    return Ranks(tmp_path, monkeypatch)
+
+
+def beat(ranks, seconds=12.0, which=(0, 1)):
+    for n in which:
+        ranks.pulses[n].beat(seconds)
+
+
+def test_a_stopped_rank_is_named_with_what_it_was_in(ranks):
+    ranks.states[1] = "T"
+    assert ranks.look(STOPPED_SECONDS - 1) is None
+    hang = ranks.look(2)
+    assert hang.cause == f"rank 1 (process 1) was stopped (SIGSTOP, Ctrl-Z) {DOING}"
+    assert [line.strip() for line in hang.stacks] == ["Rank 0 was in:", WAITS.strip(), "Rank 1 was in:", THERE.strip()]
+    assert (1, signal.SIGCONT) in ranks.asked  # or it would not say where it is
+
+
+def test_a_rank_that_goes_on_in_time_does_not_hang(ranks):
+    ranks.states[1] = "T"
+    assert ranks.look(STOPPED_SECONDS - 1) is None
+    ranks.states[1] = "S"
+    assert ranks.look(1) is None
+    ranks.states[1] = "T"
+    assert ranks.look(STOPPED_SECONDS - 1) is None
+
+
+def test_who_waits_for_nobody_is_blamed(ranks):
+    beat(ranks, 12)
+    assert ranks.look(11) is None
+    hang = ranks.look(3)
+    assert hang.cause == f"rank 1 (process 1) made no headway for 12 s {DOING}"
+    assert [line.strip() for line in hang.stacks] == ["Rank 0 was in:", WAITS.strip(), "Rank 1 was in:", THERE.strip()]
+
+
+def test_where_all_wait_all_are_named(ranks):
+    ranks.stacks[1] = WAITS
+    beat(ranks, 12)
+    assert ranks.look(14).cause.startswith("rank 0 (process 0) and rank 1 (process 1) made no headway")
+
+
+def test_a_rank_that_does_not_tell_its_stack(ranks, monkeypatch):
+    monkeypatch.setattr(watch.os, "kill", lambda pid, number: None)
+    monkeypatch.setattr(watch, "STACK_SECONDS", 0)
+    beat(ranks, 12)
+    assert ranks.look(14).stacks == [f"Rank {n} did not say where it was" for n in (0, 1)]
+
+
+def test_beats_are_headway(ranks):
+    for _ in range(10):
+        beat(ranks, 12)
+        assert ranks.look(11) is None
+
+
+def test_nobody_hangs_while_one_gets_on(ranks):
+    beat(ranks, 12)
+    for _ in range(10):
+        beat(ranks, 12, which=[1])
+        assert ranks.look(11) is None
+
+
+def test_each_rank_says_how_long_it_takes(ranks):
+    beat(ranks, 12, which=[0])
+    beat(ranks, COLD_SECONDS, which=[1])
+    assert ranks.look(COLD_SECONDS - 1) is None
+    assert ranks.look(2) is not None
+
+
+def test_reading_from_a_disk_is_headway(ranks):
+    """As when the machine swaps."""
+    beat(ranks, 12)
+    for _ in range(10):
+        ranks.faults[1] += 1
+        assert ranks.look(11) is None
+
+
+@pytest.mark.parametrize("awaited", [None, "answer"])
+def test_who_is_not_waited_for_does_not_hang(ranks, awaited):
+    ranks.states[0] = "T"
+    beat(ranks, 12)
+    assert ranks.look(1000, None) is None
+    assert ranks.look(9, awaited) is None
+
+
+def test_time_in_which_nobody_looked_does_not_count(ranks):
+    """The machine was suspended, or this process was stopped."""
+    beat(ranks, 12)
+    ranks.states[1] = "T"
+    for _ in range(8):
+        ranks.now += 3600
+        assert ranks.look(LOOK_SECONDS) is None
+
+
+def test_what_was_left_behind_may_take_so_long(ranks):
+    beat(ranks, COLD_SECONDS)
+    assert ranks.look(BEHIND_SECONDS - 1, "end of what was left behind") is None
+    assert ranks.look(2, "end of what was left behind") is not None
+
+
+def test_a_start_has_a_limit(ranks):
+    for _ in range(10):
+        beat(ranks, 12)
+        assert ranks.look(START_SECONDS / 10 - 1, "start") is None
+    assert ranks.look(15, "start").cause.startswith("rank 1 (process 1) did not stand after 300 s")
+
+
+def test_ranks_that_show_nothing_yet_do_not_hang(tmp_path):
+    looker = Watch(tmp_path, 2)
+    assert looker.look("start") is None and looker.look("answer") is None
+    assert looker.where() == [f"Rank {n} did not say where it was" for n in (0, 1)]
+
+
+PROGRAM = """
+import sys, time
+from pathlib import Path
+from fastusp_backend.worker.process import show_pulse
+from fastusp_backend.pulse import beat, turn_to
+def here():
+    print("there", flush=True)
+    while True:
+        pass
+show_pulse(Path(sys.argv[1]), 0)
+turn_to("while it span")
+here()
+"""
+
+
+def test_a_process_that_spins_tells_where(tmp_path):
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout.readline() == b"there\n"
+            sign = pulse.read(tmp_path / "pulse-0")
+            assert (sign.pid, sign.doing) == (process.pid, "while it span")
+            looker = Watch(tmp_path, 1)
+            os.kill(process.pid, signal.SIGSTOP)
+            wait_until(lambda: watch._process(process.pid)[0] == "T", 5)
+            assert "in here" in looker.where()[1]
+            assert process.poll() is None and watch._process(process.pid)[0] != "T"
+        finally:
+            process.kill()
+
+
+def test_a_pulse_without_room_is_refused_when_it_is_made(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space"):
+        Pulse(tmp_path / "pulse-0")
+
+
+def test_the_pace_of_a_step_is_known_when_it_was_taken():
+    steady = Pace(torch.device("cpu"))
+    assert steady.limit == COLD_SECONDS
+    with steady.measured():
+        time.sleep(0.01)
+    assert steady.limit == pace.SHORTEST_SECONDS
+    steady._seconds.append(100.0)
+    assert steady.limit == 100.0 * pace.TIMES_LONGER
