@@ -63,6 +63,8 @@ class Workers:
         self.channel: Channel | None = None
         self._unread: int | None = None  # the last evaluation, until its answer says that its tensors were read
         self._process: subprocess.Popen | None = None
+        self._not_started: OSError | None = None
+        self._killed = False
         self._started = threading.Event()
         self._ended = threading.Event()
         # Linux sends the parent-death signal when the *thread* that started a child ends, so one thread starts
@@ -94,6 +96,8 @@ class Workers:
                 )
             self._started.set()
             self._process.wait()
+        except OSError as error:
+            self._not_started = error
         finally:
             self._ended.set()
             self._started.set()
@@ -159,6 +163,7 @@ class Workers:
     def kill(self) -> None:
         """Ends all processes at once: the ranks die with torchrun."""
         if self._process is not None and self.alive:
+            self._killed = True
             self._process.send_signal(signal.SIGKILL)
             self._ended.wait(10)
         self._wait_for_ranks()
@@ -179,9 +184,12 @@ class Workers:
 
     def failure(self, event: str) -> PoolError:
         """Why the workers ended: the rank that failed first, its error or signal, and the last log lines."""
-        directory, code = self.run_dir.path, self._process.returncode if self._process else None
-        otherwise = "its processes still run" if self.alive else f"torchrun ended with exit code {code}"
-        cause, lines = find_cause(directory, otherwise), last_log_lines(directory)
+        directory = self.run_dir.path
+        if self._process is None:
+            cause = f"torchrun could not be started: {self._not_started}"
+        else:
+            cause = find_cause(directory, self._process, self._killed)
+        lines = last_log_lines(directory)
         log = "\nLast log lines:\n" + "\n".join(f"  {line}" for line in lines) if lines else ""
         return PoolError(
             f"The FastUSP workers on {self.devices} {event}: {cause}. The next prompt starts new ones.{log}"

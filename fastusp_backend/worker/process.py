@@ -4,6 +4,7 @@ import ctypes
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -13,6 +14,15 @@ RUN_DIR_VARIABLE = "FASTUSP_RUN_DIR"
 PARENT_VARIABLE = "FASTUSP_PARENT_PID"
 
 _PR_SET_PDEATHSIG = 1
+
+_PEER_LOST = re.compile(
+    r"closed by (remote )?peer|peer closed|reset by peer|broken pipe|connection refused|socket (\w+ )?closed"  # gloo
+    r"|pair closure|timed out|timeout"
+    r"|connection was likely closed|recvvalue failed|sendbytes failed"  # torch's store
+    r"|remoteerror|remote process|communicator was aborted|destroyed communicator",  # NCCL
+    re.IGNORECASE,
+)
+"""How gloo's TCP transport, torch's store and NCCL say that another process is gone, or does not come."""
 
 
 def die_with_parent(parent: int) -> None:
@@ -52,6 +62,7 @@ def log_to_pool(run_dir: Path, rank: int) -> None:
 def record_failure(run_dir: Path, rank: int, error: BaseException) -> None:
     """Leaves why this rank ends, for the client to find: failure-<rank>.json."""
     text = f"{type(error).__name__}: {error}"
-    lost = isinstance(error, RuntimeError) and any(x in str(error) for x in ("Connection closed", "Connection reset"))
+    own = not isinstance(error, RuntimeError) or str(error).startswith("CUDA error")  # also of a launch that timed out
+    lost = not own and _PEER_LOST.search(str(error)) is not None
     record = {"rank": rank, "text": text, "peer_lost": lost, "time": time.time()}
     (run_dir / f"failure-{rank}.json").write_text(json.dumps(record), encoding="utf-8")
