@@ -1,6 +1,7 @@
 """Why a generation of workers ended, from what it left in its run directory: exit codes, records of failures, logs."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -53,6 +54,17 @@ def _end(who: str, pid: int, code: int) -> str:
     return f"{who} (process {pid}) was ended by {name}{_HINTS.get(name, '')}"
 
 
+def full_disk(directory: Path) -> str:
+    """What to add where nothing more can be written to a run directory: records of failures may lack in it."""
+    try:
+        disk = os.statvfs(directory)
+    except FileNotFoundError:
+        return ""  # the pool was closed meanwhile
+    if disk.f_bavail and (disk.f_favail or not disk.f_files):  # no files: a system that does not count them
+        return ""
+    return f" (free space and inodes, or set TMPDIR to another directory: nothing more can be written to {directory})"
+
+
 def last_log_lines(directory: Path) -> list[str]:
     """The last lines of the ranks' log, or else torchrun's, and of what the ranks printed."""
     lines = []
@@ -87,12 +99,12 @@ def printed_lines(directory: Path) -> list[str]:
 def _read_json(path: Path):
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None  # absent, or its writer died in the middle of it
+    except (OSError, json.JSONDecodeError):
+        return None  # absent, or its writer died in the middle of it; or this process can open no file
 
 
 def _tail(path: Path, count: int = LOG_LINES) -> list[str]:
     try:
         return path.read_text(encoding="utf-8", errors="replace").splitlines()[-count:]
-    except FileNotFoundError:
+    except OSError:
         return []

@@ -19,7 +19,7 @@ from ..errors import PoolError
 from ..protocol import VERSION, Channel, Done, Evaluate, Failed, Held, Hello, Message, Ready, Release, Sample, Unmap
 from ..protocol.messages import ToClient
 from ..worker.process import PARENT_VARIABLE, RUN_DIR_VARIABLE
-from .cause import find_cause, last_log_lines
+from .cause import find_cause, full_disk, last_log_lines
 from .rundir import RunDir
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
@@ -189,6 +189,7 @@ class Workers:
             cause = f"torchrun could not be started: {self._not_started}"
         else:
             cause = find_cause(directory, self._process, self._killed)
+        cause += full_disk(directory)
         lines = last_log_lines(directory)
         log = "\nLast log lines:\n" + "\n".join(f"  {line}" for line in lines) if lines else ""
         return PoolError(

@@ -9,7 +9,8 @@ import torch
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from fastusp_backend.pool.cause import LOG_LINES, find_cause, printed_lines
+from fastusp_backend.pool import cause
+from fastusp_backend.pool.cause import LOG_LINES, find_cause, full_disk, printed_lines
 from fastusp_backend.worker import launch
 from fastusp_backend.worker.process import PARENT_VARIABLE, RUN_DIR_VARIABLE, record_failure
 
@@ -70,6 +71,16 @@ def test_what_ends_all_ranks_at_once_goes_before_a_rank_that_lost_another(tmp_pa
     assert find_cause(tmp_path, torchrun, killed).startswith(expected)
     record_failure(tmp_path, 1, OWN)
     assert find_cause(tmp_path, torchrun, killed) == "rank 1 failed with ValueError: no such thing"
+
+
+@pytest.mark.parametrize("left, full", [((1, 9, 5), False), ((1, 0, 0), False), ((0, 9, 5), True), ((1, 9, 0), True)])
+def test_a_full_disk_is_told(tmp_path, monkeypatch, left, full):
+    blocks, files, free = left
+    disk = SimpleNamespace(f_bavail=blocks, f_files=files, f_favail=free)
+    monkeypatch.setattr(cause.os, "statvfs", lambda path: disk)
+    assert ("set TMPDIR" in full_disk(tmp_path) and str(tmp_path) in full_disk(tmp_path)) is full
+    monkeypatch.undo()
+    assert full_disk(tmp_path / "removed") == ""
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The client's bookkeeping: kept tensors, what a session sends after failures, the workers' environment."""
 
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from fastusp_backend import devices
 from fastusp_backend.config import Layout, ModelSpec, Settings
 from fastusp_backend.devices import Devices, Gpu
 from fastusp_backend.environment import inherited
-from fastusp_backend.errors import Cancelled, DeviceError, RequestError
+from fastusp_backend.errors import Cancelled, DeviceError, PoolError, RequestError
 from fastusp_backend.pool import workers
 from fastusp_backend.pool.kept import KEPT_TENSORS, KeptTensors
 from fastusp_backend.pool.patches import HeldPatches
@@ -237,3 +238,16 @@ def test_gpus_are_handed_down_by_uuid(tmp_path, monkeypatch):
     assert env["FASTUSP_DEVICE_TYPE"] == "cuda" and env["CUDA_VISIBLE_DEVICES"] == "GPU-3,GPU-1"
     with pytest.raises(DeviceError, match="GPU 7 does not exist"):
         workers.Workers(Devices(ranks=1, gpus=(7,)))
+
+
+def test_torchrun_that_cannot_be_started_is_told(tmp_path, monkeypatch):
+    def full_disk(path, *_):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(workers, "open", full_disk, raising=False)
+    started = workers.Workers(Devices(ranks=1))
+    with pytest.raises(PoolError, match="did not start: torchrun could not be started: .*No space left.*torchrun.log"):
+        started.try_connect()
+    started.dispose()
+    assert not started.run_dir.path.exists()
