@@ -68,7 +68,7 @@ def full_disk(directory: Path) -> str:
 def last_log_lines(directory: Path) -> list[str]:
     """The last lines of the ranks' log, or else torchrun's, and of what the ranks printed."""
     lines = []
-    for line in _tail(directory / "pool.log"):
+    for line in (_tail(directory / "pool.log.1") + _tail(directory / "pool.log"))[-LOG_LINES:]:
         try:
             record = json.loads(line)
         except json.JSONDecodeError:

@@ -1,17 +1,22 @@
 """What a worker process needs of its operating system: to die with its parent, and to leave a trace when it fails."""
 
 import ctypes
+import fcntl
 import json
-import logging
+import logging.handlers
 import os
 import re
 import signal
+import stat
 import sys
 import time
 from pathlib import Path
 
 RUN_DIR_VARIABLE = "FASTUSP_RUN_DIR"
 PARENT_VARIABLE = "FASTUSP_PARENT_PID"
+
+LOG_BYTES = 1 << 20
+"""Of the pool's log, beside the one before it, and of what a rank prints to one of its streams."""
 
 _PR_SET_PDEATHSIG = 1
 
@@ -52,10 +57,44 @@ class _JsonLines(logging.Formatter):
         return json.dumps(line)
 
 
+class _PoolLog(logging.handlers.WatchedFileHandler):
+    """Appends to the log that all ranks share, and bounds it: rank 0 puts a full one aside, in place of the one before,
+    and the others, who write to where the path leads, follow. With each record the files that this process prints to
+    are bounded as well. printed: their descriptors."""
+
+    def __init__(self, path: Path, rank: int, printed: tuple[int, ...]):
+        super().__init__(path, mode="a", encoding="utf-8")
+        self.setFormatter(_JsonLines(rank))
+        self._first, self._printed = rank == 0, printed
+        for fd in printed:  # or it would go on behind what was cut off
+            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_APPEND)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            if self._first and os.stat(self.baseFilename).st_size > LOG_BYTES:
+                os.replace(self.baseFilename, f"{self.baseFilename}.1")
+            super().emit(record)
+            for fd in self._printed:
+                _cut(fd)
+        except OSError:
+            self.handleError(record)
+
+
+def _cut(fd: int) -> None:
+    """Leaves the newest half of what may lie in a file that is appended to."""
+    info = os.fstat(fd)
+    if not stat.S_ISREG(info.st_mode) or info.st_size <= LOG_BYTES:
+        return
+    with open(f"/proc/self/fd/{fd}", "rb") as file:
+        file.seek(-LOG_BYTES // 2, os.SEEK_END)
+        newest = file.read()
+    os.ftruncate(fd, 0)
+    os.write(fd, newest)
+
+
 def log_to_pool(run_dir: Path, rank: int) -> None:
-    """Appends this process's log records to the pool's one log file, a JSON object a line."""
-    handler = logging.FileHandler(run_dir / "pool.log", mode="a", encoding="utf-8")
-    handler.setFormatter(_JsonLines(rank))
+    """Appends this process's log records to the pool's log, a JSON object a line."""
+    handler = _PoolLog(run_dir / "pool.log", rank, (sys.stdout.fileno(), sys.stderr.fileno()))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 
