@@ -8,8 +8,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy.ctypeslib  # noqa: F401 - this and the one below: else a request would import them, see agreement.py
 import torch
 import torch.distributed as dist
+import torch.utils._device  # noqa: F401
 
 from ..engine import Engine
 from ..models.segments import wake_compiler
