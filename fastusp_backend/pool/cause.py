@@ -1,38 +1,74 @@
 """Why a generation of workers ended, from what it left in its run directory: exit codes, records of failures, logs."""
 
 import json
+import os
 import re
 import signal
+import subprocess
 from pathlib import Path
 
 LOG_LINES = 12
 PRINTED_LINES = 1000
 """Of each file of printed lines, as many are looked through for warnings: NCCL_DEBUG=INFO prints hundreds."""
 _ALARMING = re.compile(r"\b(WARN|WARNING|ERROR|FATAL)\b|[Ee]rror\b|Traceback|failed")
+_HINTS = {
+    "SIGKILL": " (killed by hand, or by the system when memory ran out)",
+    "SIGTERM": " (another process asked it to end)",
+}
 
 
-def find_cause(directory: Path, otherwise: str) -> str:
-    """The rank that failed first, with its error or signal; `otherwise` where no rank has left anything."""
-    exits = _read_json(directory / "exit.json") or []
+def find_cause(directory: Path, torchrun: subprocess.Popen, killed: bool) -> str:
+    """What ended first: the rank, with its error, signal or exit code, or torchrun. killed: by the pool.
+
+    A rank that left no record goes before all others: the others' errors may be its doing. torchrun sends SIGTERM to
+    those that outlive the first, so that one of these is blamed only where nobody else can be; a rank that merely lost
+    another goes last.
+    """
+    causes: list[tuple[int, float, str]] = []  # the least first
     records = [r for path in directory.glob("failure-*.json") if (r := _read_json(path))]
     told = {record["rank"] for record in records}
-    for failed in exits:
-        if failed["exitcode"] < 0 and failed["exitcode"] != -signal.SIGTERM and failed["rank"] not in told:
-            name = signal.Signals(-failed["exitcode"]).name
-            hint = " (killed by hand, or by the system when memory ran out)" if name == "SIGKILL" else ""
-            return f"rank {failed['rank']} (process {failed['pid']}) was ended by {name}{hint}"
-    if records:
-        first = min(records, key=lambda r: (r["peer_lost"], r["time"]))
-        return f"rank {first['rank']} failed with {first['text']}"
-    if exits:
-        return f"rank {exits[0]['rank']} ended with exit code {exits[0]['exitcode']}"
-    return otherwise
+    for turn, exited in enumerate(_read_json(directory / "exit.json") or []):
+        rank, code = exited["rank"], exited["exitcode"]
+        if rank is None:
+            causes.append((2, turn, _end("torchrun", exited["pid"], code)))
+        elif rank not in told:
+            causes.append((3 if code == -signal.SIGTERM else 0, turn, _end(f"rank {rank}", exited["pid"], code)))
+    for record in records:
+        text = f"rank {record['rank']} failed with {record['text']}"
+        causes.append((4 if record["peer_lost"] else 1, record["time"], text))
+    if killed:
+        causes.append((2, 0, "their processes did not end by themselves, so the pool ended them"))
+    elif torchrun.returncode is not None and torchrun.returncode < 0:
+        causes.append((2, 0, _end("torchrun", torchrun.pid, torchrun.returncode)))
+    if causes:
+        return min(causes)[2]
+    if torchrun.returncode is None:
+        return "its processes still run"
+    return f"torchrun ended with exit code {torchrun.returncode}"
+
+
+def _end(who: str, pid: int, code: int) -> str:
+    if code >= 0:
+        return f"{who} (process {pid}) ended with exit code {code} and left no record of why"
+    name = next((known.name for known in signal.Signals if known == -code), f"signal {-code}")
+    return f"{who} (process {pid}) was ended by {name}{_HINTS.get(name, '')}"
+
+
+def full_disk(directory: Path) -> str:
+    """What to add where nothing more can be written to a run directory: records of failures may lack in it."""
+    try:
+        disk = os.statvfs(directory)
+    except FileNotFoundError:
+        return ""  # the pool was closed meanwhile
+    if disk.f_bavail and (disk.f_favail or not disk.f_files):  # no files: a system that does not count them
+        return ""
+    return f" (free space and inodes, or set TMPDIR to another directory: nothing more can be written to {directory})"
 
 
 def last_log_lines(directory: Path) -> list[str]:
     """The last lines of the ranks' log, or else torchrun's, and of what the ranks printed."""
     lines = []
-    for line in _tail(directory / "pool.log"):
+    for line in (_tail(directory / "pool.log.1") + _tail(directory / "pool.log"))[-LOG_LINES:]:
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
@@ -63,12 +99,12 @@ def printed_lines(directory: Path) -> list[str]:
 def _read_json(path: Path):
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None  # absent, or its writer died in the middle of it
+    except (OSError, json.JSONDecodeError):
+        return None  # absent, or its writer died in the middle of it; or this process can open no file
 
 
 def _tail(path: Path, count: int = LOG_LINES) -> list[str]:
     try:
         return path.read_text(encoding="utf-8", errors="replace").splitlines()[-count:]
-    except FileNotFoundError:
+    except OSError:
         return []

@@ -16,6 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from ..errors import PoolError
+
 # sockaddr_un holds 108 bytes; what follows the base is 1 + 12 + len("/control.sock").
 _LONGEST_BASE = 80
 _SETTLING_SECONDS = 60
@@ -30,9 +32,7 @@ def _base() -> Path:
     base.mkdir(mode=0o700, exist_ok=True)
     info = base.lstat()  # never through a link that another user may have planted
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
-        raise PermissionError(
-            f"{base} is not private to this user; remove it, or set TMPDIR to a directory of your own"
-        )
+        raise PoolError(f"{base} is not private to this user; remove it, or set TMPDIR to a directory of your own")
     return base
 
 
@@ -40,6 +40,19 @@ class RunDir:
     """Creates a fresh run directory and sweeps those whose owners are gone."""
 
     def __init__(self):
+        """Raises PoolError where none can be made; nothing is left of it then."""
+        self.path: Path | None = None
+        self._lock = -1
+        try:
+            self._make()
+        except OSError as error:
+            self.remove()
+            raise PoolError(
+                f"Free space and inodes for temporary files, or set TMPDIR to another directory: "
+                f"{self.path or 'a run directory'} cannot be made: {error}"
+            ) from error
+
+    def _make(self) -> None:
         base = _base()
         sweep(base)
         self.path = base / secrets.token_hex(6)
@@ -59,8 +72,9 @@ class RunDir:
 
     def remove(self) -> None:
         """Removes the directory. May be called twice."""
-        if self._lock >= 0:
+        if self.path is not None:
             shutil.rmtree(self.path, ignore_errors=True)
+        if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client
 from pathlib import Path
@@ -19,11 +19,11 @@ from ..errors import PoolError, ProtocolError
 from ..protocol import VERSION, Channel, Done, Evaluate, Failed, Held, Hello, Message, Ready, Release, Sample, Unmap
 from ..protocol.messages import ToClient
 from ..worker.process import PARENT_VARIABLE, RUN_DIR_VARIABLE
-from .cause import find_cause, last_log_lines
+from .cause import find_cause, full_disk, last_log_lines
 from .kept import Tensors
 from .link import POLL_SECONDS, Link
 from .rundir import RunDir
-from .watch import LOOK_SECONDS, Awaited, Hang, Watch
+from .watch import LOOK_SECONDS, Awaited, Watch
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +69,11 @@ class Workers:
         self._unread = 0  # the last evaluation: its answer says that its tensors were read
         self._watch = Watch(self.run_dir.path, devices.ranks)
         self._condemned = False  # they are being asked where they are, and answer nothing else any more
-        self._hang: Hang | None = None  # why this process itself ended them
+        self._why: str | None = None  # this process ended them
+        self._where: list[str] = []
         self._process: subprocess.Popen | None = None
+        self._not_started: OSError | None = None
+        self._killed = False
         self._started = threading.Event()
         self._ended = threading.Event()
         # Linux sends the parent-death signal when the *thread* that started a child ends, so one thread starts
@@ -103,6 +106,8 @@ class Workers:
                 )
             self._started.set()
             self._process.wait()
+        except OSError as error:
+            self._not_started = error
         finally:
             self._ended.set()
             self._started.set()
@@ -120,7 +125,7 @@ class Workers:
                     raise ProtocolError(str(reply))
             except ProtocolError as error:
                 channel.close()
-                self.end(Hang(f"they speak another protocol version: {error}; restart ComfyUI", []))
+                self._end(f"they speak another protocol version: {error}; restart ComfyUI")
             except (EOFError, OSError, AuthenticationError):  # not yet, or they are ending
                 if channel is not None:
                     channel.close()
@@ -137,7 +142,7 @@ class Workers:
         while not self._ended.wait(LOOK_SECONDS):
             if (suspicion := self._watch.look(self._awaited)) is not None:
                 self._condemned = True
-                self.end(self._watch.accuse(suspicion))
+                self._end(*self._watch.accuse(suspicion))
 
     @property
     def _awaited(self) -> Awaited | None:
@@ -196,20 +201,20 @@ class Workers:
     def wait_until_ended(self, seconds: float) -> bool:
         return self._ended.wait(seconds)
 
-    def end(self, why: Hang) -> None:
-        """Ends all processes for a reason that they cannot tell."""
-        self._hang = self._hang or why
-        self.kill()
-
     def give_up(self) -> None:
         """Ends processes that should have answered, or ended by themselves; `failure` then tells where they were."""
         if self.alive:
-            cause = find_cause(self.run_dir.path, "its processes went on, and were ended")
-            self.end(Hang(cause, self._watch.where()))
+            self._end(None, self._watch.where())
+
+    def _end(self, why: str | None, where: Sequence[str] = ()) -> None:
+        """Ends all processes. why: None where they may tell it themselves; where: lines that say where they were."""
+        self._why, self._where = why, [*where]
+        self.kill()
 
     def kill(self) -> None:
         """Ends all processes at once: the ranks die with torchrun."""
         if self._process is not None and self.alive:
+            self._killed = True
             self._process.send_signal(signal.SIGKILL)
             self._ended.wait(10)
         self._wait_for_ranks()
@@ -230,9 +235,12 @@ class Workers:
 
     def failure(self, event: str) -> PoolError:
         """Why the workers ended: the rank that failed first, its error or signal, and the last log lines."""
-        directory, code = self.run_dir.path, self._process.returncode if self._process else None
-        otherwise = "its processes still run" if self.alive else f"torchrun ended with exit code {code}"
-        cause, stacks = self._hang or Hang(find_cause(directory, otherwise), [])
+        directory = self.run_dir.path
+        if self._process is None:
+            cause = f"torchrun could not be started: {self._not_started}"
+        else:
+            cause = self._why or find_cause(directory, self._process, self._killed)
+        cause += full_disk(directory)
         text = f"The FastUSP workers on {self.devices} {event}: {cause}. The next prompt starts new ones."
-        lines = [*stacks, "Last log lines:", *(f"  {line}" for line in last_log_lines(directory))]
+        lines = [*self._where, "Last log lines:", *(f"  {line}" for line in last_log_lines(directory))]
         return PoolError("\n".join([text, *(lines if len(lines) > 1 else [])]))

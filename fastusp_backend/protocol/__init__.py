@@ -21,9 +21,10 @@ from .messages import (
     Step,
     Unmap,
 )
-from .shared import Places, SharedMemory, SharedTensors, inline_tensors
+from .shared import ADVICE, Places, SharedMemory, SharedTensors, inline_tensors
 
 __all__ = [
+    "ADVICE",
     "VERSION",
     "Cancel",
     "Channel",

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 
 from ..errors import ProtocolError
 from .messages import Message
-from .shared import Places, SharedMemory, SharedTensors, inline_tensors, room_for
+from .shared import ADVICE, Places, SharedMemory, SharedTensors, inline_tensors, room_for
 
 _HEADER = struct.Struct(">2sBxI")
 _LENGTH = struct.Struct("!i")
@@ -122,8 +122,10 @@ class Channel:
         Raises EOFError when the other end closed, OSError when the connection broke or the frame was too large (the
         stream is unusable then), ProtocolError when the frame was refused (the next one can still be received).
         """
-        frame, fd = self._receive_frame()
+        frame, fd, lost = self._receive_frame()
         try:
+            if lost:
+                raise ProtocolError(f"a frame's shared memory cannot be taken: too many files are open here; {ADVICE}")
             return self._read(frame, fd)
         except (msgspec.MsgspecError, ValueError, SafetensorError, KeyError) as error:
             raise ProtocolError(f"a frame was refused: {error}") from error
@@ -161,9 +163,10 @@ class Channel:
         sent = socket.send_fds(self._socket, [data], [fd])
         self._socket.sendall(data[sent:])
 
-    def _receive_frame(self) -> tuple[bytes, int | None]:
-        """The next frame, and the descriptor that came with it. Its length prefix is `Connection.send_bytes`'s."""
-        prefix, ancillary, _, _ = self._socket.recvmsg(_LENGTH.size, socket.CMSG_LEN(_FD.size))
+    def _receive_frame(self) -> tuple[bytes, int | None, bool]:
+        """The next frame, the descriptor that came with it, and whether one came that this process could not take. Its
+        length prefix is `Connection.send_bytes`'s."""
+        prefix, ancillary, flags, _ = self._socket.recvmsg(_LENGTH.size, socket.CMSG_LEN(_FD.size))
         if not prefix:
             raise EOFError
         fd = next((_FD.unpack(data)[0] for _, kind, data in ancillary if kind == socket.SCM_RIGHTS), None)
@@ -171,7 +174,7 @@ class Channel:
             (length,) = _LENGTH.unpack(prefix + self._receive_exactly(_LENGTH.size - len(prefix)))
             if not 0 <= length <= self._limit:
                 raise OSError(f"a frame of {length} bytes is too large")
-            return self._receive_exactly(length), fd
+            return self._receive_exactly(length), fd, fd is None and bool(flags & socket.MSG_CTRUNC)
         except BaseException:
             _close(fd)
             raise

@@ -24,6 +24,8 @@ _TYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_
 _TYPES += ("int64", "int32", "int16", "int8", "uint8", "bool")
 _ALIGNMENT = 256
 
+ADVICE = "close other programs, or where too many files are open, raise `ulimit -n` before ComfyUI starts"
+
 
 class Place(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Where a tensor lies: `offset` bytes from the memory's start."""
@@ -59,7 +61,7 @@ class SharedMemory:
 
     def __init__(self, fd: int, *, lasting: bool):
         """Maps what a descriptor stands for. Raises ProtocolError where that is no memory, or not sealed against being
-        cut short under the feet of those who map it."""
+        cut short under the feet of those who map it, or where this process cannot map it."""
         try:
             if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
                 raise ProtocolError("a frame's shared memory is not sealed")
@@ -69,8 +71,11 @@ class SharedMemory:
         if not size:
             raise ProtocolError("a frame's shared memory is empty")
         self.lasting = lasting
-        self.bytes = torch.from_file(f"/proc/self/fd/{fd}", shared=lasting, size=size, dtype=torch.uint8)
-        self.fd = os.dup(fd)
+        try:
+            self.bytes = torch.from_file(f"/proc/self/fd/{fd}", shared=lasting, size=size, dtype=torch.uint8)
+            self.fd = os.dup(fd)
+        except (OSError, RuntimeError) as error:
+            raise ProtocolError(f"{size / 1e9:.2f} GB of shared memory cannot be mapped: {error}; {ADVICE}") from error
         weakref.finalize(self, os.close, self.fd)
         self._pinned: weakref.finalize | None = None
 
@@ -86,11 +91,12 @@ class SharedMemory:
                 return cls(fd, lasting=True)
             finally:
                 os.close(fd)
-        except (OSError, RuntimeError) as error:  # RuntimeError: torch cannot map it
+        except OSError as error:
             raise RequestError(
-                f"{size / 1e9:.2f} GB of shared memory for a request's tensors cannot be allocated: {error}. Close "
-                f"other programs; where too many files are open, raise `ulimit -n` before ComfyUI starts"
+                f"{size / 1e9:.2f} GB of shared memory for a request's tensors cannot be allocated: {error}; {ADVICE}"
             ) from error
+        except ProtocolError as error:
+            raise RequestError(str(error)) from error
 
     def put(self, tensors: dict[str, torch.Tensor]) -> Places:
         """Writes tensors of any device; see `room_for`."""

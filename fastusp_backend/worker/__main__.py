@@ -8,8 +8,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy.ctypeslib  # noqa: F401 - this and the one below: else a request would import them, see agreement.py
 import torch
 import torch.distributed as dist
+import torch.utils._device  # noqa: F401
 
 from ..engine import Engine
 from ..models.segments import wake_compiler
@@ -81,10 +83,13 @@ def main() -> int:
     try:
         _work(run_dir)
     except BaseException as error:
-        log.exception("rank %d failed", rank)
-        record_failure(run_dir, rank, error)
-        # Threads and process groups of a failed rank may hang on their way out; the trace is written, so leave at once.
-        os._exit(1)
+        try:
+            log.exception("rank %d failed", rank)
+            record_failure(run_dir, rank, error)
+        finally:
+            # Threads and process groups of a failed rank may hang on their way out: leave at once, also where no trace
+            # can be left, as on a full disk.
+            os._exit(1)
     return 0
 
 

@@ -1,5 +1,6 @@
 """What one rank fails in, all refuse: the ranks do a part of a request and tell each other how it went."""
 
+import traceback
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -49,7 +50,7 @@ class Agreement:
         except (FastUSPError, ValueError) as error:
             problem = f"refused\n{error}"
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error) or _importing(error):
                 raise
             problem = f"out_of_memory\n{explain(error, doing, self._engine.held())}"
         for rank, text in enumerate(self._crew.gather(problem)):
@@ -77,3 +78,10 @@ class Agreement:
         except OutOfMemoryTogether as error:
             self._engine.drop_evaluations()
             raise Refused(error.rank, "out_of_memory", explain(error, PREPARING, self._engine.held())) from error
+
+
+def _importing(error: BaseException) -> bool:
+    """Whether it comes out of an import: half a module may be left, on which later requests would fail. What plain
+    requests need is imported before them; patches on CPU ranks, and what is compiled, import hundreds of modules."""
+    codes = (frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(code.co_name == "<module>" or code.co_filename.startswith("<frozen importlib") for code in codes)

@@ -171,9 +171,11 @@ def _or_end(work: Callable[..., None], on_death: Callable[[BaseException], None]
     try:
         work(*arguments)
     except BaseException as error:
-        log.exception("a control thread failed")
-        on_death(error)
-        os._exit(1)
+        try:
+            log.exception("a control thread failed")
+            on_death(error)
+        finally:
+            os._exit(1)  # also where no trace can be left, as on a full disk
 
 
 def _to_host(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.cuda.Event | None]:

@@ -4,14 +4,17 @@ Waiting for the next request is part of the job here, so the group's timeout is 
 """
 
 import os
+from collections.abc import Mapping
 from datetime import timedelta
+from typing import NoReturn
 
 import msgspec
 import safetensors.torch
 import torch
 import torch.distributed as dist
 
-from ..protocol import Places, SharedMemory, SharedTensors, inline_tensors
+from ..errors import ProtocolError, RequestError
+from ..protocol import ADVICE, Places, SharedMemory, SharedTensors, inline_tensors
 
 _SHARED = b"S"
 """In front of a `_Where`; no safetensors file starts so: its first byte is a multiple of 8."""
@@ -25,6 +28,19 @@ class _Where(msgspec.Struct, frozen=True):
     places: Places
 
 
+class Unmapped(Mapping):
+    """Tensors that a rank could not map: whatever looks at them raises RequestError, so that the request is refused
+    when all ranks prepare it."""
+
+    def __init__(self, text: str):
+        self._text = text
+
+    def _refuse(self, *_) -> NoReturn:
+        raise RequestError(self._text)
+
+    __getitem__ = __iter__ = __len__ = _refuse
+
+
 class Crew:
     """All ranks of a pool. Every method is collective: all ranks call it in the same order.
 
@@ -34,6 +50,7 @@ class Crew:
     def __init__(self, *, pins: bool):
         self._pins = pins
         self._lasting: SharedMemory | None = None
+        self._missed: SharedMemory | None = None  # what others could not map: its sender will not send it again
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
 
@@ -52,9 +69,9 @@ class Crew:
         dist.broadcast(data, 0, group=self._group)
         return payload if payload is not None else data.numpy().tobytes()
 
-    def share_tensors(self, tensors: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+    def share_tensors(self, tensors: dict[str, torch.Tensor] | None) -> Mapping[str, torch.Tensor]:
         """Rank 0's tensors (contiguous, on the CPU), on every rank; the others pass None. Those in shared memory are
-        mapped by all. What lies in lasting memory is there until the request is answered."""
+        mapped by all, or `Unmapped` on all. What lies in lasting memory is there until the request is answered."""
         if self.size > 1:
             tensors = self._receive_tensors() if tensors is None else self._send_tensors(tensors)
         if isinstance(tensors, SharedTensors) and tensors.memory.lasting and tensors.memory is not self._lasting:
@@ -68,33 +85,44 @@ class Crew:
         """Lets go of lasting memory."""
         if self._lasting is not None:
             self._lasting.unpin()
-            self._lasting = None
+        self._lasting = self._missed = None
 
-    def _send_tensors(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _send_tensors(self, tensors: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         if not isinstance(tensors, SharedTensors):
             self.share(safetensors.torch.save(tensors) if tensors else b"")
             return tensors
         memory = tensors.memory
         path = None if memory is self._lasting else f"/proc/{os.getpid()}/fd/{memory.fd}"
         self.share(_SHARED + msgspec.msgpack.encode(_Where(path, memory.lasting, tensors.places)))
-        if path is not None:
-            self.gather("")  # all have opened it
-        return tensors
+        return tensors if path is None else self._all_or_none(tensors, "")
 
-    def _receive_tensors(self) -> dict[str, torch.Tensor]:
+    def _receive_tensors(self) -> Mapping[str, torch.Tensor]:
         blob = self.share(None)
         if not blob.startswith(_SHARED):
             return inline_tensors(blob) if blob else {}
         where = msgspec.msgpack.decode(blob[1:], type=_Where)
         if where.path is None:
             return SharedTensors(self._lasting, where.places)
-        fd = os.open(where.path, os.O_RDWR | os.O_CLOEXEC)
+        tensors, problem = None, ""
         try:
-            memory = SharedMemory(fd, lasting=where.lasting)
-        finally:
-            os.close(fd)
-        self.gather("")
-        return SharedTensors(memory, where.places)
+            fd = os.open(where.path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                tensors = SharedTensors(SharedMemory(fd, lasting=where.lasting), where.places)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            problem = f"a request's shared memory cannot be opened: {error}; {ADVICE}"
+        except ProtocolError as error:
+            problem = str(error)
+        return self._all_or_none(tensors, problem)
+
+    def _all_or_none(self, tensors: SharedTensors | None, problem: str) -> Mapping[str, torch.Tensor]:
+        """Once all ranks have opened the memory, or told why they cannot."""
+        for rank, text in enumerate(self.gather(problem)):
+            if text:
+                self._missed = tensors.memory if self.rank == 0 else None
+                return Unmapped(f"rank {rank}: {text}")
+        return tensors
 
     def agree(self, stop: bool) -> bool:
         """Rank 0's answer, on every rank."""

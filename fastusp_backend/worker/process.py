@@ -2,10 +2,13 @@
 
 import ctypes
 import faulthandler
+import fcntl
 import json
-import logging
+import logging.handlers
 import os
+import re
 import signal
+import stat
 import sys
 import time
 from pathlib import Path
@@ -17,7 +20,19 @@ PARENT_VARIABLE = "FASTUSP_PARENT_PID"
 STACK_SIGNAL = signal.SIGUSR1
 """On which a rank writes its threads' stacks to a file."""
 
+LOG_BYTES = 1 << 20
+"""Of the pool's log, beside the one before it, and of what a rank prints to one of its streams."""
+
 _PR_SET_PDEATHSIG = 1
+
+_PEER_LOST = re.compile(
+    r"closed by (remote )?peer|peer closed|reset by peer|broken pipe|connection refused|socket (\w+ )?closed"  # gloo
+    r"|pair closure|timed out|timeout"
+    r"|connection was likely closed|recvvalue failed|sendbytes failed"  # torch's store
+    r"|remoteerror|remote process|communicator was aborted|destroyed communicator",  # NCCL
+    re.IGNORECASE,
+)
+"""How gloo's TCP transport, torch's store and NCCL say that another process is gone, or does not come."""
 
 
 def die_with_parent(parent: int) -> None:
@@ -47,10 +62,44 @@ class _JsonLines(logging.Formatter):
         return json.dumps(line)
 
 
+class _PoolLog(logging.handlers.WatchedFileHandler):
+    """Appends to the log that all ranks share, and bounds it: rank 0 puts a full one aside, in place of the one before,
+    and the others, who write to where the path leads, follow. With each record the files that this process prints to
+    are bounded as well. printed: their descriptors."""
+
+    def __init__(self, path: Path, rank: int, printed: tuple[int, ...]):
+        super().__init__(path, mode="a", encoding="utf-8")
+        self.setFormatter(_JsonLines(rank))
+        self._first, self._printed = rank == 0, printed
+        for fd in printed:  # or it would go on behind what was cut off
+            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_APPEND)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            if self._first and os.stat(self.baseFilename).st_size > LOG_BYTES:
+                os.replace(self.baseFilename, f"{self.baseFilename}.1")
+            super().emit(record)
+            for fd in self._printed:
+                _cut(fd)
+        except OSError:
+            self.handleError(record)
+
+
+def _cut(fd: int) -> None:
+    """Leaves the newest half of what may lie in a file that is appended to."""
+    info = os.fstat(fd)
+    if not stat.S_ISREG(info.st_mode) or info.st_size <= LOG_BYTES:
+        return
+    with open(f"/proc/self/fd/{fd}", "rb") as file:
+        file.seek(-LOG_BYTES // 2, os.SEEK_END)
+        newest = file.read()
+    os.ftruncate(fd, 0)
+    os.write(fd, newest)
+
+
 def log_to_pool(run_dir: Path, rank: int) -> None:
-    """Appends this process's log records to the pool's one log file, a JSON object a line."""
-    handler = logging.FileHandler(run_dir / "pool.log", mode="a", encoding="utf-8")
-    handler.setFormatter(_JsonLines(rank))
+    """Appends this process's log records to the pool's log, a JSON object a line."""
+    handler = _PoolLog(run_dir / "pool.log", rank, (sys.stdout.fileno(), sys.stderr.fileno()))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 
@@ -65,6 +114,7 @@ def show_pulse(run_dir: Path, rank: int) -> None:
 def record_failure(run_dir: Path, rank: int, error: BaseException) -> None:
     """Leaves why this rank ends, for the client to find: failure-<rank>.json."""
     text = f"{type(error).__name__}: {error}"
-    lost = isinstance(error, RuntimeError) and any(x in str(error) for x in ("Connection closed", "Connection reset"))
+    own = not isinstance(error, RuntimeError) or str(error).startswith("CUDA error")  # also of a launch that timed out
+    lost = not own and _PEER_LOST.search(str(error)) is not None
     record = {"rank": rank, "text": text, "peer_lost": lost, "time": time.time()}
     (run_dir / f"failure-{rank}.json").write_text(json.dumps(record), encoding="utf-8")

@@ -95,7 +95,7 @@ def test_trials_have_a_limit(new_pool, dev, monkeypatch):
     pool, said, one = new_pool(1), [], Layout(ulysses=1, ring=1)
     job = Job(spec_of(dev), (GIVEN.x, PROMPT), 60.0, said.append)
     began = time.monotonic()
-    with pytest.raises(PoolError, match="gave no result within 0.1 s: its processes went on"):
+    with pytest.raises(PoolError, match="gave no result within 0.1 s: their processes did not end"):
         replace(job, seconds=0.1).run(pool, one)
     assert time.monotonic() - began < 10 and said == ["ulysses 1 x ring 1: starting 1 worker(s) on cpu:1"]
     assert pool.status()["state"] == "off"

@@ -1,17 +1,20 @@
 """A ControlNet's tensors travel in memory that lasts from one evaluation to the next, and goes when it should."""
 
 import errno
+import os
+import resource
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from pools import pids
-from support import SMALL, inputs, randn, relative_difference, spec_of
+from support import REORDERED, SMALL, inputs, randn, relative_difference, spec_of
 
-from fastusp_backend.config import Layout, Settings
-from fastusp_backend.errors import RequestError
+from fastusp_backend.config import Layout, Settings, WeightPatch
+from fastusp_backend.errors import ProtocolError, RequestError
 from fastusp_backend.models.synthetic import write_flux
-from fastusp_backend.pool import Progress, Prompt, Session
+from fastusp_backend.pool import Progress, Prompt, Session, WeightPatches, name_of
 from fastusp_backend.pool import pool as pools
 from fastusp_backend.protocol import channel as channels
 from fastusp_backend.protocol import shared
@@ -109,3 +112,53 @@ def test_memory_that_the_host_does_not_give_harms_no_workers(session, monkeypatc
         with pytest.raises(RequestError, match="shared memory for .* cannot be allocated: .*Too many open files.*ulimit -n"):
             evaluate(session, control(0))
     assert torch.equal(evaluate(session, control(0)), expected) and pids(session.pool) == before
+
+
+@pytest.fixture
+def full(session):
+    """full(rank): it may open no more files, until the test has ended or `full(None)`."""
+    limited = []
+
+    def limit(rank: int | None) -> None:
+        while limited:
+            resource.prlimit(limited[-1][0], resource.RLIMIT_NOFILE, limited[-1][1])
+            limited.pop()
+        if rank is not None:
+            pid = pids(session.pool)[rank]
+            numbers = {int(fd) for fd in os.listdir(f"/proc/{pid}/fd")}
+            free = next(n for n in range(len(numbers) + 1) if n not in numbers)
+            limited.append((pid, resource.prlimit(pid, resource.RLIMIT_NOFILE)))
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (free, limited[-1][1][1]))
+
+    yield limit
+    limit(None)
+
+
+@pytest.mark.parametrize("rank, kind", [(0, "evaluation"), (1, "evaluation"), (1, "sampling"), (1, "patches")])
+def test_a_rank_with_too_many_open_files_harms_no_workers(session, full, monkeypatch, rank, kind):
+    """The request is refused, on all ranks, and the next one finds what it needs."""
+    up, down = randn(SMALL.hidden, 80, seed=1), randn(80, 64, seed=2)
+    patch = WeightPatch(kind="lora", tensors={"up": name_of(up), "down": name_of(down)}, strength=0.1)
+    patched = WeightPatches({"img_in.weight": (patch,)}, {name_of(up): up, name_of(down): down})
+    changed = replace(session, patches=patched) if kind == "patches" else session
+
+    def run():
+        if kind == "sampling":
+            return session.sample(GIVEN.x, torch.linspace(1, 0, 3), sampler="euler", positive=PROMPT)
+        return evaluate(changed, None if kind == "patches" else control(0))
+
+    monkeypatch.setattr(channels, "INLINE_LIMIT", 1 << 16)
+    monkeypatch.setattr(pools, "CANCEL_SECONDS", 0.2)  # nobody answers what rank 0 has not taken in
+    evaluate(session, control(5))
+    before = pids(session.pool)
+    session.pool.release()
+    evaluate(session, None)
+    full(rank)
+    wanted = "message: a frame's shared memory.*too many files" if rank == 0 else "^rank 1: .*memory.*Too many open files"
+    with pytest.raises((RequestError, ProtocolError), match=f"{wanted}.*ulimit -n"):
+        run()
+    full(None)
+    got = run()
+    assert pids(session.pool) == before
+    session.pool.release()
+    assert relative_difference(got, run()) < REORDERED

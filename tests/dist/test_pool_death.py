@@ -40,8 +40,8 @@ def mortal(run_dirs):
     pool.close()
 
 
-@pytest.mark.parametrize("victim", [0, 1, "torchrun"])
-def test_death_in_mid_run(mortal, dev, expected, victim):
+@pytest.mark.parametrize("victim, by", [(0, signal.SIGKILL), (1, signal.SIGTERM), ("torchrun", signal.SIGKILL)])
+def test_death_in_mid_run(mortal, dev, expected, victim, by):
     sample(mortal, dev)
     before, directory = pids(mortal), run_dir(mortal)
     target = mortal._workers._process.pid if victim == "torchrun" else before[victim]
@@ -51,17 +51,15 @@ def test_death_in_mid_run(mortal, dev, expected, victim):
         if event.index == 2:
             with open(directory / "pool.log", "a") as log:
                 log.write('{"time": 1, "ra')  # a rank may die in the middle of a line
-            os.kill(target, signal.SIGKILL)
+            os.kill(target, by)
             watches.append(Stopwatch())
 
     with pytest.raises(PoolError) as failure:
         sample(mortal, dev, LONG, Progress(step=step))
     assert watches[0].seconds < 10
     text = str(failure.value)
-    if victim == "torchrun":
-        assert "torchrun ended with exit code -9" in text
-    else:
-        assert f"rank {victim} (process {target}) was ended by SIGKILL" in text
+    who = victim if victim == "torchrun" else f"rank {victim}"
+    assert f"{who} (process {target}) was ended by {by.name}" in text
     assert "[rank " in text.partition("Last log lines:")[2]
     assert "The next prompt starts new ones" in text
     assert mortal.status()["error"] == text

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import resource
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from channels import (
 )
 from support import open_descriptors, randn
 
+from fastusp_backend.errors import ProtocolError
 from fastusp_backend.protocol import Done, SharedMemory, SharedTensors
 from fastusp_backend.protocol.channel import INLINE_LIMIT
 
@@ -173,6 +175,38 @@ def test_no_descriptor_leaks(tmp_path):
     del held
     gc.collect()
     assert open_descriptors() == before
+
+
+@pytest.fixture
+def no_descriptors_left():
+    """Sets how many more files this process may open."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def leave(count: int) -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        free = [os.open("/", os.O_RDONLY) for _ in range(count + 1)]
+        for fd in free:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free[count], before[1]))
+
+    yield leave
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+@pytest.mark.parametrize("left, text", [(0, "cannot be taken: too many files"), (1, "cannot be mapped: "), (2, "")])
+def test_where_too_many_files_are_open_that_is_said(pair, no_descriptors_left, lasting, left, text):
+    """The first descriptor is taken, torch opens it again, and it is kept."""
+    large = {"x": torch.ones(INLINE_LIMIT)}
+    pair.client.send(SENTINEL, large, lasting=lasting)
+    pair.client.send(SENTINEL)
+    no_descriptors_left(left)
+    if text:
+        with pytest.raises(ProtocolError, match=f"{text}.*raise `ulimit -n` before ComfyUI starts"):
+            pair.worker.receive()
+    else:
+        assert torch.equal(pair.worker.receive()[1]["x"], large["x"])
+    assert pair.worker.receive() == (SENTINEL, {})
 
 
 def test_small_tensors_are_aligned_alike_each_time(pair):

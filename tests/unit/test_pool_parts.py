@@ -1,5 +1,6 @@
 """The client's bookkeeping: kept tensors, what a session sends after failures, the workers' environment."""
 
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,9 +13,8 @@ from fastusp_backend import devices
 from fastusp_backend.config import Layout, ModelSpec, Settings
 from fastusp_backend.devices import Devices, Gpu
 from fastusp_backend.environment import inherited
-from fastusp_backend.errors import Cancelled, DeviceError, RequestError
+from fastusp_backend.errors import Cancelled, DeviceError, PoolError, RequestError
 from fastusp_backend.pool import workers
-from fastusp_backend.pool.cause import LOG_LINES, printed_lines
 from fastusp_backend.pool.kept import KEPT_TENSORS, KeptTensors
 from fastusp_backend.pool.patches import HeldPatches
 from fastusp_backend.pool.progress import QUIET
@@ -240,29 +240,14 @@ def test_gpus_are_handed_down_by_uuid(tmp_path, monkeypatch):
         workers.Workers(Devices(ranks=1, gpus=(7,)))
 
 
-def write_printed(folder, rank: int, *lines: str) -> None:
-    directory = folder / "ranks" / "run" / "attempt_0" / str(rank)
-    directory.mkdir(parents=True)
-    (directory / "stdout.log").write_text("\n".join(lines))
-    (directory / "stderr.log").write_text("")
+def test_torchrun_that_cannot_be_started_is_told(tmp_path, monkeypatch):
+    def full_disk(path, *_):
+        raise OSError(28, "No space left on device", str(path))
 
-
-def test_printed_lines_are_shared_out_over_the_ranks(tmp_path):
-    """Of 11 ranks, so that their names are no order of theirs; warnings come first, wherever a rank printed them."""
-    for rank in range(11):
-        write_printed(tmp_path, rank, *(f"host NCCL INFO {n}" for n in range(40)))
-    ranks = [int(line.split()[1]) for line in printed_lines(tmp_path)]
-    assert ranks == [0, *range(11)] and len(ranks) == LOG_LINES
-    write_printed(tmp_path, 11, "host NCCL WARN no space left on device", *(f"INFO {n}" for n in range(40)), "last")
-    printed = printed_lines(tmp_path)
-    assert [int(line.split()[1]) for line in printed] == list(range(12))
-    assert printed[-1] == "[rank 11 stdout] host NCCL WARN no space left on device"
-
-
-def test_two_ranks_have_half_the_lines_each(tmp_path):
-    write_printed(tmp_path, 0, "first", "Traceback", *(f"line {n}" for n in range(40)))
-    write_printed(tmp_path, 1, *(f"line {n}" for n in range(3)))
-    expected = ["Traceback", *(f"line {n}" for n in range(32, 40))]
-    assert printed_lines(tmp_path) == [f"[rank 0 stdout] {line}" for line in expected] + [
-        f"[rank 1 stdout] line {n}" for n in range(3)
-    ]
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(workers, "open", full_disk, raising=False)
+    started = workers.Workers(Devices(ranks=1))
+    with pytest.raises(PoolError, match="did not start: torchrun could not be started: .*No space left.*torchrun.log"):
+        raise started.failure("did not start")
+    started.dispose()
+    assert not started.run_dir.path.exists()

@@ -1,7 +1,9 @@
 """Run directories are private, and a sweep removes those alone whose owners are gone."""
 
+import errno
 import fcntl
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -11,7 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
+from support import open_descriptors
 
+from fastusp_backend.errors import PoolError
 from fastusp_backend.pool import rundir
 from fastusp_backend.pool.rundir import RunDir, sweep
 
@@ -70,7 +74,7 @@ def test_a_base_that_others_can_read_is_refused(temporary):
     base = temporary / f"fastusp-{os.getuid()}"
     base.mkdir()
     base.chmod(0o755)
-    with pytest.raises(PermissionError, match="set TMPDIR"):
+    with pytest.raises(PoolError, match="set TMPDIR"):
         RunDir()
 
 
@@ -81,6 +85,43 @@ def test_a_long_temporary_directory_is_not_used(monkeypatch, temporary):
     directory = RunDir()
     assert directory.path.is_relative_to("/tmp") and len(os.fsencode(directory.address)) < 108
     directory.remove()
+
+
+@pytest.mark.parametrize("part", ["fastusp-", "", "lock.new", "lock", "key"])
+def test_where_a_part_cannot_be_made_nothing_is_left(temporary, monkeypatch, part):
+    base = temporary / f"fastusp-{os.getuid()}"
+
+    def refusing(real, place=0):
+        def call(*given, **options):
+            name = Path(given[place]).name
+            if name == part or (part == "" and rundir._NAME.fullmatch(name)) or (part[-1:] == "-" and part in name):
+                raise OSError(errno.ENOSPC, "No space left on device", str(given[place]))
+            return real(*given, **options)
+
+        return call
+
+    if part != "fastusp-":
+        base.mkdir(mode=0o700)
+    monkeypatch.setattr(rundir.os, "open", refusing(os.open))
+    monkeypatch.setattr(rundir.os, "mkdir", refusing(os.mkdir))
+    monkeypatch.setattr(rundir.os, "rename", refusing(os.rename, 1))
+    before = open_descriptors()
+    with pytest.raises(PoolError, match=f"Free space .* TMPDIR .* cannot be made: .*No space left.*{base}"):
+        RunDir()
+    monkeypatch.undo()
+    assert open_descriptors() == before and not (base.exists() and list(base.iterdir()))
+
+
+def test_where_nothing_can_be_written_nothing_is_left(temporary):
+    (temporary / f"fastusp-{os.getuid()}").mkdir(mode=0o700)
+    before, limits = open_descriptors(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with pytest.raises(PoolError, match=f"TMPDIR .* {temporary}/.* cannot be made: .*File too large"):
+            RunDir()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert open_descriptors() == before and not list((temporary / f"fastusp-{os.getuid()}").iterdir())
 
 
 def test_the_lock_is_not_handed_to_children(temporary):
@@ -120,6 +161,7 @@ def test_a_directory_without_a_lock_goes_when_it_is_old(temporary):
     os.utime(foreign, (0, 0))
     young.mkdir()
     old.mkdir()
+    (old / "lock.new").touch()
     past = time.time() - 1000
     os.utime(old, (past, past))
     (base / "a file").write_text("not ours")

@@ -1,5 +1,6 @@
 """A rank refuses together with the others, and makes no mesh before all of them hold the model."""
 
+import importlib.machinery
 import weakref
 from types import SimpleNamespace
 
@@ -135,6 +136,21 @@ def test_an_own_lack_of_memory_says_what_was_asked_and_held(error, asked):
     assert (failed.kind, failed.rank) == ("out_of_memory", 0)
     assert failed.text.startswith(f"while it loaded the model: {asked} Free memory"), failed.text
     assert engine.meshes == 0 and engine.releases == 1
+
+
+@pytest.mark.parametrize("where", ["module", "machinery"])
+def test_a_lack_of_memory_within_an_import_ends_the_pool(tmp_path, monkeypatch, where):
+    """Half of the module, or of those that it imports, may be left."""
+
+    def load():
+        import half_imported  # noqa: F401
+
+    (tmp_path / "half_imported.py").write_text("raise MemoryError")
+    monkeypatch.syspath_prepend(tmp_path)
+    if where == "machinery":
+        monkeypatch.setattr(importlib.machinery.SourceFileLoader, "get_data", fail(MemoryError()))
+    with pytest.raises(MemoryError, match="while it loaded the model: .*, and held 9 GB of weights"):
+        serve(Engine(load=load), "")
 
 
 def test_an_error_after_the_ranks_began_to_read_ends_the_pool():

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from ...devices import Devices, Gpu, GpuState, Seen, cuda_visible, gpu_states, list_gpus, visible_gpus
 from ...environment import inherited
+from ...errors import PoolError
 
 PACKAGES = ("msgspec", "safetensors", "numpy", "pillow", "tqdm")
 PROBE_SECONDS = 180.0
@@ -203,7 +204,7 @@ def read_topology(text: str) -> dict[str, str]:
 def _try(attempt) -> str:
     try:
         attempt()
-    except (ImportError, OSError, AttributeError) as error:
+    except (ImportError, OSError, AttributeError, PoolError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
 
