@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from ..config import Layout
+from ..ports import close_ports
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +47,7 @@ def make_mesh(layout: Layout, device: torch.device) -> Mesh:
     rows = [group[j * u : (j + 1) * u] for group in groups for j in range(r)]
     columns = [group[i::u] for group in groups for i in range(u)]
     across = [[group[i] for group in groups] for i in range(n)]
-    return Mesh(
+    mesh = Mesh(
         layout=layout,
         rank=rank % n,
         device=device,
@@ -56,6 +57,8 @@ def make_mesh(layout: Layout, device: torch.device) -> Mesh:
         ulysses=_own_group(rows, rank) if u > 1 else None,
         ring=_own_group(columns, rank) if r > 1 else None,
     )
+    close_ports()
+    return mesh
 
 
 def _own_group(partition: list[list[int]], rank: int) -> dist.ProcessGroup:

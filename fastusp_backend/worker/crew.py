@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 
+from ..ports import close_ports
 from ..protocol import Places, SharedMemory, SharedTensors, inline_tensors
 
 _SHARED = b"S"
@@ -36,6 +37,7 @@ class Crew:
         self._lasting: SharedMemory | None = None
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
+        close_ports()
 
     def share(self, payload: bytes | None) -> bytes:
         """Rank 0's payload, on every rank; the others pass None."""
