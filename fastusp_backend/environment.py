@@ -2,7 +2,7 @@
 
 What users set for the libraries' sake passes: NCCL_*, GLOO_*, NVSHMEM_*, TORCH_SYMM_MEM_*, TORCH_NCCL_*, TORCH_LOGS,
 OMP_*, LD_*, PYTHONHOME, proxies and so on. So do SLURM_*, PMI_*, OMPI_* and other marks of a launcher that nothing here
-reads.
+reads. What a pool's processes have in their place of these is in pool/workers.
 """
 
 import os
@@ -24,6 +24,9 @@ _DENIED = {
     "GROUP_WORLD_SIZE",
     "MASTER_ADDR",
     "MASTER_PORT",
+    "NCCL_COMM_ID",
+    # gloo's ports are closed when the ranks are connected: they connect at once.
+    "TORCH_GLOO_LAZY_INIT",
     # torchrun takes its ranks' interpreter from one, and fails where the other is no level of Python's logging.
     "PYTHON_EXEC",
     "LOGLEVEL",

@@ -1,11 +1,17 @@
 """Ranks arranged as batch x ring x ulysses, and the process groups of each axis: the one place that makes groups."""
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from ..config import Layout
+from ..ports import close_ports
+from ..pulse import COLD_SECONDS
+
+PATIENCE = timedelta(seconds=2 * COLD_SECONDS)
+"""Of the ranks' groups: whoever hangs is found before, and named; torch's own limits are ten and thirty minutes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +52,7 @@ def make_mesh(layout: Layout, device: torch.device) -> Mesh:
     rows = [group[j * u : (j + 1) * u] for group in groups for j in range(r)]
     columns = [group[i::u] for group in groups for i in range(u)]
     across = [[group[i] for group in groups] for i in range(n)]
-    return Mesh(
+    mesh = Mesh(
         layout=layout,
         rank=rank % n,
         device=device,
@@ -56,9 +62,11 @@ def make_mesh(layout: Layout, device: torch.device) -> Mesh:
         ulysses=_own_group(rows, rank) if u > 1 else None,
         ring=_own_group(columns, rank) if r > 1 else None,
     )
+    close_ports()
+    return mesh
 
 
 def _own_group(partition: list[list[int]], rank: int) -> dist.ProcessGroup:
     """Makes every group of the partition (all ranks must) and returns the one that holds `rank`."""
-    groups = [(members, dist.new_group(members)) for members in partition]
+    groups = [(members, dist.new_group(members, timeout=PATIENCE)) for members in partition]
     return next(group for members, group in groups if rank in members)

@@ -28,6 +28,13 @@ from .watch import LOOK_SECONDS, Awaited, Watch
 log = logging.getLogger(__name__)
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
+_LOOPBACK = {
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "=lo",
+    "NCCL_SOCKET_FAMILY": "AF_INET",  # NCCL leaves out the loopback interface's other address
+    "NCCL_RAS_ENABLE": "0",  # what answers questions about NCCL's state, to whoever asks
+}
+"""A pool's ranks share a host: what they open listens there alone, whatever their host uses for other jobs."""
 
 
 def worker_environment(devices: Devices, run_dir: Path, environment: Mapping[str, str]) -> dict[str, str]:
@@ -37,7 +44,9 @@ def worker_environment(devices: Devices, run_dir: Path, environment: Mapping[str
     env[RUN_DIR_VARIABLE] = str(run_dir)
     env[PARENT_VARIABLE] = str(os.getpid())
     env["FASTUSP_DEVICE_TYPE"] = devices.type
-    env.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    env |= _LOOPBACK
+    # torch's own choice, a folder of /tmp, may be another user's: it holds code, and pickles.
+    env.setdefault("TORCHINDUCTOR_CACHE_DIR", str(run_dir.parent / "torchinductor"))
     env["CUDA_VISIBLE_DEVICES"] = cuda_visible(devices)
     if not devices.gpus:
         env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // devices.ranks)))
@@ -91,8 +100,7 @@ class Workers:
             "--max-restarts=0",
             "--monitor-interval=0.1",
         ]
-        command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", f"--rdzv-id={directory.name}"]
-        command += ["--local-addr=127.0.0.1", f"--log-dir={directory / 'ranks'}", "--redirects=3"]
+        command += [f"--rdzv-id={directory.name}", f"--log-dir={directory / 'ranks'}", "--redirects=3"]
         command += ["-m", "fastusp_backend.worker"]
         try:
             with open(directory / "torchrun.log", "wb") as output:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.utils._device  # noqa: F401
 
+from ..comm.mesh import PATIENCE
 from ..engine import Engine
 from ..models.segments import wake_compiler
 from ..protocol import VERSION, Ready
@@ -34,14 +35,17 @@ def _device() -> torch.device:
 
 def _work(run_dir: Path) -> None:
     device = _device()
+    # The ranks find each other in a file: torch's other stores listen.
+    place = {"store": dist.FileStore(str(run_dir / "store")), "rank": int(os.environ["RANK"])}
+    place |= {"world_size": int(os.environ["WORLD_SIZE"]), "timeout": PATIENCE}
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # One segment serves every type and also counts of 1: more variants than the default allows.
         torch._dynamo.config.recompile_limit = 64
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **place)
         name = torch.cuda.get_device_name(device)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", **place)
         threads = torch.get_num_threads()
         name = f"cpu ({threads} thread{'s' * (threads > 1)})"
     crew = Crew(pins=device.type == "cuda")

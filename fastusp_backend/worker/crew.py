@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import ProtocolError, RequestError
+from ..ports import close_ports
 from ..protocol import ADVICE, Places, SharedMemory, SharedTensors, inline_tensors
 
 _SHARED = b"S"
@@ -53,6 +54,7 @@ class Crew:
         self._missed: SharedMemory | None = None  # what others could not map: its sender will not send it again
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
+        close_ports()
 
     def share(self, payload: bytes | None) -> bytes:
         """Rank 0's payload, on every rank; the others pass None."""

@@ -56,6 +56,11 @@ HOSTILE = {
     "PYTHONSTARTUP": "/nowhere.py",
     "PYTHON_EXEC": "/bin/false",
     "LOGLEVEL": "chatty",
+    # Of interfaces and addresses that a job of several machines uses.
+    "GLOO_SOCKET_IFNAME": "nowhere0",
+    "NCCL_SOCKET_IFNAME": "nowhere0",
+    "NCCL_COMM_ID": "10.255.255.1:29500",
+    "TORCH_GLOO_LAZY_INIT": "1",
     # Of CUDA, which CPU ranks have none of.
     "CUDA_VISIBLE_DEVICES": "7",
     "CUDA_DEVICE_ORDER": "FASTEST_FIRST",

@@ -165,14 +165,12 @@ PASSED = {
     "PYTHONHOME": "/python",
     "PYTHONSAFEPATH": "1",
     "NCCL_DEBUG": "INFO",
-    "NCCL_SOCKET_IFNAME": "eth0",
     "NVSHMEM_DEBUG": "INFO",
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
     "TORCH_DISTRIBUTED_DEBUG": "DETAIL",
     "TORCH_LOGS": "+dynamo",
     "OMP_NUM_THREADS": "3",
-    "GLOO_SOCKET_IFNAME": "eth0",
     "CUDA_LAUNCH_BLOCKING": "1",
     "CUDA_DEVICE_ORDER": "FASTEST_FIRST",
     "NVIDIA_VISIBLE_DEVICES": "all",
@@ -193,6 +191,8 @@ DENIED = {
     "ROLE_NAME": "default",
     "MASTER_ADDR": "elsewhere",
     "MASTER_PORT": "1",
+    "NCCL_COMM_ID": "elsewhere:1",
+    "TORCH_GLOO_LAZY_INIT": "1",
     "TORCHELASTIC_RUN_ID": "1",
     "TORCHELASTIC_USE_AGENT_STORE": "True",
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "soon",
@@ -212,6 +212,21 @@ def test_the_environment_is_inherited_less_a_denylist(tmp_path):
     assert env["CUDA_VISIBLE_DEVICES"] == ""
     assert {name: env.get(name) for name in PASSED} == PASSED
     assert not DENIED.keys() & env.keys()
+
+
+def test_workers_listen_on_the_loopback_interface_whatever_their_host_uses(tmp_path):
+    theirs = {"GLOO_SOCKET_IFNAME": "eth0", "NCCL_SOCKET_IFNAME": "eth0,ib", "NCCL_SOCKET_FAMILY": "AF_INET6"}
+    env = worker_environment(Devices(ranks=2), tmp_path, theirs | {"NCCL_RAS_ENABLE": "1"})
+    assert env["GLOO_SOCKET_IFNAME"] == "lo" and env["NCCL_SOCKET_IFNAME"] == "=lo"
+    assert env["NCCL_SOCKET_FAMILY"] == "AF_INET" and env["NCCL_RAS_ENABLE"] == "0"
+
+
+def test_compiled_code_lies_in_a_private_folder(tmp_path):
+    """A folder of /tmp with the name that torch would take may be another user's."""
+    env = worker_environment(Devices(ranks=1), tmp_path / "run", {})
+    assert env["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "torchinductor")
+    theirs = {"TORCHINDUCTOR_CACHE_DIR": "/theirs"}
+    assert theirs.items() <= worker_environment(Devices(ranks=1), tmp_path / "run", theirs).items()
 
 
 def test_every_option_of_torchrun_is_ours_alone(tmp_path):
