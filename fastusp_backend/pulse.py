@@ -17,7 +17,7 @@ _BYTES = 4096
 COLD_SECONDS = 1800.0
 """How long a rank may take from beat to beat where nothing is known of its pace: one block of an image of 4096 x 4096
 on CPUs, the compiling of one."""
-USUAL_SECONDS = 600.0
+USUAL_SECONDS = 300.0
 """The same for what is done in small parts: reading a tensor, patching a weight, making a group of ranks."""
 
 

@@ -16,6 +16,7 @@ const STATES = {
   starting: "starting",
   idle: "idle: warm, waiting for a run",
   busy: "busy: a run is under way",
+  stopping: "stopping: coming to the end of what was cancelled",
 };
 
 const TIMES = ["not yet", "once", "twice"];

@@ -45,6 +45,7 @@ def worker_environment(devices: Devices, run_dir: Path, environment: Mapping[str
     env[PARENT_VARIABLE] = str(os.getpid())
     env["FASTUSP_DEVICE_TYPE"] = devices.type
     env |= _LOOPBACK
+    env["TMPDIR"] = str(run_dir)  # goes with all that is in it, sockets of torch's symmetric memory too
     # torch's own choice, a folder of /tmp, may be another user's: it holds code, and pickles.
     env.setdefault("TORCHINDUCTOR_CACHE_DIR", str(run_dir.parent / "torchinductor"))
     env["CUDA_VISIBLE_DEVICES"] = cuda_visible(devices)

@@ -82,9 +82,9 @@ def main() -> int:
     die_with_parent(int(os.environ[PARENT_VARIABLE]))
     run_dir, rank = Path(os.environ[RUN_DIR_VARIABLE]), int(os.environ["RANK"])
     log_to_pool(run_dir, rank)
-    show_pulse(run_dir, rank)
-    turn_to(STARTING)
     try:
+        show_pulse(run_dir, rank)
+        turn_to(STARTING)
         _work(run_dir)
     except BaseException as error:
         try:
