@@ -97,10 +97,13 @@ class Runner:
     def _next(self) -> tuple[Work, Tensors]:
         body = tensors = None
         turn_to(WAITING)
-        if self._engine.device.type == "cpu" or torch.cuda.current_stream().query():
-            beat(IDLE_SECONDS)  # else a GPU is at what was asked for last, and the time for that has not changed
+        on_gpu = self._engine.device.type == "cuda"
+        if not on_gpu or torch.cuda.current_stream().query():
+            beat(IDLE_SECONDS)  # else the GPU is at what was asked for last, and the time for that has not changed
         if self._control is not None:
             message, tensors = self._control.next_request()
+        if on_gpu:
+            torch.cuda.current_stream().synchronize()  # or whatever waits for it would have its time
         self._agreement.doing = RECEIVING
         if self._control is not None and self._crew.size > 1:
             body = msgspec.msgpack.encode(message)
