@@ -95,21 +95,21 @@ class Runner:
         self._reply(Done(id=order.id))
 
     def _next(self) -> tuple[Work, Tensors]:
-        body = tensors = None
+        message = body = tensors = None
         turn_to(WAITING)
         on_gpu = self._engine.device.type == "cuda"
         if not on_gpu or torch.cuda.current_stream().query():
             beat(IDLE_SECONDS)  # else the GPU is at what was asked for last, and the time for that has not changed
         if self._control is not None:
             message, tensors = self._control.next_request()
+            body = msgspec.msgpack.encode(message) if self._crew.size > 1 else None
+        body = self._crew.share(body)
         if on_gpu:
-            torch.cuda.current_stream().synchronize()  # or whatever waits for it would have its time
+            torch.cuda.current_stream().synchronize()  # what waits for it below has more patience
         self._agreement.doing = RECEIVING
-        if self._control is not None and self._crew.size > 1:
-            body = msgspec.msgpack.encode(message)
-        body, tensors = self._crew.share(body), self._crew.share_tensors(tensors)
-        if self._control is None:
+        if message is None:
             message = self._work.decode(body)
+        tensors = self._crew.share_tensors(tensors)
         self._agreement.doing = EVALUATING
         return message, tensors
 
