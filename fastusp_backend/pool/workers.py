@@ -143,8 +143,8 @@ class Workers:
                 self.channel, self.ready = channel, reply
                 if not self.alive:
                     self._link.close()  # perhaps after `dispose`
-                seconds, names = time.monotonic() - began, ", ".join(reply.devices)
-                log.info("FastUSP: the workers on %s (%s) stand after %.1f s", self.devices, names, seconds)
+                who, seconds = f"{self.devices} ({', '.join(reply.devices)})", time.monotonic() - began
+                log.info("FastUSP: the workers on %s are ready, %.1f s after their start", who, seconds)
                 return
 
     def _guard(self) -> None:
