@@ -14,14 +14,29 @@ from pathlib import Path
 
 import torch
 
-from ..config import Layout
+from ..config import Layout, ModelSpec
 from ..devices import Devices, cuda_visible
 from ..environment import inherited
 from ..errors import PoolError
-from ..protocol import VERSION, Channel, Done, Evaluate, Failed, Held, Hello, Message, Ready, Release, Sample, Unmap
+from ..protocol import (
+    VERSION,
+    Channel,
+    Done,
+    Evaluate,
+    Failed,
+    Held,
+    Hello,
+    Message,
+    Patch,
+    Ready,
+    Release,
+    Sample,
+    Unmap,
+)
 from ..protocol.messages import ToClient
 from ..worker.process import PARENT_VARIABLE, RUN_DIR_VARIABLE
 from .rundir import RunDir
+from .signals import cause_of
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 LOG_LINES = 12
@@ -49,9 +64,9 @@ def worker_environment(devices: Devices, run_dir: Path, environment: Mapping[str
 class Workers:
     """Starts the processes at once and returns; `try_connect` says when they stand.
 
-    began: when they were started, by time.monotonic. layout: of the last request. left_behind: the last request or
-    order whose answer nobody waited for, until it comes. silent_since: when they last said something, or the first of
-    those was left behind. held: what they last said to hold.
+    began: when they were started, by time.monotonic. layout, model: of the last request. left_behind: the last request
+    or order whose answer nobody waited for, until it comes. silent_since: when they last said something, or the first
+    of those was left behind. held: what they last said to hold.
     """
 
     def __init__(self, devices: Devices):
@@ -62,6 +77,7 @@ class Workers:
         self.began = time.monotonic()
         self.ready: Ready | None = None
         self.layout: Layout | None = None
+        self.model: ModelSpec | None = None
         self.left_behind: int | None = None
         self.silent_since = 0.0
         self.held: Held | None = None
@@ -139,6 +155,8 @@ class Workers:
         evaluates = isinstance(message, Evaluate)
         if isinstance(message, Evaluate | Sample):
             self.layout = message.layout
+        if isinstance(message, Evaluate | Sample | Patch):
+            self.model = message.model
         if isinstance(message, Release | Unmap) or (evaluates and self._unread is not None):
             self.channel.forget()
         if evaluates:
@@ -199,8 +217,8 @@ class Workers:
         for failed in exits:
             if failed["exitcode"] < 0 and failed["exitcode"] != -signal.SIGTERM and failed["rank"] not in told:
                 name = signal.Signals(-failed["exitcode"]).name
-                hint = " (killed by hand, or by the system when memory ran out)" if name == "SIGKILL" else ""
-                return f"rank {failed['rank']} (process {failed['pid']}) was ended by {name}{hint}"
+                cause = cause_of(name, self.model)
+                return f"rank {failed['rank']} (process {failed['pid']}) was ended by {name}{cause}"
         if records:
             first = min(records, key=lambda r: (r["peer_lost"], r["time"]))
             return f"rank {first['rank']} failed with {first['text']}"
