@@ -4,6 +4,7 @@ Arguments: the host's folder, this repository, a FLUX file. ComfyUI runs on the 
 the pressure is made by hand: `free_memory` with nothing free.
 """
 
+import asyncio
 import functools
 import gc
 import importlib.util
@@ -165,7 +166,7 @@ assert {name: given[name] for name in call} == call and given["x"] == 1 and give
 os.environ["PATH"] = ""
 torch.cuda.device_count = lambda: 2
 try:
-    USPLoader.validate_inputs(gpus="auto")
+    asyncio.run(USPLoader.validate_inputs(gpus="auto"))
     raise AssertionError("auto took a CPU rank")
 except DeviceError as error:
     assert "torch sees 2 GPUs, but nvidia-smi" in str(error)
