@@ -9,7 +9,7 @@ LONGEST_HEADER = 16 << 20
 MOST_TENSORS = 50_000
 """Models have up to some thousands, all-in-one files with scales among them."""
 MOST_DIMENSIONS = 8
-_LONGEST_NAME = 500
+_LONGEST_NAME = 256
 """Characters; errors quote names."""
 
 
