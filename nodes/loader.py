@@ -185,7 +185,7 @@ def _storage(weight_dtype: str, header: dict[str, TensorInfo]) -> Storage | None
 
 
 def _path(unet_name: str) -> str:
-    path = model_path(unet_name)
+    path = model_path(unet_name) if isinstance(unet_name, str) else None
     if path is None:
         raise CheckpointError(f"unet_name: there is no {unet_name!r} in models/diffusion_models or models/checkpoints")
     return path

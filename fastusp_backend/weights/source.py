@@ -17,6 +17,10 @@ class Source:
     def __init__(self, path: str):
         self.path = path
         try:
+            path.encode()
+        except UnicodeEncodeError as error:
+            raise CheckpointError(f"Rename the model file {ascii(path)}: its name is no UTF-8") from error
+        try:
             file = open(path, "rb", buffering=0)
         except FileNotFoundError as error:
             raise CheckpointError(f"there is no model file {path}") from error

@@ -186,6 +186,16 @@ def test_a_model_that_leaves_closes_its_file(model, engine):
     assert len(os.listdir("/proc/self/fd")) == before - 1
 
 
+def test_a_name_that_is_no_text(model, tmp_path):
+    """No message could carry it."""
+    path = os.path.join(os.fsencode(tmp_path), b"\xff.safetensors")
+    os.rename(model, path)
+    with pytest.raises(CheckpointError, match=r"^Rename the model file '.*udcff\.safetensors': its name is no UTF-8"):
+        read_model(os.fsdecode(path))
+    os.rename(path, tmp_path / "全角　スペース.safetensors")
+    assert read_model(str(tmp_path / "全角　スペース.safetensors")).config.family == "FLUX.1"
+
+
 def test_what_became_of_a_file_is_told(model, tmp_path):
     def state() -> FileState:
         return FileState.of(os.stat(model))
