@@ -54,7 +54,7 @@ def path(tmp_path):
     [
         ((f"t.{i}" for i in range(150_000)), "it has 150000 tensors, FastUSP reads files of up to 50000"),
         ((f"some.block.{i}.weight" for i in range(50_000)), "is not a FLUX.2 or FLUX.1 or Qwen-Image transformer"),
-        ((f"{'a.' * 110}{i}.qweight" for i in range(25_000)), "quantised as GPTQ or AWQ"),
+        ((f"{'a.' * 110}{i}.qweight" for i in range(10_000)), "quantised as GPTQ or AWQ"),
         (
             [f"double_blocks.{i}.img_mlp.0.bias" for i in range(20_000)]
             + [f"single_blocks.{i}.x" for i in range(20_000)],
@@ -78,12 +78,12 @@ def test_a_whole_model_and_as_many_names_again(path, mini, leaf):
     for name, tensor in state.items():
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, start + tensor.nbytes]}
         start += tensor.nbytes
-    for i in range(25_000):
+    for i in range(10_000):
         header[f"{'a.' * 110}{i}{leaf}"] = {**A, "data_offsets": [start, start + 4]}
         start += 4
     sparse(path, header, start)
     began = time.monotonic()
-    assert len(read_model(str(path)).ignored) == 25_000
+    assert len(read_model(str(path)).ignored) == 10_000
     assert time.monotonic() - began < SOON
 
 
