@@ -78,18 +78,39 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     residency: Residency = "keep"
 
 
+class FileState(msgspec.Struct, frozen=True):
+    """Which file it is, and when it was last written to: another file at its path is another state, even of the same
+    size and time (by a link that leads elsewhere now, or where times are not kept)."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, stat: os.stat_result) -> "FileState":
+        return cls(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+    def change_to(self, now: "FileState") -> str:
+        """What has become of the file, in words; empty where nothing has."""
+        if (now.device, now.inode) != (self.device, self.inode):
+            return "was replaced"
+        if now.size < self.size:
+            return f"was cut short, from {self.size} to {now.size} bytes,"
+        return "was changed" if now != self else ""
+
+
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     """A checkpoint and the types it is held and computed in.
 
-    path: absolute. mtime_ns, size: the file's state when the client looked, so that a replaced file is read anew.
+    path: absolute. file: its state when the client looked, so that a replaced file is read anew.
     storage: type of the weights in memory, None keeps the file's own. compute: type of the activations.
     keep_quantised: weights that the file holds in fp8 or packed stay so, whatever `storage` is for the others.
     linear: as in Settings, since weights are held for the products that they serve.
     """
 
     path: str
-    mtime_ns: int
-    size: int
+    file: FileState
     storage: Storage | None
     compute: DType
     keep_quantised: bool = False
@@ -107,8 +128,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
             raise CheckpointError(f"cannot read the model file {path}: {error.strerror}") from error
         return cls(
             path=path,
-            mtime_ns=stat.st_mtime_ns,
-            size=stat.st_size,
+            file=FileState.of(stat),
             storage=storage,
             compute=compute,
             keep_quantised=keep_quantised,

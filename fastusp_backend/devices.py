@@ -19,11 +19,14 @@ from typing import NamedTuple, TypeVar
 
 from . import visible as cuda
 from .errors import DeviceError
+from .once import Once, run
 from .visible import counted_by_cuda
 
 log = logging.getLogger(__name__)
 
 MAX_CPU_RANKS = 16
+SECONDS = 30.0
+"""For nvidia-smi, which takes some where no driver is kept awake."""
 T = TypeVar("T")
 
 
@@ -68,9 +71,9 @@ class GpuState:
     driver: str
 
 
-@functools.cache
+@Once
 def list_gpus() -> tuple[Gpu, ...]:
-    """All GPUs of the machine in nvidia-smi order; empty where there is no nvidia-smi. Asked once a process.
+    """All GPUs of the machine in nvidia-smi order; empty where there is no nvidia-smi.
 
     Raises DeviceError where nvidia-smi fails.
     """
@@ -107,7 +110,7 @@ def _query(fields: str, make: Callable[..., T]) -> tuple[T, ...]:
         return ()
     query = [command, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=30)
+        answer = run(query, SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise DeviceError(f"nvidia-smi does not answer ({error}); use 'cpu:N' for N CPU ranks") from error
     if "No devices were found" in answer.stdout + answer.stderr:

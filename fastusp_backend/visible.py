@@ -9,7 +9,6 @@ own: this one shall initialise no CUDA.
 """
 
 import ctypes
-import functools
 import os
 import re
 import subprocess
@@ -21,6 +20,7 @@ from typing import NamedTuple
 
 from .environment import inherited
 from .errors import DeviceError
+from .once import Once, run
 
 VARIABLE = "CUDA_VISIBLE_DEVICES"
 SECONDS = 60.0
@@ -70,18 +70,16 @@ def _by_number(entry: str, counted: Callable[[], Sequence[str]]) -> str | None:
     return order[int(number[1])] if int(number[1]) < len(order) else None
 
 
-@functools.cache
+@Once
 def counted_by_cuda() -> tuple[str, ...]:
-    """The UUIDs of all GPUs as CUDA counts them in this process's environment. Asked once a process.
+    """The UUIDs of all GPUs as CUDA counts them in this process's environment.
 
     Raises DeviceError where the driver does not answer.
     """
     env = {k: v for k, v in inherited(os.environ, _PACKAGE_ROOT).items() if k != VARIABLE}
     command = [sys.executable, "-m", "fastusp_backend.visible"]
     try:
-        done = subprocess.run(
-            command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=SECONDS
-        )
+        done = run(command, SECONDS, env)
         problem = "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["it crashed"])[-1]
     except (OSError, subprocess.TimeoutExpired) as error:
         problem = str(error)

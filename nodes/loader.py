@@ -1,9 +1,10 @@
 """USP Loader: a MODEL whose transformer lives in worker processes."""
 
+import asyncio
 import os
 from typing import get_args
 
-from ..fastusp_backend.config import BatchParallel, ModelSpec, Settings, Storage
+from ..fastusp_backend.config import BatchParallel, FileState, Settings, Storage
 from ..fastusp_backend.devices import local_devices, supports_bfloat16
 from ..fastusp_backend.errors import CheckpointError, FastUSPError
 from ..fastusp_backend.models.files import ModelFile, read_model
@@ -105,13 +106,18 @@ class USPLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, unet_name=None, gpus=None, ulysses=None, ring=None, batch_parallel="auto") -> bool:
+    async def validate_inputs(cls, unet_name=None, gpus=None, ulysses=None, ring=None, batch_parallel="auto") -> bool:
         """Refuses impossible combinations before the prompt runs; an input that is linked is not known yet (None).
         ComfyUI leaves choices and ranges of the inputs that are named here to this check.
 
         Raises FastUSPError, which ComfyUI shows once, at this node; a text that is returned it would repeat for each of
-        these inputs.
+        these inputs. In a thread: ComfyUI calls this on the event loop of its server, which answers nobody meanwhile,
+        and files on network mounts, and drivers, may take their time.
         """
+        return await asyncio.to_thread(cls._validate, unet_name, gpus, ulysses, ring, batch_parallel)
+
+    @staticmethod
+    def _validate(unet_name, gpus, ulysses, ring, batch_parallel) -> bool:
         devices = local_devices(gpus) if gpus is not None else None
         if unet_name is None:
             return True
@@ -123,9 +129,8 @@ class USPLoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, unet_name, **_others):
-        """Runs again when the file was replaced."""
-        stat = os.stat(_path(unet_name))
-        return f"{unet_name} {stat.st_mtime_ns} {stat.st_size}"
+        """Runs again when the file was replaced or written to."""
+        return f"{unet_name} {FileState.of(os.stat(_path(unet_name)))}"
 
     @classmethod
     def execute(
@@ -154,7 +159,7 @@ class USPLoader(io.ComfyNode):
         )
         session = Session(
             pool_for(devices),
-            ModelSpec.of_file(file.path, **types),
+            file.spec(**types),
             plan_batches(devices.ranks, file.config.heads, ulysses=ulysses, ring=ring, batch_parallel=batch_parallel),
             settings,
         )
@@ -180,7 +185,7 @@ def _storage(weight_dtype: str, header: dict[str, TensorInfo]) -> Storage | None
 
 
 def _path(unet_name: str) -> str:
-    path = model_path(unet_name)
+    path = model_path(unet_name) if isinstance(unet_name, str) else None
     if path is None:
         raise CheckpointError(f"unet_name: there is no {unet_name!r} in models/diffusion_models or models/checkpoints")
     return path

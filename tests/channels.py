@@ -8,6 +8,7 @@ from multiprocessing import Pipe
 
 import msgspec
 import pytest
+from support import SOME_FILE
 
 from fastusp_backend.config import Layout, ModelSpec, Settings
 from fastusp_backend.errors import ProtocolError
@@ -32,9 +33,7 @@ from fastusp_backend.protocol import (
 from fastusp_backend.protocol.messages import ToClient, ToWorker
 
 WHAT = {
-    "model": ModelSpec(
-        path="/models/flux.safetensors", mtime_ns=1 << 60, size=1 << 35, storage=None, compute="bfloat16"
-    ),
+    "model": ModelSpec(path="/models/flux.safetensors", file=SOME_FILE, storage=None, compute="bfloat16"),
     "layout": Layout(ulysses=2, ring=3),
     "settings": Settings(wire="exact", attention="math"),
 }

@@ -8,7 +8,7 @@ import torch
 
 from fastusp_backend.comm.mesh import single_rank_mesh
 from fastusp_backend.comm.transport import Transport
-from fastusp_backend.config import ModelSpec, Settings
+from fastusp_backend.config import FileState, ModelSpec, Settings
 from fastusp_backend.engine import BatchedDenoiser, Denoiser
 from fastusp_backend.engine.loading import Checkpoint
 from fastusp_backend.models.family import NO_RESIDUALS, Conditioning, Config, Residuals, Transformer
@@ -38,6 +38,9 @@ SMALL_FLUX2 = Flux2Config(
     guidance=True,
 )
 SMALL_QWEN = QwenImageConfig(hidden=512, heads=4, channels=16, context=64, mlp=1024, blocks=2)
+
+
+SOME_FILE = FileState(device=1 << 40, inode=1 << 62, size=1 << 35, mtime_ns=1 << 60)
 
 
 def spec_of(path) -> ModelSpec:

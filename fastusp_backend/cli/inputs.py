@@ -45,7 +45,7 @@ def describe(path: str, devices: Devices) -> tuple[dict[str, TensorInfo], Config
         bfloat16=supports_bfloat16(devices),
         float16=config.float16,
     )
-    return header, config, ModelSpec.of_file(path, **types)
+    return header, config, file.spec(**types)
 
 
 def random_inputs(config: Config, size: tuple[int, int], text: int) -> tuple[torch.Tensor, Prompt]:

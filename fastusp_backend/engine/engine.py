@@ -29,6 +29,7 @@ class Engine:
         self._spec: ModelSpec | None = None
         self._model: Transformer | None = None
         self._weights: PatchedWeights | None = None
+        self._mapped: Checkpoint | None = None
         self._resident_bytes = 0
         self._described: Checkpoint | None = None
         self._meshes: dict[Layout, tuple[Mesh, Transport]] = {}
@@ -77,9 +78,10 @@ class Engine:
         return self._meshes[layout]
 
     def describe(self, spec: ModelSpec) -> Config:
-        """What the model of `spec` is, by its file's header alone. Raises CheckpointError, or ValueError for products
-        that this device does not have; nothing has changed then."""
+        """What the model of `spec` is, by its file's header alone. Raises CheckpointError, as `check_file` too, or
+        ValueError for products that this device does not have; nothing has changed then."""
         if self.holds(spec):
+            self.check_file()
             return self._model.config
         if spec.linear == "fp8":
             check_fp8_products(self.device, getattr(torch, spec.compute))
@@ -88,6 +90,12 @@ class Engine:
             check_fp8_sizes(self.device, {tuple(layer.weight.shape) for layer in described.model.products()})
         self._described = described
         return self._described.model.config
+
+    def check_file(self) -> None:
+        """Raises CheckpointError where the resident weights lie in a mapped file that was written to: they may be
+        anything."""
+        if self._mapped is not None and not self._parked:
+            self._mapped.check_file()
 
     def make_room(self) -> None:
         """Drops the resident model and makes room for the one that was described."""
@@ -98,15 +106,19 @@ class Engine:
 
     def load(self) -> None:
         """Makes the described model the resident one. Collective where GPUs share the reading: an error there is a
-        RuntimeError, which ends the rank, since the others wait for it."""
+        RuntimeError, which ends the rank, since the others wait for it. Raises CheckpointError where the file was
+        written to meanwhile."""
         checkpoint, self._described = self._described, None
         try:
-            self._model = checkpoint.read()
+            model = checkpoint.read()
         except Exception as error:
             if self._reading_group() is None:
                 raise
             raise RuntimeError(f"reading {checkpoint.spec.path} failed when the ranks had begun: {error}") from error
-        self._spec, self._weights = checkpoint.spec, PatchedWeights(checkpoint, self.drop_evaluations)
+        checkpoint.check_file()
+        self._mapped = checkpoint if self.device.type == "cpu" else None
+        self._model, self._spec = model, checkpoint.spec
+        self._weights = PatchedWeights(checkpoint, self.drop_evaluations)
         self._owners = checkpoint.holding.owners
         self._resident_bytes = held_bytes(self._model)
 
@@ -176,7 +188,7 @@ class Engine:
     def release(self) -> None:
         """Drops the resident model and gives its memory back."""
         self._spec = self._model = self._denoiser = None
-        self._weights = self._described = None
+        self._weights = self._mapped = self._described = None
         self._parked = False
         self._share.close()
         self._give_back()

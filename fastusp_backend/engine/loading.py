@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import nn
 
 from ..config import ModelSpec
-from ..errors import CheckpointError
 from ..models.family import Transformer
 from ..models.files import read_model
 from ..models.holding import Holding, by_module
@@ -21,25 +20,18 @@ from ..weights.reading import Shares, map_tensors, read_tensors, room
 from ..weights.stored import Stored, conversion_bytes, hold, in_file, keeps
 
 
-def check_unchanged(spec: ModelSpec) -> None:
-    """Raises CheckpointError when a file is not the one that the client looked at."""
-    now = ModelSpec.of_file(spec.path, storage=spec.storage, compute=spec.compute)
-    if (now.mtime_ns, now.size) != (spec.mtime_ns, spec.size):
-        raise CheckpointError(f"{spec.path} was replaced since this workflow loaded it; run the prompt again")
-
-
 class Checkpoint:
     """The model of a file: described when it is made, still without weights.
 
-    model: the transformer. infos: its tensors in the file, by the module's names. holding: which ranks hold them; this
-    is `rank` of `ranks`. Raises CheckpointError when the file is unusable or was replaced after the client looked at
-    it.
+    source: the file, open as long as this lives. model: the transformer. infos: its tensors in the file, by the
+    module's names. holding: which ranks hold them; this is `rank` of `ranks`. Raises CheckpointError when the file is
+    unusable or was replaced after the client looked at it.
     """
 
     def __init__(self, spec: ModelSpec, rank: int = 0, ranks: int = 1):
-        check_unchanged(spec)
         self.spec = spec
-        file = read_model(spec.path)
+        file = read_model(spec.path, spec.file)
+        self.source = file.source
         self.model, self.infos = file.model, by_module(file.model, file.header)
         self.holding, self._rank = Holding(self.model, self.infos, spec, ranks), rank
         self._shares = Shares()
@@ -91,6 +83,11 @@ class Checkpoint:
         self._rooms = {}
         return self.model.eval()
 
+    def check_file(self) -> None:
+        """Raises CheckpointError when the file was written to since it was opened. One that was replaced or removed is
+        still read as it was."""
+        self.source.check("since it was loaded")
+
     def here(self, name: str) -> bool:
         """Whether this rank holds a tensor."""
         return self.holding.owner(name) in (None, self._rank)
@@ -99,7 +96,7 @@ class Checkpoint:
         """Some tensors, by the module's names, as `read` gave them to the model; those alone that this rank holds. Each
         rank reads for itself.
 
-        Raises CheckpointError when the file was replaced meanwhile.
+        Raises CheckpointError when the file was written to meanwhile.
         """
         return ((name, self._hold(name, raw)) for name, raw in self._reread(names))
 
@@ -128,11 +125,11 @@ class Checkpoint:
 
     def _read(self, infos: dict[str, TensorInfo], rooms: dict[str, torch.Tensor], shares: Shares):
         if self._device.type == "cpu":
-            return zip(infos, map_tensors(self.spec.path, list(infos.values())), strict=True)
-        return read_tensors(self.spec.path, infos, rooms, shares, self._device)
+            return zip(infos, map_tensors(self.source, list(infos.values())), strict=True)
+        return read_tensors(self.source, infos, rooms, shares, self._device)
 
     def _reread(self, names: Iterable[str]):
-        check_unchanged(self.spec)
+        self.check_file()
         return self._read({name: self.infos[name] for name in names if self.here(name)}, {}, Shares())
 
     def _shares_of(self, name: str) -> Shares:

@@ -45,7 +45,8 @@ class PatchedWeights:
     ) -> tuple[int, int]:
         """See `protocol.Patch`. Returns how many weights were restored and how many patched.
 
-        Raises PatchesLost, RequestError or, where the file was replaced, CheckpointError before anything has changed.
+        Raises PatchesLost, RequestError or, where the file was written to, CheckpointError before anything has changed;
+        the last one also where that happens meanwhile.
         """
         if base is not None and base != self.number:
             raise PatchesLost(f"the weights do not hold patch set {base}")
@@ -79,6 +80,8 @@ class PatchedWeights:
                 weight = adapters.apply(weight, patch, tensors)
             self._place(name, weight.shape).store(weight)
             beat()
+        if again or anew or unwidened:
+            checkpoint.check_file()
         self.number = number
         return len(restored), len(patched)
 

@@ -7,7 +7,7 @@ where some are missing, to say so.
 import functools
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 
@@ -103,17 +103,18 @@ def family_of(header: dict[str, TensorInfo], path: str, names: Collection[str] =
     for groups, variant in _VARIANTS:
         if all(any(key in header for key in group) for group in groups):
             raise _foreign(path, variant)
+    fit = functools.cache(lambda family: _Fit(family, header))
     marked = [family for family in FAMILIES if family.marks <= header.keys()]
-    whole = next((family for family in marked if not _missing(family, header)[0]), None)
+    whole = next((family for family in marked if not fit(family).missing), None)
     if whole is not None:
         return whole
-    nearest = _nearest(header)
-    if _share(nearest, header) < _NEARLY:
+    nearest = _nearest([fit(family) for family in FAMILIES])
+    if nearest.share < _NEARLY:
         for found in (header, names):
             if not marked:
                 _refuse_parts(found, path)
             _refuse_foreign(found, path)
-    if not marked and _share(nearest, header) < _NEARLY:
+    if not marked and nearest.share < _NEARLY:
         some = ", ".join(sorted(names or header)[:3]) or "no tensors at all"
         known = " or ".join(family.family for family in FAMILIES)
         raise CheckpointError(
@@ -126,20 +127,31 @@ def needed_tensors(family: type[Config], header: dict[str, TensorInfo]) -> tuple
     """The transformer of a family's file, and the names in it of the tensors that it needs, of any shape.
 
     What is no tensor of the family makes up neither blocks nor parts of its model, nor do some tensors of a block
-    behind a gap.
+    behind a gap. Raises CheckpointError for more blocks than any model has.
     """
     model, names = _needed(family.from_sizes(OneOfEach(header, "", family.family)))
     known = set(names)
-    own = {key: info for key, info in header.items() if _BLOCK.sub(r"\1.0.", model.module_key(key)) in known}
-    whole = Counter(_block_of(name) for name in names)
-    there = Counter(_block_of(model.module_key(key)) for key in own)
+    own = {key: name for key in header if _in_first(name := model.module_key(key)) in known}
+    whole = Counter(map(_block_of, names))
+    there = Counter(map(_block_of, own.values()))
     stray = {
         block
         for block, count in there.items()
-        if block and 2 * count < whole[_BLOCK.sub(r"\1.0.", block)] and _before(block) not in there
+        if block and 2 * count < whole[_in_first(block)] and _before(block) not in there
     }
-    own = {key: info for key, info in own.items() if _block_of(model.module_key(key)) not in stray}
-    return _needed(family.from_sizes(AnySizes(own, "", family.family)))
+    left = {key: header[key] for key, name in own.items() if _block_of(name) not in stray}
+    sizes = AnySizes(left, "", family.family)
+    # One block stands for all of its kind: a model of them all would take long to make.
+    model, names = _needed(family.from_sizes(OneOfEach(left, "", family.family)))
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(_block_of(name), []).append(name)
+    needed = groups.pop("")
+    for first, group in groups.items():
+        kind = first.partition(".")[0]
+        for number in range(sizes.count(kind)):
+            needed += [f"{kind}.{number}.{name.removeprefix(first)}" for name in group]
+    return model, tuple(needed)
 
 
 def _block_of(name: str) -> str:
@@ -148,47 +160,49 @@ def _block_of(name: str) -> str:
     return found[0] if found else ""
 
 
-@functools.lru_cache(maxsize=2 * len(FAMILIES))
+def _in_first(name: str) -> str:
+    """A tensor's name in the first block of its kind."""
+    return _BLOCK.sub(r"\1.0.", name)
+
+
+@functools.lru_cache(maxsize=4 * len(FAMILIES))
 def _needed(config: Config) -> tuple[type[Transformer], tuple[str, ...]]:
     with torch.device("meta"):
         model = config.build()
     return type(model), tuple(name for name, _ in model.named_parameters())
 
 
-def _missing(family: type[Config], header: dict[str, TensorInfo]) -> tuple[list[str], int]:
-    """Which of the tensors that a family's file needs are not there, by the file's names, and how many it needs."""
-    model, needed = needed_tensors(family, header)
-    there = {model.module_key(key) for key in header}
-    return [model.file_key(name) for name in needed if name not in there], len(needed)
+class _Fit:
+    """How a file's tensors fit a family. missing: which of those that it needs are not there, by the file's names;
+    needed: how many it needs; share: how many of them are there, from 0 to 1; known: the file's names for those."""
+
+    def __init__(self, family: type[Config], header: dict[str, TensorInfo]):
+        self.family = family
+        model, names = needed_tensors(family, header)
+        wanted = set(names)
+        known = {key: name for key in header if (name := model.module_key(key)) in wanted}
+        there = set(known.values())
+        self.missing = [model.file_key(name) for name in names if name not in there]
+        self.needed = len(names)
+        self.share = 1 - len(self.missing) / self.needed
+        self.known = known.keys()
 
 
-def _share(family: type[Config], header: dict[str, TensorInfo]) -> float:
-    """Of the tensors that a family's file needs, how many are there, from 0 to 1."""
-    missing, needed = _missing(family, header)
-    return 1 - len(missing) / needed
+def _nearest(fits: Sequence[_Fit]) -> _Fit:
+    """Of all families the one that an incomplete file is most likely of: one that knows the tensors which tell families
+    apart, not just the one that lacks the fewest: FLUX.2 needs few, and FLUX.1 has most of them."""
+    telling = set().union(*(fit.known for fit in fits))
+    return min(fits, key=lambda fit: (len(telling - fit.known), -fit.share))
 
 
-def _nearest(header: dict[str, TensorInfo]) -> type[Config]:
-    """The family that an incomplete file is most likely of: one that knows the tensors which tell families apart, not
-    just the one that lacks the fewest: FLUX.2 needs few, and FLUX.1 has most of them."""
-    known = {}
-    for family in FAMILIES:
-        model, needed = needed_tensors(family, header)
-        wanted = set(needed)
-        known[family] = {key for key in header if model.module_key(key) in wanted}
-    telling = set().union(*known.values())
-    return min(FAMILIES, key=lambda family: (len(telling - known[family]), -_share(family, header)))
-
-
-def _incomplete(family: type[Config], header: dict[str, TensorInfo], path: str) -> CheckpointError:
+def _incomplete(fit: _Fit, header: dict[str, TensorInfo], path: str) -> CheckpointError:
     for mark, part, advice in _PARTS:
         if part == CONTROLNET and any(map(mark.search, header)):
             return CheckpointError(f"{path} holds {part}, not a diffusion model: {advice}")
-    missing, needed = _missing(family, header)
     return Incomplete(
-        f"{_whole(path)}: it is an incomplete {family.family} file, without {len(missing)} of its {needed} tensors: "
-        f"{first_of(missing)}",
-        missing,
+        f"{_whole(path)}: it is an incomplete {fit.family.family} file, without {len(fit.missing)} of its {fit.needed} "
+        f"tensors: {first_of(fit.missing)}",
+        fit.missing,
     )
 
 

@@ -1,15 +1,18 @@
 """From a file to the tensors that its transformer needs. All others in it are left alone, whatever they are."""
 
 import logging
+import os
 from collections import Counter
 from dataclasses import dataclass
 
 import torch
 
+from ..config import FileState, ModelSpec
 from ..errors import CheckpointError
 from ..weights.checkpoint import Sizes, TensorInfo
 from ..weights.contents import read_contents
 from ..weights.scales import fold_scales, refuse_foreign, used_for_scales
+from ..weights.source import Source
 from .detection import FAMILIES, Incomplete, family_of, first_of, needed_tensors
 from .family import Config, Transformer
 
@@ -18,34 +21,51 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ModelFile:
-    """A file's model. header: the tensors that it needs, under the transformer's own names in files. model: without
-    weights, on the meta device. ignored: the names of the transformer's tensors that nothing needs."""
+    """A file's model. source: the file, open. header: the tensors that it needs, under the transformer's own names in
+    files. model: without weights, on the meta device. ignored: the names of the transformer's tensors that nothing
+    needs."""
 
-    path: str
+    source: Source
     config: Config
     model: Transformer
     header: dict[str, TensorInfo]
     ignored: tuple[str, ...]
+
+    def spec(self, **types) -> ModelSpec:
+        """This file as it was read, in these types."""
+        return ModelSpec(path=os.path.abspath(self.source.path), file=self.source.state, **types)
 
     def log_ignored(self) -> None:
         """One line about what is left alone, if anything is."""
         if self.ignored:
             log.info(
                 "FastUSP: %s: %d tensors that %s does not use are ignored: %s",
-                self.path,
+                self.source.path,
                 len(self.ignored),
                 self.config.family,
                 first_of(self.ignored),
             )
 
 
-def read_model(path: str) -> ModelFile:
-    """What a file says of its model, by its header alone (and its scales).
+def read_model(path: str, state: FileState | None = None) -> ModelFile:
+    """What a file says of its model, by its header alone (and its scales). state: which it must have, if any.
 
     Raises CheckpointError for a file that is missing, truncated or corrupt; that holds something else than a model of
-    ours; that lacks tensors or has them in another shape; or that is quantised in a way that FastUSP does not read.
+    ours; that lacks tensors or has them in another shape; that is quantised in a way that FastUSP does not read; or
+    that changes meanwhile.
     """
-    contents = read_contents(path, [family.marks for family in FAMILIES])
+    source = Source(path)
+    change = state.change_to(source.state) if state is not None else ""
+    if change:
+        raise CheckpointError(f"Queue the prompt again: {path} {change} since this workflow loaded it")
+    try:
+        return _read(source)
+    finally:
+        source.check("while it was being read")  # else that is what the error is about
+
+
+def _read(source: Source) -> ModelFile:
+    path, contents = source.path, read_contents(source, [family.marks for family in FAMILIES])
     try:
         family = family_of(contents.tensors, path, contents.names)
     except Incomplete as error:
@@ -67,7 +87,7 @@ def read_model(path: str) -> ModelFile:
         model = config.build()
     _check_shapes(model, header, path, family.family)
     others = (key for key in contents.tensors if key not in header and not used_for_scales(key, header))
-    return ModelFile(path, config, model, header, tuple(others))
+    return ModelFile(source, config, model, header, tuple(others))
 
 
 def _check_shapes(model: Transformer, header: dict[str, TensorInfo], path: str, family: str) -> None:

@@ -7,18 +7,18 @@ import signal
 import subprocess
 from pathlib import Path
 
+from ..config import ModelSpec
+from .signals import cause_of
+
 LOG_LINES = 12
 PRINTED_LINES = 1000
 """Of each file of printed lines, as many are looked through for warnings: NCCL_DEBUG=INFO prints hundreds."""
 _ALARMING = re.compile(r"\b(WARN|WARNING|ERROR|FATAL)\b|[Ee]rror\b|Traceback|failed")
-_HINTS = {
-    "SIGKILL": " (killed by hand, or by the system when memory ran out)",
-    "SIGTERM": " (another process asked it to end)",
-}
 
 
-def find_cause(directory: Path, torchrun: subprocess.Popen, killed: bool) -> str:
-    """What ended first: the rank, with its error, signal or exit code, or torchrun. killed: by the pool.
+def find_cause(directory: Path, torchrun: subprocess.Popen, killed: bool, model: ModelSpec | None) -> str:
+    """What ended first: the rank, with its error, signal or exit code, or torchrun. killed: by the pool. model:
+    of the last request.
 
     A rank that left no record goes before all others: the others' errors may be its doing. torchrun sends SIGTERM to
     those that outlive the first, so that one of these is blamed only where nobody else can be; a rank that merely lost
@@ -30,16 +30,16 @@ def find_cause(directory: Path, torchrun: subprocess.Popen, killed: bool) -> str
     for turn, exited in enumerate(_read_json(directory / "exit.json") or []):
         rank, code = exited["rank"], exited["exitcode"]
         if rank is None:
-            causes.append((2, turn, _end("torchrun", exited["pid"], code)))
+            causes.append((2, turn, _end("torchrun", exited["pid"], code, model)))
         elif rank not in told:
-            causes.append((3 if code == -signal.SIGTERM else 0, turn, _end(f"rank {rank}", exited["pid"], code)))
+            causes.append((3 if code == -signal.SIGTERM else 0, turn, _end(f"rank {rank}", exited["pid"], code, model)))
     for record in records:
         text = f"rank {record['rank']} failed with {record['text']}"
         causes.append((4 if record["peer_lost"] else 1, record["time"], text))
     if killed:
         causes.append((2, 0, "their processes did not end by themselves, so the pool ended them"))
     elif torchrun.returncode is not None and torchrun.returncode < 0:
-        causes.append((2, 0, _end("torchrun", torchrun.pid, torchrun.returncode)))
+        causes.append((2, 0, _end("torchrun", torchrun.pid, torchrun.returncode, model)))
     if causes:
         return min(causes)[2]
     if torchrun.returncode is None:
@@ -47,11 +47,11 @@ def find_cause(directory: Path, torchrun: subprocess.Popen, killed: bool) -> str
     return f"torchrun ended with exit code {torchrun.returncode}"
 
 
-def _end(who: str, pid: int, code: int) -> str:
+def _end(who: str, pid: int, code: int, model: ModelSpec | None) -> str:
     if code >= 0:
         return f"{who} (process {pid}) ended with exit code {code} and left no record of why"
     name = next((known.name for known in signal.Signals if known == -code), f"signal {-code}")
-    return f"{who} (process {pid}) was ended by {name}{_HINTS.get(name, '')}"
+    return f"{who} (process {pid}) was ended by {name}{cause_of(name, model)}"
 
 
 def full_disk(directory: Path) -> str:

@@ -12,11 +12,25 @@ from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client
 from pathlib import Path
 
-from ..config import Layout
+from ..config import Layout, ModelSpec
 from ..devices import Devices, cuda_visible
 from ..environment import inherited
 from ..errors import PoolError, ProtocolError
-from ..protocol import VERSION, Channel, Done, Evaluate, Failed, Held, Hello, Message, Ready, Release, Sample, Unmap
+from ..protocol import (
+    VERSION,
+    Channel,
+    Done,
+    Evaluate,
+    Failed,
+    Held,
+    Hello,
+    Message,
+    Patch,
+    Ready,
+    Release,
+    Sample,
+    Unmap,
+)
 from ..protocol.messages import ToClient
 from ..worker.process import PARENT_VARIABLE, RUN_DIR_VARIABLE
 from .cause import find_cause, full_disk, last_log_lines
@@ -60,8 +74,9 @@ class Workers:
     """Starts the processes at once and returns. Threads of its own connect to them and watch over them: workers that
     hang are ended.
 
-    ready: what they said when they stood, None before. layout: of the last request. sent, answered: the last request or
-    order that went to them, and the last one that they answered, in order. held: what they last said to hold.
+    ready: what they said when they stood, None before. layout, model: of the last request. sent, answered: the last
+    request or order that went to them, and the last one that they answered, in order. held: what they last said to
+    hold.
     """
 
     def __init__(self, devices: Devices):
@@ -71,6 +86,7 @@ class Workers:
         self.run_dir = RunDir()
         self.ready: Ready | None = None
         self.layout: Layout | None = None
+        self.model: ModelSpec | None = None
         self.sent = self.answered = 0
         self.held: Held | None = None
         self.channel: Channel | None = None
@@ -188,6 +204,8 @@ class Workers:
         evaluates = isinstance(message, Evaluate)
         if isinstance(message, Evaluate | Sample):
             self.layout = message.layout
+        if isinstance(message, Evaluate | Sample | Patch):
+            self.model = message.model
         if isinstance(message, Release | Unmap) or (evaluates and self._unread > self.answered):
             self.channel.forget()
         if evaluates:
@@ -248,7 +266,7 @@ class Workers:
         if self._process is None:
             cause = f"torchrun could not be started: {self._not_started}"
         else:
-            cause = self._why or find_cause(directory, self._process, self._killed)
+            cause = self._why or find_cause(directory, self._process, self._killed, self.model)
         cause += full_disk(directory)
         text = f"The FastUSP workers on {self.devices} {event}: {cause}. The next prompt starts new ones."
         lines = [*self._where, "Last log lines:", *(f"  {line}" for line in last_log_lines(directory))]

@@ -6,6 +6,7 @@ and where strength, alpha and rank enter, is as in the adapters of ComfyUI 0.3.6
 vectors; adapters of convolutions, with their extra dims, fit where those are 1.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -15,6 +16,10 @@ from ..errors import RequestError
 
 Parts = dict[str, torch.Tensor]
 
+_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+_TYPES += (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+"""Of tensors of patches: those that the protocol carries, too."""
+
 
 def check(patch: WeightPatch, tensors: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape that a weight of `shape` has after a patch. Computes nothing; raises RequestError where it does not
@@ -22,12 +27,19 @@ def check(patch: WeightPatch, tensors: Mapping[str, torch.Tensor], shape: tuple[
     absent = sorted(name for name in patch.tensors.values() if name not in tensors)
     if absent:
         raise RequestError(f"the patch lacks tensor {absent[0]!r}")
+    for role, name in patch.tensors.items():
+        if getattr(tensors[name], "dtype", None) not in _TYPES or tensors[name].layout != torch.strided:
+            what = getattr(tensors[name], "dtype", type(tensors[name]).__name__)
+            raise RequestError(f"the {patch.kind} patch's {role!r} is {what}, expected a tensor of plain numbers")
+    for number in ("strength", "strength_model", "alpha"):
+        if not math.isfinite(getattr(patch, number) or 0.0):
+            raise RequestError(f"the {patch.kind} patch's {number} is {getattr(patch, number)}")
     meta = {name: tensors[name].to("meta") for name in patch.tensors.values()}
     try:
         return tuple(apply(torch.empty(shape, dtype=torch.float32, device="meta"), patch, meta).shape)
     except KeyError as error:
         raise RequestError(f"the {patch.kind} patch has no {error.args[0]!r}") from error
-    except (RuntimeError, IndexError) as error:
+    except (RuntimeError, IndexError, ArithmeticError) as error:  # the last: alpha is divided by a rank of 0
         given = ", ".join(f"{role} {tuple(tensors[name].shape)}" for role, name in patch.tensors.items())
         place = f", slice {patch.offset}" if patch.offset else ""
         place += f", to be widened to {patch.reshape}" if patch.reshape else ""

@@ -12,7 +12,11 @@ from .headers import TensorInfo
 
 __all__ = ["AnySizes", "OneOfEach", "Sizes", "TensorInfo", "choose_types", "main_dtype"]
 
-_MOST_BLOCKS = 1000
+_MOST_BLOCKS = 200
+"""Of a kind; models have up to 60."""
+_WIDEST = 1 << 24
+"""Rows or columns of a matrix; models have up to some 10,000. What sizes are computed from it stay numbers of 64 bits.
+"""
 _SMALLEST = 128
 """The head dim of all families."""
 
@@ -59,11 +63,13 @@ class Sizes:
         return part in self.header or any(name.startswith(part + ".") for name in self.header)
 
     def matrix(self, name: str) -> tuple[int, int]:
-        """(outputs, inputs) of a weight that the file has. Raises CheckpointError where it is no matrix."""
+        """(outputs, inputs) of a weight that the file has. Raises CheckpointError where it is no matrix, or an empty
+        one."""
         shape = self.header[name].shape
-        if len(shape) != 2:
+        if len(shape) != 2 or not 0 < min(shape) <= max(shape) <= _WIDEST:
             raise CheckpointError(
-                f"{self.path} is no {self.family} file: tensor {name!r} is {shape}, expected a matrix"
+                f"{self.path} is no {self.family} file: tensor {name!r} is {shape}, expected a matrix of up to "
+                f"{_WIDEST} rows and columns"
             )
         return shape
 

@@ -1,16 +1,25 @@
 """The part of a file that is its transformer: the tensors under the transformer's own names, and what the file says of
 their quantisation."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
+
+import msgspec
 
 from ..errors import CheckpointError
 from .headers import TensorInfo, read_file_header
+from .source import Source
 
 ALL_IN_ONE = "model.diffusion_model."
 _FEW = 5
 """A prefix of no more tensors than these is not taken for a transformer's."""
+
+
+class _Quantisation(msgspec.Struct):
+    """The metadata's `_quantization_metadata`."""
+
+    layers: dict[str, Any] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,27 +28,31 @@ class Contents:
     metadata says of layers, by name: {"format": ...} where it is well-formed. scaled: whether a tensor `scaled_fp8`
     marks the file."""
 
-    path: str
+    source: Source
     tensors: dict[str, TensorInfo]
     names: tuple[str, ...]
     formats: dict[str, object]
     scaled: bool
 
+    @property
+    def path(self) -> str:
+        return self.source.path
 
-def read_contents(path: str, marks: Iterable[frozenset[str]]) -> Contents:
+
+def read_contents(source: Source, marks: Iterable[frozenset[str]]) -> Contents:
     """What a file holds, without reading its weights. marks: sets of names, of which a transformer has one.
 
-    Raises CheckpointError for a file that is missing, truncated, corrupt, or of a format that FastUSP does not read.
+    Raises CheckpointError for a file that is truncated, corrupt, or of a format that FastUSP does not read.
     """
-    tensors, metadata = read_file_header(path)
+    tensors, metadata = read_file_header(source)
     prefix = own_prefix(tensors, tuple(marks))
     own = {name.removeprefix(prefix): info for name, info in tensors.items() if name.startswith(prefix)}
     try:
-        layers = json.loads(metadata.get("_quantization_metadata", "{}")).get("layers", {})
-        formats = {name.removeprefix(prefix): entry for name, entry in layers.items()}
-    except (ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: what it says of its quantisation is malformed ({error})") from error
-    return Contents(path, own, tuple(tensors), formats, "scaled_fp8" in tensors or "scaled_fp8" in own)
+        said = msgspec.json.decode(metadata.get("_quantization_metadata", "{}"), type=_Quantisation)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{source.path}: what it says of its quantisation is malformed ({error})") from error
+    formats = {name.removeprefix(prefix): entry for name, entry in said.layers.items()}
+    return Contents(source, own, tuple(tensors), formats, "scaled_fp8" in tensors or "scaled_fp8" in own)
 
 
 def own_prefix(names: Iterable[str], marks: tuple[frozenset[str], ...]) -> str:

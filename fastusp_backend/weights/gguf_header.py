@@ -3,9 +3,9 @@
 Read here and not by the package `gguf`, which refuses a file for one tensor of a type that is newer than itself.
 """
 
-import os
-from collections.abc import Iterator
-from typing import BinaryIO
+from collections.abc import Callable, Iterator
+
+from .limits import LONGEST_HEADER, check_count, check_name
 
 _TYPES = {
     0: "F32",
@@ -47,26 +47,32 @@ _FIXED = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _UINT32, _STRING, _ARRAY = 4, 8, 9
 _VERSIONS = (2, 3)
 _MOST_DIMENSIONS = 4
-_LONGEST = 16 << 20
-"""Bytes of a header. Those of image models take some 100 KB, and reading goes at about 10 MB/s."""
+_MOST_VALUES = 1_000_000
+"""Of metadata, strings in arrays among them: language models list their 100,000s of tokens there."""
+_DEEPEST = 4
+"""Arrays within arrays."""
+_FIRST_READ = 256 << 10
 
 
-def gguf_header(file: BinaryIO, length: int) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
-    """Name, type, shape (rows first) and first byte of each tensor of a GGUF file of `length` bytes. A type that has no
-    name here is 'type' and its number.
+def gguf_header(read: Callable[[int, int], bytes], length: int) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
+    """Name, type, shape (rows first) and first byte of each tensor of a GGUF file of `length` bytes; read(start, count)
+    gives some of them. A type that has no name here is 'type' and its number.
 
     Raises ValueError for a file that is cut short, of another version, or contradicts itself.
     """
-    file.seek(4)
-    header = _Header(file, min(length, _LONGEST))
+    header = _Header(read, min(length, LONGEST_HEADER))
+    header.skip_bytes(4)
     version = header.number(4)
     if version not in _VERSIONS:
         raise ValueError(f"it is GGUF of version {version}, expected one of {_VERSIONS}, little-endian")
     count, pairs = header.number(8), header.number(8)
+    check_count(count)
     alignment = 32
     for _ in range(pairs):
         key, kind = header.string(), header.number(4)
-        if key == "general.alignment" and kind == _UINT32:
+        if key == "general.alignment":
+            if kind != _UINT32:
+                raise ValueError(f"its alignment is a value of type {kind}, expected {_UINT32}")
             alignment = header.number(4)
         else:
             header.skip(kind)
@@ -75,24 +81,29 @@ def gguf_header(file: BinaryIO, length: int) -> Iterator[tuple[str, str, tuple[i
     tensors = {}
     for _ in range(count):
         name = header.string()
+        check_name(name)
         if name in tensors:
             raise ValueError(f"it has two tensors {name!r}")
         dimensions = header.number(4)
         if dimensions > _MOST_DIMENSIONS:
             raise ValueError(f"tensor {name!r} has {dimensions} dimensions, GGUF knows up to {_MOST_DIMENSIONS}")
         shape = tuple(reversed([header.number(8) for _ in range(dimensions)]))
-        kind = header.number(4)
-        tensors[name] = _TYPES.get(kind, f"type {kind}"), shape, header.number(8)
-    data = -(-file.tell() // alignment) * alignment
+        kind, offset = header.number(4), header.number(8)
+        if offset % alignment:
+            raise ValueError(f"tensor {name!r} begins at {offset}, which is no multiple of the alignment, {alignment}")
+        tensors[name] = _TYPES.get(kind, f"type {kind}"), shape, offset
+    data = -(-header.place // alignment) * alignment
     for name, (kind, shape, offset) in tensors.items():
         yield name, kind, shape, data + offset
 
 
 class _Header:
-    """The values in a file, one after the other."""
+    """The values in a file's first `length` bytes, one after the other. place: of the next one."""
 
-    def __init__(self, file: BinaryIO, length: int):
-        self._file, self._length = file, length
+    def __init__(self, read: Callable[[int, int], bytes], length: int):
+        self._read, self._length = read, length
+        self._data, self.place = b"", 0
+        self._left = _MOST_VALUES
 
     def number(self, size: int) -> int:
         return int.from_bytes(self._bytes(size), "little")
@@ -100,30 +111,37 @@ class _Header:
     def string(self) -> str:
         return self._bytes(self.number(8)).decode()
 
-    def skip(self, kind: int) -> None:
+    def skip(self, kind: int, depth: int = 0) -> None:
         """Passes a value of metadata of this type."""
+        self._left -= 1
+        if self._left < 0:
+            raise ValueError(f"its metadata has more than {_MOST_VALUES} values")
         if kind in _FIXED:
-            self._pass(_FIXED[kind])
+            self.skip_bytes(_FIXED[kind])
         elif kind == _STRING:
-            self._pass(self.number(8))
+            self.skip_bytes(self.number(8))
         elif kind == _ARRAY:
             kind, count = self.number(4), self.number(8)
             if kind in _FIXED:
-                self._pass(_FIXED[kind] * count)
+                self.skip_bytes(_FIXED[kind] * count)
+            elif depth == _DEEPEST:
+                raise ValueError(f"its metadata has arrays within arrays, more than {_DEEPEST} deep")
             else:
                 for _ in range(count):
-                    self.skip(kind)
+                    self.skip(kind, depth + 1)
         else:
             raise ValueError(f"its metadata has a value of type {kind}, which GGUF does not know")
 
-    def _bytes(self, size: int) -> bytes:
-        self._check(size)
-        return self._file.read(size)
-
-    def _pass(self, size: int) -> None:
-        self._check(size)
-        self._file.seek(size, os.SEEK_CUR)
-
-    def _check(self, size: int) -> None:
-        if size > self._length - self._file.tell():
+    def skip_bytes(self, size: int) -> None:
+        """Passes so many bytes, which are there."""
+        end = self.place + size
+        if end > self._length:
             raise ValueError(f"its header goes on beyond {self._length} bytes, of the file or of any header")
+        if end > len(self._data):
+            wanted = min(self._length, max(end, 2 * len(self._data), _FIRST_READ))
+            self._data += self._read(len(self._data), wanted - len(self._data))
+        self.place = end
+
+    def _bytes(self, size: int) -> bytes:
+        self.skip_bytes(size)
+        return self._data[self.place - size : self.place]

@@ -1,16 +1,18 @@
 """What a model file holds, by its header alone. Two formats: safetensors (huggingface.co/docs/safetensors) and GGUF
 (github.com/ggml-org/ggml, docs/gguf.md), told apart by their first bytes, not by names."""
 
-import json
 import math
-import os
 from dataclasses import dataclass
+from typing import Annotated
 
+import msgspec
 import torch
 
 from ..errors import CheckpointError
 from .gguf_header import gguf_header
+from .limits import LONGEST_HEADER, MOST_DIMENSIONS, check_count, check_name
 from .packing import PACKINGS
+from .source import Source
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _SAFETENSORS = {
@@ -29,8 +31,20 @@ _SAFETENSORS = {
     "BOOL": torch.bool,
 }
 _GGUF = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-_LONGEST_HEADER = 100_000_000
-"""Bytes; the limit of the safetensors library."""
+_Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+
+
+class _Entry(msgspec.Struct):
+    """What a safetensors header says of a tensor."""
+
+    dtype: Annotated[str, msgspec.Meta(max_length=32)]
+    shape: Annotated[tuple[_Count, ...], msgspec.Meta(max_length=MOST_DIMENSIONS)]
+    data_offsets: tuple[_Count, _Count]
+
+
+_HEADER = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_ENTRY = msgspec.json.Decoder(_Entry)
+_METADATA = msgspec.json.Decoder(dict[str, str] | None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,29 +82,25 @@ class TensorInfo:
         return math.prod(shape) * dtype.itemsize
 
 
-def read_file_header(path: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def read_file_header(source: Source) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """All tensors of a file, of whatever type, and its metadata (safetensors alone), without reading a tensor.
 
-    Raises CheckpointError for a file that is missing, truncated, corrupt or of another format.
+    Raises CheckpointError for a file that is truncated, corrupt, of another format, or whose header is larger than any
+    model's; in bounded time and memory, whatever lies in it.
     """
+    path, length = source.path, source.state.size
+    start = source.read(0, min(8, length))
     try:
-        with open(path, "rb") as file:
-            length = os.fstat(file.fileno()).st_size
-            start = file.read(8)
-            if start[:4] == b"GGUF":
-                tensors, metadata = _gguf(file, length), {}
-            elif start[:4] == b"PK\x03\x04" or start[:2] == b"\x80\x02":
-                raise CheckpointError(
-                    f"{path} is a PyTorch pickle file, which can run code when it is read; FastUSP reads safetensors "
-                    "and GGUF. Convert it to safetensors"
-                )
-            else:
-                tensors, metadata = _safetensors(file, int.from_bytes(start, "little"), length)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"there is no model file {path}") from error
-    except OSError as error:
-        raise CheckpointError(f"cannot read the model file {path}: {error.strerror or error}") from error
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, MemoryError) as error:
+        if start[:4] == b"GGUF":
+            tensors, metadata = _gguf(source), {}
+        elif start[:4] == b"PK\x03\x04" or start[:2] == b"\x80\x02":
+            raise CheckpointError(
+                f"{path} is a PyTorch pickle file, which can run code when it is read; FastUSP reads safetensors "
+                "and GGUF. Convert it to safetensors"
+            )
+        else:
+            tensors, metadata = _safetensors(source, int.from_bytes(start, "little"))
+    except (ValueError, RecursionError) as error:
         raise _unreadable(path, str(error)) from error
     for name, info in tensors.items():
         if info.dtype is not None and (end := info.start + info.size) > length:
@@ -100,32 +110,59 @@ def read_file_header(path: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     return tensors, metadata
 
 
-def _safetensors(file, size: int, length: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    if not 2 <= size <= min(_LONGEST_HEADER, length - 8):
+def _safetensors(source: Source, size: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    length = source.state.size
+    if not 2 <= size <= length - 8:
         raise ValueError(f"its header would have {size} bytes, the file has {length}")
-    header = json.loads(file.read(size))
-    metadata = header.pop("__metadata__", {})
-    tensors = {}
-    for name, entry in header.items():
-        kind, (start, stop) = entry["dtype"], entry["data_offsets"]
-        dtype = _SAFETENSORS.get(kind)
-        info = TensorInfo(
-            tuple(map(int, entry["shape"])), dtype, 8 + size + start, unknown="" if dtype is not None else str(kind)
-        )
-        if start < 0 or dtype is not None and stop - start != info.size:
+    if size > LONGEST_HEADER:
+        raise ValueError(f"its header has {size} bytes, FastUSP reads up to {LONGEST_HEADER}")
+    header = _HEADER.decode(source.read(8, size))
+    metadata = _decoded(_METADATA, header.pop("__metadata__", b"{}"), "its metadata") or {}
+    check_count(len(header))
+    tensors, ends = {}, {}
+    for name, raw in header.items():
+        check_name(name)
+        entry = _decoded(_ENTRY, raw, f"tensor {name!r}")
+        (start, stop), dtype = entry.data_offsets, _SAFETENSORS.get(entry.dtype)
+        info = TensorInfo(entry.shape, dtype, 8 + size + start, unknown="" if dtype is not None else entry.dtype)
+        if stop < start or dtype is not None and stop - start != info.size:
             raise ValueError(f"tensor {name!r} has {stop - start} bytes, its shape {info.shape} takes {info.size}")
-        tensors[name] = info
+        tensors[name], ends[name] = info, 8 + size + stop
+    _check_order(tensors, ends, 8 + size, length)
     return tensors, metadata
 
 
-def _gguf(file, length: int) -> dict[str, TensorInfo]:
+def _decoded(decoder: msgspec.json.Decoder, text: msgspec.Raw | bytes, what: str):
+    try:
+        return decoder.decode(text)
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
+
+
+def _check_order(tensors: dict[str, TensorInfo], ends: dict[str, int], begin: int, length: int) -> None:
+    """In safetensors files the tensors lie one behind the other, from `begin` to the end. Others are corrupt, or have a
+    name twice, of which one is hidden here. ends: the byte behind each."""
+    for name in sorted(tensors, key=lambda name: (tensors[name].start, ends[name])):
+        if tensors[name].start != begin:
+            raise ValueError(f"tensor {name!r} begins at byte {tensors[name].start}, where {begin} was expected")
+        begin = ends[name]
+    if begin < length:
+        raise ValueError(f"its last tensor ends at byte {begin}, the file at byte {length}")
+
+
+def _gguf(source: Source) -> dict[str, TensorInfo]:
     tensors = {}
-    for name, kind, shape, start in gguf_header(file, length):
+    for name, kind, shape, start in gguf_header(source.read, source.state.size):
         packing = kind if kind in PACKINGS else ""
         dtype = torch.float32 if packing else _GGUF.get(kind)
         if packing and (not shape or shape[-1] % PACKINGS[packing][0]):
             raise ValueError(f"tensor {name!r} of shape {shape} is no whole number of {kind}'s blocks")
         tensors[name] = TensorInfo(shape, dtype, start, packing, unknown="" if dtype is not None else f"GGUF {kind}")
+    end = 0
+    for start, size, name in sorted((x.start, x.size, name) for name, x in tensors.items() if x.dtype is not None):
+        if start < end:
+            raise ValueError(f"tensor {name!r} begins at byte {start}, within another that ends at {end}")
+        end = start + size
     return tensors
 
 

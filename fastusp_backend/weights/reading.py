@@ -16,6 +16,7 @@ import torch.distributed as dist
 from ..comm.exchange import all_gather_single
 from ..errors import CheckpointError
 from .headers import TensorInfo
+from .source import Source
 
 PIECE = 16 << 20
 """Bytes of one read and one copy to the device."""
@@ -23,10 +24,19 @@ READERS = 8
 """Threads that read, each with a pinned buffer of `PIECE` bytes: one alone does not fill the link to a GPU."""
 
 
-def map_tensors(path: str, infos: Sequence[TensorInfo]) -> list[torch.Tensor]:
-    """Each tensor's bytes, (n,) uint8, as views of the mapped file. What is written to them stays with this process."""
+def map_tensors(source: Source, infos: Sequence[TensorInfo]) -> list[torch.Tensor]:
+    """Each tensor's bytes, (n,) uint8, as views of the mapped file. What is written to them stays with this process;
+    what others write to the file may be seen in them, and where they cut it short, reading them ends the process.
+
+    Raises CheckpointError where that has happened already.
+    """
     mapped = torch.empty(0, dtype=torch.uint8)
-    mapped.set_(torch.UntypedStorage.from_file(path, False, os.path.getsize(path)))
+    try:
+        opened = f"/proc/self/fd/{source.descriptor}"  # the same file, whatever is at its path now
+        mapped.set_(torch.UntypedStorage.from_file(opened, False, source.state.size))
+    except RuntimeError:
+        source.check("while it was being read")
+        raise
     views = [mapped[info.start : info.start + info.size] for info in infos]
     aligned = [info.start % info.stored[1].itemsize == 0 for info in infos]
     return [view if fits else view.clone() for view, fits in zip(views, aligned, strict=True)]
@@ -66,7 +76,7 @@ class Shares:
 
 
 def read_tensors(
-    path: str, infos: dict[str, TensorInfo], rooms: dict[str, torch.Tensor], shares: Shares, device: torch.device
+    source: Source, infos: dict[str, TensorInfo], rooms: dict[str, torch.Tensor], shares: Shares, device: torch.device
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, bytes (n,) uint8) of the tensors in turn. rooms: where some of them shall lie, of `Shares.allocate`; the
     others get room when they are read. Collective over the ranks of `shares`.
@@ -88,13 +98,15 @@ def read_tensors(
             shares.gather(room)
             yield last, room[: infos[last].size]
 
-    with open(path, "rb", buffering=0) as file, ThreadPoolExecutor(READERS) as threads:
+    with ThreadPoolExecutor(READERS) as threads:
         for stage, (name, offset, target, last, room) in zip(
             cycle(stages), _pieces(infos, rooms, shares, device, copies), strict=False
         ):
             if len(pending) == len(stages):
                 yield from finish()  # the copy from this stage's buffer is under way then
-            future = threads.submit(stage.fill, file.fileno(), offset, len(target), f"tensor {name!r} of {path}")
+            future = threads.submit(
+                stage.fill, source.descriptor, offset, len(target), f"tensor {name!r} of {source.path}"
+            )
             pending.append((future, stage, target, name if last else None, room))
         while pending:
             yield from finish()

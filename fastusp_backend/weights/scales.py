@@ -10,12 +10,12 @@ The inputs' scales are not used: products in fp8 measure a scale for each token.
 transformer does not have is not looked at.
 """
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import BinaryIO
+from typing import Any
 
+import msgspec
 import torch
 
 from ..errors import CheckpointError
@@ -25,6 +25,10 @@ from .headers import FP8, TensorInfo
 READS = "bf16, fp16, fp32, fp8 (e4m3fn, e5m2), scaled fp8 and GGUF"
 _FORMATS = {str(dtype).removeprefix("torch."): dtype for dtype in FP8}
 _INPUT_SCALES = ("scale_input", "input_scale")
+_LONGEST_FORM = 100
+"""Characters that an error quotes of a format's name."""
+_LONGEST_MARK = 4096
+"""Bytes of a `comfy_quant`, which has some tens."""
 
 # Parts of tensor names that only one foreign quantisation has, checked in this order.
 _FOREIGN = (
@@ -42,9 +46,10 @@ def refuse_foreign(contents: Contents, layers: Iterable[str] | None = None) -> N
     """Raises CheckpointError naming the quantisation of another tool. layers: those alone whose tensors count; without,
     all."""
     layers = None if layers is None else set(layers)
+    deepest = max((layer.count(".") + 1 for layer in layers or ()), default=0)
     for mark, name in _FOREIGN:
         for key in contents.tensors:
-            if mark in key and (layers is None or _any_begins(key, layers)):
+            if mark in key and (layers is None or _any_begins(key, layers, deepest)):
                 raise _refusal(contents.path, name, key)
 
 
@@ -54,16 +59,15 @@ def fold_scales(contents: Contents, needed: Iterable[str]) -> dict[str, TensorIn
     Raises CheckpointError naming the first whose quantisation FastUSP does not read, or which misses a scale or a mark
     that says how to read it.
     """
-    tensors, folded, needed = contents.tensors, {}, list(needed)
-    with open(contents.path, "rb") as file:
-        for name in needed:
-            info, scale = tensors[name], None
-            layer, _, leaf = name.rpartition(".")
-            if leaf == "weight":
-                scale = _scale_of(file, contents, layer)
-            if not _readable(info):
-                raise _unread(contents, name)
-            folded[name] = info if scale is None else replace(info, scale=_value(file, contents, scale))
+    tensors, folded = contents.tensors, {}
+    for name in needed:
+        info, scale = tensors[name], None
+        layer, _, leaf = name.rpartition(".")
+        if leaf == "weight":
+            scale = _scale_of(contents, layer)
+        if not _readable(info):
+            raise _unread(contents, name)
+        folded[name] = info if scale is None else replace(info, scale=_value(contents, scale))
     _refuse_unmarked(contents, folded)
     return folded
 
@@ -75,10 +79,10 @@ def used_for_scales(name: str, needed: dict[str, TensorInfo]) -> bool:
     return name == "scaled_fp8" or leaf in telling and f"{layer}.weight" in needed
 
 
-def _scale_of(file: BinaryIO, contents: Contents, layer: str) -> str | None:
+def _scale_of(contents: Contents, layer: str) -> str | None:
     """The name of the tensor that holds a layer's scale; None where its weight has none."""
     path, tensors = contents.path, contents.tensors
-    entry, weight = _declared(file, contents, layer), tensors[f"{layer}.weight"]
+    entry, weight = _declared(contents, layer), tensors[f"{layer}.weight"]
     if entry is None:
         scale = f"{layer}.scale_weight"
         if contents.scaled and scale in tensors:
@@ -90,7 +94,7 @@ def _scale_of(file: BinaryIO, contents: Contents, layer: str) -> str | None:
         return None
     form, scale = entry.get("format"), f"{layer}.weight_scale"
     if not isinstance(form, str) or form not in _FORMATS:
-        raise _refusal(path, str(form), layer)
+        raise _refusal(path, str(form)[:_LONGEST_FORM], layer)
     if weight.dtype != _FORMATS[form]:
         raise CheckpointError(
             f"{path}: {layer!r} is said to be {form}, but its weight is {weight.dtype or weight.unknown}"
@@ -100,26 +104,33 @@ def _scale_of(file: BinaryIO, contents: Contents, layer: str) -> str | None:
     return scale
 
 
-def _declared(file: BinaryIO, contents: Contents, layer: str) -> dict | None:
+def _declared(contents: Contents, layer: str) -> dict[str, Any] | None:
     """What the file says of a layer's format: in its metadata, else in a `comfy_quant` tensor."""
-    info = contents.tensors.get(f"{layer}.comfy_quant")
+    name = f"{layer}.comfy_quant"
+    info = contents.tensors.get(name)
     try:
         if layer in contents.formats:
-            return dict(contents.formats[layer])
-        return None if info is None else dict(json.loads(_bytes(file, info)))
-    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+            return msgspec.convert(contents.formats[layer], dict[str, Any])
+        if info is None:
+            return None
+        if info.dtype != torch.uint8 or info.size > _LONGEST_MARK:
+            raise ValueError(
+                f"{name!r} is {type_of(info)} {info.shape}, expected up to {_LONGEST_MARK} bytes of text, uint8"
+            )
+        return msgspec.json.decode(contents.source.read(info.start, info.size), type=dict[str, Any])
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{contents.path}: what it says of the quantisation of {layer!r} is malformed ({error})"
         ) from error
 
 
-def _value(file: BinaryIO, contents: Contents, name: str) -> float:
+def _value(contents: Contents, name: str) -> float:
     info = contents.tensors[name]
     if not _readable(info):
         raise _refusal(contents.path, f"fp8 with scales of type {type_of(info)}", name)
     if info.size != info.dtype.itemsize:
         raise _refusal(contents.path, f"fp8 with more than one scale per tensor, {info.shape},", name)
-    value = torch.frombuffer(bytearray(_bytes(file, info)), dtype=info.dtype).item()
+    value = torch.frombuffer(bytearray(contents.source.read(info.start, info.size)), dtype=info.dtype).item()
     if value == 0 or not math.isfinite(value):
         raise CheckpointError(f"Download {contents.path} again, or take another file: its scale {name!r} is {value}")
     return value
@@ -175,15 +186,10 @@ def _unread(contents: Contents, name: str) -> CheckpointError:
     )
 
 
-def _any_begins(key: str, layers: set[str]) -> bool:
-    """Whether a tensor's name begins with that of one of these layers."""
-    parts = key.split(".")
+def _any_begins(key: str, layers: set[str], deepest: int) -> bool:
+    """Whether a tensor's name begins with that of one of these layers, whose names have up to `deepest` parts."""
+    parts = key.split(".")[: deepest + 1]
     return any(".".join(parts[:end]) in layers for end in range(1, len(parts)))
-
-
-def _bytes(file: BinaryIO, info: TensorInfo) -> bytes:
-    file.seek(info.start)
-    return file.read(info.size)
 
 
 def _refusal(path: str, kind: str, where: str) -> CheckpointError:

@@ -14,7 +14,7 @@ import msgspec
 import torch
 
 from ..engine import BatchedDenoiser, Engine
-from ..errors import Cancelled, LayoutError, PatchesLost, RequestError
+from ..errors import Cancelled, CheckpointError, LayoutError, PatchesLost, RequestError
 from ..models.family import NO_RESIDUALS, Conditioning, Residuals
 from ..protocol import Done, Evaluate, Failed, Park, Patch, Phase, Release, Sample, Shutdown, Step, Unmap
 from ..protocol.messages import Request
@@ -190,7 +190,7 @@ class Runner:
         with torch.inference_mode():
             begin()  # an exchange, so no part of what is prepared
             output = run(model, x, sigmas, noise=iter(noise), callback=report, **request.options)
-        self._reply(Done(id=request.id), {"output": output})
+        self._finish(request, output)
 
     def _evaluate(self, request: Evaluate, sent: Tensors) -> None:
         def prepare() -> tuple[BatchedDenoiser, Conditioning, torch.Tensor, torch.Tensor, Residuals]:
@@ -209,7 +209,16 @@ class Runner:
 
         denoiser, conditioning, x, timestep, control = self._prepare(request, prepare)
         (output,) = self._velocities(request, denoiser, control)(x, timestep, [conditioning])
-        self._reply(Done(id=request.id), {"output": output})
+        self._finish(request, output)
+
+    def _finish(self, request: Request, output: torch.Tensor) -> None:
+        """Answers, but not with what may have been computed from a file that was written to meanwhile."""
+        try:
+            self._engine.check_file()
+        except CheckpointError as error:
+            self._reply(Failed(id=request.id, kind="refused", rank=0, text=str(error)))
+        else:
+            self._reply(Done(id=request.id), {"output": output})
 
     def _patch(self, request: Patch, tensors: Tensors) -> None:
         self._residency.bring(request, lambda: self._engine.describe(request.model))

@@ -207,16 +207,18 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(pool, dev):
         assert torch.equal(evaluate(pool, dev), plain)
 
 
-def test_a_file_that_was_replaced_cannot_restore_its_weights(pool, dev, tmp_path):
+def test_a_file_that_was_replaced_still_restores_its_weights(pool, dev, schnell, tmp_path):
+    """It is open, until another model is loaded."""
     path = tmp_path / "model.safetensors"
     shutil.copy(dev, path)
-    old = session(pool, path)
+    old, plain = session(pool, path), evaluate(pool, path)
     replace(old, patches=stack({QKV: [lora(QKV, 1)]})).evaluate(GIVEN.x, GIVEN.timestep, PROMPT, Progress())
-    shutil.copy(dev, tmp_path / "other")
+    shutil.copy(schnell, tmp_path / "other")
     (tmp_path / "other").rename(path)
+    assert torch.equal(old.evaluate(GIVEN.x, GIVEN.timestep, PROMPT, Progress()), plain)
+    evaluate(pool, path)
     with pytest.raises(RequestError, match="was replaced since this workflow loaded it"):
         old.evaluate(GIVEN.x, GIVEN.timestep, PROMPT, Progress())
-    assert torch.equal(evaluate(pool, path), evaluate(pool, dev))
 
 
 def test_a_scaled_fp8_file(pool, dev, tmp_path):

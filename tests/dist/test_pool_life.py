@@ -172,9 +172,9 @@ WRONG = {
     "layout": Wrong("ulysses 1 x ring 1 does not fit a pool of 2 ranks", layout=Layout(ulysses=1, ring=1)),
     "larger layout": Wrong("does not fit a pool of 2 ranks", layout=Layout(ulysses=2, ring=2)),
     "attention": Wrong("'cudnn' does not exist", settings=Settings(attention="cudnn")),
-    "missing file": Wrong("cannot read the model file", file="missing"),
+    "missing file": Wrong("there is no model file", file="missing"),
     "truncated file": Wrong("truncated", file="truncated"),
-    "replaced file": Wrong("was replaced", file="replaced"),
+    "replaced file": Wrong("was changed since this workflow loaded it", file="replaced"),
 }
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from fastusp_backend.weights import reading
 from fastusp_backend.weights.headers import read_file_header
 from fastusp_backend.weights.reading import Shares, read_tensors
+from fastusp_backend.weights.source import Source
 
 pytestmark = pytest.mark.dist
 
@@ -21,7 +22,8 @@ def _read(rank: int, ranks: int, folder: str, path: str) -> None:
     torch.set_num_threads(1)
     reading.PIECE = 100_003
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=ranks)
-    (infos, _), read = read_file_header(path), []
+    source = Source(path)
+    (infos, _), read = read_file_header(source), []
     own = os.preadv
 
     def counted(descriptor, buffers, offset):
@@ -31,7 +33,7 @@ def _read(rank: int, ranks: int, folder: str, path: str) -> None:
     os.preadv = counted
     shares = Shares(dist.group.WORLD)
     rooms = {name: shares.allocate(info, CPU) for name, info in list(infos.items())[::2]}
-    for name, raw in read_tensors(path, infos, rooms, shares, CPU):
+    for name, raw in read_tensors(source, infos, rooms, shares, CPU):
         expected = load_file(path)[name]
         assert torch.equal(raw.view(expected.dtype).view(expected.shape), expected), name
     size = sum(info.size for info in infos.values())

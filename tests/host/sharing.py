@@ -4,11 +4,13 @@ Arguments: the host's folder, this repository, a FLUX file. ComfyUI runs on the 
 the pressure is made by hand: `free_memory` with nothing free.
 """
 
+import asyncio
 import functools
 import gc
 import importlib.util
 import os
 import sys
+import threading
 import types
 from dataclasses import replace
 
@@ -20,6 +22,7 @@ import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing()
 import comfy.model_management as management  # noqa: E402
+import folder_paths  # noqa: E402
 import torch  # noqa: E402
 import utils.extra_config  # noqa: E402, F401 - before a dependency brings a `utils` of its own
 from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel  # noqa: E402
@@ -35,7 +38,7 @@ from fastusp_pack.fastusp_backend.devices import Devices  # noqa: E402
 from fastusp_pack.fastusp_backend.errors import DeviceError, PoolError  # noqa: E402
 from fastusp_pack.fastusp_backend.models.files import read_model  # noqa: E402
 from fastusp_pack.fastusp_backend.pool import Progress, Prompt, Session  # noqa: E402
-from fastusp_pack.nodes import memory, pools  # noqa: E402
+from fastusp_pack.nodes import loader, memory, pools  # noqa: E402
 from fastusp_pack.nodes.loader import USPLoader  # noqa: E402
 from fastusp_pack.nodes.remote_families import RemoteQwenImage  # noqa: E402
 from fastusp_pack.nodes.remote_model import remote_model  # noqa: E402
@@ -165,8 +168,23 @@ assert {name: given[name] for name in call} == call and given["x"] == 1 and give
 os.environ["PATH"] = ""
 torch.cuda.device_count = lambda: 2
 try:
-    USPLoader.validate_inputs(gpus="auto")
+    asyncio.run(USPLoader.validate_inputs(gpus="auto"))
     raise AssertionError("auto took a CPU rank")
 except DeviceError as error:
     assert "torch sees 2 GPUs, but nvidia-smi" in str(error)
+# The event loop of ComfyUI's server, which validates, reads no files and waits for no driver.
+threads = []
+
+
+def noted(known, *args):
+    threads.append(threading.current_thread())
+    return known(*args)
+
+
+loader.local_devices = functools.partial(noted, loader.local_devices)
+loader._read = functools.partial(noted, loader._read)
+folder_paths.add_model_folder_path("diffusion_models", os.path.dirname(FILE))
+choice = {"unet_name": os.path.basename(FILE), "ulysses": 0, "ring": 0}
+assert asyncio.run(USPLoader.validate_inputs(gpus="cpu:2", **choice)) is True
+assert len(threads) == 2 and threading.main_thread() not in threads
 print("done")

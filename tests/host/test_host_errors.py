@@ -120,6 +120,38 @@ def test_a_lora_that_widens_what_the_workers_do_not(host, layer, had, wide):
     assert f"turns diffusion_model.{layer}.weight from (512, {had}) into (512, {wide})" in failure(host, graph, model)
 
 
+@pytest.mark.parametrize(
+    ("rank", "alpha", "odd"),
+    [(0, 1.0, {}), (2, float("nan"), {}), (2, 1.0, {"dora_scale": torch.ones(())}), (2, 1.0, {"lora_mid.weight": 5})],
+    ids=["rank 0", "alpha", "no dimensions", "five dimensions"],
+)
+def test_a_lora_that_means_nothing(host, rank, alpha, odd):
+    """It is left out with a warning, as ComfyUI leaves out what it cannot compute; nothing dies of it."""
+    name = "lora_unet_double_blocks_0_img_attn_qkv"
+    parts = {"lora_up.weight": torch.ones(1536, rank), "lora_down.weight": torch.ones(rank, 512)}
+    parts |= {"alpha": torch.tensor(alpha)} | {part: torch.ones([2] * n) if n == 5 else n for part, n in odd.items()}
+    file = loras.write(
+        host.base / "models/loras", f"odd {rank} {alpha} {[*odd]}", {f"{name}.{part}": t for part, t in parts.items()}
+    )
+    graph = Graph()
+    with_it = graph.node("LoraLoaderModelOnly", model=graph.usp(), lora_name=file, strength_model=1.0)
+    plain, odd = (graph.save(graph.sample(model, steps=2)) for model in (graph.usp(), with_it))
+    before = len(host.log_text())
+    latents = host.run(graph).latents
+    assert torch.equal(latents[plain], latents[odd])
+    assert "FastUSP leaves a weight patch out: diffusion_model.double_blocks.0.img_attn.qkv" in host.log_text()[before:]
+
+
+@pytest.mark.parametrize("shape", [torch.tensor(5), torch.tensor([512.0, 100.0]), torch.tensor([512, -1])], ids=str)
+def test_a_lora_that_widens_to_no_shape(host, shape):
+    parts = {"lora_up.weight": torch.zeros(512, 2), "lora_down.weight": torch.zeros(2, 100), "reshape_weight": shape}
+    tensors = {f"diffusion_model.img_in.{part}": t for part, t in parts.items()}
+    name = loras.write(host.base / "models/loras", f"shapeless {shape.tolist()}", tensors)
+    graph = Graph()
+    model = graph.node("LoraLoaderModelOnly", model=graph.usp(), lora_name=name, strength_model=1.0)
+    assert f"A LoRA with reshape_weight {shape.tolist()}, which is no shape" in failure(host, graph, model)
+
+
 def test_lora_hook(host, lora):
     graph = Graph()
     hooks = graph.node("CreateHookLoraModelOnly", lora_name=lora, strength_model=1.0)

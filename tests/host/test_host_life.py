@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from comfy import PromptFailed
-from workflows import IN_WORKERS, SCHNELL, STEPPING, Graph
+from workflows import DEV, IN_WORKERS, SCHNELL, STEPPING, TOLERANCE, Graph, difference
 
 from fastusp_backend.models.flux import Flux
 from fastusp_backend.models.synthetic import TINY_FLUX
@@ -97,21 +97,32 @@ def test_warm_over_files_layouts_and_settings(host):
     assert after["state"] == "idle" and after["ranks"] == 2
 
 
-def test_a_replaced_file_is_loaded_anew(host):
-    """The loader runs again, though nothing in the prompt has changed."""
+def test_a_file_that_changed_is_loaded_anew(host):
+    """The loader runs again, though nothing in the prompt has changed; of a file that was overwritten in place, too, in
+    which the workers' weights lie."""
     models = host.base / "models/diffusion_models"
-    file = models / "replaced.safetensors"
+    file = models / "changed.safetensors"
     try:
         results = []
-        for source in ("dev.safetensors", SCHNELL):
-            file.unlink(missing_ok=True)
-            file.write_bytes((models / source).read_bytes())
+        for source, replaced in ((DEV, True), (SCHNELL, True), (DEV, False), (None, False), (DEV, False)):
+            if replaced:
+                file.unlink(missing_ok=True)
+            if source is None:
+                os.truncate(file, file.stat().st_size - 1)
+                with pytest.raises(PromptFailed, match="is truncated: tensor"):
+                    run(host, file=file.name, seed=56)
+                continue
+            file.touch()
+            with open(file, "r+b") as opened:
+                opened.write((models / source).read_bytes())
+                opened.truncate()
             (latents,) = run(host, file=file.name, seed=56).latents.values()
             results.append(latents)
         (want,) = run(host, file=SCHNELL, seed=56).latents.values()
     finally:
         file.unlink()
     assert results[1].equal(want) and not results[0].equal(want)
+    assert all(difference(again, results[0]) < TOLERANCE for again in results[2:])
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -47,7 +47,7 @@ def test_the_rank_that_failed_first_is_named(tmp_path, exits, records, cause):
     (tmp_path / "exit.json").write_text(text)
     for rank, error in records.items():
         record_failure(tmp_path, rank, error)
-    assert find_cause(tmp_path, SimpleNamespace(pid=5, returncode=1), killed=False).startswith(cause)
+    assert find_cause(tmp_path, SimpleNamespace(pid=5, returncode=1), killed=False, model=None).startswith(cause)
 
 
 @pytest.mark.parametrize(
@@ -65,12 +65,12 @@ def test_the_rank_that_failed_first_is_named(tmp_path, exits, records, cause):
 )
 def test_what_ends_all_ranks_at_once_goes_before_a_rank_that_lost_another(tmp_path, returncode, killed, cause):
     torchrun = SimpleNamespace(pid=5, returncode=returncode)
-    assert find_cause(tmp_path, torchrun, killed) == cause
+    assert find_cause(tmp_path, torchrun, killed, None) == cause
     record_failure(tmp_path, 0, LOST)
     expected = cause if returncode in (KILL,) else LOST_TO
-    assert find_cause(tmp_path, torchrun, killed).startswith(expected)
+    assert find_cause(tmp_path, torchrun, killed, None).startswith(expected)
     record_failure(tmp_path, 1, OWN)
-    assert find_cause(tmp_path, torchrun, killed) == "rank 1 failed with ValueError: no such thing"
+    assert find_cause(tmp_path, torchrun, killed, None) == "rank 1 failed with ValueError: no such thing"
 
 
 @pytest.mark.parametrize("left, full", [((1, 9, 5), False), ((1, 0, 0), False), ((0, 9, 5), True), ((1, 9, 0), True)])

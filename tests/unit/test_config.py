@@ -4,11 +4,14 @@ import os
 
 import msgspec
 import pytest
+from support import SOME_FILE
 
 from fastusp_backend.config import Layout, ModelSpec, Settings
 from fastusp_backend.errors import CheckpointError
 
 pytestmark = pytest.mark.unit
+
+FILE = msgspec.structs.asdict(SOME_FILE)
 
 
 def test_a_spec_is_absolute_and_follows_the_file(tmp_path, monkeypatch):
@@ -16,9 +19,9 @@ def test_a_spec_is_absolute_and_follows_the_file(tmp_path, monkeypatch):
     (tmp_path / "model").write_bytes(b"one")
     spec = ModelSpec.of_file("model", storage="bfloat16", compute="float32")
     assert spec.path == str(tmp_path / "model")
-    assert spec.size == 3
+    assert spec.file.size == 3
     assert spec == ModelSpec.of_file(spec.path, storage="bfloat16", compute="float32")
-    os.utime(spec.path, ns=(spec.mtime_ns, spec.mtime_ns + 1))
+    os.utime(spec.path, ns=(spec.file.mtime_ns, spec.file.mtime_ns + 1))
     assert spec != ModelSpec.of_file(spec.path, storage="bfloat16", compute="float32")
 
 
@@ -32,7 +35,7 @@ def test_a_missing_file_is_named(tmp_path):
     [
         Layout(ulysses=2, ring=3),
         Settings(wire="exact", attention="math"),
-        ModelSpec(path="/a", mtime_ns=2**62, size=2**40, storage=None, compute="bfloat16"),
+        ModelSpec(path="/a", file=SOME_FILE, storage=None, compute="bfloat16"),
     ],
 )
 def test_wire_form(value):
@@ -49,8 +52,8 @@ def test_wire_form(value):
         (Settings, {"wire": "fp4"}),
         (Layout, {"ulysses": 0, "ring": 1}),
         (Layout, {"ulysses": "2", "ring": 1}),
-        (ModelSpec, {"path": "/a", "mtime_ns": 0, "size": 0, "storage": "int4", "compute": "float32"}),
-        (ModelSpec, {"path": "/a", "mtime_ns": 0, "size": 0, "storage": None, "compute": None}),
+        (ModelSpec, {"path": "/a", "file": FILE, "storage": "int4", "compute": "float32"}),
+        (ModelSpec, {"path": "/a", "file": FILE, "storage": None, "compute": None}),
     ],
 )
 def test_values_that_do_not_exist_are_refused_on_arrival(kind, fields):

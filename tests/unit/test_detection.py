@@ -149,7 +149,7 @@ def test_a_directory_is_refused(tmp_path):
 
 
 def test_a_file_that_may_not_be_read_says_so(mini, monkeypatch):
-    def deny(*_):
+    def deny(*_, **__):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr("builtins.open", deny)
@@ -231,8 +231,8 @@ def test_a_file_that_changed_after_the_client_looked_is_refused(mini, tmp_path, 
     if how == "replaced":
         write_flux(str(path), replace(MINI, double_blocks=2))
     else:
-        os.utime(path, ns=(spec.mtime_ns, spec.mtime_ns + 1))
-    assert "was replaced" in refusal(path, spec)
+        os.utime(path, ns=(spec.file.mtime_ns, spec.file.mtime_ns + 1))
+    assert f"was {'changed' if how == 'touched' else how} since this workflow loaded it" in refusal(path, spec)
     assert load_model(spec_of(path), CPU)
 
 
@@ -241,4 +241,4 @@ def test_a_file_removed_after_the_client_looked_is_refused(mini, tmp_path):
     path.write_bytes(mini.read_bytes())
     spec = spec_of(path)
     path.unlink()
-    assert "cannot read the model file" in refusal(path, spec)
+    assert "there is no model file" in refusal(path, spec)

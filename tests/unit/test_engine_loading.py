@@ -1,6 +1,7 @@
 """What an engine holds when loading fails: the old model where nothing was begun, and no quiet failure where the ranks
 read together."""
 
+import os
 from dataclasses import replace
 
 import msgspec
@@ -85,6 +86,24 @@ def test_a_failure_while_ranks_read_together_ends_the_rank(engine, specs, monkey
             engine.load()
         assert type(fatal.value) is RuntimeError
         assert not engine.holds(specs[1]) and not engine.holds(specs[0])
+
+
+def test_a_file_that_changes_while_ranks_read_together_ends_none(engine, specs, monkeypatch):
+    """All have come through their exchanges by then: they can refuse together."""
+    engine.describe(specs[1])
+    engine.make_room()
+    read = engine._described.read
+
+    def meanwhile():
+        model = read()
+        os.utime(specs[1].path, ns=(0, 1))
+        return model
+
+    monkeypatch.setattr(engine, "_reading_group", lambda: "the other ranks")
+    monkeypatch.setattr(engine._described, "read", meanwhile)
+    with pytest.raises(CheckpointError, match="was changed since it was loaded"):
+        engine.load()
+    assert not engine.holds(specs[1])
 
 
 @pytest.mark.parametrize(

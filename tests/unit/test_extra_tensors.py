@@ -12,7 +12,6 @@ from formats import FORMATS, MINI, add_raw, retype_gguf, write
 from safetensors.torch import load_file, save_file
 from support import SMALL_QWEN, load_model, spec_of
 
-from fastusp_backend.config import ModelSpec
 from fastusp_backend.errors import CheckpointError
 from fastusp_backend.models.files import read_model
 from fastusp_backend.models.holding import rank_bytes
@@ -69,7 +68,7 @@ def test_extra_tensors_are_counted_nowhere(mini, tmp_path):
     save_file(load_file(mini) | EXTRAS | {"huge": torch.zeros(9_000_000, dtype=torch.bfloat16)}, path)
     file, plain = read_model(str(path)), read_model(str(mini))
     assert main_dtype(file.header) == torch.float32
-    sizes = [rank_bytes(f.header, ModelSpec.of_file(f.path, storage=None, compute="float32"), 2) for f in (file, plain)]
+    sizes = [rank_bytes(f.header, f.spec(storage=None, compute="float32"), 2) for f in (file, plain)]
     assert sizes[0] == sizes[1]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import randn
+from support import SOME_FILE, randn
 from torch.distributed import run as torchrun
 
 from fastusp_backend import devices
@@ -54,7 +54,7 @@ class Pool:
 
 
 def session(pool) -> Session:
-    spec = ModelSpec(path="/m", mtime_ns=0, size=0, storage=None, compute="float32")
+    spec = ModelSpec(path="/m", file=SOME_FILE, storage=None, compute="float32")
     return Session(pool, spec, (Layout(ulysses=1, ring=1),), Settings())
 
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support import SOME_FILE
 
 from fastusp_backend.comm.exchange import OutOfMemoryTogether
 from fastusp_backend.config import Layout, ModelSpec, Settings
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.unit
 
 REQUEST = Evaluate(
     id=7,
-    model=ModelSpec(path="/m", mtime_ns=0, size=0, storage=None, compute="float32"),
+    model=ModelSpec(path="/m", file=SOME_FILE, storage=None, compute="float32"),
     layout=Layout(ulysses=2, ring=1),
     settings=Settings(),
 )

@@ -1,0 +1,58 @@
+"""A model file that is open. What is read of it (header, scales, weights, and weights anew) is read through this one
+descriptor: of one file, whatever comes to stand at its path meanwhile."""
+
+import os
+import weakref
+
+from ..config import FileState
+from ..errors import CheckpointError
+
+
+class Source:
+    """state: as it was opened. It is closed with the last reference to this.
+
+    Raises CheckpointError where there is no such file, or it cannot be opened.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        try:
+            path.encode()
+        except UnicodeEncodeError as error:
+            raise CheckpointError(f"Rename the model file {ascii(path)}: its name is no UTF-8") from error
+        try:
+            file = open(path, "rb", buffering=0)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"there is no model file {path}") from error
+        except OSError as error:
+            raise self._unreadable(error) from error
+        weakref.finalize(self, file.close)
+        self.descriptor = file.fileno()
+        self.state = FileState.of(os.fstat(self.descriptor))
+
+    def read(self, start: int, count: int) -> bytes:
+        """Raises CheckpointError where the file ends before, or cannot be read."""
+        pieces, done = [], 0
+        try:
+            while done < count and (piece := os.pread(self.descriptor, count - done, start + done)):
+                pieces.append(piece)
+                done += len(piece)
+        except OSError as error:
+            raise self._unreadable(error) from error
+        if done < count:
+            self.check("while it was being read")
+            raise CheckpointError(f"{self.path} is truncated: it ends at byte {start + done}. Download it again")
+        return b"".join(pieces)
+
+    def check(self, when: str) -> None:
+        """Raises CheckpointError, which says `when`, where the file is not as it was opened. A file that was removed,
+        or whose path leads to another one now, is."""
+        try:
+            change = self.state.change_to(FileState.of(os.fstat(self.descriptor)))
+        except OSError as error:  # of a network mount whose server has the file no more
+            raise self._unreadable(error) from error
+        if change:
+            raise CheckpointError(f"Queue the prompt again: {self.path} {change} {when}")
+
+    def _unreadable(self, error: OSError) -> CheckpointError:
+        return CheckpointError(f"cannot read the model file {self.path}: {error.strerror or error}")
