@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class OutOfMemoryTogether(torch.OutOfMemoryError):
-    """Memory ran out on rank `rank` of a group; all its ranks raise this alike."""
+    """Memory ran out on rank `rank` of the pool; all ranks of its group raise this alike."""
 
     def __init__(self, rank: int, text: str):
         super().__init__(text)
@@ -44,7 +44,7 @@ def allocate_together(allocate: Callable[[], T], group: dist.ProcessGroup) -> T:
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "out of memory" not in str(error):
             raise
         problem = str(error)
-    failed = torch.tensor([dist.get_rank() if problem else -1])
+    failed = torch.tensor([world()[0] if problem else -1])
     dist.all_reduce(failed, dist.ReduceOp.MAX, group=group)
     if (rank := int(failed)) >= 0:
         raise OutOfMemoryTogether(rank, problem or f"memory ran out on rank {rank}")

@@ -1,41 +1,22 @@
 """Patches in weights however they are stored: rounded to the nearest stored value, in place, and undone to the bit."""
 
-import os
-import shutil
 from dataclasses import replace
 
-import msgspec
 import pytest
 import torch
 import torch.nn.functional as F
 from formats import LIMITS, write
+from patched import LORA, MINI, NONE, NORM, PATCHES, QKV, TENSORS, changed, everything, held, loaded
 from safetensors.torch import load_file
-from support import SMALL, randn, spec_of
+from support import randn
 
 from fastusp_backend.config import WeightPatch
 from fastusp_backend.engine.loading import Checkpoint
 from fastusp_backend.engine.patching import PatchedWeights
-from fastusp_backend.errors import CheckpointError, RequestError
-from fastusp_backend.models.layers import Linear
+from fastusp_backend.errors import CheckpointError, PatchesLost, RequestError
 from fastusp_backend.models.synthetic import write_flux
 
 pytestmark = pytest.mark.unit
-
-MINI = replace(SMALL, hidden=256, heads=2, mlp=512, double_blocks=1, single_blocks=1, context=256, pooled=256)
-QKV, NORM = "double_blocks.0.img_attn.qkv", "double_blocks.0.img_attn.norm.query_norm.scale"
-TENSORS = {
-    "up": randn(768, 4, seed=1) * 0.1,
-    "down": randn(4, 256, seed=2),
-    "b": randn(768, seed=3),
-    "n": randn(128, seed=4),
-}
-LORA = WeightPatch(kind="lora", tensors={"up": "up", "down": "down"}, strength=0.7)
-PATCHES = {
-    f"{QKV}.weight": (LORA,),
-    f"{QKV}.bias": (WeightPatch(kind="diff", tensors={"diff": "b"}, strength=1.0),),
-    NORM: (WeightPatch(kind="set", tensors={"value": "n"}, strength=1.0),),
-}
-NONE = dict.fromkeys(PATCHES, ())
 
 
 @pytest.fixture(scope="module")
@@ -43,34 +24,6 @@ def mini(tmp_path_factory):
     path = tmp_path_factory.mktemp("patching") / "mini.safetensors"
     write_flux(str(path), MINI, seed=1)
     return path
-
-
-def loaded(path, **spec) -> Checkpoint:
-    checkpoint = Checkpoint(msgspec.structs.replace(spec_of(path), **spec))
-    checkpoint.allocate(torch.device("cpu"))
-    checkpoint.read()
-    return checkpoint
-
-
-def held(checkpoint: Checkpoint, key: str):
-    return checkpoint.held(checkpoint.model.module_key(key))
-
-
-def everything(checkpoint: Checkpoint) -> dict[str, tuple[int, torch.Tensor]]:
-    """(address, bytes) of all parameters, and of scales."""
-    named = dict(checkpoint.model.named_parameters())
-    for name, module in checkpoint.model.named_modules():
-        if isinstance(module, Linear) and module.scale is not None:
-            named[f"{name}.scale"] = module.scale
-    return {
-        name: (t.data_ptr(), t.detach().contiguous().clone().view(-1).view(torch.uint8)) for name, t in named.items()
-    }
-
-
-def changed(before, after) -> set[str]:
-    assert before.keys() == after.keys()
-    assert all(before[name][0] == after[name][0] for name in before), "a tensor has moved"
-    return {name for name in before if not torch.equal(before[name][1], after[name][1])}
 
 
 def assert_nearest(data: torch.Tensor, want: torch.Tensor) -> None:
@@ -210,70 +163,17 @@ def test_what_cannot_be_widened_is_refused_before_anything_changes(mini, tmp_pat
         assert weights.number == 0 and not changed(before, everything(checkpoint))
 
 
-@pytest.mark.parametrize("how", ["replaced", "removed", "linked"])
-def test_a_file_that_is_gone_still_restores_its_weights(mini, tmp_path, how):
-    """It is open."""
-    path, other = tmp_path / "model", tmp_path / "other"
-    shutil.copy(mini, other)
-    if how == "linked":
-        path.symlink_to(other)
-    else:
-        shutil.copy(mini, path)
-    checkpoint = loaded(path)
-    weights, before = PatchedWeights(checkpoint), everything(checkpoint)
-    weights.change(PATCHES, TENSORS, base=0, number=1)
-    path.unlink()
-    if how != "removed":
-        write_flux(str(path), MINI, seed=5)
-    weights.change(NONE, {}, base=1, number=0)
-    assert not changed(before, everything(checkpoint))
-
-
-@pytest.fixture
-def copied(mini, tmp_path):
-    """(path, a checkpoint of it, its weights, patched)."""
-    path = tmp_path / "model"
-    shutil.copy(mini, path)
-    checkpoint = loaded(path)
+@pytest.mark.parametrize("base", [1, 7])
+def test_a_change_of_what_the_weights_do_not_hold_is_refused(mini, base):
+    """It would be made to other weights than those that it was reckoned from."""
+    checkpoint = loaded(mini)
     weights = PatchedWeights(checkpoint)
-    weights.change(PATCHES, TENSORS, base=0, number=1)
-    return path, checkpoint, weights
-
-
-def write_to(path) -> None:
-    stat = os.stat(path)
-    with open(path, "r+b") as file:
-        file.seek(-4, os.SEEK_END)
-        file.write(bytes(4))
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-
-
-@pytest.mark.parametrize("how", ["written to", "cut"])
-def test_a_file_that_was_written_to_is_refused_before_anything_changes(copied, how):
-    path, checkpoint, weights = copied
-    after, size, words = held(checkpoint, f"{QKV}.weight").data.clone(), path.stat().st_size, "was changed"
-    if how == "cut":
-        os.truncate(path, size - 1)
-        words = f"was cut short, from {size} to {size - 1} bytes,"
-    else:
-        write_to(path)
-    with pytest.raises(CheckpointError, match=f"^Queue the prompt again: {path} {words} since it was loaded"):
-        weights.change(NONE, {}, base=1, number=0)
-    assert weights.number == 1 and torch.equal(held(checkpoint, f"{QKV}.weight").data, after)
-
-
-def test_a_file_that_is_written_to_while_it_is_read_again(copied, monkeypatch):
-    path, checkpoint, weights = copied
-    reread = checkpoint.reread
-
-    def meanwhile(names):
-        yield from reread(names)
-        write_to(path)
-
-    monkeypatch.setattr(checkpoint, "reread", meanwhile)
-    with pytest.raises(CheckpointError, match="was changed since it was loaded"):
-        weights.change(NONE, {}, base=1, number=0)
-    assert weights.number is None
+    weights.change(PATCHES, TENSORS, base=0, number=5)
+    after = everything(checkpoint)
+    for changes, tensors in ((NONE, {}), (PATCHES, TENSORS)):
+        with pytest.raises(PatchesLost, match=f"do not hold patch set {base}"):
+            weights.change(changes, tensors, base=base, number=6)
+    assert weights.number == 5 and not changed(after, everything(checkpoint))
 
 
 def test_a_reading_that_fails_leaves_the_state_unknown_and_can_be_repeated(mini, monkeypatch):

@@ -109,7 +109,7 @@ def test_where_a_part_cannot_be_made_nothing_is_left(temporary, monkeypatch, par
     with pytest.raises(PoolError, match=f"Free space .* TMPDIR .* cannot be made: .*No space left.*{base}"):
         RunDir()
     monkeypatch.undo()
-    assert open_descriptors() == before and not (base.exists() and list(base.iterdir()))
+    assert open_descriptors() <= before and not (base.exists() and list(base.iterdir()))
 
 
 def test_where_nothing_can_be_written_nothing_is_left(temporary):

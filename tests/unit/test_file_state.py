@@ -214,7 +214,7 @@ def test_what_became_of_a_file_is_told(model, tmp_path):
 
 def test_a_rank_that_sigbus_ended_names_the_file(model):
     spec: ModelSpec = spec_of(model)
-    assert cause_of("SIGTERM", spec) == cause_of("SIGSEGV", None) == ""
+    assert cause_of("SIGABRT", spec) == cause_of("SIGSEGV", None) == ""
     assert "look at the disk of the room in /dev/shm" in cause_of("SIGBUS", None)
     assert f"look at the disk of {model} or the room in /dev/shm" in cause_of("SIGBUS", spec)
     os.truncate(model, 5)
