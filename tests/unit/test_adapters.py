@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from formulas import IN, OUT, RANK, WEIGHT, W, assert_is, kronecker, outer, patched, rotations, tensors_of
 from support import randn
 
 from fastusp_backend.config import WeightPatch
@@ -10,32 +11,6 @@ from fastusp_backend.errors import RequestError
 from fastusp_backend.weights.adapters import apply, check, low_rank
 
 pytestmark = pytest.mark.unit
-
-OUT, IN, RANK = 12, 8, 3
-WEIGHT = randn(OUT, IN, seed=0)
-
-
-def tensors_of(**shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    return {role: randn(*shape, seed=seed) for seed, (role, shape) in enumerate(shapes.items(), 1)}
-
-
-def patched(kind: str, parts: dict[str, torch.Tensor], weight: torch.Tensor = WEIGHT, **more) -> torch.Tensor:
-    patch = WeightPatch(kind=kind, tensors={role: role for role in parts}, **({"strength": 0.7} | more))
-    check(patch, parts, tuple(weight.shape))
-    return apply(weight.clone(), patch, parts)
-
-
-def assert_is(got: torch.Tensor, want: torch.Tensor) -> None:
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-5)
-
-
-def outer(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a b as a sum of outer products."""
-    return sum(torch.outer(a[:, r].double(), b[r].double()) for r in range(a.shape[1]))
-
-
-W = WEIGHT.double()
 
 
 @pytest.mark.parametrize(("alpha", "scale"), [(None, 1.0), (6.0, 2.0), (0.5, 0.5 / 3)])
@@ -76,11 +51,6 @@ def test_loha_with_cores():
     assert_is(patched("loha", parts, alpha=1.5), W + 0.7 * 0.5 * one * two)
 
 
-def kronecker(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Blocks of b, each times one element of a."""
-    return torch.cat([torch.cat([x.double() * b.double() for x in row], dim=1) for row in a])
-
-
 @pytest.mark.parametrize(
     ("first", "second", "scale"),
     [
@@ -109,29 +79,6 @@ def test_glora():
     old = tensors_of(a1=(RANK, IN), a2=(IN, RANK), b1=(RANK, IN), b2=(OUT, RANK))
     change = W @ outer(old["a2"], old["a1"]) + outer(old["b2"], old["b1"])
     assert_is(patched("glora", old, alpha=6.0), W + 0.7 * 2.0 * change)
-
-
-@pytest.mark.parametrize("strength", [1.0, 0.7, -0.5])
-@pytest.mark.parametrize("axis", ["rows", "columns"])
-def test_dora(strength, axis):
-    shape = (OUT, 1) if axis == "rows" else (1, IN)
-    parts = tensors_of(up=(OUT, RANK), down=(RANK, IN), dora_scale=shape)
-    changed = W + 2.0 * outer(parts["up"], parts["down"])
-    if axis == "rows":
-        lengths = torch.stack([row.square().sum().sqrt() for row in W])[:, None]
-    else:
-        lengths = torch.stack([column.square().sum().sqrt() for column in changed.T])
-    want = changed * parts["dora_scale"].double() / lengths
-    assert_is(patched("lora", parts, alpha=6.0, strength=strength), W + strength * (want - W))
-
-
-def rotations(blocks: torch.Tensor, constraint: float) -> list[torch.Tensor]:
-    """(I + Q) / (I - Q) of blocks' skew parts Q, which together are no longer than the constraint, if there is one."""
-    skews = blocks.double() - blocks.double().transpose(-1, -2)
-    length = skews.square().sum().sqrt()
-    skews = skews * (constraint / length if 0 < constraint < length else 1)
-    eye = torch.eye(blocks.shape[-1], dtype=torch.float64)
-    return [(eye + q) @ torch.linalg.inv(eye - q) for q in skews.flatten(0, -3)]
 
 
 @pytest.mark.parametrize("alpha", [None, 0.0, 1.5, 1000.0])

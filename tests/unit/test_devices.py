@@ -165,6 +165,21 @@ def test_bfloat16_needs_every_gpu(monkeypatch):
     assert not supports_bfloat16(Devices(ranks=2))
 
 
+@pytest.mark.parametrize("capability, computes", [((7, 0), 0), ((7, 5), 0), ((8, 0), 1), ((8, 9), 1), ((12, 0), 1)])
+def test_bfloat16_begins_with_ampere(monkeypatch, capability, computes):
+    monkeypatch.setattr(devices, "list_gpus", lambda: (gpu(0, capability=capability),))
+    assert supports_bfloat16(Devices(ranks=1, gpus=(0,))) is bool(computes)
+
+
+@pytest.mark.parametrize("uuid, index", [("GPU-4abc", 4), ("4ABC", 4), ("gpu-1abc", 1), ("GPU-9abc", None)])
+def test_a_pool_holds_its_own_gpus_alone(monkeypatch, uuid, index):
+    """As torch and nvidia-smi write uuids."""
+    monkeypatch.setattr(devices, "list_gpus", lambda: MIXED)
+    for held in ((1,), (4, 1), (0, 2, 3)):
+        assert devices.holds_gpu(Devices(ranks=len(held), gpus=held), uuid) is (index in held)
+    assert not devices.holds_gpu(Devices(ranks=2), uuid)
+
+
 @pytest.fixture
 def nvidia_smi(monkeypatch, tmp_path):
     """nvidia_smi(text, code): puts a tool on the path that prints and exits so."""

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from formats import FORMATS, MINI, add_raw, retype_gguf, write
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support import SMALL_QWEN, load_model, spec_of
 
@@ -70,6 +71,21 @@ def test_extra_tensors_are_counted_nowhere(mini, tmp_path):
     assert main_dtype(file.header) == torch.float32
     sizes = [rank_bytes(f.header, f.spec(storage=None, compute="float32"), 2) for f in (file, plain)]
     assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("name", ["plain", "scaled_old", "scaled_tensors", "scaled_metadata"])
+def test_what_the_metadata_says_of_other_layers_does_not_matter(mini, tmp_path, name):
+    """Whether the file has them, as in an all-in-one one, or not."""
+    plain, path = (mini if name == "plain" else tmp_path / "plain.safetensors"), tmp_path / "x.safetensors"
+    if name != "plain":
+        write(name, mini, plain)
+    with safe_open(plain, "pt") as file:
+        told = json.loads((file.metadata() or {}).get("_quantization_metadata", '{"layers": {}}'))
+    others = ("vae.decoder.conv_in", "text_encoder.layers.0", "double_blocks.0.extra", f"{LAYER}.extra", "img_in.x")
+    told["layers"] |= dict(zip(others, ({"format": "nvfp4"}, {"format": 7}, {}, 7, None), strict=True))
+    extra = {f"{layer}.weight": torch.zeros(4, 4, dtype=torch.float8_e4m3fn) for layer in others[::2]}
+    save_file(load_file(plain) | extra, path, {"_quantization_metadata": json.dumps(told)})
+    same_model(path, plain)
 
 
 @pytest.mark.parametrize("kind", ["F4", "F6_E3M2", "C64", "U16", "F8_E4M3FNUZ", "something new"])

@@ -78,6 +78,18 @@ def test_the_model_sees_the_kept_part_at_its_noise_level():
     torch.testing.assert_close(got[~kept], (X - SIGMA * VELOCITIES["yes"])[~kept])
 
 
+def test_a_soft_mask_mixes_before_the_model_and_after_it():
+    """By its own value, both times, as ComfyUI does."""
+    mask = torch.linspace(0, 1, 20).view(1, 1, 4, 5)
+    keep, velocity = inpainting(mask), Recorder()
+    got = guided(velocity, inpainting=keep)(X, SIGMA)
+    noised = SIGMA * keep.noise + (1 - SIGMA) * keep.latent_image
+    seen = mask * X + (1 - mask) * noised
+    torch.testing.assert_close(velocity.calls[0][0], seen)
+    denoised = seen - SIGMA * VELOCITIES["yes"]
+    torch.testing.assert_close(got, mask * denoised + (1 - mask) * keep.latent_image)
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_whole_loop_keeps_the_kept_part(name):
     mask = torch.zeros(1, 1, 4, 5)

@@ -1,7 +1,10 @@
 """When exchanges are awaited: with overlap as late as possible, without it where they start."""
 
+import dataclasses
+
 import pytest
 import torch
+from support import OneRank, inputs, randn
 
 from fastusp_backend.attention import ALL, JointAttention
 from fastusp_backend.attention.local import math
@@ -9,7 +12,10 @@ from fastusp_backend.comm.mesh import single_rank_mesh
 from fastusp_backend.comm.shards import SequenceShards
 from fastusp_backend.comm.transport import Links
 from fastusp_backend.comm.ulysses import LocalExchange
-from fastusp_backend.config import Layout
+from fastusp_backend.config import Layout, Settings
+from fastusp_backend.engine import step
+from fastusp_backend.models.family import Conditioning
+from fastusp_backend.models.synthetic import TINY_FLUX
 
 pytestmark = pytest.mark.unit
 
@@ -59,3 +65,64 @@ def test_order(overlap, expected):
     exchange.calls.append("collect")
     assert joint.collect().shape == (1, 5, 16)
     assert exchange.calls == expected
+
+
+class Ring:
+    """Three blocks of keys and values, (2, B, N, h, D) each. Notes how it was asked for them."""
+
+    def __init__(self, blocks):
+        self.blocks, self.asked = blocks, []
+
+    def rotate(self, own, *, pipelined):
+        self.asked.append(pipelined)
+        yield from enumerate(self.blocks)
+
+
+def over_ring(blocks, q, *, attend=math, pipelined=True) -> tuple[torch.Tensor, Ring]:
+    """The attended tokens of one rank of three, (B, N, h D), and the ring."""
+    batch, tokens, heads, dim = q.shape
+    mesh, shards = single_rank_mesh(CPU), SequenceShards(Layout(ulysses=1, ring=3), 3, 3 * tokens - 3)
+    exchange, ring = LocalExchange(torch.empty(3, batch, tokens, heads, dim, dtype=q.dtype)), Ring(blocks)
+    mesh = dataclasses.replace(mesh, layout=Layout(ulysses=1, ring=3))
+    joint = JointAttention(mesh, attend, shards, Links(exchange, ring, None), overlap=True, pipelined=pipelined)
+    exchange.received[0] = q
+    joint.attend()
+    return joint.collect(), ring
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parts_of_a_ring_are_merged_in_float32(dtype):
+    """And rounded once."""
+    q, *blocks = (randn(*shape, seed=n).to(dtype) for n, shape in enumerate([(2, 9, 2, 8)] + 3 * [(2, 2, 9, 2, 8)]))
+    got, _ = over_ring(blocks, q)
+    parts = [math(q, k, v, 8**-0.5) for k, v in blocks]
+    weights = torch.stack([lse for _, lse in parts]).softmax(0).transpose(2, 3)[..., None]
+    wanted = sum(weight.double() * out.double() for weight, (out, _) in zip(weights, parts, strict=True))
+    assert got.dtype == dtype
+    # Half a unit in the last place, and what float32 adds to that.
+    spacing = torch.finfo(dtype).eps * 2 ** torch.floor(torch.log2(wanted.abs()))
+    assert ((got.double() - wanted.flatten(2)).abs() <= spacing.flatten(2) / 2 + 1e-6).all()
+
+
+@pytest.mark.parametrize("pipelined", [True, False])
+def test_the_ring_is_asked_as_was_wanted(pipelined):
+    _, ring = over_ring(
+        [randn(2, 1, 4, 2, 8, seed=n) for n in range(3)], randn(1, 4, 2, 8, seed=3), pipelined=pipelined
+    )
+    assert ring.asked == [pipelined]
+
+
+@pytest.mark.parametrize("overlap, pipelined", [(True, False), (False, True)])
+def test_the_settings_say_when(monkeypatch, overlap, pipelined):
+    made = []
+
+    class Noted(JointAttention):
+        def __init__(self, *args, **options):
+            made.append(options)
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr(step, "JointAttention", Noted)
+    model = OneRank(TINY_FLUX.build(), Settings(overlap=overlap, ring_pipeline=pipelined))
+    given = inputs(TINY_FLUX, text=2, size=(2, 2))
+    model(given.x, given.timestep, Conditioning(given.context, given.y, given.guidance))
+    assert made == [{"overlap": overlap, "pipelined": pipelined}]

@@ -88,6 +88,17 @@ def test_velocity(models, text, size, batch):
     assert relative_difference(ours, velocity_of(theirs, config, given, size)) < 1e-5
 
 
+def test_a_missing_pooled_text_counts_as_zeros(models):
+    """As ComfyUI has it: some nodes make conditionings of text tokens alone."""
+    denoiser, theirs = models
+    given = inputs(denoiser.model.config, text=7, size=(8, 8), batch=2)
+    prompt = Conditioning(given.context, None, given.guidance)
+    denoiser.check(given.x, [prompt])
+    ours = denoiser(given.x, given.timestep, prompt)
+    zeros = replace(given, y=torch.zeros_like(given.y))
+    assert relative_difference(ours, velocity_of(theirs, denoiser.model.config, zeros, (8, 8))) < 1e-5
+
+
 def test_bfloat16_rounds_guidance_as_others_do(models):
     """3500 is no bfloat16; the timestep's 500 is."""
     config = models[0].model.config

@@ -20,13 +20,16 @@ CPU = torch.device("cpu")
 
 class ComfyRope(torch.nn.Module):
     """Rotations by ComfyUI's positions, which differ from diffusers' in the middle of an odd number of patches: n // 2
-    there, n - n // 2 here. Even numbers agree, and are compared with diffusers' own."""
+    there, n - n // 2 here; and where references are larger than the image: text begins behind the image there, behind
+    the largest of all here. The rest agrees, and is compared with diffusers' own."""
 
     def forward(self, img_shapes, max_txt_seq_len, device):
-        _, *grid = img_shapes[0][0]
-        rows, columns = (torch.arange(n) - n // 2 for n in grid)
-        image = torch.cartesian_prod(torch.tensor([0]), rows, columns)
-        start = max(grid) // 2
+        images = []
+        for number, (_, *grid) in enumerate(img_shapes[0]):
+            rows, columns = (torch.arange(n) - n // 2 for n in grid)
+            images.append(torch.cartesian_prod(torch.tensor([number]), rows, columns))
+        image = torch.cat(images)
+        start = max(img_shapes[0][0][1:]) // 2
         return self.turns(image), self.turns(torch.arange(start, start + max_txt_seq_len)[:, None].expand(-1, 3))
 
     @staticmethod
@@ -77,24 +80,27 @@ def velocity_of(theirs, given, size, *, images=(), **more) -> torch.Tensor:
     return unpatchify(tokens[:, :count], grids[0], 2)[..., : size[0], : size[1]]
 
 
+@pytest.fixture
+def comfy_rope(models):
+    """The models again, diffusers' with ComfyUI's positions."""
+    denoiser, theirs = models
+    own, theirs.pos_embed = theirs.pos_embed, ComfyRope()
+    yield denoiser, theirs
+    theirs.pos_embed = own
+
+
 @pytest.mark.parametrize("text", [6, 35, 301])
 @pytest.mark.parametrize(
     "size, batch",
     [((8, 8), 1), ((16, 12), 2), ((7, 15), 1), ((10, 6), 1), ((13, 9), 2)],
     ids=lambda value: str(value).replace(" ", ""),
 )
-def test_velocity(models, text, size, batch):
-    denoiser, theirs = models
+def test_velocity(models, request, text, size, batch):
+    odd = any(n % 2 for n in patch_grid(*size, 2))
+    denoiser, theirs = request.getfixturevalue("comfy_rope") if odd else models
     given = inputs(denoiser.model.config, text=text, size=size, batch=batch, seed=text)
     ours = denoiser(given.x, given.timestep, Conditioning(given.context))
-    own_rope = theirs.pos_embed
-    if any(n % 2 for n in patch_grid(*size, 2)):
-        theirs.pos_embed = ComfyRope()
-    try:
-        expected = velocity_of(theirs, given, size)
-    finally:
-        theirs.pos_embed = own_rope
-    assert relative_difference(ours, expected) < 1e-5
+    assert relative_difference(ours, velocity_of(theirs, given, size)) < 1e-5
 
 
 @pytest.fixture
@@ -126,6 +132,16 @@ def test_references(models, request, method):
     for _ in range(2):
         ours = denoiser(given.x[:, :, None], given.timestep, prompt).squeeze(2)
         assert relative_difference(ours, velocity_of(theirs, given, (8, 12), images=images)) < 1e-5
+
+
+@pytest.mark.parametrize("sizes", [((20, 8),), ((4, 4), (9, 26)), ((30, 30), (6, 5))], ids=str)
+def test_references_larger_than_the_image(comfy_rope, sizes):
+    """Text begins behind the image all the same."""
+    denoiser, theirs = comfy_rope
+    given = inputs(denoiser.model.config, text=6, size=(8, 12))
+    images = tuple(randn(1, 16, *size, seed=n) for n, size in enumerate(sizes))
+    ours = denoiser(given.x, given.timestep, Conditioning(given.context, references=images, reference_method="index"))
+    assert relative_difference(ours, velocity_of(theirs, given, (8, 12), images=images)) < 1e-5
 
 
 def test_timestep_zero_lasts_over_more_timesteps_than_are_kept(zeroed):

@@ -6,7 +6,9 @@ from safetensors.torch import save_file
 from support import load_model, spec_of
 
 from fastusp_backend.errors import CheckpointError
-from fastusp_backend.models.detection import OTHERS
+from fastusp_backend.models.detection import OTHERS, family_of
+from fastusp_backend.models.synthetic import TINY_FLUX, TINY_QWEN_IMAGE
+from fastusp_backend.weights.checkpoint import TensorInfo
 
 pytestmark = pytest.mark.unit
 
@@ -90,6 +92,70 @@ def test_parts_of_a_workflow_are_sent_to_their_nodes(tmp_path, part, node, keys)
     save_file({key: torch.zeros(2, 2) for key in keys}, path)
     text = refusal(path)
     assert f"holds {part}, not a diffusion model: load it with" in text and node in text
+
+
+LAYER = "diffusion_model.double_blocks.0.img_attn.qkv"
+
+
+@pytest.mark.parametrize(
+    ("found", "keys"),
+    [
+        (
+            "a LoRA",
+            [
+                "lora_unet_single_blocks_0_linear1.alpha",
+                *(f"{LAYER}.{leaf}" for leaf in ("lora_A.weight", "lora_B.default.weight", "lora.up.weight")),
+                *(f"{LAYER}.{leaf}" for leaf in ("lora_up.weight", "lora_down.weight", "proj_lora1.down.weight")),
+                *(f"{LAYER}.{leaf}" for leaf in ("hada_w1_a", "lokr_w1", "lokr_w1_a", "oft_blocks", "a1.weight")),
+                *(f"{LAYER}.{leaf}" for leaf in ("diff", "diff_b")),
+            ],
+        ),
+        ("a ControlNet", ["controlnet_x_embedder.bias", "control_blocks.0.x", "control_model.input_hint_block.0.bias"]),
+        ("a text encoder", ["text_model.x", "model.layers.0.x", "language_model.x", "transformer.resblocks.0.x"]),
+        ("a text encoder", ["enc.blk.0.x", "blk.0.x", "shared.weight", "encoder.block.0.x", "encoder.embed_tokens.x"]),
+        ("a text encoder", ["encoder.final_layer_norm.weight"]),
+        ("a vision encoder", ["vision_model.x"]),
+        ("a VAE", ["encoder.conv_in.weight", "decoder.conv_in.weight", "first_stage_model.x"]),
+        ("Chroma", ["distilled_guidance_layer.x"]),
+        ("Chroma Radiance", ["nerf_blocks.0.x"]),
+        ("HunyuanVideo or HunyuanImage", ["img_in.proj.weight"]),
+        ("Hunyuan3D", ["latent_in.weight"]),
+        ("Stable Diffusion 3", ["joint_blocks.0.x", "pos_embed.proj.weight"]),
+        ("AuraFlow", ["joint_transformer_blocks.0.x"]),
+        ("a Stable Diffusion U-Net", ["input_blocks.0.0.weight"]),
+        ("Lumina or Z-Image", ["cap_embedder.0.weight"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_single_name_may_tell_what_a_file_holds(found, keys):
+    for key in keys:
+        with pytest.raises(CheckpointError) as refused:
+            family_of({key: TensorInfo((2, 2), torch.float32)}, "file")
+        assert f"file holds {found}" in str(refused.value), key
+
+
+@pytest.mark.parametrize(
+    ("whole", "variant", "keys"),
+    [
+        ("FLUX.1", "Chroma", ["distilled_guidance_layer.norms.0.scale"]),
+        ("FLUX.1", "Chroma", ["distilled_guidance_layer.norms.0.weight"]),
+        ("FLUX.1", "Chroma", ["distilled_guidance_layer.0.norms.0.scale"]),
+        ("FLUX.1", "Chroma", ["distilled_guidance_layer.0.norms.0.weight"]),
+        ("FLUX.1", "Ovis-Image or LongCat-Image", ["double_blocks.0.img_mlp.gate_proj.weight"]),
+        ("FLUX.1", "Ovis-Image or LongCat-Image", ["txt_norm.scale"]),
+        ("FLUX.1", "Ovis-Image or LongCat-Image", ["txt_norm.weight"]),
+        ("Qwen-Image", "Qwen-Image-Layered", ["time_text_embed.addition_t_embedding.weight"]),
+        ("Qwen-Image", "Lens", ["transformer_blocks.0.img_mlp.w1.weight"]),
+    ],
+)
+def test_what_has_all_of_a_familys_tensors_may_be_another_model(whole, variant, keys):
+    with torch.device("meta"):
+        model = {"FLUX.1": TINY_FLUX, "Qwen-Image": TINY_QWEN_IMAGE}[whole].build()
+    shapes = {model.file_key(name): tuple(p.shape) for name, p in model.named_parameters()}
+    header = {name: TensorInfo(shape, torch.bfloat16) for name, shape in shapes.items()}
+    assert family_of(header, "file").family == whole
+    with pytest.raises(CheckpointError, match=f"file holds {variant}, which FastUSP does not run yet"):
+        family_of(header | {key: TensorInfo((2, 2), torch.bfloat16) for key in keys}, "file")
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,32 @@ def test_the_order_is_the_models_on_every_rank():
         assert [len(whole) for whole, _ in parking._ranges(list(model.buffers()))] == [5, 6, 7]
 
 
+def test_tensors_that_merely_touch_stay_apart():
+    """As in a file's mapping: one piece of all would be as large as the file, and needed at once on the way back."""
+    memory = torch.zeros(64, dtype=torch.uint8)
+    parts = [memory[32:64], memory[:16], memory[16:32], memory[24:32]]
+    assert [len(whole) for whole, _ in parking._ranges(parts)] == [32, 16, 16]
+    assert [len(members) for _, members in parking._ranges(parts)] == [1, 1, 2]
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize("room, parks", [(1.05, True), (0.9, False)])
+def test_the_host_must_have_room_for_all_ranks_shares(monkeypatch, ranks, room, parks):
+    """They ask at the same time, each before the others have taken theirs."""
+    model, share = nn.Module(), parking.HostShare(CPU)
+    model.register_buffer("b", torch.arange(40_000, dtype=torch.float32))
+    before, size = model.b.clone(), model.b.nbytes
+    share._ranks = ranks
+    monkeypatch.setattr(parking, "available", lambda: int(room * size))
+    if parks:
+        share.park(model)
+        assert share.nbytes * ranks < 1.05 * size and not model.b.numel()
+    else:
+        with pytest.raises(MemoryError, match="0.0 GB of host memory are needed to park the weights"):
+            share.park(model)
+        assert torch.equal(model.b, before) and not share.nbytes
+
+
 GB = 10**9
 
 

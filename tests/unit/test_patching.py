@@ -15,7 +15,7 @@ from support import SMALL, randn, spec_of
 from fastusp_backend.config import WeightPatch
 from fastusp_backend.engine.loading import Checkpoint
 from fastusp_backend.engine.patching import PatchedWeights
-from fastusp_backend.errors import CheckpointError, RequestError
+from fastusp_backend.errors import CheckpointError, PatchesLost, RequestError
 from fastusp_backend.models.layers import Linear
 from fastusp_backend.models.synthetic import write_flux
 
@@ -208,6 +208,19 @@ def test_what_cannot_be_widened_is_refused_before_anything_changes(mini, tmp_pat
         with pytest.raises(RequestError, match=words):
             weights.change(given, TENSORS | tensors, base=0, number=1)
         assert weights.number == 0 and not changed(before, everything(checkpoint))
+
+
+@pytest.mark.parametrize("base", [1, 7])
+def test_a_change_of_what_the_weights_do_not_hold_is_refused(mini, base):
+    """It would be made to other weights than those that it was reckoned from."""
+    checkpoint = loaded(mini)
+    weights = PatchedWeights(checkpoint)
+    weights.change(PATCHES, TENSORS, base=0, number=5)
+    after = everything(checkpoint)
+    for changes, tensors in ((NONE, {}), (PATCHES, TENSORS)):
+        with pytest.raises(PatchesLost, match=f"do not hold patch set {base}"):
+            weights.change(changes, tensors, base=base, number=6)
+    assert weights.number == 5 and not changed(after, everything(checkpoint))
 
 
 @pytest.mark.parametrize("how", ["replaced", "removed", "linked"])

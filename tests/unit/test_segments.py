@@ -12,22 +12,34 @@ pytestmark = pytest.mark.unit
 ROWS = torch.tensor([0, 0, 1, 0, 1])
 
 
+def written_out(name: str, x, *rest) -> tuple[torch.Tensor, ...]:
+    """A segment of one token, (C,) each, in float64: what it returns."""
+    x, *rest = (t.double() for t in (x, *rest))
+    if name != "norm":
+        y, gate, *rest = rest
+        x = x + gate * y
+    if name == "add":
+        return (x,)
+    shift, scale = rest
+    centred = x - x.mean()
+    normed = (1 + scale) * centred / (centred.square().mean() + 1e-6).sqrt() + shift
+    return (normed,) if name == "norm" else (x, normed)
+
+
 @pytest.mark.parametrize("name, streams, modulations", [("norm", 1, 2), ("add", 2, 1), ("add_norm", 2, 3)])
-def test_rows(name, streams, modulations):
-    plain = Segments(torch.device("cpu"), fused=False)
-    by_row = plain.by_row(ROWS)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_rows(name, streams, modulations, rows):
+    """Each token takes its own row; modulations of one row are all tokens'."""
+    by_row = Segments(torch.device("cpu"), fused=False).by_row(ROWS)
     x = [randn(2, 5, 8, seed=n) for n in range(streams)]
-    two = [randn(2, 2, 8, seed=10 + n) for n in range(modulations)]
-    got = getattr(by_row, name)(*x, *two)
-    for token, row in enumerate(ROWS.tolist()):
-        own = [m[:, row : row + 1] for m in two]
-        expected = getattr(plain, name)(*(part[:, token : token + 1] for part in x), *own)
-        pairs = zip(got, expected, strict=True) if name == "add_norm" else [(got, expected)]
-        for mine, wanted in pairs:
-            torch.testing.assert_close(mine[:, token : token + 1], wanted)
-    one = [m[:, :1] for m in two]
-    for mine, wanted in zip(getattr(by_row, name)(*x, *one), getattr(plain, name)(*x, *one), strict=True):
-        assert torch.equal(mine, wanted)
+    given = [randn(2, rows, 8, seed=10 + n) for n in range(modulations)]
+    got = getattr(by_row, name)(*x, *given)
+    for item in range(2):
+        for token, row in enumerate(ROWS.tolist()):
+            own = (m[item, row if rows > 1 else 0] for m in given)
+            expected = written_out(name, *(part[item, token] for part in x), *own)
+            for mine, wanted in zip(got if name == "add_norm" else (got,), expected, strict=True):
+                torch.testing.assert_close(mine[item, token].double(), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_the_image_is_the_last_of_the_tokens():

@@ -37,6 +37,16 @@ def test_every_token_is_valid_exactly_once(ulysses, ring):
             assert everything == sorted(torch.cat([text_ids, image_ids]).tolist())
 
 
+@pytest.mark.parametrize("ulysses, ring", LAYOUTS)
+def test_no_more_is_padded_than_equal_parts_need(ulysses, ring):
+    """Nothing where the ranks divide a stream: each token of padding is computed in vain in every layer."""
+    ranks = ulysses * ring
+    for length in LENGTHS:
+        shards = SequenceShards(Layout(ulysses=ulysses, ring=ring), length, length)
+        parts = {shards.local_text, shards.local_image}
+        assert len(parts) == 1 and 0 <= parts.pop() * ranks - length < ranks
+
+
 @pytest.mark.parametrize("ulysses, ring", [(1, 1), (2, 1), (1, 3), (2, 2), (1, 8)])
 @pytest.mark.parametrize("image", [1, 3, 8, 13, 64])
 def test_image_parts_join_to_the_whole(ulysses, ring, image):

@@ -1,0 +1,75 @@
+"""What an evaluation keeps and asks for: buffers by shape, memory before it begins, a word before each evaluation."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from support import OneRank, inputs, randn
+
+from fastusp_backend.config import Layout
+from fastusp_backend.engine import denoiser as denoisers
+from fastusp_backend.engine.batch import BatchedDenoiser
+from fastusp_backend.engine.denoiser import KEPT_STEPS, WORKING_SET
+from fastusp_backend.models.family import Conditioning
+from fastusp_backend.models.synthetic import TINY_FLUX
+
+pytestmark = pytest.mark.unit
+
+HIDDEN = TINY_FLUX.hidden
+
+
+@pytest.fixture
+def one_rank():
+    return OneRank(TINY_FLUX.build())
+
+
+def evaluate(one_rank: OneRank, rows: int) -> torch.Tensor:
+    """Of an image of 2 x `rows` latents."""
+    given = inputs(TINY_FLUX, text=2, size=(2, rows))
+    return one_rank(given.x, given.timestep, Conditioning(given.context, given.y, given.guidance))
+
+
+def test_the_shape_that_was_used_longest_ago_makes_room(one_rank):
+    first, *others = range(2, 2 * KEPT_STEPS + 2, 2)
+    for rows in (first, *others, first, 20):
+        evaluate(one_rank, rows)
+    assert [shape.x[-1] for shape in one_rank.steps] == [*others[1:], first, 20]
+
+
+@pytest.mark.parametrize("batch, size, text, references", [(1, (4, 6), 3, 0), (3, (4, 6), 3, 0), (2, (8, 5), 5, 8)])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_memory_is_tried_for_every_image_and_token(one_rank, monkeypatch, batch, size, text, references, ranks):
+    given = inputs(TINY_FLUX, text=text, size=size, batch=batch)
+    images = (randn(batch, 16, 4, 8, seed=1),) if references else ()
+    prompt = Conditioning(given.context, given.y, given.guidance, references=images)
+    one_rank.denoiser.mesh = replace(one_rank.denoiser.mesh, layout=Layout(ulysses=ranks, ring=1))
+    asked, make = [], torch.empty
+    monkeypatch.setattr(denoisers.torch, "empty", lambda *shape, **more: (asked.append(shape), make(0, **more))[1])
+    one_rank.reserve(given.x, [prompt])
+    monkeypatch.undo()
+    patches = -(-size[0] // 2) * -(-size[1] // 2) + references
+    local = -(-text // ranks) + -(-patches // ranks)
+    assert (WORKING_SET * batch * local * HIDDEN,) in asked
+
+
+class Evaluations:
+    """Stands for a denoiser that gives all its velocities in one buffer, as a CUDA graph does."""
+
+    def __init__(self, calls: list):
+        self.calls, self.buffer = calls, torch.zeros(2, 3)
+
+    def __call__(self, x, modulations, conditioning, control):
+        self.calls.append(conditioning)
+        return self.buffer.fill_(len(self.calls))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_each_prompt_has_a_velocity_of_its_own_and_is_asked_for(one_rank, count):
+    """Of prompts of one length, as cond and uncond often are, too; a cancel is heard between any two of them."""
+    calls = []
+    one_rank.denoiser = Evaluations(calls)
+    given = inputs(TINY_FLUX, text=2, size=(2, 2))
+    prompts = [Conditioning(given.context + n, given.y, given.guidance) for n in range(count)]
+    velocities = BatchedDenoiser.__call__(one_rank, given.x, given.timestep, prompts, lambda: calls.append("ask"))
+    assert calls == [word for prompt in prompts for word in ("ask", prompt)]
+    assert [v.unique().tolist() for v in velocities] == [[2.0 * n + 2] for n in range(count)]

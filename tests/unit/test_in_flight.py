@@ -1,0 +1,129 @@
+"""What travels beside the computation: when it is awaited, and that it lives until it has arrived."""
+
+import contextlib
+import gc
+import weakref
+
+import pytest
+import torch
+from support import randn
+
+from fastusp_backend.comm import peers
+from fastusp_backend.comm.peers import PeerExchange, PeerGather, PeerRing, carve
+from fastusp_backend.comm.ring import CollectiveRing
+from fastusp_backend.comm.shards import SequenceShards
+from fastusp_backend.comm.wire import Wire
+from fastusp_backend.config import Layout
+
+pytestmark = pytest.mark.unit
+
+HEADS, DIM, BATCH = 2, 8, 1
+
+
+class Arena:
+    """Rank 0's, of `size` ranks that lie in its own memory. Notes in `calls` what is pulled and awaited."""
+
+    rank = generation = 0
+
+    def __init__(self, size: int, calls: list[str]):
+        self.size, self.calls = size, calls
+
+    def reserve(self, capacity):
+        self.memory = torch.zeros(capacity, dtype=torch.uint8)
+
+    def view(self, rank, shape, dtype, offset):
+        return self.own(shape, dtype, offset)
+
+    def own(self, shape, dtype, offset):
+        size = torch.Size(shape).numel() * dtype.itemsize
+        return self.memory[offset : offset + size].view(dtype).view(shape)
+
+    def beside(self):
+        return contextlib.nullcontext()
+
+    def wait(self, peer, channel):
+        if channel == peers._READY:
+            self.calls.append("start")
+
+    def settle(self):
+        self.calls.append("await")
+
+    def put(self, peer, channel):
+        pass
+
+    def publish(self, part):
+        pass
+
+    def expect(self, peer, channel, parts):
+        pass
+
+
+class Group:
+    """Rank 0 of three that pass blocks on."""
+
+    position, size = 0, 3
+
+    def __init__(self, calls: list[str]):
+        self.calls = calls
+
+    def shift(self, block):
+        self.calls.append("start")
+
+        def wait():
+            self.calls.append("await")
+            return block.clone()
+
+        return wait
+
+
+@pytest.mark.parametrize("packed", [None, torch.int8])
+@pytest.mark.parametrize("kind", ["collective", "peers"])
+@pytest.mark.parametrize("pipelined", [True, False])
+def test_the_rings_next_block_travels_while_one_is_attended_if_that_is_wanted(kind, pipelined, packed):
+    calls, wire, shape = [], Wire(HEADS, DIM, torch.float32, packed), (2, BATCH, 5)
+    if kind == "peers":
+        (block,) = carve(Arena(3, calls), [((*shape, *wire.row), wire.carrier)])
+        ring = PeerRing([0, 1, 2], wire, block)
+        own = block.own if packed is None else torch.empty(*shape, HEADS, DIM)
+    else:
+        ring, own = CollectiveRing(Group(calls), wire), torch.empty(*shape, HEADS, DIM)
+    own.copy_(randn(*own.shape, seed=0))
+    order = []
+    for position, _ in ring.rotate(own, pipelined=pipelined):
+        order.append(position)
+        calls.append("attend")
+    assert order == [0, 2, 1]
+    late, early = ["start", "attend", "await"], ["start", "await", "attend"]
+    if kind == "peers" and not pipelined:
+        early.append("await")  # once more, for nothing
+    assert calls == 2 * (late if pipelined else early) + ["attend"]
+
+
+@pytest.mark.parametrize("packed", [None, torch.uint8, torch.int8])
+def test_attended_rows_live_until_their_readers_are_done(monkeypatch, packed):
+    shards, wire = SequenceShards(Layout(ulysses=2, ring=1), 3, 5), Wire(HEADS, DIM, torch.float32, packed)
+    gathered = (3, 2, BATCH, shards.local, *wire.row) if packed else (3, BATCH, shards.gathered, HEADS, DIM)
+    regions = carve(Arena(2, []), [(shape, wire.carrier) for shape in (gathered, (2, BATCH, shards.local, *wire.row))])
+    exchange = PeerExchange([0, 1], shards, wire, *regions, BATCH)
+    encode, alive = Wire.encode, []
+
+    def watched(self, x):
+        rows = encode(self, x)
+        alive.extend(weakref.ref(t.untyped_storage()) for t in (x, rows))
+        return rows
+
+    monkeypatch.setattr(Wire, "encode", watched)
+    exchange.give_back(randn(BATCH, shards.gathered, HEADS, DIM, seed=0))
+    gc.collect()
+    assert all(kept() is not None for kept in alive) and len(alive) == 2
+    exchange.take_back()
+    gc.collect()
+    assert all(kept() is None for kept in alive)
+
+
+def test_what_is_gathered_lives_until_all_have_it():
+    gather, given = PeerGather(Arena(2, []), (3, 4), torch.float32), randn(4, 3, seed=0)
+    wait = gather.all_gather(given.T.contiguous())
+    cells = [cell.cell_contents for cell in wait.__closure__]
+    assert any(isinstance(kept, torch.Tensor) and torch.equal(kept, given.T) for kept in cells)
+    assert torch.equal(wait()[0], given.T)
