@@ -15,6 +15,7 @@ from fastusp_backend.config import Layout, Settings, WeightPatch
 from fastusp_backend.errors import ProtocolError, RequestError
 from fastusp_backend.models.synthetic import write_flux
 from fastusp_backend.pool import Progress, Prompt, Session, WeightPatches, name_of
+from fastusp_backend.pool import following
 from fastusp_backend.pool import pool as pools
 from fastusp_backend.protocol import channel as channels
 from fastusp_backend.protocol import shared
@@ -149,7 +150,7 @@ def test_a_rank_with_too_many_open_files_harms_no_workers(session, full, monkeyp
         return evaluate(changed, None if kind == "patches" else control(0))
 
     monkeypatch.setattr(channels, "INLINE_LIMIT", 1 << 16)
-    monkeypatch.setattr(pools, "CANCEL_SECONDS", 0.2)  # nobody answers what rank 0 has not taken in
+    monkeypatch.setattr(following, "CANCEL_SECONDS", 0.2)  # nobody answers what rank 0 has not taken in
     evaluate(session, control(5))
     before = pids(session.pool)
     session.pool.release()
