@@ -37,7 +37,7 @@ class Denoiser:
         self._prompts: weakref.WeakKeyDictionary[Conditioning, PromptTensors] = weakref.WeakKeyDictionary()
         self._steps: OrderedDict[tuple, Step] = OrderedDict()
         self._generation = transport.generation
-        self._graph_memory = torch.cuda.graph_pool_handle() if mesh.device.type == "cuda" else None
+        self._graph_memory: tuple[int, int] | None = None  # what all its graphs share
 
     def check(self, x: torch.Tensor, conditioning: Conditioning, control: Residuals = NO_RESIDUALS) -> None:
         """Raises RequestError for tensors that do not fit the model."""
@@ -58,6 +58,9 @@ class Denoiser:
         if x.dim() == 5:
             return self(x.squeeze(2), modulations, conditioning, control).unsqueeze(2)
         step = self._step(self._shape(x, conditioning, control))
+        if x.is_cuda and not any(kept.captured for kept in self._steps.values()):
+            # When its last graph is gone, nothing may be captured into memory of which some is still in use.
+            self._graph_memory = torch.cuda.graph_pool_handle()
         return step.run(x, self._of(conditioning), modulations, control.tensors, self._graph_memory)
 
     def reserve(self, x: torch.Tensor, conditioning: Conditioning, control: Residuals = NO_RESIDUALS) -> None:

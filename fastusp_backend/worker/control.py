@@ -113,8 +113,11 @@ class Control:
         try:
             self._read(channel)
         except (EOFError, ConnectionError):
-            log.info("the client is gone; ending")
-            os._exit(CLIENT_GONE)
+            try:
+                log.info("the client is gone; ending")
+                self._on_death(EOFError("the client's end of the channel was closed"))
+            finally:
+                os._exit(CLIENT_GONE)
 
     def _greet(self, connection: Connection, channel: Channel) -> None:
         with _limited(connection, GREETING_SECONDS):

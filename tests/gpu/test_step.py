@@ -57,6 +57,19 @@ def test_options_change_speed_only(model, settings):
         assert ((got - expected).norm() / expected.norm()).item() < 2e-2, f"turn {turn}"
 
 
+def test_graphs_that_have_gone_leave_room_for_others(model):
+    """As when the buffers of exchanges move, while somebody still holds what the last graph gave."""
+    fast = denoiser(model, Settings())
+    x, prompt = request_of(model, 0, 32, 32, 24)
+    t = torch.tensor([0.5])
+    for _ in range(3):
+        held = fast(x, t, prompt)
+        fast(x, t, prompt)
+        fast.steps.clear()
+        again = fast(x, t, prompt)
+        assert torch.equal(fast(x, t, prompt), again) and held.isfinite().all()
+
+
 def test_the_second_evaluation_of_a_shape_is_captured_and_a_new_shape_compiles_nothing(model):
     fast = denoiser(model, Settings())
     x, prompt = request_of(model, 0, 32, 32, 24)
