@@ -11,6 +11,8 @@ from pathlib import Path
 
 RUN_DIR_VARIABLE = "FASTUSP_RUN_DIR"
 PARENT_VARIABLE = "FASTUSP_PARENT_PID"
+STORE_VARIABLE = "FASTUSP_STORE"
+"""Holds the path of the file that is the ranks' store."""
 
 _PR_SET_PDEATHSIG = 1
 
