@@ -44,11 +44,11 @@ def close_ports() -> None:
                 listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, _FILTER)
             except OSError as error:
                 log.warning("port %d stays open to all users of this machine: %s", listener.getsockname()[1], error)
-    for reading in range(_READINGS):
+    for _ in range(_READINGS):
         strangers = _strangers(inodes)
         if not strangers:
             return
-        time.sleep(0.01 * bool(reading))
+        time.sleep(0.01)
     if others := strangers - {None}:
         raise PermissionError(f"a process of user {min(others)} of this machine connected while the ranks did")
     raise RuntimeError("Connection closed by another process while the ranks connected")
@@ -57,32 +57,28 @@ def close_ports() -> None:
 def _gloo_listeners() -> list[socket.socket]:
     """Duplicates of its listening sockets: on the loopback interface, and watched by epoll. NCCL, whose ports must
     stay open, uses poll."""
-    watched = set()
+    watched: set[str] = set()
     for name in os.listdir("/proc/self/fd"):
         try:
             if os.readlink(f"/proc/self/fd/{name}") == "anon_inode:[eventpoll]":
-                watched |= set(re.findall(r"tfd:\s*(\d+)", Path(f"/proc/self/fdinfo/{name}").read_text()))
+                watched.update(re.findall(r"tfd:\s*(\d+)", Path(f"/proc/self/fdinfo/{name}").read_text()))
         except FileNotFoundError:
             continue  # closed meanwhile, as the one that lists them
-    candidates = [
-        socket.socket(fileno=copy) for number in watched if (copy := _copy_of_socket(int(number))) is not None
-    ]
-    found = [candidate for candidate in candidates if _listens_on_loopback(candidate)]
-    for candidate in candidates:
-        if candidate not in found:
+    found = []
+    for descriptor in map(int, watched):
+        try:
+            copy = os.dup(descriptor)
+        except OSError:
+            continue  # closed meanwhile
+        if not stat.S_ISSOCK(os.fstat(copy).st_mode):
+            os.close(copy)
+            continue
+        candidate = socket.socket(fileno=copy)
+        if _listens_on_loopback(candidate):
+            found.append(candidate)
+        else:
             candidate.close()
     return found
-
-
-def _copy_of_socket(descriptor: int) -> int | None:
-    try:
-        copy = os.dup(descriptor)
-    except OSError:
-        return None  # closed meanwhile
-    if stat.S_ISSOCK(os.fstat(copy).st_mode):
-        return copy
-    os.close(copy)
-    return None
 
 
 def _listens_on_loopback(candidate: socket.socket) -> bool:

@@ -21,7 +21,15 @@ from ..pulse import turn_to
 from .control import Control
 from .crew import Crew
 from .memory import STARTING
-from .process import PARENT_VARIABLE, RUN_DIR_VARIABLE, die_with_parent, log_to_pool, record_failure, show_pulse
+from .process import (
+    PARENT_VARIABLE,
+    RUN_DIR_VARIABLE,
+    STORE_VARIABLE,
+    die_with_parent,
+    log_to_pool,
+    record_failure,
+    show_pulse,
+)
 from .runner import Runner
 
 log = logging.getLogger(__name__)
@@ -36,7 +44,7 @@ def _device() -> torch.device:
 def _work(run_dir: Path) -> None:
     device = _device()
     # The ranks find each other in a file: torch's other stores listen.
-    place = {"store": dist.FileStore(str(run_dir / "store")), "rank": int(os.environ["RANK"])}
+    place = {"store": dist.FileStore(os.environ[STORE_VARIABLE]), "rank": int(os.environ["RANK"])}
     place |= {"world_size": int(os.environ["WORLD_SIZE"]), "timeout": PATIENCE}
     if device.type == "cuda":
         torch.cuda.set_device(device)

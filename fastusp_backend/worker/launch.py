@@ -22,7 +22,7 @@ from torch.distributed.elastic.rendezvous import (
     rendezvous_handler_registry,
 )
 
-from .process import PARENT_VARIABLE, RUN_DIR_VARIABLE, die_with_parent
+from .process import PARENT_VARIABLE, RUN_DIR_VARIABLE, STORE_VARIABLE, die_with_parent
 
 KILLING_SECONDS = 20
 """Ranks that outlive the first that fails are told to end, and killed by torchrun 30 s later: not a fault of theirs."""
@@ -63,6 +63,9 @@ class Alone(RendezvousHandler):
 def main(arguments: list[str]) -> int:
     die_with_parent(int(os.environ[PARENT_VARIABLE]))
     os.environ[PARENT_VARIABLE] = str(os.getpid())  # for the ranks
+    # Groups are made while the pool lives, however long; what lies on a disk may be cleaned away meanwhile.
+    store = os.memfd_create("fastusp-store", os.MFD_CLOEXEC)
+    os.environ[STORE_VARIABLE] = f"/proc/{os.getpid()}/fd/{store}"
     run_dir = Path(os.environ[RUN_DIR_VARIABLE])
     rendezvous_handler_registry.register(Alone.NAME, Alone)
     try:

@@ -22,6 +22,8 @@ STACK_SIGNAL = signal.SIGUSR1
 
 LOG_BYTES = 1 << 20
 """Of the pool's log, beside the one before it, and of what a rank prints to one of its streams."""
+STORE_VARIABLE = "FASTUSP_STORE"
+"""Holds the path of the file that is the ranks' store."""
 
 _PR_SET_PDEATHSIG = 1
 

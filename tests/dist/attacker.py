@@ -33,7 +33,7 @@ class Payload:
 def poison(port: int, run_id: str, marker: str) -> bool:
     """Whether a store answered; its rendezvous then reads the payload next."""
     try:
-        store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=1))
+        store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(milliseconds=300))
         store.set(f"torch.rendezvous.{run_id}", base64.b64encode(pickle.dumps(Payload(marker))).decode())
     except (RuntimeError, ValueError):
         return False

@@ -1,9 +1,14 @@
 """A pool starts, answers and ends whatever launcher surrounds its host."""
 
 
+import shutil
+
 import pytest
 import torch
-from pools import evaluate, pids
+from pools import evaluate, pids, run_dir
+from support import relative_difference
+
+from fastusp_backend.config import Layout
 
 pytestmark = pytest.mark.dist
 
@@ -77,3 +82,12 @@ def test_a_launcher_around_the_host_harms_nothing(shared_pool, new_pool, dev, mo
     process = pool._workers._process
     pool.close()
     assert process.wait(30) == 0
+
+
+def test_a_temporary_directory_that_is_cleaned(new_pool, dev):
+    """As systems do with files that are some days old; workers make new groups at any time."""
+    pool = new_pool(2)
+    expected, before = evaluate(pool, dev), pids(pool)
+    shutil.rmtree(run_dir(pool))
+    assert relative_difference(evaluate(pool, dev, Layout(ulysses=1, ring=2)), expected) < 2e-5
+    assert pids(pool) == before

@@ -44,10 +44,7 @@ _KNOWN = (
     (r"SIGKILL", "Mostly the system ran out of memory: free some, or use fewer ranks"),
     (r"no kernel image|driver version is insufficient|PTX", "torch and the driver do not fit this GPU: update both"),
     (r"busy or unavailable", "A GPU is in use and in exclusive compute mode: nvidia-smi -c DEFAULT"),
-    (
-        r"Unable to find address|Gloo connect|no socket interface",
-        "The loopback interface must be up: ip link set lo up",
-    ),
+    (r"Unable to find address|Gloo connect|no socket interface", "Bring the loopback interface up: ip link set lo up"),
 )
 _NCCL = r"NCCL (WARN|error)|ncclSystemError|unhandled (cuda|system) error|illegal memory access|invalid device"
 
