@@ -10,7 +10,6 @@ PREPARING = "while it made room for an evaluation"
 PARKING = "while it parked the weights"
 EVALUATING = "while it evaluated the model"
 RECEIVING = "while it took in a request"
-STARTING = "while it started"
 WAITING = "while it waited for a request"
 
 _ADVICE = {

@@ -16,6 +16,7 @@ import torch
 from pools import GIVEN, LONG, ROOT, Stopwatch, evaluate, pids, processes_of, run_dir, sample, session
 from support import open_descriptors, relative_difference, wait_until
 
+from fastusp_backend import pulse
 from fastusp_backend.devices import Devices
 from fastusp_backend.errors import Cancelled, PoolError
 from fastusp_backend.pool import Pool, Progress, workers
@@ -174,6 +175,31 @@ def test_workers_of_another_version_are_told_so(new_pool, dev, monkeypatch):
         with pytest.raises(PoolError, match=r"did not start: they speak another protocol version: .*restart ComfyUI"):
             evaluate(pool, dev)
     assert evaluate(pool, dev).isfinite().all()
+
+
+SLOW = """
+import os, pathlib, time
+pathlib.Path(os.environ["FASTUSP_RUN_DIR"], "importing").touch()
+time.sleep(60)
+"""
+PARENT = """
+import os, subprocess, sys
+with subprocess.Popen([sys.executable, "-m", sys.argv[1]], env=os.environ | {"FASTUSP_PARENT_PID": str(os.getpid())}):
+    pass
+"""
+
+
+@pytest.mark.parametrize("entry", ["fastusp_backend.worker.launch", "fastusp_backend.worker"])
+def test_processes_that_still_import_torch(tmp_path, entry):
+    """That takes seconds, of a start: they die with their parent then, too, and a rank shows its pulse."""
+    (tmp_path / "torch.py").write_text(SLOW)
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "FASTUSP_RUN_DIR": str(tmp_path), "RANK": "0"}
+    with subprocess.Popen([sys.executable, "-c", PARENT, entry], env=env) as parent:
+        wait_until((tmp_path / "importing").exists, 20)
+        sign = pulse.read(tmp_path / "pulse-0")
+        assert sign.doing == "while it started" if entry.endswith("worker") else sign is None
+        parent.kill()
+    wait_until(lambda: not processes_of(tmp_path), 5)
 
 
 CLIENT = """

@@ -11,8 +11,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from fastusp_backend.pool import cause
 from fastusp_backend.pool.cause import LOG_LINES, find_cause, full_disk, printed_lines
-from fastusp_backend.worker import launch
-from fastusp_backend.worker.process import PARENT_VARIABLE, RUN_DIR_VARIABLE, record_failure
+from fastusp_backend.worker import torchrun
+from fastusp_backend.worker.process import record_failure
 
 pytestmark = pytest.mark.unit
 
@@ -131,7 +131,7 @@ def failure(tmp_path, rank: int, code: int, seconds: int) -> ProcessFailure:
     [
         (lambda f: ChildFailedError("", {1: f(1, 7, 0), 0: f(0, TERM, 1)}), [(1, 11, 7), (0, 10, TERM)]),
         (lambda f: ChildFailedError("", {1: f(1, 1, 0), 0: f(0, KILL, 30)}), [(1, 11, 1)]),
-        (lambda f: SignalException("", signal.SIGTERM), [(None, launch.os.getpid(), TERM)]),
+        (lambda f: SignalException("", signal.SIGTERM), [(None, torchrun.os.getpid(), TERM)]),
     ],
     ids=["in order", "killed by torchrun", "torchrun itself"],
 )
@@ -139,11 +139,8 @@ def test_torchrun_leaves_who_ended_first(tmp_path, monkeypatch, ended, expected)
     def run(arguments):
         raise ended(lambda *what: failure(tmp_path, *what))
 
-    monkeypatch.setenv(PARENT_VARIABLE, "1")
-    monkeypatch.setenv(RUN_DIR_VARIABLE, str(tmp_path))
-    monkeypatch.setattr(launch, "die_with_parent", lambda parent: None)
-    monkeypatch.setattr(launch.torchrun, "run", run)
-    assert launch.main(["script"]) == 1
+    monkeypatch.setattr(torchrun.torchrun, "run", run)
+    assert torchrun.run(["script"], tmp_path) == 1
     exits = json.loads((tmp_path / "exit.json").read_text())
     assert [(x["rank"], x["pid"], x["exitcode"]) for x in exits] == expected
 

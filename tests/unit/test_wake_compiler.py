@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from fastusp_backend.worker import __main__ as worker
+from fastusp_backend.worker import rank
 
 pytestmark = pytest.mark.unit
 
@@ -21,7 +21,7 @@ def test_what_the_log_says(monkeypatch, caplog, error, text):
         if error:
             raise error
 
-    monkeypatch.setattr(worker, "wake_compiler", wake)
+    monkeypatch.setattr(rank, "wake_compiler", wake)
     with caplog.at_level(logging.INFO):
-        worker._wake_compiler(None)
+        rank._wake_compiler(None)
     assert text in caplog.text

@@ -3,7 +3,7 @@
 import pytest
 
 from fastusp_backend.worker import __main__ as worker
-from fastusp_backend.worker import control
+from fastusp_backend.worker import control, rank
 from fastusp_backend.worker.process import PARENT_VARIABLE, RUN_DIR_VARIABLE
 
 pytestmark = pytest.mark.unit
@@ -46,7 +46,7 @@ def test_a_rank(exits, tmp_path, monkeypatch, what):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(worker, "die_with_parent", lambda parent: None)
     monkeypatch.setattr(worker, "log_to_pool", lambda *_: None)
-    monkeypatch.setattr(worker, "_work", failing)
+    monkeypatch.setattr(rank, "work", failing)
     if what == "log":
         monkeypatch.setattr(worker.log, "exception", full_disk)
     else:

@@ -1,0 +1,76 @@
+"""The life of a rank: it meets the others, and serves."""
+
+import functools
+import json
+import logging
+import os
+import time
+from pathlib import Path
+
+import numpy.ctypeslib  # noqa: F401 - this and the one below: else a request would import them, see agreement.py
+import torch
+import torch.distributed as dist
+import torch.utils._device  # noqa: F401
+
+from ..comm.mesh import PATIENCE
+from ..engine import Engine
+from ..models.segments import wake_compiler
+from ..protocol import VERSION, Ready
+from .control import Control
+from .crew import Crew
+from .process import STORE_VARIABLE, record_failure
+from .runner import Runner
+
+log = logging.getLogger(__name__)
+
+
+def _device() -> torch.device:
+    if os.environ["FASTUSP_DEVICE_TYPE"] == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+
+
+def work(run_dir: Path) -> None:
+    """Returns when the client has had enough."""
+    device = _device()
+    # The ranks find each other in a file: torch's other stores listen.
+    place = {"store": dist.FileStore(os.environ[STORE_VARIABLE]), "rank": int(os.environ["RANK"])}
+    place |= {"world_size": int(os.environ["WORLD_SIZE"]), "timeout": PATIENCE}
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        # One segment serves every type and also counts of 1: more variants than the default allows.
+        torch._dynamo.config.recompile_limit = 64
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **place)
+        name = torch.cuda.get_device_name(device)
+    else:
+        dist.init_process_group("gloo", **place)
+        threads = torch.get_num_threads()
+        name = f"cpu ({threads} thread{'s' * (threads > 1)})"
+    crew = Crew(pins=device.type == "cuda")
+    log.info("rank %d of %d on %s", crew.rank, crew.size, name)
+    members = [json.loads(x) for x in crew.gather(json.dumps([name, os.getpid()]))]
+    control = None
+    if crew.rank == 0:
+        ready = Ready(
+            version=VERSION,
+            devices=[name for name, _ in members],
+            pids=[pid for _, pid in members],
+            torch=str(torch.__version__),
+            transport=dist.get_backend() if device.type == "cpu" else "nccl",
+        )
+        key = (run_dir / "key").read_bytes()
+        control = Control(str(run_dir / "control.sock"), key, ready, functools.partial(record_failure, run_dir, 0))
+    if device.type == "cuda":
+        _wake_compiler(device)  # a prompt's texts are being encoded, or its request waits
+    Runner(crew, Engine(device), control).serve()
+    crew.agree(True)
+    dist.destroy_process_group()
+
+
+def _wake_compiler(device: torch.device) -> None:
+    started = time.perf_counter()
+    try:
+        wake_compiler(device)
+        log.info("the compiler is there after %.1f s", time.perf_counter() - started)
+    except Exception as error:  # of any kind; a matter of the requests that want it
+        log.warning("torch.compile does not work here: %s: %s", type(error).__name__, error)
