@@ -115,8 +115,9 @@ def show_pulse(run_dir: Path, rank: int) -> None:
 
 def record_failure(run_dir: Path, rank: int, error: BaseException) -> None:
     """Leaves why this rank ends, for the client to find: failure-<rank>.json."""
-    text = f"{type(error).__name__}: {error}"
+    text = type(error).__name__ + (f": {error}" if str(error) else "")
     own = not isinstance(error, RuntimeError) or str(error).startswith("CUDA error")  # also of a launch that timed out
     lost = not own and _PEER_LOST.search(str(error)) is not None
-    record = {"rank": rank, "text": text, "peer_lost": lost, "time": time.time()}
+    told = isinstance(error, KeyboardInterrupt)  # torchrun passes its own SIGINT on
+    record = {"rank": rank, "text": text, "peer_lost": lost or told, "time": time.time()}
     (run_dir / f"failure-{rank}.json").write_text(json.dumps(record), encoding="utf-8")

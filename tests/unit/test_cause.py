@@ -171,3 +171,12 @@ def test_two_ranks_have_half_the_lines_each(tmp_path):
     assert printed_lines(tmp_path) == [f"[rank 0 stdout] {line}" for line in expected] + [
         f"[rank 1 stdout] line {n}" for n in range(3)
     ]
+
+
+def test_a_signal_that_torchrun_passed_on_is_torchruns(tmp_path):
+    record_failure(tmp_path, 0, KeyboardInterrupt())
+    (tmp_path / "exit.json").write_text(json.dumps([{"rank": None, "pid": 5, "exitcode": -2}]))
+    torchrun = SimpleNamespace(pid=5, returncode=1)
+    assert find_cause(tmp_path, torchrun, False, None) == "torchrun (process 5) was ended by SIGINT"
+    (tmp_path / "exit.json").unlink()
+    assert find_cause(tmp_path, torchrun, False, None) == "rank 0 failed with KeyboardInterrupt"
