@@ -35,7 +35,7 @@ IN_FLIGHT = 2
 """Evaluations that a GPU may have before it, the running one too: it never waits for its CPU, and a cancel is felt."""
 
 IDLE_SECONDS = 30.0
-"""From when a request was sent until rank 0 takes it."""
+"""From when a request was sent until rank 0 takes it, and from then until all ranks have it."""
 
 
 class Runner:
@@ -101,14 +101,20 @@ class Runner:
             beat(IDLE_SECONDS)  # else a GPU is at what was asked for last, and the time for that has not changed
         if self._control is not None:
             message, tensors = self._control.next_request()
-        self._agreement.doing = RECEIVING
-        if self._control is not None and self._crew.size > 1:
-            body = msgspec.msgpack.encode(message)
-        body, tensors = self._crew.share(body), self._crew.share_tensors(tensors)
+            self._receive()
+            if self._crew.size > 1:
+                body = msgspec.msgpack.encode(message)
+        body = self._crew.share(body)
         if self._control is None:
+            self._receive()  # not before there is one: a rank that only waits must not vouch for rank 0
             message = self._work.decode(body)
+        tensors = self._crew.share_tensors(tensors)
         self._agreement.doing = EVALUATING
         return message, tensors
+
+    def _receive(self) -> None:
+        self._agreement.doing = RECEIVING
+        beat(IDLE_SECONDS)
 
     def _here(self, tensors: Tensors) -> Tensors:
         """A request's tensors on this rank's device. A ControlNet's stay where they are: each rank takes its own
