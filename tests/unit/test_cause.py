@@ -69,6 +69,9 @@ def test_what_ends_all_ranks_at_once_goes_before_a_rank_that_lost_another(tmp_pa
     record_failure(tmp_path, 0, LOST)
     expected = cause if returncode in (KILL,) else LOST_TO
     assert find_cause(tmp_path, torchrun, killed).startswith(expected)
+    if returncode == KILL:  # torchrun sends its ranks the signal that it was sent
+        record_failure(tmp_path, 0, KeyboardInterrupt())
+        assert find_cause(tmp_path, torchrun, killed) == cause
     record_failure(tmp_path, 1, OWN)
     assert find_cause(tmp_path, torchrun, killed) == "rank 1 failed with ValueError: no such thing"
 
