@@ -21,8 +21,8 @@ def find_cause(directory: Path, torchrun: subprocess.Popen, killed: bool, model:
     of the last request.
 
     A rank that left no record goes before all others: the others' errors may be its doing. torchrun sends SIGTERM to
-    those that outlive the first, so that one of these is blamed only where nobody else can be; a rank that merely lost
-    another goes last.
+    those that outlive the first, or the signal that it was sent itself: a rank that was asked to end is blamed only
+    where nobody else can be, and one that merely lost another goes last.
     """
     causes: list[tuple[int, float, str]] = []  # the least first
     records = [r for path in directory.glob("failure-*.json") if (r := _read_json(path))]
@@ -35,7 +35,8 @@ def find_cause(directory: Path, torchrun: subprocess.Popen, killed: bool, model:
             causes.append((3 if code == -signal.SIGTERM else 0, turn, _end(f"rank {rank}", exited["pid"], code, model)))
     for record in records:
         text = f"rank {record['rank']} failed with {record['text']}"
-        causes.append((4 if record["peer_lost"] else 1, record["time"], text))
+        asked = record["text"].startswith(KeyboardInterrupt.__name__)  # by SIGINT
+        causes.append((4 if record["peer_lost"] else 3 if asked else 1, record["time"], text))
     if killed:
         causes.append((2, 0, "their processes did not end by themselves, so the pool ended them"))
     elif torchrun.returncode is not None and torchrun.returncode < 0:

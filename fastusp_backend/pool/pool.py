@@ -100,8 +100,7 @@ class Pool:
     def release(self) -> None:
         """Drops the resident model on all ranks; the processes stay warm. Does nothing where none run. Raises PoolError
         where they died, or hang."""
-        if self._order(Release):
-            self.epoch += 1
+        self._order(Release)
 
     def park(self) -> None:
         """Moves the resident model to host memory, from where its next request fetches it. Does nothing where there is
@@ -138,12 +137,12 @@ class Pool:
         workers = self._workers
         return workers is not None and workers.alive and workers.behind
 
-    def _order(self, kind: type[Release] | type[Park] | type[Unmap]) -> bool:
-        """Has workers that stand do something with what they hold; whether any stood."""
+    def _order(self, kind: type[Release] | type[Park] | type[Unmap]) -> None:
+        """Has workers that stand do something with what they hold."""
         with self._turn(QUIET):
             workers = self._workers
             if workers is None or not workers.alive or workers.ready is None:
-                return False
+                return
             number = next(self._ids)
             try:
                 if workers.behind:  # they come to it after what was given up: nobody should wait for that
@@ -154,13 +153,16 @@ class Pool:
                     follow(workers, number, QUIET)
             except (OSError, EOFError) as error:
                 raise self._failed(workers, "stopped while no prompt ran") from error
-            return True
+            finally:
+                self.epoch += kind is Release  # also where its end is not seen: a message was refused, or Ctrl-C came
 
     @contextlib.contextmanager
     def _turn(self, progress: Progress) -> Iterator[None]:
         with progress.holding(self._busy), self._account.request():
             self._running = True
             try:
+                if self._workers is not None:
+                    self._workers.stop_forgotten()
                 yield
             finally:
                 self._running = False
@@ -218,7 +220,7 @@ class Pool:
                 workers.wait_until_ended(5)
             finally:
                 self._busy.release()
-        workers.dispose()
+        workers.dispose("the pool was closed")
 
     def _submit(self, message: Message, tensors: Tensors, progress: Progress) -> Workers:
         """Sends to workers that stand; where these turn out to have died since they were last used, to new ones, which

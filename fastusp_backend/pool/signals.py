@@ -9,6 +9,8 @@ def cause_of(signal: str, model: ModelSpec | None) -> str:
     """What to say behind the name of the signal that ended a rank, which was given requests for `model`."""
     if signal == "SIGKILL":
         return " (killed by hand, or by the system when memory ran out)"
+    if signal == "SIGINT":
+        return " (Ctrl-C, or another process asked it to end)"
     if signal == "SIGTERM":
         return " (another process asked it to end)"
     if signal != "SIGBUS":

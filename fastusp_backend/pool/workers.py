@@ -18,6 +18,7 @@ from ..environment import inherited
 from ..errors import PoolError, ProtocolError
 from ..protocol import (
     VERSION,
+    Cancel,
     Channel,
     Done,
     Evaluate,
@@ -196,6 +197,13 @@ class Workers:
         """Nobody waits any more for the answer to this request or order."""
         self._behind = number
 
+    def stop_forgotten(self) -> None:
+        """Cancels and leaves behind what nobody waits for though nobody has said so: an interrupt may come anywhere in
+        its caller, also where it cancels."""
+        if self.alive and self.sent > self.answered and not self.behind:
+            self.post(Cancel(id=self.sent))
+            self.leave_behind(self.sent)
+
     def send(
         self, message: Message, tensors: Tensors | None = None, meanwhile: Callable[[], None] = lambda: None
     ) -> None:
@@ -253,8 +261,10 @@ class Workers:
             while os.path.exists(f"/proc/{pid}") and time.monotonic() < deadline:
                 time.sleep(0.01)
 
-    def dispose(self) -> None:
-        """Kills what still runs and removes all traces."""
+    def dispose(self, why: str | None = None) -> None:
+        """Kills what still runs and removes all traces. why: for a prompt that it is taken from."""
+        if self.alive:
+            self._why = self._why or why
         self.kill()
         if self._link is not None:
             self._link.close()

@@ -118,6 +118,5 @@ def record_failure(run_dir: Path, rank: int, error: BaseException) -> None:
     text = type(error).__name__ + (f": {error}" if str(error) else "")
     own = not isinstance(error, RuntimeError) or str(error).startswith("CUDA error")  # also of a launch that timed out
     lost = not own and _PEER_LOST.search(str(error)) is not None
-    told = isinstance(error, KeyboardInterrupt)  # torchrun passes its own SIGINT on
-    record = {"rank": rank, "text": text, "peer_lost": lost or told, "time": time.time()}
+    record = {"rank": rank, "text": text, "peer_lost": lost, "time": time.time()}
     (run_dir / f"failure-{rank}.json").write_text(json.dumps(record), encoding="utf-8")

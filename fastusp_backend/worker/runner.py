@@ -35,7 +35,7 @@ IN_FLIGHT = 2
 """Evaluations that a GPU may have before it, the running one too: it never waits for its CPU, and a cancel is felt."""
 
 IDLE_SECONDS = 30.0
-"""From when a request was sent until rank 0 takes it."""
+"""From when a request was sent until rank 0 takes it, and from then until all ranks have it."""
 
 
 class Runner:
@@ -107,6 +107,7 @@ class Runner:
         if on_gpu:
             torch.cuda.current_stream().synchronize()  # what waits for it below has more patience
         self._agreement.doing = RECEIVING
+        beat(IDLE_SECONDS)
         if message is None:
             message = self._work.decode(body)
         tensors = self._crew.share_tensors(tensors)

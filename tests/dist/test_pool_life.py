@@ -12,6 +12,7 @@ from support import SMALL, inputs, randn, relative_difference, spec_of
 from fastusp_backend.config import Layout, Settings
 from fastusp_backend.errors import Cancelled, FastUSPError, ProtocolError, RequestError
 from fastusp_backend.pool import Progress
+from fastusp_backend.pool import pool as client
 from fastusp_backend.pool.session import Prompt
 from fastusp_backend.protocol import Evaluate, Sample, Step
 
@@ -274,3 +275,26 @@ def test_a_malformed_frame_of_the_client_is_refused(pool, dev, still_right):
     pool._workers.channel._connection.send_bytes(b"FU\x00\x00 no message at all")
     with pytest.raises(ProtocolError, match="refused a message"):
         sample(pool, dev)
+
+
+def test_a_malformed_frame_beside_an_order(pool, dev, still_right):
+    """The weights go, though that is not seen, and with them what the workers keep of a prompt."""
+    evaluate(pool, dev)
+    pool._workers.channel._connection.send_bytes(b"no message at all")
+    with pytest.raises(ProtocolError, match="refused a message"):
+        pool.release()
+
+
+def test_ctrl_c_while_a_request_is_being_cancelled(pool, dev, still_right, monkeypatch):
+    """The workers may not have been told: the next prompt does."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client, "cancel", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            sample(pool, dev, LONG, Progress(step=interrupt))
+    watch, phases = Stopwatch(), []
+    sample(pool, dev, progress=Progress(phase=phases.append))
+    assert phases[0] == "waiting for the workers to end what was stopped" and watch.seconds < 20

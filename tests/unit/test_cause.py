@@ -69,6 +69,9 @@ def test_what_ends_all_ranks_at_once_goes_before_a_rank_that_lost_another(tmp_pa
     record_failure(tmp_path, 0, LOST)
     expected = cause if returncode in (KILL,) else LOST_TO
     assert find_cause(tmp_path, torchrun, killed, None).startswith(expected)
+    if returncode == KILL:  # torchrun sends its ranks the signal that it was sent
+        record_failure(tmp_path, 0, KeyboardInterrupt())
+        assert find_cause(tmp_path, torchrun, killed, None) == cause
     record_failure(tmp_path, 1, OWN)
     assert find_cause(tmp_path, torchrun, killed, None) == "rank 1 failed with ValueError: no such thing"
 
@@ -177,6 +180,7 @@ def test_a_signal_that_torchrun_passed_on_is_torchruns(tmp_path):
     record_failure(tmp_path, 0, KeyboardInterrupt())
     (tmp_path / "exit.json").write_text(json.dumps([{"rank": None, "pid": 5, "exitcode": -2}]))
     torchrun = SimpleNamespace(pid=5, returncode=1)
-    assert find_cause(tmp_path, torchrun, False, None) == "torchrun (process 5) was ended by SIGINT"
+    expected = "torchrun (process 5) was ended by SIGINT (Ctrl-C, or another process asked it to end)"
+    assert find_cause(tmp_path, torchrun, False, None) == expected
     (tmp_path / "exit.json").unlink()
     assert find_cause(tmp_path, torchrun, False, None) == "rank 0 failed with KeyboardInterrupt"

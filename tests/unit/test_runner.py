@@ -4,15 +4,18 @@ import importlib.machinery
 import weakref
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 import torch
 from support import SOME_FILE
 
+from fastusp_backend import pulse
 from fastusp_backend.comm.exchange import OutOfMemoryTogether
 from fastusp_backend.config import Layout, ModelSpec, Settings
 from fastusp_backend.errors import CheckpointError
 from fastusp_backend.protocol import Done, Evaluate, Failed, Park, Shutdown
-from fastusp_backend.worker.runner import Runner
+from fastusp_backend.worker.memory import WAITING
+from fastusp_backend.worker.runner import IDLE_SECONDS, Runner
 
 pytestmark = pytest.mark.unit
 
@@ -242,6 +245,22 @@ def test_a_lack_of_memory_before_a_request_is_understood_says_why():
     crew.share_tensors = fail(torch.OutOfMemoryError(CUDA_ALLOCATOR))
     with pytest.raises(MemoryError, match="while it took in a request: it asked for 2.50 GiB, and held 9 GB"):
         Runner(crew, Engine(), Control()).serve()
+
+
+def test_a_rank_that_waits_for_a_request_does_not_vouch_for_rank_0(tmp_path, monkeypatch):
+    """Rank 0 hangs where it takes none for so long: what the others show must say no other."""
+    monkeypatch.setattr(pulse, "_own", pulse.Pulse(tmp_path / "pulse"))
+    shown = []
+
+    class Follower(Crew):
+        rank = 1
+
+        def share(self, payload):
+            shown.append(pulse.read(tmp_path / "pulse"))
+            return msgspec.msgpack.encode(Shutdown())
+
+    Runner(Follower(""), Engine(), None).serve()
+    assert [(sign.doing, sign.seconds) for sign in shown] == [(WAITING, IDLE_SECONDS)]
 
 
 def test_weights_that_cannot_be_parked_are_released():

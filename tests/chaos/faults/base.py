@@ -52,7 +52,7 @@ class Fault:
             "idle": lambda: 0,
             "start": lambda: self.rng.uniform(0.05, 6.0) * self.world.slowness,
             "load": lambda: 10 ** self.rng.uniform(-3, -0.5) * self.world.slowness,
-            "delay": lambda: 10 ** self.rng.uniform(-3, 0.3) * self.world.slowness,
+            "delay": lambda: 10 ** self.rng.uniform(-3, 0.3 if self.request.endless else -0.7) * self.world.slowness,
             "step": lambda: min(self.rng.randrange(12), self.rng.randrange(self.request.steps)),
         }[kind]()
         return Moment(kind, amount)

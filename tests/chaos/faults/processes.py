@@ -151,17 +151,19 @@ class Pause(OnRanks):
             send(pid, signal.SIGCONT)
 
 
-class Loop(OnRanks, Endless):
-    """A rank loops in Python in one of its later steps, whose pace is known."""
+class Loop(OnRanks, Fault):
+    """A rank loops in Python: in one of its later steps, whose pace is known, or while it waits for a request."""
 
-    moments = ("step",)
+    moments = ("step", "step", "idle")
+    requests = ("endless",)  # what is prepared between evaluations has ten minutes
     allowed = frozenset({"died"})
-    limit = 20.0
 
     def draw(self) -> None:
         super().draw()
-        self.moment = self.moment._replace(amount=self.rng.randrange(10, 40))
         self.all = False
+        if self.moment.kind == "step":
+            self.moment = self.moment._replace(amount=self.rng.randrange(10, 40))
+        self.limit = 15.0 if self.moment.kind == "step" else 35.0
 
     def strike(self) -> None:
         victims = self.victims()

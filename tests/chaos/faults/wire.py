@@ -62,7 +62,7 @@ class HalfFrame(Fault):
         self.how = self.rng.choice(("silence", "end", "a length that cannot be"))
         if self.how == "silence":  # what runs goes on
             self.moment = self.moment._replace(kind="idle", amount=0)
-            self.limit = 45.0
+            self.limit = 35.0
         elif self.moment.kind == "start":
             self.moment = self.moment._replace(kind="delay")
         self.size = self.rng.choice((1, 3, 4, 5, 100, 70_000))
