@@ -50,8 +50,11 @@ def close_ports() -> None:
             return
         time.sleep(0.01)
     if others := strangers - {None}:
-        raise PermissionError(f"a process of user {min(others)} of this machine connected while the ranks did")
-    raise RuntimeError("Connection closed by another process while the ranks connected")
+        raise PermissionError(
+            f"queue the prompt again; if this comes again, tell the machine's administrator: a process of user "
+            f"{min(others)} connected to a port of the workers as they started"
+        )
+    raise RuntimeError("Connection closed by another process while the ranks connected; queue the prompt again")
 
 
 def _gloo_listeners() -> list[socket.socket]:

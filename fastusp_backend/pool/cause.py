@@ -7,13 +7,17 @@ import signal
 import subprocess
 from pathlib import Path
 
-from ..config import ModelSpec
-from .signals import cause_of
+from ..config import FileState, ModelSpec
 
 LOG_LINES = 12
 PRINTED_LINES = 1000
 """Of each file of printed lines, as many are looked through for warnings: NCCL_DEBUG=INFO prints hundreds."""
 _ALARMING = re.compile(r"\b(WARN|WARNING|ERROR|FATAL)\b|[Ee]rror\b|Traceback|failed")
+_HINTS = {
+    "SIGKILL": " (killed by hand, or by the system when memory ran out)",
+    "SIGINT": " (Ctrl-C, or another process asked it to end)",
+    "SIGTERM": " (another process asked it to end)",
+}
 
 
 def find_cause(directory: Path, torchrun: subprocess.Popen, killed: bool, model: ModelSpec | None) -> str:
@@ -52,7 +56,25 @@ def _end(who: str, pid: int, code: int, model: ModelSpec | None) -> str:
     if code >= 0:
         return f"{who} (process {pid}) ended with exit code {code} and left no record of why"
     name = next((known.name for known in signal.Signals if known == -code), f"signal {-code}")
-    return f"{who} (process {pid}) was ended by {name}{cause_of(name, model)}"
+    return f"{who} (process {pid}) was ended by {name}{hint(name, model)}"
+
+
+def hint(signal: str, model: ModelSpec | None) -> str:
+    """What to say behind the name of the signal that ended a rank, which was given requests for `model`."""
+    if signal != "SIGBUS":
+        return _HINTS.get(signal, "")
+    change = _change(model) if model is not None else ""
+    if change:
+        return f": {model.path} {change} while it was in use; get the whole file again"
+    mapped = f"{model.path} or " if model is not None else ""
+    return f" (a mapped file could not be read: look at the disk of {mapped}the room in /dev/shm)"
+
+
+def _change(model: ModelSpec) -> str:
+    try:
+        return model.file.change_to(FileState.of(os.stat(model.path)))
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
 
 
 def full_disk(directory: Path) -> str:

@@ -55,7 +55,7 @@ class Pool:
         """Starts the processes, if none run, without waiting for them. What a failed generation left is removed."""
         with self._state:
             if self._closed:
-                raise PoolError(f"the FastUSP pool on {self.devices} was closed")
+                raise PoolError(f"Restart ComfyUI, which is ending: the FastUSP pool on {self.devices} was closed")
             if self._workers is not None and self._workers.alive:
                 return self._workers
             if self._workers is not None:
@@ -179,9 +179,8 @@ class Pool:
         return error
 
     def status(self) -> dict:
-        """What people want to know: devices, state (`off`, `starting`, `idle`, `busy`, `stopping`: at
-        what was cancelled), processes, the model; error:
-        the last one's text, until a request succeeds."""
+        """What people want to know: devices, state (`off`, `starting`, `idle`, `busy`, `stopping`: at what was
+        cancelled), processes, the model; error: the last one's text, until a request succeeds."""
         workers = self._workers
         alive = workers is not None and workers.alive
         ready = workers.ready if alive else None

@@ -24,7 +24,9 @@ BEHIND_SECONDS = 300.0
 """How long workers that were told to stop may give no sign, however long they said that it would take: they may be
 compiling."""
 STACK_SECONDS = 2.0
-STACK_LINES = 12
+STACK_LINES = 8
+
+_PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 
 Awaited = Literal["start", "answer", "end of what was left behind"]
 
@@ -104,7 +106,7 @@ class Watch:
         for number in asked:
             text = files[number].read_text(errors="replace")[sizes[number] :]
             main = text.rpartition("most recent call first")[2]  # the oldest thread comes last
-            told[number] = [line.strip() for line in main.splitlines() if line.startswith("  File")]
+            told[number] = [_short(line) for line in main.splitlines() if line.startswith("  File") and _tells(line)]
         return told
 
     def _look_at(self, number: int, rank: _Rank, passed: float) -> None:
@@ -123,7 +125,7 @@ class Watch:
             return Suspicion("was stopped (SIGSTOP, Ctrl-Z)", stopped)
         if self._awaited == "start":
             late = self._waited >= START_SECONDS
-            return Suspicion(f"did not stand after {START_SECONDS:.0f} s", []) if late else None
+            return Suspicion(f"did not stand {START_SECONDS:.0f} s after the start,", []) if late else None
         most = BEHIND_SECONDS if self._awaited != "answer" else float("inf")
         if any(rank.sign is None or rank.still < min(rank.sign.seconds, most) for rank in self._ranks):
             return None
@@ -136,7 +138,7 @@ class Watch:
         ranks = suspicion.ranks or [n for n in everybody if stacks[n] and not _waits(stacks[n])] or list(everybody)
         signs = [(n, self._ranks[n].sign) for n in ranks]
         names = [f"rank {n}" + (f" (process {sign.pid})" if sign else "") for n, sign in signs]
-        doing = signs[0][1].doing if signs[0][1] else "before it said anything"
+        doing = signs[0][1].doing if signs[0][1] else "in its imports"
         return Hang(f"{' and '.join(names)} {suspicion.what} {doing}", self._lines(stacks, ranks))
 
     def _lines(self, stacks: list[list[str]], full: Sequence[int]) -> list[str]:
@@ -146,6 +148,19 @@ class Watch:
             lines += [f"Rank {number} was in:" if shown else f"Rank {number} did not say where it was"]
             lines += [f"  {line}" for line in shown]
         return lines
+
+
+def _tells(line: str) -> bool:
+    return not any(file in line for file in ("c10d_logger.py", "<frozen runpy>"))
+
+
+def _short(line: str) -> str:
+    """A line of a stack, its file from the folder of packages on."""
+    for root in ("site-packages/", f"{_PACKAGE_ROOT}/"):
+        _, found, rest = line.partition(root)
+        if found:
+            return f'File "{rest}'
+    return line.strip()
 
 
 def _waits(stack: list[str]) -> bool:

@@ -94,6 +94,7 @@ class Workers:
         self._link: Link | None = None
         self._behind = 0  # the last request or order whose answer nobody waits for
         self._unread = 0  # the last evaluation: its answer says that its tensors were read
+        self._refused = False  # a message, and perhaps memory that came with it
         self._watch = Watch(self.run_dir.path, devices.ranks)
         self._condemned = False  # they are being asked where they are, and answer nothing else any more
         self._why: str | None = None  # this process ended them
@@ -181,7 +182,9 @@ class Workers:
     def _hear(self, message: Message) -> None:
         if isinstance(message, Held):
             self.held = message
-        elif isinstance(message, Done | Failed) and message.id is not None:
+        elif isinstance(message, Failed) and message.id is None:
+            self._refused = True
+        elif isinstance(message, Done | Failed):
             self.answered = max(self.answered, message.id)
 
     @property
@@ -214,8 +217,9 @@ class Workers:
             self.layout = message.layout
         if isinstance(message, Evaluate | Sample | Patch):
             self.model = message.model
-        if isinstance(message, Release | Unmap) or (evaluates and self._unread > self.answered):
+        if isinstance(message, Release | Unmap) or (evaluates and (self._refused or self._unread > self.answered)):
             self.channel.forget()
+            self._refused = False
         if evaluates:
             self._unread = message.id
         frame = self.channel.frame(message, tensors, lasting=evaluates)
@@ -279,5 +283,5 @@ class Workers:
             cause = self._why or find_cause(directory, self._process, self._killed, self.model)
         cause += full_disk(directory)
         text = f"The FastUSP workers on {self.devices} {event}: {cause}. The next prompt starts new ones."
-        lines = [*self._where, "Last log lines:", *(f"  {line}" for line in last_log_lines(directory))]
-        return PoolError("\n".join([text, *(lines if len(lines) > 1 else [])]))
+        log_lines = [f"  {line}" for line in last_log_lines(directory)]
+        return PoolError("\n".join([text, *self._where, *["Last log lines:"][: len(log_lines)], *log_lines]))

@@ -115,7 +115,7 @@ class Control:
         except (EOFError, ConnectionError):
             try:
                 log.info("the client is gone; ending")
-                self._on_death(EOFError("the client's end of the channel was closed"))
+                self._on_death(EOFError("ComfyUI's end of the control channel was closed"))
             finally:
                 os._exit(CLIENT_GONE)
 

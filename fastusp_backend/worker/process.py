@@ -17,13 +17,13 @@ from .. import pulse
 
 RUN_DIR_VARIABLE = "FASTUSP_RUN_DIR"
 PARENT_VARIABLE = "FASTUSP_PARENT_PID"
+STORE_VARIABLE = "FASTUSP_STORE"
+"""Holds the path of the file that is the ranks' store."""
 STACK_SIGNAL = signal.SIGUSR1
 """On which a rank writes its threads' stacks to a file."""
 
 LOG_BYTES = 1 << 20
 """Of the pool's log, beside the one before it, and of what a rank prints to one of its streams."""
-STORE_VARIABLE = "FASTUSP_STORE"
-"""Holds the path of the file that is the ranks' store."""
 
 _PR_SET_PDEATHSIG = 1
 

@@ -211,6 +211,8 @@ def test_the_oldest_torch_is_the_nodes():
         ("rank 0 (process 5) was ended by SIGKILL", 0, "out of memory"),
         ("gave no result within 240 s: its processes still run", 2, "NCCL_P2P_DISABLE=1"),
         ("gave no result within 240 s: its processes still run", 1, "--seconds"),
+        ("rank 0 (process 5) made no headway for 12 s while it evaluated the model", 2, "NCCL_P2P_DISABLE=1"),
+        ("rank 0 did not stand 300 s after the start, in its imports", 2, "NCCL_P2P_DISABLE=1"),
         ("[rank 0 stdout] NCCL WARN Cuda failure 'peer access is not supported'", 2, "NCCL_P2P_DISABLE=1"),
         ("[rank 0 stdout] NCCL version 2.28.9: something else", 2, "--json"),
     ],

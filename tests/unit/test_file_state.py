@@ -16,7 +16,7 @@ from fastusp_backend.errors import CheckpointError
 from fastusp_backend.models import files
 from fastusp_backend.models.files import read_model
 from fastusp_backend.models.synthetic import write_flux
-from fastusp_backend.pool.signals import cause_of
+from fastusp_backend.pool.cause import hint
 
 pytestmark = pytest.mark.unit
 
@@ -214,11 +214,11 @@ def test_what_became_of_a_file_is_told(model, tmp_path):
 
 def test_a_rank_that_sigbus_ended_names_the_file(model):
     spec: ModelSpec = spec_of(model)
-    assert cause_of("SIGABRT", spec) == cause_of("SIGSEGV", None) == ""
-    assert "look at the disk of the room in /dev/shm" in cause_of("SIGBUS", None)
-    assert f"look at the disk of {model} or the room in /dev/shm" in cause_of("SIGBUS", spec)
+    assert hint("SIGABRT", spec) == hint("SIGSEGV", None) == ""
+    assert "look at the disk of the room in /dev/shm" in hint("SIGBUS", None)
+    assert f"look at the disk of {model} or the room in /dev/shm" in hint("SIGBUS", spec)
     os.truncate(model, 5)
     text = f": {model} was cut short, from {spec.file.size} to 5 bytes, while it was in use; get the whole file again"
-    assert cause_of("SIGBUS", spec) == text
+    assert hint("SIGBUS", spec) == text
     model.unlink()
-    assert cause_of("SIGBUS", spec).startswith(f": {model} cannot be read (No such file or directory) while")
+    assert hint("SIGBUS", spec).startswith(f": {model} cannot be read (No such file or directory) while")

@@ -167,7 +167,7 @@ def test_a_start_has_a_limit(ranks):
     for _ in range(10):
         beat(ranks, 12)
         assert ranks.look(START_SECONDS / 10 - 1, "start") is None
-    assert ranks.look(15, "start").cause.startswith("rank 1 (process 1) did not stand after 300 s")
+    assert ranks.look(15, "start").cause.startswith("rank 1 (process 1) did not stand 300 s after the start, while")
 
 
 def test_ranks_that_show_nothing_yet_do_not_hang(tmp_path):

@@ -31,7 +31,7 @@ _UNREACHED = (
     "between them: turn it off (BIOS, intel_iommu=off or amd_iommu=off), or keep the variable set for ComfyUI.\n"
     "If it hangs still, NCCL_SHM_DISABLE=1 and NCCL_DEBUG=INFO tell more"
 )
-_LATE = r"within [\d.]+ s"
+_LATE = r"within [\d.]+ s|made no headway|did not stand"
 _KNOWN = (
     (r"C compiler|Python\.h", "Triton needs a C compiler and Python's headers: apt install gcc python3-dev"),
     (r"No space left on device|SIGBUS|/dev/shm", "In a container: docker run --shm-size=1g, or --ipc=host"),
