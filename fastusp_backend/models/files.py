@@ -12,7 +12,7 @@ from ..errors import CheckpointError
 from ..weights.checkpoint import Sizes, TensorInfo
 from ..weights.contents import read_contents
 from ..weights.scales import fold_scales, refuse_foreign, used_for_scales
-from ..weights.source import Source
+from ..weights.source import Source, changed
 from .detection import FAMILIES, Incomplete, family_of, first_of, needed_tensors
 from .family import Config, Transformer
 
@@ -57,7 +57,7 @@ def read_model(path: str, state: FileState | None = None) -> ModelFile:
     source = Source(path)
     change = state.change_to(source.state) if state is not None else ""
     if change:
-        raise CheckpointError(f"Queue the prompt again: {path} {change} since this workflow loaded it")
+        raise changed(path, change, "since this workflow loaded it")
     try:
         return _read(source)
     finally:
