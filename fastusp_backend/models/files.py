@@ -74,7 +74,7 @@ def _read(source: Source) -> ModelFile:
     except CheckpointError:
         refuse_foreign(contents)
         raise
-    transformer, names = needed_tensors(family, contents.tensors)
+    transformer, names = needed_tensors(family, contents.tensors, path)
     wanted = set(names)
     needed = [key for key in contents.tensors if transformer.module_key(key) in wanted]
     twice = [key for key, n in Counter(map(transformer.module_key, needed)).items() if n > 1]
