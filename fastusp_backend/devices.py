@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 MAX_CPU_RANKS = 16
 SECONDS = 30.0
 """For nvidia-smi, which takes some where no driver is kept awake."""
+_REMEDY = "Reinstall the driver, or use 'cpu:N' for N CPU ranks"
 T = TypeVar("T")
 
 
@@ -111,18 +112,20 @@ def _query(fields: str, make: Callable[..., T]) -> tuple[T, ...]:
     query = [command, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
         answer = run(query, SECONDS)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise DeviceError(f"nvidia-smi does not answer ({error}); use 'cpu:N' for N CPU ranks") from error
+    except subprocess.TimeoutExpired as error:
+        raise DeviceError(f"nvidia-smi gave no answer within {SECONDS:g} s. {_REMEDY}") from error
+    except OSError as error:
+        raise DeviceError(f"nvidia-smi cannot be run ({error.strerror or error}). {_REMEDY}") from error
     if "No devices were found" in answer.stdout + answer.stderr:
         return ()
     if answer.returncode != 0:
-        text = (answer.stderr or answer.stdout).strip()
-        raise DeviceError(f"nvidia-smi failed: {text}. Reinstall the driver, or use 'cpu:N' for N CPU ranks")
+        text = (answer.stderr.strip() or answer.stdout.strip()).rstrip(".") or f"exit code {answer.returncode}"
+        raise DeviceError(f"nvidia-smi failed: {text}. {_REMEDY}")
     rows = csv.reader(answer.stdout.splitlines(), skipinitialspace=True)
     try:
         return tuple(make(*row) for row in rows)
     except (TypeError, ValueError) as error:
-        raise DeviceError(f"nvidia-smi's answer is not understood: {answer.stdout.strip()}") from error
+        raise DeviceError(f"nvidia-smi's answer is not understood: {answer.stdout.strip()!r}. {_REMEDY}") from error
 
 
 class Seen(NamedTuple):

@@ -1,6 +1,7 @@
 """Answers of tools that may take their time, asked for once, and not waited for beyond that."""
 
 import functools
+import math
 import subprocess
 import threading
 import time
@@ -15,8 +16,8 @@ SECONDS = 300.0
 
 
 class Once:
-    """ask(), asked once a process; where it raises DeviceError, once in `SECONDS`, and the same is raised until then.
-    One thread asks, others wait for it."""
+    """ask(), asked once a process; where it raises DeviceError, once in `SECONDS`, and the same is raised until then,
+    with when it is asked again. One thread asks, others wait for it."""
 
     def __init__(self, ask: Callable[[], T]):
         functools.update_wrapper(self, ask)
@@ -30,8 +31,9 @@ class Once:
 
     def __call__(self) -> T:
         with self._lock:
-            if self._failure is not None and time.monotonic() - self._failure[1] < SECONDS:
-                raise DeviceError(self._failure[0])
+            if self._failure is not None and (ago := time.monotonic() - self._failure[1]) < SECONDS:
+                again = math.ceil(SECONDS - ago)
+                raise DeviceError(f"{self._failure[0]} (asked {ago:.0f} s ago; it is asked again in {again} s)")
             if self._answer is None:
                 try:
                     self._answer = (self._ask(),)

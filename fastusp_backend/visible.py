@@ -81,7 +81,9 @@ def counted_by_cuda() -> tuple[str, ...]:
     try:
         done = run(command, SECONDS, env)
         problem = "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["it crashed"])[-1]
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except subprocess.TimeoutExpired:
+        problem = f"no answer within {SECONDS:g} s"
+    except OSError as error:
         problem = str(error)
     if problem:
         raise DeviceError(

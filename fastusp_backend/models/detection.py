@@ -92,7 +92,7 @@ def detect(header: dict[str, TensorInfo], path: str, names: Collection[str] = ()
     are missing.
     """
     family = family_of(header, path, names)
-    model, needed = needed_tensors(family, header)
+    model, needed = needed_tensors(family, header, path)
     wanted = set(needed)
     own = {key: info for key, info in header.items() if model.module_key(key) in wanted}
     return family.from_sizes(Sizes(own, path, family.family))
@@ -103,7 +103,7 @@ def family_of(header: dict[str, TensorInfo], path: str, names: Collection[str] =
     for groups, variant in _VARIANTS:
         if all(any(key in header for key in group) for group in groups):
             raise _foreign(path, variant)
-    fit = functools.cache(lambda family: _Fit(family, header))
+    fit = functools.cache(lambda family: _Fit(family, header, path))
     marked = [family for family in FAMILIES if family.marks <= header.keys()]
     whole = next((family for family in marked if not fit(family).missing), None)
     if whole is not None:
@@ -123,13 +123,15 @@ def family_of(header: dict[str, TensorInfo], path: str, names: Collection[str] =
     raise _incomplete(nearest, header, path)
 
 
-def needed_tensors(family: type[Config], header: dict[str, TensorInfo]) -> tuple[type[Transformer], tuple[str, ...]]:
+def needed_tensors(
+    family: type[Config], header: dict[str, TensorInfo], path: str
+) -> tuple[type[Transformer], tuple[str, ...]]:
     """The transformer of a family's file, and the names in it of the tensors that it needs, of any shape.
 
     What is no tensor of the family makes up neither blocks nor parts of its model, nor do some tensors of a block
-    behind a gap. Raises CheckpointError for more blocks than any model has.
+    behind a gap. Raises CheckpointError, which names `path`, for more blocks than any model has.
     """
-    model, names = _needed(family.from_sizes(OneOfEach(header, "", family.family)))
+    model, names = _needed(family.from_sizes(OneOfEach(header, path, family.family)))
     known = set(names)
     own = {key: name for key in header if _in_first(name := model.module_key(key)) in known}
     whole = Counter(map(_block_of, names))
@@ -140,9 +142,9 @@ def needed_tensors(family: type[Config], header: dict[str, TensorInfo]) -> tuple
         if block and 2 * count < whole[_in_first(block)] and _before(block) not in there
     }
     left = {key: header[key] for key, name in own.items() if _block_of(name) not in stray}
-    sizes = AnySizes(left, "", family.family)
+    sizes = AnySizes(left, path, family.family)
     # One block stands for all of its kind: a model of them all would take long to make.
-    model, names = _needed(family.from_sizes(OneOfEach(left, "", family.family)))
+    model, names = _needed(family.from_sizes(OneOfEach(left, path, family.family)))
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(_block_of(name), []).append(name)
@@ -176,9 +178,9 @@ class _Fit:
     """How a file's tensors fit a family. missing: which of those that it needs are not there, by the file's names;
     needed: how many it needs; share: how many of them are there, from 0 to 1; known: the file's names for those."""
 
-    def __init__(self, family: type[Config], header: dict[str, TensorInfo]):
+    def __init__(self, family: type[Config], header: dict[str, TensorInfo], path: str):
         self.family = family
-        model, names = needed_tensors(family, header)
+        model, names = needed_tensors(family, header, path)
         wanted = set(names)
         known = {key: name for key in header if (name := model.module_key(key)) in wanted}
         there = set(known.values())

@@ -12,7 +12,7 @@ from ..errors import CheckpointError
 from ..weights.checkpoint import Sizes, TensorInfo
 from ..weights.contents import read_contents
 from ..weights.scales import fold_scales, refuse_foreign, used_for_scales
-from ..weights.source import Source
+from ..weights.source import Source, changed
 from .detection import FAMILIES, Incomplete, family_of, first_of, needed_tensors
 from .family import Config, Transformer
 
@@ -57,7 +57,7 @@ def read_model(path: str, state: FileState | None = None) -> ModelFile:
     source = Source(path)
     change = state.change_to(source.state) if state is not None else ""
     if change:
-        raise CheckpointError(f"Queue the prompt again: {path} {change} since this workflow loaded it")
+        raise changed(path, change, "since this workflow loaded it")
     try:
         return _read(source)
     finally:
@@ -74,7 +74,7 @@ def _read(source: Source) -> ModelFile:
     except CheckpointError:
         refuse_foreign(contents)
         raise
-    transformer, names = needed_tensors(family, contents.tensors)
+    transformer, names = needed_tensors(family, contents.tensors, path)
     wanted = set(names)
     needed = [key for key in contents.tensors if transformer.module_key(key) in wanted]
     twice = [key for key, n in Counter(map(transformer.module_key, needed)).items() if n > 1]

@@ -85,7 +85,9 @@ class Sizes:
         """Blocks named `blocks`.0, `blocks`.1, ..."""
         count = len({key.split(".")[1] for key in self.header if key.startswith(blocks + ".")})
         if count > _MOST_BLOCKS:
-            raise CheckpointError(f"Take another file: this one has {count} {blocks}, which no {self.family} has")
+            raise CheckpointError(
+                f"Take another file than {self.path}: it has {count} {blocks}, no model has more than {_MOST_BLOCKS}"
+            )
         return count
 
 

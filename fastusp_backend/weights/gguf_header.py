@@ -5,7 +5,7 @@ Read here and not by the package `gguf`, which refuses a file for one tensor of 
 
 from collections.abc import Callable, Iterator
 
-from .limits import LONGEST_HEADER, check_count, check_name
+from .limits import LONGEST_HEADER, TooLarge, check_count, check_length, check_name
 
 _TYPES = {
     0: "F32",
@@ -58,9 +58,10 @@ def gguf_header(read: Callable[[int, int], bytes], length: int) -> Iterator[tupl
     """Name, type, shape (rows first) and first byte of each tensor of a GGUF file of `length` bytes; read(start, count)
     gives some of them. A type that has no name here is 'type' and its number.
 
-    Raises ValueError for a file that is cut short, of another version, or contradicts itself.
+    Raises ValueError for a file that is cut short, of another version, or contradicts itself; TooLarge for one whose
+    header is larger than any model's.
     """
-    header = _Header(read, min(length, LONGEST_HEADER))
+    header = _Header(read, length)
     header.skip_bytes(4)
     version = header.number(4)
     if version not in _VERSIONS:
@@ -98,7 +99,7 @@ def gguf_header(read: Callable[[int, int], bytes], length: int) -> Iterator[tupl
 
 
 class _Header:
-    """The values in a file's first `length` bytes, one after the other. place: of the next one."""
+    """The values in the header of a file of `length` bytes, one after the other. place: of the next one."""
 
     def __init__(self, read: Callable[[int, int], bytes], length: int):
         self._read, self._length = read, length
@@ -115,7 +116,7 @@ class _Header:
         """Passes a value of metadata of this type."""
         self._left -= 1
         if self._left < 0:
-            raise ValueError(f"its metadata has more than {_MOST_VALUES} values")
+            raise TooLarge(f"has more values of metadata than the {_MOST_VALUES} that FastUSP reads")
         if kind in _FIXED:
             self.skip_bytes(_FIXED[kind])
         elif kind == _STRING:
@@ -125,7 +126,7 @@ class _Header:
             if kind in _FIXED:
                 self.skip_bytes(_FIXED[kind] * count)
             elif depth == _DEEPEST:
-                raise ValueError(f"its metadata has arrays within arrays, more than {_DEEPEST} deep")
+                raise TooLarge(f"has arrays within arrays in its metadata, FastUSP reads them up to {_DEEPEST} deep")
             else:
                 for _ in range(count):
                     self.skip(kind, depth + 1)
@@ -136,9 +137,10 @@ class _Header:
         """Passes so many bytes, which are there."""
         end = self.place + size
         if end > self._length:
-            raise ValueError(f"its header goes on beyond {self._length} bytes, of the file or of any header")
+            raise ValueError(f"its header goes on beyond its {self._length} bytes")
+        check_length(end)  # at least
         if end > len(self._data):
-            wanted = min(self._length, max(end, 2 * len(self._data), _FIRST_READ))
+            wanted = min(self._length, LONGEST_HEADER, max(end, 2 * len(self._data), _FIRST_READ))
             self._data += self._read(len(self._data), wanted - len(self._data))
         self.place = end
 

@@ -2,6 +2,7 @@
 (github.com/ggml-org/ggml, docs/gguf.md), told apart by their first bytes, not by names."""
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -10,7 +11,7 @@ import torch
 
 from ..errors import CheckpointError
 from .gguf_header import gguf_header
-from .limits import LONGEST_HEADER, MOST_DIMENSIONS, check_count, check_name
+from .limits import TooLarge, check_count, check_dimensions, check_length, check_name
 from .packing import PACKINGS
 from .source import Source
 
@@ -32,13 +33,15 @@ _SAFETENSORS = {
 }
 _GGUF = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 _Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+_WEB_PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*<[!?a-z][-a-z]{2}", re.IGNORECASE)
+"""Never a safetensors header's length: that would be of GB."""
 
 
 class _Entry(msgspec.Struct):
     """What a safetensors header says of a tensor."""
 
     dtype: Annotated[str, msgspec.Meta(max_length=32)]
-    shape: Annotated[tuple[_Count, ...], msgspec.Meta(max_length=MOST_DIMENSIONS)]
+    shape: tuple[_Count, ...]
     data_offsets: tuple[_Count, _Count]
 
 
@@ -89,17 +92,20 @@ def read_file_header(source: Source) -> tuple[dict[str, TensorInfo], dict[str, s
     model's; in bounded time and memory, whatever lies in it.
     """
     path, length = source.path, source.state.size
-    start = source.read(0, min(8, length))
+    begin = source.read(0, min(64, length))
+    _refuse_other_downloads(path, begin)
     try:
-        if start[:4] == b"GGUF":
+        if begin[:4] == b"GGUF":
             tensors, metadata = _gguf(source), {}
-        elif start[:4] == b"PK\x03\x04" or start[:2] == b"\x80\x02":
+        elif begin[:4] == b"PK\x03\x04" or begin[:2] == b"\x80\x02":
             raise CheckpointError(
                 f"{path} is a PyTorch pickle file, which can run code when it is read; FastUSP reads safetensors "
                 "and GGUF. Convert it to safetensors"
             )
         else:
-            tensors, metadata = _safetensors(source, int.from_bytes(start, "little"))
+            tensors, metadata = _safetensors(source, int.from_bytes(begin[:8], "little"))
+    except TooLarge as error:
+        raise CheckpointError(f"Take another file: {path} {error}") from error
     except (ValueError, RecursionError) as error:
         raise _unreadable(path, str(error)) from error
     for name, info in tensors.items():
@@ -114,8 +120,7 @@ def _safetensors(source: Source, size: int) -> tuple[dict[str, TensorInfo], dict
     length = source.state.size
     if not 2 <= size <= length - 8:
         raise ValueError(f"its header would have {size} bytes, the file has {length}")
-    if size > LONGEST_HEADER:
-        raise ValueError(f"its header has {size} bytes, FastUSP reads up to {LONGEST_HEADER}")
+    check_length(size)
     header = _HEADER.decode(source.read(8, size))
     metadata = _decoded(_METADATA, header.pop("__metadata__", b"{}"), "its metadata") or {}
     check_count(len(header))
@@ -123,6 +128,7 @@ def _safetensors(source: Source, size: int) -> tuple[dict[str, TensorInfo], dict
     for name, raw in header.items():
         check_name(name)
         entry = _decoded(_ENTRY, raw, f"tensor {name!r}")
+        check_dimensions(name, len(entry.shape))
         (start, stop), dtype = entry.data_offsets, _SAFETENSORS.get(entry.dtype)
         info = TensorInfo(entry.shape, dtype, 8 + size + start, unknown="" if dtype is not None else entry.dtype)
         if stop < start or dtype is not None and stop - start != info.size:
@@ -164,6 +170,16 @@ def _gguf(source: Source) -> dict[str, TensorInfo]:
             raise ValueError(f"tensor {name!r} begins at byte {start}, within another that ends at {end}")
         end = start + size
     return tensors
+
+
+def _refuse_other_downloads(path: str, begin: bytes) -> None:
+    """Names what often lies in a model's place, by its first bytes."""
+    if _WEB_PAGE.match(begin):
+        raise CheckpointError(
+            f"{path} is a web page, not a model: log in where it was downloaded, and download the file itself"
+        )
+    if begin.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path} is a git-lfs pointer, not a model: run git lfs pull in its folder")
 
 
 def _unreadable(path: str, why: str) -> CheckpointError:

@@ -8,6 +8,11 @@ from ..config import FileState
 from ..errors import CheckpointError
 
 
+def changed(path: str, change: str, when: str) -> CheckpointError:
+    """change: as `FileState.change_to` says it."""
+    return CheckpointError(f"Wait until nothing writes to {path}, then queue the prompt again: it {change} {when}")
+
+
 class Source:
     """state: as it was opened. It is closed with the last reference to this.
 
@@ -52,7 +57,7 @@ class Source:
         except OSError as error:  # of a network mount whose server has the file no more
             raise self._unreadable(error) from error
         if change:
-            raise CheckpointError(f"Queue the prompt again: {self.path} {change} {when}")
+            raise changed(self.path, change, when)
 
     def _unreadable(self, error: OSError) -> CheckpointError:
         return CheckpointError(f"cannot read the model file {self.path}: {error.strerror or error}")

@@ -65,7 +65,7 @@ def test_a_choice_that_is_not_offered(host):
     ("name", "words"),
     [
         ("truncated", ["is truncated", "Download it again"]),
-        ("text", ["truncated, corrupt"]),
+        ("pointer", ["is a git-lfs pointer", "run git lfs pull"]),
         ("chroma", ["holds Chroma", "FLUX.2 dev and klein, FLUX.1 dev, schnell", "use Load Diffusion Model"]),
         ("lora", ["holds a LoRA", "LoraLoaderModelOnly"]),
         ("nvfp4", ["is quantised as nvfp4", "scaled fp8 and GGUF"]),
@@ -78,7 +78,7 @@ def test_files_of_other_models(host, name, words):
     state = load_file(models / DEV)
     if name == "truncated":
         file.write_bytes((models / DEV).read_bytes()[:-1000])
-    elif name == "text":
+    elif name == "pointer":
         file.write_text("version https://git-lfs.github.com/spec/v1\n")
     else:
         if name == "chroma":

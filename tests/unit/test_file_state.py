@@ -82,7 +82,10 @@ def test_another_file_of_the_same_size_and_time_is_another_file(model, other, tm
     link.symlink_to(other)
     assert (spec.file.size, spec.file.mtime_ns) == (spec_of(link).file.size, spec_of(link).file.mtime_ns)
     assert spec != spec_of(link)
-    with pytest.raises(CheckpointError, match=f"^Queue the prompt again: {link} was replaced since this workflow"):
+    with pytest.raises(
+        CheckpointError,
+        match=f"^Wait until nothing writes to {link}, then queue the prompt again: it was replaced since this workflow",
+    ):
         Checkpoint(spec)
 
 
@@ -111,7 +114,7 @@ def test_a_file_that_changes_while_its_header_is_read(model, monkeypatch, change
 
     monkeypatch.setattr(files, "read_contents", meanwhile)
     with pytest.raises(
-        CheckpointError, match=r"^Queue the prompt again: .* was (changed|cut short.*) while it was bei"
+        CheckpointError, match=r"^Wait until nothing writes to .*: it was (changed|cut short.*) while it was being"
     ):
         read_model(str(model))
 
@@ -151,7 +154,9 @@ def test_resident_weights_of_a_file_that_was_written_to(model, other, engine):
     assert engine.describe(spec).hidden == 128
     rewrite(model, other)
     for _ in range(2):
-        with pytest.raises(CheckpointError, match=f"^Queue the prompt again: {model} was changed since it was loaded"):
+        with pytest.raises(
+            CheckpointError, match=f"writes to {model}, then queue .* it was changed since it was loaded"
+        ):
             engine.describe(spec)
     new = spec_of(model)
     assert new != spec

@@ -146,6 +146,33 @@ def test_pickles_are_refused(mini, tmp_path):
     assert "PyTorch pickle" in refusal(path)
 
 
+@pytest.mark.parametrize("suffix", ["safetensors", "gguf"])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("<!DOCTYPE html><html lang='en'>", "is a web page, not a model: log in where"),
+        ("\ufeff\n  <HTML><head>", "is a web page, not a model: log in where"),
+        ("<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "is a web page"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 23802932552\n", "run git lfs pull in"),
+    ],
+)
+def test_what_was_downloaded_in_a_models_place_is_named(tmp_path, suffix, text, words):
+    path = tmp_path / f"x.{suffix}"
+    path.write_text(text)
+    told = refusal(path)
+    assert f"{path} is a " in told and words in told and "truncated" not in told
+
+
+def test_a_header_whose_length_begins_like_a_web_page(mini, tmp_path):
+    """In bytes: b"<a" and zeros."""
+    path, data = tmp_path / "x.safetensors", mini.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    wide = int.from_bytes(b"<a", "little")
+    assert size < wide
+    path.write_bytes(wide.to_bytes(8, "little") + data[8 : 8 + size].ljust(wide) + data[8 + size :])
+    assert load_model(spec_of(path), CPU)
+
+
 def test_a_truncated_file_names_the_tensor(mini, tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_bytes(mini.read_bytes()[:-10])

@@ -73,7 +73,7 @@ def test_arrays_within_arrays_are_passed():
         (b"GGUF" + (3).to_bytes(4, "big") + bytes(16), "version 50331648"),
         (file(tensors=(tensor("x"), tensor("x"))), "two tensors 'x'"),
         (file(tensors=(tensor("x")[:-1],)), "goes on beyond"),
-        (b"GGUF" + number(3, 4) + number(1 << 60) + number(0), "it has 1152921504606846976 tensors"),
+        (b"GGUF" + number(3, 4) + number(1 << 60) + number(0), "^has 1152921504606846976 tensors, FastUSP reads up to"),
         (file(pairs=(string("k") + number(8, 4) + number(1 << 62),)), "goes on beyond"),
         (file(pairs=(string("k") + number(9, 4) + number(10, 4) + number(1 << 61),)), "goes on beyond"),
         (file(pairs=(string("k") + number(77, 4),)), "type 77"),
@@ -83,7 +83,7 @@ def test_arrays_within_arrays_are_passed():
         ),
         (
             file(pairs=(string("k") + number(9, 4) + number(8, 4) + number(1 << 40),)) + bytes(17 << 20),
-            "more than 1000000 values",
+            "more values of metadata than the 1000000 that",
         ),
         (file(pairs=(string("general.alignment") + number(4, 4) + number(24, 4),)), "24, is no power of two"),
         (file(pairs=(string("general.alignment") + number(4, 4) + number(0, 4),)), "0, is no power of two"),

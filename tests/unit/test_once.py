@@ -38,11 +38,36 @@ def test_a_tool_that_fails_is_asked_once_for_a_while(asked, monkeypatch):
             parse_devices("auto")
     assert count() == 1
     asked("printf '0, H200, GPU-0, 9.0\\n'")
-    with pytest.raises(DeviceError, match="nvidia-smi failed: no driver"):
+    with pytest.raises(DeviceError, match=r"no driver\. .* CPU ranks \(asked \d+ s ago; it is asked again in \d+ s\)$"):
         parse_devices("0")
     monkeypatch.setattr(once, "SECONDS", 0.0)
     assert parse_devices("auto").gpus == (0,)
     assert parse_devices("0").gpus == (0,) and count() == 2
+
+
+@pytest.mark.parametrize(
+    "script, words",
+    [
+        ("echo 'Make sure that it runs.' >&2; exit 9", "nvidia-smi failed: Make sure that it runs."),
+        ("echo; echo no driver; echo ' ' >&2; exit 9", "nvidia-smi failed: no driver."),
+        ("exit 9", "nvidia-smi failed: exit code 9."),
+        ("kill -SEGV $$", "nvidia-smi failed: exit code -11."),
+        ("echo 0, H200", "nvidia-smi's answer is not understood: '0, H200'."),
+        ("echo", "nvidia-smi's answer is not understood: ''."),
+    ],
+)
+def test_what_went_wrong_is_told_with_what_to_do(asked, script, words):
+    asked(script)
+    with pytest.raises(DeviceError) as failed:
+        list_gpus()
+    assert str(failed.value) == f"{words} Reinstall the driver, or use 'cpu:N' for N CPU ranks"
+
+
+def test_a_tool_that_cannot_be_run(asked, tmp_path):
+    asked("")
+    (tmp_path / "nvidia-smi").write_text("#!/no/such/shell\n")
+    with pytest.raises(DeviceError, match=r"^nvidia-smi cannot be run \(No such file or directory\)\. Reinstall"):
+        list_gpus()
 
 
 def test_a_tool_that_hangs_is_not_waited_for(asked, monkeypatch):
@@ -51,7 +76,9 @@ def test_a_tool_that_hangs_is_not_waited_for(asked, monkeypatch):
     monkeypatch.setattr(subprocess.Popen, "kill", lambda process: None)
     count, began = asked("exec sleep 8"), time.monotonic()
     for _ in range(2):
-        with pytest.raises(DeviceError, match="nvidia-smi does not answer .*timed out after 0.2 seconds"):
+        with pytest.raises(
+            DeviceError, match=r"^nvidia-smi gave no answer within 0.2 s\. Reinstall the driver, or use"
+        ):
             parse_devices("auto")
     assert time.monotonic() - began < 6 and count() == 1
 

@@ -68,7 +68,10 @@ def test_a_file_that_was_written_to_is_refused_before_anything_changes(copied, h
         words = f"was cut short, from {size} to {size - 1} bytes,"
     else:
         write_to(path)
-    with pytest.raises(CheckpointError, match=f"^Queue the prompt again: {path} {words} since it was loaded"):
+    with pytest.raises(
+        CheckpointError,
+        match=f"^Wait until nothing writes to {path}, then queue the prompt again: it {words} since it was loaded",
+    ):
         weights.change(NONE, {}, base=1, number=0)
     assert weights.number == 1 and torch.equal(held(checkpoint, f"{QKV}.weight").data, after)
 

@@ -96,7 +96,7 @@ def test_cuda_is_asked_once_with_all_gpus_visible(child, tmp_path):
     [
         ("echo 'OSError: CUDA error 999' >&2; exit 1", "OSError: CUDA error 999"),
         ("exit 1", "it crashed"),
-        ("sleep 30", "timed out after 0.2 seconds"),
+        ("sleep 30", "no answer within 0.2 s"),
     ],
 )
 def test_a_driver_that_does_not_answer_is_told(child, monkeypatch, script, reason):

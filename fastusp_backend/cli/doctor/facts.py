@@ -161,7 +161,9 @@ def _compile() -> tuple[str, str]:
         command = [compiler, str(source), "-O3", "-shared", "-fPIC", "-o", str(source.with_suffix(".so"))]
         try:
             status, _, errors = _bounded([*command, f"-I{sysconfig.get_path('include')}"], TOOL_SECONDS)
-        except (OSError, subprocess.TimeoutExpired) as error:
+        except subprocess.TimeoutExpired:
+            return compiler, f"it gave no answer within {TOOL_SECONDS:g} s"
+        except OSError as error:
             return compiler, str(error)
     lines = [line for line in errors.splitlines() if "error" in line] or errors.splitlines()[-1:]
     return compiler, "" if status == 0 else lines[0] if lines else f"exit status {status}"
