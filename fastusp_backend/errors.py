@@ -36,7 +36,10 @@ class PatchesLost(RequestError):
 
 
 class ProtocolError(FastUSPError):
-    """A frame that is malformed, too large, of another version or of an unknown kind."""
+    """A frame that is malformed, too large, of another version or of an unknown kind. message: of a frame whose tensors
+    alone could not be taken."""
+
+    message: object = None
 
 
 class PoolError(FastUSPError):

@@ -1,4 +1,4 @@
-"""How a rank shows that it gets on: a small file in its pool's run directory, mapped by it and read by the pool.
+"""How a rank shows that it gets on: a small file in its pool's run directory, mapped by it and by the pool.
 
 A rank counts what it has done and says by when it will have done more. Nothing is sent for that, so it costs nothing,
 and a rank that has stopped, or waits for one that has, shows it by saying nothing.
@@ -14,9 +14,10 @@ _NUMBERS = struct.Struct("=Qd")
 _TEXT = slice(_NUMBERS.size + 8, 128)  # behind the process' id
 _BYTES = 4096
 
-COLD_SECONDS = 1800.0
-"""How long a rank may take from beat to beat where nothing is known of its pace: one block of an image of 4096 x 4096
-on CPUs, the compiling of one."""
+COLD_SECONDS = 600.0
+"""How long a rank may take from beat to beat where nothing is known of its pace: to compile a block, to start."""
+COLD_CPU_SECONDS = 1800.0
+"""The same on CPUs: one block of an image of 4096 x 4096."""
 USUAL_SECONDS = 300.0
 """The same for what is done in small parts: reading a tensor, patching a weight, making a group of ranks."""
 
@@ -82,14 +83,21 @@ def turn_to(doing: str) -> None:
     _own.turn_to(doing)
 
 
-def read(path: Path) -> Sign | None:
-    """What a rank shows in its file; None before it has made one."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    if len(data) < _BYTES:
-        return None  # it is being made
-    count, seconds = _NUMBERS.unpack_from(data)
-    (pid,) = struct.unpack_from("=Q", data, _NUMBERS.size)
-    return Sign(pid, count, seconds, data[_TEXT].rstrip(b"\0").decode(errors="replace")) if pid else None
+class Reader:
+    """The pool's end: a rank's file, mapped as soon as it is there. It may be removed afterwards."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._memory: mmap.mmap | None = None
+
+    def read(self) -> Sign | None:
+        """What the rank shows; None before it has made its file."""
+        if self._memory is None:
+            try:
+                with open(self._path, "rb") as file:
+                    self._memory = mmap.mmap(file.fileno(), _BYTES, prot=mmap.PROT_READ)
+            except (OSError, ValueError):  # it is not there, or being made; or this process can open no file now
+                return None
+        count, seconds = _NUMBERS.unpack_from(self._memory)
+        (pid,) = struct.unpack_from("=Q", self._memory, _NUMBERS.size)
+        return Sign(pid, count, seconds, self._memory[_TEXT].rstrip(b"\0").decode(errors="replace")) if pid else None

@@ -8,9 +8,9 @@ import torch.distributed as dist
 
 from ..config import Layout
 from ..ports import close_ports
-from ..pulse import COLD_SECONDS
+from ..pulse import COLD_CPU_SECONDS
 
-PATIENCE = timedelta(seconds=2 * COLD_SECONDS)
+PATIENCE = timedelta(seconds=2 * COLD_CPU_SECONDS)
 """Of the ranks' groups: whoever hangs is found before, and named; torch's own limits are ten and thirty minutes."""
 
 

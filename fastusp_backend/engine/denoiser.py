@@ -19,6 +19,7 @@ from ..errors import RequestError
 from ..models.family import NO_RESIDUALS, Conditioning, Residuals, Transformer, check_control, references_of
 from ..models.patchify import patch_grid, patchify
 from ..models.segments import Segments
+from ..pulse import USUAL_SECONDS, beat
 from .step import PromptTensors, Shape, Step
 
 KEPT_STEPS = 4
@@ -94,6 +95,7 @@ class Denoiser:
 
     def _of(self, conditioning: Conditioning) -> PromptTensors:
         if conditioning not in self._prompts:
+            beat(USUAL_SECONDS)
             context, concat = conditioning.context, conditioning.concat
             shards = SequenceShards(self.mesh.layout, context.shape[1], 0)
             local = shards.take_text(context.to(self.dtype), self.mesh.rank, dim=1)
@@ -111,6 +113,7 @@ class Denoiser:
             self._steps.clear()  # their graphs hold addresses that have moved
             self._generation = self.transport.generation
         if shape not in self._steps:
+            beat(USUAL_SECONDS)
             while len(self._steps) >= KEPT_STEPS:
                 self._steps.popitem(last=False)
             self._steps[shape] = Step(

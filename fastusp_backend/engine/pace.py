@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ..pulse import COLD_SECONDS
+from ..pulse import COLD_CPU_SECONDS, COLD_SECONDS
 
 SHORTEST_SECONDS = 12.0
 TIMES_LONGER = 4
@@ -24,10 +24,15 @@ class Pace:
         self._running: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
     @property
+    def unknown(self) -> float:
+        """The limit where nothing is known: for compiling, capturing, and computing one block."""
+        return COLD_CPU_SECONDS if self._device.type == "cpu" else COLD_SECONDS
+
+    @property
     def limit(self) -> float:
         """Seconds after which an evaluation that has not ended is taken for hung."""
         if not self._seconds:
-            return COLD_SECONDS
+            return self.unknown
         return max(SHORTEST_SECONDS, TIMES_LONGER * max(self._seconds))
 
     @contextlib.contextmanager

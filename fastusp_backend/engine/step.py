@@ -16,7 +16,7 @@ from ..models.family import Residuals, Transformer
 from ..models.patchify import patch_grid, patchify, unpatchify
 from ..models.positions import References
 from ..models.segments import Segments
-from ..pulse import COLD_SECONDS, beat
+from ..pulse import beat
 from .pace import Pace
 
 
@@ -134,7 +134,7 @@ class Step:
                 image[: len(values)].copy_(values, non_blocking=True)
         self._runs += 1
         known = self.captured if self._captures else self._runs > 1  # else it compiles, or is captured
-        beat(self._pace.limit if known else COLD_SECONDS)
+        beat(self._pace.limit if known else self._pace.unknown)
         with self._pace.measured() if known else contextlib.nullcontext():
             if not self._captures or self._runs == 1:
                 return self._evaluate()

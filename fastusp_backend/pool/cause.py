@@ -29,7 +29,7 @@ def find_cause(directory: Path, torchrun: subprocess.Popen, killed: bool, model:
     where nobody else can be, and one that merely lost another goes last.
     """
     causes: list[tuple[int, float, str]] = []  # the least first
-    records = [r for path in directory.glob("failure-*.json") if (r := _read_json(path))]
+    records = [r for path in _listed(directory, "failure-*.json") if (r := _read_json(path))]
     told = {record["rank"] for record in records}
     for turn, exited in enumerate(_read_json(directory / "exit.json") or []):
         rank, code = exited["rank"], exited["exitcode"]
@@ -107,7 +107,7 @@ def printed_lines(directory: Path) -> list[str]:
     """What the ranks printed last (NCCL writes to stdout), in the order of ranks: of each as many lines as of the
     others, warnings and errors before anything else."""
     ranks: dict[int, list[str]] = {}
-    for path in sorted(directory.glob("ranks/**/std*.log")):
+    for path in _listed(directory, "ranks/**/std*.log"):
         lines = [f"[rank {path.parent.name} {path.stem}] {line}" for line in _tail(path, PRINTED_LINES)]
         ranks.setdefault(int(path.parent.name), []).extend(lines)
     turns = []  # quiet, turn of its rank, rank, place
@@ -117,6 +117,13 @@ def printed_lines(directory: Path) -> list[str]:
             turns += [(quiet, turn, rank, place) for turn, place in enumerate(reversed(places))]
     chosen = sorted((rank, place) for _, _, rank, place in sorted(turns)[:LOG_LINES])
     return [ranks[rank][place] for rank, place in chosen]
+
+
+def _listed(directory: Path, pattern: str) -> list[Path]:
+    try:
+        return sorted(directory.glob(pattern))
+    except OSError:
+        return []  # this process can open no file, or the pool is being closed
 
 
 def _read_json(path: Path):

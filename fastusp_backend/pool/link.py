@@ -18,6 +18,7 @@ class Link:
 
     def __init__(self, channel: Channel, heard: Callable[[Message], None]):
         self._channel, self._heard = channel, heard
+        self._closing = threading.Lock()
         self._outbox: queue.SimpleQueue[tuple[Frame, Future[None]] | None] = queue.SimpleQueue()
         self._inbox: queue.SimpleQueue[tuple[Message, Tensors] | BaseException] = queue.SimpleQueue()
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._write, self._read)]
@@ -54,13 +55,14 @@ class Link:
         raise item
 
     def close(self) -> None:
-        """Ends the stream, and with it both threads, and the waiting of those that send."""
-        self._channel.shut()
-        self._outbox.put(None)
-        for thread in self._threads:
-            thread.join()  # or they would use a descriptor that is another file's by then
-        self._channel.close()
-        self._refuse()
+        """Ends the stream, and with it both threads, and the waiting of those that send. May be called twice."""
+        with self._closing:
+            self._channel.shut()
+            self._outbox.put(None)
+            for thread in self._threads:
+                thread.join()  # or they would use a descriptor that is another file's by then
+            self._channel.close()
+            self._refuse()
 
     def _refuse(self) -> None:
         """Tells those whose frames came too late, when the thread that writes has ended."""
@@ -78,7 +80,7 @@ class Link:
             try:
                 self._channel.write(frame)
                 written.set_result(None)
-            except OSError as error:
+            except BaseException as error:  # told to who sends it
                 written.set_exception(error)
 
     def _read(self) -> None:
@@ -86,8 +88,10 @@ class Link:
             try:
                 message, tensors = self._channel.receive()
             except ProtocolError as error:
+                if error.message is not None:
+                    self._heard(error.message)
                 self._inbox.put(error)
-            except (EOFError, OSError) as error:
+            except BaseException as error:  # the end of the stream, mostly; told to who receives
                 self._inbox.put(error)
                 return
             else:

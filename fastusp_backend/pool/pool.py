@@ -246,14 +246,14 @@ class Pool:
             if starting:
                 progress.phase(f"starting {self.devices.ranks} worker(s) on {self.devices}")
             elif workers.behind:
-                progress.phase("waiting for the workers to end what was stopped")
+                progress.phase("waiting for the workers")
             else:
                 return workers
             while workers.alive and (workers.ready is None or workers.behind):
                 progress.go_on()
                 time.sleep(POLL_SECONDS)
             if not workers.alive:
-                failed = self._failed(workers, "did not start" if starting else "stopped at what was cancelled")
+                failed = self._failed(workers, "did not start" if starting else "stopped before a prompt ran")
                 if starting:
                     raise failed
                 log.warning("%s", failed)

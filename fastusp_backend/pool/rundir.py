@@ -42,7 +42,7 @@ class RunDir:
     def __init__(self):
         """Raises PoolError where none can be made; nothing is left of it then."""
         self.path: Path | None = None
-        self._lock = -1
+        self._lock = self._directory = -1
         try:
             self._make()
         except OSError as error:
@@ -57,6 +57,8 @@ class RunDir:
         sweep(base)
         self.path = base / secrets.token_hex(6)
         self.path.mkdir(mode=0o700)
+        self._directory = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fcntl.flock(self._directory, fcntl.LOCK_EX)  # what cleans temporary folders respects that, or takes the other
         # Locked before it has its name: a sweep by another process never meets it without its owner.
         self._lock = os.open(self.path / "lock.new", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
@@ -74,16 +76,17 @@ class RunDir:
         """Removes the directory. May be called twice."""
         if self.path is not None:
             shutil.rmtree(self.path, ignore_errors=True)
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        for fd in (self._lock, self._directory):
+            if fd >= 0:
+                os.close(fd)
+        self._lock = self._directory = -1
 
 
 def sweep(base: Path) -> None:
     """Removes run directories that no process owns any more."""
     for path in base.iterdir():
-        if not _NAME.fullmatch(path.name):
-            continue  # not ours
+        if not _NAME.fullmatch(path.name) or _is_locked(path):
+            continue  # not ours, or its owner lives
         try:
             fd = os.open(path / "lock", os.O_RDWR | os.O_CLOEXEC)
         except NotADirectoryError:
@@ -101,3 +104,17 @@ def sweep(base: Path) -> None:
             pass  # its owner lives
         finally:
             os.close(fd)
+
+
+def _is_locked(directory: Path) -> bool:
+    try:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import IO, Literal, NamedTuple
 
 from .. import pulse
 from ..worker.process import STACK_SIGNAL
@@ -20,6 +20,7 @@ from ..worker.process import STACK_SIGNAL
 LOOK_SECONDS = 0.5
 STOPPED_SECONDS = 10.0
 START_SECONDS = 300.0
+"""Less the time in which ranks read their libraries from a disk."""
 BEHIND_SECONDS = 300.0
 """How long workers that were told to stop may give no sign, however long they said that it would take: they may be
 compiling."""
@@ -51,7 +52,11 @@ class Hang(NamedTuple):
 
 @dataclass
 class _Rank:
+    """stack: where it writes its stacks, open as soon as it is there: it may be removed afterwards."""
+
+    pulse: pulse.Reader
     sign: pulse.Sign | None = None
+    stack: IO[bytes] | None = None
     faults: int = 0
     still: float = 0.0
     stopped: float = 0.0
@@ -62,7 +67,7 @@ class Watch:
 
     def __init__(self, directory: Path, ranks: int):
         self._directory = directory
-        self._ranks = [_Rank() for _ in range(ranks)]
+        self._ranks = [_Rank(pulse.Reader(directory / f"pulse-{number}")) for number in range(ranks)]
         self._awaited: Awaited | None = None
         self._waited = 0.0
         self._last = time.monotonic()
@@ -77,9 +82,9 @@ class Watch:
                 rank.still = rank.stopped = 0.0
         if awaited is None:
             return None
-        self._waited += passed
-        for number, rank in enumerate(self._ranks):
-            self._look_at(number, rank, passed)
+        read = [self._look_at(number, rank, passed) for number, rank in enumerate(self._ranks)]
+        if not any(read):
+            self._waited += passed
         return self._judge()
 
     def where(self) -> list[str]:
@@ -88,37 +93,46 @@ class Watch:
 
     def _stacks(self) -> list[list[str]]:
         """Every rank's stack, innermost first, empty where it does not tell. What was stopped goes on to do so."""
+        asked = {}
         for number, rank in enumerate(self._ranks):
-            rank.sign = pulse.read(self._directory / f"pulse-{number}")
-        files = [self._directory / f"stack-{number}" for number in range(len(self._ranks))]
-        sizes = [file.stat().st_size if file.exists() else 0 for file in files]
-        asked = []
-        for number, rank in enumerate(self._ranks):
-            if rank.sign is not None:
-                with contextlib.suppress(ProcessLookupError):
+            self._open(number, rank)
+            if rank.sign is not None and rank.stack is not None:
+                with contextlib.suppress(OSError, ValueError):  # it has ended; the pool is closed meanwhile
+                    asked[number] = os.fstat(rank.stack.fileno()).st_size
                     os.kill(rank.sign.pid, STACK_SIGNAL)
                     os.kill(rank.sign.pid, signal.SIGCONT)
-                    asked.append(number)
         deadline = time.monotonic() + STACK_SECONDS
-        while time.monotonic() < deadline and any(files[n].stat().st_size == sizes[n] for n in asked):
-            time.sleep(0.02)
-        time.sleep(0.05)  # a stack is written line by line
-        told = [[] for _ in files]
-        for number in asked:
-            text = files[number].read_text(errors="replace")[sizes[number] :]
-            main = text.rpartition("most recent call first")[2]  # the oldest thread comes last
-            told[number] = [_short(line) for line in main.splitlines() if line.startswith("  File") and _tells(line)]
+        told: list[list[str]] = [[] for _ in self._ranks]
+        while time.monotonic() < deadline and any(not told[number] for number in asked):
+            time.sleep(0.05)  # a stack is written line by line
+            for number, start in asked.items():
+                told[number] = _stack(self._ranks[number].stack, start)
         return told
 
-    def _look_at(self, number: int, rank: _Rank, passed: float) -> None:
-        sign = pulse.read(self._directory / f"pulse-{number}")
-        if sign is None:
-            return
-        state, faults = _process(sign.pid)
-        same = rank.sign is not None and (sign.count, faults) == (rank.sign.count, rank.faults)
+    def close(self) -> None:
+        """Lets go of the ranks' files."""
+        for rank in self._ranks:
+            if rank.stack is not None:
+                rank.stack.close()
+
+    def _open(self, number: int, rank: _Rank) -> None:
+        rank.sign = rank.pulse.read()
+        if rank.sign is not None and rank.stack is None:
+            with contextlib.suppress(OSError):  # this process can open no file now
+                rank.stack = open(self._directory / f"stack-{number}", "rb")  # noqa: SIM115 - as long as the pool lives
+
+    def _look_at(self, number: int, rank: _Rank, passed: float) -> bool:
+        """Whether the system has read memory for the rank since the last look."""
+        last, faults = rank.sign, rank.faults
+        self._open(number, rank)
+        if rank.sign is None:
+            return False
+        state, rank.faults = _process(rank.sign.pid)
+        read = rank.faults > faults
+        same = last is not None and last.count == rank.sign.count and not read
         rank.still = rank.still + passed if same else 0.0
         rank.stopped = rank.stopped + passed if state == "T" else 0.0
-        rank.sign, rank.faults = sign, faults
+        return read
 
     def _judge(self) -> Suspicion | None:
         stopped = [n for n, rank in enumerate(self._ranks) if rank.stopped >= STOPPED_SECONDS]
@@ -149,6 +163,16 @@ class Watch:
             lines += [f"Rank {number} was in:" if shown else f"Rank {number} did not say where it was"]
             lines += [f"  {line}" for line in shown]
         return lines
+
+
+def _stack(file: IO[bytes], start: int) -> list[str]:
+    """The main thread's lines of what was written from `start` on."""
+    try:
+        text = os.pread(file.fileno(), 1 << 20, start).decode(errors="replace")
+    except (OSError, ValueError):
+        return []
+    main = text.rpartition("most recent call first")[2]  # the oldest thread comes last
+    return [_short(line) for line in main.splitlines() if line.startswith("  File") and _tells(line)]
 
 
 def _tells(line: str) -> bool:

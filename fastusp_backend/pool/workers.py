@@ -166,10 +166,14 @@ class Workers:
                 return
 
     def _guard(self) -> None:
-        while not self._ended.wait(LOOK_SECONDS):
-            if (suspicion := self._watch.look(self._awaited)) is not None:
-                self._condemned = True
-                self._end(*self._watch.accuse(suspicion))
+        try:
+            while not self._ended.wait(LOOK_SECONDS):
+                if (suspicion := self._watch.look(self._awaited)) is not None:
+                    self._condemned = True
+                    self._end(*self._watch.accuse(suspicion))
+        except Exception as error:
+            log.exception("the FastUSP workers on %s cannot be watched any more", self.devices)
+            self._end(f"they could not be watched any more ({type(error).__name__}: {error})")
 
     @property
     def _awaited(self) -> Awaited | None:
@@ -272,6 +276,7 @@ class Workers:
         self.kill()
         if self._link is not None:
             self._link.close()
+        self._watch.close()
         self.run_dir.remove()
 
     def failure(self, event: str) -> PoolError:

@@ -124,15 +124,13 @@ class Channel:
         """
         frame, fd, lost = self._receive_frame()
         try:
-            if lost:
-                raise ProtocolError(f"a frame's shared memory cannot be taken: too many files are open here; {ADVICE}")
-            return self._read(frame, fd)
+            return self._read(frame, fd, lost)
         except (msgspec.MsgspecError, ValueError, SafetensorError, KeyError) as error:
             raise ProtocolError(f"a frame was refused: {error}") from error
         finally:
             _close(fd)
 
-    def _read(self, frame: bytes, fd: int | None) -> tuple[Message, dict[str, torch.Tensor]]:
+    def _read(self, frame: bytes, fd: int | None, lost: bool) -> tuple[Message, dict[str, torch.Tensor]]:
         if len(frame) < _HEADER.size:
             raise ProtocolError(f"a frame of {len(frame)} bytes is too short")
         magic, carrier, length = _HEADER.unpack_from(frame)
@@ -144,8 +142,14 @@ class Channel:
             return message, {}
         if carrier == _INLINE:
             return message, inline_tensors(rest)
-        places = self._places.decode(rest)
-        return message, SharedTensors(self._memory(fd, lasting=carrier == _LASTING), places)
+        try:
+            if lost:
+                raise ProtocolError(f"a frame's shared memory cannot be taken: too many files are open here; {ADVICE}")
+            places = self._places.decode(rest)
+            return message, SharedTensors(self._memory(fd, lasting=carrier == _LASTING), places)
+        except ProtocolError as error:
+            error.message = message
+            raise
 
     def _memory(self, fd: int | None, *, lasting: bool) -> SharedMemory:
         if fd is not None:

@@ -2,6 +2,7 @@
 descriptor: of one file, whatever comes to stand at its path meanwhile."""
 
 import os
+import stat
 import weakref
 
 from ..config import FileState
@@ -26,13 +27,16 @@ class Source:
         except UnicodeEncodeError as error:
             raise CheckpointError(f"Rename the model file {ascii(path)}: its name is no UTF-8") from error
         try:
-            file = open(path, "rb", buffering=0)
+            # A pipe of that name would have this wait for whoever writes to it.
+            file = open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
         except FileNotFoundError as error:
             raise CheckpointError(f"there is no model file {path}") from error
         except OSError as error:
             raise self._unreadable(error) from error
         weakref.finalize(self, file.close)
         self.descriptor = file.fileno()
+        if not stat.S_ISREG(os.fstat(self.descriptor).st_mode):
+            raise CheckpointError(f"Take another file: {path} is no regular file")
         self.state = FileState.of(os.fstat(self.descriptor))
 
     def read(self, start: int, count: int) -> bytes:

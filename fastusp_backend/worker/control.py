@@ -9,8 +9,6 @@ import contextlib
 import logging
 import os
 import queue
-import socket
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +18,7 @@ from multiprocessing.connection import Connection, Listener, answer_challenge, d
 import torch
 
 from ..errors import ProtocolError
-from ..protocol import VERSION, Cancel, Channel, Failed, Hello, Message, Ready
+from ..protocol import VERSION, Cancel, Channel, Done, Failed, Hello, Message, Ready
 from ..protocol.messages import ToWorker
 
 log = logging.getLogger(__name__)
@@ -28,7 +26,7 @@ log = logging.getLogger(__name__)
 CLIENT_GONE = 3
 """Exit code of a rank 0 whose client went away; torchrun then ends the other ranks."""
 GREETING_SECONDS = 10
-"""How long a connection may say nothing before it is known to be the client's."""
+"""How long a connection may take until it is known to be the client's."""
 STRANGERS = 8
 """Connections that are heard at a time before one is known to be the client's."""
 
@@ -44,7 +42,7 @@ class Control:
         self._inbox: queue.Queue[tuple[Message, dict[str, torch.Tensor]]] = queue.Queue()
         self._outbox: queue.Queue[Callable[[Channel], None]] = queue.Queue()
         self._cancelled: set[int] = set()
-        self._taken = 0  # the last request that has arrived
+        self._taken = self._answered = 0  # the last request that has arrived, and that has ended
         self._channel: Channel | None = None
         self._greeting = threading.Lock()
         self._strangers = threading.Semaphore(STRANGERS)
@@ -62,6 +60,8 @@ class Control:
     def send(self, message: Message | Callable[[], Message], tensors: dict[str, torch.Tensor] | None = None) -> None:
         """Queues a reply, or what makes one once its tensors are there: those on a GPU are copied to the host while the
         GPU goes on."""
+        if isinstance(message, Done | Failed):
+            self._answered = message.id
         staged, ready = _to_host(tensors or {})
 
         def deliver(channel: Channel) -> None:
@@ -99,14 +99,13 @@ class Control:
                 connection.close()
 
     def _meet(self, connection: Connection) -> None:
-        channel = Channel(connection, ToWorker)
+        channel = None
         try:
+            channel = Channel(connection, ToWorker)
             self._greet(connection, channel)
         except (AuthenticationError, EOFError, OSError, ProtocolError) as error:
-            silent = isinstance(error, BlockingIOError)
-            said = f"it said nothing for {GREETING_SECONDS} s" if silent else error or type(error).__name__
-            log.warning("a client was refused: %s", said)
-            channel.close()
+            log.warning("a client was refused: %s", error or type(error).__name__)
+            (channel or connection).close()
             return
         finally:
             self._strangers.release()
@@ -120,7 +119,7 @@ class Control:
                 os._exit(CLIENT_GONE)
 
     def _greet(self, connection: Connection, channel: Channel) -> None:
-        with _limited(connection, GREETING_SECONDS):
+        with _limited(channel, GREETING_SECONDS):
             deliver_challenge(connection, self._key)
             answer_challenge(connection, self._key)
             hello, _ = channel.receive()
@@ -149,24 +148,22 @@ class Control:
             elif not isinstance(message, Cancel):
                 self._taken = getattr(message, "id", self._taken)
                 self._inbox.put((message, tensors))
-            elif message.id > self._taken:  # its frame was refused
-                channel.send(Failed(id=message.id, kind="cancelled", rank=0, text="it has not arrived"))
+            elif message.id > self._taken or message.id <= self._answered:  # a frame was refused, here or there
+                channel.send(Failed(id=message.id, kind="cancelled", rank=0, text="it is not under way"))
             else:
                 self._cancelled.add(message.id)
 
 
 @contextlib.contextmanager
-def _limited(connection: Connection, seconds: int) -> Iterator[None]:
-    """Within it, reading from a connection or writing to it fails after some seconds, with BlockingIOError."""
-    with socket.socket(fileno=os.dup(connection.fileno())) as sock:
-
-        def limit(seconds: int) -> None:
-            for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-                sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", seconds, 0))
-
-        limit(seconds)
+def _limited(channel: Channel, seconds: float) -> Iterator[None]:
+    """Ends the stream after some seconds, unless it is left before."""
+    timer = threading.Timer(seconds, channel.shut)
+    timer.daemon = True
+    timer.start()
+    try:
         yield
-        limit(0)
+    finally:
+        timer.cancel()
 
 
 def _or_end(work: Callable[..., None], on_death: Callable[[BaseException], None], *arguments) -> None:

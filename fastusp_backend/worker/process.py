@@ -81,10 +81,11 @@ class _PoolLog(logging.handlers.WatchedFileHandler):
             if self._first and os.stat(self.baseFilename).st_size > LOG_BYTES:
                 os.replace(self.baseFilename, f"{self.baseFilename}.1")
             super().emit(record)
-            for fd in self._printed:
-                _cut(fd)
         except OSError:
             self.handleError(record)
+        finally:
+            for fd in self._printed:
+                _cut(fd)
 
 
 def _cut(fd: int) -> None:

@@ -105,8 +105,8 @@ def test_stop_and_the_next_prompt(mortal, dev, right, monkeypatch, caplog):
     assert watches[0].seconds < 1.5 and mortal.status()["state"] == "stopping"
     phases = []
     sample(mortal, dev, progress=Progress(phase=phases.append))
-    assert phases[:2] == ["waiting for the workers to end what was stopped", "starting 2 worker(s) on cpu:2"]
-    assert "stopped at what was cancelled: rank 1 (process" in caplog.text
+    assert phases[:2] == ["waiting for the workers", "starting 2 worker(s) on cpu:2"]
+    assert "stopped before a prompt ran: rank 1 (process" in caplog.text
 
 
 def test_stop_is_heard_by_the_prompt_that_waits_for_a_stopped_one(mortal, dev, right, monkeypatch):

@@ -3,13 +3,14 @@
 import os
 import socket
 import threading
+import time
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client
 
 import pytest
 from support import wait_until
 
-from fastusp_backend.protocol import VERSION, Cancel, Channel, Failed, Hello, Ready, Release
+from fastusp_backend.protocol import VERSION, Cancel, Channel, Done, Failed, Hello, Ready, Release
 from fastusp_backend.protocol.messages import ToClient
 from fastusp_backend.worker import control
 from fastusp_backend.worker.control import CLIENT_GONE, STRANGERS, Control
@@ -150,3 +151,26 @@ def test_what_has_not_arrived_is_cancelled_at_once(rank):
     channel.send(Cancel(id=4))
     reply, _ = channel.receive()
     assert (reply.id, reply.kind) == (4, "cancelled") and rank.control.cancelled(3)
+
+
+def test_what_has_ended_is_cancelled_at_once(rank):
+    """Its answer was not understood, perhaps."""
+    channel, _ = rank.greet()
+    channel.send(Release(id=3))
+    rank.control.send(Done(id=3))
+    assert channel.receive()[0] == Done(id=3)
+    channel.send(Cancel(id=3))
+    reply, _ = channel.receive()
+    assert (reply.id, reply.kind) == (3, "cancelled")
+
+
+def test_who_says_something_now_and_then_is_sent_away_as_well(rank, monkeypatch):
+    monkeypatch.setattr(control, "GREETING_SECONDS", 1)
+    slow = rank.raw(b"\x00")
+    slow.settimeout(10)
+    began = time.monotonic()
+    with pytest.raises(OSError):
+        while time.monotonic() - began < 10:
+            slow.sendall(b"\x00")
+            time.sleep(0.2)
+    assert time.monotonic() - began < 5

@@ -16,7 +16,7 @@ from fastusp_backend.engine import pace
 from fastusp_backend.engine.pace import Pace
 from fastusp_backend.pool import watch
 from fastusp_backend.pool.watch import BEHIND_SECONDS, LOOK_SECONDS, START_SECONDS, STOPPED_SECONDS, Watch
-from fastusp_backend.pulse import COLD_SECONDS, Pulse
+from fastusp_backend.pulse import COLD_CPU_SECONDS, COLD_SECONDS, Pulse
 
 pytestmark = pytest.mark.unit
 
@@ -40,11 +40,19 @@ class Ranks:
             (folder / f"stack-{n}").touch()
         monkeypatch.setattr(watch.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(watch, "_process", lambda pid: (self.states[pid], self.faults[pid]))
-        real = pulse.read
-        monkeypatch.setattr(pulse, "read", lambda path: real(path)._replace(pid=int(path.name[-1])))
+        real = pulse.Reader.read
+
+        def read(reader):
+            sign = real(reader)
+            return sign and sign._replace(pid=int(reader._path.name[-1]))
+
+        monkeypatch.setattr(pulse.Reader, "read", read)
         monkeypatch.setattr(watch.os, "kill", self._kill)
-        monkeypatch.setattr(watch.time, "sleep", lambda seconds: None)
+        monkeypatch.setattr(watch.time, "sleep", self._sleep)
         self.watch = Watch(folder, 2)
+
+    def _sleep(self, seconds):
+        self.now += seconds
 
     def _kill(self, pid, number):
         self.asked.append((pid, number))
@@ -178,6 +186,34 @@ def test_a_start_has_a_limit(ranks):
     assert ranks.look(15, "start").cause.startswith("rank 1 (process 1) did not stand 300 s after the start, while")
 
 
+def test_a_start_that_reads_its_libraries_from_a_disk_may_take_longer(ranks):
+    for _ in range(2 * int(START_SECONDS / LOOK_SECONDS)):
+        ranks.faults[0] += 1
+        assert ranks.look(LOOK_SECONDS, "start") is None
+
+
+def test_files_that_are_gone_hide_nobody(ranks):
+    """As where temporary files are cleaned while the pool lives."""
+    assert ranks.look(1) is None
+    for path in ranks.folder.iterdir():
+        path.unlink()
+    ranks.states[1] = "T"
+    hang = ranks.look(STOPPED_SECONDS + 1)
+    assert hang.cause.startswith("rank 1 (process 1) was stopped")
+    assert hang.stacks == [f"Rank {n} did not say where it was" for n in (0, 1)]  # these write to new files
+
+
+def test_a_host_without_descriptors_goes_on_looking(ranks, monkeypatch):
+    def none_left(*_, **__):
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", none_left)
+        ranks.states[1] = "T"
+        assert ranks.look(2 * STOPPED_SECONDS) is None and ranks.watch.where()
+    assert ranks.look(STOPPED_SECONDS + 1).cause.startswith("rank 1 (process 1) was stopped")
+
+
 def test_ranks_that_show_nothing_yet_do_not_hang(tmp_path):
     looker = Watch(tmp_path, 2)
     assert looker.look("start") is None and looker.look("answer") is None
@@ -204,7 +240,7 @@ def test_a_process_that_spins_tells_where(tmp_path):
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout.readline() == b"there\n"
-            sign = pulse.read(tmp_path / "pulse-0")
+            sign = pulse.Reader(tmp_path / "pulse-0").read()
             assert (sign.pid, sign.doing) == (process.pid, "while it span")
             looker = Watch(tmp_path, 1)
             os.kill(process.pid, signal.SIGSTOP)
@@ -226,7 +262,7 @@ def test_a_pulse_without_room_is_refused_when_it_is_made(tmp_path, monkeypatch):
 
 def test_the_pace_of_a_step_is_known_when_it_was_taken():
     steady = Pace(torch.device("cpu"))
-    assert steady.limit == COLD_SECONDS
+    assert steady.limit == COLD_CPU_SECONDS and Pace(torch.device("cuda")).limit == COLD_SECONDS
     with steady.measured():
         time.sleep(0.01)
     assert steady.limit == pace.SHORTEST_SECONDS

@@ -128,8 +128,9 @@ def test_the_lock_is_not_handed_to_children(temporary):
     directory = RunDir()
     child = subprocess.Popen(["sleep", "30"], close_fds=False)
     try:
-        os.close(directory._lock)
-        directory._lock = -1
+        for fd in (directory._lock, directory._directory):
+            os.close(fd)
+        directory._lock = directory._directory = -1
         sweep(directory.path.parent)
         assert not directory.path.exists()
     finally:
@@ -184,3 +185,13 @@ def test_a_sweep_at_the_moment_of_birth_removes_nothing(temporary, monkeypatch):
     directory = RunDir()
     assert (directory.path / "key").exists() and (directory.path / "lock").exists()
     directory.remove()
+
+
+def test_a_directory_whose_lock_was_cleaned_away_is_its_owners_still(temporary):
+    directory = RunDir()
+    (directory.path / "lock").unlink()
+    os.utime(directory.path, (0, 0))
+    sweep(directory.path.parent)
+    assert directory.path.exists()
+    directory.remove()
+    assert not directory.path.exists()
