@@ -3,7 +3,9 @@
 They are state of a request, never of a pool: changing one restarts no process.
 """
 
+import functools
 import os
+from pathlib import Path
 from typing import Literal
 
 import msgspec
@@ -78,9 +80,22 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     residency: Residency = "keep"
 
 
+@functools.lru_cache(maxsize=64)
+def _keeps_inodes(device: int) -> bool:
+    """Whether a file's inode on this device is its own: FUSE (sshfs, rclone) may number it anew at each lookup."""
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return True
+    name = f"{os.major(device)}:{os.minor(device)}"
+    kinds = [line.partition(" - ")[2] for line in mounts if line.split()[2] == name]
+    return not any(kind.startswith("fuse") for kind in kinds)
+
+
 class FileState(msgspec.Struct, frozen=True):
     """Which file it is, and when it was last written to: another file at its path is another state, even of the same
-    size and time (by a link that leads elsewhere now, or where times are not kept)."""
+    size and time (by a link that leads elsewhere now, or where times are not kept). inode: 0 where it may change by
+    itself."""
 
     device: int
     inode: int
@@ -89,7 +104,8 @@ class FileState(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, stat: os.stat_result) -> "FileState":
-        return cls(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        inode = stat.st_ino if _keeps_inodes(stat.st_dev) else 0
+        return cls(stat.st_dev, inode, stat.st_size, stat.st_mtime_ns)
 
     def change_to(self, now: "FileState") -> str:
         """What has become of the file, in words; empty where nothing has."""

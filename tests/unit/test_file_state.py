@@ -3,12 +3,14 @@
 import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from support import SMALL, load_model, spec_of
 
+from fastusp_backend import config
 from fastusp_backend.config import FileState, ModelSpec
 from fastusp_backend.engine import Engine
 from fastusp_backend.engine.loading import Checkpoint
@@ -227,3 +229,17 @@ def test_a_rank_that_sigbus_ended_names_the_file(model):
     assert hint("SIGBUS", spec) == text
     model.unlink()
     assert hint("SIGBUS", spec).startswith(f": {model} cannot be read (No such file or directory) while")
+
+
+def test_inodes_that_change_by_themselves_do_not_count(tmp_path, monkeypatch):
+    path = tmp_path / "model"
+    path.touch()
+    stat = os.stat(path)
+    assert FileState.of(stat).inode == stat.st_ino
+    mounts = f"1 0 {os.major(stat.st_dev)}:{os.minor(stat.st_dev)} / / rw shared:1 - fuse.sshfs host: rw\n"
+    monkeypatch.setattr(Path, "read_text", lambda _: mounts)
+    config._keeps_inodes.cache_clear()
+    try:
+        assert FileState.of(stat).inode == 0
+    finally:
+        config._keeps_inodes.cache_clear()
