@@ -6,12 +6,12 @@ and a rank that has stopped, or waits for one that has, shows it by saying nothi
 
 import mmap
 import os
-import struct
 from pathlib import Path
 from typing import NamedTuple
 
-_NUMBERS = struct.Struct("=Qd")
-_TEXT = slice(_NUMBERS.size + 8, 128)  # behind the process' id
+# Words of eight bytes: each is written and read in one piece, so that no reader meets half of one.
+_COUNT, _SECONDS, _PROCESS = range(3)
+_TEXT = slice(8 * 3, 128)
 _BYTES = 4096
 
 COLD_SECONDS = 600.0
@@ -40,23 +40,28 @@ class Pulse:
         self._count = 0
         self._seconds = COLD_SECONDS
         if path is None:
-            self._memory = bytearray(_BYTES)
+            self._map(bytearray(_BYTES))
             return
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             os.posix_fallocate(fd, 0, _BYTES)  # a page that finds no room when it is written to ends the process
-            self._memory = mmap.mmap(fd, _BYTES)
+            self._map(mmap.mmap(fd, _BYTES))
         finally:
             os.close(fd)
-        struct.pack_into("=Q", self._memory, _NUMBERS.size, os.getpid())
         self.beat()
+        self._integers[_PROCESS] = os.getpid()  # last: from now on it is read
+
+    def _map(self, memory: bytearray | mmap.mmap) -> None:
+        self._memory = memory
+        self._integers, self._floats = memoryview(memory).cast("Q"), memoryview(memory).cast("d")
 
     def beat(self, seconds: float | None = None) -> None:
         """Something is done; the next beat comes within `seconds`, or in the time that was said last."""
         self._count += 1
         if seconds is not None:
             self._seconds = seconds
-        _NUMBERS.pack_into(self._memory, 0, self._count, self._seconds)
+        self._floats[_SECONDS] = self._seconds
+        self._integers[_COUNT] = self._count
 
     def turn_to(self, doing: str) -> None:
         """What the rank is at from now on."""
@@ -98,6 +103,7 @@ class Reader:
                     self._memory = mmap.mmap(file.fileno(), _BYTES, prot=mmap.PROT_READ)
             except (OSError, ValueError):  # it is not there, or being made; or this process can open no file now
                 return None
-        count, seconds = _NUMBERS.unpack_from(self._memory)
-        (pid,) = struct.unpack_from("=Q", self._memory, _NUMBERS.size)
-        return Sign(pid, count, seconds, self._memory[_TEXT].rstrip(b"\0").decode(errors="replace")) if pid else None
+        with memoryview(self._memory) as memory, memory.cast("Q") as integers, memory.cast("d") as floats:
+            pid, count, seconds = integers[_PROCESS], integers[_COUNT], floats[_SECONDS]
+            text = bytes(memory[_TEXT]).rstrip(b"\0").decode(errors="replace")
+        return Sign(pid, count, seconds, text) if pid else None

@@ -41,7 +41,7 @@ def latents(host: ComfyUI, files, stack: Stack, *, rerun: bool = False, **inputs
 
 def test_loras_as_in_stock(host, files):
     """Each file, and stacks of them, in both paths; alternating in one prompt."""
-    both = Comparison()
+    both, began = Comparison(), len(host.log_text())
     graph = both.graph
     usp, stock = graph.usp(), graph.stock()
     for stack, sampler, where in (
@@ -54,10 +54,10 @@ def test_loras_as_in_stock(host, files):
         got, want = (graph.sample(loaded(graph, x, files, stack), sampler_name=sampler) for x in (usp, stock))
         both.add(str(stack), got, want, where)
     both.check(host)
-    left_out = re.findall(r"(ERROR lora|weight patch out:) (\S+?):? ", host.log_text())
+    left_out = re.findall(r"(ERROR lora|weight patch out:) (\S+?):? ", host.log_text()[began:])
     misfit = "diffusion_model.double_blocks.0.txt_mlp.0.weight"
     assert set(left_out) == {("ERROR lora", misfit), ("weight patch out:", misfit)}
-    unknown = set(re.findall(r"lora key not loaded: (\S+)", host.log_text()))
+    unknown = set(re.findall(r"lora key not loaded: (\S+)", host.log_text()[began:]))
     assert unknown == {"diffusion_model.double_blocks.99.txt_mlp.0.diff_b"}
 
 

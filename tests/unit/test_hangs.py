@@ -251,6 +251,33 @@ def test_a_process_that_spins_tells_where(tmp_path):
             process.kill()
 
 
+BEATS = """
+import sys
+from pathlib import Path
+from fastusp_backend import pulse
+pulse.start(Path(sys.argv[1]))
+print("there", flush=True)
+while True:
+    pulse.beat(12.0)
+"""
+
+
+def test_half_a_beat_is_never_seen(tmp_path):
+    """A word that its writer cleared first would be a limit of no seconds."""
+    command = [sys.executable, "-c", BEATS, str(tmp_path / "pulse-0")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout.readline() == b"there\n"
+            reader, count, began = pulse.Reader(tmp_path / "pulse-0"), 0, time.monotonic()
+            wait_until(lambda: reader.read().seconds == 12.0, 5)
+            while time.monotonic() - began < 1:
+                sign = reader.read()
+                assert sign.seconds == 12.0 and sign.count >= count
+                count = sign.count
+        finally:
+            process.kill()
+
+
 def test_a_pulse_without_room_is_refused_when_it_is_made(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
