@@ -31,7 +31,8 @@ _PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 Awaited = Literal["start", "answer", "end of what was left behind"]
 
 _WAITING = ("torch/distributed/", "torch/cuda/streams.py", "/queue.py", "/threading.py")
-"""Files of Python's and torch's in which ranks wait for each other, for their GPUs, for requests."""
+_WAITING += ("fastusp_backend/comm/", "fastusp_backend/engine/parking.py")  # `Work.wait` is no function of Python's
+"""Files in which ranks wait for each other, for their GPUs, for requests."""
 
 
 class Suspicion(NamedTuple):

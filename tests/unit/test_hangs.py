@@ -11,6 +11,7 @@ import torch
 from support import wait_until
 
 from fastusp_backend import pulse
+from fastusp_backend.comm import exchange
 from fastusp_backend.engine import pace
 from fastusp_backend.engine.pace import Pace
 from fastusp_backend.pool import watch
@@ -91,12 +92,14 @@ def test_a_rank_that_goes_on_in_time_does_not_hang(ranks):
     assert ranks.look(STOPPED_SECONDS - 1) is None
 
 
-def test_who_waits_for_nobody_is_blamed(ranks):
+@pytest.mark.parametrize("waits", [WAITS, f'  File "{exchange.__file__}", line 85 in wait'], ids=["torch", "work"])
+def test_who_waits_for_nobody_is_blamed(ranks, waits):
+    ranks.stacks[0], shown = waits, watch._short(waits)
     beat(ranks, 12)
     assert ranks.look(11) is None
     hang = ranks.look(3)
     assert hang.cause == f"rank 1 (process 1) made no headway for 12 s {DOING}"
-    assert [line.strip() for line in hang.stacks] == ["Rank 0 was in:", WAITS.strip(), "Rank 1 was in:", THERE.strip()]
+    assert [line.strip() for line in hang.stacks] == ["Rank 0 was in:", shown, "Rank 1 was in:", THERE.strip()]
 
 
 def test_where_all_wait_all_are_named(ranks):
