@@ -17,7 +17,9 @@ from fastusp_backend.errors import Cancelled, CheckpointError, PoolError, Protoc
 from .requests import Caller, Request
 from .world import World
 
-How = Literal["result", "cancelled", "refused", "died", "interrupted", "own", "no effect", "replaced", "host died", "other"]
+How = Literal[
+    "result", "cancelled", "refused", "died", "interrupted", "own", "no effect", "replaced", "host died", "other"
+]
 
 
 class Own(BaseException):
