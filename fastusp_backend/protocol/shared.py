@@ -75,7 +75,7 @@ class SharedMemory:
             self.bytes = torch.from_file(f"/proc/self/fd/{fd}", shared=lasting, size=size, dtype=torch.uint8)
             self.fd = os.dup(fd)
         except (OSError, RuntimeError) as error:
-            raise ProtocolError(f"{size / 1e9:.2f} GB of shared memory cannot be mapped: {error}; {ADVICE}") from error
+            raise ProtocolError(f"{size / 1e6:.1f} MB of shared memory cannot be mapped: {error}; {ADVICE}") from error
         weakref.finalize(self, os.close, self.fd)
         self._pinned: weakref.finalize | None = None
 
@@ -93,7 +93,7 @@ class SharedMemory:
                 os.close(fd)
         except OSError as error:
             raise RequestError(
-                f"{size / 1e9:.2f} GB of shared memory for a request's tensors cannot be allocated: {error}; {ADVICE}"
+                f"{size / 1e6:.1f} MB of shared memory for a request's tensors cannot be allocated: {error}; {ADVICE}"
             ) from error
         except ProtocolError as error:
             raise RequestError(str(error)) from error

@@ -3,6 +3,7 @@
 import argparse
 import sys
 import time
+import traceback
 from pathlib import Path
 
 from fastusp_backend.devices import local_devices
@@ -71,6 +72,7 @@ def main() -> int:
                 with open(chosen.json, "a") as file:
                     print(record.as_json(), file=file)
     except KeyboardInterrupt:
+        traceback.print_exc()
         print("stopped by Ctrl-C", flush=True)
     finally:
         world.close()

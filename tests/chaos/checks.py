@@ -25,7 +25,7 @@ def judge(world: World, fault: Fault, ending: Ending) -> list[str]:
         found += judge_latents(world, fault.request, ending, fault.is_right(ending.latents))
     elif not ending.struck:
         found.append(f"it was {ending.how} before the fault: {first_line(ending.error)}")
-    elif ending.how not in fault.allowed:
+    elif ending.how not in (*fault.allowed, "replaced"):
         found.append(f"it was {ending.how}, not {' or '.join(sorted(fault.allowed)) or 'answered'}: {ending.error!r}")
     elif ending.seconds > fault.limit:
         found.append(f"{ending.seconds:.1f} s to the error, more than {fault.limit:.0f}")

@@ -39,7 +39,7 @@ class Record:
         """A column of the table."""
         if self.how in ERRORS:
             return "error"
-        return {"result": "went on", "missed": "missed"}.get(self.how, "cancelled")
+        return {"result": "went on", "replaced": "went on", "missed": "missed"}.get(self.how, "cancelled")
 
     def __str__(self) -> str:
         said = f" after {self.seconds:.2f} s: {self.text}" if self.text else ""

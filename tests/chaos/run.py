@@ -56,6 +56,8 @@ class Run:
             ending = self._play(fault)
         finally:
             fault.lift()
+        if ending.how == "no effect" and "died" in fault.allowed and world.pool.generation > generation:
+            ending.how = "replaced"  # between two evaluations: the next one went to new workers
         record.tell(fault, ending)
         record.findings += judge(world, fault, ending)
         if fault.keeps and fault.moment.kind != "start" and world.pool.generation != generation:

@@ -17,7 +17,9 @@ from fastusp_backend.errors import Cancelled, CheckpointError, PoolError, Protoc
 from .requests import Caller, Request
 from .world import World
 
-How = Literal["result", "cancelled", "refused", "died", "interrupted", "own", "no effect", "host died", "other"]
+How = Literal[
+    "result", "cancelled", "refused", "died", "interrupted", "own", "no effect", "replaced", "host died", "other"
+]
 
 
 class Own(BaseException):
@@ -174,6 +176,8 @@ class _Act:
             self.struck = time.monotonic()
             self._fault.strike()
             self._since = time.monotonic()
+        except KeyboardInterrupt:
+            raise  # what it was to do; this is a step's callback
         except BaseException as error:
             self._problem = error
 

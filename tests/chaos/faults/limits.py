@@ -49,7 +49,7 @@ class _Limit(OnRanks):
 class Memory(_Limit):
     """A rank gets no more address space than it has, or little more (RLIMIT_AS)."""
 
-    names = r"rank \d"
+    names = r"rank \d|shared memory cannot be mapped"
 
     def draw_more(self) -> int:
         return self.rng.choice((0, 1 << 16, 1 << 20, 10 << 20, 100 << 20))

@@ -102,7 +102,7 @@ class Stop(OnRanks, Endless):
         shown = all((self.world.run_dir / f"pulse-{rank}").exists() for rank in victims)
         if self.moment.kind == "start" and not (victims and shown):
             self.limit = watch.START_SECONDS + 15.0
-            self.names += "|did not stand after"
+            self.names += "|did not stand"
         for pid in victims.values() or [self.world.torchrun]:
             if pid is not None:
                 send(pid, signal.SIGSTOP)
