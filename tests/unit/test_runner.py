@@ -256,7 +256,7 @@ def test_a_rank_that_waits_for_a_request_does_not_vouch_for_rank_0(tmp_path, mon
         rank = 1
 
         def share(self, payload):
-            shown.append(pulse.read(tmp_path / "pulse"))
+            shown.append(pulse.Reader(tmp_path / "pulse").read())
             return msgspec.msgpack.encode(Shutdown())
 
     Runner(Follower(""), Engine(), None).serve()
