@@ -4,6 +4,7 @@ A rank counts what it has done and says by when it will have done more. Nothing 
 and a rank that has stopped, or waits for one that has, shows it by saying nothing.
 """
 
+import contextlib
 import mmap
 import os
 from pathlib import Path
@@ -103,7 +104,16 @@ class Reader:
                     self._memory = mmap.mmap(file.fileno(), _BYTES, prot=mmap.PROT_READ)
             except (OSError, ValueError):  # it is not there, or being made; or this process can open no file now
                 return None
-        with memoryview(self._memory) as memory, memory.cast("Q") as integers, memory.cast("d") as floats:
-            pid, count, seconds = integers[_PROCESS], integers[_COUNT], floats[_SECONDS]
-            text = bytes(memory[_TEXT]).rstrip(b"\0").decode(errors="replace")
+        try:
+            with memoryview(self._memory) as memory, memory.cast("Q") as integers, memory.cast("d") as floats:
+                pid, count, seconds = integers[_PROCESS], integers[_COUNT], floats[_SECONDS]
+                text = bytes(memory[_TEXT]).rstrip(b"\0").decode(errors="replace")
+        except ValueError:
+            return None  # it was closed
         return Sign(pid, count, seconds, text) if pid else None
+
+    def close(self) -> None:
+        """Lets go of the file. May be called while another thread reads."""
+        if self._memory is not None:
+            with contextlib.suppress(BufferError):  # being read: it goes with the last reference then
+                self._memory.close()

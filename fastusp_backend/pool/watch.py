@@ -112,6 +112,7 @@ class Watch:
     def close(self) -> None:
         """Lets go of the ranks' files."""
         for rank in self._ranks:
+            rank.pulse.close()
             if rank.stack is not None:
                 rank.stack.close()
 
