@@ -27,7 +27,7 @@ def judge(world: World, fault: Fault, ending: Ending) -> list[str]:
         found.append(f"it was {ending.how} before the fault: {first_line(ending.error)}")
     elif ending.how not in (*fault.allowed, "replaced"):
         found.append(f"it was {ending.how}, not {' or '.join(sorted(fault.allowed)) or 'answered'}: {ending.error!r}")
-    elif ending.seconds > fault.limit:
+    elif ending.how != "replaced" and ending.seconds > fault.limit:
         found.append(f"{ending.seconds:.1f} s to the error, more than {fault.limit:.0f}")
     if ending.how in ERRORS and not re.search(fault.names, str(ending.error), re.DOTALL):
         found.append(f"the error does not say {fault.names!r}: {ending.error}")

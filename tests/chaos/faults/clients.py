@@ -36,6 +36,7 @@ class Cancel(Fault):
 class Interrupt(Fault):
     """Ctrl-C in the client, once or, impatiently, several times."""
 
+    moments = ("start", "load", "delay", "step")
     requests = FINITE + ENDLESS
     allowed = frozenset({"interrupted"})
     limit = 7.0
