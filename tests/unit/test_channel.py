@@ -215,3 +215,10 @@ def test_small_tensors_are_aligned_alike_each_time(pair):
         pair.client.send(TO_WORKER[1], {f"t{i}": randn(count, i + 1, seed=i) for i in range(3)})
         _, arrived = pair.worker.receive()
         assert all(t.data_ptr() % 64 == 0 for t in arrived.values())
+
+
+def test_a_negative_length_breaks_the_stream(pair):
+    """Otherwise it would be a frame of nothing, and what follows be taken for frames."""
+    os.write(pair.bare.fileno(), b"\xff\xff\xff\xff")
+    with pytest.raises(OSError, match="a frame of -1 bytes is too large"):
+        pair.worker.receive()

@@ -1,0 +1,87 @@
+"""A request takes its own answer, whatever comes late of others."""
+
+import pytest
+import torch
+
+from fastusp_backend.errors import Cancelled, PatchesLost, ProtocolError, RequestError
+from fastusp_backend.pool import following
+from fastusp_backend.pool.following import follow
+from fastusp_backend.pool.progress import QUIET, Progress
+from fastusp_backend.protocol import Cancel, Done, Failed, Held, Phase, Ready, Step
+
+pytestmark = pytest.mark.unit
+
+
+class Workers:
+    """Say what they are given, then nothing."""
+
+    alive = True
+    ready = Ready(version=1, devices=["a", "b"], pids=[1, 2], torch="2", transport="gloo")
+
+    def __init__(self, *replies):
+        self.replies, self.posted, self.left = list(replies), [], None
+
+    def receive(self, seconds):
+        return self.replies.pop(0) if self.replies else None
+
+    def post(self, message):
+        self.posted.append(message)
+
+    def leave_behind(self, number):
+        self.left = number
+
+
+def step(number: int, index: int) -> Step:
+    return Step(id=number, index=index, total=2, sigma=1.0, seconds=0.1)
+
+
+def test_late_replies_of_a_request_that_was_given_up_are_dropped():
+    stale, own = {"output": torch.zeros(1)}, {"output": torch.ones(1)}
+    workers = Workers(
+        (step(1, 5), stale),
+        (Phase(id=1, text="late"), {}),
+        (Done(id=1), stale),
+        (Failed(id=1, kind="cancelled", rank=0, text=""), {}),
+        (step(2, 0), own),
+        (Held(id=2, model=None, state="none", nbytes=0, exchanges=""), {}),
+        (Done(id=2), own),
+    )
+    steps, phases = [], []
+    progress = Progress(step=lambda event, _: steps.append(event.index), phase=phases.append)
+    assert follow(workers, 2, progress) is own
+    assert steps == [0] and phases == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "words"),
+    [
+        ("refused", RequestError, "^no$"),
+        ("unpatched", PatchesLost, "^no$"),
+        ("out_of_memory", RequestError, r"^rank 1 \(b\) ran out of memory no$"),
+        ("cancelled", Cancelled, "request 2 was cancelled"),
+    ],
+)
+def test_failures_are_told_apart(kind, error, words):
+    with pytest.raises(error, match=words):
+        follow(Workers((Failed(id=2, kind=kind, rank=1, text="no"), {})), 2, QUIET)
+
+
+def test_a_refused_message_is_told():
+    with pytest.raises(ProtocolError, match="refused a message: no"):
+        follow(Workers((Failed(id=None, kind="protocol", rank=0, text="no"), {})), 2, QUIET)
+
+
+def test_workers_that_ended_are_told():
+    workers = Workers()
+    workers.alive = False
+    with pytest.raises(EOFError):
+        follow(workers, 2, QUIET)
+
+
+def test_a_cancel_that_is_not_answered_leaves_the_request_behind(monkeypatch):
+    """Steps that come meanwhile are not shown."""
+    monkeypatch.setattr(following, "CANCEL_SECONDS", 0.0)
+    workers, steps = Workers((step(2, 0), {})), []
+    with pytest.raises(Cancelled, match="will come to it"):
+        follow(workers, 2, Progress(step=lambda event, _: steps.append(event.index), interrupted=lambda: True))
+    assert workers.posted == [Cancel(id=2)] and workers.left == 2 and not steps
