@@ -25,6 +25,11 @@ class Link:
         for thread in self._threads:
             thread.start()
 
+    @property
+    def ended(self) -> bool:
+        """Whether nothing arrives any more."""
+        return not self._threads[1].is_alive()
+
     def post(self, frame: Frame) -> "Future[None]":
         """Has a frame sent after those before it."""
         written: Future[None] = Future()

@@ -198,7 +198,7 @@ class Workers:
     @property
     def behind(self) -> bool:
         """Whether they are still at a request or order whose answer nobody waits for, or about to end."""
-        return self._condemned or self._behind > self.answered
+        return self._condemned or (self._behind > self.answered and not self._link.ended)
 
     def leave_behind(self, number: int) -> None:
         """Nobody waits any more for the answer to this request or order."""

@@ -14,6 +14,7 @@ from support import SMALL, inputs, wait_until
 from fastusp_backend.devices import Devices
 from fastusp_backend.errors import Cancelled, PoolError
 from fastusp_backend.pool import Pool, Progress, Prompt, following, watch
+from fastusp_backend.pool import pool as client
 from fastusp_backend.protocol import channel
 
 pytestmark = pytest.mark.dist
@@ -107,6 +108,19 @@ def test_stop_and_the_next_prompt(mortal, dev, right, monkeypatch, caplog):
     sample(mortal, dev, progress=Progress(phase=phases.append))
     assert phases[:2] == ["waiting for the workers", "starting 2 worker(s) on cpu:2"]
     assert "stopped before a prompt ran: rank 1 (process" in caplog.text
+
+
+def test_ranks_that_end_at_what_was_stopped_while_torchrun_does_not_see_it(mortal, dev, right, monkeypatch):
+    """No answer comes: the next prompt does not wait for one."""
+    monkeypatch.setattr(following, "CANCEL_SECONDS", 0.0)
+    monkeypatch.setattr(client, "DEATH_SECONDS", 0.2)
+    progress, watches = in_step(0, signal.SIGSTOP, mortal)
+    with pytest.raises(Cancelled):
+        sample(mortal, dev, LONG, Progress(step=progress.step, interrupted=lambda: bool(watches)))
+    os.kill(mortal._workers._process.pid, signal.SIGSTOP)
+    for pid in pids(mortal):
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: mortal.status()["state"] != "stopping", 5)
 
 
 def test_stop_is_heard_by_the_prompt_that_waits_for_a_stopped_one(mortal, dev, right, monkeypatch):
