@@ -1,4 +1,4 @@
-"""A rank that stands still: the prompt ends in an error that says so, Stop is heard, and the next prompt is right."""
+"""A rank that stands still: Stop is heard, and the next prompt is right."""
 
 import os
 import signal
@@ -6,7 +6,6 @@ import time
 
 import pytest
 import torch
-from comfy import PromptFailed
 from workflows import Graph
 
 pytestmark = [pytest.mark.host, pytest.mark.any_host]
@@ -32,7 +31,7 @@ def expected(host):
     assert not set(host.pool("cpu:2")["pids"]) & set(before) and host.pool("cpu:2")["state"] == "idle"
 
 
-def halted(host, then=lambda: None):
+def halted(host, then):
     """(on_progress that halts rank 1 in the third step, when it did so)."""
     began = []
 
@@ -43,15 +42,6 @@ def halted(host, then=lambda: None):
             then()
 
     return on_progress, began
-
-
-def test_a_rank_that_is_stopped(host, expected):
-    pid = host.pool("cpu:2")["pids"][1]
-    on_progress, began = halted(host)
-    with pytest.raises(PromptFailed) as error:
-        run(host, seed=902, steps=10_000, on_progress=on_progress)
-    assert time.monotonic() - began[0] < 15
-    assert f"rank 1 (process {pid}) was stopped" in error.value.text and "Rank 1 was in:" in error.value.text
 
 
 def test_stop_at_a_rank_that_is_stopped(host, expected):
