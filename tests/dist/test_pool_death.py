@@ -196,7 +196,7 @@ def test_processes_that_still_import_torch(tmp_path, entry):
     env = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "FASTUSP_RUN_DIR": str(tmp_path), "RANK": "0"}
     with subprocess.Popen([sys.executable, "-c", PARENT, entry], env=env) as parent:
         wait_until((tmp_path / "importing").exists, 20)
-        sign = pulse.read(tmp_path / "pulse-0")
+        sign = pulse.Reader(tmp_path / "pulse-0").read()
         assert sign.doing == "while it started" if entry.endswith("worker") else sign is None
         parent.kill()
     wait_until(lambda: not processes_of(tmp_path), 5)
