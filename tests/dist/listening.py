@@ -21,7 +21,10 @@ def listeners(process: int) -> list[Listener]:
     """All sockets of a process that others can reach: TCP that listens, UDP and Unix that have an address."""
     inodes = set()
     for entry in Path(f"/proc/{process}/fd").iterdir():
-        target = os.readlink(entry)
+        try:
+            target = os.readlink(entry)
+        except FileNotFoundError:
+            continue  # it was closed meanwhile
         if target.startswith("socket:"):
             inodes.add(target[len("socket:[") : -1])
     found = []

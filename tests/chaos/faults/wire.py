@@ -55,8 +55,8 @@ class HalfFrame(Fault):
     """A frame without an end on the client's socket, then silence, or the end of the stream."""
 
     requests = ENDLESS
-    allowed = frozenset({"died"})
-    names = r"rank 0|the client is gone|no headway"
+    allowed = frozenset({"died", "refused"})
+    names = r"rank 0|refused a message|the client is gone|no headway"
 
     def draw(self) -> None:
         self.how = self.rng.choice(("silence", "end", "a length that cannot be"))
