@@ -13,7 +13,7 @@ import paths  # noqa: F401
 import torch
 import torch.distributed as dist
 
-from fastusp_backend.models.family import Conditioning, Config, Transformer
+from fastusp_backend.models.family import Config, Transformer
 from fastusp_backend.models.flux import FluxConfig
 from fastusp_backend.models.flux2 import Flux2Config
 from fastusp_backend.models.synthetic import (
@@ -24,6 +24,7 @@ from fastusp_backend.models.synthetic import (
     TINY_FLUX2,
     TINY_QWEN_IMAGE,
 )
+from fastusp_backend.prompt import Prompt
 
 CONFIGS: dict[tuple[str, bool], Config] = {
     ("flux", False): FLUX_DEV,
@@ -55,7 +56,7 @@ class Inputs:
 
     x: torch.Tensor
     timestep: torch.Tensor
-    prompts: tuple[Conditioning, ...]
+    prompts: tuple[Prompt, ...]
 
 
 def random_model(config: Config, device: torch.device, dtype: torch.dtype) -> Transformer:
@@ -77,12 +78,12 @@ def random_inputs(config: Config, case: Case, device: torch.device, dtype: torch
     b, edge = case.batch, case.size // config.downscale
     x = torch.randn(b, config.channels, edge, edge, **like)
 
-    def prompt(text: int) -> Conditioning:
+    def prompt(text: int) -> Prompt:
         context = torch.randn(b, text, config.context, **like).to(dtype)
         if not isinstance(config, FluxConfig | Flux2Config):
-            return Conditioning(context)
+            return Prompt(context)
         pooled = torch.randn(b, config.pooled, **like).to(dtype) if isinstance(config, FluxConfig) else None
-        return Conditioning(context, pooled, torch.full((b,), GUIDANCE, device=device))
+        return Prompt(context, pooled, torch.full((b,), GUIDANCE, device=device))
 
     return Inputs(x, torch.full((b,), TIMESTEP), tuple(map(prompt, case.texts)))
 

@@ -22,7 +22,8 @@ from fastusp_backend.config import ModelSpec, Settings
 from fastusp_backend.devices import parse_devices
 from fastusp_backend.models.synthetic import FLUX_DEV, TINY_FLUX, write_flux
 from fastusp_backend.planner import plan
-from fastusp_backend.pool import Pool, Progress, Prompt, Session
+from fastusp_backend.pool import Pool, Progress, Session
+from fastusp_backend.prompt import Prompt
 
 DOUBLE, SINGLE = 5, 10
 

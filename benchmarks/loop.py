@@ -24,7 +24,8 @@ from variants import VARIANTS
 
 from fastusp_backend.config import Layout, ModelSpec
 from fastusp_backend.devices import Devices
-from fastusp_backend.pool import Pool, Progress, Prompt, Session
+from fastusp_backend.pool import Pool, Progress, Session
+from fastusp_backend.prompt import Prompt
 
 
 @dataclass

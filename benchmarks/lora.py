@@ -20,7 +20,8 @@ from fastusp_backend.config import Layout, ModelSpec, Settings, WeightPatch
 from fastusp_backend.devices import Devices
 from fastusp_backend.models.files import read_model
 from fastusp_backend.models.synthetic import FLUX_DEV
-from fastusp_backend.pool import NO_PATCHES, Pool, Progress, Prompt, Session, WeightPatches, name_of
+from fastusp_backend.pool import NO_PATCHES, Pool, Progress, Session, WeightPatches, name_of
+from fastusp_backend.prompt import Prompt
 
 
 def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 
 from ..fastusp_backend.models.detection import Config
-from ..fastusp_backend.pool import Prompt
+from ..fastusp_backend.prompt import Prompt
 from .comfyui import QwenImageTransformer2DModel
 from .host import Unsupported
 from .remote_transformer import RemoteTransformer, masks_nothing, refuse_unsupported

@@ -14,7 +14,8 @@ import math
 import torch
 from tqdm.auto import trange
 
-from ..fastusp_backend.pool import Mask, Prompt, Session
+from ..fastusp_backend.pool import Session
+from ..fastusp_backend.prompt import Inpainting, Prompt
 from ..fastusp_backend.sampling import SAMPLERS
 from .comfyui import CONST, k_diffusion, samplers
 from .host import following, progress
@@ -207,7 +208,7 @@ def _draw_noise(
     return torch.stack([draw(None, None) for _ in range(count)])
 
 
-def _mask(model, x: torch.Tensor, denoise_mask: torch.Tensor | None) -> Mask | None:
+def _mask(model, x: torch.Tensor, denoise_mask: torch.Tensor | None) -> Inpainting | None:
     if denoise_mask is None:
         return None
-    return Mask(mask=denoise_mask.to(x), latent_image=model.latent_image.to(x), noise=model.noise.to(x))
+    return Inpainting(mask=denoise_mask.to(x), latent_image=model.latent_image.to(x), noise=model.noise.to(x))

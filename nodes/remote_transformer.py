@@ -13,7 +13,8 @@ import msgspec
 import torch
 
 from ..fastusp_backend.models.detection import Config
-from ..fastusp_backend.pool import Prompt, Session
+from ..fastusp_backend.pool import Session
+from ..fastusp_backend.prompt import Prompt
 from ..fastusp_backend.weights.checkpoint import TensorInfo
 from .closure import Unchanged, unchanged
 from .comfyui import WrapperExecutor, WrappersMP, get_all_wrappers, model_management

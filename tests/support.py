@@ -11,10 +11,11 @@ from fastusp_backend.comm.transport import Transport
 from fastusp_backend.config import FileState, ModelSpec, Settings
 from fastusp_backend.engine import BatchedDenoiser, Denoiser
 from fastusp_backend.engine.loading import Checkpoint
-from fastusp_backend.models.family import NO_RESIDUALS, Conditioning, Config, Residuals, Transformer
+from fastusp_backend.models.family import NO_RESIDUALS, Config, Residuals, Transformer
 from fastusp_backend.models.flux import FluxConfig
 from fastusp_backend.models.flux2 import Flux2Config
 from fastusp_backend.models.qwen_image import QwenImageConfig
+from fastusp_backend.prompt import Prompt
 
 SMALL = FluxConfig(
     hidden=512,
@@ -88,7 +89,7 @@ class OneRank(BatchedDenoiser):
         super().__init__(Denoiser(model, mesh, Transport(mesh), settings or Settings(), dtype))
         self.model, self.steps = model, self.denoiser._steps
 
-    def __call__(self, x, timestep, prompt: Conditioning, control: Residuals = NO_RESIDUALS) -> torch.Tensor:
+    def __call__(self, x, timestep, prompt: Prompt, control: Residuals = NO_RESIDUALS) -> torch.Tensor:
         (velocity,) = super().__call__(x, timestep, [prompt], lambda: None, control)
         return velocity
 

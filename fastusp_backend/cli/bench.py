@@ -13,7 +13,8 @@ from ..config import Layout, ModelSpec, Settings
 from ..devices import Devices, local_devices
 from ..errors import PoolError, RequestError
 from ..planner import legal_layouts
-from ..pool import Pool, Progress, Prompt, Session
+from ..pool import Pool, Progress, Session
+from ..prompt import Prompt
 from .inputs import add_sizes, describe, random_inputs
 from .limit import limit
 

@@ -11,7 +11,8 @@ from ..config import ModelSpec, Settings
 from ..devices import Devices, local_devices
 from ..models.synthetic import TINY_FLUX, write_flux
 from ..planner import plan
-from ..pool import Pool, Progress, Prompt, Session
+from ..pool import Pool, Progress, Session
+from ..prompt import Prompt
 from .preview import latent_picture
 
 TOLERANCE = 2e-5

@@ -9,7 +9,7 @@ from ..config import ModelSpec
 from ..devices import Devices, supports_bfloat16
 from ..models.family import Config
 from ..models.files import read_model
-from ..pool import Prompt
+from ..prompt import Prompt
 from ..weights.checkpoint import TensorInfo, choose_types, main_dtype
 
 BOUNDS = {"float32": 2e-5, "bfloat16": 5e-2, "float16": 1e-2}

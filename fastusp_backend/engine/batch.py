@@ -11,7 +11,8 @@ import torch
 
 from ..comm.exchange import GroupExchange
 from ..errors import RequestError
-from ..models.family import NO_RESIDUALS, Conditioning, Residuals
+from ..models.family import NO_RESIDUALS, Residuals
+from ..prompt import Prompt
 from .denoiser import Denoiser
 from .modulations import ModulationTable
 
@@ -31,9 +32,9 @@ class BatchedDenoiser:
         mesh = denoiser.mesh
         self._groups, self._position = mesh.layout.batch, mesh.batch_position
         self._exchange = GroupExchange(mesh.batch) if mesh.batch else None
-        self._parts: weakref.WeakKeyDictionary[Conditioning, Conditioning] = weakref.WeakKeyDictionary()
+        self._parts: weakref.WeakKeyDictionary[Prompt, Prompt] = weakref.WeakKeyDictionary()
 
-    def check(self, x: torch.Tensor, conditionings: Sequence[Conditioning], control: Residuals = NO_RESIDUALS) -> None:
+    def check(self, x: torch.Tensor, conditionings: Sequence[Prompt], control: Residuals = NO_RESIDUALS) -> None:
         """Raises RequestError for tensors that do not fit the model, or that the batch groups do not divide."""
         for conditioning in conditionings:
             self.denoiser.check(x, conditioning, control)
@@ -41,7 +42,7 @@ class BatchedDenoiser:
         if count % self._groups:
             raise RequestError(f"{self._groups} batch groups do not divide {count} evaluations a step")
 
-    def prepare(self, timesteps: list[float], conditionings: Sequence[Conditioning]) -> None:
+    def prepare(self, timesteps: list[float], conditionings: Sequence[Prompt]) -> None:
         """Computes the modulations of all of these timesteps, in one product per layer and one gather for up to
         `AT_ONCE` rows. Collective over all ranks."""
         self._modulations.prepare(timesteps, conditionings, self._shares(conditionings))
@@ -49,7 +50,7 @@ class BatchedDenoiser:
     def reserve(
         self,
         x: torch.Tensor,
-        conditionings: Sequence[Conditioning],
+        conditionings: Sequence[Prompt],
         control: Residuals = NO_RESIDUALS,
         *,
         evaluations: int = 1,
@@ -65,7 +66,7 @@ class BatchedDenoiser:
         self,
         x: torch.Tensor,
         timestep: torch.Tensor,
-        conditionings: Sequence[Conditioning],
+        conditionings: Sequence[Prompt],
         before_each: Callable[[], None],
         control: Residuals = NO_RESIDUALS,
     ) -> list[torch.Tensor]:
@@ -93,21 +94,21 @@ class BatchedDenoiser:
         self._modulations.forget()
         self.denoiser.forget_prompts()
 
-    def _shares(self, conditionings: Sequence[Conditioning]) -> list[slice]:
+    def _shares(self, conditionings: Sequence[Prompt]) -> list[slice]:
         """Of each prompt, the images that this group evaluates."""
         if len(conditionings) == 1:
             return [self._images(conditionings[0].context, conditionings)]
         count = len(conditionings) // self._groups
         return [slice(None) if i // count == self._position else NO_IMAGES for i in range(len(conditionings))]
 
-    def _images(self, x: torch.Tensor, conditionings: Sequence[Conditioning]) -> slice:
+    def _images(self, x: torch.Tensor, conditionings: Sequence[Prompt]) -> slice:
         """This group's images: all of them, where the groups share out the prompts."""
         if self._groups == 1 or len(conditionings) > 1:
             return slice(None)
         count = len(x) // self._groups
         return slice(self._position * count, (self._position + 1) * count)
 
-    def _mine(self, conditionings: Sequence[Conditioning]) -> Sequence[Conditioning]:
+    def _mine(self, conditionings: Sequence[Prompt]) -> Sequence[Prompt]:
         if self._groups == 1:
             return conditionings
         if len(conditionings) == 1:
@@ -115,7 +116,7 @@ class BatchedDenoiser:
         count = len(conditionings) // self._groups
         return conditionings[self._position * count : (self._position + 1) * count]
 
-    def _part(self, conditioning: Conditioning) -> Conditioning:
+    def _part(self, conditioning: Prompt) -> Prompt:
         """This group's images of a prompt; the same object each time, so that what is computed from it is kept."""
         if conditioning not in self._parts:
             rows = len(conditioning.context) // self._groups

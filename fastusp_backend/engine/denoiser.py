@@ -16,9 +16,10 @@ from ..comm.shards import SequenceShards
 from ..comm.transport import Transport
 from ..config import Settings
 from ..errors import RequestError
-from ..models.family import NO_RESIDUALS, Conditioning, Residuals, Transformer, check_control, references_of
+from ..models.family import NO_RESIDUALS, Residuals, Transformer, check_control, references_of
 from ..models.patchify import patch_grid, patchify
 from ..models.segments import Segments
+from ..prompt import Prompt
 from ..pulse import USUAL_SECONDS, beat
 from .step import PromptTensors, Shape, Step
 
@@ -35,12 +36,12 @@ class Denoiser:
         self.model, self.mesh, self.transport, self.settings, self.dtype = model, mesh, transport, settings, dtype
         _, self._attend = choose(settings.attention, mesh.device, dtype)
         self._segments = Segments(mesh.device, fused=settings.compile, fp8=settings.linear == "fp8")
-        self._prompts: weakref.WeakKeyDictionary[Conditioning, PromptTensors] = weakref.WeakKeyDictionary()
+        self._prompts: weakref.WeakKeyDictionary[Prompt, PromptTensors] = weakref.WeakKeyDictionary()
         self._steps: OrderedDict[tuple, Step] = OrderedDict()
         self._generation = transport.generation
         self._graph_memory: tuple[int, int] | None = None  # what all its graphs share
 
-    def check(self, x: torch.Tensor, conditioning: Conditioning, control: Residuals = NO_RESIDUALS) -> None:
+    def check(self, x: torch.Tensor, conditioning: Prompt, control: Residuals = NO_RESIDUALS) -> None:
         """Raises RequestError for tensors that do not fit the model."""
         self.model.check(x, conditioning)
         if problem := check_control(x, conditioning, control, self.model.config):
@@ -51,7 +52,7 @@ class Denoiser:
         self,
         x: torch.Tensor,
         modulations: Sequence[torch.Tensor],
-        conditioning: Conditioning,
+        conditioning: Prompt,
         control: Residuals = NO_RESIDUALS,
     ) -> torch.Tensor:
         """x (B, C, h, w) or (B, C, 1, h, w), modulations as `ModulationTable.rows` gives them -> velocity, as x, in the
@@ -64,7 +65,7 @@ class Denoiser:
             self._graph_memory = torch.cuda.graph_pool_handle()
         return step.run(x, self._of(conditioning), modulations, control.tensors, self._graph_memory)
 
-    def reserve(self, x: torch.Tensor, conditioning: Conditioning, control: Residuals = NO_RESIDUALS) -> None:
+    def reserve(self, x: torch.Tensor, conditioning: Prompt, control: Residuals = NO_RESIDUALS) -> None:
         """Tries whether an evaluation of these shapes finds its memory, while all ranks can still refuse it together:
         within one, a rank that fails leaves the others waiting. Raises torch.OutOfMemoryError."""
         shape = self._shape(_flat(x), conditioning, control)
@@ -79,7 +80,7 @@ class Denoiser:
         if x.is_cuda and step is None:
             torch.cuda.empty_cache()  # exchanges' buffers do not come from torch's cache
 
-    def _shape(self, x: torch.Tensor, conditioning: Conditioning, control: Residuals) -> Shape:
+    def _shape(self, x: torch.Tensor, conditioning: Prompt, control: Residuals) -> Shape:
         return Shape(
             tuple(x.shape),
             conditioning.context.shape[1],
@@ -93,7 +94,7 @@ class Denoiser:
         """Drops what was computed from prompts, after weights have changed. Buffers and graphs stay."""
         self._prompts.clear()
 
-    def _of(self, conditioning: Conditioning) -> PromptTensors:
+    def _of(self, conditioning: Prompt) -> PromptTensors:
         if conditioning not in self._prompts:
             beat(USUAL_SECONDS)
             context, concat = conditioning.context, conditioning.concat

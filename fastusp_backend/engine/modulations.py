@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from ..comm.exchange import GroupExchange, world
-from ..models.family import Conditioning, Transformer, references_of
+from ..models.family import Transformer, references_of
+from ..prompt import Prompt
 
 KEPT_ROWS = 64
 """Evaluations whose modulations are kept per prompt: 2.1 MB each for FLUX.1, 0.2 for FLUX.2, 4.4 for Qwen-Image in
@@ -49,24 +50,22 @@ class ModulationTable:
             self._places.append((owner, slice(start, widths[owner])))
         self._own = [(layer, c) for layer, (owner, c) in zip(layers, self._places, strict=True) if owner == rank]
         self._widest, self._ranks = max(widths), ranks
-        self._rows: weakref.WeakKeyDictionary[Conditioning, Rows] = weakref.WeakKeyDictionary()
+        self._rows: weakref.WeakKeyDictionary[Prompt, Rows] = weakref.WeakKeyDictionary()
 
-    def prepare(self, timesteps: list[float], prompts: Sequence[Conditioning], mine: Sequence[slice]) -> None:
+    def prepare(self, timesteps: list[float], prompts: Sequence[Prompt], mine: Sequence[slice]) -> None:
         """Computes the rows of these timesteps. Collective over all ranks."""
         whole = [[(t,) * len(prompt.context) for t in timesteps] for prompt in prompts]
         wanted = [dict.fromkeys(self._zero(prompt) + keys) for prompt, keys in zip(prompts, whole, strict=True)]
         self._add([list(keys)[:KEPT_ROWS] for keys in wanted], prompts, mine)  # later ones when they are needed
 
-    def rows(
-        self, timesteps: Timesteps, prompts: Sequence[Conditioning], mine: Sequence[slice]
-    ) -> list[list[torch.Tensor]]:
+    def rows(self, timesteps: Timesteps, prompts: Sequence[Prompt], mine: Sequence[slice]) -> list[list[torch.Tensor]]:
         """Of each prompt the row (images, modulation_width) at these timesteps and, where its references have one of
         their own, that. Collective over all ranks where one is missing."""
         wanted = [[timesteps, *self._zero(prompt)] for prompt in prompts]
         self._add(wanted, prompts, mine)
         return [[self._rows[prompt][key] for key in keys] for prompt, keys in zip(prompts, wanted, strict=True)]
 
-    def reserve(self, evaluations: int, prompts: Sequence[Conditioning], mine: Sequence[slice]) -> torch.Tensor:
+    def reserve(self, evaluations: int, prompts: Sequence[Prompt], mine: Sequence[slice]) -> torch.Tensor:
         """Tries whether the rows of so many evaluations find their memory; what is returned stands for those that are
         kept. Raises torch.OutOfMemoryError."""
         counts = [min(evaluations + len(self._zero(prompt)), KEPT_ROWS) for prompt in prompts]
@@ -82,13 +81,13 @@ class ModulationTable:
         """Drops all rows."""
         self._rows.clear()
 
-    def _zero(self, prompt: Conditioning) -> list[Timesteps]:
+    def _zero(self, prompt: Prompt) -> list[Timesteps]:
         """What references of a prompt that are modulated as at timestep 0 take beside the image's."""
         apart = references_of(self._model.config, prompt).at_timestep_zero
         return [(0.0,) * len(prompt.context)] if apart else []
 
     @torch.inference_mode()
-    def _add(self, wanted: list[list[Timesteps]], prompts: Sequence[Conditioning], mine: Sequence[slice]) -> None:
+    def _add(self, wanted: list[list[Timesteps]], prompts: Sequence[Prompt], mine: Sequence[slice]) -> None:
         kept, missing = [self._rows.setdefault(prompt, OrderedDict()) for prompt in prompts], []
         for rows, keys in zip(kept, wanted, strict=True):
             missing.append([key for key in dict.fromkeys(keys) if key not in rows])
@@ -102,7 +101,7 @@ class ModulationTable:
                 rows.update(zip(keys, new, strict=True))
 
     def _compute(
-        self, missing: list[list[Timesteps]], prompts: Sequence[Conditioning], mine: Sequence[slice]
+        self, missing: list[list[Timesteps]], prompts: Sequence[Prompt], mine: Sequence[slice]
     ) -> list[list[torch.Tensor]]:
         """Of each prompt and its missing timesteps, a row (images, modulation_width) of `mine`; each has its own
         memory, which goes with it."""
@@ -135,5 +134,5 @@ class ModulationTable:
         return self._exchange.all_gather(part)() if self._exchange else part[None]
 
 
-def _count(prompt: Conditioning, images: slice) -> int:
+def _count(prompt: Prompt, images: slice) -> int:
     return len(range(*images.indices(len(prompt.context))))

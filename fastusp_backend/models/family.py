@@ -5,12 +5,12 @@ Shapes: B batch, C latent channels, h w latent size, T text tokens, S image toke
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 
 from ..attention import JointAttention, Rope
+from ..prompt import Prompt
 from ..weights.checkpoint import Sizes
 from .layers import Linear
 from .patchify import patch_grid
@@ -18,36 +18,6 @@ from .positions import METHODS, References
 from .segments import Segments
 
 HEAD_DIM = 128
-
-
-@dataclass(frozen=True, eq=False)
-class Conditioning:
-    """What a prompt gives the model: context (B, T, E), y (B, V) pooled text, guidance (B,) or (1,). Compared by
-    identity: what is computed from it is kept as long as it lives.
-
-    concat (B, C', h, w): input channels behind the latents' own. references: latents (B, C, h', w') of any sizes, whose
-    tokens follow the image's. reference_method: of `positions.METHODS`; None is the model's own. Both kinds of latents
-    may have a frame axis of one.
-    """
-
-    context: torch.Tensor
-    y: torch.Tensor | None = None
-    guidance: torch.Tensor | None = None
-    concat: torch.Tensor | None = None
-    references: tuple[torch.Tensor, ...] = ()
-    reference_method: str | None = None
-
-    def of_images(self, images: slice) -> "Conditioning":
-        """That of some images of the batch."""
-        y, guidance, concat = self.y, self.guidance, self.concat
-        return Conditioning(
-            self.context[images],
-            None if y is None else y[images],
-            guidance if guidance is None or len(guidance) == 1 else guidance[images],
-            None if concat is None else concat[images],
-            tuple(reference[images] for reference in self.references),
-            self.reference_method,
-        )
 
 
 class Residuals(NamedTuple):
@@ -133,7 +103,7 @@ class Transformer(Protocol):
     def products(self) -> Iterator[Linear]:
         """The large layers of every step, whose products may be computed in fp8."""
 
-    def check(self, x: torch.Tensor, conditioning: Conditioning) -> None:
+    def check(self, x: torch.Tensor, prompt: Prompt) -> None:
         """Raises RequestError for latents or a prompt that do not fit the model."""
 
     def embed_text(self, context: torch.Tensor) -> torch.Tensor:
@@ -146,7 +116,7 @@ class Transformer(Protocol):
         """The layers that give the adaLN outputs. Joined in this order, those make a row of modulation_width values.
         A rank may hold but some of these layers; the others' weights are on the meta device then."""
 
-    def modulation_input(self, timesteps: torch.Tensor, conditioning: Conditioning, dtype: torch.dtype) -> torch.Tensor:
+    def modulation_input(self, timesteps: torch.Tensor, prompt: Prompt, dtype: torch.dtype) -> torch.Tensor:
         """timesteps (n, B) -> (n, B, hidden) in `dtype`: what each of `modulations` is applied to."""
 
     def split_modulations(self, rows: torch.Tensor) -> Any:
@@ -167,18 +137,18 @@ class Transformer(Protocol):
         velocity patches (B, L, p^2 C)."""
 
 
-def references_of(config: Config, conditioning: Conditioning) -> References:
+def references_of(config: Config, prompt: Prompt) -> References:
     """How the model places a prompt's references."""
-    if not conditioning.references:
+    if not prompt.references:
         return References(config.patch)
-    method = conditioning.reference_method or config.reference_method
-    sizes = tuple(tuple(latent.shape[-2:]) for latent in conditioning.references)
+    method = prompt.reference_method or config.reference_method
+    sizes = tuple(tuple(latent.shape[-2:]) for latent in prompt.references)
     return References(config.patch, sizes, method if method in config.reference_methods else "offset")
 
 
-def check_prompt(x: torch.Tensor, conditioning: Conditioning, config: Config) -> str | None:
+def check_prompt(x: torch.Tensor, prompt: Prompt, config: Config) -> str | None:
     """What is wrong with a prompt for latents x (B, ...) and a model; None if nothing."""
-    context, guidance, b = conditioning.context, conditioning.guidance, len(x)
+    context, guidance, b = prompt.context, prompt.guidance, len(x)
     if context.dim() != 3 or context.shape[0] != b or context.shape[1] < 1 or context.shape[2] != config.context:
         return (
             f"the prompt's tensor {tuple(context.shape)} does not fit the model: expected ({b}, T, {config.context}). "
@@ -186,7 +156,7 @@ def check_prompt(x: torch.Tensor, conditioning: Conditioning, config: Config) ->
         )
     if guidance is not None and guidance.shape not in ((1,), (b,)):
         return f"the guidance {tuple(guidance.shape)} does not fit the latents: expected ({b},)"
-    return _check_concat(x, conditioning.concat, config) or _check_references(x, conditioning, config)
+    return _check_concat(x, prompt.concat, config) or _check_references(x, prompt, config)
 
 
 def _check_concat(x: torch.Tensor, concat: torch.Tensor | None, config: Config) -> str | None:
@@ -200,24 +170,24 @@ def _check_concat(x: torch.Tensor, concat: torch.Tensor | None, config: Config) 
     return f"the image or mask channels {given} do not fit the model: {wanted}"
 
 
-def _check_references(x: torch.Tensor, conditioning: Conditioning, config: Config) -> str | None:
-    method = conditioning.reference_method
+def _check_references(x: torch.Tensor, prompt: Prompt, config: Config) -> str | None:
+    method = prompt.reference_method
     if method is not None and method not in METHODS:
         return f"the reference method {method!r} is not one of: {', '.join(METHODS)}"
-    for latent in conditioning.references:
+    for latent in prompt.references:
         shape, frames = tuple(latent.shape), tuple(latent.shape[2:-2])
         if shape[:2] != (len(x), config.channels) or frames not in ((), (1,)) or not latent.numel():
             expected = f"({len(x)}, {config.channels}, [1,] h, w)"
             return f"a reference latent {shape} does not fit the model: expected {expected}"
-    if conditioning.references and config.concat_channels:
+    if prompt.references and config.concat_channels:
         return "a model of Fill, Canny or Depth kind takes no reference latents"
     return None
 
 
-def check_control(x: torch.Tensor, conditioning: Conditioning, control: Residuals, config: Config) -> str | None:
+def check_control(x: torch.Tensor, prompt: Prompt, control: Residuals, config: Config) -> str | None:
     """What is wrong with a ControlNet's tensors for latents x (B, ..., h, w); None if nothing."""
     rows, columns = patch_grid(*x.shape[-2:], config.patch)
-    most = rows * columns + references_of(config, conditioning).tokens
+    most = rows * columns + references_of(config, prompt).tokens
     for tensor in control.tensors:
         fits = tensor.dim() == 3 and tensor.shape[0] in (1, len(x)) and tensor.shape[2] == config.hidden
         if not fits or not 0 < tensor.shape[1] <= most:

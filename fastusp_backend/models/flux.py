@@ -14,8 +14,9 @@ import torch.nn.functional as F
 
 from ..attention import Rope
 from ..errors import CheckpointError, RequestError
+from ..prompt import Prompt
 from ..weights.checkpoint import Sizes
-from .family import HEAD_DIM, Conditioning
+from .family import HEAD_DIM
 from .flux_blocks import Embedder, SingleGates, Style
 from .flux_towers import Modulations, Towers
 from .layers import Gates, Linear, rope_tables
@@ -107,11 +108,11 @@ class Flux(Towers):
         config = self.config
         return (12 * config.double_blocks + 3 * config.single_blocks + 2) * config.hidden
 
-    def check(self, x: torch.Tensor, conditioning: Conditioning) -> None:
+    def check(self, x: torch.Tensor, prompt: Prompt) -> None:
         """Raises RequestError for latents or a prompt that do not fit the model."""
-        super().check(x, conditioning)
-        y, pooled = conditioning.y, self.config.pooled
-        if conditioning.references and conditioning.reference_method == "index_timestep_zero":
+        super().check(x, prompt)
+        y, pooled = prompt.y, self.config.pooled
+        if prompt.references and prompt.reference_method == "index_timestep_zero":
             raise RequestError(
                 "FLUX.1 knows no reference method index_timestep_zero; choose offset, index or uxo/uno in Edit Model "
                 "Reference Method"
@@ -132,9 +133,9 @@ class Flux(Towers):
         layers += [block.modulation.lin for block in self.single_blocks]
         return [*layers, self.final_layer.adaLN_modulation[1]]
 
-    def modulation_input(self, timesteps: torch.Tensor, conditioning: Conditioning, dtype: torch.dtype) -> torch.Tensor:
+    def modulation_input(self, timesteps: torch.Tensor, prompt: Prompt, dtype: torch.dtype) -> torch.Tensor:
         """timesteps (n, B) -> (n, B, C), computed in `dtype`. As in ComfyUI, a missing y counts as zeros."""
-        vec, y = self.embed_timesteps(timesteps, conditioning.guidance, dtype), conditioning.y
+        vec, y = self.embed_timesteps(timesteps, prompt.guidance, dtype), prompt.y
         if y is None:
             y = vec.new_zeros(timesteps.shape[1], self.config.pooled)
         return F.silu(vec + self.vector_in(y[:, : self.config.pooled].to(dtype)))

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 
 from ..attention import Rope
 from ..errors import CheckpointError
+from ..prompt import Prompt
 from ..weights.checkpoint import Sizes
-from .family import HEAD_DIM, Conditioning
+from .family import HEAD_DIM
 from .flux_blocks import Modulation, SingleGates, Style
 from .flux_towers import Modulations, Towers
 from .layers import Gates, Linear, rope_tables
@@ -107,9 +108,9 @@ class Flux2(Towers):
         double = self.double_stream_modulation_txt.lin, self.double_stream_modulation_img.lin
         return [*double, self.single_stream_modulation.lin, self.final_layer.adaLN_modulation[1]]
 
-    def modulation_input(self, timesteps: torch.Tensor, conditioning: Conditioning, dtype: torch.dtype) -> torch.Tensor:
+    def modulation_input(self, timesteps: torch.Tensor, prompt: Prompt, dtype: torch.dtype) -> torch.Tensor:
         """timesteps (n, B) -> (n, B, C), computed in `dtype`. As in ComfyUI, y has no effect."""
-        return F.silu(self.embed_timesteps(timesteps, conditioning.guidance, dtype))
+        return F.silu(self.embed_timesteps(timesteps, prompt.guidance, dtype))
 
     def split_modulations(self, rows: torch.Tensor) -> Modulations:
         """One evaluation's rows (B, n, modulation_width) of modulations, as views; the text takes the first. All blocks

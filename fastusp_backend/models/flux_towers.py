@@ -14,7 +14,8 @@ from torch import nn
 
 from ..attention import JointAttention, Rope
 from ..errors import RequestError
-from .family import NO_RESIDUALS, Conditioning, Config, Residuals, check_prompt
+from ..prompt import Prompt
+from .family import NO_RESIDUALS, Config, Residuals, check_prompt
 from .flux_blocks import DoubleBlock, Embedder, FinalLayer, SingleBlock, SingleGates, Style
 from .layers import Gates, Linear, timestep_embedding
 from .segments import Segments
@@ -68,12 +69,12 @@ class Towers(nn.Module):
         for block in self.single_blocks:
             yield from (block.linear1, block.linear2)
 
-    def check(self, x: torch.Tensor, conditioning: Conditioning) -> None:
+    def check(self, x: torch.Tensor, prompt: Prompt) -> None:
         """Raises RequestError for latents or a prompt that do not fit the model."""
         channels = self.config.channels
         if x.dim() != 4 or x.shape[1] != channels or not x.numel():
             raise RequestError(f"latents {tuple(x.shape)} do not fit the model: expected (B, {channels}, h, w)")
-        if problem := check_prompt(x, conditioning, self.config):
+        if problem := check_prompt(x, prompt, self.config):
             raise RequestError(problem)
 
     def embed_text(self, context: torch.Tensor) -> torch.Tensor:

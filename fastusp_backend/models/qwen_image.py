@@ -18,8 +18,9 @@ from torch import nn
 
 from ..attention import ONLY_K, ONLY_Q, ONLY_V, JointAttention, Rope
 from ..errors import CheckpointError, RequestError
+from ..prompt import Prompt
 from ..weights.checkpoint import Sizes
-from .family import HEAD_DIM, NO_RESIDUALS, Conditioning, Residuals, check_prompt
+from .family import HEAD_DIM, NO_RESIDUALS, Residuals, check_prompt
 from .layers import Activations, Gates, Linear, RMSNorm, rope_tables, timestep_embedding
 from .positions import METHODS, References, image_positions
 from .segments import Segments
@@ -185,7 +186,7 @@ class QwenImage(nn.Module):
         """Values per evaluation and batch item."""
         return (12 * self.config.blocks + 2) * self.config.hidden
 
-    def check(self, x: torch.Tensor, conditioning: Conditioning) -> None:
+    def check(self, x: torch.Tensor, prompt: Prompt) -> None:
         """x (B, channels, h, w) or, with the frame axis of its VAE, (B, channels, 1, h, w). Raises RequestError for
         latents or a prompt that do not fit the model."""
         channels = self.config.channels
@@ -196,9 +197,9 @@ class QwenImage(nn.Module):
             )
         if x.dim() not in (4, 5) or x.shape[1] != channels or not x.numel():
             raise RequestError(f"latents {tuple(x.shape)} do not fit the model: expected (B, {channels}, [1,] h, w)")
-        if problem := check_prompt(x, conditioning, self.config):
+        if problem := check_prompt(x, prompt, self.config):
             raise RequestError(problem)
-        if conditioning.y is not None or conditioning.guidance is not None:
+        if prompt.y is not None or prompt.guidance is not None:
             raise RequestError("Qwen-Image takes neither pooled text nor embedded guidance")
 
     def embed_text(self, context: torch.Tensor) -> torch.Tensor:
@@ -216,7 +217,7 @@ class QwenImage(nn.Module):
         layers = [mod for block in self.transformer_blocks for mod in (block.txt_mod[1], block.img_mod[1])]
         return [*layers, self.norm_out["linear"]]
 
-    def modulation_input(self, timesteps: torch.Tensor, conditioning: Conditioning, dtype: torch.dtype) -> torch.Tensor:
+    def modulation_input(self, timesteps: torch.Tensor, prompt: Prompt, dtype: torch.dtype) -> torch.Tensor:
         """timesteps (n, B) -> (n, B, C), computed in `dtype`."""
         embedded = self.time_text_embed["timestep_embedder"](timesteps.flatten(), dtype)
         return F.silu(embedded).unflatten(0, timesteps.shape)

@@ -3,6 +3,6 @@
 from .patches import NO_PATCHES, WeightPatches, name_of
 from .pool import Pool
 from .progress import Progress
-from .session import Mask, Prompt, Session
+from .session import Session
 
-__all__ = ["NO_PATCHES", "Mask", "Pool", "Progress", "Prompt", "Session", "WeightPatches", "name_of"]
+__all__ = ["NO_PATCHES", "Pool", "Progress", "Session", "WeightPatches", "name_of"]

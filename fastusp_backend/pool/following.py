@@ -3,8 +3,8 @@
 import time
 
 from ..errors import Cancelled, FastUSPError, PatchesLost, ProtocolError, RequestError
+from ..prompt import Tensors
 from ..protocol import Cancel, Done, Failed, Held, Phase, Step
-from .kept import Tensors
 from .link import POLL_SECONDS
 from .progress import Progress, call
 from .workers import Workers

@@ -4,7 +4,7 @@ import threading
 
 import torch
 
-Tensors = dict[str, torch.Tensor]
+from ..prompt import Tensors
 
 KEPT_TENSORS = 16
 """Two prompts' worth of context, y, guidance, further channels and references, and a little more."""

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 
 from ..errors import ProtocolError
+from ..prompt import Tensors
 from ..protocol import Channel, Frame, Message
-from .kept import Tensors
 
 POLL_SECONDS = 0.05
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..config import ModelSpec, WeightPatch
-from .kept import Tensors
+from ..prompt import Tensors
 
 
 @dataclass(frozen=True, eq=False)

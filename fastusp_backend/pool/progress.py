@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..errors import Cancelled
+from ..prompt import Tensors
 from ..protocol import Step
-from .kept import Tensors
 from .link import POLL_SECONDS
 
 

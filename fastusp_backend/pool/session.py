@@ -8,44 +8,15 @@ import torch
 
 from ..config import Layout, ModelSpec, Settings
 from ..errors import PatchesLost, RequestError
+from ..prompt import Inpainting, Prompt, Tensors
 from ..protocol import Evaluate, Message, Patch, Sample
-from .kept import Tensors
 from .patches import NO_PATCHES, WeightPatches
 from .pool import Pool
 from .progress import QUIET, Progress
 
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """Conditioning as tensors: context (B, T, E), y (B, V) pooled text, guidance (B,) or (1,), concat (B, C', h, w)
-    input channels beside the latents, references (B, C, h', w') each; reference_method: of `models.positions`, None is
-    the model's own."""
-
-    context: torch.Tensor
-    y: torch.Tensor | None = None
-    guidance: torch.Tensor | None = None
-    concat: torch.Tensor | None = None
-    references: tuple[torch.Tensor, ...] = ()
-    reference_method: str | None = None
-
-    def tensors(self) -> Tensors:
-        named = {"context": self.context, "y": self.y, "guidance": self.guidance, "concat": self.concat}
-        named |= {f"reference.{n}": latent for n, latent in enumerate(self.references)}
-        return {name: t for name, t in named.items() if t is not None}
-
-
 Control = Mapping[str, Sequence[torch.Tensor | None]]
 """A ControlNet's residuals as ComfyUI has them: under `input` (FLUX's double blocks, Qwen-Image's) and `output` (FLUX's
 single blocks), per block (B or 1, n, hidden) or None."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Mask:
-    """mask: 1 where sampled, 0 where latent_image is kept; noise: what the kept part is noised with. All as x."""
-
-    mask: torch.Tensor
-    latent_image: torch.Tensor
-    noise: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +87,7 @@ class Session:
         cfg: float = 1.0,
         options: dict[str, float] | None = None,
         noise: torch.Tensor | None = None,
-        mask: Mask | None = None,
+        mask: Inpainting | None = None,
         timestep_scale: float = 1.0,
         progress: Progress = QUIET,
     ) -> torch.Tensor:
@@ -131,7 +102,7 @@ class Session:
         if noise is not None:
             tensors["noise"] = noise
         if mask is not None:
-            tensors |= {"mask": mask.mask, "latent_image": mask.latent_image, "inpaint_noise": mask.noise}
+            tensors |= mask.tensors()
         return self._run(
             lambda number, patches: Sample(
                 id=number,

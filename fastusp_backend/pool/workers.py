@@ -16,6 +16,7 @@ from ..config import Layout, ModelSpec
 from ..devices import Devices, cuda_visible
 from ..environment import inherited
 from ..errors import PoolError, ProtocolError
+from ..prompt import Tensors
 from ..protocol import (
     VERSION,
     Cancel,
@@ -35,7 +36,6 @@ from ..protocol import (
 from ..protocol.messages import ToClient
 from ..worker.process import PARENT_VARIABLE, RUN_DIR_VARIABLE
 from .cause import find_cause, full_disk, last_log_lines
-from .kept import Tensors
 from .link import POLL_SECONDS, Link
 from .rundir import RunDir
 from .watch import LOOK_SECONDS, Awaited, Watch

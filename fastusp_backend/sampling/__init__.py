@@ -1,6 +1,6 @@
 """Sampling loops as pure functions: they know the model as f(x, sigma) -> denoised, and nothing of ranks."""
 
-from .guidance import GuidedModel, Inpainting
+from .guidance import GuidedModel
 from .samplers import SAMPLERS, Sampler, StepState
 
-__all__ = ["SAMPLERS", "GuidedModel", "Inpainting", "Sampler", "StepState"]
+__all__ = ["SAMPLERS", "GuidedModel", "Sampler", "StepState"]

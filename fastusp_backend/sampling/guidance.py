@@ -5,17 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
+from ..prompt import Inpainting
+
 Velocities = Callable[[torch.Tensor, torch.Tensor, list], list[torch.Tensor]]
 """(x (B, C, h, w), timestep (B,), conditionings) -> a velocity, as x, for each of them."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Inpainting:
-    """mask (broadcastable to x): 1 where the image is sampled, 0 where `latent_image` is kept; noise: as x."""
-
-    mask: torch.Tensor
-    latent_image: torch.Tensor
-    noise: torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

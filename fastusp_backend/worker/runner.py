@@ -15,17 +15,18 @@ import torch
 
 from ..engine import BatchedDenoiser, Engine
 from ..errors import Cancelled, CheckpointError, LayoutError, PatchesLost, RequestError
-from ..models.family import NO_RESIDUALS, Conditioning, Residuals
+from ..models.family import NO_RESIDUALS, Residuals
+from ..prompt import Inpainting, Prompt, Tensors, take
 from ..protocol import Done, Evaluate, Failed, Park, Patch, Phase, Release, Sample, Shutdown, Step, Unmap
 from ..protocol.messages import Request
 from ..pulse import beat, turn_to
-from ..sampling import SAMPLERS, GuidedModel, Inpainting, StepState
+from ..sampling import SAMPLERS, GuidedModel, StepState
 from .agreement import Agreement, Refused
 from .control import Control
 from .crew import Crew
 from .memory import EVALUATING, PATCHING, PREPARING, RECEIVING, WAITING, explain, out_of_memory_in
 from .residency import Residency
-from .tensors import CONTROL, KeptPrompts, Tensors, conditioning_of, like, residuals_of, take
+from .tensors import CONTROL, KeptPrompts, residuals_of
 
 log = logging.getLogger(__name__)
 
@@ -143,30 +144,23 @@ class Runner:
                     f"{request.sampler} takes {draws} draws of noise {tuple(x.shape)}, got {tuple(noise.shape)}"
                 )
             methods = request.reference_methods
-            positive = conditioning_of(tensors, "positive.", methods.get("positive"))
+            positive = Prompt.from_tensors(tensors, methods.get("positive"), "positive.")
             negative = None
             if "negative.context" in tensors:
-                negative = conditioning_of(tensors, "negative.", methods.get("negative"))
+                negative = Prompt.from_tensors(tensors, methods.get("negative"), "negative.")
             prompts = [positive] if negative is None else [positive, negative]
             denoiser.check(x, prompts)
             # In float32, as the loop will compute them: they are looked up by value.
             evaluated = torch.tensor(SAMPLERS[request.sampler].evaluations(sigmas), dtype=torch.float32)
             timesteps = (evaluated * request.timestep_scale).tolist()
             denoiser.reserve(x, prompts, evaluations=len(timesteps))
-            masked = "mask" in tensors
             model = GuidedModel(
                 velocities=self._velocities(request, denoiser),
                 positive=positive,
                 negative=negative,
                 cfg=request.cfg,
                 timestep_scale=request.timestep_scale,
-                inpainting=Inpainting(
-                    mask=like(x, tensors, "mask"),
-                    latent_image=like(x, tensors, "latent_image"),
-                    noise=like(x, tensors, "inpaint_noise"),
-                )
-                if masked
-                else None,
+                inpainting=Inpainting.from_tensors(tensors, x),
             )
             return model, x, sigmas, noise, lambda: denoiser.prepare(timesteps, prompts)
 
@@ -194,7 +188,7 @@ class Runner:
         self._finish(request, output)
 
     def _evaluate(self, request: Evaluate, sent: Tensors) -> None:
-        def prepare() -> tuple[BatchedDenoiser, Conditioning, torch.Tensor, torch.Tensor, Residuals]:
+        def prepare() -> tuple[BatchedDenoiser, Prompt, torch.Tensor, torch.Tensor, Residuals]:
             denoiser = self._engine.denoiser(request.layout, request.settings)
             tensors = self._here(sent)
             x, conditioning = take(tensors, "x"), self._prompts.conditioning(request, tensors)
@@ -263,7 +257,7 @@ class Runner:
             if self._crew.agree(stop):
                 raise Cancelled(f"request {request.id}")
 
-        def velocities(x: torch.Tensor, timestep: torch.Tensor, prompts: list[Conditioning]) -> list[torch.Tensor]:
+        def velocities(x: torch.Tensor, timestep: torch.Tensor, prompts: list[Prompt]) -> list[torch.Tensor]:
             return denoiser(x, timestep, prompts, go_on, control)
 
         return velocities

@@ -8,7 +8,8 @@ from support import SMALL, inputs
 
 from fastusp_backend.config import Layout, ModelSpec, Settings
 from fastusp_backend.devices import parse_devices
-from fastusp_backend.pool import Pool, Progress, Prompt, Session
+from fastusp_backend.pool import Pool, Progress, Session
+from fastusp_backend.prompt import Prompt
 
 
 def main(gpus: str, file: str) -> None:

@@ -8,7 +8,8 @@ import torch
 from support import SMALL, inputs, randn
 
 from fastusp_backend.config import Layout, Settings, WeightPatch
-from fastusp_backend.pool import NO_PATCHES, Progress, Prompt, Session, WeightPatches, name_of
+from fastusp_backend.pool import NO_PATCHES, Progress, Session, WeightPatches, name_of
+from fastusp_backend.prompt import Prompt
 
 FINITE = ("short", "loop", "guided", "stepping", "control", "orders", "parked")
 ENDLESS = ("endless", "endless stepping")

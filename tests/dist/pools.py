@@ -8,7 +8,8 @@ from support import SMALL, inputs, spec_of
 
 from fastusp_backend.config import Layout, Settings
 from fastusp_backend.pool import Pool, Progress
-from fastusp_backend.pool.session import Prompt, Session
+from fastusp_backend.pool.session import Session
+from fastusp_backend.prompt import Prompt
 
 ROOT = Path(__file__).resolve().parents[2]
 GIVEN = inputs(SMALL, text=7, size=(8, 6))

@@ -10,7 +10,8 @@ from fastusp_backend.config import Layout, Settings
 from fastusp_backend.errors import RequestError
 from fastusp_backend.models.synthetic import write_flux, write_qwen_image
 from fastusp_backend.pool import Progress
-from fastusp_backend.pool.session import Prompt, Session
+from fastusp_backend.pool.session import Session
+from fastusp_backend.prompt import Prompt
 
 pytestmark = pytest.mark.dist
 

@@ -10,7 +10,8 @@ from support import SMALL_FLUX2, inputs, randn, relative_difference, spec_of
 from fastusp_backend.config import Layout, Settings
 from fastusp_backend.models.synthetic import write_flux
 from fastusp_backend.pool import Progress
-from fastusp_backend.pool.session import Mask, Prompt, Session
+from fastusp_backend.pool.session import Session
+from fastusp_backend.prompt import Inpainting, Prompt
 
 pytestmark = pytest.mark.dist
 
@@ -74,7 +75,7 @@ def sample(session: Session, cfg: float) -> torch.Tensor:
         positive=Prompt(positive.context, guidance=positive.guidance),
         negative=Prompt(negative.context, guidance=negative.guidance) if cfg != 1 else None,
         cfg=cfg,
-        mask=Mask(mask=(mask > 0).float(), latent_image=image, noise=noise),
+        mask=Inpainting(mask=(mask > 0).float(), latent_image=image, noise=noise),
     )
 
 

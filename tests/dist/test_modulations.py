@@ -10,14 +10,15 @@ from pools import GIVEN, PROMPT, evaluate, session
 from support import SMALL, SMALL_QWEN, inputs, load_model, randn, relative_difference, spec_of
 from test_patches import looped, patched
 
+from fastusp_backend.prompt import Prompt
 from fastusp_backend.config import Layout, Settings, WeightPatch
 from fastusp_backend.engine import modulations
 from fastusp_backend.engine.loading import Checkpoint
 from fastusp_backend.engine.modulations import KEPT_ROWS, ModulationTable
-from fastusp_backend.models.family import Conditioning
+
 from fastusp_backend.models.synthetic import write_qwen_image
 from fastusp_backend.pool import NO_PATCHES, Progress, Session, WeightPatches, name_of
-from fastusp_backend.pool.session import Prompt
+from fastusp_backend.prompt import Prompt
 from fastusp_backend.weights.reading import read_tensors
 
 pytestmark = pytest.mark.dist
@@ -34,14 +35,14 @@ def qwen(tmp_path_factory):
     return path
 
 
-def prompts_of(config) -> list[Conditioning]:
+def prompts_of(config) -> list[Prompt]:
     """Two of two images each; Qwen-Image's first one has references at timestep 0."""
     made = []
     for seed in range(2):
         given = inputs(config, text=3, size=(4, 4), batch=2, seed=seed)
         references = (randn(2, 16, 2, 2, seed=9),) if config is SMALL_QWEN and seed == 0 else ()
         method = "index_timestep_zero" if references else None
-        made.append(Conditioning(given.context, given.y, given.guidance, None, references, method))
+        made.append(Prompt(given.context, given.y, given.guidance, None, references, method))
     return made
 
 

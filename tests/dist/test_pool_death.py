@@ -21,7 +21,7 @@ from fastusp_backend.devices import Devices
 from fastusp_backend.errors import Cancelled, PoolError
 from fastusp_backend.pool import Pool, Progress, workers
 from fastusp_backend.pool import pool as client
-from fastusp_backend.pool.session import Prompt
+from fastusp_backend.prompt import Prompt
 from fastusp_backend.protocol import VERSION, Channel, Failed, Hello, Ready, Release
 from fastusp_backend.protocol.messages import ToClient
 
@@ -209,7 +209,8 @@ from support import SMALL, inputs, spec_of
 from fastusp_backend.config import Layout, Settings
 from fastusp_backend.devices import Devices
 from fastusp_backend.pool import Pool, Progress
-from fastusp_backend.pool.session import Prompt, Session
+from fastusp_backend.pool.session import Session
+from fastusp_backend.prompt import Prompt
 pool = Pool(Devices(ranks=2))
 pool.start()
 print(pool._workers.run_dir.path, flush=True)

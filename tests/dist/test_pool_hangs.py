@@ -11,9 +11,10 @@ import torch
 from pools import GIVEN, LONG, PROMPT, Stopwatch, evaluate, pids, processes_of, run_dir, sample, session
 from support import SMALL, inputs, wait_until
 
+from fastusp_backend.prompt import Prompt
 from fastusp_backend.devices import Devices
 from fastusp_backend.errors import Cancelled, PoolError
-from fastusp_backend.pool import Pool, Progress, Prompt, following, watch
+from fastusp_backend.pool import Pool, Progress, following, watch
 from fastusp_backend.pool import pool as client
 from fastusp_backend.protocol import channel
 

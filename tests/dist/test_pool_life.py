@@ -13,7 +13,7 @@ from fastusp_backend.config import Layout, Settings
 from fastusp_backend.errors import Cancelled, FastUSPError, ProtocolError, RequestError
 from fastusp_backend.pool import Progress
 from fastusp_backend.pool import pool as client
-from fastusp_backend.pool.session import Prompt
+from fastusp_backend.prompt import Prompt
 from fastusp_backend.protocol import Evaluate, Sample, Step
 
 pytestmark = pytest.mark.dist

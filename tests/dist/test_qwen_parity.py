@@ -8,7 +8,8 @@ from fastusp_backend.config import Layout, Settings
 from fastusp_backend.errors import RequestError
 from fastusp_backend.models.synthetic import write_qwen_image
 from fastusp_backend.pool import Progress
-from fastusp_backend.pool.session import Mask, Prompt, Session
+from fastusp_backend.pool.session import Session
+from fastusp_backend.prompt import Inpainting, Prompt
 
 pytestmark = pytest.mark.dist
 
@@ -52,7 +53,7 @@ def sample(session: Session, cfg: float) -> torch.Tensor:
         positive=Prompt(positive.context),
         negative=Prompt(negative.context),
         cfg=cfg,
-        mask=Mask(mask=(frames[1] > 0).float(), latent_image=frames[2], noise=frames[3]),
+        mask=Inpainting(mask=(frames[1] > 0).float(), latent_image=frames[2], noise=frames[3]),
     )
 
 

@@ -10,11 +10,12 @@ import torch
 from pools import GIVEN, LONG, PROMPT, evaluate, pids, sample, session
 from support import REORDERED, SMALL, inputs, relative_difference, spec_of, wait_until
 
+from fastusp_backend.prompt import Prompt
 from fastusp_backend.config import Layout
 from fastusp_backend.errors import Cancelled, RequestError
 from fastusp_backend.models.files import read_model
 from fastusp_backend.models.holding import rank_bytes
-from fastusp_backend.pool import Progress, Prompt
+from fastusp_backend.pool import Progress
 from fastusp_backend.pool import following
 
 pytestmark = pytest.mark.dist

@@ -6,7 +6,8 @@ from support import SMALL, inputs, randn, relative_difference, spec_of
 
 from fastusp_backend.config import Layout, Settings
 from fastusp_backend.pool import Progress
-from fastusp_backend.pool.session import Mask, Prompt, Session
+from fastusp_backend.pool.session import Session
+from fastusp_backend.prompt import Inpainting, Prompt
 from fastusp_backend.sampling import SAMPLERS
 
 pytestmark = pytest.mark.dist
@@ -117,7 +118,7 @@ def sample(session: Session, name: str, *, masked: bool = False, cfg: float = 1.
     mask = None
     if masked:
         ones = (randn(1, 1, *SIZE, seed=30) > 0).float().expand(batch, 16, *SIZE)
-        mask = Mask(mask=ones, latent_image=randn(batch, 16, *SIZE, seed=31), noise=randn(batch, 16, *SIZE, seed=32))
+        mask = Inpainting(mask=ones, latent_image=randn(batch, 16, *SIZE, seed=31), noise=randn(batch, 16, *SIZE, seed=32))
     result = session.sample(
         given.x,
         SIGMAS,

@@ -8,8 +8,9 @@ import torch
 from support import OneRank
 
 from fastusp_backend.config import Settings
-from fastusp_backend.models.family import NO_RESIDUALS, Conditioning, Residuals
+from fastusp_backend.models.family import NO_RESIDUALS, Residuals
 from fastusp_backend.models.synthetic import TINY_FLUX, TINY_FLUX2, TINY_QWEN_IMAGE, random_state
+from fastusp_backend.prompt import Prompt
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,9 +34,9 @@ def denoisers(family: str, *settings: Settings) -> list[OneRank]:
     return [OneRank(model, options, torch.bfloat16, "cuda:0") for options in settings]
 
 
-def prompt(family: str, randn, references: int, method: str | None) -> Conditioning:
+def prompt(family: str, randn, references: int, method: str | None) -> Prompt:
     config = CONFIGS[family]
-    return Conditioning(
+    return Prompt(
         randn(1, 24, config.context),
         None if family in ("qwen", "flux2") else randn(1, config.pooled),
         None if family == "qwen" else torch.full((1,), 3.5, device="cuda"),

@@ -9,8 +9,8 @@ from support import SMALL, inputs, randn, relative_difference
 
 from fastusp_backend.config import Layout, ModelSpec, Settings, WeightPatch
 from fastusp_backend.engine import Engine
-from fastusp_backend.models.family import Conditioning
 from fastusp_backend.models.synthetic import write_flux
+from fastusp_backend.prompt import Prompt
 from fastusp_backend.weights.adapters import apply
 
 pytestmark = [
@@ -33,7 +33,7 @@ def test_captured_graphs_see_patches(tmp_path, storage):
     engine.load()
     given = inputs(SMALL, text=24, size=(16, 12), seed=3)
     x, *prompt = (t.cuda() for t in (given.x, given.context, given.y, given.guidance))
-    conditioning = Conditioning(*prompt)
+    conditioning = Prompt(*prompt)
 
     def evaluate(settings=FAST) -> torch.Tensor:
         denoiser = engine.denoiser(Layout(ulysses=1, ring=1), settings).denoiser
@@ -75,7 +75,7 @@ def test_packed_weights_are_captured_again_with_their_factors(tmp_path):
     engine.load()
     given, nbytes = inputs(SMALL, text=24, size=(16, 12), seed=3), engine.nbytes
     x, *prompt = (t.cuda() for t in (given.x, given.context, given.y, given.guidance))
-    conditioning = Conditioning(*prompt)
+    conditioning = Prompt(*prompt)
 
     def evaluate(settings=FAST) -> torch.Tensor:
         """The last of three: eager, captured, replayed."""
@@ -124,7 +124,7 @@ def test_a_widened_input_is_captured_again(tmp_path):
 
     def evaluate(engine: Engine, *concat: torch.Tensor) -> torch.Tensor:
         """The last of three: eager, captured, replayed."""
-        conditioning = Conditioning(*prompt, *concat)
+        conditioning = Prompt(*prompt, *concat)
         for _ in range(3):
             velocity = engine.denoiser(ONE, FAST).denoiser(x, given.timestep, conditioning)
         (step,) = engine.denoiser(ONE, FAST).denoiser._steps.values()

@@ -9,10 +9,10 @@ from fastusp_backend.config import Settings
 from fastusp_backend.devices import Devices
 from fastusp_backend.engine import Engine
 from fastusp_backend.errors import RequestError
-from fastusp_backend.models.family import Conditioning
 from fastusp_backend.models.files import read_model
 from fastusp_backend.models.holding import Holding, by_module
-from fastusp_backend.pool import Pool, Progress, Prompt, Session
+from fastusp_backend.pool import Pool, Progress, Session
+from fastusp_backend.prompt import Prompt
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,7 +23,7 @@ pytestmark = [
 def evaluated(engine: Engine) -> torch.Tensor:
     given = inputs(SMALL, text=24, size=(32, 32), seed=3)
     denoiser = engine.denoiser(ONE, Settings())
-    prompt = Conditioning(given.context.cuda(), given.y.cuda(), given.guidance.cuda())
+    prompt = Prompt(given.context.cuda(), given.y.cuda(), given.guidance.cuda())
     denoiser.reserve(given.x.cuda(), [prompt])
     for _ in range(3):  # eager, captured, replayed
         (output,) = denoiser(given.x.cuda(), given.timestep, [prompt], lambda: None)

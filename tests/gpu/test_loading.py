@@ -6,9 +6,9 @@ from formats import FORMATS, write
 from support import OneRank, load_model
 
 from fastusp_backend.config import ModelSpec, Settings
-from fastusp_backend.models.family import Conditioning
 from fastusp_backend.models.layers import Linear
 from fastusp_backend.models.synthetic import TINY_FLUX, write_flux
+from fastusp_backend.prompt import Prompt
 from fastusp_backend.weights import reading
 
 pytestmark = [
@@ -54,7 +54,7 @@ def test_graphs_convert_as_they_run(plain, tmp_path, name):
         denoiser = OneRank(load_model(spec, CUDA), settings, torch.bfloat16, CUDA)
         generator = torch.Generator("cuda").manual_seed(0)
         like = {"device": CUDA, "generator": generator}
-        prompt = Conditioning(torch.randn(1, 24, TINY_FLUX.context, **like), torch.randn(1, TINY_FLUX.pooled, **like))
+        prompt = Prompt(torch.randn(1, 24, TINY_FLUX.context, **like), torch.randn(1, TINY_FLUX.pooled, **like))
         x = torch.randn(1, 16, 32, 32, **like)
         for _ in range(3):
             output = denoiser(x, torch.tensor([0.5]), prompt).float().clone()

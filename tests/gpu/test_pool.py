@@ -8,7 +8,8 @@ from fastusp_backend.config import Layout, ModelSpec, Settings
 from fastusp_backend.devices import Devices
 from fastusp_backend.errors import Cancelled
 from fastusp_backend.models.synthetic import write_flux
-from fastusp_backend.pool import Pool, Progress, Prompt, Session
+from fastusp_backend.pool import Pool, Progress, Session
+from fastusp_backend.prompt import Prompt
 from fastusp_backend.protocol import channel
 
 pytestmark = [

@@ -5,11 +5,11 @@ import torch
 from support import OneRank, inputs
 
 from fastusp_backend.config import Settings
-from fastusp_backend.models.family import Conditioning
 from fastusp_backend.models.flux import Flux
 from fastusp_backend.models.flux2 import Flux2
 from fastusp_backend.models.qwen_image import QwenImage
 from fastusp_backend.models.synthetic import TINY_FLUX, TINY_FLUX2, TINY_QWEN_IMAGE, random_state
+from fastusp_backend.prompt import Prompt
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,7 +44,7 @@ def denoiser(model, settings):
 def request_of(model, seed, height, width, text):
     given = inputs(model.config, text=text, size=(height, width), seed=seed)
     context, y, guidance = (None if t is None else t.cuda() for t in (given.context, given.y, given.guidance))
-    return given.x.cuda(), Conditioning(context, y, guidance)
+    return given.x.cuda(), Prompt(context, y, guidance)
 
 
 @pytest.mark.parametrize("settings", [Settings(), Settings(compile=False), Settings(cuda_graphs=False)])

@@ -37,7 +37,8 @@ from fastusp_pack.fastusp_backend.config import Layout, ModelSpec, Settings  # n
 from fastusp_pack.fastusp_backend.devices import Devices  # noqa: E402
 from fastusp_pack.fastusp_backend.errors import DeviceError, PoolError  # noqa: E402
 from fastusp_pack.fastusp_backend.models.files import read_model  # noqa: E402
-from fastusp_pack.fastusp_backend.pool import Progress, Prompt, Session  # noqa: E402
+from fastusp_pack.fastusp_backend.pool import Progress, Session  # noqa: E402
+from fastusp_pack.fastusp_backend.prompt import Prompt  # noqa: E402
 from fastusp_pack.nodes import loader, memory, pools  # noqa: E402
 from fastusp_pack.nodes.loader import USPLoader  # noqa: E402
 from fastusp_pack.nodes.remote_families import RemoteQwenImage  # noqa: E402

@@ -10,8 +10,8 @@ from fastusp_backend.config import Layout
 from fastusp_backend.engine import denoiser as denoisers
 from fastusp_backend.engine.batch import BatchedDenoiser
 from fastusp_backend.engine.denoiser import KEPT_STEPS, WORKING_SET
-from fastusp_backend.models.family import Conditioning
 from fastusp_backend.models.synthetic import TINY_FLUX
+from fastusp_backend.prompt import Prompt
 
 pytestmark = pytest.mark.unit
 
@@ -26,7 +26,7 @@ def one_rank():
 def evaluate(one_rank: OneRank, rows: int) -> torch.Tensor:
     """Of an image of 2 x `rows` latents."""
     given = inputs(TINY_FLUX, text=2, size=(2, rows))
-    return one_rank(given.x, given.timestep, Conditioning(given.context, given.y, given.guidance))
+    return one_rank(given.x, given.timestep, Prompt(given.context, given.y, given.guidance))
 
 
 def test_the_shape_that_was_used_longest_ago_makes_room(one_rank):
@@ -41,7 +41,7 @@ def test_the_shape_that_was_used_longest_ago_makes_room(one_rank):
 def test_memory_is_tried_for_every_image_and_token(one_rank, monkeypatch, batch, size, text, references, ranks):
     given = inputs(TINY_FLUX, text=text, size=size, batch=batch)
     images = (randn(batch, 16, 4, 8, seed=1),) if references else ()
-    prompt = Conditioning(given.context, given.y, given.guidance, references=images)
+    prompt = Prompt(given.context, given.y, given.guidance, references=images)
     one_rank.denoiser.mesh = replace(one_rank.denoiser.mesh, layout=Layout(ulysses=ranks, ring=1))
     asked, make = [], torch.empty
     monkeypatch.setattr(denoisers.torch, "empty", lambda *shape, **more: (asked.append(shape), make(0, **more))[1])
@@ -69,7 +69,7 @@ def test_each_prompt_has_a_velocity_of_its_own_and_is_asked_for(one_rank, count)
     calls = []
     one_rank.denoiser = Evaluations(calls)
     given = inputs(TINY_FLUX, text=2, size=(2, 2))
-    prompts = [Conditioning(given.context + n, given.y, given.guidance) for n in range(count)]
+    prompts = [Prompt(given.context + n, given.y, given.guidance) for n in range(count)]
     velocities = BatchedDenoiser.__call__(one_rank, given.x, given.timestep, prompts, lambda: calls.append("ask"))
     assert calls == [word for prompt in prompts for word in ("ask", prompt)]
     assert [v.unique().tolist() for v in velocities] == [[2.0 * n + 2] for n in range(count)]

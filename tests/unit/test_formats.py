@@ -9,9 +9,9 @@ from support import REORDERED, OneRank, inputs, load_model, relative_difference,
 
 from fastusp_backend.config import ModelSpec, Settings
 from fastusp_backend.engine.loading import Checkpoint
-from fastusp_backend.models.family import Conditioning
 from fastusp_backend.models.files import read_model
 from fastusp_backend.models.layers import Linear
+from fastusp_backend.prompt import Prompt
 from fastusp_backend.weights.checkpoint import main_dtype
 
 pytestmark = pytest.mark.unit
@@ -31,7 +31,7 @@ LAYER = "single_blocks.0.linear1"
 def evaluate(model, linear: str = "exact") -> torch.Tensor:
     denoiser = OneRank(model, Settings(linear=linear))
     given = inputs(MINI, text=5, size=(6, 4))
-    return denoiser(given.x, given.timestep, Conditioning(given.context, given.y, given.guidance)).clone()
+    return denoiser(given.x, given.timestep, Prompt(given.context, given.y, given.guidance)).clone()
 
 
 @pytest.mark.parametrize("name", FORMATS)

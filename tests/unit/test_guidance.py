@@ -4,7 +4,8 @@ import pytest
 import torch
 from support import randn
 
-from fastusp_backend.sampling import SAMPLERS, GuidedModel, Inpainting
+from fastusp_backend.prompt import Inpainting
+from fastusp_backend.sampling import SAMPLERS, GuidedModel
 
 pytestmark = pytest.mark.unit
 

@@ -14,8 +14,8 @@ from fastusp_backend.comm.transport import Links
 from fastusp_backend.comm.ulysses import LocalExchange
 from fastusp_backend.config import Layout, Settings
 from fastusp_backend.engine import step
-from fastusp_backend.models.family import Conditioning
 from fastusp_backend.models.synthetic import TINY_FLUX
+from fastusp_backend.prompt import Prompt
 
 pytestmark = pytest.mark.unit
 
@@ -124,5 +124,5 @@ def test_the_settings_say_when(monkeypatch, overlap, pipelined):
     monkeypatch.setattr(step, "JointAttention", Noted)
     model = OneRank(TINY_FLUX.build(), Settings(overlap=overlap, ring_pipeline=pipelined))
     given = inputs(TINY_FLUX, text=2, size=(2, 2))
-    model(given.x, given.timestep, Conditioning(given.context, given.y, given.guidance))
+    model(given.x, given.timestep, Prompt(given.context, given.y, given.guidance))
     assert made == [{"overlap": overlap, "pipelined": pipelined}]

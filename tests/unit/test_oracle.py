@@ -9,10 +9,11 @@ from support import OneRank, inputs, load_model, randn, relative_difference, spe
 
 from benchmarks.diffusers_weights import to_diffusers
 from fastusp_backend.errors import RequestError
-from fastusp_backend.models.family import Conditioning, Residuals
+from fastusp_backend.models.family import Residuals
 from fastusp_backend.models.flux import FluxConfig
 from fastusp_backend.models.patchify import patch_grid, patchify, unpatchify
 from fastusp_backend.models.synthetic import TINY_FLUX, write_flux
+from fastusp_backend.prompt import Prompt
 
 diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.unit
@@ -84,7 +85,7 @@ def test_velocity(models, text, size, batch):
     denoiser, theirs = models
     config = denoiser.model.config
     given = inputs(config, text=text, size=size, batch=batch, seed=text)
-    ours = denoiser(given.x, given.timestep, Conditioning(given.context, given.y, given.guidance))
+    ours = denoiser(given.x, given.timestep, Prompt(given.context, given.y, given.guidance))
     assert relative_difference(ours, velocity_of(theirs, config, given, size)) < 1e-5
 
 
@@ -92,7 +93,7 @@ def test_a_missing_pooled_text_counts_as_zeros(models):
     """As ComfyUI has it: some nodes make conditionings of text tokens alone."""
     denoiser, theirs = models
     given = inputs(denoiser.model.config, text=7, size=(8, 8), batch=2)
-    prompt = Conditioning(given.context, None, given.guidance)
+    prompt = Prompt(given.context, None, given.guidance)
     denoiser.check(given.x, [prompt])
     ours = denoiser(given.x, given.timestep, prompt)
     zeros = replace(given, y=torch.zeros_like(given.y))
@@ -104,7 +105,7 @@ def test_bfloat16_rounds_guidance_as_others_do(models):
     config = models[0].model.config
     ours, theirs = (copy.deepcopy(model).bfloat16() for model in (models[0].model, models[1]))
     given = inputs(config, text=7, size=(16, 12))
-    prompt = Conditioning(given.context, given.y, torch.tensor([3.5]))
+    prompt = Prompt(given.context, given.y, torch.tensor([3.5]))
     got = OneRank(ours, dtype=torch.bfloat16)(given.x, torch.tensor([0.5]), prompt).float()
     rounded = {name: getattr(given, name).bfloat16() for name in ("x", "context", "y", "guidance")}
     rounded["timestep"] = torch.tensor([0.5], dtype=torch.bfloat16)
@@ -127,7 +128,7 @@ def test_references(models, method, starts):
     config, batch = denoiser.model.config, 2
     given = inputs(config, text=7, size=(8, 12), batch=batch)
     images = tuple(randn(batch, 16, *size, seed=n) for n, size in enumerate([(6, 10), (7, 4), (4, 2)]))
-    prompt = Conditioning(given.context, given.y, given.guidance, references=images, reference_method=method)
+    prompt = Prompt(given.context, given.y, given.guidance, references=images, reference_method=method)
     denoiser.check(given.x, [prompt])
     ours = denoiser(given.x, given.timestep, prompt)
     expected = velocity_of(theirs, config, given, (8, 12), images=images, starts=starts)
@@ -140,7 +141,7 @@ def test_control(models):
     config = denoiser.model.config
     given = inputs(config, text=7, size=(8, 7), batch=2)
     tensors = tuple(randn(2, 16, config.hidden, seed=n) for n in range(4))
-    prompt = Conditioning(given.context, given.y, given.guidance)
+    prompt = Prompt(given.context, given.y, given.guidance)
     ours = denoiser(given.x, given.timestep, prompt, Residuals(tensors, (0, 1), (2, 3))).clone()
     more = {"controlnet_block_samples": tensors[:2], "controlnet_single_block_samples": tensors[2:]}
     assert relative_difference(ours, velocity_of(theirs, config, given, (8, 7), **more)) < 1e-5
@@ -165,7 +166,7 @@ def test_further_channels(channels, tmp_path):
     given = inputs(config, text=7, size=(7, 8), batch=2)
     concat = randn(2, channels, 7, 8, seed=9)
     denoiser = OneRank(ours)
-    prompt = Conditioning(given.context, given.y, given.guidance, concat)
+    prompt = Prompt(given.context, given.y, given.guidance, concat)
     denoiser.check(given.x, [prompt])
     got = denoiser(given.x, given.timestep, prompt)
     joined = replace(given, x=torch.cat([given.x, concat], dim=1))
@@ -188,7 +189,7 @@ def test_what_does_not_fit_is_refused(models, more, words):
     denoiser, _ = models
     given = inputs(denoiser.model.config, text=7, size=(8, 8), batch=2)
     with pytest.raises(RequestError) as refused:
-        denoiser.check(given.x, [Conditioning(given.context, given.y, given.guidance, **more)])
+        denoiser.check(given.x, [Prompt(given.context, given.y, given.guidance, **more)])
     assert words in str(refused.value)
 
 
@@ -196,7 +197,7 @@ def test_what_does_not_fit_is_refused(models, more, words):
 def test_control_of_another_model_is_refused(models, shape):
     denoiser, _ = models
     given = inputs(denoiser.model.config, text=7, size=(8, 8), batch=2)
-    prompt = Conditioning(given.context, given.y, given.guidance)
+    prompt = Prompt(given.context, given.y, given.guidance)
     denoiser.check(given.x, [prompt], Residuals((torch.ones(2, 16, 512),), (0,)))
     with pytest.raises(RequestError, match="Was it made for another model"):
         denoiser.check(given.x, [prompt], Residuals((torch.ones(shape),), (0,)))

@@ -7,9 +7,10 @@ import torch
 from support import SMALL_FLUX2, OneRank, inputs, load_model, randn, relative_difference, spec_of
 
 from fastusp_backend.errors import RequestError
-from fastusp_backend.models.family import Conditioning, Residuals
+from fastusp_backend.models.family import Residuals
 from fastusp_backend.models.patchify import patchify, unpatchify
 from fastusp_backend.models.synthetic import write_flux
+from fastusp_backend.prompt import Prompt
 
 diffusers = pytest.importorskip("diffusers")
 single_file = pytest.importorskip("diffusers.loaders.single_file_utils")
@@ -70,7 +71,7 @@ def velocity_of(theirs, given, size, *, images=(), starts=()) -> torch.Tensor:
 def test_velocity(models, text, size, batch):
     denoiser, theirs = models
     given = inputs(denoiser.model.config, text=text, size=size, batch=batch, seed=text)
-    ours = denoiser(given.x, given.timestep, Conditioning(given.context, guidance=given.guidance))
+    ours = denoiser(given.x, given.timestep, Prompt(given.context, guidance=given.guidance))
     assert relative_difference(ours, velocity_of(theirs, given, size)) < 1e-5
 
 
@@ -89,7 +90,7 @@ def test_references(models, method, starts):
     denoiser, theirs = models
     given = inputs(denoiser.model.config, text=7, size=(4, 6), batch=2)
     images = tuple(randn(2, 128, *size, seed=n) for n, size in enumerate([(3, 5), (4, 2), (2, 1)]))
-    prompt = Conditioning(given.context, guidance=given.guidance, references=images, reference_method=method)
+    prompt = Prompt(given.context, guidance=given.guidance, references=images, reference_method=method)
     denoiser.check(given.x, [prompt])
     ours = denoiser(given.x, given.timestep, prompt)
     expected = velocity_of(theirs, given, (4, 6), images=images, starts=starts)
@@ -102,7 +103,7 @@ def test_references_at_timestep_zero(models):
     given = inputs(denoiser.model.config, text=7, size=(4, 6), batch=2)
     images = tuple(randn(2, 128, *size, seed=n) for n, size in enumerate([(3, 5), (4, 2)]))
     index, zero = (
-        Conditioning(given.context, guidance=given.guidance, references=images, reference_method=method)
+        Prompt(given.context, guidance=given.guidance, references=images, reference_method=method)
         for method in ("index", "index_timestep_zero")
     )
     for timestep in (torch.zeros(2), given.timestep):
@@ -115,7 +116,7 @@ def test_control(models):
     """A residual after any block reaches the output."""
     denoiser, _ = models
     given = inputs(denoiser.model.config, text=7, size=(4, 4))
-    prompt = Conditioning(given.context, guidance=given.guidance)
+    prompt = Prompt(given.context, guidance=given.guidance)
     plain = denoiser(given.x, given.timestep, prompt).clone()
     tensor = randn(1, 16, 512, seed=1)
     for places in (((0,), ()), ((None, 0), ()), ((), (0,)), ((), (None, 0))):
@@ -127,7 +128,7 @@ def test_y_has_no_effect(models):
     """ComfyUI's nodes may give one."""
     denoiser, _ = models
     given = inputs(denoiser.model.config, text=7, size=(4, 4))
-    without, other = (Conditioning(given.context, y, given.guidance) for y in (None, torch.ones(1, 768)))
+    without, other = (Prompt(given.context, y, given.guidance) for y in (None, torch.ones(1, 768)))
     denoiser.check(given.x, [other])
     plain = denoiser(given.x, given.timestep, without).clone()
     assert torch.equal(denoiser(given.x, given.timestep, other), plain)
@@ -137,8 +138,7 @@ def test_guidance_has_its_effect_on_dev_alone(models):
     denoiser, _ = models
     given = inputs(denoiser.model.config, text=7, size=(4, 4))
     weak, strong = (
-        denoiser(given.x, given.timestep, Conditioning(given.context, guidance=torch.tensor([g]))).clone()
-        for g in (1.0, 4.0)
+        denoiser(given.x, given.timestep, Prompt(given.context, guidance=torch.tensor([g]))).clone() for g in (1.0, 4.0)
     )
     if denoiser.model.config.guidance:
         assert relative_difference(weak, strong) > 1e-3
@@ -160,5 +160,5 @@ def test_guidance_has_its_effect_on_dev_alone(models):
 def test_what_does_not_fit_is_refused(models, shape, more, words):
     denoiser, _ = models
     with pytest.raises(RequestError) as refused:
-        denoiser.check(torch.ones(shape), [Conditioning(randn(1, 6, 64, seed=0), **more)])
+        denoiser.check(torch.ones(shape), [Prompt(randn(1, 6, 64, seed=0), **more)])
     assert words in str(refused.value)

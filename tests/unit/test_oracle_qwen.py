@@ -8,9 +8,10 @@ from support import OneRank, inputs, load_model, randn, relative_difference, spe
 
 from fastusp_backend.engine.modulations import KEPT_ROWS
 from fastusp_backend.errors import RequestError
-from fastusp_backend.models.family import Conditioning, Residuals
+from fastusp_backend.models.family import Residuals
 from fastusp_backend.models.patchify import patch_grid, patchify, unpatchify
 from fastusp_backend.models.synthetic import TINY_QWEN_IMAGE, write_qwen_image
+from fastusp_backend.prompt import Prompt
 
 diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.unit
@@ -99,7 +100,7 @@ def test_velocity(models, request, text, size, batch):
     odd = any(n % 2 for n in patch_grid(*size, 2))
     denoiser, theirs = request.getfixturevalue("comfy_rope") if odd else models
     given = inputs(denoiser.model.config, text=text, size=size, batch=batch, seed=text)
-    ours = denoiser(given.x, given.timestep, Conditioning(given.context))
+    ours = denoiser(given.x, given.timestep, Prompt(given.context))
     assert relative_difference(ours, velocity_of(theirs, given, size)) < 1e-5
 
 
@@ -126,7 +127,7 @@ def test_references(models, request, method):
     given = inputs(denoiser.model.config, text=6, size=(8, 12), batch=2)
     images = tuple(randn(2, 16, *size, seed=n) for n, size in enumerate(REFERENCES))
     framed = tuple(image[:, :, None] for image in images)
-    prompt = Conditioning(given.context, references=framed, reference_method=method)
+    prompt = Prompt(given.context, references=framed, reference_method=method)
     denoiser.check(given.x[:, :, None], [prompt])
     denoiser.prepare([0.7], [prompt])
     for _ in range(2):
@@ -140,7 +141,7 @@ def test_references_larger_than_the_image(comfy_rope, sizes):
     denoiser, theirs = comfy_rope
     given = inputs(denoiser.model.config, text=6, size=(8, 12))
     images = tuple(randn(1, 16, *size, seed=n) for n, size in enumerate(sizes))
-    ours = denoiser(given.x, given.timestep, Conditioning(given.context, references=images, reference_method="index"))
+    ours = denoiser(given.x, given.timestep, Prompt(given.context, references=images, reference_method="index"))
     assert relative_difference(ours, velocity_of(theirs, given, (8, 12), images=images)) < 1e-5
 
 
@@ -148,7 +149,7 @@ def test_timestep_zero_lasts_over_more_timesteps_than_are_kept(zeroed):
     denoiser, theirs = zeroed
     given = inputs(denoiser.model.config, text=2, size=(4, 4))
     image = randn(1, 16, 4, 4, seed=1)
-    prompt = Conditioning(given.context, references=(image,), reference_method="index_timestep_zero")
+    prompt = Prompt(given.context, references=(image,), reference_method="index_timestep_zero")
     steps = KEPT_ROWS + 6
     table, all_images = denoiser._modulations, [slice(None)]
     reserved = table.reserve(2 * steps, [prompt], all_images).nbytes
@@ -170,7 +171,7 @@ def test_negative_index_and_offset(models):
     image = randn(1, 16, 6, 5, seed=1)
 
     def velocity(method, *images):
-        prompt = Conditioning(given.context, references=images, reference_method=method)
+        prompt = Prompt(given.context, references=images, reference_method=method)
         return denoiser(given.x, given.timestep, prompt).clone()
 
     one = velocity("index", image)
@@ -184,7 +185,7 @@ def test_control(models):
     denoiser, theirs = models
     given = inputs(denoiser.model.config, text=6, size=(8, 8), batch=2)
     tensors = tuple(randn(2, 16, 512, seed=n) for n in range(2))
-    prompt = Conditioning(given.context)
+    prompt = Prompt(given.context)
     ours = denoiser(given.x, given.timestep, prompt, Residuals(tensors, (0, 1)))
     expected = velocity_of(theirs, given, (8, 8), controlnet_block_samples=tensors)
     assert relative_difference(ours, expected) < 1e-5
@@ -193,7 +194,7 @@ def test_control(models):
 def test_a_frame_axis_comes_back(models):
     denoiser, _ = models
     given = inputs(denoiser.model.config, text=6, size=(7, 8), batch=2)
-    prompt = Conditioning(given.context)
+    prompt = Prompt(given.context)
     flat = denoiser(given.x, given.timestep, prompt).clone()
     assert torch.equal(denoiser(given.x[:, :, None], given.timestep, prompt), flat[:, :, None])
 
@@ -212,5 +213,5 @@ def test_a_frame_axis_comes_back(models):
 def test_what_does_not_fit_is_refused(models, shape, more, words):
     denoiser, _ = models
     with pytest.raises(RequestError) as refused:
-        denoiser.model.check(torch.ones(shape), Conditioning(randn(1, 6, 3584, seed=0), **more))
+        denoiser.model.check(torch.ones(shape), Prompt(randn(1, 6, 3584, seed=0), **more))
     assert words in str(refused.value)

@@ -14,8 +14,8 @@ from fastusp_backend.engine import Engine, parking
 from fastusp_backend.engine.loading import Checkpoint
 from fastusp_backend.engine.patching import PatchedWeights
 from fastusp_backend.errors import RequestError
-from fastusp_backend.models.family import Conditioning
 from fastusp_backend.models.synthetic import write_flux
+from fastusp_backend.prompt import Prompt
 from fastusp_backend.weights import packing
 
 pytestmark = pytest.mark.unit
@@ -164,7 +164,7 @@ def test_what_holds_addresses_is_dropped_when_factors_change(packed):
     engine.make_room()
     engine.load()
     given, plain_bytes = inputs(MINI, text=24, size=(8, 8), seed=3), engine.nbytes
-    prompt = Conditioning(given.context, given.y, given.guidance)
+    prompt = Prompt(given.context, given.y, given.guidance)
 
     def evaluated() -> tuple[object, torch.Tensor]:
         denoiser = engine.denoiser(layout, Settings())

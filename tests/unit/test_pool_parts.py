@@ -18,8 +18,9 @@ from fastusp_backend.pool import workers
 from fastusp_backend.pool.kept import KEPT_TENSORS, KeptTensors
 from fastusp_backend.pool.patches import HeldPatches
 from fastusp_backend.pool.progress import QUIET
-from fastusp_backend.pool.session import Prompt, Session, _distinct
+from fastusp_backend.pool.session import Session, _distinct
 from fastusp_backend.pool.workers import worker_environment
+from fastusp_backend.prompt import Prompt
 
 pytestmark = pytest.mark.unit
 

@@ -39,23 +39,25 @@ ROOMS = {
     "pinning": set(),
     "pulse": set(),
     "ports": set(),
+    "prompt": {"errors"},
     "planner": BASE,
     "protocol": BASE | {"pinning"},
     "comm": {"config", "kernels", "pinning", "ports", "pulse"},
     "kernels": set(),
     "attention": {"config", "comm", "kernels", "pulse"},
     "weights": BASE | {"kernels", "comm"},
-    "models": BASE | {"weights", "kernels", "attention"},
-    "engine": BASE | {"models", "weights", "attention", "comm", "pinning", "pulse"},
-    "sampling": set(),
-    "worker": BASE | {"sampling", "engine", "models", "protocol", "comm.exchange", "comm.mesh", "ports", "pulse"},
+    "models": BASE | {"prompt", "weights", "kernels", "attention"},
+    "engine": BASE | {"prompt", "models", "weights", "attention", "comm", "pinning", "pulse"},
+    "sampling": {"prompt"},
+    "worker": BASE
+    | {"prompt", "sampling", "engine", "models", "protocol", "comm.exchange", "comm.mesh", "ports", "pulse"},
     "worker.process": {"pulse"},
-    "pool": BASE | {"protocol", "devices", "environment", "worker.process", "pulse"},
+    "pool": BASE | {"prompt", "protocol", "devices", "environment", "worker.process", "pulse"},
 }
 ABOVE_ALL = {"cli", "__main__"}
 FOR_NODES = (
     BASE
-    | {"pool", "planner", "devices", "sampling"}
+    | {"prompt", "pool", "planner", "devices", "sampling"}
     | {"models.detection", "models.files", "models.holding", "weights.checkpoint", "weights.adapters"}
 )
 

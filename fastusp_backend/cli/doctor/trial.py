@@ -17,7 +17,8 @@ from ...devices import Devices
 from ...errors import FastUSPError
 from ...models.synthetic import TINY_FLUX, write_flux
 from ...planner import legal_layouts
-from ...pool import Pool, Progress, Prompt, Session
+from ...pool import Pool, Progress, Session
+from ...prompt import Prompt
 from ..inputs import BOUNDS, describe, difference, random_inputs
 from ..limit import limit
 from .checks import Check
