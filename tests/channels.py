@@ -4,7 +4,6 @@ import fcntl
 import os
 import socket
 import struct
-from multiprocessing import Pipe
 
 import msgspec
 import pytest
@@ -63,20 +62,19 @@ SENTINEL = Cancel(id=987654321)
 
 
 class Pair:
-    """A client's channel and a worker's, and the client's bare connection for what a channel would not send."""
+    """A client's channel and a worker's, and the client's bare socket for what a channel would not send."""
 
     def __init__(self, **options):
-        self.bare, other = Pipe()
+        self.bare, other = socket.socketpair()
         self.client = Channel(self.bare, ToClient)
         self.worker = Channel(other, ToWorker, **options)
 
     def send_bytes(self, data: bytes) -> None:
-        self.bare.send_bytes(data)
+        self.client.send_bytes(data)
 
     def send_with(self, fd: int, data: bytes) -> None:
         """A frame with a descriptor."""
-        with socket.socket(fileno=os.dup(self.bare.fileno())) as sock:
-            assert socket.send_fds(sock, [struct.pack("!i", len(data)) + data], [fd]) == len(data) + 4
+        assert socket.send_fds(self.bare, [struct.pack(">I", len(data)) + data], [fd]) == len(data) + 4
 
     def close(self) -> None:
         self.client.close()
@@ -94,12 +92,10 @@ def frame(message: object, *, carrier: int = NONE, blob: bytes = b"") -> bytes:
 
 def recorded_frame(message, tensors=None) -> bytes:
     """What Channel.send writes for a message that travels inline."""
-    ours, other = Pipe()
-    channel = Channel(ours, ToClient)
-    channel.send(message, tensors)
-    data = other.recv_bytes()
-    channel.close()
-    other.close()
+    pair = Pair()
+    pair.client.send(message, tensors)
+    data = pair.worker.recv_bytes(1 << 20)
+    pair.close()
     return data
 
 

@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client
 from pathlib import Path
 
 from ..config import Layout, ModelSpec
@@ -144,8 +143,8 @@ class Workers:
         while not self._ended.wait(POLL_SECONDS):
             channel = None
             try:
-                connection = Client(self.run_dir.address, family="AF_UNIX", authkey=self.run_dir.key)
-                channel = Channel(connection, ToClient)
+                channel = Channel.connect(self.run_dir.address, ToClient)
+                channel.authenticate(self.run_dir.key, listens=False)
                 channel.send(Hello(version=VERSION))
                 reply, _ = channel.receive()
                 if not isinstance(reply, Ready) or reply.version != VERSION:

@@ -1,9 +1,12 @@
-"""Frames over a `multiprocessing.connection`: a message and the tensors that travel with it.
+"""Frames over a stream socket: a message and the tensors that travel with it.
 
-A frame is one `send_bytes`: 8 bytes (magic, carrier, length of the message, big endian), the msgpack message, and the
-tensors as a safetensors file. Tensors of more than 256 KiB together go into shared memory instead; the frame says where
-in it they lie, and its descriptor comes with the frame over the AF_UNIX socket, unless the receiver has mapped it
-before. Nothing that arrives is ever unpickled.
+A frame is preceded by its length (4 bytes, big endian). It is 8 bytes (magic, carrier, length of the message, big
+endian), the msgpack message, and the tensors as a safetensors file. Tensors of more than 256 KiB together go into
+shared memory instead; the frame says where in it they lie, and its descriptor comes with the frame over the AF_UNIX
+socket, unless the receiver has mapped it before.
+
+`multiprocessing.connection` would frame bytes as well, but passes no descriptor with them and unpickles by default. Of
+it there is only the handshake by which both ends prove that they have the key. Nothing that arrives is ever unpickled.
 """
 
 import contextlib
@@ -12,7 +15,7 @@ import socket
 import struct
 import threading
 import weakref
-from multiprocessing.connection import Connection
+from multiprocessing.connection import answer_challenge, deliver_challenge, wait
 from typing import NamedTuple
 
 import msgspec
@@ -25,14 +28,14 @@ from .messages import Message
 from .shared import ADVICE, Places, SharedMemory, SharedTensors, inline_tensors, room_for
 
 _HEADER = struct.Struct(">2sBxI")
-_LENGTH = struct.Struct("!i")
+_LENGTH = struct.Struct(">I")
 _FD = struct.Struct("i")
 _MAGIC = b"FU"
 _NONE, _INLINE, _SHARED, _LASTING = range(4)
 
 INLINE_LIMIT = 256 * 1024
 MAX_FRAME = 1 << 30
-"""Upper bound of a frame, in bytes: tensors travel inline where shared memory is not to be had (TCP, no memfd)."""
+"""Upper bound of a frame, in bytes: tensors travel inline where there is no shared memory (TCP, no memfd)."""
 
 
 class Frame(NamedTuple):
@@ -43,22 +46,42 @@ class Frame(NamedTuple):
 
 
 class Channel:
-    """One end of the control channel. `receives` is the union of messages this end accepts.
+    """One end of the control channel, which owns its socket. `receives` is the union of messages this end accepts.
 
     Sending is safe from several threads; receiving belongs to one.
     """
 
-    def __init__(self, connection: Connection, receives: type, *, limit: int = MAX_FRAME):
-        self._connection = connection
+    def __init__(self, sock: socket.socket, receives: type, *, limit: int = MAX_FRAME):
+        self._socket = sock
+        self._socket.settimeout(None)  # whatever default the process has set
         self._decoder = msgspec.msgpack.Decoder(receives)
         self._places = msgspec.msgpack.Decoder(Places)
         self._lasting: SharedMemory | None = None  # what this end writes to
         self._arrived: weakref.ref[SharedMemory] | None = None  # what it was sent, as long as anybody uses it
         self._limit = limit
         self._send_lock = threading.Lock()
-        self._socket = socket.socket(fileno=os.dup(connection.fileno()))
-        self._socket.settimeout(None)  # whatever default the process has set
         self.shares_memory = self._socket.family == socket.AF_UNIX and hasattr(os, "memfd_create")
+
+    @classmethod
+    def connect(cls, address: str, receives: type) -> "Channel":
+        """The client's end of a channel to the AF_UNIX socket at `address`. Raises OSError where nobody listens."""
+        sock = socket.socket(socket.AF_UNIX)
+        try:
+            sock.connect(address)
+        except BaseException:
+            sock.close()
+            raise
+        return cls(sock, receives)
+
+    def authenticate(self, key: bytes, *, listens: bool) -> None:
+        """Has both ends prove that they have the key (HMAC), before anything else is sent. listens: this end was
+        connected to, and asks first.
+
+        Raises multiprocessing.AuthenticationError where the other end has another key, EOFError or OSError where it
+        closed or said something else.
+        """
+        for challenge in (deliver_challenge, answer_challenge)[:: 1 if listens else -1]:
+            challenge(self, key)
 
     def send(self, message: Message, tensors: dict[str, torch.Tensor] | None = None, *, lasting: bool = False) -> None:
         """`write` of a `frame`."""
@@ -82,10 +105,20 @@ class Channel:
     def write(self, frame: Frame) -> None:
         """Raises OSError when the other end is gone. Whoever is interrupted here leaves half a frame behind."""
         with self._send_lock:
-            if frame.memory is None:
-                self._connection.send_bytes(frame.data)
-            else:
-                self._send_with_descriptor(frame.data, frame.memory.fd)
+            data, sent = _LENGTH.pack(len(frame.data)) + frame.data, 0
+            if frame.memory is not None:
+                sent = socket.send_fds(self._socket, [data], [frame.memory.fd])
+            self._socket.sendall(data[sent:])
+
+    def send_bytes(self, data: bytes) -> None:
+        """Sends a frame of the handshake, which is no message. Raises as `write`."""
+        self.write(Frame(data))
+
+    def recv_bytes(self, most: int) -> bytes:
+        """The next frame as it is, of so many bytes at most. Raises as `receive`."""
+        frame, fd, _ = self._receive_frame(most)
+        _close(fd)
+        return frame
 
     def forget(self) -> None:
         """Gives lasting memory up: the next tensors go into other memory."""
@@ -114,7 +147,7 @@ class Channel:
 
     def poll(self, seconds: float) -> bool:
         """Whether a frame (or the end of the stream) waits. Raises OSError when the connection broke."""
-        return self._connection.poll(seconds)
+        return bool(wait([self._socket], seconds))
 
     def receive(self) -> tuple[Message, dict[str, torch.Tensor]]:
         """The next message and its tensors.
@@ -122,7 +155,7 @@ class Channel:
         Raises EOFError when the other end closed, OSError when the connection broke or the frame was too large (the
         stream is unusable then), ProtocolError when the frame was refused (the next one can still be received).
         """
-        frame, fd, lost = self._receive_frame()
+        frame, fd, lost = self._receive_frame(self._limit)
         try:
             return self._read(frame, fd, lost)
         except (msgspec.MsgspecError, ValueError, SafetensorError, KeyError) as error:
@@ -162,21 +195,15 @@ class Channel:
             raise ProtocolError("a frame announces shared memory but no descriptor came with it")
         return memory
 
-    def _send_with_descriptor(self, frame: bytes, fd: int) -> None:
-        data = _LENGTH.pack(len(frame)) + frame
-        sent = socket.send_fds(self._socket, [data], [fd])
-        self._socket.sendall(data[sent:])
-
-    def _receive_frame(self) -> tuple[bytes, int | None, bool]:
-        """The next frame, the descriptor that came with it, and whether one came that this process could not take. Its
-        length prefix is `Connection.send_bytes`'s."""
+    def _receive_frame(self, most: int) -> tuple[bytes, int | None, bool]:
+        """The next frame, the descriptor that came with it, and whether one came that this process could not take."""
         prefix, ancillary, flags, _ = self._socket.recvmsg(_LENGTH.size, socket.CMSG_LEN(_FD.size))
         if not prefix:
             raise EOFError
         fd = next((_FD.unpack(data)[0] for _, kind, data in ancillary if kind == socket.SCM_RIGHTS), None)
         try:
             (length,) = _LENGTH.unpack(prefix + self._receive_exactly(_LENGTH.size - len(prefix)))
-            if not 0 <= length <= self._limit:
+            if length > most:
                 raise OSError(f"a frame of {length} bytes is too large")
             return self._receive_exactly(length), fd, fd is None and bool(flags & socket.MSG_CTRUNC)
         except BaseException:
@@ -200,7 +227,6 @@ class Channel:
     def close(self) -> None:
         self.forget()
         self._socket.close()
-        self._connection.close()
 
 
 def _close(fd: int | None) -> None:

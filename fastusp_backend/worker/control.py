@@ -9,11 +9,11 @@ import contextlib
 import logging
 import os
 import queue
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Connection, Listener, answer_challenge, deliver_challenge
 
 import torch
 
@@ -46,7 +46,9 @@ class Control:
         self._channel: Channel | None = None
         self._greeting = threading.Lock()
         self._strangers = threading.Semaphore(STRANGERS)
-        self._listener = Listener(address, family="AF_UNIX", backlog=STRANGERS)
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(address)  # in a directory that is the user's alone, and goes with the pool
+        self._listener.listen(STRANGERS)
         for work in (self._accept, self._write):
             self._start(work)
 
@@ -87,25 +89,23 @@ class Control:
     def _accept(self) -> None:
         while True:
             try:
-                connection = self._listener.accept()
+                sock, _ = self._listener.accept()
             except OSError as error:
                 log.warning("a client was refused: %s", error)
                 time.sleep(0.1)  # too many open files, say: it comes again
                 continue
             if self._strangers.acquire(blocking=False):
-                self._start(self._meet, connection)
+                self._start(self._meet, Channel(sock, ToWorker))
             else:
                 log.warning("a client was refused: %d others have not said who they are", STRANGERS)
-                connection.close()
+                sock.close()
 
-    def _meet(self, connection: Connection) -> None:
-        channel = None
+    def _meet(self, channel: Channel) -> None:
         try:
-            channel = Channel(connection, ToWorker)
-            self._greet(connection, channel)
+            self._greet(channel)
         except (AuthenticationError, EOFError, OSError, ProtocolError) as error:
             log.warning("a client was refused: %s", error or type(error).__name__)
-            (channel or connection).close()
+            channel.close()
             return
         finally:
             self._strangers.release()
@@ -118,10 +118,9 @@ class Control:
             finally:
                 os._exit(CLIENT_GONE)
 
-    def _greet(self, connection: Connection, channel: Channel) -> None:
+    def _greet(self, channel: Channel) -> None:
         with _limited(channel, GREETING_SECONDS):
-            deliver_challenge(connection, self._key)
-            answer_challenge(connection, self._key)
+            channel.authenticate(self._key, listens=True)
             hello, _ = channel.receive()
             with self._greeting:
                 if not isinstance(hello, Hello) or hello.version != VERSION:

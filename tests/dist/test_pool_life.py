@@ -272,7 +272,7 @@ def test_threads_take_turns(pool, dev, still_right):
 
 
 def test_a_malformed_frame_of_the_client_is_refused(pool, dev, still_right):
-    pool._workers.channel._connection.send_bytes(b"FU\x00\x00 no message at all")
+    pool._workers.channel.send_bytes(b"FU\x00\x00 no message at all")
     with pytest.raises(ProtocolError, match="refused a message"):
         sample(pool, dev)
 
@@ -280,7 +280,7 @@ def test_a_malformed_frame_of_the_client_is_refused(pool, dev, still_right):
 def test_a_malformed_frame_beside_an_order(pool, dev, still_right):
     """The weights go, though that is not seen, and with them what the workers keep of a prompt."""
     evaluate(pool, dev)
-    pool._workers.channel._connection.send_bytes(b"no message at all")
+    pool._workers.channel.send_bytes(b"no message at all")
     with pytest.raises(ProtocolError, match="refused a message"):
         pool.release()
 

@@ -217,8 +217,8 @@ def test_small_tensors_are_aligned_alike_each_time(pair):
         assert all(t.data_ptr() % 64 == 0 for t in arrived.values())
 
 
-def test_a_negative_length_breaks_the_stream(pair):
-    """Otherwise it would be a frame of nothing, and what follows be taken for frames."""
-    os.write(pair.bare.fileno(), b"\xff\xff\xff\xff")
-    with pytest.raises(OSError, match="a frame of -1 bytes is too large"):
+def test_the_largest_length_breaks_the_stream(pair):
+    """As a negative one it would be a frame of nothing, and what follows be taken for frames."""
+    pair.bare.sendall(b"\xff\xff\xff\xff")
+    with pytest.raises(OSError, match="a frame of 4294967295 bytes is too large"):
         pair.worker.receive()

@@ -5,7 +5,6 @@ import socket
 import threading
 import time
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client
 
 import pytest
 from support import wait_until
@@ -35,10 +34,16 @@ class Rank:
         threading.Event().wait()  # the true one does not return
 
     def connect(self, key=KEY):
-        return Client(self.address, family="AF_UNIX", authkey=key)
+        channel = Channel.connect(self.address, ToClient)
+        try:
+            channel.authenticate(key, listens=False)
+        except BaseException:
+            channel.close()
+            raise
+        return channel
 
     def greet(self, message=None) -> tuple[Channel, object]:
-        channel = Channel(self.connect(), ToClient)
+        channel = self.connect()
         self.channels.append(channel)
         channel.send(message or Hello(version=VERSION))
         return channel, channel.receive()[0]
@@ -58,13 +63,12 @@ def rank(tmp_path, monkeypatch):
         channel.close()
     if rank.control._channel is not None:  # its thread must not end this process when os._exit is itself again
         wait_until(lambda: rank.ends, 5)
-    rank.control._listener._listener._unlink()
 
 
-def ends(connection) -> bool:
+def ends(channel) -> bool:
     with pytest.raises((EOFError, OSError)):
-        connection.recv_bytes()
-    connection.close()
+        channel.recv_bytes(1000)
+    channel.close()
     return True
 
 
@@ -79,7 +83,7 @@ def test_strangers_are_refused(rank):
         connection.send_bytes(frame)
         assert ends(connection)
     oversized = rank.connect()
-    os.write(oversized.fileno(), b"\x7f\xff\xff\xff")
+    oversized._socket.sendall(b"\x7f\xff\xff\xff")
     assert ends(oversized)
     rank.connect().close()
     for message in (Hello(version=VERSION + 1), Release(id=1)):
@@ -131,14 +135,14 @@ def test_a_client_that_is_gone_ends_the_rank(rank):
 @pytest.mark.parametrize("part", [b"\x00\x00", b"\x00\x00\x01\x00half"], ids=["of a length", "of a frame"])
 def test_half_a_frame_and_the_end(rank, part):
     channel, _ = rank.greet()
-    os.write(channel._connection.fileno(), part)
+    channel._socket.sendall(part)
     channel.close()
     wait_until(lambda: rank.ends == [CLIENT_GONE], 5)
 
 
 def test_a_stream_that_cannot_be_understood_any_more_ends_the_rank_and_says_why(rank):
     channel, _ = rank.greet()
-    os.write(channel._connection.fileno(), b"\x7f\xff\xff\xff")
+    channel._socket.sendall(b"\x7f\xff\xff\xff")
     wait_until(lambda: rank.ends == [1], 5)
     assert "is too large" in str(rank.deaths[0])
 

@@ -1,8 +1,8 @@
 """The client's end of the channel: neither a peer that does not read nor an interruption holds it up or harms it."""
 
+import socket
 import threading
 import time
-from multiprocessing import Pipe
 
 import pytest
 import torch
@@ -18,10 +18,10 @@ pytestmark = pytest.mark.unit
 
 class Ends:
     def __init__(self):
-        ours, self.theirs = Pipe()
+        ours, theirs = socket.socketpair()
         self.channel, self.heard = Channel(ours, ToClient), []
         self.link = Link(self.channel, self.heard.append)
-        self.worker = Channel(self.theirs, ToWorker)
+        self.worker = Channel(theirs, ToWorker)
 
     def send(self, message, tensors=None, meanwhile=lambda: None):
         self.link.send(self.channel.frame(message, tensors), meanwhile)
@@ -54,7 +54,7 @@ def test_a_message_is_heard_though_nobody_asks_for_it(ends):
 
 def test_what_is_not_understood_is_told_in_its_turn(ends):
     ends.worker.send(Done(id=1))
-    ends.theirs.send_bytes(b"garbage")
+    ends.worker.send_bytes(b"garbage")
     ends.worker.send(Done(id=2))
     assert ends.link.receive(5)[0].id == 1
     with pytest.raises(ProtocolError):

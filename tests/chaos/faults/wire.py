@@ -1,14 +1,15 @@
 """What arrives where the client alone should be heard: on its socket, beside it, at ports."""
 
-import os
 import socket
 import struct
 import threading
 import time
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client
 
 from listening import listeners
+
+from fastusp_backend.protocol import Channel
+from fastusp_backend.protocol.messages import ToClient
 
 from ..requests import ENDLESS
 from .base import ANY, STANDING, Fault
@@ -66,14 +67,14 @@ class HalfFrame(Fault):
         elif self.moment.kind == "start":
             self.moment = self.moment._replace(kind="delay")
         self.size = self.rng.choice((1, 3, 4, 5, 100, 70_000))
-        self.length = self.rng.choice((-1, -(1 << 31), (1 << 30) + 1, (1 << 31) - 1))
+        self.length = self.rng.choice(((1 << 32) - 1, 1 << 31, (1 << 30) + 1, (1 << 31) - 1))
 
     def strike(self) -> None:
         self.detail = f"{self.size} bytes, then {self.how}"
         if self.how == "a length that cannot be":
-            write(self.world, struct.pack("!i", self.length) + b"FU")
+            write(self.world, struct.pack(">I", self.length) + b"FU")
             return
-        write(self.world, (struct.pack("!i", 1 << 20) + self.rng.randbytes(self.size))[: self.size])
+        write(self.world, (struct.pack(">I", 1 << 20) + self.rng.randbytes(self.size))[: self.size])
         if self.how == "end":
             self.world.pool._workers.channel._socket.shutdown(socket.SHUT_WR)
 
@@ -112,9 +113,10 @@ class Strangers(Fault):
 
     def _meet(self, how: str) -> None:
         if self.keyed:
-            connection = Client(self._address, family="AF_UNIX", authkey=self._key)
-            self._open.append(connection)
-            sock = socket.socket(fileno=os.dup(connection.fileno()))
+            channel = Channel.connect(self._address, ToClient)
+            self._open.append(channel)
+            channel.authenticate(self._key, listens=False)
+            sock = channel._socket.dup()
         else:
             sock = socket.socket(socket.AF_UNIX)
         with sock:
@@ -129,8 +131,8 @@ class Strangers(Fault):
     def lift(self) -> None:
         self._over.set()
         super().lift()
-        for connection in self._open:
-            connection.close()
+        for channel in self._open:
+            channel.close()
 
 
 class Ports(Fault):
