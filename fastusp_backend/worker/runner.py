@@ -9,14 +9,15 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 import torch
 
 from ..engine import BatchedDenoiser, Engine
-from ..errors import Cancelled, CheckpointError, LayoutError, PatchesLost, RequestError
+from ..errors import Cancelled, CheckpointError, PatchesLost
 from ..models.family import NO_RESIDUALS, Residuals
-from ..prompt import Inpainting, Prompt, Tensors, take
+from ..prompt import Prompt, Tensors
 from ..protocol import Done, Evaluate, Failed, Park, Patch, Phase, Release, Sample, Shutdown, Step, Unmap
 from ..protocol.messages import Request
 from ..pulse import beat, turn_to
@@ -25,8 +26,9 @@ from .agreement import Agreement, Refused
 from .control import Control
 from .crew import Crew
 from .memory import EVALUATING, PATCHING, PREPARING, RECEIVING, WAITING, explain, out_of_memory_in
+from .prompt_cache import PromptCache
+from .requests import CONTROL, SamplingInputs, check_layout, evaluation_inputs, sampling_inputs
 from .residency import Residency
-from .tensors import CONTROL, KeptPrompts, residuals_of
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +50,17 @@ class Runner:
         self._control = control
         self._agreement = Agreement(crew, engine)
         self._residency = Residency(self._agreement, crew, engine, self._reply)
-        self._prompts = KeptPrompts()
+        self._prompts = PromptCache()
         self._work = msgspec.msgpack.Decoder(Work)
         self._launched: deque[torch.cuda.Event] = deque()
+        self._handlers: dict[type, Callable[[Any, Tensors], None]] = {
+            Sample: self._sample,
+            Evaluate: self._evaluate,
+            Patch: self._patch,
+            Unmap: self._unmap,
+            Release: self._release,
+            Park: self._park,
+        }
 
     def serve(self) -> None:
         """Returns after Shutdown."""
@@ -59,41 +69,22 @@ class Runner:
                 message, tensors = self._next()
                 if isinstance(message, Shutdown):
                     return
-                if isinstance(message, Unmap | Release | Park):
-                    self._obey(message)
-                else:
-                    self._serve(message, tensors)
+                self._handle(message, tensors)
             except Exception as error:
                 if out := out_of_memory_in(error):
                     raise MemoryError(explain(out, self._agreement.doing, self._engine.held())) from error
                 raise
 
-    def _serve(self, message: Request | Patch, tensors: Tensors) -> None:
+    def _handle(self, message: Work, tensors: Tensors) -> None:
         started = time.perf_counter()
         try:
-            if isinstance(message, Sample):
-                self._sample(message, tensors)
-            elif isinstance(message, Patch):
-                self._patch(message, tensors)
-            else:
-                self._evaluate(message, tensors)
+            self._handlers[type(message)](message, tensors)
         except Cancelled:
             self._reply(Failed(id=message.id, kind="cancelled", rank=0, text="cancelled"))
         except Refused as refused:
             self._residency.tell(message.id)
             self._reply(Failed(id=message.id, kind=refused.kind, rank=refused.rank, text=str(refused)))
         log.info("request %d (%s) took %.3f s", message.id, type(message).__name__, time.perf_counter() - started)
-
-    def _obey(self, order: Unmap | Release | Park) -> None:
-        if isinstance(order, Park):
-            self._residency.park()
-        else:
-            self._crew.unmap()
-        if isinstance(order, Release):
-            self._engine.release()
-            self._prompts.clear()
-        self._residency.tell(order.id)
-        self._reply(Done(id=order.id))
 
     def _next(self) -> tuple[Work, Tensors]:
         message = body = tensors = None
@@ -126,84 +117,56 @@ class Runner:
             self._control.send(message, tensors)
 
     def _sample(self, request: Sample, sent: Tensors) -> None:
-        def prepare() -> tuple[GuidedModel, torch.Tensor, torch.Tensor, torch.Tensor, Callable[[], None]]:
-            if request.sampler not in SAMPLERS:
-                raise RequestError(f"sampler {request.sampler!r} is not one of: {', '.join(SAMPLERS)}")
-            unknown = request.options.keys() - SAMPLERS[request.sampler].options.keys()
-            if unknown:
-                raise RequestError(f"sampler {request.sampler!r} has no option {', '.join(sorted(unknown))}")
+        def prepare() -> tuple[BatchedDenoiser, SamplingInputs]:
+            inputs = sampling_inputs(request, self._here(sent))
             denoiser = self._engine.denoiser(request.layout, request.settings)
-            tensors = self._here(sent)
-            x, sigmas = take(tensors, "x"), take(tensors, "sigmas").cpu()
-            if sigmas.dim() != 1 or not len(sigmas):
-                raise RequestError(f"sigmas {tuple(sigmas.shape)} are no list of levels")
-            draws = SAMPLERS[request.sampler].noise_draws(sigmas, request.options)
-            noise = tensors.get("noise", x.new_empty(0, *x.shape))
-            if noise.shape != (draws, *x.shape):
-                raise RequestError(
-                    f"{request.sampler} takes {draws} draws of noise {tuple(x.shape)}, got {tuple(noise.shape)}"
-                )
-            methods = request.reference_methods
-            positive = Prompt.from_tensors(tensors, methods.get("positive"), "positive.")
-            negative = None
-            if "negative.context" in tensors:
-                negative = Prompt.from_tensors(tensors, methods.get("negative"), "negative.")
-            prompts = [positive] if negative is None else [positive, negative]
-            denoiser.check(x, prompts)
-            # In float32, as the loop will compute them: they are looked up by value.
-            evaluated = torch.tensor(SAMPLERS[request.sampler].evaluations(sigmas), dtype=torch.float32)
-            timesteps = (evaluated * request.timestep_scale).tolist()
-            denoiser.reserve(x, prompts, evaluations=len(timesteps))
-            model = GuidedModel(
-                velocities=self._velocities(request, denoiser),
-                positive=positive,
-                negative=negative,
-                cfg=request.cfg,
-                timestep_scale=request.timestep_scale,
-                inpainting=Inpainting.from_tensors(tensors, x),
-            )
-            return model, x, sigmas, noise, lambda: denoiser.prepare(timesteps, prompts)
+            denoiser.check(inputs.x, inputs.prompts)
+            denoiser.reserve(inputs.x, inputs.prompts, evaluations=len(inputs.timesteps))
+            return denoiser, inputs
 
-        model, x, sigmas, noise, begin = self._prepare(request, prepare)
+        denoiser, inputs = self._prepare(request, prepare)
+        model = GuidedModel(
+            velocities=self._velocities(request, denoiser),
+            positive=inputs.positive,
+            negative=inputs.negative,
+            cfg=request.cfg,
+            timestep_scale=request.timestep_scale,
+            inpainting=inputs.inpainting,
+        )
+        follow = self._follower(request, steps=len(inputs.sigmas) - 1)
+        run = SAMPLERS[request.sampler].run
+        with torch.inference_mode():
+            denoiser.prepare(inputs.timesteps, inputs.prompts)  # an exchange, so no part of what is prepared
+            output = run(model, inputs.x, inputs.sigmas, noise=iter(inputs.noise), callback=follow, **request.options)
+        self._finish(request, output)
+
+    def _follower(self, request: Sample, *, steps: int) -> Callable[[StepState], None]:
+        """What tells the client of each step."""
         last = time.perf_counter()
 
-        def report(state: StepState) -> None:
+        def follow(state: StepState) -> None:
             def step() -> Step:  # made when the step is done, not when it is queued
                 nonlocal last
                 seconds, last = time.perf_counter() - last, time.perf_counter()
-                return Step(
-                    id=request.id,
-                    index=state.index,
-                    total=len(sigmas) - 1,
-                    sigma=float(state.sigma),
-                    seconds=seconds,
-                )
+                sigma = float(state.sigma)
+                return Step(id=request.id, index=state.index, total=steps, sigma=sigma, seconds=seconds)
 
             self._reply(step, {"x": state.x, "denoised": state.denoised})
 
-        run = SAMPLERS[request.sampler].run
-        with torch.inference_mode():
-            begin()  # an exchange, so no part of what is prepared
-            output = run(model, x, sigmas, noise=iter(noise), callback=report, **request.options)
-        self._finish(request, output)
+        return follow
 
     def _evaluate(self, request: Evaluate, sent: Tensors) -> None:
         def prepare() -> tuple[BatchedDenoiser, Prompt, torch.Tensor, torch.Tensor, Residuals]:
-            denoiser = self._engine.denoiser(request.layout, request.settings)
             tensors = self._here(sent)
-            x, conditioning = take(tensors, "x"), self._prompts.conditioning(request, tensors)
-            control = residuals_of(request.control, tensors)
-            denoiser.check(x, [conditioning], control)
-            timestep = take(tensors, "timestep").cpu()
-            if timestep.shape != x.shape[:1]:
-                raise RequestError(
-                    f"timestep {tuple(timestep.shape)} does not fit the latents: expected {len(x)} values"
-                )
-            denoiser.reserve(x, [conditioning], control)
-            return denoiser, conditioning, x, timestep, control
+            prompt = self._prompts.prompt(request, tensors)
+            x, timestep, control = evaluation_inputs(request, tensors)
+            denoiser = self._engine.denoiser(request.layout, request.settings)
+            denoiser.check(x, [prompt], control)
+            denoiser.reserve(x, [prompt], control)
+            return denoiser, prompt, x, timestep, control
 
-        denoiser, conditioning, x, timestep, control = self._prepare(request, prepare)
-        (output,) = self._velocities(request, denoiser, control)(x, timestep, [conditioning])
+        denoiser, prompt, x, timestep, control = self._prepare(request, prepare)
+        (output,) = self._velocities(request, denoiser, control)(x, timestep, [prompt])
         self._finish(request, output)
 
     def _finish(self, request: Request, output: torch.Tensor) -> None:
@@ -224,6 +187,24 @@ class Runner:
         self._residency.tell(request.id, patched=True)
         self._reply(Done(id=request.id))
 
+    def _unmap(self, order: Unmap, _: Tensors) -> None:
+        self._crew.unmap()
+        self._end(order)
+
+    def _release(self, order: Release, _: Tensors) -> None:
+        self._crew.unmap()
+        self._engine.release()
+        self._prompts.clear()
+        self._end(order)
+
+    def _park(self, order: Park, _: Tensors) -> None:
+        self._residency.park()
+        self._end(order)
+
+    def _end(self, order: Unmap | Release | Park) -> None:
+        self._residency.tell(order.id)
+        self._reply(Done(id=order.id))
+
     def _prepare(self, request: Request, build):
         """Loads the model and calls `build`; raises Refused on all ranks when any of them failed.
 
@@ -236,14 +217,7 @@ class Runner:
         return prepared
 
     def _check(self, request: Request) -> None:
-        layout = request.layout
-        if layout.ranks != self._crew.size:
-            raise LayoutError(f"layout {layout} does not fit a pool of {self._crew.size} ranks")
-        heads = self._engine.describe(request.model).heads
-        if heads % layout.ulysses:
-            raise LayoutError(
-                f"a Ulysses degree of {layout.ulysses} does not divide the model's {heads} attention heads"
-            )
+        check_layout(request, self._crew.size, self._engine.describe(request.model).heads)
         patches = self._engine.patches if self._engine.holds(request.model) else 0
         if patches != request.patches:
             raise PatchesLost(f"the weights hold patch set {patches}, not {request.patches}")

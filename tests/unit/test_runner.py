@@ -173,7 +173,7 @@ def test_a_lack_of_memory_while_the_ranks_read_ends_the_pool_and_says_what_helps
 def test_an_evaluation_that_does_not_fit_drops_what_others_left_but_not_the_weights():
     engine = Engine()
     engine.denoiser = fail(torch.OutOfMemoryError(CUDA_ALLOCATOR))
-    failed = serve(engine, "")
+    failed = serve(engine, "", {"timestep": torch.ones(1)})
     assert failed.kind == "out_of_memory" and "made room for an evaluation" in failed.text
     assert (engine.releases, engine.drops) == (0, 1)
 
