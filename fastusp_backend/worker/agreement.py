@@ -53,7 +53,7 @@ class Agreement:
             if not is_out_of_memory(error) or _importing(error):
                 raise
             problem = f"out_of_memory\n{explain(error, doing, self._engine.held())}"
-        for rank, text in enumerate(self._crew.gather(problem)):
+        for rank, text in enumerate(self._crew.all_gather(problem)):
             if text:
                 result = None  # the error's traceback holds it, and with it buffers and graphs that are to go
                 raise Refused(rank, *text.split("\n", 1))

@@ -56,7 +56,7 @@ class Crew:
         self._group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
         close_ports()
 
-    def share(self, payload: bytes | None) -> bytes:
+    def broadcast(self, payload: bytes | None) -> bytes:
         """Rank 0's payload, on every rank; the others pass None."""
         if self.size == 1:
             return payload
@@ -71,7 +71,7 @@ class Crew:
         dist.broadcast(data, 0, group=self._group)
         return payload if payload is not None else data.numpy().tobytes()
 
-    def share_tensors(self, tensors: dict[str, torch.Tensor] | None) -> Mapping[str, torch.Tensor]:
+    def broadcast_tensors(self, tensors: dict[str, torch.Tensor] | None) -> Mapping[str, torch.Tensor]:
         """Rank 0's tensors (contiguous, on the CPU), on every rank; the others pass None. Those in shared memory are
         mapped by all, or `Unmapped` on all. What lies in lasting memory is there until the request is answered."""
         if self.size > 1:
@@ -91,15 +91,15 @@ class Crew:
 
     def _send_tensors(self, tensors: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         if not isinstance(tensors, SharedTensors):
-            self.share(safetensors.torch.save(tensors) if tensors else b"")
+            self.broadcast(safetensors.torch.save(tensors) if tensors else b"")
             return tensors
         memory = tensors.memory
         path = None if memory is self._lasting else f"/proc/{os.getpid()}/fd/{memory.fd}"
-        self.share(_SHARED + msgspec.msgpack.encode(_Where(path, memory.lasting, tensors.places)))
+        self.broadcast(_SHARED + msgspec.msgpack.encode(_Where(path, memory.lasting, tensors.places)))
         return tensors if path is None else self._all_or_none(tensors, "")
 
     def _receive_tensors(self) -> Mapping[str, torch.Tensor]:
-        blob = self.share(None)
+        blob = self.broadcast(None)
         if not blob.startswith(_SHARED):
             return inline_tensors(blob) if blob else {}
         where = msgspec.msgpack.decode(blob[1:], type=_Where)
@@ -120,7 +120,7 @@ class Crew:
 
     def _all_or_none(self, tensors: SharedTensors | None, problem: str) -> Mapping[str, torch.Tensor]:
         """Once all ranks have opened the memory, or told why they cannot."""
-        for rank, text in enumerate(self.gather(problem)):
+        for rank, text in enumerate(self.all_gather(problem)):
             if text:
                 self._missed = tensors.memory if self.rank == 0 else None
                 return Unmapped(f"rank {rank}: {text}")
@@ -134,7 +134,7 @@ class Crew:
         dist.broadcast(flag, 0, group=self._group)
         return bool(flag)
 
-    def most(self, number: int) -> int:
+    def maximum(self, number: int) -> int:
         """The largest of the ranks' numbers, on every rank."""
         if self.size == 1:
             return number
@@ -142,16 +142,16 @@ class Crew:
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._group)
         return int(largest)
 
-    def gather(self, text: str) -> list[str]:
+    def all_gather(self, text: str) -> list[str]:
         """Every rank's text, in rank order, on every rank. Where all are empty, as when nothing went wrong, one small
         message settles it."""
         if self.size == 1:
             return [text]
-        if not self.most(len(text)):
+        if not self.maximum(len(text)):
             return [""] * self.size
-        return [self._share_from(source, text) for source in range(self.size)]
+        return [self._broadcast_from(source, text) for source in range(self.size)]
 
-    def _share_from(self, source: int, text: str) -> str:
+    def _broadcast_from(self, source: int, text: str) -> str:
         data = text.encode() if source == self.rank else b""
         length = torch.tensor([len(data)])
         dist.broadcast(length, source, group=self._group)

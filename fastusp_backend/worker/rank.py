@@ -48,7 +48,7 @@ def work(run_dir: Path) -> None:
         name = f"cpu ({threads} thread{'s' * (threads > 1)})"
     crew = Crew(pins=device.type == "cuda")
     log.info("rank %d of %d on %s", crew.rank, crew.size, name)
-    members = [json.loads(x) for x in crew.gather(json.dumps([name, os.getpid()]))]
+    members = [json.loads(x) for x in crew.all_gather(json.dumps([name, os.getpid()]))]
     control = None
     if crew.rank == 0:
         ready = Ready(

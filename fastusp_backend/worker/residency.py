@@ -44,7 +44,7 @@ class Residency:
         engine, told = self._engine, self._told
         state = "none" if engine.spec is None else "parked" if engine.parked else "resident"
         same = not patched and (engine.spec, state) == (told.model, told.state)  # on all ranks alike
-        nbytes = told.nbytes if same else self._crew.most(engine.nbytes)
+        nbytes = told.nbytes if same else self._crew.maximum(engine.nbytes)
         now = engine.spec, state, nbytes, engine.exchanges
         if now != (told.model, told.state, told.nbytes, told.exchanges):
             self._told = Held(id=request, model=now[0], state=now[1], nbytes=now[2], exchanges=now[3])

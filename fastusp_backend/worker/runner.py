@@ -95,14 +95,14 @@ class Runner:
         if self._control is not None:
             message, tensors = self._control.next_request()
             body = msgspec.msgpack.encode(message) if self._crew.size > 1 else None
-        body = self._crew.share(body)
+        body = self._crew.broadcast(body)
         if on_gpu:
             torch.cuda.current_stream().synchronize()  # what waits for it below has more patience
         self._agreement.doing = RECEIVING
         beat(IDLE_SECONDS)
         if message is None:
             message = self._work.decode(body)
-        tensors = self._crew.share_tensors(tensors)
+        tensors = self._crew.broadcast_tensors(tensors)
         self._agreement.doing = EVALUATING
         return message, tensors
 

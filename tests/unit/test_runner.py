@@ -35,18 +35,18 @@ class Crew:
     def __init__(self, other: str):
         self.other = other
 
-    def share(self, payload):
+    def broadcast(self, payload):
         return payload
 
-    share_tensors = share
+    broadcast_tensors = broadcast
 
     def agree(self, stop):
         return stop
 
-    def most(self, number):
+    def maximum(self, number):
         return number
 
-    def gather(self, text):
+    def all_gather(self, text):
         return [text, self.other]
 
 
@@ -202,7 +202,7 @@ def test_what_was_prepared_is_gone_when_evaluations_are_dropped():
         reserve = check
 
     class LateCrew(Crew):
-        def gather(self, text):
+        def all_gather(self, text):
             return [text, "out_of_memory\nnot enough" if made else ""]
 
     def denoiser(*_):
@@ -242,7 +242,7 @@ def test_tensors_that_do_not_fit_the_device_are_refused():
 
 def test_a_lack_of_memory_before_a_request_is_understood_says_why():
     crew = Crew("")
-    crew.share_tensors = fail(torch.OutOfMemoryError(CUDA_ALLOCATOR))
+    crew.broadcast_tensors = fail(torch.OutOfMemoryError(CUDA_ALLOCATOR))
     with pytest.raises(MemoryError, match="while it took in a request: it asked for 2.50 GiB, and held 9 GB"):
         Runner(crew, Engine(), Control()).serve()
 
@@ -255,7 +255,7 @@ def test_a_rank_that_waits_for_a_request_does_not_vouch_for_rank_0(tmp_path, mon
     class Follower(Crew):
         rank = 1
 
-        def share(self, payload):
+        def broadcast(self, payload):
             shown.append(pulse.Reader(tmp_path / "pulse").read())
             return msgspec.msgpack.encode(Shutdown())
 
