@@ -11,13 +11,10 @@ given back. The final gather has an arena of its own: a peer's next one comes af
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Protocol
 
 import torch
 
+from .arena import CHANNELS, Arena, Part, Region, carve
 from .exchange import Pending
 from .ring import Block
 from .shards import SequenceShards
@@ -25,92 +22,6 @@ from .wire import Wire, unpack_gathered, unpack_returned
 
 _RETURN, _READY, _DONE, _FIRST_SEND = range(4)
 """Signal channels. q, k and v may travel in several messages, each with a channel of its own from the last on."""
-CHANNELS = 16
-_ALIGNMENT = 256
-
-
-class Arena(Protocol):
-    """Memory of this rank that all ranks of a group reach. Ranks count within the group.
-
-    generation: changes when addresses that a CUDA graph holds have moved.
-    """
-
-    rank: int
-    size: int
-    generation: int
-
-    def reserve(self, capacity: int) -> None:
-        """Makes room for so many bytes on every rank. Collective where it grows."""
-
-    def view(self, rank: int, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> torch.Tensor:
-        """Where this rank writes for rank `rank`, and reads what that rank published, at byte `offset`."""
-
-    def own(self, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> torch.Tensor:
-        """This rank's memory on its own device."""
-
-    def beside(self) -> AbstractContextManager:
-        """What is queued inside runs beside the main stream, after what that stream holds so far."""
-
-    def put(self, peer: int, channel: int) -> None:
-        """Signals to `peer`, behind what was queued before on the current stream."""
-
-    def wait(self, peer: int, channel: int) -> None:
-        """Holds the current stream until `peer` has signalled."""
-
-    def publish(self, part: "Part") -> None:
-        """Lets peers read a part of this rank's memory, once a signal says so."""
-
-    def expect(self, peer: int, channel: int, parts: list["Part"]) -> None:
-        """Announces that `peer` will write `parts` of this rank's memory and then signal."""
-
-    def settle(self) -> None:
-        """Holds the main stream until all that was expected has arrived and all that runs beside is done."""
-
-
-@dataclass(frozen=True)
-class Region:
-    """A tensor that has the same place in every rank's memory."""
-
-    arena: Arena
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    offset: int
-
-    @cached_property
-    def own(self) -> torch.Tensor:
-        return self.arena.own(self.shape, self.dtype, self.offset)
-
-    @cached_property
-    def _views(self) -> list[torch.Tensor]:
-        return [self.arena.view(r, self.shape, self.dtype, self.offset) for r in range(self.arena.size)]
-
-    def of(self, rank: int) -> torch.Tensor:
-        return self._views[rank]
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """region[index]."""
-
-    region: Region
-    index: tuple = ()
-
-    @property
-    def own(self) -> torch.Tensor:
-        return self.region.own[self.index]
-
-    def of(self, rank: int) -> torch.Tensor:
-        return self.region.of(rank)[self.index]
-
-
-def carve(arena: Arena, shapes: list[tuple[tuple[int, ...], torch.dtype]]) -> list[Region]:
-    """Lays out tensors one after the other, from the arena's start. Collective."""
-    regions, offset = [], 0
-    for shape, dtype in shapes:
-        regions.append(Region(arena, shape, dtype, offset))
-        offset += -(-torch.Size(shape).numel() * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
-    arena.reserve(offset)
-    return regions
 
 
 class PeerExchange:

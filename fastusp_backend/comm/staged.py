@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 from ..pinning import driver, pin, unpin
+from .arena import CHANNELS, Part
 from .exchange import all_gather_single, allocate_together
-from .peers import CHANNELS, Part
 
 _WAIT_EQUAL = 1
 

@@ -4,8 +4,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 
+from .arena import Part
 from .exchange import allocate_together
-from .peers import Part
 
 
 class SymmetricArena:

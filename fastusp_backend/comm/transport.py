@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 
 from ..config import WireChoice
+from .arena import Arena, carve
 from .exchange import GroupExchange, Pending, all_gather_single, allocate_together
 from .mesh import Mesh
-from .peers import Arena, PeerExchange, PeerGather, PeerRing, carve
+from .peers import PeerExchange, PeerGather, PeerRing
 from .ring import CollectiveRing, Ring
 from .shards import SequenceShards
 from .staged import StagedArena

@@ -9,7 +9,8 @@ import torch
 from support import randn
 
 from fastusp_backend.comm import peers
-from fastusp_backend.comm.peers import PeerExchange, PeerGather, PeerRing, carve
+from fastusp_backend.comm.arena import carve
+from fastusp_backend.comm.peers import PeerExchange, PeerGather, PeerRing
 from fastusp_backend.comm.ring import CollectiveRing
 from fastusp_backend.comm.shards import SequenceShards
 from fastusp_backend.comm.wire import Wire

@@ -1,0 +1,99 @@
+"""Memory that the ranks of a group reach, and tensors laid out in it; peers.py orders what is written and read there.
+
+Two kinds offer it: symmetric.py, where GPUs map each other's memory, and staged.py, by way of the host's.
+"""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+
+CHANNELS = 16
+"""Signals from one rank to another that may be under way at once."""
+_ALIGNMENT = 256
+
+
+class Arena(Protocol):
+    """Memory of this rank that all ranks of a group reach. Ranks count within the group.
+
+    generation: changes when addresses that a CUDA graph holds have moved.
+    """
+
+    rank: int
+    size: int
+    generation: int
+
+    def reserve(self, capacity: int) -> None:
+        """Makes room for so many bytes on every rank. Collective where it grows."""
+
+    def view(self, rank: int, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> torch.Tensor:
+        """Where this rank writes for rank `rank`, and reads what that rank published, at byte `offset`."""
+
+    def own(self, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> torch.Tensor:
+        """This rank's memory on its own device."""
+
+    def beside(self) -> AbstractContextManager:
+        """What is queued inside runs beside the main stream, after what that stream holds so far."""
+
+    def put(self, peer: int, channel: int) -> None:
+        """Signals to `peer`, behind what was queued before on the current stream."""
+
+    def wait(self, peer: int, channel: int) -> None:
+        """Holds the current stream until `peer` has signalled."""
+
+    def publish(self, part: "Part") -> None:
+        """Lets peers read a part of this rank's memory, once a signal says so."""
+
+    def expect(self, peer: int, channel: int, parts: list["Part"]) -> None:
+        """Announces that `peer` will write `parts` of this rank's memory and then signal."""
+
+    def settle(self) -> None:
+        """Holds the main stream until all that was expected has arrived and all that runs beside is done."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """A tensor that has the same place in every rank's memory."""
+
+    arena: Arena
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int
+
+    @cached_property
+    def own(self) -> torch.Tensor:
+        return self.arena.own(self.shape, self.dtype, self.offset)
+
+    @cached_property
+    def _views(self) -> list[torch.Tensor]:
+        return [self.arena.view(r, self.shape, self.dtype, self.offset) for r in range(self.arena.size)]
+
+    def of(self, rank: int) -> torch.Tensor:
+        return self._views[rank]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """region[index]."""
+
+    region: Region
+    index: tuple = ()
+
+    @property
+    def own(self) -> torch.Tensor:
+        return self.region.own[self.index]
+
+    def of(self, rank: int) -> torch.Tensor:
+        return self.region.of(rank)[self.index]
+
+
+def carve(arena: Arena, shapes: list[tuple[tuple[int, ...], torch.dtype]]) -> list[Region]:
+    """Lays out tensors one after the other, from the arena's start. Collective."""
+    regions, offset = [], 0
+    for shape, dtype in shapes:
+        regions.append(Region(arena, shape, dtype, offset))
+        offset += -(-torch.Size(shape).numel() * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+    arena.reserve(offset)
+    return regions
