@@ -7,10 +7,9 @@ so that every token sees all others; the partial results are merged by their LSE
 
 import torch
 
+from ..comm.links import K, Links, Q, V
 from ..comm.mesh import Mesh
 from ..comm.shards import SequenceShards
-from ..comm.transport import Links
-from ..comm.ulysses import K, Q, V
 from ..kernels.merge import merge
 from ..kernels.place import place
 from ..pulse import beat

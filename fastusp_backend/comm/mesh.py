@@ -1,17 +1,13 @@
 """Ranks arranged as batch x ring x ulysses, and the process groups of each axis: the one place that makes groups."""
 
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from ..config import Layout
 from ..ports import close_ports
-from ..pulse import COLD_CPU_SECONDS
-
-PATIENCE = timedelta(seconds=2 * COLD_CPU_SECONDS)
-"""Of the ranks' groups: whoever hangs is found before, and named; torch's own limits are ten and thirty minutes."""
+from .groups import GROUP_TIMEOUT
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,5 +64,5 @@ def make_mesh(layout: Layout, device: torch.device) -> Mesh:
 
 def _own_group(partition: list[list[int]], rank: int) -> dist.ProcessGroup:
     """Makes every group of the partition (all ranks must) and returns the one that holds `rank`."""
-    groups = [(members, dist.new_group(members, timeout=PATIENCE)) for members in partition]
+    groups = [(members, dist.new_group(members, timeout=GROUP_TIMEOUT)) for members in partition]
     return next(group for members, group in groups if rank in members)

@@ -15,8 +15,7 @@ from collections.abc import Iterator
 import torch
 
 from .arena import CHANNELS, Arena, Part, Region, carve
-from .exchange import Pending
-from .ring import Block
+from .links import Block, Pending
 from .shards import SequenceShards
 from .wire import Wire, unpack_gathered, unpack_returned
 

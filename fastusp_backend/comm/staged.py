@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from ..pinning import driver, pin, unpin
 from .arena import CHANNELS, Part
-from .exchange import all_gather_single, allocate_together
+from .groups import all_gather_single, allocate_together
 
 _WAIT_EQUAL = 1
 

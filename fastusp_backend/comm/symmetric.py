@@ -5,7 +5,7 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 
 from .arena import Part
-from .exchange import allocate_together
+from .groups import allocate_together
 
 
 class SymmetricArena:

@@ -4,22 +4,21 @@ where they share a host alone, else the process group's own collectives (NCCL on
 import os
 import socket
 import zlib
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 
 from ..config import WireChoice
 from .arena import Arena, carve
-from .exchange import GroupExchange, Pending, all_gather_single, allocate_together
+from .collective import CollectiveExchange, CollectiveRing, GroupExchange
+from .groups import all_gather_single, allocate_together
+from .links import Links, LocalExchange, Ring, UlyssesExchange
 from .mesh import Mesh
 from .peers import PeerExchange, PeerGather, PeerRing
-from .ring import CollectiveRing, Ring
 from .shards import SequenceShards
 from .staged import StagedArena
 from .symmetric import SymmetricArena
-from .ulysses import CollectiveExchange, LocalExchange, UlyssesExchange
 from .wire import Wire
 
 Kind = Literal["none", "symmetric memory", "host memory", "nccl", "gloo"]
@@ -32,20 +31,6 @@ FAST_LINK = 100.0
 """GB/s from which `auto` sends exact values. FLUX.1-dev's 1.6 GB a step on 2 GPUs hide behind 60 ms of computing from
 27 GB/s on where all of it overlaps; what does not, and other ranks on the same link, take several times that."""
 _PROBE_BYTES = 32 << 20
-
-
-class Gather(Protocol):
-    def all_gather(self, x: torch.Tensor) -> Pending:
-        """x (...) -> (P, ...), every rank's x in rank order."""
-
-
-@dataclass(frozen=True, slots=True)
-class Links:
-    """What moves the tensors of one shape; None where an axis has one rank."""
-
-    exchange: UlyssesExchange
-    ring: Ring | None
-    gather: Gather | None
 
 
 class Transport:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ..comm.exchange import GroupExchange
+from ..comm.collective import GroupExchange
 from ..errors import RequestError
 from ..models.family import NO_RESIDUALS, Residuals
 from ..prompt import Prompt

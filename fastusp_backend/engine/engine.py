@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 
-from ..comm.exchange import world
+from ..comm.groups import world
 from ..comm.mesh import Mesh, make_mesh, single_rank_mesh
 from ..comm.transport import Transport
 from ..config import Layout, ModelSpec, Settings

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from ..comm.exchange import GroupExchange, world
+from ..comm.collective import GroupExchange
+from ..comm.groups import world
 from ..models.family import Transformer, references_of
 from ..prompt import Prompt
 

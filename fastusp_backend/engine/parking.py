@@ -13,7 +13,7 @@ from itertools import chain
 import torch
 from torch import nn
 
-from ..comm.exchange import all_gather_single, world
+from ..comm.groups import all_gather_single, world
 from ..pinning import pin, unpin
 from .host_memory import available
 

@@ -39,7 +39,7 @@ def place(
 
     scales: per tensor the RMS norm's weight (D,), or None for one that is neither normed nor rotated (v). rope: cos,
     sin (R, D / 2) float32, neighbouring pairs. received (3, B, N, h, D), outgoing (3, U, B, L, h, D) or packed
-    (3, U, B, L, pitch) uint8 or int8: see comm/ulysses.py.
+    (3, U, B, L, pitch) uint8 or int8: see comm/links.py.
     """
     if projected.is_cuda and triton is not None:
         _launch(projected, scales, rope, which, first_row, received, outgoing, position, regions)

@@ -13,7 +13,7 @@ from itertools import cycle
 import torch
 import torch.distributed as dist
 
-from ..comm.exchange import all_gather_single
+from ..comm.groups import all_gather_single
 from ..errors import CheckpointError
 from .headers import TensorInfo
 from .source import Source

@@ -4,7 +4,7 @@ import traceback
 from collections.abc import Callable
 from typing import TypeVar
 
-from ..comm.exchange import OutOfMemoryTogether
+from ..comm.groups import OutOfMemoryTogether
 from ..engine import Engine
 from ..errors import FastUSPError, PatchesLost
 from ..protocol.messages import Request

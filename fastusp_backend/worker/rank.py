@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.utils._device  # noqa: F401
 
-from ..comm.mesh import PATIENCE
+from ..comm.groups import GROUP_TIMEOUT
 from ..engine import Engine
 from ..models.segments import wake_compiler
 from ..protocol import VERSION, Ready
@@ -35,7 +35,7 @@ def work(run_dir: Path) -> None:
     device = _device()
     # The ranks find each other in a file: torch's other stores listen.
     place = {"store": dist.FileStore(os.environ[STORE_VARIABLE]), "rank": int(os.environ["RANK"])}
-    place |= {"world_size": int(os.environ["WORLD_SIZE"]), "timeout": PATIENCE}
+    place |= {"world_size": int(os.environ["WORLD_SIZE"]), "timeout": GROUP_TIMEOUT}
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # One segment serves every type and also counts of 1: more variants than the default allows.

@@ -11,7 +11,7 @@ import torch
 from support import wait_until
 
 from fastusp_backend import pulse
-from fastusp_backend.comm import exchange
+from fastusp_backend.comm import collective
 from fastusp_backend.engine import pace
 from fastusp_backend.engine.pace import Pace
 from fastusp_backend.pool import watch
@@ -100,7 +100,7 @@ def test_a_rank_that_goes_on_in_time_does_not_hang(ranks):
     assert ranks.look(STOPPED_SECONDS - 1) is None
 
 
-@pytest.mark.parametrize("waits", [WAITS, f'  File "{exchange.__file__}", line 85 in wait'], ids=["torch", "work"])
+@pytest.mark.parametrize("waits", [WAITS, f'  File "{collective.__file__}", line 85 in wait'], ids=["torch", "work"])
 def test_who_waits_for_nobody_is_blamed(ranks, waits):
     ranks.stacks[0] = waits
     beat(ranks, 12)

@@ -10,8 +10,8 @@ from support import randn
 
 from fastusp_backend.comm import peers
 from fastusp_backend.comm.arena import carve
+from fastusp_backend.comm.collective import CollectiveRing
 from fastusp_backend.comm.peers import PeerExchange, PeerGather, PeerRing
-from fastusp_backend.comm.ring import CollectiveRing
 from fastusp_backend.comm.shards import SequenceShards
 from fastusp_backend.comm.wire import Wire
 from fastusp_backend.config import Layout

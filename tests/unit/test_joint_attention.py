@@ -8,10 +8,9 @@ from support import OneRank, inputs, randn
 
 from fastusp_backend.attention import ALL, JointAttention
 from fastusp_backend.attention.local import math
+from fastusp_backend.comm.links import Links, LocalExchange
 from fastusp_backend.comm.mesh import single_rank_mesh
 from fastusp_backend.comm.shards import SequenceShards
-from fastusp_backend.comm.transport import Links
-from fastusp_backend.comm.ulysses import LocalExchange
 from fastusp_backend.config import Layout, Settings
 from fastusp_backend.engine import step
 from fastusp_backend.models.synthetic import TINY_FLUX

@@ -16,7 +16,7 @@ from support import relative_difference
 from fastusp_backend.attention import ALL, ONLY_K, ONLY_Q, ONLY_V, JointAttention
 from fastusp_backend.attention.local import math
 from fastusp_backend.comm import peers
-from fastusp_backend.comm.exchange import OutOfMemoryTogether
+from fastusp_backend.comm.groups import OutOfMemoryTogether
 from fastusp_backend.comm.mesh import Mesh, single_rank_mesh
 from fastusp_backend.comm.shards import SequenceShards
 from fastusp_backend.comm.transport import _PROBE_BYTES, Transport

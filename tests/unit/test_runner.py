@@ -10,7 +10,7 @@ import torch
 from support import SOME_FILE
 
 from fastusp_backend import pulse
-from fastusp_backend.comm.exchange import OutOfMemoryTogether
+from fastusp_backend.comm.groups import OutOfMemoryTogether
 from fastusp_backend.config import Layout, ModelSpec, Settings
 from fastusp_backend.errors import CheckpointError
 from fastusp_backend.protocol import Done, Evaluate, Failed, Park, Shutdown

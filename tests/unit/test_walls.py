@@ -49,8 +49,7 @@ ROOMS = {
     "models": BASE | {"prompt", "weights", "kernels", "attention"},
     "engine": BASE | {"prompt", "models", "weights", "attention", "comm", "pinning", "pulse"},
     "sampling": {"prompt"},
-    "worker": BASE
-    | {"prompt", "sampling", "engine", "models", "protocol", "comm.exchange", "comm.mesh", "ports", "pulse"},
+    "worker": BASE | {"prompt", "sampling", "engine", "models", "protocol", "comm.groups", "ports", "pulse"},
     "worker.process": {"pulse"},
     "pool": BASE | {"prompt", "protocol", "devices", "environment", "worker.process", "pulse"},
 }

@@ -1,67 +1,56 @@
-"""Ulysses' two exchanges around attention, on buffers laid out as attention reads them.
+"""Exchanges by a process group's own back end: gloo on CPU ranks, NCCL on GPUs without memory that they share.
 
-Forward, a rank's q, k and v of the heads that rank u attends go to u; what arrives lies in the gathered sequence that
-attention reads. Back, the attended tokens return to their owners. Sends start early and are awaited together, so a
-schedule can put work between.
-
-U Ulysses ranks, B batch, L local tokens [text, image], N = U L gathered tokens, H heads, h = H / U, D head dim.
+Each is one of torch.distributed's asynchronous collectives, awaited when its result is asked for. See links.py for what
+they move, and for the letters of the shapes.
 """
 
-from typing import Protocol
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 
+from .groups import all_gather_single
+from .links import Block, Pending
 from .shards import SequenceShards
 from .wire import Wire, unpack_gathered, unpack_returned
 
-Q, K, V = range(3)
+
+class GroupExchange:
+    """P ranks in a row, by torch.distributed's asynchronous collectives."""
+
+    def __init__(self, group: dist.ProcessGroup):
+        self._group = group
+        self._ranks = dist.get_process_group_ranks(group)
+        self.position, self.size = self._ranks.index(dist.get_rank()), len(self._ranks)
+
+    def shift(self, x: torch.Tensor) -> Pending:
+        """Sends x to the next rank of the ring; what arrives is the previous rank's x, of the same shape."""
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        following = self._ranks[(self.position + 1) % self.size]
+        previous = self._ranks[(self.position - 1) % self.size]
+        transfers = [
+            dist.P2POp(dist.isend, x, following, self._group),
+            dist.P2POp(dist.irecv, out, previous, self._group),
+        ]
+        return _awaiting(out, dist.batch_isend_irecv(transfers), x)
+
+    def all_gather(self, x: torch.Tensor) -> Pending:
+        """x (...) -> (P, ...), every rank's x in rank order."""
+        x = x.contiguous()
+        out = x.new_empty(self.size, *x.shape)
+        work = all_gather_single(out.view(-1), x.view(-1), group=self._group, async_op=True)
+        return _awaiting(out, [work], x)
 
 
-class UlyssesExchange(Protocol):
-    """received (3, B, N, h, D): q, k, v of the gathered sequence, this rank's own part written by the caller.
-    outgoing (3, U, B, L, *row), rows of the wire (see wire.py): payloads by destination, written by the caller
-    before `send`; slot `position` is unused.
-    """
+def _awaiting(out: torch.Tensor, works: list[dist.Work], sent: torch.Tensor) -> Pending:
+    def wait() -> torch.Tensor:
+        for work in works:
+            work.wait()
+        sent.numel()  # `sent` lives in this closure: its memory must not be reused while it travels
+        return out
 
-    position: int
-    received: torch.Tensor
-    outgoing: torch.Tensor
-
-    def send(self, which: slice, *, text: bool = True, image: bool = True) -> None:
-        """Starts sending outgoing[which], its text rows, image rows or both."""
-
-    def wait(self) -> None:
-        """Orders what follows behind the arrival of all that was sent to this rank."""
-
-    def give_back(self, attended: torch.Tensor) -> None:
-        """Starts returning attended (B, N, h, D) tokens to their owners."""
-
-    def take_back(self) -> torch.Tensor:
-        """The attended tokens of this rank, all heads: (B, L, H D)."""
-
-
-class LocalExchange:
-    """One rank: nothing moves, the caller writes into `received` (3, B, N, H, D) itself."""
-
-    position = 0
-
-    def __init__(self, received: torch.Tensor):
-        self.received = received
-        self.outgoing = received.new_empty(3, 0, *received.shape[1:])
-        self._attended: torch.Tensor | None = None
-
-    def send(self, which: slice, *, text: bool = True, image: bool = True) -> None:
-        pass
-
-    def wait(self) -> None:
-        pass
-
-    def give_back(self, attended: torch.Tensor) -> None:
-        self._attended = attended
-
-    def take_back(self) -> torch.Tensor:
-        return self._attended.flatten(2)
+    return wait
 
 
 class CollectiveExchange:
@@ -116,3 +105,23 @@ class CollectiveExchange:
         if self._wire.packed:
             return unpack_returned(arrived, attended, self._shards, self.position)
         return arrived.permute(1, 2, 0, 3, 4).flatten(2)  # (B, L, U, h, D): chunk u holds rank u's heads
+
+
+class CollectiveRing:
+    """By the group's own sends and receives: each rank forwards what it has received."""
+
+    def __init__(self, group: GroupExchange, wire: Wire):
+        self._group, self._wire = group, wire
+
+    def rotate(self, own: torch.Tensor, *, pipelined: bool) -> Iterator[Block]:
+        position, size = self._group.position, self._group.size
+        block = self._wire.encode(own.flatten(0, 1)).unflatten(0, own.shape[:2])
+        current, unpacked = own, torch.empty_like(own) if self._wire.packed else own
+        for hop in range(size):
+            arriving = self._group.shift(block) if hop < size - 1 else None
+            arrived = arriving() if arriving and not pipelined else None
+            # After `hop` shifts this rank holds the block of the rank `hop` places before it.
+            yield (position - hop) % size, current
+            if arriving:
+                block = arrived if arrived is not None else arriving()
+                current = self._wire.decode_ring(block, unpacked)
