@@ -12,25 +12,18 @@ import torch.distributed as dist
 from ..config import WireChoice
 from .arena import Arena, carve
 from .collective import CollectiveExchange, CollectiveRing, GroupExchange
-from .groups import all_gather_single, allocate_together
+from .groups import all_gather_single
+from .link_speed import measure_link_speed
 from .links import Links, LocalExchange, Ring, UlyssesExchange
 from .mesh import Mesh
 from .peers import PeerExchange, PeerGather, PeerRing
 from .shards import SequenceShards
 from .staged import StagedArena
 from .symmetric import SymmetricArena
-from .wire import Wire
+from .wire import Wire, WireFormat, decide_wire
 
 Kind = Literal["none", "symmetric memory", "host memory", "nccl", "gloo"]
-
-Sent = Literal["exact", "fp8", "int8"]
-PACKED: dict[Sent, torch.dtype | None] = {"exact": None, "fp8": torch.uint8, "int8": torch.int8}
-"""What carries each: see kernels/eight_bits.py."""
-
-FAST_LINK = 100.0
-"""GB/s from which `auto` sends exact values. FLUX.1-dev's 1.6 GB a step on 2 GPUs hide behind 60 ms of computing from
-27 GB/s on where all of it overlaps; what does not, and other ranks on the same link, take several times that."""
-_PROBE_BYTES = 32 << 20
+_ARENAS = {"symmetric memory": SymmetricArena, "host memory": StagedArena}
 
 
 class Transport:
@@ -40,59 +33,24 @@ class Transport:
     def __init__(self, mesh: Mesh, kind: Kind | None = None):
         self._mesh = mesh
         self.kind: Kind = kind or _choose(mesh)
-        make = {"symmetric memory": SymmetricArena, "host memory": StagedArena}.get(self.kind)
+        make = self._make_arena = _ARENAS.get(self.kind)
         # The gather's memory must not be another message's in a step of another shape: see peers.py.
         self._arenas: list[Arena] = [make(mesh.sequence, mesh.device) for _ in range(2)] if make else []
         self._speed: float | None = None
-        self._wire: Sent | None = None
+        self._wire: WireFormat | None = None
 
     def __str__(self) -> str:
         """For people: how tensors move, and what the last wire asked for was."""
         speed = f" ({self._speed:.0f} GB/s)" if self._speed is not None else ""
         return f"{self.kind}{speed}" + (f", {self._wire} wire" if self._wire and self.kind != "none" else "")
 
-    def wire(self, choice: WireChoice) -> Sent:
-        """What the ranks send. `auto` measures the link once: int8 where it is slower than FAST_LINK. CPU ranks share
-        their memory, so they send exact values then. Collective; raises OutOfMemoryTogether."""
-        if choice == "auto":
-            if self.kind not in ("none", "gloo") and self._speed is None:
-                self._speed = self._measure()
-            choice = "int8" if self._speed is not None and self._speed < FAST_LINK else "exact"
-        self._wire = choice
-        return choice
-
-    def _measure(self) -> float:
-        """GB/s at which every rank sends to the next one at once; the slowest rank's."""
-        mesh = self._mesh
-        # Two: what a rank sends, and where it receives, unless that is an arena's.
-        payload, _ = allocate_together(
-            lambda: [torch.empty(_PROBE_BYTES, dtype=torch.uint8, device=mesh.device) for _ in range(2)], mesh.sequence
-        )
-        if self._arenas:
-            arena = type(self._arenas[0])(mesh.sequence, mesh.device)
-            (region,) = allocate_together(lambda: carve(arena, [((_PROBE_BYTES,), torch.uint8)]), mesh.sequence)
-            target = region.of((arena.rank + 1) % arena.size)
-        else:
-            target, ring = None, GroupExchange(mesh.sequence)
-
-        def send() -> None:
-            if target is None:
-                ring.shift(payload)()
-            else:
-                target.copy_(payload, non_blocking=True)
-
-        send()
-        torch.cuda.synchronize()
-        dist.all_reduce(torch.zeros(1), group=mesh.sequence)  # all begin together
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(4):
-            send()
-        stop.record()
-        torch.cuda.synchronize()
-        speed = torch.tensor([4 * _PROBE_BYTES / start.elapsed_time(stop) / 1e6])
-        dist.all_reduce(speed, dist.ReduceOp.MIN, group=mesh.sequence)
-        return float(speed)
+    def wire(self, choice: WireChoice) -> WireFormat:
+        """What the ranks send: see `decide_wire`. `auto` measures the link, once, unless CPU ranks share their memory.
+        Collective; raises OutOfMemoryTogether."""
+        if choice == "auto" and self._speed is None and self.kind not in ("none", "gloo"):
+            self._speed = measure_link_speed(self._mesh, self._make_arena)
+        self._wire = decide_wire(choice, self._speed)
+        return self._wire
 
     @property
     def generation(self) -> int:

@@ -10,7 +10,8 @@ from ..attention import JointAttention
 from ..attention.local import Attend
 from ..comm.mesh import Mesh
 from ..comm.shards import SequenceShards
-from ..comm.transport import PACKED, Transport
+from ..comm.transport import Transport
+from ..comm.wire import PACKED
 from ..config import Settings
 from ..models.family import Residuals, Transformer
 from ..models.patchify import patch_grid, patchify, unpatchify

@@ -5,21 +5,18 @@ import contextlib
 import random
 import threading
 import time
-from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 from support import relative_difference
 
 from fastusp_backend.attention import ALL, ONLY_K, ONLY_Q, ONLY_V, JointAttention
 from fastusp_backend.attention.local import math
 from fastusp_backend.comm import peers
-from fastusp_backend.comm.groups import OutOfMemoryTogether
 from fastusp_backend.comm.mesh import Mesh, single_rank_mesh
 from fastusp_backend.comm.shards import SequenceShards
-from fastusp_backend.comm.transport import _PROBE_BYTES, Transport
+from fastusp_backend.comm.transport import Transport
 from fastusp_backend.config import Layout
 
 pytestmark = pytest.mark.unit
@@ -200,58 +197,3 @@ def test_ranks_agree_with_one(ulysses, ring, packed, bound, overlap, arena, monk
     # Three double blocks and two single ones, twice: q, k, v once, or the image's one by one and all with the text.
     tensors = 3 * (3 if overlap else 6) + 2 * 3
     assert sum(unpacked) == (2 * layout.ranks * tensors if packed and ulysses > 1 else 0)
-
-
-@pytest.mark.parametrize("speed, wire", [(390.0, "exact"), (100.0, "exact"), (55.0, "int8"), (12.0, "int8")])
-def test_the_wire_follows_the_link(speed, wire, monkeypatch):
-    transport = Transport(single_rank_mesh(CPU), "nccl")
-    monkeypatch.setattr(transport, "_measure", lambda: speed)
-    assert transport.wire("exact") == "exact" and transport.wire("fp8") == "fp8"
-    assert str(transport) == "nccl, fp8 wire"
-    assert transport.wire("auto") == wire
-    assert str(transport) == f"nccl ({speed:.0f} GB/s), {wire} wire"
-
-
-def test_one_rank_alone_names_no_wire():
-    transport = Transport(single_rank_mesh(CPU))
-    assert transport.wire("auto") == "exact" and transport.wire("fp8") == "fp8" and str(transport) == "none"
-
-
-@pytest.mark.parametrize("short", [None, 0, 1])
-def test_a_probe_without_memory_fails_on_all_ranks_alike(short, monkeypatch):
-    """None of them goes on into an exchange that the other never joins."""
-    make, store = torch.empty, dist.HashStore()
-
-    def empty(*shape, **kwargs):
-        if threading.current_thread().name == f"rank {short}" and shape == (_PROBE_BYTES,):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 32.00 MiB")
-        return make(*shape, **kwargs)
-
-    def measure(rank):
-        group = dist.ProcessGroupGloo(store, rank, 2, timedelta(seconds=20))
-        mesh = Mesh(layout=Layout(ulysses=2, ring=1), rank=rank, device=CPU, sequence=group)
-        try:
-            Transport(mesh, "nccl").wire("auto")
-        except Exception as error:
-            ends[rank] = error
-
-    def begin(group):
-        raise NotImplementedError
-
-    monkeypatch.setattr(torch, "empty", empty)
-    monkeypatch.setattr("fastusp_backend.comm.transport.GroupExchange", begin)  # past the agreement
-    ends: dict[int, Exception] = {}
-    threads = [threading.Thread(target=measure, args=(rank,), name=f"rank {rank}") for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    expected = NotImplementedError if short is None else OutOfMemoryTogether
-    assert [type(ends[rank]) for rank in range(2)] == [expected] * 2
-    if short is not None:
-        assert "32.00 MiB" in str(ends[short]) and "on rank" in str(ends[1 - short])
-
-
-def test_cpu_ranks_share_their_memory():
-    mesh = Mesh(layout=Layout(ulysses=2, ring=1), rank=0, device=CPU, sequence=object())
-    assert Transport(mesh, "gloo").wire("auto") == "exact"
