@@ -16,20 +16,20 @@ _ALIGNMENT = 256
 
 
 class Arena(Protocol):
-    """Memory of this rank that all ranks of a group reach. Ranks count within the group.
+    """Memory of this rank that all ranks of a group reach. Positions are those in the group.
 
     generation: changes when addresses that a CUDA graph holds have moved.
     """
 
-    rank: int
+    position: int
     size: int
     generation: int
 
     def reserve(self, capacity: int) -> None:
         """Makes room for so many bytes on every rank. Collective where it grows."""
 
-    def view(self, rank: int, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> torch.Tensor:
-        """Where this rank writes for rank `rank`, and reads what that rank published, at byte `offset`."""
+    def view(self, position: int, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> torch.Tensor:
+        """Where this rank writes for the rank at `position`, and reads what that one published, at byte `offset`."""
 
     def own(self, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> torch.Tensor:
         """This rank's memory on its own device."""
@@ -68,10 +68,10 @@ class Region:
 
     @cached_property
     def _views(self) -> list[torch.Tensor]:
-        return [self.arena.view(r, self.shape, self.dtype, self.offset) for r in range(self.arena.size)]
+        return [self.arena.view(p, self.shape, self.dtype, self.offset) for p in range(self.arena.size)]
 
-    def of(self, rank: int) -> torch.Tensor:
-        return self._views[rank]
+    def of(self, position: int) -> torch.Tensor:
+        return self._views[position]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +85,8 @@ class Part:
     def own(self) -> torch.Tensor:
         return self.region.own[self.index]
 
-    def of(self, rank: int) -> torch.Tensor:
-        return self.region.of(rank)[self.index]
+    def of(self, position: int) -> torch.Tensor:
+        return self.region.of(position)[self.index]
 
 
 def carve(arena: Arena, shapes: list[tuple[tuple[int, ...], torch.dtype]]) -> list[Region]:

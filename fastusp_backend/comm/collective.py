@@ -16,7 +16,7 @@ from .wire import Wire, unpack_gathered, unpack_returned
 
 
 class GroupExchange:
-    """P ranks in a row, by torch.distributed's asynchronous collectives."""
+    """P ranks in a row, their positions in the group, by torch.distributed's asynchronous collectives."""
 
     def __init__(self, group: dist.ProcessGroup):
         self._group = group
@@ -36,7 +36,7 @@ class GroupExchange:
         return _awaiting(out, dist.batch_isend_irecv(transfers), x)
 
     def all_gather(self, x: torch.Tensor) -> Pending:
-        """x (...) -> (P, ...), every rank's x in rank order."""
+        """x (...) -> (P, ...), every rank's x in the order of positions."""
         x = x.contiguous()
         out = x.new_empty(self.size, *x.shape)
         work = all_gather_single(out.view(-1), x.view(-1), group=self._group, async_op=True)
@@ -104,7 +104,7 @@ class CollectiveExchange:
         self._returning = None
         if self._wire.packed:
             return unpack_returned(arrived, attended, self._shards, self.position)
-        return arrived.permute(1, 2, 0, 3, 4).flatten(2)  # (B, L, U, h, D): chunk u holds rank u's heads
+        return arrived.permute(1, 2, 0, 3, 4).flatten(2)  # (B, L, U, h, D): chunk u: the heads of Ulysses position u
 
 
 class CollectiveRing:
@@ -120,7 +120,7 @@ class CollectiveRing:
         for hop in range(size):
             arriving = self._group.shift(block) if hop < size - 1 else None
             arrived = arriving() if arriving and not pipelined else None
-            # After `hop` shifts this rank holds the block of the rank `hop` places before it.
+            # After `hop` shifts this rank holds the block of the position `hop` before its own.
             yield (position - hop) % size, current
             if arriving:
                 block = arrived if arrived is not None else arriving()

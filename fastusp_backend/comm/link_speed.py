@@ -32,7 +32,7 @@ def measure_link_speed(
     if make_arena:
         arena = make_arena(mesh.sequence, mesh.device)
         (region,) = allocate_together(lambda: carve(arena, [((PROBE_BYTES,), torch.uint8)]), mesh.sequence)
-        target = region.of((arena.rank + 1) % arena.size)
+        target = region.of((arena.position + 1) % arena.size)
     else:
         target, ring = None, GroupExchange(mesh.sequence)
 

@@ -3,8 +3,8 @@
 Each has two implementations, over a process group's collectives (collective.py) and over memory that ranks share
 (peers.py); transport.py chooses. All of them start early and are awaited late, so that a schedule can put work between.
 
-Forward, Ulysses sends a rank's q, k and v of the heads that rank u attends to u; what arrives lies in the gathered
-sequence that attention reads. Back, the attended tokens return to their owners.
+Forward, Ulysses sends a rank's q, k and v of the heads that Ulysses position u attends to u; what arrives lies in the
+gathered sequence that attention reads. Back, the attended tokens return to their owners.
 
 U Ulysses ranks, B batch, L local tokens [text, image], N = U L gathered tokens, H heads, h = H / U, D head dim.
 """
@@ -56,7 +56,7 @@ class Ring(Protocol):
 
 class Gather(Protocol):
     def all_gather(self, x: torch.Tensor) -> Pending:
-        """x (...) -> (P, ...), every rank's x in rank order."""
+        """x (...) -> (P, ...), every rank's x in the order of positions."""
 
 
 @dataclass(frozen=True, slots=True)

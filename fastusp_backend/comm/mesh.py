@@ -1,4 +1,25 @@
-"""Ranks arranged as batch x ring x ulysses, and the process groups of each axis: the one place that makes groups."""
+"""Ranks arranged as batch x ring x ulysses, and the process groups of each axis: the one place that makes groups.
+
+The names, wherever ranks are spoken of:
+
+A *rank* is one process, and its number among all ranks of the pool (torch's global rank). Its number along an axis is
+its *position* there, from 0 on. An axis' *group* is the ranks that differ in that position alone, in its order: so a
+position is the rank in that process group, as torch counts.
+
+| axis | what its ranks do | size | position |
+|---|---|---|---|
+| ulysses | trade tokens for heads around attention | layout.ulysses | ulysses_position |
+| ring | pass keys and values round | layout.ring | ring_position |
+| sequence | share one sequence: ring x ulysses | layout.sequence_ranks | sequence_position |
+| batch | evaluate other prompts or images | layout.batch | batch_position |
+
+Ulysses counts fastest and batch slowest, so that a Ulysses group is made of neighbours:
+
+    sequence_position = ring_position * layout.ulysses + ulysses_position
+    rank = batch_position * layout.sequence_ranks + sequence_position
+
+What options and messages call a "batch group" is the ranks of one sequence, not a group of the batch axis.
+"""
 
 from dataclasses import dataclass
 
@@ -12,15 +33,12 @@ from .groups import GROUP_TIMEOUT
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mesh:
-    """This rank's place in a layout. A group is None where its axis has one rank: nothing is sent then.
-
-    rank counts within the ranks that share a sequence; sequence is their group, in that order. batch is the group of
-    the ranks at the same place in all batch groups.
-    """
+    """This rank's place in a layout, and its group along each axis: None where an axis has one rank, which sends
+    nothing."""
 
     layout: Layout
-    rank: int
     device: torch.device
+    sequence_position: int = 0
     batch_position: int = 0
     batch: dist.ProcessGroup | None = None
     sequence: dist.ProcessGroup | None = None
@@ -28,13 +46,17 @@ class Mesh:
     ring: dist.ProcessGroup | None = None
 
     @property
+    def ulysses_position(self) -> int:
+        return self.sequence_position % self.layout.ulysses
+
+    @property
     def ring_position(self) -> int:
-        return self.rank // self.layout.ulysses
+        return self.sequence_position // self.layout.ulysses
 
 
 def single_rank_mesh(device: torch.device) -> Mesh:
-    """A mesh of one rank; needs no process group."""
-    return Mesh(layout=Layout(ulysses=1, ring=1), rank=0, device=device)
+    """Returns a mesh of one rank, which needs no process group."""
+    return Mesh(layout=Layout(ulysses=1, ring=1), device=device)
 
 
 def make_mesh(layout: Layout, device: torch.device) -> Mesh:
@@ -44,25 +66,25 @@ def make_mesh(layout: Layout, device: torch.device) -> Mesh:
     if layout.ranks != ranks:
         raise ValueError(f"layout {layout} needs {layout.ranks} ranks, the pool has {ranks}")
     u, r, n = layout.ulysses, layout.ring, layout.sequence_ranks
-    groups = [list(range(g * n, (g + 1) * n)) for g in range(layout.batch)]
-    rows = [group[j * u : (j + 1) * u] for group in groups for j in range(r)]
-    columns = [group[i::u] for group in groups for i in range(u)]
-    across = [[group[i] for group in groups] for i in range(n)]
+    sequences = [list(range(g * n, (g + 1) * n)) for g in range(layout.batch)]
+    ulysses = [members[j * u : (j + 1) * u] for members in sequences for j in range(r)]
+    rings = [members[i::u] for members in sequences for i in range(u)]
+    batches = [[members[i] for members in sequences] for i in range(n)]
     mesh = Mesh(
         layout=layout,
-        rank=rank % n,
         device=device,
+        sequence_position=rank % n,
         batch_position=rank // n,
-        batch=_own_group(across, rank) if layout.batch > 1 else None,
-        sequence=_own_group(groups, rank) if n > 1 else None,
-        ulysses=_own_group(rows, rank) if u > 1 else None,
-        ring=_own_group(columns, rank) if r > 1 else None,
+        batch=_own_group(batches, rank) if layout.batch > 1 else None,
+        sequence=_own_group(sequences, rank) if n > 1 else None,
+        ulysses=_own_group(ulysses, rank) if u > 1 else None,
+        ring=_own_group(rings, rank) if r > 1 else None,
     )
     close_ports()
     return mesh
 
 
 def _own_group(partition: list[list[int]], rank: int) -> dist.ProcessGroup:
-    """Makes every group of the partition (all ranks must) and returns the one that holds `rank`."""
+    """Makes every group of the partition (all ranks must) and returns the one that `rank` is a member of."""
     groups = [(members, dist.new_group(members, timeout=GROUP_TIMEOUT)) for members in partition]
     return next(group for members, group in groups if rank in members)

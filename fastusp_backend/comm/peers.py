@@ -24,16 +24,20 @@ _RETURN, _READY, _DONE, _FIRST_SEND = range(4)
 
 
 class PeerExchange:
-    """See `UlyssesExchange`. ranks: the Ulysses group's ranks in the arena, by position. gathered: the region
-    (3, B, N, h, D) of `received`, or where the wire is packed that of the packed arrivals (3, U, B, L, pitch).
-    returned (U, B, L, *row)."""
+    """See `UlyssesExchange`.
+
+    members: the Ulysses group's positions in the arena, in its order.
+    gathered: the region (3, B, N, h, D) of `received`, or where the wire is packed that of what arrives (3, U, B, L,
+        pitch).
+    returned: the region (U, B, L, *row) of the attended tokens that come back.
+    """
 
     def __init__(
-        self, ranks: list[int], shards: SequenceShards, wire: Wire, gathered: Region, returned: Region, batch: int
+        self, members: list[int], shards: SequenceShards, wire: Wire, gathered: Region, returned: Region, batch: int
     ):
-        self._arena, self._shards, self._wire, self._ranks = gathered.arena, shards, wire, ranks
+        self._arena, self._shards, self._wire, self._members = gathered.arena, shards, wire, members
         self._gathered, self._returned = gathered, returned
-        self.position = ranks.index(self._arena.rank)
+        self.position = members.index(self._arena.position)
         self._batch = batch
         device = gathered.own.device
         if wire.packed:
@@ -41,9 +45,9 @@ class PeerExchange:
             self.received = torch.empty(received, dtype=wire.dtype, device=device)
         else:
             self.received = gathered.own
-        outgoing = (3, len(ranks), batch, shards.local, *wire.row)
+        outgoing = (3, len(members), batch, shards.local, *wire.row)
         self.outgoing = torch.empty(outgoing, dtype=wire.carrier, device=device)
-        self._targets = [(self.position + i) % len(ranks) for i in range(1, len(ranks))]
+        self._targets = [(self.position + i) % len(members) for i in range(1, len(members))]
         self._in_flight: list[slice] = []
         self._attended: torch.Tensor | None = None
 
@@ -66,11 +70,11 @@ class PeerExchange:
             for target in self._targets:
                 for part, rows in mine:
                     source = self.outgoing[(part.index[0], target, *rows)]
-                    part.of(self._ranks[target]).copy_(source, non_blocking=True)
-                self._arena.put(self._ranks[target], channel)
+                    part.of(self._members[target]).copy_(source, non_blocking=True)
+                self._arena.put(self._members[target], channel)
         for source in self._targets:
             parts = [part for part, _ in self._arrival(source, tensors, text=text, image=image)]
-            self._arena.expect(self._ranks[source], channel, parts)
+            self._arena.expect(self._members[source], channel, parts)
 
     def wait(self) -> None:
         self._arena.settle()
@@ -90,15 +94,15 @@ class PeerExchange:
             for target in self._targets:
                 for rows, region in self._shards.regions(target):
                     for b in range(self._batch):
-                        there = Part(self._returned, (self.position, b, rows)).of(self._ranks[target])
+                        there = Part(self._returned, (self.position, b, rows)).of(self._members[target])
                         there.copy_(rows_of[b, region], non_blocking=True)
-                self._arena.put(self._ranks[target], _RETURN)
+                self._arena.put(self._members[target], _RETURN)
             if not self._wire.packed:
                 for rows, region in self._shards.regions(self.position):
                     self._returned.own[self.position, :, rows].copy_(attended[:, region])
         for source in self._targets:
             parts = [Part(self._returned, (source, b, rows)) for rows, b in local]
-            self._arena.expect(self._ranks[source], _RETURN, parts)
+            self._arena.expect(self._members[source], _RETURN, parts)
 
     def take_back(self) -> torch.Tensor:
         self._arena.settle()
@@ -110,27 +114,29 @@ class PeerExchange:
 
 class PeerRing:
     """See `Ring`. Every rank reads each block straight from its owner, so nothing is forwarded and no rank waits for
-    its neighbour. ranks: the ring's ranks in the arena, by position. block (2, B, N, *row): what peers read; where
-    the wire is not packed it must be the memory that `rotate` is given."""
+    its neighbour.
 
-    def __init__(self, ranks: list[int], wire: Wire, block: Region, index: tuple = ()):
-        self._arena, self._wire, self._ranks = block.arena, wire, ranks
-        self._block = Part(block, index)
-        self._position = ranks.index(self._arena.rank)
+    members: the ring's positions in the arena, in its order.
+    block (2, B, N, *row): what peers read; where the wire is not packed it must be the memory that `rotate` is given.
+    """
+
+    def __init__(self, members: list[int], wire: Wire, block: Part):
+        self._arena, self._wire, self._members, self._block = block.region.arena, wire, members, block
+        self._position = members.index(self._arena.position)
         own = self._block.own
-        self._buffers = [torch.empty_like(own) for _ in range(min(2, len(ranks) - 1))]
+        self._buffers = [torch.empty_like(own) for _ in range(min(2, len(members) - 1))]
         shape = (*own.shape[:3], wire.heads, wire.dim)
         self._unpacked = torch.empty(shape, dtype=wire.dtype, device=own.device) if wire.packed else None
 
     def rotate(self, own: torch.Tensor, *, pipelined: bool) -> Iterator[Block]:
-        arena, size = self._arena, len(self._ranks)
+        arena, size = self._arena, len(self._members)
         others = [(self._position - hop) % size for hop in range(1, size)]
         if self._wire.packed:
             self._block.own.copy_(self._wire.encode(own.flatten(0, 1)).view_as(self._block.own))
         with arena.beside():
             arena.publish(self._block)
             for other in others:
-                arena.put(self._ranks[other], _READY)
+                arena.put(self._members[other], _READY)
         current = own
         for hop in range(size):
             owner = (self._position - hop) % size
@@ -143,14 +149,14 @@ class PeerRing:
                 arena.settle()
                 current = self._wire.decode_ring(self._buffers[hop % 2], self._unpacked)
         for other in others:
-            arena.wait(self._ranks[other], _DONE)
+            arena.wait(self._members[other], _DONE)
 
     def _pull(self, owner: int, buffer: torch.Tensor) -> None:
-        rank = self._ranks[owner]
+        peer = self._members[owner]
         with self._arena.beside():
-            self._arena.wait(rank, _READY)
-            buffer.copy_(self._block.of(rank), non_blocking=True)
-            self._arena.put(rank, _DONE)
+            self._arena.wait(peer, _READY)
+            buffer.copy_(self._block.of(peer), non_blocking=True)
+            self._arena.put(peer, _DONE)
 
 
 class PeerGather:
@@ -161,10 +167,10 @@ class PeerGather:
         (self._all,) = carve(arena, [((arena.size, *shape), dtype)])
 
     def all_gather(self, x: torch.Tensor) -> Pending:
-        """x (...) -> (P, ...), in rank order."""
+        """x (...) -> (P, ...), in the order of positions."""
         arena, x = self._arena, x.contiguous()
-        others = [(arena.rank + i) % arena.size for i in range(1, arena.size)]
-        mine = Part(self._all, (arena.rank,))
+        others = [(arena.position + i) % arena.size for i in range(1, arena.size)]
+        mine = Part(self._all, (arena.position,))
         with arena.beside():
             for other in others:
                 mine.of(other).copy_(x, non_blocking=True)

@@ -42,39 +42,39 @@ class SequenceShards:
     def _text_padding(self) -> int:
         return self.local_text * self.layout.sequence_ranks - self.text
 
-    def take_text(self, x: torch.Tensor, rank: int, *, dim: int) -> torch.Tensor:
-        """Rank `rank`'s part of a text stream, zeros where it is padded."""
-        return _take(x, dim, rank * self.local_text - self._text_padding, self.local_text)
+    def take_text(self, x: torch.Tensor, sequence_position: int, *, dim: int) -> torch.Tensor:
+        """Returns a rank's part of a text stream, zeros where it is padded."""
+        return _take(x, dim, sequence_position * self.local_text - self._text_padding, self.local_text)
 
-    def take_image(self, x: torch.Tensor, rank: int, *, dim: int) -> torch.Tensor:
-        """Rank `rank`'s part of an image stream, zeros where it is padded."""
-        return _take(x, dim, rank * self.local_image, self.local_image)
+    def take_image(self, x: torch.Tensor, sequence_position: int, *, dim: int) -> torch.Tensor:
+        """Returns a rank's part of an image stream, zeros where it is padded."""
+        return _take(x, dim, sequence_position * self.local_image, self.local_image)
 
-    def held_image(self, x: torch.Tensor, rank: int, *, dim: int) -> torch.Tensor:
-        """The tokens of an image stream, or of its beginning, that rank `rank` holds, without padding: a view of x."""
-        return _within(x, dim, rank * self.local_image, self.local_image)
+    def unpadded_image(self, x: torch.Tensor, sequence_position: int, *, dim: int) -> torch.Tensor:
+        """Returns a rank's part of an image stream, or of its beginning, without padding: a view of x."""
+        return _within(x, dim, sequence_position * self.local_image, self.local_image)
 
     def join_image(self, parts: torch.Tensor) -> torch.Tensor:
-        """parts (P, B, local_image, ...), in rank order -> (B, image, ...)."""
+        """Joins parts (P, B, Li, ...), in the order of sequence positions, to (B, image, ...)."""
         whole = parts.transpose(0, 1).flatten(1, 2)
         return whole[:, : self.image]
 
-    def regions(self, position: int, *, text: bool = True, image: bool = True) -> list[tuple[slice, slice]]:
-        """Where Ulysses rank `position`'s tokens lie: (its local rows, their rows in the gathered sequence), per
-        stream."""
+    def regions(self, ulysses_position: int, *, text: bool = True, image: bool = True) -> list[tuple[slice, slice]]:
+        """Returns per stream where a rank's tokens lie: (its local rows, their rows in what its Ulysses group
+        gathers)."""
         u, t, i = self.layout.ulysses, self.local_text, self.local_image
         found = []
         if text:
-            found.append((slice(0, t), slice(position * t, (position + 1) * t)))
+            found.append((slice(0, t), slice(ulysses_position * t, (ulysses_position + 1) * t)))
         if image:
-            start = u * t + position * i
+            start = u * t + ulysses_position * i
             found.append((slice(t, t + i), slice(start, start + i)))
         return found
 
     def valid(self, ring_position: int) -> slice:
-        """The real tokens of what the Ulysses group at `ring_position` gathers; may be empty."""
+        """Returns the rows without padding of what the Ulysses group at `ring_position` gathers; they may be none."""
         u = self.layout.ulysses
-        first = ring_position * u  # the group's first rank
+        first = ring_position * u  # the group's first sequence position
         text_start = min(u * self.local_text, max(0, self._text_padding - first * self.local_text))
         image_count = min(u * self.local_image, max(0, self.image - first * self.local_image))
         return slice(text_start, u * self.local_text + image_count)

@@ -25,7 +25,7 @@ class StagedArena:
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
         self._group, self._device = group, device
-        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.position, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.generation = 0
         self._sending = torch.cuda.Stream(device, priority=-1)
         self._fetching = torch.cuda.Stream(device, priority=-1)
@@ -51,8 +51,8 @@ class StagedArena:
         self._capacity = capacity
         self.generation += 1
 
-    def view(self, rank: int, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> torch.Tensor:
-        return _typed(self._mirrors[rank], shape, dtype, offset)
+    def view(self, position: int, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> torch.Tensor:
+        return _typed(self._mirrors[position], shape, dtype, offset)
 
     def own(self, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> torch.Tensor:
         return _typed(self._buffer, shape, dtype, offset)
@@ -61,23 +61,23 @@ class StagedArena:
         return self._on(self._sending)
 
     def put(self, peer: int, channel: int) -> None:
-        slot = self._slot(peer, self.rank, channel)
+        slot = self._slot(peer, self.position, channel)
         _stream_operation("cuStreamWaitValue32_v2", slot, 0, _WAIT_EQUAL)  # the last one was heard
         _stream_operation("cuStreamWriteValue32_v2", slot, 1, 0)
 
     def wait(self, peer: int, channel: int) -> None:
-        slot = self._slot(self.rank, peer, channel)
+        slot = self._slot(self.position, peer, channel)
         _stream_operation("cuStreamWaitValue32_v2", slot, 1, _WAIT_EQUAL)
         _stream_operation("cuStreamWriteValue32_v2", slot, 0, 0)
 
     def publish(self, part: Part) -> None:
-        part.of(self.rank).copy_(part.own, non_blocking=True)
+        part.of(self.position).copy_(part.own, non_blocking=True)
 
     def expect(self, peer: int, channel: int, parts: list[Part]) -> None:
         with self._on(self._fetching):
             self.wait(peer, channel)
             for part in parts:
-                part.own.copy_(part.of(self.rank), non_blocking=True)
+                part.own.copy_(part.of(self.position), non_blocking=True)
 
     def settle(self) -> None:
         for stream in self._busy:  # the others are no part of a capture, which must not wait for them

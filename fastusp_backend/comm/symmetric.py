@@ -13,7 +13,7 @@ class SymmetricArena:
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
         self._group, self._device = group, device
-        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.position, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.generation = 0
         self._stream = torch.cuda.Stream(device, priority=-1)
         self._capacity = 0
@@ -30,11 +30,11 @@ class SymmetricArena:
         self._capacity = capacity
         self.generation += 1
 
-    def view(self, rank: int, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> torch.Tensor:
-        return self._handle.get_buffer(rank, shape, dtype, storage_offset=offset // dtype.itemsize)
+    def view(self, position: int, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> torch.Tensor:
+        return self._handle.get_buffer(position, shape, dtype, storage_offset=offset // dtype.itemsize)
 
     def own(self, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> torch.Tensor:
-        return self.view(self.rank, shape, dtype, offset)
+        return self.view(self.position, shape, dtype, offset)
 
     def beside(self):
         self._stream.wait_stream(torch.cuda.current_stream())

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ..config import WireChoice
-from .arena import Arena, carve
+from .arena import Arena, Part, carve
 from .collective import CollectiveExchange, CollectiveRing, GroupExchange
 from .groups import all_gather_single
 from .link_speed import measure_link_speed
@@ -86,7 +86,6 @@ class Transport:
 
     def _connect_peers(self, shards: SequenceShards, batch: int, wire: Wire) -> tuple[UlyssesExchange, Ring | None]:
         mesh, u = self._mesh, self._mesh.layout.ulysses
-        row, column = mesh.rank // u, mesh.rank % u
         received = (3, batch, shards.gathered, wire.heads, wire.dim), wire.dtype
         arrivals = (3, u, batch, shards.local, *wire.row), wire.carrier
         returned = (u, batch, shards.local, *wire.row), wire.carrier
@@ -98,15 +97,15 @@ class Transport:
             shapes.append(block)
         regions = carve(self._arenas[0], shapes)
         if u > 1:
-            ranks = [row * u + i for i in range(u)]
-            exchange = PeerExchange(ranks, shards, wire, regions[0], regions[1], batch)
+            members = [mesh.ring_position * u + i for i in range(u)]
+            exchange = PeerExchange(members, shards, wire, regions[0], regions[1], batch)
         else:
             exchange = LocalExchange(regions[0].own)
         if not mesh.ring:
             return exchange, None
-        ranks = [r * u + column for r in range(mesh.layout.ring)]
-        ring = PeerRing(ranks, wire, regions[-1]) if wire.packed else PeerRing(ranks, wire, regions[0], (slice(1, 3),))
-        return exchange, ring
+        members = [r * u + mesh.ulysses_position for r in range(mesh.layout.ring)]
+        block = Part(regions[-1]) if wire.packed else Part(regions[0], (slice(1, 3),))
+        return exchange, PeerRing(members, wire, block)
 
 
 def _choose(mesh: Mesh) -> Kind:

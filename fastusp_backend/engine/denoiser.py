@@ -99,7 +99,7 @@ class Denoiser:
             beat(USUAL_SECONDS)
             context, concat = conditioning.context, conditioning.concat
             shards = SequenceShards(self.mesh.layout, context.shape[1], 0)
-            local = shards.take_text(context.to(self.dtype), self.mesh.rank, dim=1)
+            local = shards.take_text(context.to(self.dtype), self.mesh.sequence_position, dim=1)
             patch = self.model.config.patch
             patches = [patchify(_flat(latent).to(self.dtype), patch) for latent in conditioning.references]
             self._prompts[conditioning] = PromptTensors(

@@ -80,8 +80,8 @@ class Step:
         )
         text, image = model.rope(shards.text, self._grid, references, device)
         self._rope = (
-            tuple(shards.take_text(table, mesh.rank, dim=0) for table in text),
-            tuple(shards.take_image(table, mesh.rank, dim=0) for table in image),
+            tuple(shards.take_text(table, mesh.sequence_position, dim=0) for table in text),
+            tuple(shards.take_image(table, mesh.sequence_position, dim=0) for table in image),
         )
         like = {"device": device, "dtype": dtype}
         self._channels = channels
@@ -97,7 +97,7 @@ class Step:
         self._modulations = model.split_modulations(self._rows)
         if references.at_timestep_zero:
             image = (torch.arange(shards.image, device=device) >= self._tokens).long()
-            rows = image.new_zeros(shards.local_text), shards.take_image(image, mesh.rank, dim=0)
+            rows = image.new_zeros(shards.local_text), shards.take_image(image, mesh.sequence_position, dim=0)
             self._segments = segments.by_row(torch.cat(rows))
         self._captures = settings.cuda_graphs and device.type == "cuda"
         self._runs = 0
@@ -129,7 +129,7 @@ class Step:
         for position, row in enumerate(modulations):
             self._rows[:, position].copy_(row)
         for buffer, tensor in zip(self._residuals.tensors, residuals, strict=True):
-            mine = self._shards.held_image(tensor, self._mesh.rank, dim=1)
+            mine = self._shards.unpadded_image(tensor, self._mesh.sequence_position, dim=1)
             # Image by image: a part in one piece, in pinned memory, goes to a GPU without a copy or a wait of the CPU.
             for image, values in zip(buffer, mine, strict=True):
                 image[: len(values)].copy_(values, non_blocking=True)
@@ -148,11 +148,11 @@ class Step:
             return self._output
 
     def _evaluate(self) -> torch.Tensor:
-        shards, rank = self._shards, self._mesh.rank
+        shards, position = self._shards, self._mesh.sequence_position
         stream = patchify(self._x, self._patch)
         if self._references.shape[1]:
             stream = torch.cat([stream, self._references], dim=1)
-        patches = shards.take_image(stream, rank, dim=1)
+        patches = shards.take_image(stream, position, dim=1)
         velocity = self._model(
             patches, self._text, self._modulations, self._rope, self._joint, self._segments, self._residuals
         )

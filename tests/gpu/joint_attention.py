@@ -46,7 +46,7 @@ def layer(joint: JointAttention, gather, text, image, scales, rope) -> torch.Ten
 def check(transport: Transport, layout: Layout, mesh, packed, shape: tuple[int, int, int]) -> float:
     """The largest relative difference over an eager turn, a captured one and ten replays."""
     batch, text_tokens, image_tokens = shape
-    device, rank = mesh.device, mesh.rank
+    device, rank = mesh.device, mesh.sequence_position
     generator = torch.Generator().manual_seed(text_tokens)
     _, attend = choose("auto", device, DTYPE)
     own_mesh = single_rank_mesh(device)

@@ -9,7 +9,7 @@ import torch
 from support import randn
 
 from fastusp_backend.comm import peers
-from fastusp_backend.comm.arena import carve
+from fastusp_backend.comm.arena import Part, carve
 from fastusp_backend.comm.collective import CollectiveRing
 from fastusp_backend.comm.peers import PeerExchange, PeerGather, PeerRing
 from fastusp_backend.comm.shards import SequenceShards
@@ -24,7 +24,7 @@ HEADS, DIM, BATCH = 2, 8, 1
 class Arena:
     """Rank 0's, of `size` ranks that lie in its own memory. Notes in `calls` what is pulled and awaited."""
 
-    rank = generation = 0
+    position = generation = 0
 
     def __init__(self, size: int, calls: list[str]):
         self.size, self.calls = size, calls
@@ -32,7 +32,7 @@ class Arena:
     def reserve(self, capacity):
         self.memory = torch.zeros(capacity, dtype=torch.uint8)
 
-    def view(self, rank, shape, dtype, offset):
+    def view(self, position, shape, dtype, offset):
         return self.own(shape, dtype, offset)
 
     def own(self, shape, dtype, offset):
@@ -84,7 +84,7 @@ def test_the_rings_next_block_travels_while_one_is_attended_if_that_is_wanted(ki
     calls, wire, shape = [], Wire(HEADS, DIM, torch.float32, packed), (2, BATCH, 5)
     if kind == "peers":
         (block,) = carve(Arena(3, calls), [((*shape, *wire.row), wire.carrier)])
-        ring = PeerRing([0, 1, 2], wire, block)
+        ring = PeerRing([0, 1, 2], wire, Part(block))
         own = block.own if packed is None else torch.empty(*shape, HEADS, DIM)
     else:
         ring, own = CollectiveRing(Group(calls), wire), torch.empty(*shape, HEADS, DIM)

@@ -30,7 +30,7 @@ def test_a_probe_without_memory_fails_on_all_ranks_alike(short, monkeypatch):
 
     def measure(rank):
         group = dist.ProcessGroupGloo(store, rank, 2, timedelta(seconds=20))
-        mesh = Mesh(layout=Layout(ulysses=2, ring=1), rank=rank, device=CPU, sequence=group)
+        mesh = Mesh(layout=Layout(ulysses=2, ring=1), device=CPU, sequence_position=rank, sequence=group)
         try:
             Transport(mesh, "nccl").wire("auto")
         except Exception as error:

@@ -39,36 +39,36 @@ class Ground:
 class ThreadArena:
     """An arena of threads. It dawdles, so that what is not ordered by signals happens in any order."""
 
-    def __init__(self, ground: Ground, rank: int):
-        self.ground, self.rank, self.size, self.generation = ground, rank, ground.size, 0
+    def __init__(self, ground: Ground, position: int):
+        self.ground, self.position, self.size, self.generation = ground, position, ground.size, 0
         self._expected = []
-        self._dawdle = random.Random(rank)
+        self._dawdle = random.Random(position)
 
     def reserve(self, capacity):
-        self.ground.memory[self.rank] = torch.full((capacity,), 0x7F, dtype=torch.uint8)
+        self.ground.memory[self.position] = torch.full((capacity,), 0x7F, dtype=torch.uint8)
 
-    def view(self, rank, shape, dtype, offset):
+    def view(self, position, shape, dtype, offset):
         time.sleep(self._dawdle.random() * 1e-3)
-        while self.ground.memory[rank].numel() == 0:
+        while self.ground.memory[position].numel() == 0:
             time.sleep(1e-3)
         size = torch.Size(shape).numel() * dtype.itemsize
-        return self.ground.memory[rank][offset : offset + size].view(dtype).view(shape)
+        return self.ground.memory[position][offset : offset + size].view(dtype).view(shape)
 
     def own(self, shape, dtype, offset):
-        return self.view(self.rank, shape, dtype, offset)
+        return self.view(self.position, shape, dtype, offset)
 
     def beside(self):
         time.sleep(self._dawdle.random() * 2e-3)
         return contextlib.nullcontext()
 
     def put(self, peer, channel):
-        self._when(lambda raised: (peer, self.rank, channel) not in raised, lambda raised: raised.add)(
-            (peer, self.rank, channel)
+        self._when(lambda raised: (peer, self.position, channel) not in raised, lambda raised: raised.add)(
+            (peer, self.position, channel)
         )
 
     def wait(self, peer, channel):
-        self._when(lambda raised: (self.rank, peer, channel) in raised, lambda raised: raised.discard)(
-            (self.rank, peer, channel)
+        self._when(lambda raised: (self.position, peer, channel) in raised, lambda raised: raised.discard)(
+            (self.position, peer, channel)
         )
 
     def _when(self, ready, action):
@@ -109,11 +109,11 @@ class MirroredArena(ThreadArena):
 
     def publish(self, part):
         time.sleep(self._dawdle.random() * 1e-3)
-        part.of(self.rank).copy_(part.own)
+        part.of(self.position).copy_(part.own)
 
     def fetch(self, parts):
         for part in parts:
-            part.own.copy_(part.of(self.rank))
+            part.own.copy_(part.of(self.position))
 
 
 def layers(joint: JointAttention, x, scales, rope, local_text: int, count: int) -> torch.Tensor:
@@ -136,7 +136,7 @@ def layers(joint: JointAttention, x, scales, rope, local_text: int, count: int) 
 
 def run_rank(arena, ground_of, layout, rank, given, *, packed, overlap, results):
     groups = {"sequence": object(), "ulysses": None, "ring": object() if layout.ring > 1 else None}
-    mesh = Mesh(layout=layout, rank=rank, device=CPU, **groups)
+    mesh = Mesh(layout=layout, device=CPU, sequence_position=rank, **groups)
     transport = Transport(mesh, "gloo")
     transport._arenas = [arena(ground, rank) for ground in ground_of]
     shards = SequenceShards(layout, TEXT, IMAGE)

@@ -88,7 +88,7 @@ def test_what_is_held_of_an_image_stream_is_taken_without_padding(ulysses, ring)
     for image in LENGTHS:
         for length in (1, image // 2, image):  # of the stream's beginning
             x, shards = torch.arange(1, length + 1)[None], SequenceShards(layout, 1, image)
-            parts = [shards.held_image(x, rank, dim=1) for rank in range(layout.ranks)]
+            parts = [shards.unpadded_image(x, rank, dim=1) for rank in range(layout.ranks)]
             assert torch.equal(torch.cat(parts, dim=1), x)
             for rank, part in enumerate(parts):
                 taken = shards.take_image(x, rank, dim=1)

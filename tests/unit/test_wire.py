@@ -28,5 +28,5 @@ def test_one_rank_alone_names_no_wire():
 
 
 def test_cpu_ranks_share_their_memory():
-    mesh = Mesh(layout=Layout(ulysses=2, ring=1), rank=0, device=CPU, sequence=object())
+    mesh = Mesh(layout=Layout(ulysses=2, ring=1), device=CPU, sequence=object())
     assert Transport(mesh, "gloo").wire("auto") == "exact"
