@@ -1,10 +1,11 @@
 """Attention on one rank, behind one signature.
 
-Every back end is f(q, k, v, scale) -> (out, lse) with q, out (B, Lq, H, D), k, v (B, Lk, H, D) and lse (B, H, Lq)
+Every back end is f(q, k, v, scale) -> (out, lse) with q, out (B, Lq, h, D), k, v (B, Lk, h, D) and lse (B, h, Lq)
 float32, the natural logarithm of the softmax denominators, by which kernels/merge.py joins results over parts of the
 keys.
 
-These are torch's own kernels, called by their operator names because `scaled_dot_product_attention` hides the LSE.
+These are torch's own kernels, called by their operator names because `scaled_dot_product_attention` hides the LSE. A
+package of attention kernels would be another thing to build for each torch and GPU.
 """
 
 from collections.abc import Callable
@@ -73,7 +74,7 @@ _MIN_FLASH_CAPABILITY = (8, 0)
 
 
 def choose(choice: AttentionChoice, device: torch.device, dtype: torch.dtype) -> tuple[AttentionChoice, Attend]:
-    """The back end for a choice; `auto` takes the fastest that the device and type allow.
+    """Returns the back end for a choice; `auto` takes the fastest that the device and type allow.
 
     Raises ValueError when the device or type does not have the chosen one.
     """

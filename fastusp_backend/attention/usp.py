@@ -24,20 +24,21 @@ Rope = tuple[torch.Tensor, torch.Tensor]
 class JointAttention:
     """Attention over the whole sequence for one rank's tokens, for tensors of one shape.
 
-    A layer calls `project` once or more (in the same order on all ranks), then `attend`, then `collect`. With
-    `overlap` the exchanges run beside whatever the layer computes in between; without it each is awaited where it
-    starts. With `pipelined` the ring's next block travels while the current one is attended.
+    A layer calls `project` once or more (in the same order on all ranks), then `attend`, then `collect`.
+
+    overlap: exchanges run while the layer computes what lies between these calls; else each is awaited where it starts.
+    pipelined: the ring's next block travels while the current one is attended.
     """
 
     def __init__(
         self, mesh: Mesh, attend: Attend, shards: SequenceShards, links: Links, *, overlap: bool, pipelined: bool
     ):
-        self._attend, self._shards, self._exchange, self._ring = attend, shards, links.exchange, links.ring
+        self._attend, self._shards, self._ulysses, self._ring = attend, shards, links.ulysses, links.ring
         self._overlap, self._pipelined = overlap, pipelined
         self._returned: torch.Tensor | None = None
-        self._own_regions = shards.regions(self._exchange.position)
+        self._own_regions = shards.regions(self._ulysses.position)
         self._valid = [shards.valid(position) for position in range(mesh.layout.ring)]
-        self._scale = self._exchange.received.shape[-1] ** -0.5
+        self._scale = self._ulysses.received.shape[-1] ** -0.5
 
     def project(
         self,
@@ -49,10 +50,14 @@ class JointAttention:
         text: bool = True,
         image: bool = True,
     ) -> None:
-        """Takes projected (B, R, T C) of this rank's text rows, image rows or both, T tensors `which` of q, k, v,
-        and starts sending them. scales: norm weights (D,), None for v. rope: cos, sin of these rows."""
+        """Norms, rotates and starts sending T tensors of this rank's text rows, image rows or both.
+
+        projected (B, R, T C): the tensors `which` of q, k, v.
+        scales: their norms' weights (D,), None for v, which is neither normed nor rotated.
+        rope: cos, sin of these rows, (R, D / 2).
+        """
         first_row = 0 if text else self._shards.local_text
-        exchange = self._exchange
+        ulysses = self._ulysses
         beat()
         place(
             projected,
@@ -60,34 +65,34 @@ class JointAttention:
             rope,
             which,
             first_row,
-            exchange.received,
-            exchange.outgoing,
-            exchange.position,
+            ulysses.received,
+            ulysses.outgoing,
+            ulysses.position,
             self._own_regions,
         )
-        self._exchange.send(which, text=text, image=image)
+        self._ulysses.send(which, text=text, image=image)
         if not self._overlap:
-            self._exchange.wait()
+            self._ulysses.wait()
 
     def attend(self) -> None:
-        """Awaits what was projected, attends, and starts returning the tokens to their owners."""
-        self._exchange.wait()
-        q, k, v = self._exchange.received.unbind(0)
-        attended = self._over_ring(q, self._exchange.received[K:]) if self._ring else self._over_own(q, k, v)
-        self._exchange.give_back(attended)
+        """Waits for what was projected, attends, and starts returning the tokens to their owners."""
+        self._ulysses.wait()
+        q, k, v = self._ulysses.received.unbind(0)
+        attended = self._over_ring(q, self._ulysses.received[K:]) if self._ring else self._over_own(q, k, v)
+        self._ulysses.give_back(attended)
         if not self._overlap:
-            self._returned = self._exchange.take_back()
+            self._returned = self._ulysses.take_back()
 
     def collect(self) -> torch.Tensor:
-        """The attended tokens of this rank: (B, L, C), text first."""
-        return self._exchange.take_back() if self._overlap else self._returned
+        """Returns the attended tokens of this rank (B, L, C), text first."""
+        return self._ulysses.take_back() if self._overlap else self._returned
 
     def _over_own(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         valid = self._valid[0]
         return self._attend(q, k[:, valid], v[:, valid], self._scale)[0]
 
     def _over_ring(self, q: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        """own (2, B, N, h, D): keys and values of this rank's place in the ring."""
+        """Attends q (B, N, h, D) over all ring positions' keys and values; own (2, B, N, h, D) are this one's."""
         merged: tuple[torch.Tensor, torch.Tensor] | None = None
         for position, (k, v) in self._ring.rotate(own, pipelined=self._pipelined):
             valid = self._valid[position]

@@ -1,6 +1,7 @@
-"""Memory that the ranks of a group reach, and tensors laid out in it; peers.py orders what is written and read there.
+"""Memory that the ranks of a group reach, signals between them, and tensors laid out in that memory.
 
-Two kinds offer it: symmetric.py, where GPUs map each other's memory, and staged.py, by way of the host's.
+Two kinds of arena offer it: symmetric.py, where GPUs map each other's memory, and staged.py, by way of the host's.
+peers.py orders what is written and read there, alike for both.
 """
 
 from contextlib import AbstractContextManager
@@ -16,9 +17,9 @@ _ALIGNMENT = 256
 
 
 class Arena(Protocol):
-    """Memory of this rank that all ranks of a group reach. Positions are those in the group.
+    """Memory of this rank that all ranks of a group reach. `position`, `peer`: positions in that group.
 
-    generation: changes when addresses that a CUDA graph holds have moved.
+    generation: changes when addresses that a CUDA graph has captured have moved.
     """
 
     position: int
@@ -26,22 +27,23 @@ class Arena(Protocol):
     generation: int
 
     def reserve(self, capacity: int) -> None:
-        """Makes room for so many bytes on every rank. Collective where it grows."""
+        """Allocates so many bytes on every rank, unless there are as many. Collective where it grows."""
 
     def view(self, position: int, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> torch.Tensor:
-        """Where this rank writes for the rank at `position`, and reads what that one published, at byte `offset`."""
+        """Returns where this rank writes for the rank at `position`, and reads what that one published, at byte
+        `offset`."""
 
     def own(self, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> torch.Tensor:
-        """This rank's memory on its own device."""
+        """Returns this rank's memory on its own device."""
 
-    def beside(self) -> AbstractContextManager:
-        """What is queued inside runs beside the main stream, after what that stream holds so far."""
+    def side_stream(self) -> AbstractContextManager:
+        """Queues what is called inside on a stream of its own, behind what the main stream has been given so far."""
 
-    def put(self, peer: int, channel: int) -> None:
+    def put_signal(self, peer: int, channel: int) -> None:
         """Signals to `peer`, behind what was queued before on the current stream."""
 
-    def wait(self, peer: int, channel: int) -> None:
-        """Holds the current stream until `peer` has signalled."""
+    def wait_signal(self, peer: int, channel: int) -> None:
+        """Makes the current stream wait until `peer` has signalled."""
 
     def publish(self, part: "Part") -> None:
         """Lets peers read a part of this rank's memory, once a signal says so."""
@@ -49,13 +51,13 @@ class Arena(Protocol):
     def expect(self, peer: int, channel: int, parts: list["Part"]) -> None:
         """Announces that `peer` will write `parts` of this rank's memory and then signal."""
 
-    def settle(self) -> None:
-        """Holds the main stream until all that was expected has arrived and all that runs beside is done."""
+    def wait_all(self) -> None:
+        """Makes the main stream wait until all that was expected has arrived and the side stream is done."""
 
 
 @dataclass(frozen=True)
 class Region:
-    """A tensor that has the same place in every rank's memory."""
+    """A tensor at the same place in every rank's memory."""
 
     arena: Arena
     shape: tuple[int, ...]
@@ -71,12 +73,13 @@ class Region:
         return [self.arena.view(p, self.shape, self.dtype, self.offset) for p in range(self.arena.size)]
 
     def of(self, position: int) -> torch.Tensor:
+        """Returns `Arena.view` of the rank at `position`."""
         return self._views[position]
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """region[index]."""
+    """The part region[index]."""
 
     region: Region
     index: tuple = ()
@@ -90,7 +93,7 @@ class Part:
 
 
 def carve(arena: Arena, shapes: list[tuple[tuple[int, ...], torch.dtype]]) -> list[Region]:
-    """Lays out tensors one after the other, from the arena's start. Collective."""
+    """Lays out tensors of these shapes one after the other, from the arena's start. Collective."""
     regions, offset = [], 0
     for shape, dtype in shapes:
         regions.append(Region(arena, shape, dtype, offset))

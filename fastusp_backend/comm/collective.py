@@ -1,7 +1,6 @@
-"""Exchanges by a process group's own back end: gloo on CPU ranks, NCCL on GPUs without memory that they share.
+"""Exchanges by a process group's own back end: gloo between CPU ranks, NCCL between GPUs of several hosts.
 
-Each is one of torch.distributed's asynchronous collectives, awaited when its result is asked for. See links.py for what
-they move, and for the letters of the shapes.
+Each is one of torch.distributed's asynchronous collectives, awaited when its result is asked for.
 """
 
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from .wire import Wire, unpack_gathered, unpack_returned
 
 
 class GroupExchange:
-    """P ranks in a row, their positions in the group, by torch.distributed's asynchronous collectives."""
+    """A group of P ranks: each sends to the next, or all to all. Started here, awaited by what is returned."""
 
     def __init__(self, group: dist.ProcessGroup):
         self._group = group
@@ -24,7 +23,8 @@ class GroupExchange:
         self.position, self.size = self._ranks.index(dist.get_rank()), len(self._ranks)
 
     def shift(self, x: torch.Tensor) -> Pending:
-        """Sends x to the next rank of the ring; what arrives is the previous rank's x, of the same shape."""
+        """Sends x to the next position, the last to the first; what arrives is the previous one's x, of the same
+        shape."""
         x = x.contiguous()
         out = torch.empty_like(x)
         following = self._ranks[(self.position + 1) % self.size]
@@ -36,7 +36,7 @@ class GroupExchange:
         return _awaiting(out, dist.batch_isend_irecv(transfers), x)
 
     def all_gather(self, x: torch.Tensor) -> Pending:
-        """x (...) -> (P, ...), every rank's x in the order of positions."""
+        """Gathers x (...) to (P, ...), every rank's x in the order of positions."""
         x = x.contiguous()
         out = x.new_empty(self.size, *x.shape)
         work = all_gather_single(out.view(-1), x.view(-1), group=self._group, async_op=True)
@@ -53,8 +53,8 @@ def _awaiting(out: torch.Tensor, works: list[dist.Work], sent: torch.Tensor) -> 
     return wait
 
 
-class CollectiveExchange:
-    """By the group's own all-to-all: gloo on CPU ranks, NCCL on GPUs."""
+class CollectiveUlysses:
+    """See `Ulysses`. By the group's all-to-all."""
 
     def __init__(self, group: dist.ProcessGroup, shards: SequenceShards, batch: int, wire: Wire, device: torch.device):
         self._group, self._shards, self._wire = group, shards, wire
@@ -108,7 +108,7 @@ class CollectiveExchange:
 
 
 class CollectiveRing:
-    """By the group's own sends and receives: each rank forwards what it has received."""
+    """See `Ring`. Each rank forwards what it has received; a block is packed once, at its owner."""
 
     def __init__(self, group: GroupExchange, wire: Wire):
         self._group, self._wire = group, wire
@@ -120,7 +120,7 @@ class CollectiveRing:
         for hop in range(size):
             arriving = self._group.shift(block) if hop < size - 1 else None
             arrived = arriving() if arriving and not pipelined else None
-            # After `hop` shifts this rank holds the block of the position `hop` before its own.
+            # After `hop` shifts this rank has the block of the position `hop` before its own.
             yield (position - hop) % size, current
             if arriving:
                 block = arrived if arrived is not None else arriving()

@@ -1,4 +1,4 @@
-"""What every process group needs: its patience, and to run out of memory on all ranks or on none.
+"""What every process group needs: its time limit, and to run out of memory on all ranks or on none.
 
 Groups are made in mesh.py; collective.py moves tensors over them.
 """
@@ -31,15 +31,15 @@ class OutOfMemoryTogether(torch.OutOfMemoryError):
 
 
 def world() -> tuple[int, int]:
-    """(this process's rank, how many there are); (0, 1) without a process group."""
+    """Returns (this process's rank, how many ranks there are); (0, 1) without a process group."""
     there = dist.is_available() and dist.is_initialized()
     return (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
 
 
 def allocate_together(allocate: Callable[[], T], group: dist.ProcessGroup) -> T:
-    """What allocate() gives. Where memory ran out on any rank of the group, all of them raise OutOfMemoryTogether,
-    so that none goes on alone into an exchange. allocate() may be collective if a rank fails in it only after its last
-    exchange. Collective."""
+    """Returns what allocate() gives. Where memory ran out on any rank of the group, all of them raise
+    OutOfMemoryTogether, so that none goes on alone into an exchange. allocate() may be collective if a rank fails in it
+    only after its last exchange. Collective."""
     made, problem = None, ""
     try:
         made = allocate()

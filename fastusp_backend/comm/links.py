@@ -6,7 +6,7 @@ Each has two implementations, over a process group's collectives (collective.py)
 Forward, Ulysses sends a rank's q, k and v of the heads that Ulysses position u attends to u; what arrives lies in the
 gathered sequence that attention reads. Back, the attended tokens return to their owners.
 
-U Ulysses ranks, B batch, L local tokens [text, image], N = U L gathered tokens, H heads, h = H / U, D head dim.
+attention/__init__.py lists the letters of the shapes.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,10 +24,13 @@ Block = tuple[int, torch.Tensor]
 """A ring position and its keys and values (2, B, N, h, D)."""
 
 
-class UlyssesExchange(Protocol):
-    """received (3, B, N, h, D): q, k, v of the gathered sequence, this rank's own part written by the caller.
-    outgoing (3, U, B, L, *row), rows of the wire (see wire.py): payloads by destination, written by the caller
-    before `send`; slot `position` is unused.
+class Ulysses(Protocol):
+    """The exchanges before and after attention, for q, k and v of one shape.
+
+    position: this rank's Ulysses position.
+    received (3, B, N, h, D): q, k, v of the gathered sequence, this rank's own part written by the caller.
+    outgoing (3, U, B, L, *row): what is sent, by Ulysses position, as rows of the wire (see wire.py), written by the
+        caller before `send`; the own slot is unused.
     """
 
     position: int
@@ -44,32 +47,32 @@ class UlyssesExchange(Protocol):
         """Starts returning attended (B, N, h, D) tokens to their owners."""
 
     def take_back(self) -> torch.Tensor:
-        """The attended tokens of this rank, all heads: (B, L, H D)."""
+        """Waits for the attended tokens of this rank, all heads, and returns them (B, L, H D)."""
 
 
 class Ring(Protocol):
     def rotate(self, own: torch.Tensor, *, pipelined: bool) -> Iterator[Block]:
-        """own (2, B, N, h, D), this rank's keys and values -> all positions' blocks, the own one first. A block is
-        valid until the next is asked for; the iterator must be exhausted. pipelined: the next one travels
-        meanwhile."""
+        """Yields all ring positions' blocks, this rank's `own` keys and values (2, B, N, h, D) first. A block is valid
+        until the next is asked for; the iterator must be exhausted. pipelined: the next block travels while the
+        caller works with one."""
 
 
 class Gather(Protocol):
     def all_gather(self, x: torch.Tensor) -> Pending:
-        """x (...) -> (P, ...), every rank's x in the order of positions."""
+        """Gathers x (...) to (P, ...), every rank's x in the order of positions."""
 
 
 @dataclass(frozen=True, slots=True)
 class Links:
-    """What moves the tensors of one shape; None where an axis has one rank."""
+    """What moves the tensors of one shape; None where the axis has one rank."""
 
-    exchange: UlyssesExchange
+    ulysses: Ulysses
     ring: Ring | None
     gather: Gather | None
 
 
-class LocalExchange:
-    """One rank: nothing moves, the caller writes into `received` (3, B, N, H, D) itself."""
+class LocalUlysses:
+    """See `Ulysses`. For one rank, where nothing moves: the caller writes all of `received` (3, B, N, H, D)."""
 
     position = 0
 

@@ -1,7 +1,9 @@
-"""Exchanges between ranks that reach each other's memory: copy engines write and read it, no SM is taken.
+"""Exchanges between ranks that reach each other's memory, moved by copy engines: the order of signals and messages.
 
-An arena (symmetric.py, staged.py) offers memory that peers reach, signals between ranks, and a stream beside the main
-one. Here is the order of messages over it, the same for every arena.
+A rank copies its part straight to where its peers will read it (Ulysses, gather), or reads a peer's (ring), on a stream
+beside the main one, and signals. The alternative, NCCL's collectives, are kernels: they take SMs from the products
+behind which they are to be hidden, while the copy engines are idle. What copy engines do not bring is order, which is
+this file's; an arena (arena.py) brings the memory, the signals and the stream.
 
 A buffer is written again only when its readers are known to be done. Messages of Ulysses alternate between q/k/v and
 attended tokens, and a rank sends the next of one kind only after it has received the other kind from every peer, which
@@ -20,11 +22,11 @@ from .shards import SequenceShards
 from .wire import Wire, unpack_gathered, unpack_returned
 
 _RETURN, _READY, _DONE, _FIRST_SEND = range(4)
-"""Signal channels. q, k and v may travel in several messages, each with a channel of its own from the last on."""
+"""Channels of signals. q, k and v may travel in several messages, each on its own channel: _FIRST_SEND and above."""
 
 
-class PeerExchange:
-    """See `UlyssesExchange`.
+class PeerUlysses:
+    """See `Ulysses`.
 
     members: the Ulysses group's positions in the arena, in its order.
     gathered: the region (3, B, N, h, D) of `received`, or where the wire is packed that of what arrives (3, U, B, L,
@@ -52,7 +54,8 @@ class PeerExchange:
         self._attended: torch.Tensor | None = None
 
     def _arrival(self, source: int, tensors: range, *, text: bool, image: bool) -> list[tuple[Part, tuple]]:
-        """(where a source's rows lie at their destination, where they lie in its `outgoing` behind the target)."""
+        """Returns (where a source's rows lie at their destination, where they lie in its `outgoing` behind the
+        target)."""
         parts = []
         for tensor in tensors:
             for rows, region in self._shards.regions(source, text=text, image=image):
@@ -66,18 +69,18 @@ class PeerExchange:
         assert channel < CHANNELS
         self._in_flight.append(which)
         mine = self._arrival(self.position, tensors, text=text, image=image)
-        with self._arena.beside():
+        with self._arena.side_stream():
             for target in self._targets:
                 for part, rows in mine:
                     source = self.outgoing[(part.index[0], target, *rows)]
                     part.of(self._members[target]).copy_(source, non_blocking=True)
-                self._arena.put(self._members[target], channel)
+                self._arena.put_signal(self._members[target], channel)
         for source in self._targets:
             parts = [part for part, _ in self._arrival(source, tensors, text=text, image=image)]
             self._arena.expect(self._members[source], channel, parts)
 
     def wait(self) -> None:
-        self._arena.settle()
+        self._arena.wait_all()
         if self._in_flight and self._wire.packed:
             # In one go: these are one tensor where each message is awaited by itself, else mostly all three.
             came = slice(min(which.start for which in self._in_flight), max(which.stop for which in self._in_flight))
@@ -90,13 +93,13 @@ class PeerExchange:
         rows_of = self._wire.encode(attended)
         self._attended, self._leaving = attended, rows_of  # must not be reused while they travel
         local = [(rows, b) for rows, _ in self._shards.regions(self.position) for b in range(self._batch)]
-        with self._arena.beside():
+        with self._arena.side_stream():
             for target in self._targets:
                 for rows, region in self._shards.regions(target):
                     for b in range(self._batch):
                         there = Part(self._returned, (self.position, b, rows)).of(self._members[target])
                         there.copy_(rows_of[b, region], non_blocking=True)
-                self._arena.put(self._members[target], _RETURN)
+                self._arena.put_signal(self._members[target], _RETURN)
             if not self._wire.packed:
                 for rows, region in self._shards.regions(self.position):
                     self._returned.own[self.position, :, rows].copy_(attended[:, region])
@@ -105,7 +108,7 @@ class PeerExchange:
             self._arena.expect(self._members[source], _RETURN, parts)
 
     def take_back(self) -> torch.Tensor:
-        self._arena.settle()
+        self._arena.wait_all()
         attended, self._attended, self._leaving = self._attended, None, None
         if self._wire.packed:
             return unpack_returned(self._returned.own, attended, self._shards, self.position)
@@ -133,54 +136,53 @@ class PeerRing:
         others = [(self._position - hop) % size for hop in range(1, size)]
         if self._wire.packed:
             self._block.own.copy_(self._wire.encode(own.flatten(0, 1)).view_as(self._block.own))
-        with arena.beside():
+        with arena.side_stream():
             arena.publish(self._block)
             for other in others:
-                arena.put(self._members[other], _READY)
+                arena.put_signal(self._members[other], _READY)
         current = own
         for hop in range(size):
             owner = (self._position - hop) % size
             if hop < size - 1:
                 self._pull(others[hop], self._buffers[hop % 2])
                 if not pipelined:
-                    arena.settle()
+                    arena.wait_all()
             yield owner, current
             if hop < size - 1:
-                arena.settle()
+                arena.wait_all()
                 current = self._wire.decode_ring(self._buffers[hop % 2], self._unpacked)
         for other in others:
-            arena.wait(self._members[other], _DONE)
+            arena.wait_signal(self._members[other], _DONE)
 
     def _pull(self, owner: int, buffer: torch.Tensor) -> None:
         peer = self._members[owner]
-        with self._arena.beside():
-            self._arena.wait(peer, _READY)
+        with self._arena.side_stream():
+            self._arena.wait_signal(peer, _READY)
             buffer.copy_(self._block.of(peer), non_blocking=True)
-            self._arena.put(peer, _DONE)
+            self._arena.put_signal(peer, _DONE)
 
 
 class PeerGather:
-    """Every rank's x (...) of one shape, on all ranks: as `GroupExchange.all_gather`."""
+    """See `Gather`. For x of one shape."""
 
     def __init__(self, arena: Arena, shape: tuple[int, ...], dtype: torch.dtype):
         self._arena = arena
         (self._all,) = carve(arena, [((arena.size, *shape), dtype)])
 
     def all_gather(self, x: torch.Tensor) -> Pending:
-        """x (...) -> (P, ...), in the order of positions."""
         arena, x = self._arena, x.contiguous()
         others = [(arena.position + i) % arena.size for i in range(1, arena.size)]
         mine = Part(self._all, (arena.position,))
-        with arena.beside():
+        with arena.side_stream():
             for other in others:
                 mine.of(other).copy_(x, non_blocking=True)
-                arena.put(other, _FIRST_SEND)
+                arena.put_signal(other, _FIRST_SEND)
             mine.own.copy_(x)
         for other in others:
             arena.expect(other, _FIRST_SEND, [Part(self._all, (other,))])
 
         def wait() -> torch.Tensor:
-            arena.settle()
+            arena.wait_all()
             x.numel()  # `x` lives in this closure: its memory must not be reused while it travels
             return self._all.own
 

@@ -1,7 +1,7 @@
-"""Which tokens of the joint sequence [text, image] a rank holds, and where gathered tokens lie.
+"""Which tokens of the joint sequence [text, image] a rank has, and where gathered tokens lie.
 
 Each stream is cut into equal local lengths, padded only as far as that needs: text in front of its first token, image
-behind its last. A rank holds [its text, its image]; a Ulysses group gathers [all its text, all its image], so
+behind its last. A rank has [its text, its image]; a Ulysses group gathers [all its text, all its image], so
 padding lies at the two ends of the gathered sequence and one slice removes it. Padded tokens are computed (they are
 finite) but never attended and never returned: attention is exact at any length.
 """
@@ -15,7 +15,7 @@ from ..config import Layout
 
 @dataclass(frozen=True, slots=True)
 class SequenceShards:
-    """text, image: token counts of the whole streams."""
+    """The cut of one sequence under a layout. text, image: tokens of the whole streams."""
 
     layout: Layout
     text: int
@@ -23,19 +23,22 @@ class SequenceShards:
 
     @property
     def local_text(self) -> int:
+        """Text tokens of each rank, padding included: Lt."""
         return -(-self.text // self.layout.sequence_ranks)
 
     @property
     def local_image(self) -> int:
+        """Image tokens of each rank, padding included: Li."""
         return -(-self.image // self.layout.sequence_ranks)
 
     @property
     def local(self) -> int:
+        """Tokens of each rank, padding included: L."""
         return self.local_text + self.local_image
 
     @property
     def gathered(self) -> int:
-        """Tokens, padding included, that a Ulysses group gathers."""
+        """Tokens, padding included, that a Ulysses group gathers: N."""
         return self.layout.ulysses * self.local
 
     @property
@@ -81,7 +84,7 @@ class SequenceShards:
 
 
 def _take(x: torch.Tensor, dim: int, start: int, length: int) -> torch.Tensor:
-    """x[start : start + length] along `dim`, with zeros where that reaches outside x."""
+    """Returns x[start : start + length] along `dim`, with zeros where that reaches outside x."""
     part = _within(x, dim, start, length)
     if part.shape[dim] == length:
         return part
@@ -93,7 +96,7 @@ def _take(x: torch.Tensor, dim: int, start: int, length: int) -> torch.Tensor:
 
 
 def _within(x: torch.Tensor, dim: int, start: int, length: int) -> torch.Tensor:
-    """What of x[start : start + length] along `dim` there is."""
+    """Returns what there is of x[start : start + length] along `dim`."""
     size = x.shape[dim]
     first, last = min(max(start, 0), size), min(max(start + length, 0), size)
     return x.narrow(dim, first, last - first)

@@ -1,8 +1,12 @@
-"""An arena through host memory: GPUs of one host that cannot map each other's memory.
+"""An arena through host memory, for GPUs of one host that cannot map each other's memory.
 
 Every rank owns a mirror of its arena in pinned memory that all ranks map. A peer's copy engine writes into the mirror,
 this rank's copy engine fetches it from there, and memory operations of the streams (cuStreamWaitValue32,
-cuStreamWriteValue32) order the two: no SM and no CPU takes part.
+cuStreamWriteValue32) order the two: no SM and no CPU takes part, and a CUDA graph captures all of it.
+
+CUDA's own copies between such GPUs go through the host as well, but within one process only. NCCL does so between
+processes, by kernels on both sides, which take SMs from the computing. A CPU thread that waits and copies would need
+to be woken for each message of each layer.
 """
 
 import ctypes
@@ -29,9 +33,9 @@ class StagedArena:
         self.generation = 0
         self._sending = torch.cuda.Stream(device, priority=-1)
         self._fetching = torch.cuda.Stream(device, priority=-1)
-        self._busy: set[torch.cuda.Stream] = set()  # with work that the main stream has not waited for
+        self._busy: set[torch.cuda.Stream] = set()  # those with work that the main stream has not waited for
         self._pinned: list[int] = []
-        # Before the memory itself goes; at the process' end CUDA is gone first.
+        # Before the memory itself is freed; at the process' end CUDA is gone first.
         weakref.finalize(self, _unpin, self._pinned).atexit = False
         self._signals = self._map(4 * CHANNELS * self.size)
         self._slots = [_device_address(signals) for signals in self._signals]
@@ -57,15 +61,15 @@ class StagedArena:
     def own(self, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> torch.Tensor:
         return _typed(self._buffer, shape, dtype, offset)
 
-    def beside(self):
+    def side_stream(self):
         return self._on(self._sending)
 
-    def put(self, peer: int, channel: int) -> None:
+    def put_signal(self, peer: int, channel: int) -> None:
         slot = self._slot(peer, self.position, channel)
         _stream_operation("cuStreamWaitValue32_v2", slot, 0, _WAIT_EQUAL)  # the last one was heard
         _stream_operation("cuStreamWriteValue32_v2", slot, 1, 0)
 
-    def wait(self, peer: int, channel: int) -> None:
+    def wait_signal(self, peer: int, channel: int) -> None:
         slot = self._slot(self.position, peer, channel)
         _stream_operation("cuStreamWaitValue32_v2", slot, 1, _WAIT_EQUAL)
         _stream_operation("cuStreamWriteValue32_v2", slot, 0, 0)
@@ -75,11 +79,11 @@ class StagedArena:
 
     def expect(self, peer: int, channel: int, parts: list[Part]) -> None:
         with self._on(self._fetching):
-            self.wait(peer, channel)
+            self.wait_signal(peer, channel)
             for part in parts:
                 part.own.copy_(part.of(self.position), non_blocking=True)
 
-    def settle(self) -> None:
+    def wait_all(self) -> None:
         for stream in self._busy:  # the others are no part of a capture, which must not wait for them
             torch.cuda.current_stream().wait_stream(stream)
         self._busy.clear()
@@ -90,12 +94,12 @@ class StagedArena:
         return torch.cuda.stream(stream)
 
     def _slot(self, receiver: int, sender: int, channel: int) -> int:
-        """The device address of a signal; it lies with its receiver."""
+        """Returns the device address of a signal, which lies with its receiver."""
         return self._slots[receiver] + 4 * (sender * CHANNELS + channel)
 
     def _map(self, size: int) -> list[torch.Tensor]:
-        """`size` zeroed bytes of every rank, pinned here. A rank opens the others' through their /proc: the memory has
-        no name and goes with its last user."""
+        """Returns `size` zeroed bytes of every rank, pinned here. A rank opens the others' through their /proc: the
+        memory has no name and goes with its last user."""
         descriptor = os.memfd_create("fastusp-arena")
         os.ftruncate(descriptor, size)
         owners = torch.empty(self.size, 2, dtype=torch.int64)
@@ -112,8 +116,7 @@ class StagedArena:
 
 
 def _unpin(addresses: list[int], keep: int = 0) -> None:
-    """Takes back the pinning of all but the first `keep`; memory that goes pinned cannot be pinned again where it
-    was."""
+    """Unpins all but the first `keep`; memory that is freed while pinned cannot be pinned again at its address."""
     while len(addresses) > keep:
         _check(unpin(addresses.pop()), "cuMemHostUnregister")
 

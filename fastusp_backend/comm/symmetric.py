@@ -1,4 +1,8 @@
-"""An arena in symmetric memory: GPUs of one host that map each other's memory (NVLink, or PCIe with peer access)."""
+"""An arena in symmetric memory, for GPUs of one host that map each other's memory (NVLink, or PCIe with peer access).
+
+torch's symmetric memory gives a buffer of the same size on every rank that all of them map, and signals that streams
+send and wait for. A copy to a peer's buffer is an ordinary copy, which a copy engine makes.
+"""
 
 import torch
 import torch.distributed as dist
@@ -36,14 +40,14 @@ class SymmetricArena:
     def own(self, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> torch.Tensor:
         return self.view(self.position, shape, dtype, offset)
 
-    def beside(self):
+    def side_stream(self):
         self._stream.wait_stream(torch.cuda.current_stream())
         return torch.cuda.stream(self._stream)
 
-    def put(self, peer: int, channel: int) -> None:
+    def put_signal(self, peer: int, channel: int) -> None:
         self._handle.put_signal(peer, channel)
 
-    def wait(self, peer: int, channel: int) -> None:
+    def wait_signal(self, peer: int, channel: int) -> None:
         self._handle.wait_signal(peer, channel)
 
     def publish(self, part: Part) -> None:
@@ -52,8 +56,8 @@ class SymmetricArena:
     def expect(self, peer: int, channel: int, parts: list[Part]) -> None:
         self._expected.append((peer, channel))
 
-    def settle(self) -> None:
+    def wait_all(self) -> None:
         for peer, channel in self._expected:
-            self.wait(peer, channel)
+            self.wait_signal(peer, channel)
         self._expected.clear()
         torch.cuda.current_stream().wait_stream(self._stream)

@@ -1,5 +1,15 @@
-"""How the ranks of a mesh move tensors, chosen once: symmetric memory where GPUs map each other's memory, host memory
-where they share a host alone, else the process group's own collectives (NCCL on GPUs, gloo on CPU ranks)."""
+"""Chooses how the ranks of a sequence move tensors, once per layout, and makes the links that do.
+
+| kind | where | links |
+|---|---|---|
+| symmetric memory | GPUs that map each other's memory | peers.py over symmetric.py |
+| host memory | GPUs of one host that do not | peers.py over staged.py |
+| nccl, gloo | several hosts; CPU ranks | collective.py |
+| none | one rank | nothing is sent |
+
+It takes the first that the ranks' devices allow; peers.py and staged.py say why. All ranks of a sequence must choose
+alike, or they would wait for each other forever, so they exchange what each can reach and take the least.
+"""
 
 import os
 import socket
@@ -11,12 +21,12 @@ import torch.distributed as dist
 
 from ..config import WireChoice
 from .arena import Arena, Part, carve
-from .collective import CollectiveExchange, CollectiveRing, GroupExchange
+from .collective import CollectiveRing, CollectiveUlysses, GroupExchange
 from .groups import all_gather_single
 from .link_speed import measure_link_speed
-from .links import Links, LocalExchange, Ring, UlyssesExchange
+from .links import Links, LocalUlysses, Ring, Ulysses
 from .mesh import Mesh
-from .peers import PeerExchange, PeerGather, PeerRing
+from .peers import PeerGather, PeerRing, PeerUlysses
 from .shards import SequenceShards
 from .staged import StagedArena
 from .symmetric import SymmetricArena
@@ -27,8 +37,8 @@ _ARENAS = {"symmetric memory": SymmetricArena, "host memory": StagedArena}
 
 
 class Transport:
-    """Makes the links of one mesh; `kind` says how they move. Made on all ranks together. kind: for measurements, to
-    have another than the one chosen."""
+    """Makes the links of one mesh. Made on all ranks together. kind: given for measurements alone, in place of the one
+    that is chosen."""
 
     def __init__(self, mesh: Mesh, kind: Kind | None = None):
         self._mesh = mesh
@@ -40,13 +50,13 @@ class Transport:
         self._wire: WireFormat | None = None
 
     def __str__(self) -> str:
-        """For people: how tensors move, and what the last wire asked for was."""
+        """Returns, for people, how tensors move and which format was last asked for."""
         speed = f" ({self._speed:.0f} GB/s)" if self._speed is not None else ""
         return f"{self.kind}{speed}" + (f", {self._wire} wire" if self._wire and self.kind != "none" else "")
 
     def wire(self, choice: WireChoice) -> WireFormat:
-        """What the ranks send: see `decide_wire`. `auto` measures the link, once, unless CPU ranks share their memory.
-        Collective; raises OutOfMemoryTogether."""
+        """Returns what the ranks send: see `decide_wire`. `auto` measures the link, once, unless CPU ranks share their
+        memory. Collective; raises OutOfMemoryTogether."""
         if choice == "auto" and self._speed is None and self.kind not in ("none", "gloo"):
             self._speed = measure_link_speed(self._mesh, self._make_arena)
         self._wire = decide_wire(choice, self._speed)
@@ -54,7 +64,7 @@ class Transport:
 
     @property
     def generation(self) -> int:
-        """Changes when addresses that a CUDA graph holds have moved."""
+        """A number that changes when addresses that a CUDA graph has captured have moved."""
         return sum(arena.generation for arena in self._arenas)
 
     def connect(
@@ -68,44 +78,47 @@ class Transport:
         packed: torch.dtype | None,
         width: int,
     ) -> Links:
-        """Buffers and messages for tensors of one shape; packed: see `Wire`; width: values per token of the final
-        gather. Collective."""
+        """Makes buffers and messages for tensors of one shape. Collective.
+
+        packed: the type that carries rows in 8 bits, see `Wire`.
+        width: values per token of the final gather.
+        """
         mesh = self._mesh
         wire = Wire(heads // mesh.layout.ulysses, dim, dtype, packed)
         if self._arenas:
-            exchange, ring = self._connect_peers(shards, batch, wire)
+            ulysses, ring = self._connect_peers(shards, batch, wire)
             gather = PeerGather(self._arenas[1], (batch, shards.local_image, width), dtype)
-            return Links(exchange, ring, gather)
+            return Links(ulysses, ring, gather)
         if mesh.ulysses is None:
             received = (3, batch, shards.local, wire.heads, dim)
-            exchange = LocalExchange(torch.empty(received, dtype=dtype, device=mesh.device))
+            ulysses = LocalUlysses(torch.empty(received, dtype=dtype, device=mesh.device))
         else:
-            exchange = CollectiveExchange(mesh.ulysses, shards, batch, wire, mesh.device)
+            ulysses = CollectiveUlysses(mesh.ulysses, shards, batch, wire, mesh.device)
         ring = CollectiveRing(GroupExchange(mesh.ring), wire) if mesh.ring else None
-        return Links(exchange, ring, GroupExchange(mesh.sequence) if mesh.sequence else None)
+        return Links(ulysses, ring, GroupExchange(mesh.sequence) if mesh.sequence else None)
 
-    def _connect_peers(self, shards: SequenceShards, batch: int, wire: Wire) -> tuple[UlyssesExchange, Ring | None]:
+    def _connect_peers(self, shards: SequenceShards, batch: int, wire: Wire) -> tuple[Ulysses, Ring | None]:
         mesh, u = self._mesh, self._mesh.layout.ulysses
         received = (3, batch, shards.gathered, wire.heads, wire.dim), wire.dtype
         arrivals = (3, u, batch, shards.local, *wire.row), wire.carrier
         returned = (u, batch, shards.local, *wire.row), wire.carrier
-        block = (2, batch, shards.gathered, *wire.row), wire.carrier
+        packed_block = (2, batch, shards.gathered, *wire.row), wire.carrier
         shapes = [received]
         if u > 1:
             shapes = [arrivals if wire.packed else received, returned]
         if wire.packed and mesh.ring:
-            shapes.append(block)
+            shapes.append(packed_block)
         regions = carve(self._arenas[0], shapes)
         if u > 1:
             members = [mesh.ring_position * u + i for i in range(u)]
-            exchange = PeerExchange(members, shards, wire, regions[0], regions[1], batch)
+            ulysses = PeerUlysses(members, shards, wire, regions[0], regions[1], batch)
         else:
-            exchange = LocalExchange(regions[0].own)
+            ulysses = LocalUlysses(regions[0].own)
         if not mesh.ring:
-            return exchange, None
+            return ulysses, None
         members = [r * u + mesh.ulysses_position for r in range(mesh.layout.ring)]
         block = Part(regions[-1]) if wire.packed else Part(regions[0], (slice(1, 3),))
-        return exchange, PeerRing(members, wire, block)
+        return ulysses, PeerRing(members, wire, block)
 
 
 def _choose(mesh: Mesh) -> Kind:
@@ -117,8 +130,8 @@ def _choose(mesh: Mesh) -> Kind:
 
 
 def _closeness(mesh: Mesh) -> int:
-    """2 where every rank of a sequence can write to every other's memory, 1 where they share a host, else 0; the same
-    on all of them. NCCL_P2P_DISABLE is respected."""
+    """Returns 2 where every rank of a sequence can write to every other's memory, 1 where they share a host, else 0;
+    the same on all of them. NCCL_P2P_DISABLE is respected."""
     host = zlib.crc32(socket.gethostname().encode())
     device, disabled = torch.cuda.current_device(), int(os.environ.get("NCCL_P2P_DISABLE", "0") == "1")
     mine = torch.tensor([host, device, disabled])

@@ -2,7 +2,13 @@
 
 `decide_wire` is the one place that decides which of them ranks send, by the option `wire` and the link's speed.
 
-U Ulysses ranks, B batch, L local and N gathered tokens, h heads of a rank, D head dim.
+A packed row carries a scale per (token, head) beside its codes: about half of bf16's bytes, in one message that is cut,
+sent and skipped as exact rows are. One scale per tensor would save those bytes of scales, but needs a pass over all
+tokens before the first is sent, and one large value would coarsen all others. A rank's own tokens are never packed. At
+the same bytes integers have a quarter of e4m3's error on plain values, so `auto` takes them; e4m3 keeps more where one
+value of a head is far above the others.
+
+attention/__init__.py lists the letters of the shapes.
 """
 
 from dataclasses import dataclass
@@ -24,8 +30,10 @@ FAST_LINK = 100.0
 
 
 def decide_wire(choice: WireChoice, link_speed: float | None) -> WireFormat:
-    """The format that the ranks send. `auto` is int8 on links slower than FAST_LINK, else exact. link_speed: GB/s; None
-    where there is no link, between CPU ranks, which share their memory, and on one rank alone."""
+    """Returns the format that the ranks send. `auto` is int8 on links slower than FAST_LINK, else exact.
+
+    link_speed: GB/s; None between CPU ranks, which share their memory, and on one rank alone.
+    """
     if choice != "auto":
         return choice
     return "int8" if link_speed is not None and link_speed < FAST_LINK else "exact"
@@ -33,8 +41,13 @@ def decide_wire(choice: WireChoice, link_speed: float | None) -> WireFormat:
 
 @dataclass(frozen=True, slots=True)
 class Wire:
-    """Rows of `heads` heads of `dim` values of `dtype`; `packed`: the type of 8-bit rows with a scale per (token,
-    head), None for values as they are."""
+    """The rows of tensors of one type, and how they are packed for the wire.
+
+    heads: of a row, h.
+    dim: values of a head, D.
+    dtype: of the values, before and after.
+    packed: the type that carries rows in 8 bits, None where values travel as they are.
+    """
 
     heads: int
     dim: int
@@ -52,7 +65,7 @@ class Wire:
         return self.packed or self.dtype
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """x (B, R, h, D) -> rows (B, R, *row)."""
+        """Returns x (B, R, h, D) as rows (B, R, *row)."""
         if not self.packed:
             return x
         rows = torch.empty(*x.shape[:2], *self.row, dtype=self.packed, device=x.device)
@@ -60,7 +73,7 @@ class Wire:
         return rows
 
     def decode_ring(self, block: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """block (2, B, N, *row) -> keys and values (2, B, N, h, D); `out` is written where they were packed."""
+        """Returns a block (2, B, N, *row) as keys and values (2, B, N, h, D), in `out` where they were packed."""
         if not self.packed:
             return block
         eight_bits.unpack(block[:, None], out, eight_bits.Destination(block.shape[2], 0, block.shape[2], 0))
@@ -70,8 +83,8 @@ class Wire:
 def unpack_gathered(
     packed: torch.Tensor, received: torch.Tensor, shards: SequenceShards, position: int, *, text: bool, image: bool
 ) -> None:
-    """packed (T, U, B, R, pitch), text rows, image rows or both of all sources, into received (T, B, N, h, D), but for
-    this rank's own (`position`)."""
+    """Unpacks packed (T, U, B, R, pitch), text rows, image rows or both of all Ulysses positions, into received
+    (T, B, N, h, D), but for those of this rank's own `position`."""
     u, t, i = shards.layout.ulysses, shards.local_text, shards.local_image
     start = u * t
     eight_bits.unpack(packed, received, eight_bits.Destination(t if text else 0, t, start, i, skipped=position))
@@ -80,8 +93,8 @@ def unpack_gathered(
 def unpack_returned(
     packed: torch.Tensor, attended: torch.Tensor, shards: SequenceShards, position: int
 ) -> torch.Tensor:
-    """packed (U, B, L, pitch), the attended tokens of this rank by the rank that computed them, and this rank's own
-    attended (B, N, h, D), taken unpacked -> (B, L, U h D)."""
+    """Returns this rank's attended tokens (B, L, H D), from packed (U, B, L, pitch), by the Ulysses position that
+    computed them, and from what it attended itself, (B, N, h, D), which is taken unpacked."""
     heads, dim = attended.shape[2:]
     t = shards.local_text
     out = attended.new_empty(packed.shape[1], shards.local, packed.shape[0] * heads, dim)

@@ -11,7 +11,7 @@ from support import randn
 from fastusp_backend.comm import peers
 from fastusp_backend.comm.arena import Part, carve
 from fastusp_backend.comm.collective import CollectiveRing
-from fastusp_backend.comm.peers import PeerExchange, PeerGather, PeerRing
+from fastusp_backend.comm.peers import PeerGather, PeerRing, PeerUlysses
 from fastusp_backend.comm.shards import SequenceShards
 from fastusp_backend.comm.wire import Wire
 from fastusp_backend.config import Layout
@@ -39,17 +39,17 @@ class Arena:
         size = torch.Size(shape).numel() * dtype.itemsize
         return self.memory[offset : offset + size].view(dtype).view(shape)
 
-    def beside(self):
+    def side_stream(self):
         return contextlib.nullcontext()
 
-    def wait(self, peer, channel):
+    def wait_signal(self, peer, channel):
         if channel == peers._READY:
             self.calls.append("start")
 
-    def settle(self):
+    def wait_all(self):
         self.calls.append("await")
 
-    def put(self, peer, channel):
+    def put_signal(self, peer, channel):
         pass
 
     def publish(self, part):
@@ -105,7 +105,7 @@ def test_attended_rows_live_until_their_readers_are_done(monkeypatch, packed):
     shards, wire = SequenceShards(Layout(ulysses=2, ring=1), 3, 5), Wire(HEADS, DIM, torch.float32, packed)
     gathered = (3, 2, BATCH, shards.local, *wire.row) if packed else (3, BATCH, shards.gathered, HEADS, DIM)
     regions = carve(Arena(2, []), [(shape, wire.carrier) for shape in (gathered, (2, BATCH, shards.local, *wire.row))])
-    exchange = PeerExchange([0, 1], shards, wire, *regions, BATCH)
+    ulysses = PeerUlysses([0, 1], shards, wire, *regions, BATCH)
     encode, alive = Wire.encode, []
 
     def watched(self, x):
@@ -114,10 +114,10 @@ def test_attended_rows_live_until_their_readers_are_done(monkeypatch, packed):
         return rows
 
     monkeypatch.setattr(Wire, "encode", watched)
-    exchange.give_back(randn(BATCH, shards.gathered, HEADS, DIM, seed=0))
+    ulysses.give_back(randn(BATCH, shards.gathered, HEADS, DIM, seed=0))
     gc.collect()
     assert all(kept() is not None for kept in alive) and len(alive) == 2
-    exchange.take_back()
+    ulysses.take_back()
     gc.collect()
     assert all(kept() is None for kept in alive)
 

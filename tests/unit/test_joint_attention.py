@@ -8,7 +8,7 @@ from support import OneRank, inputs, randn
 
 from fastusp_backend.attention import ALL, JointAttention
 from fastusp_backend.attention.local import math
-from fastusp_backend.comm.links import Links, LocalExchange
+from fastusp_backend.comm.links import Links, LocalUlysses
 from fastusp_backend.comm.mesh import single_rank_mesh
 from fastusp_backend.comm.shards import SequenceShards
 from fastusp_backend.config import Layout, Settings
@@ -21,8 +21,8 @@ pytestmark = pytest.mark.unit
 CPU = torch.device("cpu")
 
 
-class Recorder(LocalExchange):
-    """Notes what is asked of an exchange, in order."""
+class Recorder(LocalUlysses):
+    """Notes what is asked of Ulysses' exchanges, in order."""
 
     def __init__(self, received):
         super().__init__(received)
@@ -52,18 +52,18 @@ class Recorder(LocalExchange):
 )
 def test_order(overlap, expected):
     shards = SequenceShards(Layout(ulysses=1, ring=1), 2, 3)
-    exchange = Recorder(torch.empty(3, 1, 5, 2, 8))
-    links = Links(exchange, None, None)
+    ulysses = Recorder(torch.empty(3, 1, 5, 2, 8))
+    links = Links(ulysses, None, None)
     joint = JointAttention(single_rank_mesh(CPU), math, shards, links, overlap=overlap, pipelined=True)
     scales = torch.ones(8), torch.ones(8), None
     for rows, stream in ((2, {"image": False}), (3, {"text": False})):
         rope = torch.ones(rows, 4), torch.zeros(rows, 4)
         joint.project(torch.randn(1, rows, 3 * 2 * 8), scales, rope, ALL, **stream)
-    exchange.calls.append("attend")
+    ulysses.calls.append("attend")
     joint.attend()
-    exchange.calls.append("collect")
+    ulysses.calls.append("collect")
     assert joint.collect().shape == (1, 5, 16)
-    assert exchange.calls == expected
+    assert ulysses.calls == expected
 
 
 class Ring:
@@ -81,10 +81,10 @@ def over_ring(blocks, q, *, attend=math, pipelined=True) -> tuple[torch.Tensor, 
     """The attended tokens of one rank of three, (B, N, h D), and the ring."""
     batch, tokens, heads, dim = q.shape
     mesh, shards = single_rank_mesh(CPU), SequenceShards(Layout(ulysses=1, ring=3), 3, 3 * tokens - 3)
-    exchange, ring = LocalExchange(torch.empty(3, batch, tokens, heads, dim, dtype=q.dtype)), Ring(blocks)
+    ulysses, ring = LocalUlysses(torch.empty(3, batch, tokens, heads, dim, dtype=q.dtype)), Ring(blocks)
     mesh = dataclasses.replace(mesh, layout=Layout(ulysses=1, ring=3))
-    joint = JointAttention(mesh, attend, shards, Links(exchange, ring, None), overlap=True, pipelined=pipelined)
-    exchange.received[0] = q
+    joint = JointAttention(mesh, attend, shards, Links(ulysses, ring, None), overlap=True, pipelined=pipelined)
+    ulysses.received[0] = q
     joint.attend()
     return joint.collect(), ring
 

@@ -26,7 +26,7 @@ def make_all(layout: Layout, monkeypatch) -> list[Mesh]:
     return meshes
 
 
-@pytest.mark.parametrize("batch, ring, ulysses", itertools.product((1, 2, 3), repeat=3))
+@pytest.mark.parametrize("batch, ring, ulysses", list(itertools.product((1, 2, 3), repeat=3)))
 def test_the_naming_rule(batch, ring, ulysses, monkeypatch):
     layout = Layout(ulysses=ulysses, ring=ring, batch=batch)
     meshes = make_all(layout, monkeypatch)

@@ -57,16 +57,16 @@ class ThreadArena:
     def own(self, shape, dtype, offset):
         return self.view(self.position, shape, dtype, offset)
 
-    def beside(self):
+    def side_stream(self):
         time.sleep(self._dawdle.random() * 2e-3)
         return contextlib.nullcontext()
 
-    def put(self, peer, channel):
+    def put_signal(self, peer, channel):
         self._when(lambda raised: (peer, self.position, channel) not in raised, lambda raised: raised.add)(
             (peer, self.position, channel)
         )
 
-    def wait(self, peer, channel):
+    def wait_signal(self, peer, channel):
         self._when(lambda raised: (self.position, peer, channel) in raised, lambda raised: raised.discard)(
             (self.position, peer, channel)
         )
@@ -86,9 +86,9 @@ class ThreadArena:
     def expect(self, peer, channel, parts):
         self._expected.append((peer, channel, parts))
 
-    def settle(self):
+    def wait_all(self):
         for peer, channel, parts in self._expected:
-            self.wait(peer, channel)
+            self.wait_signal(peer, channel)
             self.fetch(parts)
         self._expected.clear()
 
