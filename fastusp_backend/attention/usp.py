@@ -3,6 +3,9 @@
 Ulysses trades tokens for heads: before attention an exchange gives each rank of a Ulysses group all of the group's
 tokens for its own heads, after it another gives the tokens back. Between them the ring passes keys and values round,
 so that every token sees all others; the partial results are merged by their LSE (arXiv 2310.01889).
+
+Of L tokens with C values a rank sends 4 L C (U - 1) / U values a layer to its Ulysses group and 2 L C (ring - 1) along
+the ring: Ulysses scales better, but its ranks must divide the heads; the ring divides any number of tokens.
 """
 
 import torch

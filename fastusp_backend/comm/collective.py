@@ -1,6 +1,8 @@
-"""Exchanges by a process group's own back end: gloo between CPU ranks, NCCL between GPUs of several hosts.
+"""Exchanges by a process group's own back end: gloo between CPU ranks, NCCL between GPUs.
 
-Each is one of torch.distributed's asynchronous collectives, awaited when its result is asked for.
+Each is one of torch.distributed's asynchronous collectives, awaited when its result is asked for. GPUs of one host
+take this way for what travels seldom (finished velocities of the batch axis, modulations); for what travels in each
+layer peers.py says why not.
 """
 
 from collections.abc import Iterator
@@ -15,7 +17,7 @@ from .wire import Wire, unpack_gathered, unpack_returned
 
 
 class GroupExchange:
-    """A group of P ranks: each sends to the next, or all to all. Started here, awaited by what is returned."""
+    """Exchanges in a group of P ranks, started here, awaited by what is returned; `position`: this rank's in it."""
 
     def __init__(self, group: dist.ProcessGroup):
         self._group = group
@@ -67,7 +69,7 @@ class CollectiveUlysses:
 
     def send(self, which: slice, *, text: bool = True, image: bool = True) -> None:
         rows = slice(0 if text else self._shards.local_text, None if image else self._shards.local_text)
-        sent = self.outgoing[which][:, :, :, rows].transpose(0, 1).contiguous()  # (U, n, B, rows, *row)
+        sent = self.outgoing[which][:, :, :, rows].transpose(0, 1).contiguous()  # (U, T, B, R, *row)
         arrived = torch.empty_like(sent)
         work = dist.all_to_all_single(arrived, sent, group=self._group, async_op=True)
         self._pending.append((work, sent, arrived, which, text, image, rows.start))
@@ -104,7 +106,7 @@ class CollectiveUlysses:
         self._returning = None
         if self._wire.packed:
             return unpack_returned(arrived, attended, self._shards, self.position)
-        return arrived.permute(1, 2, 0, 3, 4).flatten(2)  # (B, L, U, h, D): chunk u: the heads of Ulysses position u
+        return arrived.permute(1, 2, 0, 3, 4).flatten(2)  # (B, L, U, h, D): by the position that computed them
 
 
 class CollectiveRing:

@@ -46,7 +46,7 @@ def layer(joint: JointAttention, gather, text, image, scales, rope) -> torch.Ten
 def check(transport: Transport, layout: Layout, mesh, packed, shape: tuple[int, int, int]) -> float:
     """The largest relative difference over an eager turn, a captured one and ten replays."""
     batch, text_tokens, image_tokens = shape
-    device, rank = mesh.device, mesh.sequence_position
+    device, position = mesh.device, mesh.sequence_position
     generator = torch.Generator().manual_seed(text_tokens)
     _, attend = choose("auto", device, DTYPE)
     own_mesh = single_rank_mesh(device)
@@ -63,7 +63,7 @@ def check(transport: Transport, layout: Layout, mesh, packed, shape: tuple[int, 
 
     def local(x, dim=1):
         text, image = x.split([text_tokens, image_tokens], dim)
-        return shards.take_text(text, rank, dim=dim), shards.take_image(image, rank, dim=dim)
+        return shards.take_text(text, position, dim=dim), shards.take_image(image, position, dim=dim)
 
     own_rope = tuple(torch.cat(local(r, 0)) for r in rope)
     zeros = torch.zeros(batch, len(angles), 3 * HEADS * DIM, device=device, dtype=DTYPE)
@@ -87,7 +87,7 @@ def check(transport: Transport, layout: Layout, mesh, packed, shape: tuple[int, 
         difference = ((got - expected.float()).norm() / expected.float().norm()).item()
         worst = max(worst, difference)
         assert difference < BOUNDS[packed], (
-            f"rank {rank}, {layout}, {shape}, packed {packed}, turn {turn}: {difference}"
+            f"position {position}, {layout}, {shape}, packed {packed}, turn {turn}: {difference}"
         )
     return worst
 
