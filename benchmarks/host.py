@@ -14,13 +14,14 @@ take turns: what each prompt takes, and which memory ComfyUI and the workers hol
 import argparse
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import paths  # noqa: F401
+import pynvml
 import torch
 from comfy import ComfyUI
 from common import CONFIGS
@@ -110,16 +111,19 @@ def turns(host: ComfyUI, a: argparse.Namespace) -> None:
             (device, *_), pools = host.get("/system_stats")["devices"], host.get("/fastusp/status")["pools"]
             held = "; ".join(f"{pool['held']}" for pool in pools)
             mine = device["torch_vram_total"] / 1e9
-            workers = sum(used_by_process().get(pid, 0.0) for pool in pools for pid in pool.get("pids", ()))
+            workers = sum(used_by_process()[pid] for pool in pools for pid in pool.get("pids", ()))
             free = device["vram_free"] / 1e9
             print(f"| {name} | {took:.2f} | {mine:.1f} | {workers:.1f} | {held} | {free:.1f} |", flush=True)
 
 
-def used_by_process() -> dict[int, float]:
-    """GB of GPU memory."""
-    query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
-    rows = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
-    return {int(pid): float(mib) * 2**20 / 1e9 for pid, mib in (row.split(",") for row in rows)}
+def used_by_process() -> Counter[int]:
+    """Returns process id -> GB of GPU memory, over all GPUs."""
+    pynvml.nvmlInit()
+    used = Counter()
+    for index in range(pynvml.nvmlDeviceGetCount()):
+        for process in pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByIndex(index)):
+            used[process.pid] += (process.usedGpuMemory or 0) / 1e9
+    return used
 
 
 def main() -> None:

@@ -1,18 +1,17 @@
-"""Answers of tools that may take their time, asked for once, and not waited for beyond that."""
+"""Answers that may take their time to come, or fail to: asked for once, failures included."""
 
 import functools
 import math
-import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import TypeVar
 
 from .errors import DeviceError
 
 T = TypeVar("T")
 SECONDS = 300.0
-"""How long a failure counts: whoever has mended a driver need not restart ComfyUI."""
+"""How long a failure counts: whoever has repaired a driver need not restart ComfyUI."""
 
 
 class Once:
@@ -41,18 +40,3 @@ class Once:
                     self._failure = str(error), time.monotonic()
                     raise
             return self._answer[0]
-
-
-def run(
-    command: Sequence[str], seconds: float, env: Mapping[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """As `subprocess.run` with its output captured; but one that takes longer is not waited for when it was killed: a
-    driver that hangs may hold it for ever. Raises OSError or subprocess.TimeoutExpired."""
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True)
-    try:
-        output, errors = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise
-    return subprocess.CompletedProcess(command, process.returncode, output, errors)

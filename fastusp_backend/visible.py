@@ -5,41 +5,42 @@ order, up to the first that names no GPU; behind that nothing is read, so that -
 of which what follows the digits is ignored, or beginnings of UUIDs that fit one GPU alone, as the first entry is; a GPU
 that is named twice leaves none at all. Numbers count in CUDA's own order, which CUDA_DEVICE_ORDER chooses: by default
 FASTEST_FIRST, of which only the first GPU is documented. So the driver is asked for that order, by a process of its
-own: this one shall initialise no CUDA.
+own (`command`).
 """
 
 import ctypes
 import os
 import re
-import subprocess
-import sys
 import uuid
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
-from .environment import inherited
+from .command import ask_module
 from .errors import DeviceError
-from .once import Once, run
+from .once import Once
 
 VARIABLE = "CUDA_VISIBLE_DEVICES"
 SECONDS = 60.0
 """CUDA initialises a machine of 8 GPUs in a few seconds, where no driver is kept awake."""
 _NO_DEVICE = 100
-_PACKAGE_ROOT = Path(__file__).resolve().parents[1]
 
 
 class Visible(NamedTuple):
-    """uuids: of the GPUs that a value leaves, in CUDA's order. problem: what in the value CUDA does not take; empty
-    where it takes all."""
+    """The GPUs that a value leaves."""
 
     uuids: tuple[str, ...]
+    """In CUDA's order."""
     problem: str = ""
+    """What in the value CUDA does not take; empty where it takes all."""
 
 
 def read(value: str, uuids: Sequence[str], counted: Callable[[], Sequence[str]]) -> Visible:
-    """uuids: of all GPUs; counted: gives those as CUDA counts them, for numbers. Raises DeviceError for parts of GPUs
-    (MIG), and as `counted`."""
+    """Reads a value of CUDA_VISIBLE_DEVICES.
+
+    uuids: all GPUs.
+    counted: gives them as CUDA counts them; called for numbers alone.
+    Raises DeviceError for parts of GPUs (MIG), and as `counted`.
+    """
     if value.startswith("MIG-"):
         raise DeviceError(
             f"{VARIABLE}={value} names a part of a GPU (MIG); FastUSP takes whole ones. Name them there, or unset it"
@@ -72,29 +73,21 @@ def _by_number(entry: str, counted: Callable[[], Sequence[str]]) -> str | None:
 
 @Once
 def counted_by_cuda() -> tuple[str, ...]:
-    """The UUIDs of all GPUs as CUDA counts them in this process's environment.
+    """Returns the UUIDs of all GPUs as CUDA counts them in this process's environment.
 
     Raises DeviceError where the driver does not answer.
     """
-    env = {k: v for k, v in inherited(os.environ, _PACKAGE_ROOT).items() if k != VARIABLE}
-    command = [sys.executable, "-m", "fastusp_backend.visible"]
     try:
-        done = run(command, SECONDS, env)
-        problem = "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["it crashed"])[-1]
-    except subprocess.TimeoutExpired:
-        problem = f"no answer within {SECONDS:g} s"
+        return tuple(ask_module("fastusp_backend.visible", seconds=SECONDS, without=(VARIABLE,)).split())
     except OSError as error:
-        problem = str(error)
-    if problem:
         raise DeviceError(
             f"{VARIABLE}={os.environ.get(VARIABLE)} counts GPUs as CUDA does, and CUDA's driver does not tell how "
-            f"({problem}). Name GPUs by UUID there (nvidia-smi -L), or by nvidia-smi's index in gpus"
-        )
-    return tuple(done.stdout.split())
+            f"({error}). Name GPUs by UUID there (nvidia-smi -L), or by nvidia-smi's index in gpus"
+        ) from error
 
 
 def _count() -> list[str]:
-    """What the driver says, without a context on any GPU. Raises OSError where there is none, or it fails."""
+    """Asks the driver, without a context on any GPU. Raises OSError where there is none, or it fails."""
     driver = ctypes.CDLL("libcuda.so.1")
     status = driver.cuInit(0)
     if status == _NO_DEVICE:

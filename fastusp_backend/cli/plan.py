@@ -38,7 +38,7 @@ def memory(nbytes: int, devices: Devices, totals: dict[int, int | None]) -> list
     told = [f"weights: {nbytes / 1e9:.2f} GB on each GPU"]
     for i in devices.gpus:
         if totals[i] is None:
-            told.append(f"nvidia-smi tells no memory size of GPU {i}: see for yourself whether they fit")
+            told.append(f"NVML tells no memory size of GPU {i}: see for yourself whether they fit")
         elif totals[i] <= nbytes:
             has = f"GPU {i} has {totals[i] / 1e9:.2f} GB"
             told.append(f"warning: {has}. Take a smaller weight_dtype or file, or other GPUs")

@@ -165,14 +165,14 @@ assert seen[0] == seen[1], seen
 type.__setattr__(RemoteQwenImage, "_evaluate_named", lambda _self, **given: given)
 given = RemoteQwenImage._evaluate(RemoteQwenImage.__new__(RemoteQwenImage), *seen[0][0], **seen[0][1])
 assert {name: given[name] for name in call} == call and given["x"] == 1 and given["attention_mask"] is None
-# GPUs that torch sees and nvidia-smi does not name are no reason for a CPU rank.
-os.environ["PATH"] = ""
+# GPUs that torch sees and NVML does not name are no reason for a CPU rank.
+sys.modules[loader.local_devices.__module__].list_gpus = lambda: ()
 torch.cuda.device_count = lambda: 2
 try:
     asyncio.run(USPLoader.validate_inputs(gpus="auto"))
     raise AssertionError("auto took a CPU rank")
 except DeviceError as error:
-    assert "torch sees 2 GPUs, but nvidia-smi" in str(error)
+    assert "torch sees 2 GPUs, but NVML" in str(error)
 # The event loop of ComfyUI's server, which validates, reads no files and waits for no driver.
 threads = []
 

@@ -1,12 +1,17 @@
 """What the unit tests share. One thread: tensors are small here, and threads that wait for each other are slow on a
 busy machine."""
 
+import json
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from channels import Pair
 from formats import MINI
 from small_library import world  # noqa: F401 - a fixture
 
+from fastusp_backend.devices import list_gpus
 from fastusp_backend.models.synthetic import write_flux
 
 torch.set_num_threads(1)
@@ -18,6 +23,25 @@ def pair():
     pair = Pair()
     yield pair
     pair.close()
+
+
+@pytest.fixture
+def nvml(monkeypatch, tmp_path):
+    """nvml(*gpus, **more) has the driver tell of these from now on, as fake_nvml/pynvml.py reads them; it returns a
+    function that counts how often it was asked. forget: whether what was told before is asked anew."""
+    log = tmp_path / "nvml.log"
+    log.touch()
+    paths = [str(Path(__file__).parents[1] / "fake_nvml"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+
+    def tells(*gpus: dict | None, forget: bool = True, **more):
+        monkeypatch.setenv("FAKE_NVML", json.dumps({"gpus": gpus, "log": str(log)} | more))
+        if forget:
+            list_gpus.cache_clear()
+        return lambda: log.read_text().count("asked")
+
+    yield tells
+    list_gpus.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -92,7 +92,7 @@ def test_memory_of_a_plan():
     ]
     assert memory(10 << 30, FOUR, totals) == ["weights: 10.74 GB on each GPU"]
     assert "share" in memory(10 << 30, Devices(ranks=2), {})[0]
-    assert memory(30 << 30, Devices(ranks=1, gpus=(3,)), {3: None})[1].startswith("nvidia-smi tells no memory size of ")
+    assert memory(30 << 30, Devices(ranks=1, gpus=(3,)), {3: None})[1].startswith("NVML tells no memory size of ")
 
 
 @pytest.mark.parametrize("fits", [True, False])

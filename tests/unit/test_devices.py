@@ -3,7 +3,7 @@
 import pytest
 
 from fastusp_backend import devices
-from fastusp_backend.devices import MAX_CPU_RANKS, Devices, Gpu, gpu_states, list_gpus, parse_devices, supports_bfloat16
+from fastusp_backend.devices import MAX_CPU_RANKS, Devices, Gpu, parse_devices, supports_bfloat16
 from fastusp_backend.errors import DeviceError
 
 pytestmark = pytest.mark.unit
@@ -14,7 +14,7 @@ def gpu(index: int, name: str = "H200", capability: tuple[int, int] = (9, 0)) ->
 
 
 def in_order(gpus: tuple[Gpu, ...]):
-    """CUDA that counts as nvidia-smi does."""
+    """CUDA that counts as NVML does."""
     return lambda: tuple(g.uuid for g in gpus)
 
 
@@ -73,7 +73,7 @@ def test_refused_by_name(text, gpus, message):
 
 
 def test_numbers_count_as_cuda_does():
-    """The fastest first, by default: here those that nvidia-smi names 1, 2, 4, 0, 3."""
+    """The fastest first, by default: here those that NVML names 1, 2, 4, 0, 3."""
 
     def fastest_first():
         return tuple(MIXED[i].uuid for i in (1, 2, 4, 0, 3))
@@ -98,7 +98,7 @@ def test_cuda_is_asked_for_numbers_among_several_gpus_alone():
     "visible, message",
     [
         ("MIG-7/1/0", r"CUDA_VISIBLE_DEVICES=MIG-7/1/0 names a part of a GPU \(MIG\)"),
-        ("0", "CUDA_VISIBLE_DEVICES=0 leaves GPU-elsewhere, which nvidia-smi does not name"),
+        ("0", "CUDA_VISIBLE_DEVICES=0 leaves GPU-elsewhere, which NVML does not name"),
     ],
 )
 def test_what_cannot_be_read_is_told_with_the_variable(text, visible, message):
@@ -126,9 +126,9 @@ def test_nothing_visible_is_told_with_the_variable(caplog, visible, told):
 def test_processes_see_gpus_by_uuid(monkeypatch):
     monkeypatch.setattr(devices, "list_gpus", lambda: MIXED)
     assert devices.cuda_visible(Devices(ranks=2, gpus=(4, 1))) == "GPU-4abc,GPU-1abc"
-    with pytest.raises(DeviceError, match="GPU 9 does not exist: nvidia-smi names 0, 1, 2, 3, 4"):
+    with pytest.raises(DeviceError, match="GPU 9 does not exist: NVML names 0, 1, 2, 3, 4"):
         devices.cuda_visible(Devices(ranks=2, gpus=(0, 9)))
-    monkeypatch.setattr(devices, "list_gpus", lambda: pytest.fail("nvidia-smi was asked"))
+    monkeypatch.setattr(devices, "list_gpus", lambda: pytest.fail("NVML was asked"))
     assert devices.cuda_visible(Devices(ranks=2)) == ""
 
 
@@ -138,7 +138,7 @@ def test_processes_see_gpus_by_uuid(monkeypatch):
 )
 def test_gpus_that_torch_alone_sees_are_told(gpus, visible, lacks):
     """One CPU rank in their place would be a silent, and slow, answer."""
-    with pytest.raises(DeviceError, match=f"gpus = 'auto': torch sees 2 GPUs, but nvidia-smi, .* {lacks}.* PATH"):
+    with pytest.raises(DeviceError, match=f"gpus = 'auto': torch sees 2 GPUs, but NVML, .* {lacks}.* libnvidia-ml"):
         parse_devices("auto", gpus=gpus, visible=visible, seen_by_torch=2)
     assert parse_devices("cpu:2", gpus=gpus, visible=visible, seen_by_torch=2) == Devices(ranks=2)
 
@@ -173,53 +173,8 @@ def test_bfloat16_begins_with_ampere(monkeypatch, capability, computes):
 
 @pytest.mark.parametrize("uuid, index", [("GPU-4abc", 4), ("4ABC", 4), ("gpu-1abc", 1), ("GPU-9abc", None)])
 def test_a_pool_holds_its_own_gpus_alone(monkeypatch, uuid, index):
-    """As torch and nvidia-smi write uuids."""
+    """As torch and NVML write uuids."""
     monkeypatch.setattr(devices, "list_gpus", lambda: MIXED)
     for held in ((1,), (4, 1), (0, 2, 3)):
         assert devices.holds_gpu(Devices(ranks=len(held), gpus=held), uuid) is (index in held)
     assert not devices.holds_gpu(Devices(ranks=2), uuid)
-
-
-@pytest.fixture
-def nvidia_smi(monkeypatch, tmp_path):
-    """nvidia_smi(text, code): puts a tool on the path that prints and exits so."""
-    tool = tmp_path / "nvidia-smi"
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-
-    def answers(text: str, code: int) -> None:
-        tool.write_text(f"#!/bin/sh\nprintf '{text}'\nexit {code}\n")
-        tool.chmod(0o755)
-        list_gpus.cache_clear()
-
-    yield answers
-    list_gpus.cache_clear()
-
-
-def test_nvidia_smi_is_read(nvidia_smi):
-    nvidia_smi("0, NVIDIA A100, GPU-1, 8.0\\n1, NVIDIA L4, GPU-2, 8.9\\n", 0)
-    assert list_gpus() == (
-        Gpu(index=0, name="NVIDIA A100", uuid="GPU-1", compute_capability=(8, 0)),
-        Gpu(index=1, name="NVIDIA L4", uuid="GPU-2", compute_capability=(8, 9)),
-    )
-
-
-def test_memory_that_is_not_told(nvidia_smi):
-    """As of a GPU that shares the host's memory."""
-    nvidia_smi("0, [N/A], [N/A], Default, [N/A], 580.95\\n1, 81559, 81000, Default, Disabled, 580.95\\n", 0)
-    assert [(state.total, state.free, state.mig) for state in gpu_states()] == [
-        (None, None, False),
-        (81559 << 20, 81000 << 20, False),
-    ]
-
-
-def test_no_devices_is_no_error(nvidia_smi):
-    nvidia_smi("No devices were found", 6)
-    assert list_gpus() == ()
-
-
-@pytest.mark.parametrize("text, code", [("driver mismatch", 9), ("0, Old card, GPU-1, [N/A]", 0)])
-def test_a_failing_nvidia_smi_is_told_and_cpu_ranks_do_not_ask_it(nvidia_smi, text, code):
-    nvidia_smi(text, code)
-    with pytest.raises(DeviceError, match="cpu:N|not understood"):
-        parse_devices("auto")
-    assert parse_devices("cpu:2") == Devices(ranks=2)

@@ -98,7 +98,7 @@ BAD = {
     "no Triton": (pretended(probe={"triton": "", "triton_problem": "ImportError: x"}), "triton", "fail", "torch"),
     "no compiler": (pretended(compiler="", compiler_problem="there is none"), "C compiler", "fail", "apt install gcc"),
     "no headers": (pretended(compiler_problem="Python.h: No such file"), "C compiler", "fail", "python3.12-dev"),
-    "no GPU": (replace(CPU, wanted="auto"), "devices", "warn", "nvidia-smi"),
+    "no GPU": (replace(CPU, wanted="auto"), "devices", "warn", "libnvidia-ml"),
     "cut short": (
         pretended(visible="CUDA_VISIBLE_DEVICES=0,7,1 leaves GPU 0 of 2", visible_problem="reads nothing from '7' on"),
         "visible GPUs",
@@ -161,7 +161,7 @@ def test_what_does_not_matter_is_no_warning():
     assert told.text.endswith("not handed to the workers as it is: CUDA_VISIBLE_DEVICES")
     assert checks.links(pretended(links={"0-1": "PIX"}, iommu=False))[0].status == "ok"
     untold = checks.gpus(pretended(states=(state(0, total=None, free=None), state(1))))[1]
-    assert untold.status == "ok" and untold.text.startswith("nvidia-smi tells no memory size, compute capability 9.0")
+    assert untold.status == "ok" and untold.text.startswith("NVML tells no memory size, compute capability 9.0")
     assert not checks.links(replace(CPU, devices=Devices(ranks=2)))
 
 

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import os
+import subprocess
 
 import pytest
 import torch
@@ -11,42 +12,18 @@ import torch
 from fastusp_backend.cli import doctor
 from fastusp_backend.cli.doctor import checks, facts
 from fastusp_backend.cli.doctor.checks import examine
-from fastusp_backend.cli.doctor.facts import read_topology
-from fastusp_backend.devices import Devices, GpuState, list_gpus
+from fastusp_backend.devices import Devices, GpuState
 
 pytestmark = pytest.mark.unit
 
-TOPOLOGY = (
-    "\t\x1b[4mGPU0\tGPU1\tGPU2\tNIC0\tCPU Affinity\tNUMA Affinity\x1b[0m\n"
-    "GPU0\t X \tNV4\tSYS\tPIX\t0-15\t0\n"
-    "GPU1\tNV4\t X \tPHB\tSYS\t0-15\t0\n"
-    "GPU2\tSYS\tPHB\t X \tSYS\t16-31\t1\n"
-    "NIC0\tPIX\tSYS\tSYS\t X \t\t\n\nLegend:\n\n  X    = Self\n"
-)
 
-
-def test_the_topology_is_read():
-    links = read_topology(TOPOLOGY)
-    assert {pair: links[pair] for pair in ("0-1", "0-2", "1-2")} == {"0-1": "NV4", "0-2": "SYS", "1-2": "PHB"}
-
-
-def test_facts_of_a_machine_whose_gpus_torch_cannot_use(monkeypatch, tmp_path):
-    """nvidia-smi tells of two GPUs that are not there."""
-    rows = "\\n".join(f"{i}, H200, GPU-{i}, 9.0" for i in (0, 1))
-    states = "\\n".join(f"{i}, 143771, 143000, Default, Disabled, 580.1" for i in (0, 1))
-    script = f"case $1 in *uuid*) printf '{rows}';; *memory*) printf '{states}';; topo) printf '{{}}';; esac"
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\n" + script.format(TOPOLOGY.replace("\n", "\\n").replace("\t", "\\t")))
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+def test_facts_of_a_machine_whose_gpus_torch_cannot_use(nvml, monkeypatch):
+    """NVML tells of two GPUs that are not there."""
+    nvml(*[{"nvlinks": ["switch"] * 4}] * 2)
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:cudaMallocAsync")
     monkeypatch.setenv("CC", "/nowhere/cc")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1,GPU-0,GPU-7")
-    list_gpus.cache_clear()
-    try:
-        found = facts.gather(Devices(ranks=2, gpus=(0, 1)), "auto")
-    finally:
-        list_gpus.cache_clear()
+    found = facts.gather(Devices(ranks=2, gpus=(0, 1)), "auto")
     assert [g.index for g in found.gpus] == [s.index for s in found.states] == [0, 1]
     assert found.states[1] == GpuState(
         index=1, total=143771 << 20, free=143000 << 20, compute_mode="Default", mig=False, driver="580.1"
@@ -96,11 +73,12 @@ def test_a_look_that_hangs_or_crashes_is_told(monkeypatch):
 
 
 def test_what_looks_at_gpus_sees_those_alone_and_starts_as_workers_do(monkeypatch):
-    def bounded(command, seconds, env):
-        return 0, json.dumps({"torch": "|".join(str(env.get(name)) for name in names)}), ""
+    def run(command, seconds, env):
+        printed = json.dumps({"torch": "|".join(str(env.get(name)) for name in names)})
+        return subprocess.CompletedProcess(command, 0, printed, "")
 
     names = ("CUDA_VISIBLE_DEVICES", "PYTHONINSPECT", "NCCL_DEBUG")
-    monkeypatch.setattr(facts, "_bounded", bounded)
+    monkeypatch.setattr(facts, "run", run)
     monkeypatch.setattr(facts, "cuda_visible", lambda devices: f"GPU-{devices.gpus[0]}")
     for name, value in zip(names, ("7", "1", "INFO"), strict=True):
         monkeypatch.setenv(name, value)
@@ -108,6 +86,6 @@ def test_what_looks_at_gpus_sees_those_alone_and_starts_as_workers_do(monkeypatc
 
 
 def test_cpu_ranks_are_examined_without_asking_for_gpus(monkeypatch):
-    monkeypatch.setattr(facts, "list_gpus", lambda: pytest.fail("nvidia-smi was asked"))
+    monkeypatch.setattr(facts, "list_gpus", lambda: pytest.fail("NVML was asked"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     assert facts.gather(Devices(ranks=2), "cpu:2").visible == ""

@@ -1,6 +1,7 @@
 """CUDA_VISIBLE_DEVICES by CUDA's rules, and its driver's own count of GPUs."""
 
 import ctypes
+import sys
 import uuid
 
 import pytest
@@ -75,7 +76,7 @@ def child(monkeypatch, tmp_path):
         tool = tmp_path / "python"
         tool.write_text("#!/bin/sh\n" + script)
         tool.chmod(0o755)
-        monkeypatch.setattr(visible.sys, "executable", str(tool))
+        monkeypatch.setattr(sys, "executable", str(tool))
 
     yield make
     counted_by_cuda.cache_clear()

@@ -146,7 +146,10 @@ def visible(facts: Facts) -> list[Check]:
 
 def gpus(facts: Facts) -> list[Check]:
     if not facts.gpus and facts.wanted == "auto" and not facts.visible:
-        advice = "Where there are some: install NVIDIA's driver, whose nvidia-smi FastUSP asks; else name --gpus cpu:N"
+        advice = (
+            "Where there are some: install NVIDIA's driver with its libnvidia-ml.so.1 (in a container: set\n"
+            "NVIDIA_DRIVER_CAPABILITIES=compute,utility); else name --gpus cpu:N"
+        )
         return [Check("devices", "warn", "no GPU is found", advice)]
     if not facts.gpus:
         return [Check("devices", "ok", f"{facts.devices}; no GPU takes part")]
@@ -165,11 +168,11 @@ def _state(facts: Facts, gpu) -> Check:
     name = f"GPU {gpu.index}"
     state = next((x for x in facts.states if x.index == gpu.index), None)
     if state is None:
-        return Check(name, "fail", "nvidia-smi does not tell its state", "Look at nvidia-smi; reinstall the driver")
+        return Check(name, "fail", "NVML does not tell its state", "Look at nvidia-smi; reinstall the driver")
     major, minor = gpu.compute_capability
     types = ["bfloat16"] * ((major, minor) >= BFLOAT16) + ["fp8 products"] * ((major, minor) >= FP8)
     told = state.free is not None and state.total is not None
-    memory = f"{state.free / 1e9:.1f} of {state.total / 1e9:.1f} GB free" if told else "nvidia-smi tells no memory size"
+    memory = f"{state.free / 1e9:.1f} of {state.total / 1e9:.1f} GB free" if told else "NVML tells no memory size"
     text = f"{memory}, compute capability {major}.{minor}"
     text += f" ({' and '.join(types) or 'neither bfloat16 nor fp8 products'}), driver {state.driver}"
     if state.compute_mode == "Prohibited":

@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import shutil
 import socket
 import subprocess
@@ -17,14 +16,15 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from ...devices import Devices, Gpu, GpuState, Seen, cuda_visible, gpu_states, list_gpus, visible_gpus
+from ...command import run
+from ...devices import Devices, Gpu, GpuState, Seen, cuda_visible, gpu_links, gpu_states, list_gpus, visible_gpus
 from ...environment import inherited
 from ...errors import PoolError
 
-PACKAGES = ("msgspec", "safetensors", "numpy", "pillow", "tqdm")
+PACKAGES = ("msgspec", "safetensors", "numpy", "nvidia-ml-py", "pillow", "tqdm")
 PROBE_SECONDS = 180.0
 """Importing torch from a cold disk takes a minute; CUDA on 8 GPUs some more."""
-TOOL_SECONDS = 60.0
+COMPILER_SECONDS = 60.0
 
 SHOWN = ("CC", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_NO_CUDA_MEMORY_CACHING")
 SHOWN += ("CUDA_*", "GLOO_*", "NCCL_*", "NVSHMEM_*", "OMP_*", "TORCHINDUCTOR_*", "TORCH_SYMM_MEM_*", "TRITON_*")
@@ -88,7 +88,7 @@ class Facts:
 
 
 def gather(devices: Devices, wanted: str) -> Facts:
-    """Takes a few seconds. Raises DeviceError where nvidia-smi fails."""
+    """Looks at the machine for a few seconds. Raises DeviceError where NVML fails."""
     chosen = set(devices.gpus)
     compiler, compiler_problem = _compile()
     probe = _probe(devices)
@@ -108,7 +108,7 @@ def gather(devices: Devices, wanted: str) -> Facts:
         devices=devices,
         gpus=tuple(gpu for gpu in list_gpus() if gpu.index in chosen) if chosen else (),
         states=tuple(state for state in gpu_states() if state.index in chosen) if chosen else (),
-        links=_links() if len(chosen) > 1 else {},
+        links=gpu_links() if len(chosen) > 1 else {},
         iommu=any(Path("/sys/class/iommu").glob("*")),
         probe=probe,
         shm_free=_free("/dev/shm"),
@@ -136,20 +136,6 @@ def _version(package: str) -> str:
         return "of unknown version"
 
 
-def _bounded(command: list[str], seconds: float, env: dict[str, str] | None = None) -> tuple[int, str, str]:
-    """(exit status, stdout, stderr); a command that hangs is killed and left, since one that waits for a driver may not
-    die. Raises OSError, subprocess.TimeoutExpired."""
-    process = subprocess.Popen(
-        command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        output, errors = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise
-    return process.returncode, output, errors
-
-
 def _compile() -> tuple[str, str]:
     """(the C compiler that Triton would take, why it cannot build what Triton builds: an extension of this Python)."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
@@ -160,13 +146,14 @@ def _compile() -> tuple[str, str]:
         source.write_text("#include <Python.h>\nint answer(void) { return PY_MAJOR_VERSION; }\n", encoding="utf-8")
         command = [compiler, str(source), "-O3", "-shared", "-fPIC", "-o", str(source.with_suffix(".so"))]
         try:
-            status, _, errors = _bounded([*command, f"-I{sysconfig.get_path('include')}"], TOOL_SECONDS)
+            done = run([*command, f"-I{sysconfig.get_path('include')}"], COMPILER_SECONDS)
         except subprocess.TimeoutExpired:
-            return compiler, f"it gave no answer within {TOOL_SECONDS:g} s"
+            return compiler, f"it gave no answer within {COMPILER_SECONDS:g} s"
         except OSError as error:
             return compiler, str(error)
-    lines = [line for line in errors.splitlines() if "error" in line] or errors.splitlines()[-1:]
-    return compiler, "" if status == 0 else lines[0] if lines else f"exit status {status}"
+    errors = done.stderr.splitlines()
+    lines = [line for line in errors if "error" in line] or errors[-1:]
+    return compiler, "" if done.returncode == 0 else lines[0] if lines else f"exit status {done.returncode}"
 
 
 def _probe(devices: Devices) -> Probe:
@@ -174,33 +161,14 @@ def _probe(devices: Devices) -> Probe:
     env = inherited(os.environ, _PACKAGE_ROOT) | {"CUDA_VISIBLE_DEVICES": cuda_visible(devices)}
     try:
         command = [sys.executable, "-m", "fastusp_backend.cli.doctor.probe"]
-        status, output, errors = _bounded(command, PROBE_SECONDS, env)
+        done = run(command, PROBE_SECONDS, env)
     except subprocess.TimeoutExpired:
         return Probe(error=f"torch and CUDA did not answer within {PROBE_SECONDS:.0f} s")
     try:
-        return Probe(**json.loads(output.splitlines()[-1]))
+        return Probe(**json.loads(done.stdout.splitlines()[-1]))
     except (IndexError, ValueError, TypeError):
-        last = (errors.strip().splitlines() or ["nothing was printed"])[-1]
-        return Probe(error=f"looking at torch and CUDA ended with exit status {status}: {last}")
-
-
-def _links() -> dict[str, str]:
-    command = shutil.which("nvidia-smi")
-    try:
-        status, output, _ = _bounded([command, "topo", "-m"], TOOL_SECONDS) if command else (1, "", "")
-    except (OSError, subprocess.TimeoutExpired):
-        return {}
-    return read_topology(output) if status == 0 else {}
-
-
-def read_topology(text: str) -> dict[str, str]:
-    """`nvidia-smi topo -m` -> 'i-j' -> its word for the path between GPU i and GPU j, i < j."""
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
-    links = {}
-    for row in re.finditer(r"^GPU(\d+)\t(.*)$", plain, re.MULTILINE):
-        i, cells = int(row[1]), [cell.strip() for cell in row[2].split("\t")]
-        links |= {f"{i}-{j}": cell for j, cell in enumerate(cells) if j > i and re.fullmatch(r"NV\d+|[A-Z]{3,4}", cell)}
-    return links
+        last = (done.stderr.strip().splitlines() or ["nothing was printed"])[-1]
+        return Probe(error=f"looking at torch and CUDA ended with exit status {done.returncode}: {last}")
 
 
 def _try(attempt) -> str:

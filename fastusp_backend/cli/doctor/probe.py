@@ -37,7 +37,7 @@ def _probe() -> dict:
 
 def _import_problem(name: str) -> str:
     try:
-        importlib.import_module({"pillow": "PIL"}.get(name, name))
+        importlib.import_module({"nvidia-ml-py": "pynvml", "pillow": "PIL"}.get(name, name))
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
