@@ -17,6 +17,8 @@ from process_sets import LINKS, ProcessSet, run_all
 from step import TEXTS, add_common, base_job, known, layouts, numbers
 from variants import ABLATION, VARIANTS
 
+from fastusp_backend.cli.table import Column, fitted
+
 BASELINES = {"flux": "paraattention-ulysses", "flux2": "diffusers-ulysses", "qwen": "diffusers-ulysses"}
 
 
@@ -36,14 +38,14 @@ def table(levels: list[tuple[str, dict]], link: str) -> str:
     body, above = [], {}
     for label, row in levels:
         follows = above and (above["who"] != "ours" or above["set"] == row["set"])
-        gain = f"{above['median'] / row['median']:.2f}" if follows else ""
-        total = f"{levels[0][1]['median'] / row['median']:.2f}"
-        parts = [f"{row['breakdown'][column]:.1f}" for column in COLUMNS] if "breakdown" in row else [""] * len(COLUMNS)
-        error = f"{row['error']:.1e}" if "error" in row else ""
-        body.append([label + report.verdict(row), f"{row['median']:.1f}", gain, total, *parts, error])
+        gain = above["median"] / row["median"] if follows else None
+        total = levels[0][1]["median"] / row["median"]
+        parts = map(row.get("breakdown", {}).get, COLUMNS)
+        body.append([label + report.verdict(row), row["median"], gain, total, *parts, row.get("error")])
         above = row
-    head = ("level", "median ms", "x above", "x first", *COLUMNS, "error")
-    return f"**{link}**\n\n{report.markdown(head, body)}"
+    gains = [Column("x above", format=".2f"), Column("x first", format=".2f")]
+    columns = [Column("level"), report.FIGURES["median"], *gains, *report.PARTS, report.FIGURES["error"]]
+    return f"**{link}**\n\n{fitted(columns, body, markdown=True)}"
 
 
 def main() -> None:

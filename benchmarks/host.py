@@ -28,6 +28,8 @@ from common import CONFIGS
 from files import write_model
 from workflows import Graph
 
+from fastusp_backend.cli.table import Column, Table
+
 OPTIONS = {
     "USP": {},
     "USP, linear fp8": {"linear": "fp8"},
@@ -86,7 +88,16 @@ def prompt(host: ComfyUI, name: str, seed: int, a: argparse.Namespace) -> tuple[
 
 def compare(host: ComfyUI, a: argparse.Namespace) -> None:
     stock: dict[int, torch.Tensor] = {}
-    print("| configuration | first s | prompt s | ms a step | x stock | difference |\n|---|---|---|---|---|---|")
+    table = Table(
+        Column("configuration", 24),
+        Column("first s", 7, ".1f"),
+        Column("prompt s", 8, ".2f"),
+        Column("ms a step", 9, ".1f"),
+        Column("x stock", 7, ".2f"),
+        Column("difference", 10, ".1e"),
+        markdown=True,
+    )
+    print(table.head(), flush=True)
     base = None
     for name in a.configs.split(";"):
         seconds, apart = [], [0.0]
@@ -98,12 +109,20 @@ def compare(host: ComfyUI, a: argparse.Namespace) -> None:
         median = statistics.median(seconds[1:])
         base = base or median
         step = 1000 * median / a.steps
-        print(f"| {name} | {seconds[0]:.1f} | {median:.2f} | {step:.1f} | {base / median:.2f} | {max(apart):.1e} |")
-        sys.stdout.flush()
+        print(table.row(name, seconds[0], median, step, base / median, max(apart)), flush=True)
 
 
 def turns(host: ComfyUI, a: argparse.Namespace) -> None:
-    print("| prompt | s | ComfyUI GB | workers GB | pool | free GB |\n|---|---|---|---|---|---|")
+    table = Table(
+        Column("prompt", 24),
+        Column("s", 6, ".2f"),
+        Column("ComfyUI GB", 10, ".1f"),
+        Column("workers GB", 10, ".1f"),
+        Column("pool", 40),
+        Column("free GB", 7, ".1f"),
+        markdown=True,
+    )
+    print(table.head(), flush=True)
     names = a.configs.split(";")
     for turn in range(3):
         for name in names:
@@ -113,7 +132,7 @@ def turns(host: ComfyUI, a: argparse.Namespace) -> None:
             mine = device["torch_vram_total"] / 1e9
             workers = sum(used_by_process()[pid] for pool in pools for pid in pool.get("pids", ()))
             free = device["vram_free"] / 1e9
-            print(f"| {name} | {took:.2f} | {mine:.1f} | {workers:.1f} | {held} | {free:.1f} |", flush=True)
+            print(table.row(name, took, mine, workers, held, free), flush=True)
 
 
 def used_by_process() -> Counter[int]:

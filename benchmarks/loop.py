@@ -22,6 +22,7 @@ from process_sets import LINKS, ProcessSet, run_all
 from step import TEXTS, add_common, base_job, known, layouts
 from variants import VARIANTS
 
+from fastusp_backend.cli.table import Column, fitted
 from fastusp_backend.config import Layout, ModelSpec
 from fastusp_backend.devices import Devices
 from fastusp_backend.pool import Pool, Progress, Session
@@ -142,7 +143,11 @@ def main() -> None:
     ]
     size = "tiny" if a.tiny else "full size"
     what = f"Sampling through a pool: {a.model}, {size}, {a.size} px, text {a.text}, {a.gpus} x {a.device}, {a.variant}"
-    text = report.heading(what, outcome.about) + "\n\n" + report.markdown(("what", "time", "over bare"), body)
+    text = (
+        report.heading(what, outcome.about)
+        + "\n\n"
+        + fitted([*map(Column, ("what", "time", "over bare"))], body, markdown=True)
+    )
     rows = [*timed, *({"what": what, "figure": figure} for what, figure, _ in lines)]
     report.publish(text, what, outcome, rows, a.out)
 

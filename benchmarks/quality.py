@@ -18,6 +18,7 @@ import torch.distributed as dist
 from common import CONFIGS, MODELS, Case, random_inputs, random_model
 from ours import held_by_rows
 
+from fastusp_backend.cli.table import Column, Table
 from fastusp_backend.comm.mesh import make_mesh, single_rank_mesh
 from fastusp_backend.comm.transport import Transport
 from fastusp_backend.config import Layout, Settings
@@ -49,6 +50,11 @@ def add_outliers(model: Transformer, *, share: float = 0.003, factor: float = 30
     for name, parameter in model.named_parameters():
         if "key_norm" in name or "norm_k" in name or "norm_added_k" in name:
             parameter.data[torch.randperm(len(parameter), generator=generator)[:4]] *= 6
+
+
+def table(steps: int) -> Table:
+    heads = "weights", "layout", "option", f"t = {', '.join(map(str, TIMESTEPS))}"
+    return Table(*map(Column, heads), Column(f"after {steps} steps", format=".1e"), markdown=True)
 
 
 def rank(a: argparse.Namespace) -> None:
@@ -93,7 +99,7 @@ def rank(a: argparse.Namespace) -> None:
                 errors = [((f - w).norm() / w.norm()).item() for f, w in zip(found, wanted, strict=True)]
                 if number == 0:
                     at = " ".join(f"{error:.1e}" for error in errors[:-1])
-                    print(f"| {weights} | {mesh.layout} | {name} | {at} | {errors[-1]:.1e} |", flush=True)
+                    print(table(a.steps).row(weights, str(mesh.layout), name, at, errors[-1]), flush=True)
         del model, rows, wanted
     dist.destroy_process_group()
 
@@ -112,8 +118,7 @@ def main() -> None:
         return rank(a)
     name = torch.cuda.get_device_name() if a.device == "cuda" else "CPU"
     print(f"{a.model}, {a.ranks} ranks, {name}, torch {torch.__version__}, {a.size} px, text {a.text}, {a.steps} steps")
-    print(f"| weights | layout | option | t = {', '.join(map(str, TIMESTEPS))} | after {a.steps} steps |")
-    print("|---|---|---|---|---|", flush=True)
+    print(table(a.steps).head(), flush=True)
     env = inherited(os.environ, paths.ROOT) | {OF_OURS: "1"}
     if a.device == "cuda" and torch.cuda.device_count() < a.ranks:
         env["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"

@@ -12,8 +12,23 @@ from breakdown import COLUMNS
 from paths import RESULTS
 from process_sets import Outcome
 
+from fastusp_backend.cli.table import Column, fitted
+
 BASELINES = (("paraattention-ulysses", "eager"), ("diffusers-ulysses", "eager"), ("ours", "eager"))
 """The first that was measured: the paper's own, else what stands nearest."""
+FIGURES = {
+    "median": Column("median ms", format=".1f"),
+    "min": Column("min", format=".1f"),
+    "over_peer": Column("x best peer", format=".2f"),
+    "over_baseline": Column("x baseline", format=".2f"),
+    "error": Column("error", format=".1e"),
+    "own_error": Column("own error", format=".1e"),
+    "peak": Column("GiB", format=".1f"),
+    "warm_up": Column("warm s", format=".0f"),
+}
+"""A row's figures, as tables show them; those that it lacks stay blank."""
+PARTS = [Column(name, format=".1f") for name in COLUMNS]
+"""ms, of a breakdown."""
 WRONG = 0.1
 """A lossless engine whose relative error exceeds this computed something else."""
 
@@ -81,11 +96,8 @@ def tables(timed: list[dict]) -> str:
     for where, group in groupby(sorted(timed, key=place), key=place):
         group = sorted(group, key=lambda row: -row["median"])
         found.append(title(where))
-        head = ("configuration", "median ms", "min", "x best peer", "x baseline", "error", "own error", "GiB", "warm s")
-        formats = {"median": ".1f", "min": ".1f", "over_peer": ".2f", "over_baseline": ".2f"}
-        formats |= {"error": ".1e", "own_error": ".1e", "peak": ".1f", "warm_up": ".0f"}
-        body = [[name(row), *(f"{row[n]:{f}}" if n in row else "" for n, f in formats.items())] for row in group]
-        found.append(markdown(head, body))
+        body = [[name(row), *map(row.get, FIGURES)] for row in group]
+        found.append(fitted([Column("configuration"), *FIGURES.values()], body, markdown=True))
         if summary := efficiency(group):
             found.append(summary)
     if any("breakdown" in row for row in timed):
@@ -117,24 +129,12 @@ def breakdowns(timed: list[dict]) -> str:
     body = []
     for row in profiled:
         label = f"{name(row)}, {row['case']['size']} px, {row['link']}" if several else name(row)
-        body.append([label, f"{row['median']:.1f}", *(f"{row['breakdown'][c]:.1f}" for c in COLUMNS)])
+        body.append([label, row["median"], *map(row["breakdown"].get, COLUMNS)])
     fastest = min(profiled, key=lambda row: row["median"])
-    kernels = [[k[:90], f"{ms:.2f}", f"{calls:.0f}"] for k, ms, calls in fastest["breakdown"]["kernels"]]
-    return "\n\n".join(
-        [
-            markdown(("ms of one evaluation", "wall", *COLUMNS), body),
-            markdown((f"kernels of {name(fastest)}", "ms", "calls"), kernels),
-        ]
-    )
-
-
-def markdown(head: tuple, body: list) -> str:
-    widths = [max(len(str(row[i])) for row in [head, *body]) for i in range(len(head))]
-
-    def line(cells) -> str:
-        return "| " + " | ".join(str(cell).ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
-
-    return "\n".join([line(head), line(["-" * width for width in widths]), *map(line, body)])
+    kernels = [[k[:90], ms, calls] for k, ms, calls in fastest["breakdown"]["kernels"]]
+    times = [Column("ms of one evaluation"), Column("wall", format=".1f"), *PARTS]
+    longest = [Column(f"kernels of {name(fastest)}"), Column("ms", format=".2f"), Column("calls", format=".0f")]
+    return "\n\n".join([fitted(times, body, markdown=True), fitted(longest, kernels, markdown=True)])
 
 
 def heading(what: str, about: dict, measured_against: str = "") -> str:

@@ -17,29 +17,43 @@ from ..pool import Pool, Progress, Session
 from ..prompt import Prompt
 from .inputs import add_sizes, describe, random_inputs
 from .limit import limit
+from .table import Column, Table
 
 WARM_UP = {"cuda": 3, "cpu": 1}
 """Steps before those that count: GPUs compile in the first and capture in the second."""
 MARGIN = 0.03
 """What is less than this much faster is no reason for more GPUs, or for 8 bits."""
-HEAD = "ranks  layout               wire   linear  ms/evaluation  x one rank  first 2 steps s  GB/rank  exchanges"
+TABLE = Table(
+    Column("ranks", 5, "d"),
+    Column("layout", 19),
+    Column("wire", 5),
+    Column("linear", 6),
+    Column("ms/evaluation", 13, ".1f"),
+    Column("x one rank", 10, ".2f"),
+    Column("first 2 steps s", 15, ".2f"),
+    Column("GB/rank", 7, ".2f"),
+    Column("exchanges"),
+)
+NOT_RUN = Table(*TABLE.columns[:4], Column("why"))
 WIRES, LINEARS = ("exact", "int8", "fp8"), ("exact", "fp8")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """automatic: whether FastUSP takes this layout by itself. seconds: of an evaluation, the median; first: of the
-    first two steps; nbytes: of the weights of each rank; exchanges: as in `protocol.Held`; problem: why there are none
-    of these."""
-
     layout: Layout
     settings: Settings
     automatic: bool = True
+    """Whether FastUSP takes this layout by itself."""
     seconds: float | None = None
+    """Of an evaluation, the median."""
     first: float = 0.0
+    """Seconds of the first two steps."""
     nbytes: int = 0
+    """Of the weights of each rank."""
     exchanges: str = ""
+    """As in `protocol.Held`."""
     problem: str = ""
+    """Why there are none of these figures."""
 
     @property
     def exact(self) -> bool:
@@ -87,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
         f"{path}: {config.family}, {spec.compute}, on {devices}; {'x'.join(map(str, arguments.size))} px, "
         f"{arguments.text} text tokens of random values; medians of {arguments.steps} evaluations"
     )
-    print(HEAD, flush=True)
+    print(TABLE.head(), flush=True)
     rows: list[Row] = []
     for row in _rows(devices, config.heads, spec, given, arguments):
         rows.append(row)
@@ -165,14 +179,12 @@ def _measured(row: Row, pool: Pool, spec: ModelSpec, given: tuple[torch.Tensor, 
 
 
 def line(row: Row, alone: Row) -> str:
-    """A row of the table. alone: one rank's, exact."""
-    what = f"{row.layout.ranks:5d}  {str(row.layout):19s}  {row.settings.wire:5s}  {row.settings.linear:6s}  "
+    """Returns a line of the table. alone: one rank's row, exact."""
+    what = row.layout.ranks, str(row.layout), row.settings.wire, row.settings.linear
     if row.seconds is None:
-        return f"{what}not run: {row.problem.splitlines()[0]}"
-    gain = f"{alone.seconds / row.seconds:10.2f}" if alone.seconds else f"{'-':>10s}"
-    return (
-        f"{what}{row.seconds * 1000:13.1f}  {gain}  {row.first:15.2f}  {row.nbytes / 1e9:7.2f}  {row.exchanges or '-'}"
-    )
+        return NOT_RUN.row(*what, f"not run: {row.problem.splitlines()[0]}")
+    gain = alone.seconds / row.seconds if alone.seconds else "-"
+    return TABLE.row(*what, row.seconds * 1000, gain, row.first, row.nbytes / 1e9, row.exchanges or "-")
 
 
 def recommend(rows: Sequence[Row], devices: Devices) -> list[str]:

@@ -12,6 +12,7 @@ from ..errors import FastUSPError
 from ..planner import plan
 from ..pool import Pool, Progress, Session
 from .inputs import BOUNDS, add_sizes, describe, difference, random_inputs
+from .table import Column, Table
 
 TIMESTEPS = (0.95, 0.6, 0.2)
 
@@ -38,7 +39,12 @@ def run(arguments: argparse.Namespace) -> int:
         f"{path}: {config.family}, {spec.compute}; {layout} on {devices}; {'x'.join(map(str, arguments.size))} px, "
         f"{arguments.text} text tokens of random values"
     )
-    print("relative (Frobenius) difference: of one evaluation at three timesteps, and of the latents after all steps")
+    table = Table(
+        Column("relative (Frobenius) difference", 41),
+        *(Column(f"t = {t}", 8, ".1e") for t in TIMESTEPS),
+        Column(f"latents after {arguments.steps} steps", format=".1e"),
+    )
+    print(table.head())
 
     options = (_SHARED if devices.ranks > 1 else {}) | _ANYWHERE | (_BOTH if devices.ranks > 1 else {})
     with closing(Pool(devices)) as pool:
@@ -47,12 +53,12 @@ def run(arguments: argparse.Namespace) -> int:
             name: _attempt(pool, spec, layout, Settings(**o), given, arguments, name) for name, o in options.items()
         }
     for name, result in rows.items():
-        print(_row(f"{name}, against exact", result, exact))
+        print(_line(table, f"{name}, against exact", result, exact))
     if devices.ranks == 1:
         return 0
     with closing(Pool(devices.first(1))) as pool:
         alone = _attempt(pool, spec, Layout(ulysses=1, ring=1), Settings(), given, arguments, "one rank")
-    print(_row(f"{devices.ranks} ranks, against one", exact, alone))
+    print(_line(table, f"{devices.ranks} ranks, against one", exact, alone))
     if isinstance(alone, str):
         return 1
     worst = max(difference(a, b) for a, b in zip(exact[:-1], alone[:-1], strict=True))
@@ -63,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _attempt(pool: Pool, spec, layout, settings: Settings, given, arguments, name: str) -> list[torch.Tensor] | str:
-    """The results, or why there are none."""
+    """Returns the results, or why there are none."""
     try:
         return _results(Session(pool, spec, (layout,), settings), given, arguments.steps, name)
     except FastUSPError as error:
@@ -71,7 +77,7 @@ def _attempt(pool: Pool, spec, layout, settings: Settings, given, arguments, nam
 
 
 def _results(session: Session, given, steps: int, name: str) -> list[torch.Tensor]:
-    """The velocities at TIMESTEPS, then the latents after `steps`."""
+    """Returns the velocities at TIMESTEPS, then the latents after `steps`."""
     x, prompt = given
     with closing(tqdm(total=len(TIMESTEPS) + steps, desc=name, unit="evaluation", leave=False)) as bar:
         found = []
@@ -84,10 +90,8 @@ def _results(session: Session, given, steps: int, name: str) -> list[torch.Tenso
     return found
 
 
-def _row(label: str, found: list[torch.Tensor] | str, wanted: list[torch.Tensor] | str) -> str:
+def _line(table: Table, label: str, found: list[torch.Tensor] | str, wanted: list[torch.Tensor] | str) -> str:
     for result in (found, wanted):
         if isinstance(result, str):
-            return f"{label:42s} not run: {result.splitlines()[0]}"
-    *single, after = [difference(a, b) for a, b in zip(found, wanted, strict=True)]
-    at = "  ".join(f"t={t} {d:.1e}" for t, d in zip(TIMESTEPS, single, strict=True))
-    return f"{label:42s} {at}  after the steps {after:.1e}"
+            return Table(table.columns[0], Column("why")).row(label, f"not run: {result.splitlines()[0]}")
+    return table.row(label, *(difference(a, b) for a, b in zip(found, wanted, strict=True)))

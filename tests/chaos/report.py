@@ -6,6 +6,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
+from fastusp_backend.cli.table import Column, fitted
+
 from .checks import ERRORS, first_line
 from .faults import Fault
 from .scene import Ending
@@ -56,7 +58,7 @@ def table(records: Sequence[Record]) -> str:
     kinds: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         kinds[record.kind].append(record)
-    rows = [_COLUMNS]
+    rows = []
     for kind, of_kind in sorted(kinds.items()):
         groups = [record.group for record in of_kind]
         seconds = [record.seconds for record in of_kind if record.group == "error"]
@@ -72,7 +74,7 @@ def table(records: Sequence[Record]) -> str:
                 str(latents.count("rounding")),
             )
         )
-    return "\n".join(["| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(_COLUMNS), *rows[1:])])
+    return fitted([*map(Column, _COLUMNS)], rows, markdown=True)
 
 
 def summary(records: Sequence[Record]) -> str:
