@@ -15,7 +15,8 @@ from ..errors import PoolError, RequestError
 from ..planner import legal_layouts
 from ..pool import Pool, Progress, Session
 from ..prompt import Prompt
-from .inputs import add_sizes, describe, random_inputs
+from .arguments import add_gpus, add_sizes
+from .inputs import describe, random_inputs
 from .limit import limit
 from .table import Column, Table
 
@@ -60,7 +61,7 @@ class Row:
         return self.settings.wire == self.settings.linear == "exact"
 
     def choice(self, devices: Devices) -> str:
-        """What to set for it in ComfyUI, and what it gives."""
+        """Says what to set for it in ComfyUI, and what that gives."""
         some = devices.first(self.layout.ranks)
         gpus = ",".join(map(str, some.gpus)) or some
         degrees = "ulysses = 0, ring = 0 (automatic)"
@@ -77,7 +78,7 @@ class Row:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a model file")
-    parser.add_argument("--gpus", default="auto", help="as USP Loader's input: auto, all, 0,1 or cpu:N (default auto)")
+    add_gpus(parser)
     add_sizes(parser)
     parser.add_argument("--steps", type=int, default=8, help="steps that are timed, of each row (default 8)")
     parser.add_argument(
@@ -133,12 +134,12 @@ def _rows(devices: Devices, heads: int, spec: ModelSpec, given, arguments) -> It
 
 
 def rank_counts(ranks: int) -> list[int]:
-    """1, 2, 4 and so on below `ranks`, then `ranks`."""
+    """Returns 1, 2, 4 and so on below `ranks`, then `ranks`."""
     return [2**n for n in range(ranks.bit_length()) if 2**n < ranks] + [ranks]
 
 
 def options(ranks: int) -> list[Settings]:
-    """What may make it faster at the price of exactness. The weights are loaded once for each `linear`."""
+    """Returns what may make it faster at the price of exactness. The weights are loaded once for each `linear`."""
     wires = WIRES if ranks > 1 else ("exact",)
     return [
         Settings(wire=wire, linear=linear) for linear in LINEARS for wire in wires if (wire, linear) != ("exact",) * 2
@@ -146,7 +147,7 @@ def options(ranks: int) -> list[Settings]:
 
 
 def _measured(row: Row, pool: Pool, spec: ModelSpec, given: tuple[torch.Tensor, Prompt], arguments) -> Row:
-    """A sampling run's steps; what the workers refuse, end of, or are too slow in is the row's problem."""
+    """Times the steps of a sampling run. What the workers refuse, die of, or take too long for is the row's problem."""
     x, prompt = given
     warm_up, seconds = WARM_UP[pool.devices.type], []
     steps = warm_up + arguments.steps
@@ -188,7 +189,7 @@ def line(row: Row, alone: Row) -> str:
 
 
 def recommend(rows: Sequence[Row], devices: Devices) -> list[str]:
-    """What to take by these rows: without loss, and in 8 bits where that is faster."""
+    """Says what to take by these rows: without loss, and in 8 bits where that is faster."""
     ran = [row for row in rows if row.seconds]
     if not ran:
         return ["Nothing could be measured; `python -m fastusp_backend doctor` looks for the reason."]
@@ -210,7 +211,7 @@ def recommend(rows: Sequence[Row], devices: Devices) -> list[str]:
 
 
 def _best(rows: Sequence[Row]) -> Row | None:
-    """Of those as fast as the fastest, to MARGIN: exact ones first, then the fewest ranks, then the fastest."""
+    """Picks among those as fast as the fastest, to MARGIN: exact first, then the fewest ranks, then the fastest."""
     near = min((row.seconds for row in rows), default=0.0) * (1 + MARGIN)
-    kept = [row for row in rows if row.seconds <= near]
-    return min(kept, key=lambda row: (not row.exact, row.layout.ranks, row.seconds), default=None)
+    fast = [row for row in rows if row.seconds <= near]
+    return min(fast, key=lambda row: (not row.exact, row.layout.ranks, row.seconds), default=None)

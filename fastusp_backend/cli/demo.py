@@ -13,15 +13,14 @@ from ..models.synthetic import TINY_FLUX, write_flux
 from ..planner import plan
 from ..pool import Pool, Progress, Session
 from ..prompt import Prompt
+from .arguments import add_gpus
 from .preview import latent_picture
 
 TOLERANCE = 2e-5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--gpus", default="cpu:2", help="as USP Loader's input: auto, all, 0,1 or cpu:N (default cpu:2)"
-    )
+    add_gpus(parser, default="cpu:2")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--size", type=int, default=512, help="edge of the image in pixels (default 512)")
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for checkpoint and picture")

@@ -1,8 +1,5 @@
 """What commands are given: a file's model on some devices, and random inputs of its shapes."""
 
-import argparse
-import re
-
 import torch
 
 from ..config import ModelSpec
@@ -16,25 +13,11 @@ BOUNDS = {"float32": 2e-5, "bfloat16": 5e-2, "float16": 1e-2}
 """By how much the ranks may differ from one, by compute type: rounding in another order."""
 
 
-def add_sizes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--size", type=pixels, default=(1024, 1024), help="of the image in pixels: 1024 or 1280x720 (default 1024)"
-    )
-    parser.add_argument("--text", type=int, default=512, help="tokens of the prompt (default 512)")
-
-
-def pixels(text: str) -> tuple[int, int]:
-    """(width, height) of '1024' or '1280x720'."""
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
-    size = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-    if min(size) < 16:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: expected pixels, 16 or more, as 1024 or 1280x720")
-    return size
-
-
 def describe(path: str, devices: Devices) -> tuple[dict[str, TensorInfo], Config, ModelSpec]:
-    """The tensors of a file's model, the model, and how USP Loader's default loads it on `devices`. Raises
-    CheckpointError."""
+    """Returns the tensors of a file's model, the model, and how USP Loader's default loads it on `devices`.
+
+    Raises CheckpointError.
+    """
     file = read_model(path)
     file.log_ignored()
     header, config = file.header, file.config
@@ -49,7 +32,7 @@ def describe(path: str, devices: Devices) -> tuple[dict[str, TensorInfo], Config
 
 
 def random_inputs(config: Config, size: tuple[int, int], text: int) -> tuple[torch.Tensor, Prompt]:
-    """Latents (1, C, h, w) and a prompt of `text` tokens for an image of (width, height) pixels."""
+    """Makes latents (1, C, h, w) and a prompt of `text` tokens for an image of (width, height) pixels."""
     generator = torch.Generator().manual_seed(0)
     width, height = (edge // config.downscale for edge in size)
     x = torch.randn(1, config.channels, height, width, generator=generator)
@@ -64,5 +47,5 @@ def random_inputs(config: Config, size: tuple[int, int], text: int) -> tuple[tor
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Relative (Frobenius), against b."""
+    """Returns the relative difference (Frobenius), against b."""
     return ((a.float() - b.float()).norm() / b.float().norm()).item()

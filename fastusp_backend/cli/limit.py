@@ -13,8 +13,8 @@ class _Late(Exception):
 
 @contextlib.contextmanager
 def limit(pool: Pool, seconds: float) -> Iterator[Callable[[], bool]]:
-    """Gives what `Progress.interrupted` takes. Requests that do not end in time end the workers: a PoolError then holds
-    their last log lines."""
+    """Yields what `Progress.interrupted` takes. Requests that do not end in time end the workers: a PoolError then
+    shows their last log lines."""
     began = time.monotonic()
 
     def interrupted() -> bool:

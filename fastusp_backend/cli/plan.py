@@ -5,14 +5,14 @@ import argparse
 from ..devices import Devices, gpu_states, local_devices
 from ..models.holding import rank_bytes
 from ..planner import legal_layouts, plan
+from .arguments import add_degrees, add_gpus
 from .inputs import describe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", help="a model file, for its head count and weights; without: FLUX.1's 24")
-    parser.add_argument("--gpus", default="auto", help="as USP Loader's input: auto, all, 0,1 or cpu:N (default auto)")
-    parser.add_argument("--ulysses", type=int, default=0)
-    parser.add_argument("--ring", type=int, default=0)
+    add_gpus(parser)
+    add_degrees(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -31,8 +31,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def memory(nbytes: int, devices: Devices, totals: dict[int, int | None]) -> list[str]:
-    """What the weights take, and which GPUs are too small. nbytes: on the GPU that has most of them, for CPU ranks in
-    all; totals: of GPUs' memory, by index, None where it is not told."""
+    """Says what the weights take, and which GPUs are too small.
+
+    nbytes: of the weights, on the GPU that has most of them; for CPU ranks in all.
+    totals: bytes of GPUs' memory, by index; None where it is not told.
+    """
     if not devices.gpus:
         return [f"weights: {nbytes / 1e9:.2f} GB, in pages of the file that the ranks share"]
     told = [f"weights: {nbytes / 1e9:.2f} GB on each GPU"]

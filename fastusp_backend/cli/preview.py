@@ -5,8 +5,8 @@ from PIL import Image
 
 
 def latent_picture(latents: torch.Tensor, *, scale: int = 8) -> Image.Image:
-    """Latents (C, h, w) as RGB: their three principal components, stretched to the full range and enlarged `scale`
-    times.
+    """Shows latents (C, h, w) as RGB: their three principal components, stretched to the full range and enlarged
+    `scale` times.
 
     It shows structure, not colours; ComfyUI's own previews know the model's colours.
     """

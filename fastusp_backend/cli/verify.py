@@ -11,7 +11,8 @@ from ..devices import local_devices
 from ..errors import FastUSPError
 from ..planner import plan
 from ..pool import Pool, Progress, Session
-from .inputs import BOUNDS, add_sizes, describe, difference, random_inputs
+from .arguments import add_degrees, add_gpus, add_sizes
+from .inputs import BOUNDS, describe, difference, random_inputs
 from .table import Column, Table
 
 TIMESTEPS = (0.95, 0.6, 0.2)
@@ -23,9 +24,8 @@ _BOTH = {"int8 wire and fp8 products": {"wire": "int8", "linear": "fp8"}}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a model file")
-    parser.add_argument("--gpus", default="auto", help="as USP Loader's input: auto, all, 0,1 or cpu:N (default auto)")
-    parser.add_argument("--ulysses", type=int, default=0)
-    parser.add_argument("--ring", type=int, default=0)
+    add_gpus(parser)
+    add_degrees(parser)
     add_sizes(parser)
     parser.add_argument("--steps", type=int, default=28, help="steps of the sampling runs (default 28)")
 

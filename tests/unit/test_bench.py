@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from fastusp_backend.cli import bench
+from fastusp_backend.cli.arguments import pixels
 from fastusp_backend.cli.bench import Row, options, rank_counts, recommend
-from fastusp_backend.cli.inputs import pixels
 from fastusp_backend.cli.plan import memory
 from fastusp_backend.config import Layout, Settings
 from fastusp_backend.devices import Devices

@@ -1,20 +1,16 @@
-"""What doctor says of machines that are pretended, and of trials that fail."""
+"""What doctor says of machines that are pretended."""
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from fastusp_backend.cli import doctor
-from fastusp_backend.cli.doctor import checks, trial
-from fastusp_backend.cli.doctor.checks import Check, examine, runs_on
+from fastusp_backend.cli.doctor.check import Check, verdict
+from fastusp_backend.cli.doctor.checks import examine, gpus, host, software
 from fastusp_backend.cli.doctor.facts import Facts, Probe
-from fastusp_backend.config import Layout
 from fastusp_backend.devices import Devices, Gpu, GpuState
-from fastusp_backend.errors import PoolError
 
 pytestmark = pytest.mark.unit
 
@@ -149,20 +145,18 @@ def test_what_is_wrong_is_told_with_what_to_do(machine, name, status, advice):
 
 
 def test_what_does_not_matter_is_no_warning():
-    (chosen,) = checks.visible(pretended(visible="CUDA_VISIBLE_DEVICES=1,0 leaves GPUs 1, 0 of 4"))
+    (chosen,) = gpus.visible(pretended(visible="CUDA_VISIBLE_DEVICES=1,0 leaves GPUs 1, 0 of 4"))
     assert (chosen.status, chosen.text) == ("ok", "CUDA_VISIBLE_DEVICES=1,0 leaves GPUs 1, 0 of 4")
     hidden = replace(CPU, wanted="auto", visible="CUDA_VISIBLE_DEVICES= leaves none of 2 GPUs")
-    assert [check.status for check in checks.gpus(hidden)] == ["ok"]  # `visible` has told it
-    assert checks.compiler(replace(CPU, compiler_problem="there is none")).status == "ok"
-    assert checks.environment(pretended(environment={"NCCL_P2P_DISABLE": "0"}))[0].status == "ok"
-    (told,) = checks.environment(
-        pretended(environment={"CUDA_VISIBLE_DEVICES": "1"}, dropped=("CUDA_VISIBLE_DEVICES",))
-    )
+    assert [check.status for check in gpus.devices(hidden)] == ["ok"]  # `visible` has told it
+    assert software.compiler(replace(CPU, compiler_problem="there is none")).status == "ok"
+    assert host.environment(pretended(environment={"NCCL_P2P_DISABLE": "0"}))[0].status == "ok"
+    (told,) = host.environment(pretended(environment={"CUDA_VISIBLE_DEVICES": "1"}, dropped=("CUDA_VISIBLE_DEVICES",)))
     assert told.text.endswith("not handed to the workers as it is: CUDA_VISIBLE_DEVICES")
-    assert checks.links(pretended(links={"0-1": "PIX"}, iommu=False))[0].status == "ok"
-    untold = checks.gpus(pretended(states=(state(0, total=None, free=None), state(1))))[1]
+    assert gpus.links(pretended(links={"0-1": "PIX"}, iommu=False))[0].status == "ok"
+    untold = gpus.devices(pretended(states=(state(0, total=None, free=None), state(1))))[1]
     assert untold.status == "ok" and untold.text.startswith("NVML tells no memory size, compute capability 9.0")
-    assert not checks.links(replace(CPU, devices=Devices(ranks=2)))
+    assert not gpus.links(replace(CPU, devices=Devices(ranks=2)))
 
 
 def test_pairs_are_those_of_the_devices_own_order():
@@ -173,7 +167,7 @@ def test_pairs_are_those_of_the_devices_own_order():
         gpus=(gpu(1), gpu(2), gpu(4)),
         links={"1-4": "NV12"},
     )
-    assert {check.name: check.status for check in checks.links(machine)} == {
+    assert {check.name: check.status for check in gpus.links(machine)} == {
         "GPU 1 - GPU 2": "warn",
         "GPU 1 - GPU 4": "ok",
         "GPU 2 - GPU 4": "warn",
@@ -193,81 +187,12 @@ def test_pairs_are_those_of_the_devices_own_order():
     ],
 )
 def test_code_runs_on_its_major_version(capability, runs):
-    assert runs_on(["sm_80", "sm_90a", "sm_120", "compute_120"], capability) == runs
+    assert software.runs_on(["sm_80", "sm_90a", "sm_120", "compute_120"], capability) == runs
 
 
 def test_the_oldest_torch_is_the_nodes():
     nodes = Path(__file__).resolve().parents[2] / "nodes/comfyui.py"
-    assert f"TORCH = {', '.join(map(str, checks.TORCH))}\n" in nodes.read_text()
-
-
-@pytest.mark.parametrize(
-    "problem, gpus, advice",
-    [
-        ("RuntimeError: Failed to find C compiler", 1, "gcc"),
-        ("NCCL WARN Error: failed to extend /dev/shm/nccl-x to 9 bytes: No space left on device", 2, "--shm-size"),
-        ("pidfd_getfd: Operation not permitted", 2, "SYS_PTRACE"),
-        ("rank 1 (H200) ran out of memory while it loaded", 2, "nvidia-smi"),
-        ("rank 0 (process 5) was ended by SIGKILL", 0, "out of memory"),
-        ("gave no result within 240 s: its processes still run", 2, "NCCL_P2P_DISABLE=1"),
-        ("gave no result within 240 s: its processes still run", 1, "--seconds"),
-        ("rank 0 (process 5) made no headway for 12 s while it evaluated the model", 2, "NCCL_P2P_DISABLE=1"),
-        ("rank 0 did not stand 300 s after the start, in its imports", 2, "NCCL_P2P_DISABLE=1"),
-        ("[rank 0 stdout] NCCL WARN Cuda failure 'peer access is not supported'", 2, "NCCL_P2P_DISABLE=1"),
-        ("[rank 0 stdout] NCCL version 2.28.9: something else", 2, "--json"),
-    ],
-)
-def test_advice_for_what_a_pool_says(problem, gpus, advice):
-    assert advice in trial.advise(problem, gpus)
-
-
-@pytest.mark.parametrize(
-    "latents, expected, status, text",
-    [
-        ([1.0, 2.0], [1.0, 2.0], "ok", "started in 3.0 s; gloo, exact wire; differs from one rank by 0.0e+00"),
-        ([1.0, 2.0], None, "ok", "started in 3.0 s; gloo, exact wire"),
-        ([1.0, 3.0], [1.0, 2.0], "fail", "by 4.5e-01, above 1e-03"),
-        ([1.0, float("nan")], [1.0, 2.0], "fail", "not finite"),
-    ],
-)
-def test_results_are_judged(latents, expected, status, text):
-    expected = None if expected is None else torch.tensor(expected)
-    check = trial.judge("trial", torch.tensor(latents), expected, 3.0, "gloo, exact wire", 1e-3)
-    assert check.status == status and text in check.text and bool(check.advice) == (status == "fail")
-
-
-def test_kinds_of_layouts():
-    assert [str(x) for x in trial.kinds(8, 8)] == ["ulysses 8 x ring 1", "ulysses 2 x ring 4", "ulysses 1 x ring 8"]
-    assert [str(x) for x in trial.kinds(2, 4)] == ["ulysses 2 x ring 1", "ulysses 1 x ring 2"]
-
-
-class NoPool:
-    def __init__(self, devices):
-        self.devices = devices
-
-    def close(self):
-        pass
-
-
-@pytest.mark.parametrize("cured", [True, False])
-def test_gpus_that_fail_together_are_tried_without_direct_access(monkeypatch, cured):
-    def run(job, pool, layout):
-        if layout.ulysses == 1 and not (cured and os.environ.get("NCCL_P2P_DISABLE") == "1"):
-            raise PoolError("gave no result within 9 s")
-        return torch.ones(2), None
-
-    monkeypatch.setattr(trial.Job, "run", run)
-    monkeypatch.setattr(trial, "Pool", NoPool)
-    monkeypatch.setattr(NoPool, "held", type("Held", (), {"exchanges": "host memory"}), raising=False)
-    monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)
-    spec = type("Spec", (), {"compute": "bfloat16"})
-    job, devices = trial.Job(spec, (None, None), 9.0, print), Devices(ranks=2, gpus=(0, 1))
-    first, second, third = trial._together(job, devices, trial.kinds(2, 4), torch.ones(2))
-    assert (first.status, second.status) == ("ok", "fail") and "NCCL_P2P_DISABLE" not in os.environ
-    assert third.name == "trial, ulysses 1 x ring 2, with NCCL_P2P_DISABLE=1"
-    assert third.status == ("warn" if cured else "fail") and (not cured or "IOMMU" in third.advice)
-    cpu = list(trial._together(job, Devices(ranks=2), [Layout(ulysses=1, ring=2)], torch.ones(2)))
-    assert [check.status for check in cpu] == ["fail"]
+    assert f"TORCH = {', '.join(map(str, software.TORCH))}\n" in nodes.read_text()
 
 
 def test_a_machine_that_cannot_work_is_not_tried(monkeypatch, capsys):
@@ -293,7 +218,7 @@ def test_a_machine_that_cannot_work_is_not_tried(monkeypatch, capsys):
     ],
 )
 def test_the_verdict(statuses, devices, text):
-    said = checks.verdict([Check(str(n), status, "") for n, status in enumerate(statuses.split())], devices)
+    said = verdict([Check(str(n), status, "") for n, status in enumerate(statuses.split())], devices)
     assert said.startswith(text) and ("cpu:2" in said) == ("cpu:2" in text)
 
 

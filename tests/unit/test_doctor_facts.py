@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from fastusp_backend.cli import doctor
-from fastusp_backend.cli.doctor import checks, facts
+from fastusp_backend.cli.doctor import facts
+from fastusp_backend.cli.doctor.check import worst
 from fastusp_backend.cli.doctor.checks import examine
 from fastusp_backend.devices import Devices, GpuState
 
@@ -61,7 +62,7 @@ def test_a_package_that_cannot_be_imported_is_a_fact(monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     found = facts.gather(Devices(ranks=1), "cpu:1")
     assert found.probe.missing == {"msgspec": "ImportError: broken"} and "msgspec" not in found.packages
-    assert checks.worst(examine(found)) == "fail" and found.host_free is None
+    assert worst(examine(found)) == "fail" and found.host_free is None
 
 
 def test_a_look_that_hangs_or_crashes_is_told(monkeypatch):

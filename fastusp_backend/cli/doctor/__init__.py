@@ -12,12 +12,14 @@ import sys
 from ... import __version__
 from ...devices import parse_devices
 from ...errors import DeviceError
-from .checks import Check, examine, verdict, worst
+from ..arguments import add_gpus
+from .check import Check, verdict, worst
+from .checks import examine
 from .facts import SHOWN, Facts, gather
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--gpus", default="auto", help="as USP Loader's input: auto, all, 0,1 or cpu:N (default auto)")
+    add_gpus(parser)
     parser.add_argument(
         "--json",
         action="store_true",

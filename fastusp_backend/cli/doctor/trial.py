@@ -21,14 +21,14 @@ from ...pool import Pool, Progress, Session
 from ...prompt import Prompt
 from ..inputs import BOUNDS, describe, difference, random_inputs
 from ..limit import limit
-from .checks import Check
+from .check import Check
 
 SIZE, TEXT, STEPS = (256, 256), 32, 4
 """Enough steps for GPUs to compile, to capture and to replay."""
 NO_P2P = "NCCL_P2P_DISABLE"
 
 _UNREACHED = (
-    f"GPUs may not reach each other: run doctor with {NO_P2P}=1; if that works, ACS or an IOMMU stands\n"
+    f"GPUs may not reach each other: run doctor with {NO_P2P}=1; if that works, ACS or an IOMMU is\n"
     "between them: turn it off (BIOS, intel_iommu=off or amd_iommu=off), or keep the variable set for ComfyUI.\n"
     "If it hangs still, NCCL_SHM_DISABLE=1 and NCCL_DEBUG=INFO tell more"
 )
@@ -41,7 +41,7 @@ _KNOWN = (
         "The container keeps processes from opening each other's memory: docker run --cap-add=SYS_PTRACE, or\n"
         f"set {NO_P2P}=1",
     ),
-    (r"out of memory", "Other programs hold the memory: nvidia-smi lists them"),
+    (r"out of memory", "Other programs use the memory: nvidia-smi lists them"),
     (r"SIGKILL", "Mostly the system ran out of memory: free some, or use fewer ranks"),
     (r"no kernel image|driver version is insufficient|PTX", "torch and the driver do not fit this GPU: update both"),
     (r"busy or unavailable", "A GPU is in use and in exclusive compute mode: nvidia-smi -c DEFAULT"),
@@ -51,8 +51,10 @@ _NCCL = r"NCCL (WARN|error)|ncclSystemError|unhandled (cuda|system) error|illega
 
 
 def advise(problem: str, gpus: int) -> str:
-    """What to do about the error, log lines included, of a pool of so many GPUs (0: CPU ranks): the first of the known
-    kinds that it shows."""
+    """Says what to do about the error of a pool, log lines included: the remedy of the first known kind that it shows.
+
+    gpus: how many the pool has, 0 for CPU ranks.
+    """
     for pattern, advice in _KNOWN:
         if re.search(pattern, problem):
             return advice
@@ -65,23 +67,27 @@ def advise(problem: str, gpus: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What every trial samples. seconds: the limit of each request, its start included."""
+    """What every trial samples."""
 
     spec: ModelSpec
     given: tuple[torch.Tensor, Prompt]
     seconds: float
+    """The limit of each request, its start included."""
     say: Callable[[str], None]
 
     def run(self, pool: Pool, layout: Layout) -> tuple[torch.Tensor, float | None]:
-        """(latents, seconds until the workers stood, None where they did before). Raises FastUSPError."""
+        """Returns latents, and the seconds until the workers were ready, None where they were before.
+
+        Raises FastUSPError.
+        """
         x, prompt = self.given
         began, starting = time.monotonic(), pool.status()["state"] == "off"
-        stood: list[float] = []
+        ready: list[float] = []
 
         def phase(text: str) -> None:
             self.say(f"{layout}: {text}")
             if not text.startswith("starting"):
-                stood.append(time.monotonic() - began)
+                ready.append(time.monotonic() - began)
 
         session = Session(pool, self.spec, (layout,), Settings())
         sigmas = torch.linspace(1, 0, STEPS + 1)
@@ -91,11 +97,11 @@ class Job:
             if pool.devices.gpus and layout.ranks > 1:  # measures the link; pool.held then tells the figure
                 session = replace(session, settings=Settings(wire="auto"))
                 session.evaluate(x, torch.tensor([0.6]), prompt, progress)
-        return latents, stood[0] if starting and stood else None
+        return latents, ready[0] if starting and ready else None
 
 
 def trials(devices: Devices, seconds: float, say: Callable[[str], None]) -> Iterator[Check]:
-    """One rank alone, then all of them; a check each, as soon as it is known."""
+    """Tries one rank alone, then all of them; yields a check each, as soon as it is known."""
     heads = devices.ranks * -(-TINY_FLUX.heads // devices.ranks)  # every degree is legal
     hidden = heads * TINY_FLUX.hidden // TINY_FLUX.heads
     config = replace(TINY_FLUX, heads=heads, hidden=hidden, mlp=hidden, double_blocks=1, single_blocks=1)
@@ -112,7 +118,7 @@ def trials(devices: Devices, seconds: float, say: Callable[[str], None]) -> Iter
 
 
 def kinds(ranks: int, heads: int) -> list[Layout]:
-    """Ulysses alone, both, ring alone: of each kind one, where there is one."""
+    """Picks a layout of each kind that there is: Ulysses alone, both, ring alone."""
     legal = legal_layouts(ranks, heads)
     return list(dict.fromkeys([legal[0], legal[len(legal) // 2], legal[-1]]))
 
@@ -130,18 +136,18 @@ def _together(job: Job, devices: Devices, layouts: list[Layout], expected: torch
 
 
 def cure(check: Check) -> Check:
-    """What the same trial without direct access between GPUs says of the one that failed."""
+    """Tells what the same trial without direct access between GPUs says of the one that failed."""
     if check.status != "ok":
         return replace(check, name=f"{check.name}, with {NO_P2P}=1")
     advice = (
-        "ACS or an IOMMU stands between the GPUs: turn it off (BIOS, intel_iommu=off or amd_iommu=off), or set\n"
+        "ACS or an IOMMU is between the GPUs: turn it off (BIOS, intel_iommu=off or amd_iommu=off), or set\n"
         f"{NO_P2P}=1 in ComfyUI's environment: exchanges then go through host memory"
     )
     return Check(f"{check.name}, with {NO_P2P}=1", "warn", f"works: {check.text}", advice)
 
 
 def _attempt(job: Job, pool: Pool, layout: Layout, expected: torch.Tensor | None) -> tuple[Check, torch.Tensor | None]:
-    """A trial's check and its latents. expected: what one rank gave."""
+    """Returns a trial's check and its latents. expected: what one rank gave."""
     name = f"trial, {layout}" if layout.ranks > 1 else "trial, one rank"
     try:
         latents, started = job.run(pool, layout)
@@ -158,7 +164,11 @@ def judge(
     exchanges: str,
     bound: float,
 ) -> Check:
-    """exchanges: as in `protocol.Held`; bound: by how much the latents may differ from the expected ones."""
+    """Judges latents by the expected ones.
+
+    exchanges: as in `protocol.Held`.
+    bound: by how much the latents may differ, relative (Frobenius).
+    """
     parts = [f"started in {started:.1f} s"] if started is not None else []
     parts += [exchanges] if exchanges not in ("", "none") else []
     wrong = not bool(latents.isfinite().all())
@@ -176,7 +186,7 @@ def judge(
 
 @contextlib.contextmanager
 def _variable(name: str, value: str) -> Iterator[None]:
-    """Has the workers that start meanwhile inherit it."""
+    """Sets a variable for workers that start meanwhile."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:
