@@ -33,8 +33,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def table(levels: list[tuple[str, dict]], link: str) -> str:
-    """A row per level: its time, what it gains over the level above (blank where the ring starts: it builds on nothing
-    above) and over the first, and its breakdown."""
+    """Makes a row per level: its time, what it gains over the level above (blank where the ring starts: it builds on
+    nothing above) and over the first, and its breakdown."""
     body, above = [], {}
     for label, row in levels:
         follows = above and (above["who"] != "ours" or above["set"] == row["set"])

@@ -20,7 +20,7 @@ KINDS = {
     "attention": ("fmha", "flash", "sdpa", "attention", "softmax"),
     "gemm": ("gemm", "gemv", "nvjet", "xmma", "cutlass", "cublas", "splitk", "linear", "matmul", "aten::addmm"),
 }
-"""The first whose word the lower-case name holds; all else is element-wise."""
+"""A kernel is of the first kind of which its lower-case name contains a word; all else is element-wise."""
 
 COLUMNS = ("gemm", "attention", "elementwise", "exchange", "exposed", "busy", "gaps")
 
@@ -31,8 +31,14 @@ def kind(name: str) -> str:
 
 
 def breakdown(run: Callable[[], torch.Tensor], median: float, device: torch.device) -> dict:
-    """ms of one evaluation per kind (kernels beside each other count each), `exposed` exchange, `busy` = while anything
-    runs, `gaps` = the median of the timed evaluations less that; `kernels`: the longest, (name, ms, calls)."""
+    """Profiles one evaluation, in ms.
+
+    Per kind: the sum over its kernels, each in full where several run beside each other.
+    exposed: exchange while nothing else runs.
+    busy: while anything runs.
+    gaps: the median of the timed evaluations less that.
+    kernels: the longest, (name, ms, calls).
+    """
     cuda = device.type == "cuda"
     dist.barrier()
     synchronize(device)
@@ -60,7 +66,7 @@ def breakdown(run: Callable[[], torch.Tensor], median: float, device: torch.devi
 
 
 def _covered(spans: list[tuple[float, float]]) -> float:
-    """The length of the union."""
+    """Returns the length of the union."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(spans):
         total += max(0.0, end - max(start, reached))

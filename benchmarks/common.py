@@ -1,7 +1,7 @@
 """What the benchmarks' ranks share: models of random weights, inputs, timing.
 
 Weights are N(0, 1 / fan_in), norms 1, biases N(0, 0.02^2), made on the device from one seed: every process set of a run
-holds the same ones. Speed and parity are real, images are not.
+uses the same ones. Speed and parity are real, images are not.
 """
 
 import statistics
@@ -94,9 +94,10 @@ def synchronize(device: torch.device) -> None:
 
 
 def measure(run: Callable[[], torch.Tensor], count: int, device: torch.device) -> tuple[dict, torch.Tensor]:
-    """Three runs to warm up, `count` timed ones; every rank calls this together.
+    """Times `count` runs after three that warm up; every rank calls this together.
 
-    -> (median, min and max in ms, seconds of the warm-up, peak memory in GiB), and the last run's output.
+    Returns median, min and max in ms, the seconds of the warm-up and the peak memory in GiB by name, and the last run's
+    output.
     """
     cuda = device.type == "cuda"
     if cuda:

@@ -10,7 +10,7 @@ from fastusp_backend.models.family import Config
 
 
 def write_model(path: Path, config: Config, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
-    """A file in the family's own keys; see `common` for its weights. It is there whole or not at all."""
+    """Writes a file in the family's own keys; see `common` for its weights. It is there whole or not at all."""
     model = random_model(config, device, dtype)
     name = getattr(model, "file_key", str)
     unfinished = path.with_suffix(".part")

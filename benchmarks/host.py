@@ -8,7 +8,7 @@ Needs no text encoder: prompts are seeded tensors. The file is written (FLUX.1-d
 `difference` the largest relative (Frobenius) difference of their latents from stock's.
 
 --shared leaves so many GB free on the first GPU, for ComfyUI's model and the workers' together, and lets stock and USP
-take turns: what each prompt takes, and which memory ComfyUI and the workers hold after it.
+take turns: what each prompt takes, and how much memory ComfyUI and the workers use after it.
 """
 
 import argparse
@@ -35,7 +35,7 @@ OPTIONS = {
     "USP, linear fp8": {"linear": "fp8"},
     "USP, park": {"residency": "park"},
 }
-"""By name, options of USP Optimization Settings."""
+"""Name -> options of USP Optimization Settings."""
 STOCK, COMPILED = "stock", "stock, TorchCompileModel"
 
 
@@ -71,7 +71,7 @@ def model_node(graph: Graph, name: str, a: argparse.Namespace) -> list:
 
 
 def prompt(host: ComfyUI, name: str, seed: int, a: argparse.Namespace) -> tuple[float, torch.Tensor]:
-    """Seconds from the request to its end, and the latents."""
+    """Returns the seconds from the request to its end, and the latents."""
     graph = Graph()
     sampled = graph.sample(
         model_node(graph, name, a),

@@ -25,14 +25,14 @@ from fastusp_backend.models.synthetic import FLUX_DEV
 
 
 def resident() -> dict[str, int]:
-    """This process's memory in bytes by kind, as Linux counts it."""
+    """Returns this process's memory in bytes by kind, as Linux counts it."""
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
     return {words[0][:-1]: int(words[1]) * 1024 for words in lines if words[0] in ("VmRSS:", "VmHWM:", "RssAnon:")}
 
 
 def park(model: torch.nn.Module, device: torch.device, rank: int) -> None:
-    """To host memory and back, twice: the first time pins the memory. Beside it a plain copy of one piece of pinned
-    memory."""
+    """Moves the weights to host memory and back, twice: the first time pins the memory. Compares it with a plain copy
+    of one piece of pinned memory."""
     share = HostShare(device)
     for turn in range(2):
         seconds = []

@@ -31,11 +31,13 @@ from fastusp_backend.prompt import Prompt
 
 @dataclass
 class Watch:
-    """One prompt as the client sees it: seconds from its start to each step, and the steps' seconds in the workers."""
+    """One prompt as the client sees it, in seconds."""
 
     started: float = field(default_factory=time.perf_counter)
     arrived: list[float] = field(default_factory=list)
+    """From its start to each step."""
     inside: list[float] = field(default_factory=list)
+    """Of each step, in the workers."""
     total: float = 0.0
 
     def step(self, event, _tensors) -> None:
@@ -47,7 +49,7 @@ class Watch:
 
     @property
     def steady(self) -> tuple[float, float]:
-        """Median ms of a step in the workers, and between arrivals at the client; not of the first two."""
+        """Returns the median ms of a step in the workers, and between arrivals at the client, less the first two."""
         between = [b - a for a, b in zip(self.arrived[1:], self.arrived[2:], strict=False)]
         return 1000 * statistics.median(self.inside[2:]), 1000 * statistics.median(between)
 
@@ -70,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def measure_pool(session: Session, a: argparse.Namespace) -> list[tuple[str, str, float | None]]:
-    """Runs everything; -> lines of (what, figure, ms to compare with a bare evaluation)."""
+    """Runs everything; returns lines of (what, figure, ms to compare with a bare evaluation)."""
     config, dtype = CONFIGS[a.model, a.tiny], torch.bfloat16 if a.device == "cuda" else torch.float32
 
     def given(text: int) -> tuple[torch.Tensor, Prompt]:

@@ -25,12 +25,12 @@ from fastusp_backend.prompt import Prompt
 
 
 def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
-    """By the file's names."""
+    """Returns the shapes of a file's tensors, by the file's names."""
     return {name: info.shape for name, info in read_model(str(path)).header.items()}
 
 
 def lora(shapes: dict[str, tuple[int, ...]], rank: int) -> WeightPatches:
-    """Of every matrix in the blocks except the modulations, in bf16."""
+    """Makes a LoRA of every matrix in the blocks except the modulations, in bf16."""
     weights, tensors = {}, {}
     for name, shape in shapes.items():
         if len(shape) == 2 and "_blocks." in name and "mod" not in name:

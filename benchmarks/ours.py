@@ -19,7 +19,7 @@ Run = Callable[[], torch.Tensor]
 
 
 def evaluation(model: Transformer, mesh: Mesh, transport: Transport, variant: Variant, given: Inputs, dtype) -> Run:
-    """One step's evaluations: () -> velocities (prompts, B, C, h, w)."""
+    """Returns a run of one step's evaluations, () -> velocities (prompts, B, C, h, w)."""
     if variant.settings.linear == "fp8":
         model = held_by_rows(model)
     if variant.storage:
@@ -40,12 +40,12 @@ def evaluation(model: Transformer, mesh: Mesh, transport: Transport, variant: Va
 
 
 def held_by_rows(model: Transformer) -> Transformer:
-    """The same model with weights for products in fp8."""
+    """Returns the same model with weights for products in fp8."""
     return held(model, Stored.by_rows)
 
 
 def held(model: Transformer, how: Callable[[Stored], Stored]) -> Transformer:
-    """The same model with other weights in the blocks' products; it shares all others."""
+    """Returns the same model with other weights in the blocks' products; all others are the same tensors."""
     with torch.device("meta"):
         made = model.config.build()
     made.load_state_dict(model.state_dict(), assign=True)
@@ -55,8 +55,8 @@ def held(model: Transformer, how: Callable[[Stored], Stored]) -> Transformer:
 
 
 def runs(job: dict, model: Transformer, dtype, device) -> Iterator[tuple[dict, Callable[[], Run]]]:
-    """Each configuration of a job, described, with what makes its run. One rank's eager one comes first: the others'
-    measure."""
+    """Yields each configuration of a job, described, with what makes its run. One rank's eager one comes first: the
+    others are compared with it."""
     meshes = [make_mesh(Layout(**layout), device) for layout in job["layouts"]]
     places = [(mesh, Transport(mesh)) for mesh in meshes]
     alone = single_rank_mesh(device)

@@ -1,5 +1,5 @@
-"""Where things lie. Importing this first lets the benchmarks run from any folder, without installing the package.
-`tests/host` drives a real ComfyUI."""
+"""The repository's folders. Importing this first lets the benchmarks run from any folder, without installing the
+package. `tests/host` drives a real ComfyUI."""
 
 import sys
 from pathlib import Path

@@ -27,26 +27,32 @@ Run = Callable[[], torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """What a peer is set up for. even: whether the ranks divide all token counts. text: tokens of the first prompt."""
+    """What a peer is set up for."""
 
     config: Config
     ranks: int
     even: bool
+    """Whether the ranks divide all token counts."""
     text: int
+    """Tokens of the first prompt."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Peer:
-    """setup(diffusers' model, task) -> the parallel model. module: what must be installed. alone: runs on one rank.
-    compile: `blocks`, each without graph breaks, `broken blocks`, with them, or the `whole` model. lossy: sends less
-    exactly than it computes. models: those it knows."""
+    """Another engine that runs diffusers' models in parallel."""
 
     module: str
+    """What must be installed."""
     setup: Callable[[torch.nn.Module, Task], torch.nn.Module]
+    """(diffusers' model, task) -> the parallel model."""
     alone: bool = False
+    """Whether it runs on one rank."""
     compile: Literal["blocks", "broken blocks", "whole"] = "blocks"
+    """What is compiled: each block without graph breaks, each with them, or the whole model."""
     lossy: bool = False
+    """Whether it sends less exactly than it computes."""
     models: tuple[str, ...] = ("flux", "qwen")
+    """Those that it knows."""
 
 
 def _one_gpu(model, task: Task):
@@ -148,7 +154,7 @@ PEERS = {
 
 
 def diffusers_model(ours: Transformer) -> torch.nn.Module:
-    """diffusers' transformer on the same weights: its parameters are views of ours."""
+    """Makes diffusers' transformer on the same weights: its parameters are views of ours."""
     import diffusers
 
     config = ours.config
@@ -202,7 +208,7 @@ def _flux_sizes(config: Config) -> dict:
 
 
 def arguments(config: Config, given: Inputs, dtype: torch.dtype) -> list[dict]:
-    """What diffusers' forward takes for each prompt."""
+    """Returns what diffusers' forward takes for each prompt."""
     x, b = given.x, given.x.shape[0]
     grid = patch_grid(*x.shape[-2:], config.patch)
     shared = {"hidden_states": patchify(x, config.patch).to(dtype), "timestep": given.timestep.to(x.device, dtype)}
@@ -227,8 +233,8 @@ def arguments(config: Config, given: Inputs, dtype: torch.dtype) -> list[dict]:
 
 
 def runs(job: dict, ours: Transformer, dtype, device) -> Iterator[tuple[dict, Callable[[], Run]]]:
-    """Each configuration of a job, described, with what makes its run. One rank's diffusers, eager, comes first: the
-    others' measure."""
+    """Yields each configuration of a job, described, with what makes its run. One rank's diffusers, eager, comes first:
+    the others are compared with it."""
     peer, ranks = PEERS[job["who"]], dist.get_world_size()
     cases = [Case(**case) for case in job["cases"]]
     model = diffusers_model(ours)
@@ -274,8 +280,8 @@ def runs(job: dict, ours: Transformer, dtype, device) -> Iterator[tuple[dict, Ca
 
 
 def _graphed(run: Run) -> Run:
-    """A run that replays `run`'s kernels. It holds `run`, and with it the inputs: the kernels read them where they lay
-    at the capture, and once they were freed, whoever allocates next would write there."""
+    """Returns a run that replays `run`'s kernels. It refers to `run`, and with it to the inputs: the kernels read them
+    where they lay at the capture, and once they were freed, whoever allocates next would write there."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

@@ -29,13 +29,15 @@ LINKS = {"nvlink": {}, "slow": {"NCCL_P2P_DISABLE": "1"}}
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessSet:
-    """job: as rank.py reads it, without `outputs`. module: what must be installed."""
+    """Ranks that torchrun starts for one job."""
 
     who: str
     ranks: int
     link: str
     job: dict
+    """As rank.py reads it, without `outputs`."""
     module: str = ""
+    """What must be installed."""
     note: str = ""
 
     def __str__(self) -> str:
@@ -44,12 +46,14 @@ class ProcessSet:
 
 @dataclass
 class Outcome:
-    """rows: one per configuration, with `link` and `set` beside what the rank said. problems: sets that did not end
-    well, for people to read. about: device and torch of the ranks."""
+    """What all sets gave."""
 
     rows: list[dict] = field(default_factory=list)
+    """One per configuration, with `link` and `set` beside what the rank said."""
     problems: list[str] = field(default_factory=list)
+    """Sets that did not end well, for people to read."""
     about: dict = field(default_factory=dict)
+    """Device and torch of the ranks."""
 
 
 def run_all(sets: list[ProcessSet], folder: Path, *, seconds: float, minutes: float) -> Outcome:
@@ -72,7 +76,7 @@ def run_all(sets: list[ProcessSet], folder: Path, *, seconds: float, minutes: fl
 
 
 def _run(each: ProcessSet, number: int, folder: Path, outcome: Outcome, seconds: float) -> str:
-    """-> what went wrong, or nothing."""
+    """Runs one set; returns what went wrong, or nothing."""
     folder.mkdir(parents=True)
     job = folder / "job.json"
     job.write_text(json.dumps(each.job | {"outputs": str(folder)}))
@@ -126,6 +130,6 @@ def _take(line: dict, each: ProcessSet, number: int, outcome: Outcome) -> None:
 
 
 def _reason(errors: str) -> str:
-    """The first rank's exception, which torchrun's own account follows."""
+    """Finds the first rank's exception, which torchrun's own account follows."""
     found = re.search(r"(?m)^(?:\[.*?\]:\s*)?((?:\w+\.)*\w*(?:Error|Exception)\b.*)$", errors)
     return (found[1] if found else errors.strip()[-200:])[:300]

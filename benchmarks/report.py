@@ -15,7 +15,7 @@ from process_sets import Outcome
 from fastusp_backend.cli.table import Column, fitted
 
 BASELINES = (("paraattention-ulysses", "eager"), ("diffusers-ulysses", "eager"), ("ours", "eager"))
-"""The first that was measured: the paper's own, else what stands nearest."""
+"""Of these the first that was measured: the paper's own, else what is nearest to it."""
 FIGURES = {
     "median": Column("median ms", format=".1f"),
     "min": Column("min", format=".1f"),
@@ -34,12 +34,14 @@ WRONG = 0.1
 
 
 def finish(rows: list[dict]) -> tuple[list[dict], str]:
-    """Adds errors, `wrong` and ratios; drops the references. -> (timed rows, what `error` is measured against).
+    """Adds errors, `wrong` and ratios to rows; returns those that were timed, and what `error` is measured against.
 
-    error: relative (Frobenius), against diffusers eager on one rank where a peer ran, else our own; own_error: ours
-    against our own eager on one rank; neither where that reference failed. wrong: a lossless row whose error exceeds
-    `WRONG`; nothing is compared with it. over_peer, over_baseline: how many times faster than the best lossless peer
-    on as many ranks, and than the baseline, of the same case and link.
+    error: relative (Frobenius), against diffusers eager on one rank where a peer ran, else our own; none where that
+        reference failed.
+    own_error: likewise, ours against our own eager on one rank.
+    wrong: whether it is a lossless row whose error exceeds `WRONG`; nothing is compared with it.
+    over_peer: how many times faster than the best lossless peer on as many ranks, of the same case and link.
+    over_baseline: the same, than the baseline.
     """
     rows = [row for row in rows if "failed" not in row]
     outputs = {row["output"]: torch.load(row["output"], weights_only=True).double() for row in rows}
@@ -86,12 +88,12 @@ def name(row: dict) -> str:
 
 
 def verdict(row: dict) -> str:
-    """What follows a row's name."""
+    """Returns what follows a row's name."""
     return ", result wrong" if row.get("wrong") else ""
 
 
 def tables(timed: list[dict]) -> str:
-    """A markdown table per case and link, the fastest last; then the breakdowns."""
+    """Makes a markdown table per case and link, the fastest last; then the breakdowns."""
     found = []
     for where, group in groupby(sorted(timed, key=place), key=place):
         group = sorted(group, key=lambda row: -row["median"])
@@ -111,7 +113,7 @@ def title(where: tuple) -> str:
 
 
 def efficiency(group: list[dict]) -> str:
-    """Our ranks' speed against our own single rank's, of the fastest configuration that ran on both."""
+    """Compares our ranks' speed with our own single rank's, of the fastest configuration that ran on both."""
     ours = [row for row in group if row["who"] == "ours" and not row["wrong"]]
     alone = {row["config"]: row["median"] for row in ours if row["ranks"] == 1}
     both = [row for row in ours if row["ranks"] > 1 and row["config"] in alone]
@@ -123,7 +125,7 @@ def efficiency(group: list[dict]) -> str:
 
 
 def breakdowns(timed: list[dict]) -> str:
-    """ms of one evaluation, and the longest kernels of the fastest configuration that was profiled."""
+    """Makes tables of the ms of one evaluation, and of the longest kernels of the fastest one that was profiled."""
     profiled = [row for row in timed if "breakdown" in row]
     several = len({place(row) for row in profiled}) > 1
     body = []

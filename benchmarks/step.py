@@ -58,7 +58,7 @@ def add_common(made: argparse.ArgumentParser) -> None:
 
 
 def layouts(a: argparse.Namespace) -> list[dict]:
-    """As `Layout`'s fields."""
+    """Returns the layouts as `Layout`'s fields."""
     if a.layouts:
         found = []
         for text in a.layouts.split(","):
@@ -87,7 +87,7 @@ def cases(a: argparse.Namespace) -> list[dict]:
 
 
 def known(text: str, names, what: str) -> list[str]:
-    """The names that a comma-separated list asks for. Raises SystemExit for unknown ones."""
+    """Reads the names in a comma-separated list. Raises SystemExit for unknown ones."""
     wanted = [x for x in text.split(",") if x]
     if unknown := [x for x in wanted if x not in names]:
         raise SystemExit(f"{what}: unknown {', '.join(unknown)}; choose from: {', '.join(names)}")
@@ -105,7 +105,7 @@ def chosen_peers(a: argparse.Namespace) -> list[str]:
 
 
 def reason_to_skip(name: str, a: argparse.Namespace) -> str:
-    """Why a peer does not run here; empty if it does."""
+    """Says why a peer does not run here; empty if it does."""
     peer = PEERS[name]
     if a.model not in peer.models:
         return f"does not know {a.model}"
@@ -115,12 +115,12 @@ def reason_to_skip(name: str, a: argparse.Namespace) -> str:
 
 
 def base_job(a: argparse.Namespace) -> dict:
-    """What every process set is told."""
+    """Returns what every process set is told."""
     return {name: getattr(a, name) for name in ("model", "tiny", "device", "count")}
 
 
 def process_sets(a: argparse.Namespace) -> tuple[list[ProcessSet], list[str]]:
-    """-> (sets in order, what is left out and why)."""
+    """Returns the sets in order, and what is left out and why."""
     variants, levels = known(a.variants, VARIANTS, "--variants"), known(a.levels, LEVELS, "--levels")
     peers = chosen_peers(a)
     left_out = {name: reason_to_skip(name, a) for name in peers}
@@ -147,7 +147,7 @@ def process_sets(a: argparse.Namespace) -> tuple[list[ProcessSet], list[str]]:
 
 
 def split_repeats(rows: list[dict], sets: list[ProcessSet]) -> tuple[list[dict], list[str]]:
-    """-> (rows without the repeated ones, a line per repeated one: how the machine drifted)."""
+    """Returns the rows without the repeated ones, and a line per repeated one: how the machine drifted."""
     kept = [row for row in rows if not sets[row["set"]].note]
     lines = []
     for row in rows:

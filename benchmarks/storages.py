@@ -1,4 +1,4 @@
-"""Weights as files of fewer bits hold them: rounded to the nearest, by the formats' plain rules."""
+"""Weights as in files of fewer bits: rounded to the nearest, by the formats' plain rules."""
 
 import paths  # noqa: F401
 import torch
@@ -31,4 +31,4 @@ def _packed(scales: torch.Tensor, codes: torch.Tensor, packing: str) -> Stored:
 
 
 STORAGES = {"fp8": _fp8, "Q8_0": _q8_0, "Q4_0": _q4_0}
-"""weight (rows, columns) -> how it is held."""
+"""Format -> function from a weight (rows, columns) to its stored form."""

@@ -9,13 +9,12 @@ from fastusp_backend.config import Settings
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """every_step: modulations are computed at each step, as other engines do, instead of once a prompt. That is no
-    option of the product: the benchmark computes them beside the evaluation. storage: of the blocks' weights, of
-    `storages.STORAGES`; else they are as the model has them."""
-
     settings: Settings
     every_step: bool = False
+    """Modulations are computed at each step, as other engines do, instead of once a prompt. That is no option of the
+    product: the benchmark computes them beside the evaluation."""
     storage: str = ""
+    """The format of the blocks' weights, of `storages.STORAGES`; empty: as the model has them."""
 
     @property
     def gpu_only(self) -> bool:
@@ -79,4 +78,4 @@ ABLATION = (
     Level("+ pipelined ring", "overlap", ring=True),
     Level("+ fp8 wire", "wire-fp8", ring=True),
 )
-"""Each adds one thing to the one above; the ring starts anew."""
+"""Each adds one thing to the one above; the ring starts again from the lossless engine."""

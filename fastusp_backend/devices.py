@@ -205,7 +205,7 @@ def _of(indices: tuple[int, ...]) -> Devices:
     return Devices(ranks=len(indices), gpus=indices)
 
 
-def holds_gpu(devices: Devices, uuid: str) -> bool:
+def uses_gpu(devices: Devices, uuid: str) -> bool:
     """Tells whether the GPU of this uuid, as torch or NVML write it, is one of `devices`. Indices would not do: torch
     counts those that CUDA_VISIBLE_DEVICES leaves, in CUDA_DEVICE_ORDER."""
     bare = uuid.lower().removeprefix("gpu-")

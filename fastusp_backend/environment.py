@@ -43,8 +43,8 @@ _DENIED_PREFIXES = (
 
 
 def inherited(environment: Mapping[str, str], *folders: Path) -> dict[str, str]:
-    """What of `environment` a process inherits; it imports from `folders` first. Relative folders of PYTHONPATH become
-    absolute: it may start in another one."""
+    """Returns what of `environment` a process inherits; it imports from `folders` first. Relative folders of PYTHONPATH
+    become absolute: it may start in another one."""
     env = {k: v for k, v in environment.items() if k not in _DENIED and not k.startswith(_DENIED_PREFIXES)}
     paths = env.pop("PYTHONPATH", "")
     own = [os.path.abspath(path) for path in paths.split(os.pathsep)] if paths else []

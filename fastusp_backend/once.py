@@ -15,8 +15,8 @@ SECONDS = 300.0
 
 
 class Once:
-    """ask(), asked once a process; where it raises DeviceError, once in `SECONDS`, and the same is raised until then,
-    with when it is asked again. One thread asks, others wait for it."""
+    """Calls ask() once a process and remembers its answer. A DeviceError is remembered for `SECONDS`, and raised again
+    until then, with when it is asked again. One thread asks, others wait for it."""
 
     def __init__(self, ask: Callable[[], T]):
         functools.update_wrapper(self, ask)

@@ -13,7 +13,7 @@ import torch
 log = logging.getLogger(__name__)
 
 NO_DRIVER = 303
-"""CUDA's own code for a library that cannot be loaded."""
+"""CUDA's own error code for a library that cannot be loaded."""
 _PORTABLE = 1
 """Pinned for all of the process' contexts."""
 

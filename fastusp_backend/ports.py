@@ -58,7 +58,7 @@ def close_ports() -> None:
 
 
 def _gloo_listeners() -> list[socket.socket]:
-    """Duplicates of its listening sockets: on the loopback interface, and watched by epoll. NCCL, whose ports must
+    """Duplicates gloo's listening sockets: those on the loopback interface that epoll watches. NCCL, whose ports must
     stay open, uses poll."""
     watched: set[str] = set()
     for name in os.listdir("/proc/self/fd"):
@@ -93,13 +93,14 @@ def _listens_on_loopback(candidate: socket.socket) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Socket:
-    """A row of the kernel's table; addresses as it writes them. inode: 0 where no process holds it."""
+    """A row of the kernel's table; addresses are as it writes them."""
 
     local: str
     remote: str
     state: str
     user: int
     inode: int
+    """0 where no process has it open."""
 
 
 def _table() -> list[_Socket]:
@@ -116,7 +117,7 @@ def _plain(address: str) -> str:
 
 
 def _strangers(listeners: set[int]) -> set[int | None]:
-    """Users, other than this one, of what is connected to sockets of these inodes; None: of nobody any more."""
+    """Finds users, other than this one, of what is connected to sockets of these inodes; None is nobody any more."""
     table = _table()
     ports = {row.local for row in table if row.state == _LISTEN and row.inode in listeners}
     users = {(row.local, row.remote): row.user for row in table if row.inode}

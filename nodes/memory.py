@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..fastusp_backend.devices import holds_gpu
+from ..fastusp_backend.devices import uses_gpu
 from ..fastusp_backend.errors import FastUSPError
 from ..fastusp_backend.pool import Pool, Session
 from .comfyui import model_management
@@ -33,7 +33,7 @@ _unloading_all = False
 
 def shares_gpu(session: Session, device: torch.device) -> bool:
     """Whether a worker computes on ComfyUI's `device`."""
-    return device.type == "cuda" and holds_gpu(session.pool.devices, _uuid(device))
+    return device.type == "cuda" and uses_gpu(session.pool.devices, _uuid(device))
 
 
 @functools.cache

@@ -1,6 +1,9 @@
 """The command line answers a wrong input with its message and exit status 2, not with a traceback."""
 
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -15,3 +18,12 @@ def test_gpus_that_do_not_exist(monkeypatch, capsys, command):
     assert main() == 2
     told = capsys.readouterr()
     assert told.err.startswith("gpus = '77,78': GPUs 77, 78 do not exist. This machine has") and not told.out
+
+
+def test_doctor_starts_where_torch_is_broken(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('broken')")
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "fastusp_backend", "doctor", "--help"]
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "cpu:N" in done.stdout, done.stderr

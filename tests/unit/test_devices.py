@@ -172,9 +172,9 @@ def test_bfloat16_begins_with_ampere(monkeypatch, capability, computes):
 
 
 @pytest.mark.parametrize("uuid, index", [("GPU-4abc", 4), ("4ABC", 4), ("gpu-1abc", 1), ("GPU-9abc", None)])
-def test_a_pool_holds_its_own_gpus_alone(monkeypatch, uuid, index):
+def test_a_pool_uses_its_own_gpus_alone(monkeypatch, uuid, index):
     """As torch and NVML write uuids."""
     monkeypatch.setattr(devices, "list_gpus", lambda: MIXED)
     for held in ((1,), (4, 1), (0, 2, 3)):
-        assert devices.holds_gpu(Devices(ranks=len(held), gpus=held), uuid) is (index in held)
-    assert not devices.holds_gpu(Devices(ranks=2), uuid)
+        assert devices.uses_gpu(Devices(ranks=len(held), gpus=held), uuid) is (index in held)
+    assert not devices.uses_gpu(Devices(ranks=2), uuid)

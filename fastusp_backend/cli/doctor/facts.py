@@ -34,10 +34,11 @@ _PACKAGE_ROOT = Path(__file__).resolve().parents[3]
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """What a process of its own with these GPUs alone finds, as `probe` writes it. error: why there is nothing. Lists
-    have an entry per GPU, in the order of `gpus`; peers: [i][j], whether i maps j's memory."""
+    """What a process of its own with these GPUs alone finds, as `probe` writes it. Lists have an entry per GPU, in the
+    order of `gpus`."""
 
     error: str = ""
+    """Why there is nothing else."""
     missing: dict[str, str] = field(default_factory=dict)
     """Packages that FastUSP needs and that cannot be imported, and why."""
     torch: str = ""
@@ -48,16 +49,17 @@ class Probe:
     architectures: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     peers: list[list[bool]] = field(default_factory=list)
+    """[i][j]: whether i maps j's memory."""
     symmetric: list[str] = field(default_factory=list)
     """Why symmetric memory cannot be allocated; empty where it can."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """Sizes in bytes. Problems are texts, empty where there is none. links: 'i-j' by nvidia-smi's indices -> `NV18`,
-    `PIX`, `SYS` and so on. wanted: the `gpus` input, as it was given."""
+    """What is known of a machine. Sizes are in bytes; problems are texts, empty where there is none."""
 
     wanted: str
+    """The `gpus` input, as it was given."""
     python: tuple[int, ...]
     system: str
     release: str
@@ -70,6 +72,7 @@ class Facts:
     gpus: tuple[Gpu, ...]
     states: tuple[GpuState, ...]
     links: dict[str, str]
+    """As `nvml.links` has them."""
     iommu: bool
     probe: Probe
     shm_free: int | None
@@ -137,7 +140,8 @@ def _version(package: str) -> str:
 
 
 def _compile() -> tuple[str, str]:
-    """(the C compiler that Triton would take, why it cannot build what Triton builds: an extension of this Python)."""
+    """Returns the C compiler that Triton would take, and why it cannot build what Triton builds: an extension of this
+    Python."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     if not compiler:
         return "", "there is no C compiler"
@@ -180,8 +184,8 @@ def _try(attempt) -> str:
 
 
 def _memfd() -> None:
-    """Memory without a name, sealed against being cut short, that another process opens through /proc, as ranks do with
-    each other's."""
+    """Tries memory without a name, sealed against being cut short, that another process opens through /proc, as ranks
+    do with each other's."""
     import fcntl  # not above: Windows has none
 
     descriptor = os.memfd_create("fastusp-doctor", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -197,7 +201,7 @@ def _memfd() -> None:
 
 
 def _run_dir() -> None:
-    """The pool's own run directory, and a socket in it."""
+    """Tries the pool's own run directory, and a socket in it."""
     from ...pool.rundir import RunDir  # not above: what it needs may be missing
 
     run_dir = RunDir()
@@ -215,7 +219,7 @@ def _host_free() -> int | None:
 
 
 def _dropped(devices: Devices) -> tuple[str, ...]:
-    """Variables of this process that the workers do not get, or get another value of."""
+    """Finds variables of this process that the workers do not get, or get another value of."""
     from ...pool.workers import worker_environment
 
     given = worker_environment(devices, Path("/"), os.environ)
@@ -230,7 +234,7 @@ def _free(folder: str) -> int | None:
 
 
 def _limit(name: str) -> int | None:
-    """None for no limit, and where there is no such thing."""
+    """Returns the soft limit; None for no limit, and where there is no such thing."""
     try:
         resource = importlib.import_module("resource")
     except ImportError:

@@ -51,7 +51,7 @@ def _triton() -> dict:
 
 
 def _symmetric(device) -> str:
-    """Why symmetric memory cannot be allocated on a device; empty where it can."""
+    """Says why symmetric memory cannot be allocated on a device; empty where it can."""
     import torch
 
     try:
