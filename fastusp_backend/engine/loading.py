@@ -11,29 +11,31 @@ from torch import nn
 
 from ..config import ModelSpec
 from ..models.family import Transformer
-from ..models.files import read_model
-from ..models.holding import Holding, by_module
+from ..models.files import read_model, storage_plans
+from ..models.holding import Holding
 from ..pulse import beat
 from ..weights.checkpoint import TensorInfo
-from ..weights.headers import FP8
 from ..weights.reading import Shares, map_tensors, read_tensors, room
-from ..weights.stored import Stored, conversion_bytes, hold, in_file, keeps
+from ..weights.stored import Stored
 
 
 class Checkpoint:
     """The model of a file: described when it is made, still without weights.
 
-    source: the file, open as long as this lives. model: the transformer. infos: its tensors in the file, by the
-    module's names. holding: which ranks hold them; this is `rank` of `ranks`. Raises CheckpointError when the file is
-    unusable or was replaced after the client looked at it.
+    source: the file, open as long as this lives.
+    model: the transformer.
+    plans: in which form its tensors lie in memory, by the module's names.
+    holding: which ranks hold them; this is `rank` of `ranks`.
+
+    Raises CheckpointError when the file is unusable or was replaced after the client looked at it.
     """
 
     def __init__(self, spec: ModelSpec, rank: int = 0, ranks: int = 1):
         self.spec = spec
         file = read_model(spec.path, spec.file)
         self.source = file.source
-        self.model, self.infos = file.model, by_module(file.model, file.header)
-        self.holding, self._rank = Holding(self.model, self.infos, spec, ranks), rank
+        self.model, self.plans = file.model, storage_plans(file.model, file.header, spec)
+        self.holding, self._rank = Holding(self.model, self.plans, ranks), rank
         self._shares = Shares()
         self._device = torch.device("cpu")
         self._rooms: dict[str, torch.Tensor] = {}
@@ -49,15 +51,12 @@ class Checkpoint:
         """
         self._device, self._shares = device, Shares(group)
         if device.type != "cpu":
-            converted = []
-            for name in filter(self.here, self.infos):
-                info, use = self.infos[name], self.holding.use(name)
-                if keeps(info, self.spec, **use):
-                    self._rooms[name] = self._shares_of(name).allocate(info, device)
-                else:
-                    converted.append(conversion_bytes(info, self.spec, **use))
-            tried = [room(held, device) for held, _ in converted]
-            tried.append(room(max((passing for _, passing in converted), default=0), device))
+            plans = {name: plan for name, plan in self.plans.items() if self.here(name)}
+            for name, plan in plans.items():
+                if plan.unchanged:
+                    self._rooms[name] = self._shares_of(name).allocate(plan.info, device)
+            tried = [room(plan.nbytes, device) for plan in plans.values() if not plan.unchanged]
+            tried.append(room(max((plan.conversion_bytes for plan in plans.values()), default=0), device))
             del tried
 
     def read(self) -> Transformer:
@@ -66,19 +65,19 @@ class Checkpoint:
 
         Raises CheckpointError when the file cannot be read to its end.
         """
-        shared, own, elsewhere = {}, {}, {}
-        for name, info in self.infos.items():
+        shared, own = {}, {}
+        for name, plan in self.plans.items():
             owner = self.holding.owner(name)
-            (shared if owner is None else own if owner == self._rank else elsewhere)[name] = info
-        with torch.device("meta"):
-            for name, info in elsewhere.items():
-                self.give(name, self._hold(name, torch.empty(info.size, dtype=torch.uint8)))
+            if self.here(name):
+                (shared if owner is None else own)[name] = plan.info
+            else:
+                self.give(name, plan.elsewhere())
         parts = [(shared, self._shares), (own, Shares())]
         if self._shares.ranks == 1:
             parts = [(shared | own, self._shares)]  # in one go
         for infos, shares in parts:
             for name, raw in self._read(infos, self._rooms, shares):
-                self.give(name, self._hold(name, raw))
+                self.give(name, self.plans[name].load(raw))
                 beat()
         self._rooms = {}
         return self.model.eval()
@@ -98,27 +97,23 @@ class Checkpoint:
 
         Raises CheckpointError when the file was written to meanwhile.
         """
-        return ((name, self._hold(name, raw)) for name, raw in self._reread(names))
-
-    def rounded(self, name: str) -> bool:
-        """Whether a tensor was rounded to fp8 when it was read."""
-        return self.held(name).data.dtype in FP8 and not keeps(self.infos[name], self.spec, **self.holding.use(name))
+        return ((name, self.plans[name].load(raw)) for name, raw in self._reread(names))
 
     def file_values(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """The values in float32 that some tensors have in the file. Otherwise as `reread`."""
-        return ((name, in_file(raw, self.infos[name]).dequantise()) for name, raw in self._reread(names))
+        return ((name, Stored.in_file(raw, self.plans[name].info).dequantise()) for name, raw in self._reread(names))
 
     def held(self, name: str) -> Stored:
         """A tensor of the model, by the module's name, as it lies in memory, here or on another rank."""
         path, _, leaf = name.rpartition(".")
         module = self.model.get_submodule(path)
-        return module.stored if self.holding.is_matrix(name) else Stored(getattr(module, leaf))
+        return module.stored if self.plans[name].linear else Stored(getattr(module, leaf))
 
     def give(self, name: str, stored: Stored) -> None:
         """Makes this a tensor of the model, by the module's name."""
         path, _, leaf = name.rpartition(".")
         module = self.model.get_submodule(path)
-        if self.holding.is_matrix(name):
+        if self.plans[name].linear:
             module.stored = stored
         else:
             setattr(module, leaf, nn.Parameter(stored.data, requires_grad=False))
@@ -130,10 +125,7 @@ class Checkpoint:
 
     def _reread(self, names: Iterable[str]):
         self.check_file()
-        return self._read({name: self.infos[name] for name in names if self.here(name)}, {}, Shares())
+        return self._read({name: self.plans[name].info for name in names if self.here(name)}, {}, Shares())
 
     def _shares_of(self, name: str) -> Shares:
         return self._shares if self.holding.owner(name) is None else Shares()
-
-    def _hold(self, name: str, raw: torch.Tensor) -> Stored:
-        return hold(raw, self.infos[name], self.spec, **self.holding.use(name))

@@ -55,10 +55,11 @@ class PatchedWeights:
             wanted.setdefault(checkpoint.model.module_key(key), []).extend(patches)  # some weights have two names
         shapes = {name: self._check(name, patches, tensors) for name, patches in wanted.items()}
         patched = [name for name, patches in wanted.items() if patches]
-        rounded = [name for name in patched if checkpoint.rounded(name)]
+        rounded = [name for name in patched if checkpoint.plans[name].rounded_to_fp8]
         restored = [name for name in self._patched if name in wanted or base is None]
         packed = [name for name in dict.fromkeys([*patched, *restored]) if checkpoint.held(name).packing]
-        widened = [name for name in patched if name not in rounded and shapes[name] != checkpoint.infos[name].shape]
+        widened = [name for name in patched if shapes[name] != checkpoint.plans[name].info.shape]
+        widened = [name for name in widened if name not in rounded]
         elsewhere = {name for name in (*restored, *patched) if not checkpoint.here(name)}
         again = [name for name in restored if name not in {*rounded, *packed, *widened}]
         again = checkpoint.reread(again) if again else ()
@@ -87,9 +88,9 @@ class PatchedWeights:
 
     def _check(self, name: str, patches: Sequence[WeightPatch], tensors: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
         """The shape that the patches give a weight."""
-        if name not in self._checkpoint.infos:
+        if name not in self._checkpoint.plans:
             raise RequestError(f"the model has no weight {name!r} to patch")
-        shape = had = tuple(self._checkpoint.infos[name].shape)
+        shape = had = tuple(self._checkpoint.plans[name].info.shape)
         for patch in patches:
             shape = adapters.check(patch, tensors, shape)
         if patches and self._checkpoint.held(name).packing:
@@ -121,4 +122,4 @@ class PatchedWeights:
 
     def _low_rank(self, name: str, patches: Sequence[WeightPatch], tensors, device: torch.device):
         dtype = getattr(torch, self._checkpoint.spec.compute)
-        return adapters.low_rank(patches, tensors, self._checkpoint.infos[name].shape, dtype=dtype, device=device)
+        return adapters.low_rank(patches, tensors, self._checkpoint.plans[name].info.shape, dtype=dtype, device=device)

@@ -13,8 +13,10 @@ from ..weights.checkpoint import Sizes, TensorInfo
 from ..weights.contents import read_contents
 from ..weights.scales import fold_scales, refuse_foreign, used_for_scales
 from ..weights.source import Source, changed
+from ..weights.storage_plan import StoragePlan, Use, plan_storage
 from .detection import FAMILIES, Incomplete, family_of, first_of, needed_tensors
 from .family import Config, Transformer
+from .layers import Linear
 
 log = logging.getLogger(__name__)
 
@@ -100,3 +102,21 @@ def _check_shapes(model: Transformer, header: dict[str, TensorInfo], path: str, 
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise CheckpointError(f"{path} is no {family} file: {'; '.join(problems[:3])}{more}")
+
+
+def storage_plans(model: Transformer, header: dict[str, TensorInfo], spec: ModelSpec) -> dict[str, StoragePlan]:
+    """In which form each tensor of a model lies in memory, by the module's names. header: its tensors by their names in
+    the file."""
+    products = set(model.products()) if spec.linear == "fp8" else set()
+
+    def use(name: str) -> Use:
+        layer, _, leaf = name.rpartition(".")
+        module = model.get_submodule(layer)
+        if leaf != "weight" or not isinstance(module, Linear):
+            return "other"
+        return "fp8_product" if module in products else "linear"
+
+    return {
+        name: plan_storage(info, spec, use(name))
+        for name, info in ((model.module_key(key), info) for key, info in header.items())
+    }

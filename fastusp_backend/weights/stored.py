@@ -1,11 +1,9 @@
 """How a weight lies in memory: in a float type, in fp8 with or without a scale, or packed (GGUF); and what it means."""
 
-import math
 from dataclasses import dataclass
 
 import torch
 
-from ..config import ModelSpec
 from ..kernels.eight_bits import quantise
 from .headers import FP8, TensorInfo
 from .packing import bytes_of, unpack
@@ -24,6 +22,13 @@ class Stored:
     scale: torch.Tensor | None = None
     packing: str = ""
     low_rank: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @classmethod
+    def in_file(cls, raw: torch.Tensor, info: TensorInfo) -> "Stored":
+        """A tensor as its file has it, over the memory of its bytes `raw`, (n,) uint8."""
+        shape, dtype = info.stored
+        scale = None if info.scale is None else torch.tensor(info.scale, dtype=torch.float32, device=raw.device)
+        return cls(raw.view(dtype).view(shape), scale, info.packing)
 
     def values(self, dtype: torch.dtype, rows: slice = slice(None), columns: slice | None = None) -> torch.Tensor:
         """The values of some rows (of a matrix: some columns) in `dtype`. fp8 is converted, then multiplied by its
@@ -75,51 +80,3 @@ class Stored:
         self.data.copy_(other.data)
         if self.scale is not None:
             self.scale.copy_(other.scale)
-
-
-def keeps(info: TensorInfo, spec: ModelSpec, *, matrix: bool, by_rows: bool = False) -> bool:
-    """Whether a tensor stays as it is in the file (`hold` takes its bytes over) or is converted. See `hold`."""
-    if info.scale is not None and info.dtype not in FP8:
-        return False
-    if by_rows and info.stored[1] != torch.float8_e4m3fn:
-        return False
-    if info.quantised:
-        return matrix and (spec.storage is None or spec.keep_quantised)
-    return spec.storage is None or getattr(torch, spec.storage) == info.dtype
-
-
-def hold(raw: torch.Tensor, info: TensorInfo, spec: ModelSpec, *, matrix: bool, by_rows: bool = False) -> Stored:
-    """What a rank keeps of a tensor read as `raw` (its bytes, uint8): see ModelSpec.
-
-    matrix: whether it is the weight of a linear layer. Other tensors are small and read by kernels that know no fp8:
-    they are widened to bfloat16, which holds any fp8 value. by_rows: whether products in fp8 will take it. A scale of
-    values that are not fp8 is multiplied into them.
-    """
-    stored = _hold(raw, info, spec, matrix=matrix)
-    return stored.by_rows() if by_rows else stored
-
-
-def conversion_bytes(info: TensorInfo, spec: ModelSpec, *, matrix: bool, by_rows: bool = False) -> tuple[int, int]:
-    """Of a tensor that `hold` converts: the bytes of what it gives, and about what it takes meanwhile: the file's
-    bytes, with the next tensor's, and the values in float32, of which quantising by rows makes three."""
-    with torch.device("meta"):
-        stored = hold(torch.empty(info.size, dtype=torch.uint8), info, spec, matrix=matrix, by_rows=by_rows)
-    held = sum(tensor.nbytes for tensor in (stored.data, stored.scale) if tensor is not None)
-    return held, 2 * info.size + (12 if by_rows else 4) * math.prod(info.shape)
-
-
-def in_file(raw: torch.Tensor, info: TensorInfo) -> Stored:
-    """A tensor read as `raw`, as the file has it."""
-    shape, dtype = info.stored
-    scale = None if info.scale is None else torch.tensor(info.scale, dtype=torch.float32, device=raw.device)
-    return Stored(raw.view(dtype).view(shape), scale, info.packing)
-
-
-def _hold(raw: torch.Tensor, info: TensorInfo, spec: ModelSpec, *, matrix: bool) -> Stored:
-    stored, scale = in_file(raw, info), info.scale
-    if keeps(info, spec, matrix=matrix):
-        return stored
-    storage = getattr(torch, spec.storage) if spec.storage else info.dtype
-    exact = storage in FP8 or info.dtype not in FP8 and scale is not None  # rounded once
-    values = stored.values(torch.float32 if exact else storage).to(storage)
-    return Stored(values if matrix or storage not in FP8 else values.bfloat16())

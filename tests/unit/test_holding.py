@@ -15,11 +15,12 @@ from fastusp_backend.engine.loading import Checkpoint
 from fastusp_backend.engine.parking import held_bytes
 from fastusp_backend.engine.patching import PatchedWeights
 from fastusp_backend.errors import RequestError
-from fastusp_backend.models.files import read_model
+from fastusp_backend.models.files import read_model, storage_plans
 from fastusp_backend.models.holding import Holding, balanced, rank_bytes
 from fastusp_backend.models.layers import Linear
 from fastusp_backend.models.synthetic import FLUX2_DEV, FLUX_DEV, QWEN_IMAGE, write_flux, write_qwen_image
 from fastusp_backend.weights.checkpoint import TensorInfo
+from fastusp_backend.weights.stored import Stored
 
 pytestmark = pytest.mark.unit
 
@@ -43,11 +44,11 @@ def test_owners_balance(ranks):
 def test_the_figures_of_the_readme(name, kind, dtype):
     with torch.device("meta"):
         model = FULL_SIZES[name].build()
-    infos = {key: TensorInfo(tuple(p.shape), dtype) for key, p in model.named_parameters()}
+    header = {model.file_key(name): TensorInfo(tuple(p.shape), dtype) for name, p in model.named_parameters()}
     spec = msgspec.structs.replace(spec_of(__file__), storage="bfloat16", keep_quantised=True)
     (row,) = (line for line in README.splitlines() if line.startswith(f"| {name}, {kind} |"))
     for ranks, most in zip((1, 2, 3, 4, 8), row.split("|")[2:-1], strict=True):
-        nbytes = Holding(model, infos, spec, ranks).nbytes
+        nbytes = Holding(model, storage_plans(model, header, spec), ranks).nbytes
         assert f"{max(nbytes) / 1e9:.1f}" == most.strip()
         assert max(nbytes) < (1.008 if model.config.family == "FLUX.2" else 1.004) * min(nbytes)
 
@@ -82,6 +83,7 @@ def loaded(path, rank: int, ranks: int, **spec) -> Checkpoint:
         ("flux2", {"linear": "fp8"}, 5),  # no biases
         ("qwen", {}, 3),
         ("scaled_tensors", {}, 2),
+        ("scaled_tensors", {"linear": "fp8"}, 2),
         ("gguf_Q8_0", {}, 2),
         ("gguf_Q8_0", {"storage": "bfloat16"}, 2),
     ],
@@ -102,15 +104,15 @@ def test_together_ranks_hold_a_model_once_and_know_its_forms(files, name, change
         assert all(torch.equal(x.stored.dequantise(), module.stored.dequantise()) for x in held)
         for mine in (rank[layer] for rank in layers):
             assert mine.bias is None or mine.weight.is_meta == mine.bias.is_meta
-            assert (mine.weight.shape, mine.weight.dtype, mine.packing) == (
-                module.weight.shape,
-                module.weight.dtype,
-                module.packing,
-            )
+            assert form(mine.stored) == form(module.stored)
     header = read_model(str(path)).header
     expected = checkpoints[0].holding.nbytes
     assert [held_bytes(checkpoint.model) for checkpoint in checkpoints] == expected
     assert rank_bytes(header, checkpoints[0].spec, ranks) == max(expected)
+
+
+def form(stored: Stored) -> tuple:
+    return stored.data.shape, stored.data.dtype, stored.packing, stored.scale is not None and stored.scale.shape
 
 
 LAYERS = "double_blocks.0.img_mod.lin", "double_blocks.0.txt_mod.lin", "single_blocks.0.modulation.lin"
@@ -123,7 +125,7 @@ def loras(*layers: str) -> dict[str, tuple[WeightPatch, ...]]:
 
 def values(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     return {
-        name: checkpoint.held(name).dequantise() for name in checkpoint.infos if not checkpoint.held(name).data.is_meta
+        name: checkpoint.held(name).dequantise() for name in checkpoint.plans if not checkpoint.held(name).data.is_meta
     }
 
 

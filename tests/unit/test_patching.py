@@ -118,7 +118,7 @@ def test_a_weight_that_is_widened_moves_once_and_leaves_no_trace(mini, tmp_path,
     values = load_file(mini) if form == "plain" else write(form, mini, path)
     checkpoint, moved = loaded(path, **STORAGES.get(name, {})), []
     weights, config = PatchedWeights(checkpoint, lambda: moved.append(1)), checkpoint.model.config
-    before, rounds = everything(checkpoint), checkpoint.rounded("img_in.weight")
+    before, rounds = everything(checkpoint), checkpoint.plans["img_in.weight"].rounded_to_fp8
     old = values["img_in.weight"] if rounds else held(checkpoint, "img_in.weight").dequantise()
     packed = bool(held(checkpoint, f"{QKV}.weight").packing)
     weights.change(WIDE, WIDENING, base=0, number=1)
