@@ -124,7 +124,9 @@ class Checkpoint:
         return read_tensors(self.source, infos, rooms, shares, self._device)
 
     def _reread(self, names: Iterable[str]):
-        self.check_file()
+        names = list(names)
+        if names:
+            self.check_file()
         return self._read({name: self.plans[name].info for name in names if self.here(name)}, {}, Shares())
 
     def _shares_of(self, name: str) -> Shares:

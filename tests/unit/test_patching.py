@@ -2,19 +2,22 @@
 
 from dataclasses import replace
 
+import msgspec
 import pytest
 import torch
 import torch.nn.functional as F
 from formats import LIMITS, write
 from patched import LORA, MINI, NONE, NORM, PATCHES, QKV, TENSORS, changed, everything, held, loaded
 from safetensors.torch import load_file
-from support import randn
+from support import randn, spec_of
 
 from fastusp_backend.config import WeightPatch
 from fastusp_backend.engine.loading import Checkpoint
-from fastusp_backend.engine.patching import PatchedWeights
+from fastusp_backend.engine.patching import PatchedWeights, plan_update
 from fastusp_backend.errors import CheckpointError, PatchesLost, RequestError
 from fastusp_backend.models.synthetic import write_flux
+from fastusp_backend.weights.headers import TensorInfo
+from fastusp_backend.weights.storage_plan import plan_storage
 
 pytestmark = pytest.mark.unit
 
@@ -36,6 +39,37 @@ def assert_nearest(data: torch.Tensor, want: torch.Tensor) -> None:
     above = torch.searchsorted(table, want.contiguous()).clamp(1, len(table) - 1)
     nearest = torch.minimum((want - table[above - 1]).abs(), (want - table[above]).abs())
     assert torch.equal((want - data.float()).abs(), nearest)
+
+
+IN_FILE, WIDER = (8, 256), (8, 512)
+
+
+@pytest.mark.parametrize(
+    "dtype, packing, types, shape, patched, update",
+    [
+        (torch.bfloat16, "", {}, IN_FILE, False, "in_place"),
+        (torch.bfloat16, "", {}, IN_FILE, True, "reapply"),
+        (torch.bfloat16, "", {}, None, True, "restore"),
+        (torch.bfloat16, "", {}, WIDER, False, "widen"),
+        (torch.bfloat16, "", {}, WIDER, True, "widen"),
+        (torch.float32, "", {"storage": "bfloat16"}, IN_FILE, False, "in_place"),
+        (torch.float8_e4m3fn, "", {}, IN_FILE, False, "in_place"),
+        (torch.float8_e4m3fn, "", {}, IN_FILE, True, "reapply"),
+        (torch.bfloat16, "", {"storage": "float8_e4m3fn"}, IN_FILE, False, "from_file"),
+        (torch.bfloat16, "", {"storage": "float8_e4m3fn"}, IN_FILE, True, "from_file"),
+        (torch.bfloat16, "", {"storage": "float8_e4m3fn"}, WIDER, False, "from_file"),
+        (torch.bfloat16, "", {"storage": "float8_e4m3fn"}, None, True, "restore"),
+        (torch.float32, "Q8_0", {}, IN_FILE, False, "factors"),
+        (torch.float32, "Q8_0", {}, IN_FILE, True, "factors"),
+        (torch.float32, "Q8_0", {}, None, True, "factors"),
+        (torch.float32, "Q8_0", {"storage": "bfloat16"}, IN_FILE, True, "reapply"),
+        (torch.float32, "Q8_0", {"storage": "float8_e5m2"}, IN_FILE, True, "from_file"),
+    ],
+)
+def test_how_a_weight_is_updated(dtype, packing, types, shape, patched, update):
+    spec = msgspec.structs.replace(spec_of(__file__), **types)
+    plan = plan_storage(TensorInfo(IN_FILE, dtype, packing=packing), spec, "linear")
+    assert plan_update(plan, shape, patched=patched) == update
 
 
 STORAGES = {
