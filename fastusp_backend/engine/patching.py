@@ -24,7 +24,7 @@ from ..pulse import beat
 from ..weights import adapters
 from ..weights.storage_plan import StoragePlan
 from ..weights.stored import Stored
-from .loading import Checkpoint
+from .checkpoint import Checkpoint
 
 Patches = Mapping[str, Sequence[WeightPatch]]
 """By weight, in its file's name."""

@@ -13,7 +13,7 @@ from test_patches import looped, patched
 from fastusp_backend.prompt import Prompt
 from fastusp_backend.config import Layout, Settings, WeightPatch
 from fastusp_backend.engine import modulations
-from fastusp_backend.engine.loading import Checkpoint
+from fastusp_backend.engine.checkpoint import Checkpoint
 from fastusp_backend.engine.modulations import KEPT_ROWS, ModulationTable
 
 from fastusp_backend.models.synthetic import write_qwen_image
@@ -68,7 +68,7 @@ def _compare(rank: int, ranks: int, folder: str, paths: dict[str, str]) -> None:
             [slice(group, group + 1)],
         ):
             prompts = prompts_of(SMALL_QWEN if name == "qwen" else SMALL)[: len(mine)]
-            own = ModulationTable(held, torch.float32, checkpoint.holding.owners)
+            own = ModulationTable(held, torch.float32, checkpoint.ownership.owners)
             whole = ModulationTable(alone[name], torch.float32, None)
 
             def check(*timesteps: float, tables=(own, whole), of=(prompts, mine)) -> None:

@@ -7,7 +7,7 @@ import torch
 from support import SMALL, randn, spec_of
 
 from fastusp_backend.config import WeightPatch
-from fastusp_backend.engine.loading import Checkpoint
+from fastusp_backend.engine.checkpoint import Checkpoint
 from fastusp_backend.models.layers import Linear
 
 MINI = replace(SMALL, hidden=256, heads=2, mlp=512, double_blocks=1, single_blocks=1, context=256, pooled=256)

@@ -10,9 +10,10 @@ import torch
 from formats import write
 from support import SMALL, spec_of
 
-from fastusp_backend.engine import Engine, loading
+from fastusp_backend.engine import Engine
+from fastusp_backend.engine import checkpoint as checkpoint_module
 from fastusp_backend.engine import engine as engine_module
-from fastusp_backend.engine.loading import Checkpoint
+from fastusp_backend.engine.checkpoint import Checkpoint
 from fastusp_backend.errors import CheckpointError
 from fastusp_backend.models.synthetic import write_flux
 from fastusp_backend.weights import reading
@@ -140,7 +141,7 @@ def test_all_weights_have_room_before_the_ranks_read_together(tmp_path, monkeypa
         return torch.empty(count, dtype=torch.uint8, device=device)
 
     monkeypatch.setattr(reading, "room", room)
-    monkeypatch.setattr(loading, "room", room)
+    monkeypatch.setattr(checkpoint_module, "room", room)
     checkpoint, meta = Checkpoint(spec), torch.device("meta")
     checkpoint.allocate(meta)
     assert sum(taken[:-1]) == held

@@ -11,7 +11,7 @@ from support import SMALL, inputs, randn, relative_difference, spec_of
 
 from fastusp_backend.config import Layout, Settings, WeightPatch
 from fastusp_backend.engine import Engine, parking
-from fastusp_backend.engine.loading import Checkpoint
+from fastusp_backend.engine.checkpoint import Checkpoint
 from fastusp_backend.engine.patching import PatchedWeights
 from fastusp_backend.errors import RequestError
 from fastusp_backend.models.synthetic import write_flux

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from support import randn, spec_of
 
 from fastusp_backend.config import WeightPatch
-from fastusp_backend.engine.loading import Checkpoint
+from fastusp_backend.engine.checkpoint import Checkpoint
 from fastusp_backend.engine.patching import PatchedWeights, plan_update
 from fastusp_backend.errors import CheckpointError, PatchesLost, RequestError
 from fastusp_backend.models.synthetic import write_flux

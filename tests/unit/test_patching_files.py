@@ -9,7 +9,7 @@ from patched import MINI, NONE, PATCHES, QKV, TENSORS, changed, everything, held
 from support import spec_of
 
 from fastusp_backend.config import WeightPatch
-from fastusp_backend.engine.loading import Checkpoint
+from fastusp_backend.engine.checkpoint import Checkpoint
 from fastusp_backend.engine.patching import PatchedWeights
 from fastusp_backend.errors import CheckpointError
 from fastusp_backend.models.synthetic import write_flux

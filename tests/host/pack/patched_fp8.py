@@ -83,9 +83,10 @@ def patched(path: str, loras: list[str]) -> tuple[object, dict, dict[str, tuple[
 
 def compare(path: str, loras: list[str]) -> None:
     adapted = part("nodes.weight_patches")
-    config, loading, patching = (part(f"fastusp_backend.{x}") for x in ("config", "engine.loading", "engine.patching"))
+    names = "config", "engine.checkpoint", "engine.patching"
+    config, checkpoints, patching = (part(f"fastusp_backend.{name}") for name in names)
     model, plain, shapes = patched(path, loras)
-    checkpoint = loading.Checkpoint(config.ModelSpec.of_file(path, storage=None, compute="float32"))
+    checkpoint = checkpoints.Checkpoint(config.ModelSpec.of_file(path, storage=None, compute="float32"))
     checkpoint.allocate(torch.device("cpu"))
     checkpoint.read()
     wanted, _ = adapted.weight_patches(model.patches, shapes)

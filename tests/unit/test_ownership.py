@@ -11,13 +11,13 @@ from formats import write
 from support import SMALL, SMALL_FLUX2, SMALL_QWEN, randn, spec_of
 
 from fastusp_backend.config import WeightPatch
-from fastusp_backend.engine.loading import Checkpoint
+from fastusp_backend.engine.checkpoint import Checkpoint
 from fastusp_backend.engine.parking import held_bytes
 from fastusp_backend.engine.patching import PatchedWeights
 from fastusp_backend.errors import RequestError
 from fastusp_backend.models.files import read_model, storage_plans
-from fastusp_backend.models.holding import Holding, balanced, rank_bytes
 from fastusp_backend.models.layers import Linear
+from fastusp_backend.models.ownership import Ownership, balanced, rank_bytes
 from fastusp_backend.models.synthetic import FLUX2_DEV, FLUX_DEV, QWEN_IMAGE, write_flux, write_qwen_image
 from fastusp_backend.weights.checkpoint import TensorInfo
 from fastusp_backend.weights.stored import Stored
@@ -48,14 +48,14 @@ def test_the_figures_of_the_readme(name, kind, dtype):
     spec = msgspec.structs.replace(spec_of(__file__), storage="bfloat16", keep_quantised=True)
     (row,) = (line for line in README.splitlines() if line.startswith(f"| {name}, {kind} |"))
     for ranks, most in zip((1, 2, 3, 4, 8), row.split("|")[2:-1], strict=True):
-        nbytes = Holding(model, storage_plans(model, header, spec), ranks).nbytes
+        nbytes = Ownership(model, storage_plans(model, header, spec), ranks).nbytes
         assert f"{max(nbytes) / 1e9:.1f}" == most.strip()
         assert max(nbytes) < (1.008 if model.config.family == "FLUX.2" else 1.004) * min(nbytes)
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("holding")
+    folder = tmp_path_factory.mktemp("ownership")
     write_flux(str(folder / "flux"), MINI, seed=1)
     write_qwen_image(str(folder / "qwen"), replace(SMALL_QWEN, hidden=256, heads=2, mlp=512, context=256), seed=2)
     write_flux(str(folder / "flux2"), SMALL_FLUX2, seed=3)
@@ -106,7 +106,7 @@ def test_together_ranks_hold_a_model_once_and_know_its_forms(files, name, change
             assert mine.bias is None or mine.weight.is_meta == mine.bias.is_meta
             assert form(mine.stored) == form(module.stored)
     header = read_model(str(path)).header
-    expected = checkpoints[0].holding.nbytes
+    expected = checkpoints[0].ownership.nbytes
     assert [held_bytes(checkpoint.model) for checkpoint in checkpoints] == expected
     assert rank_bytes(header, checkpoints[0].spec, ranks) == max(expected)
 

@@ -1,6 +1,6 @@
 """From a file to a module on a device, in two steps that ranks agree on: what can be refused, then the reading.
 
-A rank holds what `models/holding.py` gives it; other ranks' tensors stay on the meta device, as they are held there.
+Tensors that `models/ownership.py` gives to other ranks stay on the meta device, in the form that they have there.
 """
 
 from collections.abc import Iterable, Iterator
@@ -12,7 +12,7 @@ from torch import nn
 from ..config import ModelSpec
 from ..models.family import Transformer
 from ..models.files import read_model, storage_plans
-from ..models.holding import Holding
+from ..models.ownership import Ownership
 from ..pulse import beat
 from ..weights.checkpoint import TensorInfo
 from ..weights.reading import Shares, map_tensors, read_tensors, room
@@ -25,7 +25,7 @@ class Checkpoint:
     source: the file, open as long as this lives.
     model: the transformer.
     plans: in which form its tensors lie in memory, by the module's names.
-    holding: which ranks hold them; this is `rank` of `ranks`.
+    ownership: on which ranks they lie; this is `rank` of `ranks`.
 
     Raises CheckpointError when the file is unusable or was replaced after the client looked at it.
     """
@@ -35,7 +35,7 @@ class Checkpoint:
         file = read_model(spec.path, spec.file)
         self.source = file.source
         self.model, self.plans = file.model, storage_plans(file.model, file.header, spec)
-        self.holding, self._rank = Holding(self.model, self.plans, ranks), rank
+        self.ownership, self._rank = Ownership(self.model, self.plans, ranks), rank
         self._shares = Shares()
         self._device = torch.device("cpu")
         self._rooms: dict[str, torch.Tensor] = {}
@@ -67,7 +67,7 @@ class Checkpoint:
         """
         shared, own = {}, {}
         for name, plan in self.plans.items():
-            owner = self.holding.owner(name)
+            owner = self.ownership.owner(name)
             if self.here(name):
                 (shared if owner is None else own)[name] = plan.info
             else:
@@ -89,7 +89,7 @@ class Checkpoint:
 
     def here(self, name: str) -> bool:
         """Whether this rank holds a tensor."""
-        return self.holding.owner(name) in (None, self._rank)
+        return self.ownership.owner(name) in (None, self._rank)
 
     def reread(self, names: Iterable[str]) -> Iterator[tuple[str, Stored]]:
         """Some tensors, by the module's names, as `read` gave them to the model; those alone that this rank holds. Each
@@ -130,4 +130,4 @@ class Checkpoint:
         return self._read({name: self.plans[name].info for name in names if self.here(name)}, {}, Shares())
 
     def _shares_of(self, name: str) -> Shares:
-        return self._shares if self.holding.owner(name) is None else Shares()
+        return self._shares if self.ownership.owner(name) is None else Shares()

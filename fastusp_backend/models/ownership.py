@@ -1,7 +1,8 @@
-"""Which rank holds which of a model's tensors, and how.
+"""Which rank has which of a model's tensors: each modulation layer has one owner, all else lies on every rank.
 
-All ranks hold all of them but the modulations' weights, a quarter to a third of a model, which are used once a prompt:
-each of those layers has one owner. Whole layers, so that formats, scales, patches and the file know nothing of it.
+Modulations are a quarter to a third of a model and used once a prompt, so that one gather of their outputs is cheap;
+every other weight is used in every step, and would have to travel in each. Layers stay whole, so that formats, scales,
+patches and reading know nothing of it: a cut by rows would have to respect each format's blocks and scales.
 """
 
 from collections.abc import Sequence
@@ -16,10 +17,12 @@ from .family import Transformer
 from .files import storage_plans
 
 
-class Holding:
-    """How `ranks` ranks hold a model; the same on all of them. plans: as `files.storage_plans` gives them.
+class Ownership:
+    """Where the tensors of a model lie among `ranks` ranks; the same on all of them.
 
-    owners: the rank that holds each of `model.modulations()`. nbytes: of each rank's tensors once they are loaded.
+    plans: as `files.storage_plans` gives them.
+    owners: the rank of each of `model.modulations()`.
+    nbytes: bytes of each rank's tensors once they are loaded.
     """
 
     def __init__(self, model: Transformer, plans: dict[str, StoragePlan], ranks: int):
@@ -34,7 +37,7 @@ class Holding:
         ]
 
     def owner(self, name: str) -> int | None:
-        """The rank that alone holds a tensor; None where all do."""
+        """The rank on which alone a tensor lies; None where it lies on all."""
         return self._owner.get(name)
 
 
@@ -48,8 +51,8 @@ def balanced(sizes: Sequence[int], ranks: int) -> list[int]:
 
 
 def rank_bytes(header: dict[str, TensorInfo], spec: ModelSpec, ranks: int) -> int:
-    """The most that one of `ranks` ranks holds of a file's weights once they are loaded. header: the tensors that the
-    model needs, as `files.read_model` gives them."""
+    """Bytes of a file's weights, once they are loaded, on the one of `ranks` ranks that has most of them. header: the
+    tensors that the model needs, as `files.read_model` gives them."""
     with torch.device("meta"):
         model = detect(header, spec.path).build()
-    return max(Holding(model, storage_plans(model, header, spec), ranks).nbytes)
+    return max(Ownership(model, storage_plans(model, header, spec), ranks).nbytes)
