@@ -14,9 +14,9 @@ from ..models.family import Transformer
 from ..models.files import read_model, storage_plans
 from ..models.ownership import Ownership
 from ..pulse import beat
-from ..weights.checkpoint import TensorInfo
 from ..weights.reading import Shares, map_tensors, read_tensors, room
 from ..weights.stored import Stored
+from ..weights.tensor_info import TensorInfo
 
 
 class Checkpoint:

@@ -9,11 +9,12 @@ import torch
 
 from ..config import FileState, ModelSpec
 from ..errors import CheckpointError
-from ..weights.checkpoint import Sizes, TensorInfo
 from ..weights.contents import read_contents
 from ..weights.scales import fold_scales, refuse_foreign, used_for_scales
+from ..weights.sizes import Sizes
 from ..weights.source import Source, changed
 from ..weights.storage_plan import StoragePlan, Use, plan_storage
+from ..weights.tensor_info import TensorInfo
 from .detection import FAMILIES, Incomplete, family_of, first_of, needed_tensors
 from .family import Config, Transformer
 from .layers import Linear

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 
 from ..config import ModelSpec
-from ..weights.checkpoint import TensorInfo
 from ..weights.storage_plan import StoragePlan
+from ..weights.tensor_info import TensorInfo
 from .detection import detect
 from .family import Transformer
 from .files import storage_plans

@@ -8,8 +8,9 @@ from typing import Any
 import msgspec
 
 from ..errors import CheckpointError
-from .headers import TensorInfo, read_file_header
+from .header import read_file_header
 from .source import Source
+from .tensor_info import TensorInfo
 
 ALL_IN_ONE = "model.diffusion_model."
 _FEW = 5

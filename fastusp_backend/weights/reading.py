@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 from ..comm.groups import all_gather_single
 from ..errors import CheckpointError
-from .headers import TensorInfo
 from .source import Source
+from .tensor_info import TensorInfo
 
 PIECE = 16 << 20
 """Bytes of one read and one copy to the device."""

@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 
 from ..config import ModelSpec
-from .headers import FP8, TensorInfo
 from .stored import Stored
+from .tensor_info import FP8, TensorInfo
 
 Use = Literal["linear", "fp8_product", "other"]
 """How a model uses a tensor: as the weight of a linear layer, as one whose products may be computed in fp8, or else.

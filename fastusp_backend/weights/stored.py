@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from ..kernels.eight_bits import quantise
-from .headers import FP8, TensorInfo
 from .packing import bytes_of, unpack
+from .tensor_info import FP8, TensorInfo
 
 
 @dataclass(slots=True, eq=False)

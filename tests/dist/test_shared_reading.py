@@ -9,7 +9,7 @@ import torch.multiprocessing as processes
 from safetensors.torch import load_file
 
 from fastusp_backend.weights import reading
-from fastusp_backend.weights.headers import read_file_header
+from fastusp_backend.weights.header import read_file_header
 from fastusp_backend.weights.reading import Shares, read_tensors
 from fastusp_backend.weights.source import Source
 

@@ -12,7 +12,7 @@ from fastusp_backend.engine.checkpoint import Checkpoint
 from fastusp_backend.models.files import read_model
 from fastusp_backend.models.layers import Linear
 from fastusp_backend.prompt import Prompt
-from fastusp_backend.weights.checkpoint import main_dtype
+from fastusp_backend.weights.dtypes import main_dtype
 
 pytestmark = pytest.mark.unit
 

@@ -19,8 +19,8 @@ from fastusp_backend.models.files import read_model, storage_plans
 from fastusp_backend.models.layers import Linear
 from fastusp_backend.models.ownership import Ownership, balanced, rank_bytes
 from fastusp_backend.models.synthetic import FLUX2_DEV, FLUX_DEV, QWEN_IMAGE, write_flux, write_qwen_image
-from fastusp_backend.weights.checkpoint import TensorInfo
 from fastusp_backend.weights.stored import Stored
+from fastusp_backend.weights.tensor_info import TensorInfo
 
 pytestmark = pytest.mark.unit
 

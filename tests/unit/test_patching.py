@@ -16,8 +16,8 @@ from fastusp_backend.engine.checkpoint import Checkpoint
 from fastusp_backend.engine.patching import PatchedWeights, plan_update
 from fastusp_backend.errors import CheckpointError, PatchesLost, RequestError
 from fastusp_backend.models.synthetic import write_flux
-from fastusp_backend.weights.headers import TensorInfo
 from fastusp_backend.weights.storage_plan import plan_storage
+from fastusp_backend.weights.tensor_info import TensorInfo
 
 pytestmark = pytest.mark.unit
 

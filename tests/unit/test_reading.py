@@ -7,9 +7,9 @@ import torch
 
 from fastusp_backend.errors import CheckpointError
 from fastusp_backend.weights import reading
-from fastusp_backend.weights.headers import TensorInfo
 from fastusp_backend.weights.reading import Shares, map_tensors, read_tensors
 from fastusp_backend.weights.source import Source
+from fastusp_backend.weights.tensor_info import TensorInfo
 
 pytestmark = pytest.mark.unit
 

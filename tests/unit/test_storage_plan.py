@@ -10,8 +10,8 @@ from formats import random_blocks
 from support import randn, spec_of
 
 from fastusp_backend.config import ModelSpec
-from fastusp_backend.weights.headers import FP8, TensorInfo
 from fastusp_backend.weights.storage_plan import plan_storage
+from fastusp_backend.weights.tensor_info import FP8, TensorInfo
 
 pytestmark = pytest.mark.unit
 

@@ -7,8 +7,8 @@ from formats import HALVES, random_blocks
 from support import randn
 
 from fastusp_backend.weights import packing
-from fastusp_backend.weights.headers import FP8
 from fastusp_backend.weights.stored import Stored
+from fastusp_backend.weights.tensor_info import FP8
 
 pytestmark = pytest.mark.unit
 
