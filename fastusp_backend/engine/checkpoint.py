@@ -1,5 +1,8 @@
 """From a file to a module on a device, in two steps that ranks agree on: what can be refused, then the reading.
 
+An error of one rank in the first step is gathered and refused by all. In the second, ranks with GPUs read together: one
+that fails alone leaves the others in a collective, so that all that can fail for lack of memory is tried before.
+
 Tensors that `models/ownership.py` gives to other ranks stay on the meta device, in the form that they have there.
 """
 
@@ -14,7 +17,7 @@ from ..models.family import Transformer
 from ..models.files import read_model, storage_plans
 from ..models.ownership import Ownership
 from ..pulse import beat
-from ..weights.reading import Shares, map_tensors, read_tensors, room
+from ..weights.reading import Shares, empty_bytes, map_tensors, read_tensors
 from ..weights.stored import Stored
 from ..weights.tensor_info import TensorInfo
 
@@ -38,26 +41,26 @@ class Checkpoint:
         self.ownership, self._rank = Ownership(self.model, self.plans, ranks), rank
         self._shares = Shares()
         self._device = torch.device("cpu")
-        self._rooms: dict[str, torch.Tensor] = {}
+        self._buffers: dict[str, torch.Tensor] = {}
 
     def allocate(self, device: torch.device, group: dist.ProcessGroup | None = None) -> None:
-        """Makes room for the weights on a GPU; raises what torch raises where there is none. CPU ranks need none: they
-        map the file.
+        """Allocates the weights on a GPU; raises what torch raises where they do not fit. CPU ranks allocate nothing:
+        they map the file.
 
-        Weights that are converted get their room when they are read: it is tried here, with what the largest
+        Weights that are converted are allocated when they are read: their memory is probed here, with what the largest
         conversion takes, and given back to torch's allocator, which has it ready then.
 
-        group: the ranks that share the reading of what all hold, each on a GPU of its own.
+        group: the ranks that share the reading of what lies on all of them, each on a GPU of its own.
         """
         self._device, self._shares = device, Shares(group)
         if device.type != "cpu":
-            plans = {name: plan for name, plan in self.plans.items() if self.here(name)}
+            plans = {name: plan for name, plan in self.plans.items() if self.is_local(name)}
             for name, plan in plans.items():
                 if plan.unchanged:
-                    self._rooms[name] = self._shares_of(name).allocate(plan.info, device)
-            tried = [room(plan.nbytes, device) for plan in plans.values() if not plan.unchanged]
-            tried.append(room(max((plan.conversion_bytes for plan in plans.values()), default=0), device))
-            del tried
+                    self._buffers[name] = self._shares_of(name).allocate(plan.info, device)
+            probes = [empty_bytes(plan.nbytes, device) for plan in plans.values() if not plan.unchanged]
+            probes.append(empty_bytes(max((plan.conversion_bytes for plan in plans.values()), default=0), device))
+            del probes
 
     def read(self) -> Transformer:
         """Gives the model its weights. Collective over the group: a rank that fails here alone leaves the others
@@ -68,18 +71,18 @@ class Checkpoint:
         shared, own = {}, {}
         for name, plan in self.plans.items():
             owner = self.ownership.owner(name)
-            if self.here(name):
+            if self.is_local(name):
                 (shared if owner is None else own)[name] = plan.info
             else:
-                self.give(name, plan.elsewhere())
+                self.set_stored(name, plan.elsewhere())
         parts = [(shared, self._shares), (own, Shares())]
         if self._shares.ranks == 1:
             parts = [(shared | own, self._shares)]  # in one go
         for infos, shares in parts:
-            for name, raw in self._read(infos, self._rooms, shares):
-                self.give(name, self.plans[name].load(raw))
+            for name, raw in self._read(infos, self._buffers, shares):
+                self.set_stored(name, self.plans[name].load(raw))
                 beat()
-        self._rooms = {}
+        self._buffers = {}
         return self.model.eval()
 
     def check_file(self) -> None:
@@ -87,29 +90,29 @@ class Checkpoint:
         still read as it was."""
         self.source.check("since it was loaded")
 
-    def here(self, name: str) -> bool:
-        """Whether this rank holds a tensor."""
+    def is_local(self, name: str) -> bool:
+        """Whether a tensor lies on this rank."""
         return self.ownership.owner(name) in (None, self._rank)
 
     def reread(self, names: Iterable[str]) -> Iterator[tuple[str, Stored]]:
-        """Some tensors, by the module's names, as `read` gave them to the model; those alone that this rank holds. Each
-        rank reads for itself.
+        """Reads some tensors, by the module's names, as `read` gave them to the model; those alone that lie on this
+        rank. Each rank reads for itself.
 
-        Raises CheckpointError when the file was written to meanwhile.
+        Raises CheckpointError when the file was written to meanwhile, also where none of them lies here.
         """
         return ((name, self.plans[name].load(raw)) for name, raw in self._reread(names))
 
     def file_values(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """The values in float32 that some tensors have in the file. Otherwise as `reread`."""
+        """Reads the values, in float32, that some tensors have in the file. Otherwise as `reread`."""
         return ((name, Stored.in_file(raw, self.plans[name].info).dequantise()) for name, raw in self._reread(names))
 
-    def held(self, name: str) -> Stored:
-        """A tensor of the model, by the module's name, as it lies in memory, here or on another rank."""
+    def stored(self, name: str) -> Stored:
+        """Returns a tensor of the model, by the module's name, as it lies in memory, here or on another rank."""
         path, _, leaf = name.rpartition(".")
         module = self.model.get_submodule(path)
         return module.stored if self.plans[name].linear else Stored(getattr(module, leaf))
 
-    def give(self, name: str, stored: Stored) -> None:
+    def set_stored(self, name: str, stored: Stored) -> None:
         """Makes this a tensor of the model, by the module's name."""
         path, _, leaf = name.rpartition(".")
         module = self.model.get_submodule(path)
@@ -118,16 +121,16 @@ class Checkpoint:
         else:
             setattr(module, leaf, nn.Parameter(stored.data, requires_grad=False))
 
-    def _read(self, infos: dict[str, TensorInfo], rooms: dict[str, torch.Tensor], shares: Shares):
+    def _read(self, infos: dict[str, TensorInfo], buffers: dict[str, torch.Tensor], shares: Shares):
         if self._device.type == "cpu":
             return zip(infos, map_tensors(self.source, list(infos.values())), strict=True)
-        return read_tensors(self.source, infos, rooms, shares, self._device)
+        return read_tensors(self.source, infos, buffers, shares, self._device)
 
     def _reread(self, names: Iterable[str]):
         names = list(names)
         if names:
             self.check_file()
-        return self._read({name: self.plans[name].info for name in names if self.here(name)}, {}, Shares())
+        return self._read({name: self.plans[name].info for name in names if self.is_local(name)}, {}, Shares())
 
     def _shares_of(self, name: str) -> Shares:
         return self._shares if self.ownership.owner(name) is None else Shares()

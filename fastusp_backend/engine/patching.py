@@ -45,8 +45,8 @@ def plan_update(plan: StoragePlan, shape: tuple[int, ...] | None, *, patched: bo
     """How a weight is updated whose patches give it `shape`; None where it is to have none.
 
     patched: whether it has patches now.
-    The same on all ranks, also on those that do not hold the weight: together they drop graphs, or refuse a file that
-    was written to.
+    The same on all ranks, also on those without the weight: together they drop graphs, or refuse a file that was
+    written to.
     """
     if plan.packing:
         return "factors"
@@ -65,9 +65,9 @@ def _updated_by(updates: Mapping[str, Update], *some: Update) -> list[str]:
 
 class PatchedWeights:
     """How the weights of a checkpoint's model, which was read, differ from those of its file. All ranks check all
-    patches, keep the same account of them, and change the weights that they hold.
+    patches, keep the same account of them, and change the weights that lie on them.
 
-    number: the patch set they hold; 0 for none, None while they change and after that failed.
+    number: the patch set that is in the weights; 0 for none, None while they change and after that failed.
     before_moving: called before a weight gets another shape or factors beside packed weights come or go: CUDA graphs
     hold their addresses.
     """
@@ -110,9 +110,9 @@ class PatchedWeights:
         for name, stored in restored:
             self._place(name, stored.data.shape).restore(stored)
             beat()
-        in_place = filter(checkpoint.here, _updated_by(updates, "in_place", "reapply"))
+        in_place = filter(checkpoint.is_local, _updated_by(updates, "in_place", "reapply"))
         for name, weight in chain(
-            ((name, checkpoint.held(name).dequantise()) for name in in_place),
+            ((name, checkpoint.stored(name).dequantise()) for name in in_place),
             from_file,
             ((name, stored.dequantise()) for name, stored in to_widen),
         ):
@@ -141,12 +141,12 @@ class PatchedWeights:
 
     def _place(self, name: str, shape: tuple[int, ...]) -> Stored:
         """Where a weight of `shape` lies: where it lay, or a new place if it had another shape."""
-        checkpoint, held = self._checkpoint, self._checkpoint.held(name)
-        if held.data.shape != shape:
+        checkpoint, stored = self._checkpoint, self._checkpoint.stored(name)
+        if stored.data.shape != shape:
             self._before_moving()
-            checkpoint.give(name, replace(held, data=held.data.new_empty(shape)))
+            checkpoint.set_stored(name, replace(stored, data=stored.data.new_empty(shape)))
             checkpoint.model.config = self._config.widened(name, shape)
-        return checkpoint.held(name)
+        return checkpoint.stored(name)
 
     def _set_factors(self, names: Sequence[str], wanted: Patches, tensors: Mapping[str, torch.Tensor]) -> None:
         """Gives packed weights the factors that are wanted of them, none to the others; all old ones go first."""

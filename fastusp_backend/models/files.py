@@ -24,9 +24,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ModelFile:
-    """A file's model. source: the file, open. header: the tensors that it needs, under the transformer's own names in
-    files. model: without weights, on the meta device. ignored: the names of the transformer's tensors that nothing
-    needs."""
+    """A file's model.
+
+    source: the file, open.
+    config: the model's sizes.
+    model: the transformer without weights, on the meta device.
+    header: the tensors that it needs, under the transformer's own names in files.
+    ignored: the names of the transformer's tensors that nothing needs.
+    """
 
     source: Source
     config: Config
@@ -53,7 +58,7 @@ class ModelFile:
 def read_model(path: str, state: FileState | None = None) -> ModelFile:
     """What a file says of its model, by its header alone (and its scales). state: which it must have, if any.
 
-    Raises CheckpointError for a file that is missing, truncated or corrupt; that holds something else than a model of
+    Raises CheckpointError for a file that is missing, truncated or corrupt; that is something else than a model of
     ours; that lacks tensors or has them in another shape; that is quantised in a way that FastUSP does not read; or
     that changes meanwhile.
     """

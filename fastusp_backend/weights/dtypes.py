@@ -10,7 +10,7 @@ from .tensor_info import TensorInfo
 
 
 def main_dtype(header: dict[str, TensorInfo]) -> torch.dtype:
-    """The type of most of the values; packed ones count as float32."""
+    """Returns the type of most of the values; packed ones count as float32."""
     counts = Counter()
     for info in header.values():
         counts[info.dtype] += prod(info.shape)
@@ -27,12 +27,12 @@ def choose_types(storage: Storage | None, file_dtype: torch.dtype, *, cpu: bool,
     """
     if cpu:
         return {"storage": storage, "compute": "float32"}
-    keep = storage is None
-    if storage is None:
+    default = storage is None
+    if default:
         storage = "float16" if file_dtype == torch.float16 or not bfloat16 else "bfloat16"
     compute = "bfloat16" if storage.startswith("float8") else storage
     if compute == "bfloat16" and not bfloat16:
         compute = "float16" if float16 else "float32"
     elif compute == "float16" and not float16:
         compute = "bfloat16" if bfloat16 else "float32"
-    return {"storage": storage, "compute": compute, "keep_quantised": keep}
+    return {"storage": storage, "compute": compute, "keep_quantised": default}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from .gguf_blocks import PACKINGS
 from .limits import (
     DEEPEST_ARRAYS,
     LONGEST_HEADER,
@@ -16,7 +17,6 @@ from .limits import (
     check_length,
     check_name,
 )
-from .packing import PACKINGS
 from .tensor_info import TensorInfo
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}

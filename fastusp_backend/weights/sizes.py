@@ -23,8 +23,8 @@ class Sizes:
         return part in self.header or any(name.startswith(part + ".") for name in self.header)
 
     def matrix(self, name: str) -> tuple[int, int]:
-        """(outputs, inputs) of a weight that the file has. Raises CheckpointError where it is no matrix, or an empty
-        one."""
+        """Returns (outputs, inputs) of a weight that the file has. Raises CheckpointError where it is no matrix, or an
+        empty one."""
         shape = self.header[name].shape
         if len(shape) != 2 or not 0 < min(shape) <= max(shape) <= WIDEST_MATRIX:
             raise CheckpointError(
@@ -34,7 +34,7 @@ class Sizes:
         return shape
 
     def heads(self, hidden: int, dim: int) -> int:
-        """Attention heads of `dim` in a width. Raises CheckpointError where that leaves a rest."""
+        """Returns how many attention heads of `dim` a width has. Raises CheckpointError where that leaves a rest."""
         if hidden % dim or not hidden:
             raise CheckpointError(
                 f"{self.path}: hidden size {hidden} is not a multiple of {self.family}'s head dim, {dim}"
@@ -42,7 +42,7 @@ class Sizes:
         return hidden // dim
 
     def count(self, blocks: str) -> int:
-        """Blocks named `blocks`.0, `blocks`.1, ..."""
+        """Counts the blocks named `blocks`.0, `blocks`.1, ..."""
         count = len({key.split(".")[1] for key in self.header if key.startswith(blocks + ".")})
         if count > MOST_BLOCKS:
             raise CheckpointError(
@@ -52,7 +52,7 @@ class Sizes:
 
 
 class AnySizes(Sizes):
-    """Of a model whose layers are all as small as can be, but that has the parts and blocks of the file's: which
+    """Sizes of a model whose layers are all as small as can be, but that has the parts and blocks of the file's: which
     tensors a model needs does not depend on their shapes."""
 
     def matrix(self, name: str) -> tuple[int, int]:
@@ -63,7 +63,7 @@ class AnySizes(Sizes):
 
 
 class OneOfEach(AnySizes):
-    """Of the same with one block of each kind: what is in a block does not depend on their number."""
+    """The same with one block of each kind: what is in a block does not depend on their number."""
 
     def count(self, blocks: str) -> int:
         return 1

@@ -1,11 +1,15 @@
-"""How a weight lies in memory: in a float type, in fp8 with or without a scale, or packed (GGUF); and what it means."""
+"""A weight in memory: in a float type, in fp8 with or without a scale, or packed (GGUF), and what it means.
+
+Weights are converted where they are used, a layer's or some rows' at a time: a wide copy of them would take two to four
+times their memory. Which form a weight has, storage_plan.py decides.
+"""
 
 from dataclasses import dataclass
 
 import torch
 
 from ..kernels.eight_bits import quantise
-from .packing import bytes_of, unpack
+from .gguf_blocks import bytes_of, unpack
 from .tensor_info import FP8, TensorInfo
 
 
@@ -13,9 +17,10 @@ from .tensor_info import FP8, TensorInfo
 class Stored:
     """A tensor in memory.
 
-    data: (..., n) values, or (..., bytes) uint8 where packed. scale: () float32, what fp8 values are multiplied by, or
-    (rows, 1), one for each row of a matrix. packing: GGUF's block format. low_rank: of a packed matrix, up (rows, R)
-    and down (R, n), whose product is added to its values wherever they are used.
+    data: (..., n) values, or (..., bytes) uint8 where packed.
+    scale: () float32, what fp8 values are multiplied by, or (rows, 1), one for each row of a matrix.
+    packing: GGUF's block format, "" for none.
+    low_rank: up (rows, R) and down (R, n) beside a packed matrix, whose product is added to its values at each use.
     """
 
     data: torch.Tensor
@@ -31,8 +36,8 @@ class Stored:
         return cls(raw.view(dtype).view(shape), scale, info.packing)
 
     def values(self, dtype: torch.dtype, rows: slice = slice(None), columns: slice | None = None) -> torch.Tensor:
-        """The values of some rows (of a matrix: some columns) in `dtype`. fp8 is converted, then multiplied by its
-        scale, both in `dtype`, as ComfyUI does; packed values are rounded once from float32."""
+        """Returns the values of some rows (and of a matrix some columns) in `dtype`. fp8 is converted, then multiplied
+        by its scale, both in `dtype`, as ComfyUI does; packed values are rounded once from float32."""
         data = self.data[rows]
         if self.packing:
             low_rank = self.low_rank and (self.low_rank[0][rows], self.low_rank[1])
@@ -49,7 +54,7 @@ class Stored:
         return values.mul_((self.scale[rows] if self.scale.dim() else self.scale).to(dtype))
 
     def by_rows(self) -> "Stored":
-        """A matrix in e4m3 with a scale for each row, for products in fp8; what is in e4m3 keeps its values."""
+        """Returns this matrix in e4m3 with a scale for each row, for products in fp8; e4m3 values stay as they are."""
         if self.data.dtype == torch.float8_e4m3fn:
             scale = self.data.new_ones((), dtype=torch.float32) if self.scale is None else self.scale
             return Stored(self.data, scale.expand(len(self.data), 1).contiguous())
@@ -57,7 +62,7 @@ class Stored:
         return Stored(values, scales[:, None].contiguous())
 
     def dequantise(self) -> torch.Tensor:
-        """The values in float32, a tensor of their own."""
+        """Returns the values in float32, a tensor of their own."""
         values = self.values(torch.float32)
         return values.clone() if values.data_ptr() == self.data.data_ptr() else values
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .packing import PACKINGS
+from .gguf_blocks import PACKINGS
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -14,9 +14,12 @@ FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 class TensorInfo:
     """A tensor in a file.
 
-    shape: of its values. dtype: theirs; of packed ones, float32; None where FastUSP does not know the type, whose name
-    in the file is `unknown` then. start: where its bytes begin in the file. packing: its GGUF block format, "" for
-    none. scale: what its fp8 values are to be multiplied by. A tensor of an unknown type has no size.
+    shape: the shape of its values.
+    dtype: their type, float32 where they are packed; None where FastUSP does not know it.
+    start: where its bytes begin in the file.
+    packing: its GGUF block format, "" for none.
+    scale: what its values are to be multiplied by, None for one.
+    unknown: the name in the file of a type that FastUSP does not know; such a tensor has no size.
     """
 
     shape: tuple[int, ...]

@@ -61,7 +61,7 @@ def _compare(rank: int, ranks: int, folder: str, paths: dict[str, str]) -> None:
         held, group = checkpoint.read(), rank % 2
         for layer, tensor in alone[name].named_parameters():
             mine = held.get_parameter(layer)
-            assert mine.is_meta != checkpoint.here(layer) and (mine.is_meta or torch.equal(mine, tensor)), layer
+            assert mine.is_meta != checkpoint.is_local(layer) and (mine.is_meta or torch.equal(mine, tensor)), layer
         for mine in (  # of both prompts, of the group's prompt, of the group's image of one prompt
             [ALL, ALL],
             [NONE if group else ALL, ALL if group else NONE],

@@ -34,8 +34,8 @@ def loaded(path, **spec) -> Checkpoint:
     return checkpoint
 
 
-def held(checkpoint: Checkpoint, key: str):
-    return checkpoint.held(checkpoint.model.module_key(key))
+def in_memory(checkpoint: Checkpoint, key: str):
+    return checkpoint.stored(checkpoint.model.module_key(key))
 
 
 def everything(checkpoint: Checkpoint) -> dict[str, tuple[int, torch.Tensor]]:

@@ -134,14 +134,14 @@ def test_all_weights_have_room_before_the_ranks_read_together(tmp_path, monkeypa
     held = sum(t.nbytes for t in [*model.parameters(), *scales])
     taken, limit = [], 1 << 40
 
-    def room(count, device):
+    def limited(count, device):
         taken.append(count)
         if sum(taken) > limit:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return torch.empty(count, dtype=torch.uint8, device=device)
 
-    monkeypatch.setattr(reading, "room", room)
-    monkeypatch.setattr(checkpoint_module, "room", room)
+    monkeypatch.setattr(reading, "empty_bytes", limited)
+    monkeypatch.setattr(checkpoint_module, "empty_bytes", limited)
     checkpoint, meta = Checkpoint(spec), torch.device("meta")
     checkpoint.allocate(meta)
     assert sum(taken[:-1]) == held

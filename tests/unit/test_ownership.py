@@ -124,9 +124,8 @@ def loras(*layers: str) -> dict[str, tuple[WeightPatch, ...]]:
 
 
 def values(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    return {
-        name: checkpoint.held(name).dequantise() for name in checkpoint.plans if not checkpoint.held(name).data.is_meta
-    }
+    stored = {name: checkpoint.stored(name) for name in checkpoint.plans}
+    return {name: weight.dequantise() for name, weight in stored.items() if not weight.data.is_meta}
 
 
 @pytest.mark.parametrize("changes", [{}, {"storage": "float8_e4m3fn"}], ids=str)

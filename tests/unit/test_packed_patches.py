@@ -16,7 +16,7 @@ from fastusp_backend.engine.patching import PatchedWeights
 from fastusp_backend.errors import RequestError
 from fastusp_backend.models.synthetic import write_flux
 from fastusp_backend.prompt import Prompt
-from fastusp_backend.weights import packing
+from fastusp_backend.weights import gguf_blocks
 
 pytestmark = pytest.mark.unit
 
@@ -83,7 +83,7 @@ def assert_same(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor])
 
 
 def test_all_uses_of_a_weight_see_its_loras(packed, monkeypatch):
-    monkeypatch.setattr(packing, "PIECE", 2048)
+    monkeypatch.setattr(gguf_blocks, "PIECE", 2048)
     path, values = packed
     checkpoint = loaded(path)
     weights, before = PatchedWeights(checkpoint), everything(checkpoint)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from formats import LIMITS, write
-from patched import LORA, MINI, NONE, NORM, PATCHES, QKV, TENSORS, changed, everything, held, loaded
+from patched import LORA, MINI, NONE, NORM, PATCHES, QKV, TENSORS, changed, everything, in_memory, loaded
 from safetensors.torch import load_file
 from support import randn, spec_of
 
@@ -100,7 +100,7 @@ def test_patches_are_rounded_to_the_nearest_and_leave_no_trace(mini, tmp_path, n
         values = write(form, mini, path)
     checkpoint, content = loaded(path, **STORAGES[name]), path.read_bytes()
     weights, before = PatchedWeights(checkpoint), everything(checkpoint)
-    old = {key: held(checkpoint, key).dequantise() for key in PATCHES}
+    old = {key: in_memory(checkpoint, key).dequantise() for key in PATCHES}
     if name in ROUNDED:
         old[f"{QKV}.weight"] = values[f"{QKV}.weight"]
     assert weights.change(PATCHES, TENSORS, base=0, number=1) == (0, 3)
@@ -108,9 +108,12 @@ def test_patches_are_rounded_to_the_nearest_and_leave_no_trace(mini, tmp_path, n
     after, names = everything(checkpoint), {checkpoint.model.module_key(key) for key in PATCHES}
     scale = checkpoint.model.module_key(f"{QKV}.weight").replace(".weight", ".scale")
     assert changed(before, after) == names | ({scale} & before.keys())
-    assert_nearest(held(checkpoint, f"{QKV}.bias").data, old[f"{QKV}.bias"] + TENSORS["b"])
-    assert_nearest(held(checkpoint, NORM).data, TENSORS["n"])
-    want, stored = old[f"{QKV}.weight"] + 0.7 * (TENSORS["up"] @ TENSORS["down"]), held(checkpoint, f"{QKV}.weight")
+    assert_nearest(in_memory(checkpoint, f"{QKV}.bias").data, old[f"{QKV}.bias"] + TENSORS["b"])
+    assert_nearest(in_memory(checkpoint, NORM).data, TENSORS["n"])
+    want, stored = (
+        old[f"{QKV}.weight"] + 0.7 * (TENSORS["up"] @ TENSORS["down"]),
+        in_memory(checkpoint, f"{QKV}.weight"),
+    )
     if scale in before:
         largest = want.abs().amax(1, keepdim=True) if stored.scale.dim() else want.abs().amax()
         torch.testing.assert_close(stored.scale, largest / LIMITS[stored.data.dtype])
@@ -133,7 +136,7 @@ def test_small_differences_are_not_lost_in_fp8(mini, spec):
     old, tensors = load_file(mini)[f"{QKV}.weight"], {"diff": 0.01 * load_file(mini)[f"{QKV}.weight"].sign() * 0.06}
     patch = WeightPatch(kind="diff", tensors={"diff": "diff"}, strength=1.0)
     PatchedWeights(checkpoint).change({f"{QKV}.weight": (patch,)}, tensors, base=0, number=1)
-    seen = (held(checkpoint, f"{QKV}.weight").dequantise() - old) * old.sign()
+    seen = (in_memory(checkpoint, f"{QKV}.weight").dequantise() - old) * old.sign()
     assert seen.mean() == pytest.approx(6e-4, rel=0.2), seen.mean()
 
 
@@ -153,11 +156,11 @@ def test_a_weight_that_is_widened_moves_once_and_leaves_no_trace(mini, tmp_path,
     checkpoint, moved = loaded(path, **STORAGES.get(name, {})), []
     weights, config = PatchedWeights(checkpoint, lambda: moved.append(1)), checkpoint.model.config
     before, rounds = everything(checkpoint), checkpoint.plans["img_in.weight"].rounded_to_fp8
-    old = values["img_in.weight"] if rounds else held(checkpoint, "img_in.weight").dequantise()
-    packed = bool(held(checkpoint, f"{QKV}.weight").packing)
+    old = values["img_in.weight"] if rounds else in_memory(checkpoint, "img_in.weight").dequantise()
+    packed = bool(in_memory(checkpoint, f"{QKV}.weight").packing)
     weights.change(WIDE, WIDENING, base=0, number=1)
     assert checkpoint.model.config == replace(config, concat_channels=16) and len(moved) == 1 + packed
-    stored = held(checkpoint, "img_in.weight")
+    stored = in_memory(checkpoint, "img_in.weight")
     want = F.pad(old, (0, 64)) + 0.7 * (WIDENING["u"] @ WIDENING["d"])
     assert_nearest(stored.data, want if stored.scale is None else want / stored.scale)
     wide = everything(checkpoint)
@@ -167,7 +170,7 @@ def test_a_weight_that_is_widened_moves_once_and_leaves_no_trace(mini, tmp_path,
     weights.change(both, WIDENING, base=1, number=2)
     assert changed(wide, everything(checkpoint)) - {"img_in.scale"} == {"img_in.weight"}
     weights.change({"img_in.weight": (diff,)}, WIDENING, base=2, number=3)
-    assert checkpoint.model.config == config and held(checkpoint, "img_in.weight").data.shape == (256, 64)
+    assert checkpoint.model.config == config and in_memory(checkpoint, "img_in.weight").data.shape == (256, 64)
     weights.change(WIDE, WIDENING, base=None, number=4)
     assert bits(checkpoint) == {name: t.tolist() for name, (_, t) in wide.items()}
     weights.change(dict.fromkeys(WIDE, ()), {}, base=4, number=0)

@@ -91,11 +91,11 @@ def compare(path: str, loras: list[str]) -> None:
     checkpoint.read()
     wanted, _ = adapted.weight_patches(model.patches, shapes)
     names = {key: checkpoint.model.module_key(key) for key in wanted.weights}
-    before = {key: checkpoint.held(name).dequantise() for key, name in names.items()}
+    before = {key: checkpoint.stored(name).dequantise() for key, name in names.items()}
     patching.PatchedWeights(checkpoint).change(wanted.weights, wanted.tensors, base=0, number=1)
     quantised, in_fp8, values, otherwise = 0, 0, 0, 0
     for key, name in names.items():
-        ours = checkpoint.held(name)
+        ours = checkpoint.stored(name)
         in_fp8 += ours.data.dtype in LIMITS
         theirs = weight_of(model.model, adapted.PREFIX + key)
         assert not torch.equal(plain[adapted.PREFIX + key], theirs.data), f"{path}: ComfyUI does not patch {key}"
