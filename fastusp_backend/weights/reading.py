@@ -42,7 +42,7 @@ def map_tensors(source: Source, infos: Sequence[TensorInfo]) -> list[torch.Tenso
         source.check("while it was being read")
         raise
     views = [mapped[info.start : info.start + info.size] for info in infos]
-    aligned = [info.start % info.stored[1].itemsize == 0 for info in infos]
+    aligned = [info.start % info.raw_form[1].itemsize == 0 for info in infos]
     return [view if fits else view.clone() for view, fits in zip(views, aligned, strict=True)]
 
 

@@ -46,7 +46,7 @@ class StoragePlan:
     @property
     def unchanged(self) -> bool:
         """Whether the file's bytes are the data in memory, so that they can be read into their place."""
-        return self.cast is None and self.dtype == self.info.stored[1]
+        return self.cast is None and self.dtype == self.info.raw_form[1]
 
     @property
     def rounded_to_fp8(self) -> bool:
@@ -102,7 +102,7 @@ def plan_storage(info: TensorInfo, spec: ModelSpec, use: Use) -> StoragePlan:
     if by_rows:
         dtype, shape, packing, scale = torch.float8_e4m3fn, info.shape, "", (info.shape[0], 1)
     elif stays:
-        shape, dtype = info.stored
+        shape, dtype = info.raw_form
         packing, scale = info.packing, None if info.scale is None else ()
     else:
         dtype = wished if linear or wished not in FP8 else torch.bfloat16

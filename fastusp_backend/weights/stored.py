@@ -31,7 +31,7 @@ class Stored:
     @classmethod
     def in_file(cls, raw: torch.Tensor, info: TensorInfo) -> "Stored":
         """A tensor as its file has it, over the memory of its bytes `raw`, (n,) uint8."""
-        shape, dtype = info.stored
+        shape, dtype = info.raw_form
         scale = None if info.scale is None else torch.tensor(info.scale, dtype=torch.float32, device=raw.device)
         return cls(raw.view(dtype).view(shape), scale, info.packing)
 

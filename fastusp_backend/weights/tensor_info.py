@@ -34,8 +34,8 @@ class TensorInfo:
         return bool(self.packing) or self.dtype in FP8
 
     @property
-    def stored(self) -> tuple[tuple[int, ...], torch.dtype]:
-        """Shape and type of what lies in the file: packed rows are bytes."""
+    def raw_form(self) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and type of its data in the file: packed rows are bytes."""
         if not self.packing:
             return self.shape, self.dtype
         values, size, _ = PACKINGS[self.packing]
@@ -43,6 +43,6 @@ class TensorInfo:
 
     @property
     def size(self) -> int:
-        """In bytes."""
-        shape, dtype = self.stored
+        """Bytes of its data in the file."""
+        shape, dtype = self.raw_form
         return math.prod(shape) * dtype.itemsize

@@ -27,8 +27,8 @@ PATCHES = {
 NONE = dict.fromkeys(PATCHES, ())
 
 
-def loaded(path, **spec) -> Checkpoint:
-    checkpoint = Checkpoint(msgspec.structs.replace(spec_of(path), **spec))
+def loaded(path, rank: int = 0, ranks: int = 1, **spec) -> Checkpoint:
+    checkpoint = Checkpoint(msgspec.structs.replace(spec_of(path), **spec), rank, ranks)
     checkpoint.allocate(torch.device("cpu"))
     checkpoint.read()
     return checkpoint

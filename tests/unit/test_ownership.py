@@ -8,6 +8,7 @@ import msgspec
 import pytest
 import torch
 from formats import write
+from patched import loaded
 from support import SMALL, SMALL_FLUX2, SMALL_QWEN, randn, spec_of
 
 from fastusp_backend.config import WeightPatch
@@ -62,13 +63,6 @@ def files(tmp_path_factory):
     for name in ("scaled_tensors", "gguf_Q8_0"):
         write(name, folder / "flux", folder / name)
     return folder
-
-
-def loaded(path, rank: int, ranks: int, **spec) -> Checkpoint:
-    checkpoint = Checkpoint(msgspec.structs.replace(spec_of(path), **spec), rank, ranks)
-    checkpoint.allocate(CPU)
-    checkpoint.read()
-    return checkpoint
 
 
 @pytest.mark.parametrize(

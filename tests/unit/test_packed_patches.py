@@ -1,13 +1,11 @@
 """LoRAs beside packed weights: added where they are unpacked, rounded once with them, gone without a trace."""
 
-from dataclasses import replace
-
-import msgspec
 import pytest
 import torch
 import torch.nn.functional as F
 from formats import write
-from support import SMALL, inputs, randn, relative_difference, spec_of
+from patched import MINI, loaded
+from support import inputs, randn, relative_difference, spec_of
 
 from fastusp_backend.config import Layout, Settings, WeightPatch
 from fastusp_backend.engine import Engine, parking
@@ -21,7 +19,6 @@ from fastusp_backend.weights import gguf_blocks
 pytestmark = pytest.mark.unit
 
 CPU = torch.device("cpu")
-MINI = replace(SMALL, hidden=256, heads=2, mlp=512, double_blocks=1, single_blocks=1, context=256, pooled=256)
 QKV, MLP, TXT = "double_blocks.0.img_attn.qkv", "single_blocks.0.linear2", "txt_in"
 TENSORS = {
     "up": randn(768, 4, seed=1) * 0.1,
@@ -59,13 +56,6 @@ def packed(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("packed")
     write_flux(str(folder / "plain"), MINI, seed=1)
     return folder / "model", write(request.param, folder / "plain", folder / "model")
-
-
-def loaded(path, **spec) -> Checkpoint:
-    checkpoint = Checkpoint(msgspec.structs.replace(spec_of(path), **spec))
-    checkpoint.allocate(CPU)
-    checkpoint.read()
-    return checkpoint
 
 
 def layer(checkpoint: Checkpoint, key: str):
