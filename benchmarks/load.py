@@ -19,7 +19,7 @@ import torch.distributed as dist
 from files import write_model
 
 from fastusp_backend.config import ModelSpec
-from fastusp_backend.engine.loading import Checkpoint
+from fastusp_backend.engine.checkpoint import Checkpoint
 from fastusp_backend.engine.parking import HostShare, held_bytes
 from fastusp_backend.models.synthetic import FLUX_DEV
 

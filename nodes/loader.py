@@ -10,7 +10,8 @@ from ..fastusp_backend.errors import CheckpointError, FastUSPError
 from ..fastusp_backend.models.files import ModelFile, read_model
 from ..fastusp_backend.planner import plan_batches
 from ..fastusp_backend.pool import Session
-from ..fastusp_backend.weights.checkpoint import TensorInfo, choose_types, main_dtype
+from ..fastusp_backend.weights.dtypes import choose_types, main_dtype
+from ..fastusp_backend.weights.tensor_info import TensorInfo
 from .comfyui import command_line, io
 from .files import model_names, model_path
 from .pools import pool_for

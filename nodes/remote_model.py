@@ -12,9 +12,9 @@ import torch
 
 from ..fastusp_backend.errors import FastUSPError
 from ..fastusp_backend.models.detection import detect
-from ..fastusp_backend.models.holding import rank_bytes
+from ..fastusp_backend.models.ownership import rank_bytes
 from ..fastusp_backend.pool import Session
-from ..fastusp_backend.weights.checkpoint import TensorInfo
+from ..fastusp_backend.weights.tensor_info import TensorInfo
 from . import memory
 from .comfyui import ModelPatcher, WrappersMP, model_config_from_unet, model_management
 from .host import Unsupported

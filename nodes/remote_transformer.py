@@ -15,7 +15,7 @@ import torch
 from ..fastusp_backend.models.detection import Config
 from ..fastusp_backend.pool import Session
 from ..fastusp_backend.prompt import Prompt
-from ..fastusp_backend.weights.checkpoint import TensorInfo
+from ..fastusp_backend.weights.tensor_info import TensorInfo
 from .closure import Unchanged, unchanged
 from .comfyui import WrapperExecutor, WrappersMP, get_all_wrappers, model_management
 from .host import Unsupported, following, progress

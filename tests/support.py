@@ -10,7 +10,7 @@ from fastusp_backend.comm.mesh import single_rank_mesh
 from fastusp_backend.comm.transport import Transport
 from fastusp_backend.config import FileState, ModelSpec, Settings
 from fastusp_backend.engine import BatchedDenoiser, Denoiser
-from fastusp_backend.engine.loading import Checkpoint
+from fastusp_backend.engine.checkpoint import Checkpoint
 from fastusp_backend.models.family import NO_RESIDUALS, Config, Residuals, Transformer
 from fastusp_backend.models.flux import FluxConfig
 from fastusp_backend.models.flux2 import Flux2Config

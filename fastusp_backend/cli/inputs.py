@@ -7,7 +7,8 @@ from ..devices import Devices, supports_bfloat16
 from ..models.family import Config
 from ..models.files import read_model
 from ..prompt import Prompt
-from ..weights.checkpoint import TensorInfo, choose_types, main_dtype
+from ..weights.dtypes import choose_types, main_dtype
+from ..weights.tensor_info import TensorInfo
 
 BOUNDS = {"float32": 2e-5, "bfloat16": 5e-2, "float16": 1e-2}
 """By how much the ranks may differ from one, by compute type: rounding in another order."""

@@ -3,7 +3,7 @@
 import argparse
 
 from ..devices import Devices, gpu_states, local_devices
-from ..models.holding import rank_bytes
+from ..models.ownership import rank_bytes
 from ..planner import legal_layouts, plan
 from .arguments import add_degrees, add_gpus
 from .inputs import describe

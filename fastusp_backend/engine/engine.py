@@ -13,8 +13,8 @@ from ..config import Layout, ModelSpec, Settings
 from ..models.family import Config, Transformer
 from ..models.products import check_fp8_products, check_fp8_sizes
 from .batch import BatchedDenoiser
+from .checkpoint import Checkpoint
 from .denoiser import Denoiser
-from .loading import Checkpoint
 from .parking import HostShare, held_bytes
 from .patching import PatchedWeights, Patches
 
@@ -119,7 +119,7 @@ class Engine:
         self._mapped = checkpoint if self.device.type == "cpu" else None
         self._model, self._spec = model, checkpoint.spec
         self._weights = PatchedWeights(checkpoint, self.drop_evaluations)
-        self._owners = checkpoint.holding.owners
+        self._owners = checkpoint.ownership.owners
         self._resident_bytes = held_bytes(self._model)
 
     def _reading_group(self) -> dist.ProcessGroup | None:

@@ -1,6 +1,6 @@
 """The modulations (adaLN outputs) of a prompt's evaluations: computed once each, on all ranks, and kept.
 
-Their layers' weights are spread over all ranks (models/holding.py): each rank computes its own layers' outputs for all
+Their layers' weights are spread over all ranks (models/ownership): each rank computes its own layers' outputs for all
 prompts of a request, an all-gather brings the others'. A rank that is alone in it would wait for ever. So what is
 missing must be the same on all ranks, also where each keeps but the rows of its own prompts or images: rows are asked
 for with the whole request, and are known by whole batches' timesteps.

@@ -1,15 +1,20 @@
 """Patches in the weights of a resident model, and their exact undoing.
 
 A patched weight keeps its place in memory: CUDA graphs hold its address. It is undone by reading it from the file
-again, so that rounding leaves no trace. One that was rounded to fp8 when it was read is patched from the file's values:
+again, so that rounding leaves no trace: subtracting the patch would leave one, and a copy of each patched weight would
+take a model's memory again. One that was rounded to fp8 when it was read is patched from the file's values:
 most of a LoRA's small differences would vanish if they were added to values of fp8 and rounded again. A packed weight
 stays as it is: the factors of its LoRAs lie beside it, and are added where it is unpacked for use. One whose
 shape changes gets another place, and the model the config that goes with it.
+
+A change first plans how each weight is updated (`plan_update`), while it can still be refused; then factors are set,
+weights restored, and patches applied, in this order.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
+from typing import Literal
 
 import torch
 
@@ -17,19 +22,54 @@ from ..config import WeightPatch
 from ..errors import PatchesLost, RequestError
 from ..pulse import beat
 from ..weights import adapters
+from ..weights.storage_plan import StoragePlan
 from ..weights.stored import Stored
-from .loading import Checkpoint
+from .checkpoint import Checkpoint
 
 Patches = Mapping[str, Sequence[WeightPatch]]
 """By weight, in its file's name."""
 
+Update = Literal["factors", "restore", "in_place", "reapply", "from_file", "widen"]
+"""How a weight gets its patches or loses them:
+
+factors: a packed weight stays as it is; the patches' factors beside it are set or taken away.
+restore: it is read from the file again.
+in_place: patches change the values in memory.
+reapply: it is restored, then changed in place.
+from_file: patches change the file's values, since those in memory were rounded to fp8.
+widen: patches change the values as loading gives them, which then take another place.
+"""
+
+
+def plan_update(plan: StoragePlan, shape: tuple[int, ...] | None, *, patched: bool) -> Update:
+    """How a weight is updated whose patches give it `shape`; None where it is to have none.
+
+    patched: whether it has patches now.
+    The same on all ranks, also on those without the weight: together they drop graphs, or refuse a file that was
+    written to.
+    """
+    if plan.packing:
+        return "factors"
+    if shape is None:
+        return "restore"
+    if plan.rounded_to_fp8:
+        return "from_file"
+    if shape != plan.info.shape:
+        return "widen"
+    return "reapply" if patched else "in_place"
+
+
+def _updated_by(updates: Mapping[str, Update], *some: Update) -> list[str]:
+    return [name for name, update in updates.items() if update in some]
+
 
 class PatchedWeights:
     """How the weights of a checkpoint's model, which was read, differ from those of its file. All ranks check all
-    patches, keep the same account of them, and change the weights that they hold.
+    patches, keep the same account of them, and change the weights that lie on them.
 
-    number: the patch set they hold; 0 for none, None while they change and after that failed. before_moving: called
-    before a weight gets another shape or factors beside packed weights come or go: CUDA graphs hold their addresses.
+    number: the patch set that is in the weights; 0 for none, None while they change and after that failed.
+    before_moving: called before a weight gets another shape or factors beside packed weights come or go: CUDA graphs
+    hold their addresses.
     """
 
     def __init__(self, checkpoint: Checkpoint, before_moving: Callable[[], None] = lambda: None):
@@ -54,45 +94,46 @@ class PatchedWeights:
         for key, patches in weights.items():
             wanted.setdefault(checkpoint.model.module_key(key), []).extend(patches)  # some weights have two names
         shapes = {name: self._check(name, patches, tensors) for name, patches in wanted.items()}
-        patched = [name for name, patches in wanted.items() if patches]
-        rounded = [name for name in patched if checkpoint.rounded(name)]
-        restored = [name for name in self._patched if name in wanted or base is None]
-        packed = [name for name in dict.fromkeys([*patched, *restored]) if checkpoint.held(name).packing]
-        widened = [name for name in patched if name not in rounded and shapes[name] != checkpoint.infos[name].shape]
-        elsewhere = {name for name in (*restored, *patched) if not checkpoint.here(name)}
-        again = [name for name in restored if name not in {*rounded, *packed, *widened}]
-        again = checkpoint.reread(again) if again else ()
-        anew = checkpoint.file_values(rounded) if rounded else ()
-        unwidened = checkpoint.reread(widened) if widened else ()
+        before = {name for name in self._patched if name in wanted or base is None}
+        after = {name for name, patches in wanted.items() if patches}
+        updates = {
+            name: plan_update(plan, shapes[name] if name in after else None, patched=name in before)
+            for name, plan in checkpoint.plans.items()
+            if name in before or name in after
+        }
+        restored = checkpoint.reread(_updated_by(updates, "restore", "reapply"))
+        from_file = checkpoint.file_values(_updated_by(updates, "from_file"))
+        to_widen = checkpoint.reread(_updated_by(updates, "widen"))
         self.number = None
-        if packed:
-            self._move_factors(packed, wanted, tensors)
-        self._patched = self._patched - elsewhere | elsewhere.intersection(patched)
-        for name, stored in again:
+        self._patched |= after  # so that all of it is undone if a part fails
+        self._set_factors(_updated_by(updates, "factors"), wanted, tensors)
+        for name, stored in restored:
             self._place(name, stored.data.shape).restore(stored)
             beat()
-            self._patched.remove(name)
-        done = {*rounded, *packed, *widened, *elsewhere}
-        values = ((name, checkpoint.held(name).dequantise()) for name in patched if name not in done)
-        for name, weight in chain(values, anew, ((name, stored.dequantise()) for name, stored in unwidened)):
-            self._patched.add(name)
+        in_place = filter(checkpoint.is_local, _updated_by(updates, "in_place", "reapply"))
+        for name, weight in chain(
+            ((name, checkpoint.stored(name).dequantise()) for name in in_place),
+            from_file,
+            ((name, stored.dequantise()) for name, stored in to_widen),
+        ):
             for patch in wanted[name]:
                 weight = adapters.apply(weight, patch, tensors)
             self._place(name, weight.shape).store(weight)
             beat()
-        if again or anew or unwidened:
+        if _updated_by(updates, "restore", "reapply", "from_file", "widen"):
             checkpoint.check_file()
+        self._patched -= before - after
         self.number = number
-        return len(restored), len(patched)
+        return len(before), len(after)
 
     def _check(self, name: str, patches: Sequence[WeightPatch], tensors: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
         """The shape that the patches give a weight."""
-        if name not in self._checkpoint.infos:
+        if name not in self._checkpoint.plans:
             raise RequestError(f"the model has no weight {name!r} to patch")
-        shape = had = tuple(self._checkpoint.infos[name].shape)
+        shape = had = tuple(self._checkpoint.plans[name].info.shape)
         for patch in patches:
             shape = adapters.check(patch, tensors, shape)
-        if patches and self._checkpoint.held(name).packing:
+        if patches and self._checkpoint.plans[name].packing:
             self._low_rank(name, patches, tensors, torch.device("meta"))
         if shape != had and self._config.widened(name, shape) is None:
             raise RequestError(f"the model's weight {name!r} cannot be widened from {had} to {shape}")
@@ -100,25 +141,26 @@ class PatchedWeights:
 
     def _place(self, name: str, shape: tuple[int, ...]) -> Stored:
         """Where a weight of `shape` lies: where it lay, or a new place if it had another shape."""
-        checkpoint, held = self._checkpoint, self._checkpoint.held(name)
-        if held.data.shape != shape:
+        checkpoint, stored = self._checkpoint, self._checkpoint.stored(name)
+        if stored.data.shape != shape:
             self._before_moving()
-            checkpoint.give(name, replace(held, data=held.data.new_empty(shape)))
+            checkpoint.set_stored(name, replace(stored, data=stored.data.new_empty(shape)))
             checkpoint.model.config = self._config.widened(name, shape)
-        return checkpoint.held(name)
+        return checkpoint.stored(name)
 
-    def _move_factors(self, packed: Sequence[str], wanted: Patches, tensors: Mapping[str, torch.Tensor]) -> None:
+    def _set_factors(self, names: Sequence[str], wanted: Patches, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Gives packed weights the factors that are wanted of them, none to the others; all old ones go first."""
+        if not names:
+            return
         self._before_moving()
-        layers = {name: self._checkpoint.model.get_submodule(name.rpartition(".")[0]) for name in packed}
+        layers = {name: self._checkpoint.model.get_submodule(name.rpartition(".")[0]) for name in names}
         for layer in layers.values():
             layer.low_rank = None
-        self._patched -= layers.keys()
         for name, layer in layers.items():
             if wanted.get(name):
-                self._patched.add(name)
                 layer.low_rank = self._low_rank(name, wanted[name], tensors, layer.weight.device)
                 beat()
 
     def _low_rank(self, name: str, patches: Sequence[WeightPatch], tensors, device: torch.device):
         dtype = getattr(torch, self._checkpoint.spec.compute)
-        return adapters.low_rank(patches, tensors, self._checkpoint.infos[name].shape, dtype=dtype, device=device)
+        return adapters.low_rank(patches, tensors, self._checkpoint.plans[name].info.shape, dtype=dtype, device=device)

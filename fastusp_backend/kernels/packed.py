@@ -1,6 +1,6 @@
 """GGUF's blocks to 16 or 32 bits in one pass over them: what is read is the packed bytes, what is written the values.
 
-In torch's separate operations each of some ten steps reads and writes float32. `weights/packing.py` holds these
+In torch's separate operations each of some ten steps reads and writes float32. `weights/gguf_blocks.py` holds these
 operations, the reference: the same ones in the same order, none fused with another, so that all bits are equal.
 """
 

@@ -12,7 +12,8 @@ from collections.abc import Collection, Iterable, Sequence
 import torch
 
 from ..errors import CheckpointError
-from ..weights.checkpoint import AnySizes, OneOfEach, Sizes, TensorInfo
+from ..weights.sizes import AnySizes, OneOfEach, Sizes
+from ..weights.tensor_info import TensorInfo
 from .family import Config, Transformer
 from .flux import FluxConfig
 from .flux2 import Flux2Config

@@ -11,7 +11,7 @@ import torch
 
 from ..attention import JointAttention, Rope
 from ..prompt import Prompt
-from ..weights.checkpoint import Sizes
+from ..weights.sizes import Sizes
 from .layers import Linear
 from .patchify import patch_grid
 from .positions import METHODS, References

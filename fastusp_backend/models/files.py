@@ -9,21 +9,29 @@ import torch
 
 from ..config import FileState, ModelSpec
 from ..errors import CheckpointError
-from ..weights.checkpoint import Sizes, TensorInfo
 from ..weights.contents import read_contents
 from ..weights.scales import fold_scales, refuse_foreign, used_for_scales
+from ..weights.sizes import Sizes
 from ..weights.source import Source, changed
+from ..weights.storage_plan import StoragePlan, Use, plan_storage
+from ..weights.tensor_info import TensorInfo
 from .detection import FAMILIES, Incomplete, family_of, first_of, needed_tensors
 from .family import Config, Transformer
+from .layers import Linear
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFile:
-    """A file's model. source: the file, open. header: the tensors that it needs, under the transformer's own names in
-    files. model: without weights, on the meta device. ignored: the names of the transformer's tensors that nothing
-    needs."""
+    """A file's model.
+
+    source: the file, open.
+    config: the model's sizes.
+    model: the transformer without weights, on the meta device.
+    header: the tensors that it needs, under the transformer's own names in files.
+    ignored: the names of the transformer's tensors that nothing needs.
+    """
 
     source: Source
     config: Config
@@ -50,7 +58,7 @@ class ModelFile:
 def read_model(path: str, state: FileState | None = None) -> ModelFile:
     """What a file says of its model, by its header alone (and its scales). state: which it must have, if any.
 
-    Raises CheckpointError for a file that is missing, truncated or corrupt; that holds something else than a model of
+    Raises CheckpointError for a file that is missing, truncated or corrupt; that is something else than a model of
     ours; that lacks tensors or has them in another shape; that is quantised in a way that FastUSP does not read; or
     that changes meanwhile.
     """
@@ -100,3 +108,21 @@ def _check_shapes(model: Transformer, header: dict[str, TensorInfo], path: str, 
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise CheckpointError(f"{path} is no {family} file: {'; '.join(problems[:3])}{more}")
+
+
+def storage_plans(model: Transformer, header: dict[str, TensorInfo], spec: ModelSpec) -> dict[str, StoragePlan]:
+    """In which form each tensor of a model lies in memory, by the module's names. header: its tensors by their names in
+    the file."""
+    products = set(model.products()) if spec.linear == "fp8" else set()
+
+    def use(name: str) -> Use:
+        layer, _, leaf = name.rpartition(".")
+        module = model.get_submodule(layer)
+        if leaf != "weight" or not isinstance(module, Linear):
+            return "other"
+        return "fp8_product" if module in products else "linear"
+
+    return {
+        name: plan_storage(info, spec, use(name))
+        for name, info in ((model.module_key(key), info) for key, info in header.items())
+    }

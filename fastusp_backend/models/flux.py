@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from ..attention import Rope
 from ..errors import CheckpointError, RequestError
 from ..prompt import Prompt
-from ..weights.checkpoint import Sizes
+from ..weights.sizes import Sizes
 from .family import HEAD_DIM
 from .flux_blocks import Embedder, SingleGates, Style
 from .flux_towers import Modulations, Towers

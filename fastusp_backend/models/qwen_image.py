@@ -19,7 +19,7 @@ from torch import nn
 from ..attention import ONLY_K, ONLY_Q, ONLY_V, JointAttention, Rope
 from ..errors import CheckpointError, RequestError
 from ..prompt import Prompt
-from ..weights.checkpoint import Sizes
+from ..weights.sizes import Sizes
 from .family import HEAD_DIM, NO_RESIDUALS, Residuals, check_prompt
 from .layers import Activations, Gates, Linear, RMSNorm, rope_tables, timestep_embedding
 from .positions import METHODS, References, image_positions

@@ -4,6 +4,9 @@ LoRA (arXiv 2106.09685), LoHa and LoKr (LyCORIS, arXiv 2309.14859), GLoRA (arXiv
 and BOFT (arXiv 2311.06243), each as a DoRA (arXiv 2402.09353) where there is a `dora_scale`. Which tensors there are,
 and where strength, alpha and rank enter, is as in the adapters of ComfyUI 0.3.64 to 0.33.0. Weights are (out, in), or
 vectors; adapters of convolutions, with their extra dims, fit where those are 1.
+
+`check` runs the same formulas on the meta device: no second set of rules has to say which shapes fit. `low_rank` does
+not change a weight but gives factors, for weights that stay packed.
 """
 
 import math
@@ -18,7 +21,7 @@ Parts = dict[str, torch.Tensor]
 
 _TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 _TYPES += (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
-"""Of tensors of patches: those that the protocol carries, too."""
+"""The types that a patch's tensors may have; the protocol carries the same."""
 
 
 def check(patch: WeightPatch, tensors: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> tuple[int, ...]:

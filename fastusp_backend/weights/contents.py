@@ -8,8 +8,9 @@ from typing import Any
 import msgspec
 
 from ..errors import CheckpointError
-from .headers import TensorInfo, read_file_header
+from .header import read_file_header
 from .source import Source
+from .tensor_info import TensorInfo
 
 ALL_IN_ONE = "model.diffusion_model."
 _FEW = 5
@@ -24,9 +25,14 @@ class _Quantisation(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """tensors: of the transformer, without their prefix. names: of all tensors, as in the file. formats: what the
-    metadata says of layers, by name: {"format": ...} where it is well-formed. scaled: whether a tensor `scaled_fp8`
-    marks the file."""
+    """The transformer in a file.
+
+    source: the file, open.
+    tensors: those of the transformer, without their prefix.
+    names: the names of all tensors, as in the file.
+    formats: what the metadata says of layers, by name: {"format": ...} where it is well-formed.
+    scaled: whether a tensor `scaled_fp8` marks the file.
+    """
 
     source: Source
     tensors: dict[str, TensorInfo]
@@ -40,7 +46,7 @@ class Contents:
 
 
 def read_contents(source: Source, marks: Iterable[frozenset[str]]) -> Contents:
-    """What a file holds, without reading its weights. marks: sets of names, of which a transformer has one.
+    """Lists what lies in a file, without reading its weights. marks: sets of names, of which a transformer has one.
 
     Raises CheckpointError for a file that is truncated, corrupt, or of a format that FastUSP does not read.
     """
@@ -56,7 +62,7 @@ def read_contents(source: Source, marks: Iterable[frozenset[str]]) -> Contents:
 
 
 def own_prefix(names: Iterable[str], marks: tuple[frozenset[str], ...]) -> str:
-    """Of the prefixes that ComfyUI knows, the one before the transformer's names, "" for none.
+    """The prefix before the transformer's names, one of those that ComfyUI knows; "" for none.
 
     Where several transformers lie in a file, ComfyUI takes the one of most tensors, and any of its prefixes before
     none. Unlike there, tensors that are no transformer of ours never hide one that is.

@@ -5,8 +5,21 @@ Read here and not by the package `gguf`, which refuses a file for one tensor of 
 
 from collections.abc import Callable, Iterator
 
-from .limits import LONGEST_HEADER, TooLarge, check_count, check_length, check_name
+import torch
 
+from .gguf_blocks import PACKINGS
+from .limits import (
+    DEEPEST_ARRAYS,
+    LONGEST_HEADER,
+    MOST_METADATA_VALUES,
+    TooLarge,
+    check_count,
+    check_length,
+    check_name,
+)
+from .tensor_info import TensorInfo
+
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 _TYPES = {
     0: "F32",
     1: "F16",
@@ -47,10 +60,7 @@ _FIXED = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _UINT32, _STRING, _ARRAY = 4, 8, 9
 _VERSIONS = (2, 3)
 _MOST_DIMENSIONS = 4
-_MOST_VALUES = 1_000_000
-"""Of metadata, strings in arrays among them: language models list their 100,000s of tokens there."""
-_DEEPEST = 4
-"""Arrays within arrays."""
+"""The format's own bound, below that of limits.py."""
 _FIRST_READ = 256 << 10
 
 
@@ -98,13 +108,31 @@ def gguf_header(read: Callable[[int, int], bytes], length: int) -> Iterator[tupl
         yield name, kind, shape, data + offset
 
 
+def gguf_tensors(read: Callable[[int, int], bytes], length: int) -> dict[str, TensorInfo]:
+    """The tensors of a GGUF file, otherwise as `gguf_header`, which raises for it. Raises ValueError also where tensors
+    overlap or are no whole blocks."""
+    tensors = {}
+    for name, kind, shape, start in gguf_header(read, length):
+        packing = kind if kind in PACKINGS else ""
+        dtype = torch.float32 if packing else _DTYPES.get(kind)
+        if packing and (not shape or shape[-1] % PACKINGS[packing][0]):
+            raise ValueError(f"tensor {name!r} of shape {shape} is no whole number of {kind}'s blocks")
+        tensors[name] = TensorInfo(shape, dtype, start, packing, unknown="" if dtype is not None else f"GGUF {kind}")
+    end = 0
+    for start, size, name in sorted((x.start, x.size, name) for name, x in tensors.items() if x.dtype is not None):
+        if start < end:
+            raise ValueError(f"tensor {name!r} begins at byte {start}, within another that ends at {end}")
+        end = start + size
+    return tensors
+
+
 class _Header:
     """The values in the header of a file of `length` bytes, one after the other. place: of the next one."""
 
     def __init__(self, read: Callable[[int, int], bytes], length: int):
         self._read, self._length = read, length
         self._data, self.place = b"", 0
-        self._left = _MOST_VALUES
+        self._left = MOST_METADATA_VALUES
 
     def number(self, size: int) -> int:
         return int.from_bytes(self._bytes(size), "little")
@@ -116,7 +144,7 @@ class _Header:
         """Passes a value of metadata of this type."""
         self._left -= 1
         if self._left < 0:
-            raise TooLarge(f"has more values of metadata than the {_MOST_VALUES} that FastUSP reads")
+            raise TooLarge(f"has more values of metadata than the {MOST_METADATA_VALUES} that FastUSP reads")
         if kind in _FIXED:
             self.skip_bytes(_FIXED[kind])
         elif kind == _STRING:
@@ -125,8 +153,10 @@ class _Header:
             kind, count = self.number(4), self.number(8)
             if kind in _FIXED:
                 self.skip_bytes(_FIXED[kind] * count)
-            elif depth == _DEEPEST:
-                raise TooLarge(f"has arrays within arrays in its metadata, FastUSP reads them up to {_DEEPEST} deep")
+            elif depth == DEEPEST_ARRAYS:
+                raise TooLarge(
+                    f"has arrays within arrays in its metadata, FastUSP reads them up to {DEEPEST_ARRAYS} deep"
+                )
             else:
                 for _ in range(count):
                     self.skip(kind, depth + 1)

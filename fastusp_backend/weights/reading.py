@@ -1,7 +1,11 @@
 """The bytes of tensors from a file: mapped on the CPU, where ranks share the pages; on GPUs through small pinned
 buffers, so that neither the page cache nor copies of the weights count as a rank's memory.
 
-With several GPUs a rank reads its share of every tensor and the others' arrive over their links.
+Threads fill the buffers while copies to the GPU run on a stream of their own: disk, link and GPU work side by side.
+Copies from a mapped file would pass through pageable memory, one after the other.
+
+With several GPUs a rank reads its part of every tensor, and an all-gather brings the others': each byte is read and
+crosses a host's link once, not once a rank. Parts of tensors, not whole ones: what passes is never more than a tensor.
 """
 
 import os
@@ -15,8 +19,8 @@ import torch.distributed as dist
 
 from ..comm.groups import all_gather_single
 from ..errors import CheckpointError
-from .headers import TensorInfo
 from .source import Source
+from .tensor_info import TensorInfo
 
 PIECE = 16 << 20
 """Bytes of one read and one copy to the device."""
@@ -38,12 +42,12 @@ def map_tensors(source: Source, infos: Sequence[TensorInfo]) -> list[torch.Tenso
         source.check("while it was being read")
         raise
     views = [mapped[info.start : info.start + info.size] for info in infos]
-    aligned = [info.start % info.stored[1].itemsize == 0 for info in infos]
+    aligned = [info.start % info.raw_form[1].itemsize == 0 for info in infos]
     return [view if fits else view.clone() for view, fits in zip(views, aligned, strict=True)]
 
 
-def room(count: int, device: torch.device) -> torch.Tensor:
-    """So many bytes, uint8; raises what torch raises where the device has none."""
+def empty_bytes(count: int, device: torch.device) -> torch.Tensor:
+    """Allocates so many bytes, uint8; raises what torch raises where the device has not got them."""
     return torch.empty(count, dtype=torch.uint8, device=device)
 
 
@@ -57,29 +61,31 @@ class Shares:
         self.rank = dist.get_rank(group) if group else 0
 
     def allocate(self, info: TensorInfo, device: torch.device) -> torch.Tensor:
-        """Room for a tensor's bytes and the padding of its parts, uint8."""
-        return room(-(-info.size // self.ranks) * self.ranks, device)
+        """Allocates a buffer for a tensor's bytes and the padding of its parts, uint8."""
+        return empty_bytes(-(-info.size // self.ranks) * self.ranks, device)
 
-    def own(self, info: TensorInfo, room: torch.Tensor) -> tuple[int, torch.Tensor]:
-        """(offset in the file, target) of the bytes that this rank reads; none where its part is padding alone."""
-        part = len(room) // self.ranks
+    def own(self, info: TensorInfo, buffer: torch.Tensor) -> tuple[int, torch.Tensor]:
+        """Returns offset in the file and target of the bytes that this rank reads; none where its part is padding
+        alone."""
+        part = len(buffer) // self.ranks
         start, stop = (min(index * part, info.size) for index in (self.rank, self.rank + 1))
-        return info.start + start, room[start:stop]
+        return info.start + start, buffer[start:stop]
 
-    def gather(self, room: torch.Tensor) -> None:
-        """Brings the others' parts of a tensor into `room`; on a GPU, the current stream waits for them."""
-        if self._group is None or not len(room):
+    def gather(self, buffer: torch.Tensor) -> None:
+        """Brings the others' parts of a tensor into `buffer`; on a GPU, the current stream waits for them."""
+        if self._group is None or not len(buffer):
             return
-        part = len(room) // self.ranks
-        own = room[self.rank * part : (self.rank + 1) * part]
-        all_gather_single(room, own, group=self._group, async_op=True).wait()
+        part = len(buffer) // self.ranks
+        own = buffer[self.rank * part : (self.rank + 1) * part]
+        all_gather_single(buffer, own, group=self._group, async_op=True).wait()
 
 
 def read_tensors(
-    source: Source, infos: dict[str, TensorInfo], rooms: dict[str, torch.Tensor], shares: Shares, device: torch.device
+    source: Source, infos: dict[str, TensorInfo], buffers: dict[str, torch.Tensor], shares: Shares, device: torch.device
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, bytes (n,) uint8) of the tensors in turn. rooms: where some of them shall lie, of `Shares.allocate`; the
-    others get room when they are read. Collective over the ranks of `shares`.
+    """Yields (name, bytes (n,) uint8) of the tensors in turn. Collective over the ranks of `shares`.
+
+    buffers: where some of them shall lie, as `Shares.allocate` makes them; the others get one when they are read.
 
     Raises CheckpointError naming the tensor that the file does not have to its end.
     """
@@ -89,45 +95,46 @@ def read_tensors(
     pending: deque[tuple[Future, _Stage, torch.Tensor, str | None, torch.Tensor]] = deque()
 
     def finish() -> Iterator[tuple[str, torch.Tensor]]:
-        future, stage, target, last, room = pending.popleft()
+        future, stage, target, last, buffer = pending.popleft()
         future.result()
         stage.send(target)
         if last is not None:
             if copies is not None:
                 torch.cuda.current_stream(device).wait_stream(copies)
-            shares.gather(room)
-            yield last, room[: infos[last].size]
+            shares.gather(buffer)
+            yield last, buffer[: infos[last].size]
 
     with ThreadPoolExecutor(READERS) as threads:
-        for stage, (name, offset, target, last, room) in zip(
-            cycle(stages), _pieces(infos, rooms, shares, device, copies), strict=False
+        for stage, (name, offset, target, last, buffer) in zip(
+            cycle(stages), _pieces(infos, buffers, shares, device, copies), strict=False
         ):
             if len(pending) == len(stages):
                 yield from finish()  # the copy from this stage's buffer is under way then
             future = threads.submit(
                 stage.fill, source.descriptor, offset, len(target), f"tensor {name!r} of {source.path}"
             )
-            pending.append((future, stage, target, name if last else None, room))
+            pending.append((future, stage, target, name if last else None, buffer))
         while pending:
             yield from finish()
     for stage in stages:
         stage.wait()
 
 
-def _pieces(infos, rooms, shares, device, copies) -> Iterator[tuple[str, int, torch.Tensor, bool, torch.Tensor]]:
-    """(tensor's name, offset, target, whether it is the tensor's last, its room) of each piece that this rank reads."""
+def _pieces(infos, buffers, shares, device, copies) -> Iterator[tuple[str, int, torch.Tensor, bool, torch.Tensor]]:
+    """Yields (tensor's name, offset, target, whether it is the tensor's last, its buffer) for each piece that this rank
+    reads."""
     for name, info in infos.items():
-        room = rooms.get(name)
-        if room is None:
-            room = shares.allocate(info, device)
+        buffer = buffers.get(name)
+        if buffer is None:
+            buffer = shares.allocate(info, device)
             _after_current(copies)  # which may still read what lay there
-        offset, target = shares.own(info, room)
+        offset, target = shares.own(info, buffer)
         for start in range(0, max(1, len(target)), PIECE):
-            yield name, offset + start, target[start : start + PIECE], start + PIECE >= len(target), room
+            yield name, offset + start, target[start : start + PIECE], start + PIECE >= len(target), buffer
 
 
 def _after_current(copies: torch.cuda.Stream | None) -> None:
-    """Copies wait for what the current stream does at this time."""
+    """Has copies wait for what the current stream has been given up to now."""
     if copies is not None:
         copies.wait_stream(torch.cuda.current_stream(copies.device))
 

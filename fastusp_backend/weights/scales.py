@@ -20,15 +20,14 @@ import torch
 
 from ..errors import CheckpointError
 from .contents import Contents
-from .headers import FP8, TensorInfo
+from .limits import LONGEST_MARK
+from .tensor_info import FP8, TensorInfo
 
 READS = "bf16, fp16, fp32, fp8 (e4m3fn, e5m2), scaled fp8 and GGUF"
 _FORMATS = {str(dtype).removeprefix("torch."): dtype for dtype in FP8}
 _INPUT_SCALES = ("scale_input", "input_scale")
 _LONGEST_FORM = 100
 """Characters that an error quotes of a format's name."""
-_LONGEST_MARK = 4096
-"""Bytes of a `comfy_quant`, which has some tens."""
 
 # Parts of tensor names that only one foreign quantisation has, checked in this order.
 _FOREIGN = (
@@ -113,9 +112,9 @@ def _declared(contents: Contents, layer: str) -> dict[str, Any] | None:
             return msgspec.convert(contents.formats[layer], dict[str, Any])
         if info is None:
             return None
-        if info.dtype != torch.uint8 or info.size > _LONGEST_MARK:
+        if info.dtype != torch.uint8 or info.size > LONGEST_MARK:
             raise ValueError(
-                f"{name!r} is {type_of(info)} {info.shape}, expected up to {_LONGEST_MARK} bytes of text, uint8"
+                f"{name!r} is {type_of(info)} {info.shape}, expected up to {LONGEST_MARK} bytes of text, uint8"
             )
         return msgspec.json.decode(contents.source.read(info.start, info.size), type=dict[str, Any])
     except (ValueError, RecursionError) as error:

@@ -1,5 +1,5 @@
 """A model file that is open. What is read of it (header, scales, weights, and weights anew) is read through this one
-descriptor: of one file, whatever comes to stand at its path meanwhile."""
+descriptor: it comes from one file, whatever is put at its path meanwhile."""
 
 import os
 import stat
@@ -15,7 +15,7 @@ def changed(path: str, change: str, when: str) -> CheckpointError:
 
 
 class Source:
-    """state: as it was opened. It is closed with the last reference to this.
+    """An open file, closed with the last reference to this. state: its state when it was opened.
 
     Raises CheckpointError where there is no such file, or it cannot be opened.
     """
@@ -40,7 +40,7 @@ class Source:
         self.state = FileState.of(os.fstat(self.descriptor))
 
     def read(self, start: int, count: int) -> bytes:
-        """Raises CheckpointError where the file ends before, or cannot be read."""
+        """Reads `count` bytes. Raises CheckpointError where the file ends before, or cannot be read."""
         pieces, done = [], 0
         try:
             while done < count and (piece := os.pread(self.descriptor, count - done, start + done)):

@@ -1,23 +1,26 @@
-"""How a weight lies in memory: in a float type, in fp8 with or without a scale, or packed (GGUF); and what it means."""
+"""A weight in memory: in a float type, in fp8 with or without a scale, or packed (GGUF), and what it means.
 
-import math
+Weights are converted where they are used, a layer's or some rows' at a time: a wide copy of them would take two to four
+times their memory. Which form a weight has, storage_plan.py decides.
+"""
+
 from dataclasses import dataclass
 
 import torch
 
-from ..config import ModelSpec
 from ..kernels.eight_bits import quantise
-from .headers import FP8, TensorInfo
-from .packing import bytes_of, unpack
+from .gguf_blocks import bytes_of, unpack
+from .tensor_info import FP8, TensorInfo
 
 
 @dataclass(slots=True, eq=False)
 class Stored:
     """A tensor in memory.
 
-    data: (..., n) values, or (..., bytes) uint8 where packed. scale: () float32, what fp8 values are multiplied by, or
-    (rows, 1), one for each row of a matrix. packing: GGUF's block format. low_rank: of a packed matrix, up (rows, R)
-    and down (R, n), whose product is added to its values wherever they are used.
+    data: (..., n) values, or (..., bytes) uint8 where packed.
+    scale: () float32, what fp8 values are multiplied by, or (rows, 1), one for each row of a matrix.
+    packing: GGUF's block format, "" for none.
+    low_rank: up (rows, R) and down (R, n) beside a packed matrix, whose product is added to its values at each use.
     """
 
     data: torch.Tensor
@@ -25,9 +28,16 @@ class Stored:
     packing: str = ""
     low_rank: tuple[torch.Tensor, torch.Tensor] | None = None
 
+    @classmethod
+    def in_file(cls, raw: torch.Tensor, info: TensorInfo) -> "Stored":
+        """A tensor as its file has it, over the memory of its bytes `raw`, (n,) uint8."""
+        shape, dtype = info.raw_form
+        scale = None if info.scale is None else torch.tensor(info.scale, dtype=torch.float32, device=raw.device)
+        return cls(raw.view(dtype).view(shape), scale, info.packing)
+
     def values(self, dtype: torch.dtype, rows: slice = slice(None), columns: slice | None = None) -> torch.Tensor:
-        """The values of some rows (of a matrix: some columns) in `dtype`. fp8 is converted, then multiplied by its
-        scale, both in `dtype`, as ComfyUI does; packed values are rounded once from float32."""
+        """Returns the values of some rows (and of a matrix some columns) in `dtype`. fp8 is converted, then multiplied
+        by its scale, both in `dtype`, as ComfyUI does; packed values are rounded once from float32."""
         data = self.data[rows]
         if self.packing:
             low_rank = self.low_rank and (self.low_rank[0][rows], self.low_rank[1])
@@ -44,7 +54,7 @@ class Stored:
         return values.mul_((self.scale[rows] if self.scale.dim() else self.scale).to(dtype))
 
     def by_rows(self) -> "Stored":
-        """A matrix in e4m3 with a scale for each row, for products in fp8; what is in e4m3 keeps its values."""
+        """Returns this matrix in e4m3 with a scale for each row, for products in fp8; e4m3 values stay as they are."""
         if self.data.dtype == torch.float8_e4m3fn:
             scale = self.data.new_ones((), dtype=torch.float32) if self.scale is None else self.scale
             return Stored(self.data, scale.expand(len(self.data), 1).contiguous())
@@ -52,7 +62,7 @@ class Stored:
         return Stored(values, scales[:, None].contiguous())
 
     def dequantise(self) -> torch.Tensor:
-        """The values in float32, a tensor of their own."""
+        """Returns the values in float32, a tensor of their own."""
         values = self.values(torch.float32)
         return values.clone() if values.data_ptr() == self.data.data_ptr() else values
 
@@ -75,51 +85,3 @@ class Stored:
         self.data.copy_(other.data)
         if self.scale is not None:
             self.scale.copy_(other.scale)
-
-
-def keeps(info: TensorInfo, spec: ModelSpec, *, matrix: bool, by_rows: bool = False) -> bool:
-    """Whether a tensor stays as it is in the file (`hold` takes its bytes over) or is converted. See `hold`."""
-    if info.scale is not None and info.dtype not in FP8:
-        return False
-    if by_rows and info.stored[1] != torch.float8_e4m3fn:
-        return False
-    if info.quantised:
-        return matrix and (spec.storage is None or spec.keep_quantised)
-    return spec.storage is None or getattr(torch, spec.storage) == info.dtype
-
-
-def hold(raw: torch.Tensor, info: TensorInfo, spec: ModelSpec, *, matrix: bool, by_rows: bool = False) -> Stored:
-    """What a rank keeps of a tensor read as `raw` (its bytes, uint8): see ModelSpec.
-
-    matrix: whether it is the weight of a linear layer. Other tensors are small and read by kernels that know no fp8:
-    they are widened to bfloat16, which holds any fp8 value. by_rows: whether products in fp8 will take it. A scale of
-    values that are not fp8 is multiplied into them.
-    """
-    stored = _hold(raw, info, spec, matrix=matrix)
-    return stored.by_rows() if by_rows else stored
-
-
-def conversion_bytes(info: TensorInfo, spec: ModelSpec, *, matrix: bool, by_rows: bool = False) -> tuple[int, int]:
-    """Of a tensor that `hold` converts: the bytes of what it gives, and about what it takes meanwhile: the file's
-    bytes, with the next tensor's, and the values in float32, of which quantising by rows makes three."""
-    with torch.device("meta"):
-        stored = hold(torch.empty(info.size, dtype=torch.uint8), info, spec, matrix=matrix, by_rows=by_rows)
-    held = sum(tensor.nbytes for tensor in (stored.data, stored.scale) if tensor is not None)
-    return held, 2 * info.size + (12 if by_rows else 4) * math.prod(info.shape)
-
-
-def in_file(raw: torch.Tensor, info: TensorInfo) -> Stored:
-    """A tensor read as `raw`, as the file has it."""
-    shape, dtype = info.stored
-    scale = None if info.scale is None else torch.tensor(info.scale, dtype=torch.float32, device=raw.device)
-    return Stored(raw.view(dtype).view(shape), scale, info.packing)
-
-
-def _hold(raw: torch.Tensor, info: TensorInfo, spec: ModelSpec, *, matrix: bool) -> Stored:
-    stored, scale = in_file(raw, info), info.scale
-    if keeps(info, spec, matrix=matrix):
-        return stored
-    storage = getattr(torch, spec.storage) if spec.storage else info.dtype
-    exact = storage in FP8 or info.dtype not in FP8 and scale is not None  # rounded once
-    values = stored.values(torch.float32 if exact else storage).to(storage)
-    return Stored(values if matrix or storage not in FP8 else values.bfloat16())

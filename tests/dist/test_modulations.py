@@ -13,7 +13,7 @@ from test_patches import looped, patched
 from fastusp_backend.prompt import Prompt
 from fastusp_backend.config import Layout, Settings, WeightPatch
 from fastusp_backend.engine import modulations
-from fastusp_backend.engine.loading import Checkpoint
+from fastusp_backend.engine.checkpoint import Checkpoint
 from fastusp_backend.engine.modulations import KEPT_ROWS, ModulationTable
 
 from fastusp_backend.models.synthetic import write_qwen_image
@@ -61,14 +61,14 @@ def _compare(rank: int, ranks: int, folder: str, paths: dict[str, str]) -> None:
         held, group = checkpoint.read(), rank % 2
         for layer, tensor in alone[name].named_parameters():
             mine = held.get_parameter(layer)
-            assert mine.is_meta != checkpoint.here(layer) and (mine.is_meta or torch.equal(mine, tensor)), layer
+            assert mine.is_meta != checkpoint.is_local(layer) and (mine.is_meta or torch.equal(mine, tensor)), layer
         for mine in (  # of both prompts, of the group's prompt, of the group's image of one prompt
             [ALL, ALL],
             [NONE if group else ALL, ALL if group else NONE],
             [slice(group, group + 1)],
         ):
             prompts = prompts_of(SMALL_QWEN if name == "qwen" else SMALL)[: len(mine)]
-            own = ModulationTable(held, torch.float32, checkpoint.holding.owners)
+            own = ModulationTable(held, torch.float32, checkpoint.ownership.owners)
             whole = ModulationTable(alone[name], torch.float32, None)
 
             def check(*timesteps: float, tables=(own, whole), of=(prompts, mine)) -> None:

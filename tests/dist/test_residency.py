@@ -14,7 +14,7 @@ from fastusp_backend.prompt import Prompt
 from fastusp_backend.config import Layout
 from fastusp_backend.errors import Cancelled, RequestError
 from fastusp_backend.models.files import read_model
-from fastusp_backend.models.holding import rank_bytes
+from fastusp_backend.models.ownership import rank_bytes
 from fastusp_backend.pool import Progress
 from fastusp_backend.pool import following
 

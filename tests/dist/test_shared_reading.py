@@ -9,7 +9,7 @@ import torch.multiprocessing as processes
 from safetensors.torch import load_file
 
 from fastusp_backend.weights import reading
-from fastusp_backend.weights.headers import read_file_header
+from fastusp_backend.weights.header import read_file_header
 from fastusp_backend.weights.reading import Shares, read_tensors
 from fastusp_backend.weights.source import Source
 
@@ -32,8 +32,8 @@ def _read(rank: int, ranks: int, folder: str, path: str) -> None:
 
     os.preadv = counted
     shares = Shares(dist.group.WORLD)
-    rooms = {name: shares.allocate(info, CPU) for name, info in list(infos.items())[::2]}
-    for name, raw in read_tensors(source, infos, rooms, shares, CPU):
+    buffers = {name: shares.allocate(info, CPU) for name, info in list(infos.items())[::2]}
+    for name, raw in read_tensors(source, infos, buffers, shares, CPU):
         expected = load_file(path)[name]
         assert torch.equal(raw.view(expected.dtype).view(expected.shape), expected), name
     size = sum(info.size for info in infos.values())

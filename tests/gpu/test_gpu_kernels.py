@@ -5,7 +5,7 @@ import torch
 from formats import HALVES, random_blocks
 
 from fastusp_backend.kernels import eight_bits, merge, packed
-from fastusp_backend.weights import packing
+from fastusp_backend.weights import gguf_blocks
 
 pytestmark = [
     pytest.mark.gpu,
@@ -93,11 +93,11 @@ def test_the_merge_equals_its_reference(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", HALVES)
 def test_blocks_are_unpacked_as_the_reference_does(name, dtype):
-    values, size, _ = packing.PACKINGS[name]
+    values, size, _ = gguf_blocks.PACKINGS[name]
     data, added = torch.from_numpy(random_blocks(name, 77, 768, seed=1)), rows(77, 512, dtype=dtype)
     for within in (slice(None), slice(256 // values * size, None)):
         part = data[:, within]
-        want, columns = packing.unpack(part, name, torch.float32).cuda(), part.shape[1] // size * values
+        want, columns = gguf_blocks.unpack(part, name, torch.float32).cuda(), part.shape[1] // size * values
         out = torch.empty(77, columns, dtype=dtype, device="cuda")
         packed.unpack(data.cuda()[:, within], name, values, size, out)
         assert torch.equal(out, want.to(dtype))

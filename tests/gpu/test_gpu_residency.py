@@ -9,8 +9,8 @@ from fastusp_backend.config import Settings
 from fastusp_backend.devices import Devices
 from fastusp_backend.engine import Engine
 from fastusp_backend.errors import RequestError
-from fastusp_backend.models.files import read_model
-from fastusp_backend.models.holding import Holding, by_module
+from fastusp_backend.models.files import read_model, storage_plans
+from fastusp_backend.models.ownership import Ownership
 from fastusp_backend.pool import Pool, Progress, Session
 from fastusp_backend.prompt import Prompt
 
@@ -72,14 +72,14 @@ def test_an_evaluation_that_does_not_fit_is_refused_and_the_next_prompt_runs(spe
 def test_two_gpus_keep_half_each(spec):  # noqa: F811
     """Of what both hold; each keeps its own modulations, whose layers are whole."""
     file = read_model(spec.path)
-    infos = by_module(file.model, file.header)
-    holding = Holding(file.model, infos, spec, 2)
-    shared = sum(info.size for name, info in infos.items() if holding.owner(name) is None)
-    parked = max(holding.nbytes) - shared // 2
+    plans = storage_plans(file.model, file.header, spec)
+    ownership = Ownership(file.model, plans, 2)
+    shared = sum(plan.info.size for name, plan in plans.items() if ownership.owner(name) is None)
+    parked = max(ownership.nbytes) - shared // 2
     pool, layout = Pool(Devices(ranks=2, gpus=(0, 1))), ONE.__class__(ulysses=2, ring=1)
     try:
         before = sample(pool, spec, layout)
-        assert pool.held.nbytes == max(holding.nbytes) < 0.9 * spec.size
+        assert pool.held.nbytes == max(ownership.nbytes) < 0.9 * spec.size
         for _ in range(2):
             pool.park()
             assert pool.held.state == "parked"

@@ -7,7 +7,7 @@ import torch
 from support import SMALL, randn, spec_of
 
 from fastusp_backend.config import WeightPatch
-from fastusp_backend.engine.loading import Checkpoint
+from fastusp_backend.engine.checkpoint import Checkpoint
 from fastusp_backend.models.layers import Linear
 
 MINI = replace(SMALL, hidden=256, heads=2, mlp=512, double_blocks=1, single_blocks=1, context=256, pooled=256)
@@ -27,15 +27,15 @@ PATCHES = {
 NONE = dict.fromkeys(PATCHES, ())
 
 
-def loaded(path, **spec) -> Checkpoint:
-    checkpoint = Checkpoint(msgspec.structs.replace(spec_of(path), **spec))
+def loaded(path, rank: int = 0, ranks: int = 1, **spec) -> Checkpoint:
+    checkpoint = Checkpoint(msgspec.structs.replace(spec_of(path), **spec), rank, ranks)
     checkpoint.allocate(torch.device("cpu"))
     checkpoint.read()
     return checkpoint
 
 
-def held(checkpoint: Checkpoint, key: str):
-    return checkpoint.held(checkpoint.model.module_key(key))
+def in_memory(checkpoint: Checkpoint, key: str):
+    return checkpoint.stored(checkpoint.model.module_key(key))
 
 
 def everything(checkpoint: Checkpoint) -> dict[str, tuple[int, torch.Tensor]]:

@@ -14,7 +14,7 @@ from fastusp_backend.errors import CheckpointError
 from fastusp_backend.models.detection import detect
 from fastusp_backend.models.files import read_model
 from fastusp_backend.models.synthetic import FLUX_DEV, write_flux
-from fastusp_backend.weights.checkpoint import TensorInfo
+from fastusp_backend.weights.tensor_info import TensorInfo
 
 pytestmark = pytest.mark.unit
 

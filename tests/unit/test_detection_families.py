@@ -12,7 +12,7 @@ from fastusp_backend.errors import CheckpointError
 from fastusp_backend.models.detection import detect
 from fastusp_backend.models.files import read_model
 from fastusp_backend.models.synthetic import FLUX2_DEV, TINY_FLUX, write_flux, write_qwen_image
-from fastusp_backend.weights.checkpoint import TensorInfo
+from fastusp_backend.weights.tensor_info import TensorInfo
 
 pytestmark = pytest.mark.unit
 

@@ -10,9 +10,10 @@ import torch
 from formats import write
 from support import SMALL, spec_of
 
-from fastusp_backend.engine import Engine, loading
+from fastusp_backend.engine import Engine
+from fastusp_backend.engine import checkpoint as checkpoint_module
 from fastusp_backend.engine import engine as engine_module
-from fastusp_backend.engine.loading import Checkpoint
+from fastusp_backend.engine.checkpoint import Checkpoint
 from fastusp_backend.errors import CheckpointError
 from fastusp_backend.models.synthetic import write_flux
 from fastusp_backend.weights import reading
@@ -133,14 +134,14 @@ def test_all_weights_have_room_before_the_ranks_read_together(tmp_path, monkeypa
     held = sum(t.nbytes for t in [*model.parameters(), *scales])
     taken, limit = [], 1 << 40
 
-    def room(count, device):
+    def limited(count, device):
         taken.append(count)
         if sum(taken) > limit:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return torch.empty(count, dtype=torch.uint8, device=device)
 
-    monkeypatch.setattr(reading, "room", room)
-    monkeypatch.setattr(loading, "room", room)
+    monkeypatch.setattr(reading, "empty_bytes", limited)
+    monkeypatch.setattr(checkpoint_module, "empty_bytes", limited)
     checkpoint, meta = Checkpoint(spec), torch.device("meta")
     checkpoint.allocate(meta)
     assert sum(taken[:-1]) == held

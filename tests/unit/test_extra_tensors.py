@@ -15,10 +15,10 @@ from support import SMALL_QWEN, load_model, spec_of
 
 from fastusp_backend.errors import CheckpointError
 from fastusp_backend.models.files import read_model
-from fastusp_backend.models.holding import rank_bytes
+from fastusp_backend.models.ownership import rank_bytes
 from fastusp_backend.models.synthetic import TINY_FLUX2, write_flux, write_qwen_image
-from fastusp_backend.weights.checkpoint import main_dtype
 from fastusp_backend.weights.contents import own_prefix
+from fastusp_backend.weights.dtypes import main_dtype
 
 pytestmark = pytest.mark.unit
 

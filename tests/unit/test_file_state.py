@@ -13,7 +13,7 @@ from support import SMALL, load_model, spec_of
 from fastusp_backend import config
 from fastusp_backend.config import FileState, ModelSpec
 from fastusp_backend.engine import Engine
-from fastusp_backend.engine.loading import Checkpoint
+from fastusp_backend.engine.checkpoint import Checkpoint
 from fastusp_backend.errors import CheckpointError
 from fastusp_backend.models import files
 from fastusp_backend.models.files import read_model

@@ -8,11 +8,11 @@ from safetensors.torch import load_file, save_file
 from support import REORDERED, OneRank, inputs, load_model, relative_difference, spec_of
 
 from fastusp_backend.config import ModelSpec, Settings
-from fastusp_backend.engine.loading import Checkpoint
+from fastusp_backend.engine.checkpoint import Checkpoint
 from fastusp_backend.models.files import read_model
 from fastusp_backend.models.layers import Linear
 from fastusp_backend.prompt import Prompt
-from fastusp_backend.weights.checkpoint import main_dtype
+from fastusp_backend.weights.dtypes import main_dtype
 
 pytestmark = pytest.mark.unit
 

@@ -8,7 +8,7 @@ from support import load_model, spec_of
 from fastusp_backend.errors import CheckpointError
 from fastusp_backend.models.detection import OTHERS, family_of
 from fastusp_backend.models.synthetic import TINY_FLUX, TINY_QWEN_IMAGE
-from fastusp_backend.weights.checkpoint import TensorInfo
+from fastusp_backend.weights.tensor_info import TensorInfo
 
 pytestmark = pytest.mark.unit
 

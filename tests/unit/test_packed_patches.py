@@ -1,27 +1,24 @@
 """LoRAs beside packed weights: added where they are unpacked, rounded once with them, gone without a trace."""
 
-from dataclasses import replace
-
-import msgspec
 import pytest
 import torch
 import torch.nn.functional as F
 from formats import write
-from support import SMALL, inputs, randn, relative_difference, spec_of
+from patched import MINI, loaded
+from support import inputs, randn, relative_difference, spec_of
 
 from fastusp_backend.config import Layout, Settings, WeightPatch
 from fastusp_backend.engine import Engine, parking
-from fastusp_backend.engine.loading import Checkpoint
+from fastusp_backend.engine.checkpoint import Checkpoint
 from fastusp_backend.engine.patching import PatchedWeights
 from fastusp_backend.errors import RequestError
 from fastusp_backend.models.synthetic import write_flux
 from fastusp_backend.prompt import Prompt
-from fastusp_backend.weights import packing
+from fastusp_backend.weights import gguf_blocks
 
 pytestmark = pytest.mark.unit
 
 CPU = torch.device("cpu")
-MINI = replace(SMALL, hidden=256, heads=2, mlp=512, double_blocks=1, single_blocks=1, context=256, pooled=256)
 QKV, MLP, TXT = "double_blocks.0.img_attn.qkv", "single_blocks.0.linear2", "txt_in"
 TENSORS = {
     "up": randn(768, 4, seed=1) * 0.1,
@@ -61,13 +58,6 @@ def packed(request, tmp_path_factory):
     return folder / "model", write(request.param, folder / "plain", folder / "model")
 
 
-def loaded(path, **spec) -> Checkpoint:
-    checkpoint = Checkpoint(msgspec.structs.replace(spec_of(path), **spec))
-    checkpoint.allocate(CPU)
-    checkpoint.read()
-    return checkpoint
-
-
 def layer(checkpoint: Checkpoint, key: str):
     return checkpoint.model.get_submodule(checkpoint.model.module_key(f"{key}.weight").removesuffix(".weight"))
 
@@ -83,7 +73,7 @@ def assert_same(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor])
 
 
 def test_all_uses_of_a_weight_see_its_loras(packed, monkeypatch):
-    monkeypatch.setattr(packing, "PIECE", 2048)
+    monkeypatch.setattr(gguf_blocks, "PIECE", 2048)
     path, values = packed
     checkpoint = loaded(path)
     weights, before = PatchedWeights(checkpoint), everything(checkpoint)

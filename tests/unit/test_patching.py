@@ -2,19 +2,22 @@
 
 from dataclasses import replace
 
+import msgspec
 import pytest
 import torch
 import torch.nn.functional as F
 from formats import LIMITS, write
-from patched import LORA, MINI, NONE, NORM, PATCHES, QKV, TENSORS, changed, everything, held, loaded
+from patched import LORA, MINI, NONE, NORM, PATCHES, QKV, TENSORS, changed, everything, in_memory, loaded
 from safetensors.torch import load_file
-from support import randn
+from support import randn, spec_of
 
 from fastusp_backend.config import WeightPatch
-from fastusp_backend.engine.loading import Checkpoint
-from fastusp_backend.engine.patching import PatchedWeights
+from fastusp_backend.engine.checkpoint import Checkpoint
+from fastusp_backend.engine.patching import PatchedWeights, plan_update
 from fastusp_backend.errors import CheckpointError, PatchesLost, RequestError
 from fastusp_backend.models.synthetic import write_flux
+from fastusp_backend.weights.storage_plan import plan_storage
+from fastusp_backend.weights.tensor_info import TensorInfo
 
 pytestmark = pytest.mark.unit
 
@@ -36,6 +39,37 @@ def assert_nearest(data: torch.Tensor, want: torch.Tensor) -> None:
     above = torch.searchsorted(table, want.contiguous()).clamp(1, len(table) - 1)
     nearest = torch.minimum((want - table[above - 1]).abs(), (want - table[above]).abs())
     assert torch.equal((want - data.float()).abs(), nearest)
+
+
+IN_FILE, WIDER = (8, 256), (8, 512)
+
+
+@pytest.mark.parametrize(
+    "dtype, packing, types, shape, patched, update",
+    [
+        (torch.bfloat16, "", {}, IN_FILE, False, "in_place"),
+        (torch.bfloat16, "", {}, IN_FILE, True, "reapply"),
+        (torch.bfloat16, "", {}, None, True, "restore"),
+        (torch.bfloat16, "", {}, WIDER, False, "widen"),
+        (torch.bfloat16, "", {}, WIDER, True, "widen"),
+        (torch.float32, "", {"storage": "bfloat16"}, IN_FILE, False, "in_place"),
+        (torch.float8_e4m3fn, "", {}, IN_FILE, False, "in_place"),
+        (torch.float8_e4m3fn, "", {}, IN_FILE, True, "reapply"),
+        (torch.bfloat16, "", {"storage": "float8_e4m3fn"}, IN_FILE, False, "from_file"),
+        (torch.bfloat16, "", {"storage": "float8_e4m3fn"}, IN_FILE, True, "from_file"),
+        (torch.bfloat16, "", {"storage": "float8_e4m3fn"}, WIDER, False, "from_file"),
+        (torch.bfloat16, "", {"storage": "float8_e4m3fn"}, None, True, "restore"),
+        (torch.float32, "Q8_0", {}, IN_FILE, False, "factors"),
+        (torch.float32, "Q8_0", {}, IN_FILE, True, "factors"),
+        (torch.float32, "Q8_0", {}, None, True, "factors"),
+        (torch.float32, "Q8_0", {"storage": "bfloat16"}, IN_FILE, True, "reapply"),
+        (torch.float32, "Q8_0", {"storage": "float8_e5m2"}, IN_FILE, True, "from_file"),
+    ],
+)
+def test_how_a_weight_is_updated(dtype, packing, types, shape, patched, update):
+    spec = msgspec.structs.replace(spec_of(__file__), **types)
+    plan = plan_storage(TensorInfo(IN_FILE, dtype, packing=packing), spec, "linear")
+    assert plan_update(plan, shape, patched=patched) == update
 
 
 STORAGES = {
@@ -66,7 +100,7 @@ def test_patches_are_rounded_to_the_nearest_and_leave_no_trace(mini, tmp_path, n
         values = write(form, mini, path)
     checkpoint, content = loaded(path, **STORAGES[name]), path.read_bytes()
     weights, before = PatchedWeights(checkpoint), everything(checkpoint)
-    old = {key: held(checkpoint, key).dequantise() for key in PATCHES}
+    old = {key: in_memory(checkpoint, key).dequantise() for key in PATCHES}
     if name in ROUNDED:
         old[f"{QKV}.weight"] = values[f"{QKV}.weight"]
     assert weights.change(PATCHES, TENSORS, base=0, number=1) == (0, 3)
@@ -74,9 +108,12 @@ def test_patches_are_rounded_to_the_nearest_and_leave_no_trace(mini, tmp_path, n
     after, names = everything(checkpoint), {checkpoint.model.module_key(key) for key in PATCHES}
     scale = checkpoint.model.module_key(f"{QKV}.weight").replace(".weight", ".scale")
     assert changed(before, after) == names | ({scale} & before.keys())
-    assert_nearest(held(checkpoint, f"{QKV}.bias").data, old[f"{QKV}.bias"] + TENSORS["b"])
-    assert_nearest(held(checkpoint, NORM).data, TENSORS["n"])
-    want, stored = old[f"{QKV}.weight"] + 0.7 * (TENSORS["up"] @ TENSORS["down"]), held(checkpoint, f"{QKV}.weight")
+    assert_nearest(in_memory(checkpoint, f"{QKV}.bias").data, old[f"{QKV}.bias"] + TENSORS["b"])
+    assert_nearest(in_memory(checkpoint, NORM).data, TENSORS["n"])
+    want, stored = (
+        old[f"{QKV}.weight"] + 0.7 * (TENSORS["up"] @ TENSORS["down"]),
+        in_memory(checkpoint, f"{QKV}.weight"),
+    )
     if scale in before:
         largest = want.abs().amax(1, keepdim=True) if stored.scale.dim() else want.abs().amax()
         torch.testing.assert_close(stored.scale, largest / LIMITS[stored.data.dtype])
@@ -99,7 +136,7 @@ def test_small_differences_are_not_lost_in_fp8(mini, spec):
     old, tensors = load_file(mini)[f"{QKV}.weight"], {"diff": 0.01 * load_file(mini)[f"{QKV}.weight"].sign() * 0.06}
     patch = WeightPatch(kind="diff", tensors={"diff": "diff"}, strength=1.0)
     PatchedWeights(checkpoint).change({f"{QKV}.weight": (patch,)}, tensors, base=0, number=1)
-    seen = (held(checkpoint, f"{QKV}.weight").dequantise() - old) * old.sign()
+    seen = (in_memory(checkpoint, f"{QKV}.weight").dequantise() - old) * old.sign()
     assert seen.mean() == pytest.approx(6e-4, rel=0.2), seen.mean()
 
 
@@ -118,12 +155,12 @@ def test_a_weight_that_is_widened_moves_once_and_leaves_no_trace(mini, tmp_path,
     values = load_file(mini) if form == "plain" else write(form, mini, path)
     checkpoint, moved = loaded(path, **STORAGES.get(name, {})), []
     weights, config = PatchedWeights(checkpoint, lambda: moved.append(1)), checkpoint.model.config
-    before, rounds = everything(checkpoint), checkpoint.rounded("img_in.weight")
-    old = values["img_in.weight"] if rounds else held(checkpoint, "img_in.weight").dequantise()
-    packed = bool(held(checkpoint, f"{QKV}.weight").packing)
+    before, rounds = everything(checkpoint), checkpoint.plans["img_in.weight"].rounded_to_fp8
+    old = values["img_in.weight"] if rounds else in_memory(checkpoint, "img_in.weight").dequantise()
+    packed = bool(in_memory(checkpoint, f"{QKV}.weight").packing)
     weights.change(WIDE, WIDENING, base=0, number=1)
     assert checkpoint.model.config == replace(config, concat_channels=16) and len(moved) == 1 + packed
-    stored = held(checkpoint, "img_in.weight")
+    stored = in_memory(checkpoint, "img_in.weight")
     want = F.pad(old, (0, 64)) + 0.7 * (WIDENING["u"] @ WIDENING["d"])
     assert_nearest(stored.data, want if stored.scale is None else want / stored.scale)
     wide = everything(checkpoint)
@@ -133,7 +170,7 @@ def test_a_weight_that_is_widened_moves_once_and_leaves_no_trace(mini, tmp_path,
     weights.change(both, WIDENING, base=1, number=2)
     assert changed(wide, everything(checkpoint)) - {"img_in.scale"} == {"img_in.weight"}
     weights.change({"img_in.weight": (diff,)}, WIDENING, base=2, number=3)
-    assert checkpoint.model.config == config and held(checkpoint, "img_in.weight").data.shape == (256, 64)
+    assert checkpoint.model.config == config and in_memory(checkpoint, "img_in.weight").data.shape == (256, 64)
     weights.change(WIDE, WIDENING, base=None, number=4)
     assert bits(checkpoint) == {name: t.tolist() for name, (_, t) in wide.items()}
     weights.change(dict.fromkeys(WIDE, ()), {}, base=4, number=0)

@@ -5,8 +5,11 @@ import shutil
 
 import pytest
 import torch
-from patched import MINI, NONE, PATCHES, QKV, TENSORS, changed, everything, held, loaded
+from patched import MINI, NONE, PATCHES, QKV, TENSORS, changed, everything, in_memory, loaded
+from support import spec_of
 
+from fastusp_backend.config import WeightPatch
+from fastusp_backend.engine.checkpoint import Checkpoint
 from fastusp_backend.engine.patching import PatchedWeights
 from fastusp_backend.errors import CheckpointError
 from fastusp_backend.models.synthetic import write_flux
@@ -62,7 +65,7 @@ def write_to(path) -> None:
 @pytest.mark.parametrize("how", ["written to", "cut"])
 def test_a_file_that_was_written_to_is_refused_before_anything_changes(copied, how):
     path, checkpoint, weights = copied
-    after, size, words = held(checkpoint, f"{QKV}.weight").data.clone(), path.stat().st_size, "was changed"
+    after, size, words = in_memory(checkpoint, f"{QKV}.weight").data.clone(), path.stat().st_size, "was changed"
     if how == "cut":
         os.truncate(path, size - 1)
         words = f"was cut short, from {size} to {size - 1} bytes,"
@@ -73,7 +76,7 @@ def test_a_file_that_was_written_to_is_refused_before_anything_changes(copied, h
         match=f"^Wait until nothing writes to {path}, then queue the prompt again: it {words} since it was loaded",
     ):
         weights.change(NONE, {}, base=1, number=0)
-    assert weights.number == 1 and torch.equal(held(checkpoint, f"{QKV}.weight").data, after)
+    assert weights.number == 1 and torch.equal(in_memory(checkpoint, f"{QKV}.weight").data, after)
 
 
 def test_a_file_that_is_written_to_while_it_is_read_again(copied, monkeypatch):
@@ -88,3 +91,23 @@ def test_a_file_that_is_written_to_while_it_is_read_again(copied, monkeypatch):
     with pytest.raises(CheckpointError, match="was changed since it was loaded"):
         weights.change(NONE, {}, base=1, number=0)
     assert weights.number is None
+
+
+def test_ranks_refuse_a_file_that_was_written_to_together(mini, tmp_path):
+    """Also one that holds none of the weights that are read again, or it would have another patch set than the rest."""
+    path = tmp_path / "model"
+    shutil.copy(mini, path)
+    name = "double_blocks.0.img_mod.lin.bias"
+    checkpoints = [Checkpoint(spec_of(path), rank, 2) for rank in range(2)]
+    for checkpoint in checkpoints:
+        checkpoint.read()
+    weights = [PatchedWeights(checkpoint) for checkpoint in checkpoints]
+    patches = {name: (WeightPatch(kind="set", tensors={"value": "value"}, strength=1.0),)}
+    for each in weights:
+        each.change(patches, {"value": torch.zeros(6 * MINI.hidden)}, base=0, number=1)
+    assert {checkpoint.is_local(checkpoint.model.module_key(name)) for checkpoint in checkpoints} == {True, False}
+    write_to(path)
+    for each in weights:
+        with pytest.raises(CheckpointError, match="was changed"):
+            each.change({name: ()}, {}, base=1, number=2)
+        assert each.number == 1

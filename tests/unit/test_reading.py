@@ -7,9 +7,9 @@ import torch
 
 from fastusp_backend.errors import CheckpointError
 from fastusp_backend.weights import reading
-from fastusp_backend.weights.headers import TensorInfo
 from fastusp_backend.weights.reading import Shares, map_tensors, read_tensors
 from fastusp_backend.weights.source import Source
+from fastusp_backend.weights.tensor_info import TensorInfo
 
 pytestmark = pytest.mark.unit
 
@@ -32,14 +32,14 @@ def file(tmp_path, monkeypatch):
     return Source(str(tmp_path / "file")), infos, contents
 
 
-@pytest.mark.parametrize("kept", [(), ("t0", "t4", "t7")], ids=["no room", "room"])
+@pytest.mark.parametrize("kept", [(), ("t0", "t4", "t7")], ids=["no buffer", "buffer"])
 def test_every_byte_arrives(file, kept):
     source, infos, contents = file
-    rooms = {name: Shares().allocate(infos[name], CPU) for name in kept}
-    got = dict(read_tensors(source, infos, rooms, Shares(), CPU))
+    buffers = {name: Shares().allocate(infos[name], CPU) for name in kept}
+    got = dict(read_tensors(source, infos, buffers, Shares(), CPU))
     assert {name: bytes(tensor.numpy()) for name, tensor in got.items()} == contents
     assert list(got) == list(infos)
-    assert all(got[name].data_ptr() == room.data_ptr() for name, room in rooms.items())
+    assert all(got[name].data_ptr() == buffer.data_ptr() for name, buffer in buffers.items())
 
 
 def test_mapped_tensors_are_the_same_and_keep_the_file(file):
@@ -67,8 +67,8 @@ def test_shares_cover_every_tensor_once(file, ranks):
         for rank in range(ranks):
             shares = Shares()
             shares.ranks, shares.rank = ranks, rank
-            room = shares.allocate(info, CPU)
-            offset, target = shares.own(info, room)
+            buffer = shares.allocate(info, CPU)
+            offset, target = shares.own(info, buffer)
             assert len(target) <= -(-info.size // ranks)
             parts.append(len(target))
             with open(source.path, "rb") as opened:

@@ -1,14 +1,10 @@
-"""What lies in memory: values and scales of fp8, GGUF's blocks, storing in place."""
+"""What lies in memory: values and scales of fp8, storing in place."""
 
-import gguf
 import pytest
 import torch
-from formats import HALVES, random_blocks
-from support import randn
 
-from fastusp_backend.weights import packing
-from fastusp_backend.weights.headers import FP8
 from fastusp_backend.weights.stored import Stored
+from fastusp_backend.weights.tensor_info import FP8
 
 pytestmark = pytest.mark.unit
 
@@ -21,37 +17,6 @@ def test_scaled_values_are_never_the_stored_ones(dtype, scale):
         assert stored.values(dtype).eq(0.5).all() and stored.values(dtype, slice(2), slice(1, 3)).eq(0.5).all()
         assert stored.dequantise().eq(0.5).all()
     assert stored.data.eq(1).all()
-
-
-@pytest.mark.parametrize("name", HALVES)
-def test_unpacking_is_the_reference_bit_by_bit(name, monkeypatch):
-    monkeypatch.setattr(packing, "PIECE", 512)
-    data = random_blocks(name, 7, 512, seed=3)
-    expected = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[name])
-    assert 0.5 < expected.std() * 512**0.5 < 2 and abs(expected.mean()) < 0.02
-    for dtype in (torch.float32, torch.bfloat16):
-        got = packing.unpack(torch.from_numpy(data), name, dtype)
-        assert torch.equal(got, torch.from_numpy(expected).to(dtype))
-
-
-@pytest.mark.parametrize("name", ["Q5_0", "Q4_K"])
-@pytest.mark.parametrize("columns", [slice(256, 512), slice(None, 256), slice(100, 300), slice(None)])
-def test_only_the_blocks_of_the_columns_are_unpacked(name, columns, monkeypatch):
-    unpacked = []
-    function = packing.PACKINGS[name][2]
-    counted = (*packing.PACKINGS[name][:2], lambda blocks: unpacked.append(function(blocks)) or unpacked[-1])
-    monkeypatch.setitem(packing.PACKINGS, name, counted)
-    low_rank = randn(7, 2, seed=1), randn(2, 512, seed=2)
-    stored = Stored(torch.from_numpy(random_blocks(name, 7, 512, seed=3)), None, name, low_rank)
-    want = stored.values(torch.float32)[2:5, columns]
-    unpacked.clear()
-    torch.testing.assert_close(stored.values(torch.float32, slice(2, 5), columns), want)
-    count = 512 if columns.start == 100 else want.shape[1]
-    assert sum(t.numel() for t in unpacked) == 3 * count
-
-
-def test_all_formats_are_tested():
-    assert HALVES.keys() == packing.PACKINGS.keys()
 
 
 @pytest.mark.parametrize("dtype", FP8)

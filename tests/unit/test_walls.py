@@ -59,7 +59,8 @@ ABOVE_ALL = {"cli", "__main__"}
 FOR_NODES = (
     BASE
     | {"prompt", "pool", "planner", "devices", "sampling"}
-    | {"models.detection", "models.files", "models.holding", "weights.checkpoint", "weights.adapters"}
+    | {"models.detection", "models.files", "models.ownership"}
+    | {"weights.tensor_info", "weights.dtypes", "weights.adapters"}
 )
 
 

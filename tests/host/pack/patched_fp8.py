@@ -83,18 +83,19 @@ def patched(path: str, loras: list[str]) -> tuple[object, dict, dict[str, tuple[
 
 def compare(path: str, loras: list[str]) -> None:
     adapted = part("nodes.weight_patches")
-    config, loading, patching = (part(f"fastusp_backend.{x}") for x in ("config", "engine.loading", "engine.patching"))
+    names = "config", "engine.checkpoint", "engine.patching"
+    config, checkpoints, patching = (part(f"fastusp_backend.{name}") for name in names)
     model, plain, shapes = patched(path, loras)
-    checkpoint = loading.Checkpoint(config.ModelSpec.of_file(path, storage=None, compute="float32"))
+    checkpoint = checkpoints.Checkpoint(config.ModelSpec.of_file(path, storage=None, compute="float32"))
     checkpoint.allocate(torch.device("cpu"))
     checkpoint.read()
     wanted, _ = adapted.weight_patches(model.patches, shapes)
     names = {key: checkpoint.model.module_key(key) for key in wanted.weights}
-    before = {key: checkpoint.held(name).dequantise() for key, name in names.items()}
+    before = {key: checkpoint.stored(name).dequantise() for key, name in names.items()}
     patching.PatchedWeights(checkpoint).change(wanted.weights, wanted.tensors, base=0, number=1)
     quantised, in_fp8, values, otherwise = 0, 0, 0, 0
     for key, name in names.items():
-        ours = checkpoint.held(name)
+        ours = checkpoint.stored(name)
         in_fp8 += ours.data.dtype in LIMITS
         theirs = weight_of(model.model, adapted.PREFIX + key)
         assert not torch.equal(plain[adapted.PREFIX + key], theirs.data), f"{path}: ComfyUI does not patch {key}"

@@ -8,18 +8,20 @@ import msgspec
 import pytest
 import torch
 from formats import write
+from patched import loaded
 from support import SMALL, SMALL_FLUX2, SMALL_QWEN, randn, spec_of
 
 from fastusp_backend.config import WeightPatch
-from fastusp_backend.engine.loading import Checkpoint
+from fastusp_backend.engine.checkpoint import Checkpoint
 from fastusp_backend.engine.parking import held_bytes
 from fastusp_backend.engine.patching import PatchedWeights
 from fastusp_backend.errors import RequestError
-from fastusp_backend.models.files import read_model
-from fastusp_backend.models.holding import Holding, balanced, rank_bytes
+from fastusp_backend.models.files import read_model, storage_plans
 from fastusp_backend.models.layers import Linear
+from fastusp_backend.models.ownership import Ownership, balanced, rank_bytes
 from fastusp_backend.models.synthetic import FLUX2_DEV, FLUX_DEV, QWEN_IMAGE, write_flux, write_qwen_image
-from fastusp_backend.weights.checkpoint import TensorInfo
+from fastusp_backend.weights.stored import Stored
+from fastusp_backend.weights.tensor_info import TensorInfo
 
 pytestmark = pytest.mark.unit
 
@@ -43,31 +45,24 @@ def test_owners_balance(ranks):
 def test_the_figures_of_the_readme(name, kind, dtype):
     with torch.device("meta"):
         model = FULL_SIZES[name].build()
-    infos = {key: TensorInfo(tuple(p.shape), dtype) for key, p in model.named_parameters()}
+    header = {model.file_key(name): TensorInfo(tuple(p.shape), dtype) for name, p in model.named_parameters()}
     spec = msgspec.structs.replace(spec_of(__file__), storage="bfloat16", keep_quantised=True)
     (row,) = (line for line in README.splitlines() if line.startswith(f"| {name}, {kind} |"))
     for ranks, most in zip((1, 2, 3, 4, 8), row.split("|")[2:-1], strict=True):
-        nbytes = Holding(model, infos, spec, ranks).nbytes
+        nbytes = Ownership(model, storage_plans(model, header, spec), ranks).nbytes
         assert f"{max(nbytes) / 1e9:.1f}" == most.strip()
         assert max(nbytes) < (1.008 if model.config.family == "FLUX.2" else 1.004) * min(nbytes)
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("holding")
+    folder = tmp_path_factory.mktemp("ownership")
     write_flux(str(folder / "flux"), MINI, seed=1)
     write_qwen_image(str(folder / "qwen"), replace(SMALL_QWEN, hidden=256, heads=2, mlp=512, context=256), seed=2)
     write_flux(str(folder / "flux2"), SMALL_FLUX2, seed=3)
     for name in ("scaled_tensors", "gguf_Q8_0"):
         write(name, folder / "flux", folder / name)
     return folder
-
-
-def loaded(path, rank: int, ranks: int, **spec) -> Checkpoint:
-    checkpoint = Checkpoint(msgspec.structs.replace(spec_of(path), **spec), rank, ranks)
-    checkpoint.allocate(CPU)
-    checkpoint.read()
-    return checkpoint
 
 
 @pytest.mark.parametrize(
@@ -82,6 +77,7 @@ def loaded(path, rank: int, ranks: int, **spec) -> Checkpoint:
         ("flux2", {"linear": "fp8"}, 5),  # no biases
         ("qwen", {}, 3),
         ("scaled_tensors", {}, 2),
+        ("scaled_tensors", {"linear": "fp8"}, 2),
         ("gguf_Q8_0", {}, 2),
         ("gguf_Q8_0", {"storage": "bfloat16"}, 2),
     ],
@@ -102,15 +98,15 @@ def test_together_ranks_hold_a_model_once_and_know_its_forms(files, name, change
         assert all(torch.equal(x.stored.dequantise(), module.stored.dequantise()) for x in held)
         for mine in (rank[layer] for rank in layers):
             assert mine.bias is None or mine.weight.is_meta == mine.bias.is_meta
-            assert (mine.weight.shape, mine.weight.dtype, mine.packing) == (
-                module.weight.shape,
-                module.weight.dtype,
-                module.packing,
-            )
+            assert form(mine.stored) == form(module.stored)
     header = read_model(str(path)).header
-    expected = checkpoints[0].holding.nbytes
+    expected = checkpoints[0].ownership.nbytes
     assert [held_bytes(checkpoint.model) for checkpoint in checkpoints] == expected
     assert rank_bytes(header, checkpoints[0].spec, ranks) == max(expected)
+
+
+def form(stored: Stored) -> tuple:
+    return stored.data.shape, stored.data.dtype, stored.packing, stored.scale is not None and stored.scale.shape
 
 
 LAYERS = "double_blocks.0.img_mod.lin", "double_blocks.0.txt_mod.lin", "single_blocks.0.modulation.lin"
@@ -122,9 +118,8 @@ def loras(*layers: str) -> dict[str, tuple[WeightPatch, ...]]:
 
 
 def values(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    return {
-        name: checkpoint.held(name).dequantise() for name in checkpoint.infos if not checkpoint.held(name).data.is_meta
-    }
+    stored = {name: checkpoint.stored(name) for name in checkpoint.plans}
+    return {name: weight.dequantise() for name, weight in stored.items() if not weight.data.is_meta}
 
 
 @pytest.mark.parametrize("changes", [{}, {"storage": "float8_e4m3fn"}], ids=str)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastusp_backend.weights.checkpoint import choose_types
+from fastusp_backend.weights.dtypes import choose_types
 
 pytestmark = pytest.mark.unit
 

@@ -1,0 +1,119 @@
+"""In which form each tensor of a file lies in memory: decided once, from its header, before anything is allocated.
+
+All that follows asks the plan: what a rank's weights take, which of them are read straight into their place, what
+converting the others needs, whether patches find values that were rounded, what lies on other ranks. Every form takes
+the same two steps, of which most tensors need none: their values are cast to the wished type, and quantised to e4m3
+with a scale per row for products in fp8.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ..config import ModelSpec
+from .stored import Stored
+from .tensor_info import FP8, TensorInfo
+
+Use = Literal["linear", "fp8_product", "other"]
+"""How a model uses a tensor: as the weight of a linear layer, as one whose products may be computed in fp8, or else.
+Others are small and read by kernels that know no fp8."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoragePlan:
+    """The form of one tensor in memory, and the way there.
+
+    info: the tensor in its file.
+    linear: whether it is the weight of a linear layer.
+    cast: the type that its values are converted to first; None where they stay as the file has them.
+    by_rows: whether they are then brought to e4m3 with a scale per row, where they are not in e4m3 already.
+    dtype, shape: of the data in memory, as in `Stored`.
+    packing: GGUF's block format of the data, "" for none.
+    scale: the shape of the scale in memory, None for none.
+    """
+
+    info: TensorInfo
+    linear: bool
+    cast: torch.dtype | None
+    by_rows: bool
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    packing: str
+    scale: tuple[int, ...] | None
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether the file's bytes are the data in memory, so that they can be read into their place."""
+        return self.cast is None and self.dtype == self.info.raw_form[1]
+
+    @property
+    def rounded_to_fp8(self) -> bool:
+        """Whether the values in memory are fp8 that the file's were converted to."""
+        return self.dtype in FP8 and not self.unchanged
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data and scale in memory."""
+        scale = 0 if self.scale is None else math.prod(self.scale) * torch.float32.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize + scale
+
+    @property
+    def conversion_bytes(self) -> int:
+        """About what converting takes beside `nbytes`, 0 where nothing is converted: the file's bytes, with the next
+        tensor's, and the values in float32, of which quantising by rows makes three."""
+        if self.unchanged:
+            return 0
+        return 2 * self.info.size + (12 if self.by_rows else 4) * math.prod(self.info.shape)
+
+    def load(self, raw: torch.Tensor) -> Stored:
+        """The tensor in this form, from its bytes in the file, (n,) uint8; over their memory where it is unchanged."""
+        stored = Stored.in_file(raw, self.info)
+        if self.cast is not None:
+            scaled = self.info.scale is not None and self.info.dtype not in FP8
+            through = torch.float32 if scaled or self.cast in FP8 else self.cast  # rounded once
+            values = stored.values(through).to(self.cast)
+            stored = Stored(values if self.by_rows else values.to(self.dtype))
+        return stored.by_rows() if self.by_rows else stored
+
+    def elsewhere(self) -> Stored:
+        """The tensor in this form, without memory: on the meta device."""
+        data = torch.empty(self.shape, dtype=self.dtype, device="meta")
+        scale = None if self.scale is None else torch.empty(self.scale, dtype=torch.float32, device="meta")
+        return Stored(data, scale, self.packing)
+
+
+def plan_storage(info: TensorInfo, spec: ModelSpec, use: Use) -> StoragePlan:
+    """The form in which a model of `spec` holds a tensor that it uses in this way.
+
+    A scale of values that are not fp8 is multiplied into them. fp8 and packed values stay what they are in linear
+    layers' weights where `spec` lets them; elsewhere they are unpacked, and values of fp8 widened to bfloat16, which
+    holds them all.
+    """
+    linear, by_rows = use != "other", use == "fp8_product"
+    wished = getattr(torch, spec.storage) if spec.storage else info.dtype
+    if info.scale is not None and info.dtype not in FP8:
+        stays = False
+    elif info.quantised:
+        stays = linear and (spec.storage is None or spec.keep_quantised)
+    else:
+        stays = wished == info.dtype
+    if by_rows:
+        dtype, shape, packing, scale = torch.float8_e4m3fn, info.shape, "", (info.shape[0], 1)
+    elif stays:
+        shape, dtype = info.raw_form
+        packing, scale = info.packing, None if info.scale is None else ()
+    else:
+        dtype = wished if linear or wished not in FP8 else torch.bfloat16
+        shape, packing, scale = info.shape, "", None
+    return StoragePlan(
+        info=info,
+        linear=linear,
+        cast=None if stays else wished,
+        by_rows=by_rows,
+        dtype=dtype,
+        shape=shape,
+        packing=packing,
+        scale=scale,
+    )

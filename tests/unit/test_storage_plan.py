@@ -1,0 +1,110 @@
+"""A tensor's form in memory, as its header decides it, against what loading its bytes gives."""
+
+import math
+from itertools import product
+
+import msgspec
+import pytest
+import torch
+from formats import random_blocks
+from support import randn, spec_of
+
+from fastusp_backend.config import ModelSpec
+from fastusp_backend.weights.storage_plan import plan_storage
+from fastusp_backend.weights.tensor_info import FP8, TensorInfo
+
+pytestmark = pytest.mark.unit
+
+SHAPE = (8, 256)
+BF16, F32, (E4M3, E5M2) = torch.bfloat16, torch.float32, FP8
+FILES = {
+    "bf16": TensorInfo(SHAPE, BF16),
+    "f32": TensorInfo(SHAPE, F32),
+    "f32 with a scale": TensorInfo(SHAPE, F32, scale=0.5),
+    "e4m3": TensorInfo(SHAPE, E4M3),
+    "e5m2": TensorInfo(SHAPE, E5M2),
+    "scaled e4m3": TensorInfo(SHAPE, E4M3, scale=0.5),
+    "scaled e5m2": TensorInfo(SHAPE, E5M2, scale=0.5),
+    "Q8_0": TensorInfo(SHAPE, F32, packing="Q8_0"),
+    "Q4_K": TensorInfo(SHAPE, F32, packing="Q4_K"),
+}
+SPECS = {
+    "as in the file": {},
+    "bf16 or quantised": {"storage": "bfloat16", "keep_quantised": True},
+    "bf16": {"storage": "bfloat16"},
+    "float32": {"storage": "float32"},
+    "e4m3": {"storage": "float8_e4m3fn"},
+    "e5m2": {"storage": "float8_e5m2"},
+}
+USES = ("linear", "fp8_product", "other")
+
+
+def spec(name: str) -> ModelSpec:
+    return msgspec.structs.replace(spec_of(__file__), **SPECS[name])
+
+
+def raw_of(info: TensorInfo) -> torch.Tensor:
+    if info.packing:
+        return torch.from_numpy(random_blocks(info.packing, *SHAPE, seed=1)).flatten()
+    return randn(*SHAPE, seed=1).to(info.dtype).view(torch.uint8).flatten()
+
+
+@pytest.mark.parametrize("file, types, use", list(product(FILES, SPECS, USES)))
+def test_what_is_loaded_has_the_planned_form(file, types, use):
+    info = FILES[file]
+    plan, raw = plan_storage(info, spec(types), use), raw_of(info)
+    assert len(raw) == info.size
+    loaded, elsewhere = plan.load(raw), plan.elsewhere()
+    tensors = [tensor for tensor in (loaded.data, loaded.scale) if tensor is not None]
+    assert (loaded.data.dtype, tuple(loaded.data.shape), loaded.packing) == (plan.dtype, plan.shape, plan.packing)
+    assert (None if loaded.scale is None else tuple(loaded.scale.shape)) == plan.scale
+    assert sum(tensor.nbytes for tensor in tensors) == plan.nbytes
+    for here, there in ((loaded.data, elsewhere.data), (loaded.scale, elsewhere.scale)):
+        assert (here is None) == (there is None)
+        assert here is None or there.is_meta and (here.dtype, here.shape) == (there.dtype, there.shape)
+    assert elsewhere.packing == loaded.packing
+    assert plan.unchanged == (plan.conversion_bytes == 0)
+    assert not plan.unchanged or loaded.data.data_ptr() == raw.data_ptr()
+    copies = 3 if use == "fp8_product" else 1
+    assert plan.unchanged or plan.conversion_bytes == 2 * info.size + copies * 4 * math.prod(SHAPE)
+
+
+@pytest.mark.parametrize(
+    "file, types, use, dtype, scale, unchanged, rounded",
+    [
+        ("bf16", "as in the file", "linear", BF16, None, True, False),
+        ("bf16", "bf16", "other", BF16, None, True, False),
+        ("f32", "bf16", "linear", BF16, None, False, False),
+        ("f32", "e4m3", "linear", E4M3, None, False, True),
+        ("f32", "e4m3", "other", BF16, None, False, False),
+        ("f32", "as in the file", "fp8_product", E4M3, (8, 1), False, True),
+        ("f32", "e4m3", "fp8_product", E4M3, (8, 1), False, True),
+        ("f32 with a scale", "as in the file", "linear", F32, None, False, False),
+        ("e4m3", "bf16 or quantised", "linear", E4M3, None, True, False),
+        ("e4m3", "bf16 or quantised", "fp8_product", E4M3, (8, 1), True, False),
+        ("e4m3", "as in the file", "other", BF16, None, False, False),
+        ("e4m3", "bf16", "linear", BF16, None, False, False),
+        ("e5m2", "bf16 or quantised", "fp8_product", E4M3, (8, 1), False, True),
+        ("scaled e4m3", "as in the file", "linear", E4M3, (), True, False),
+        ("scaled e4m3", "as in the file", "fp8_product", E4M3, (8, 1), True, False),
+        ("scaled e5m2", "bf16", "linear", BF16, None, False, False),
+        ("Q8_0", "bf16 or quantised", "linear", torch.uint8, None, True, False),
+        ("Q8_0", "as in the file", "other", F32, None, False, False),
+        ("Q4_K", "bf16 or quantised", "fp8_product", E4M3, (8, 1), False, True),
+        ("Q4_K", "bf16", "linear", BF16, None, False, False),
+    ],
+)
+def test_the_form_of(file, types, use, dtype, scale, unchanged, rounded):
+    plan = plan_storage(FILES[file], spec(types), use)
+    assert (plan.dtype, plan.scale, plan.unchanged, plan.rounded_to_fp8) == (dtype, scale, unchanged, rounded)
+    assert plan.linear == (use != "other")
+
+
+@pytest.mark.parametrize("file", ["f32", "scaled e4m3", "Q8_0"])
+def test_values_are_rounded_once(file):
+    """From float32 where the target is fp8; in the target's type, as ComfyUI does, where fp8 is converted."""
+    info = FILES[file]
+    raw = raw_of(info)
+    exact = plan_storage(info, spec("as in the file"), "linear").load(raw).dequantise()
+    assert torch.equal(plan_storage(info, spec("e5m2"), "linear").load(raw).data.float(), exact.to(E5M2).float())
+    assert torch.equal(plan_storage(info, spec("bf16"), "linear").load(raw).data, exact.bfloat16())
