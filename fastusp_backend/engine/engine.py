@@ -12,7 +12,6 @@ from ..comm.transport import Transport
 from ..config import Layout, ModelSpec, Settings
 from ..models.family import Config, Transformer
 from ..models.products import check_fp8_products, check_fp8_sizes
-from .batch import BatchedDenoiser
 from .denoiser import Denoiser
 from .loading import Checkpoint
 from .parking import HostShare, held_bytes
@@ -33,7 +32,7 @@ class Engine:
         self._resident_bytes = 0
         self._described: Checkpoint | None = None
         self._meshes: dict[Layout, tuple[Mesh, Transport]] = {}
-        self._denoiser: tuple[Layout, Settings, BatchedDenoiser] | None = None
+        self._denoiser: tuple[Layout, Settings, Denoiser] | None = None
         self._transport: Transport | None = None  # of the last layout
         self._rank, self._ranks = world()
         self._owners: list[int] = []  # of the resident model's modulations
@@ -142,7 +141,7 @@ class Engine:
         _, transport = self.mesh(layout)
         transport.wire(settings.wire)
 
-    def denoiser(self, layout: Layout, settings: Settings) -> BatchedDenoiser:
+    def denoiser(self, layout: Layout, settings: Settings) -> Denoiser:
         """The resident model under a layout and options; the last one asked for is kept, with its graphs. Collective
         before `connect`.
 
@@ -157,8 +156,8 @@ class Engine:
             wire = transport.wire(settings.wire)
             log.info("%s over %s, sending %s values", layout, transport, wire)
             dtype = getattr(torch, self._spec.compute)
-            denoiser = Denoiser(self._model, mesh, transport, settings, dtype)
-            self._denoiser = layout, settings, BatchedDenoiser(denoiser, self._owners)
+            denoiser = Denoiser(self._model, mesh, transport, settings, dtype, self._owners)
+            self._denoiser = layout, settings, denoiser
         return self._denoiser[2]
 
     def park(self) -> None:

@@ -66,7 +66,7 @@ class ModulationTable:
         self._add(wanted, prompts, mine)
         return [[self._rows[prompt][key] for key in keys] for prompt, keys in zip(prompts, wanted, strict=True)]
 
-    def reserve(self, evaluations: int, prompts: Sequence[Prompt], mine: Sequence[slice]) -> torch.Tensor:
+    def probe_memory(self, evaluations: int, prompts: Sequence[Prompt], mine: Sequence[slice]) -> torch.Tensor:
         """Tries whether the rows of so many evaluations find their memory; what is returned stands for those that are
         kept. Raises torch.OutOfMemoryError."""
         counts = [min(evaluations + len(self._zero(prompt)), KEPT_ROWS) for prompt in prompts]

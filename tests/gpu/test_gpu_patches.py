@@ -32,16 +32,16 @@ def test_captured_graphs_see_patches(tmp_path, storage):
     engine.make_room()
     engine.load()
     given = inputs(SMALL, text=24, size=(16, 12), seed=3)
-    x, *prompt = (t.cuda() for t in (given.x, given.context, given.y, given.guidance))
-    conditioning = Prompt(*prompt)
+    x, *tensors = (t.cuda() for t in (given.x, given.context, given.y, given.guidance))
+    prompt = Prompt(*tensors)
 
     def evaluate(settings=FAST) -> torch.Tensor:
-        denoiser = engine.denoiser(Layout(ulysses=1, ring=1), settings).denoiser
-        return denoiser(x, given.timestep, conditioning).float().clone()
+        (velocity,) = engine.denoiser(ONE, settings)(x, given.timestep, [prompt], lambda: None)
+        return velocity.float()
 
     for _ in range(3):
         plain = evaluate()
-    step = next(iter(engine.denoiser(Layout(ulysses=1, ring=1), FAST).denoiser._steps.values()))
+    step = next(iter(engine.denoiser(ONE, FAST)._steps.values()))
     graph, compiled = step._graph, torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graph is not None
     weights = {name: (p.data_ptr(), p.clone()) for name, p in engine._model.named_parameters()}
@@ -74,14 +74,14 @@ def test_packed_weights_are_captured_again_with_their_factors(tmp_path):
     engine.make_room()
     engine.load()
     given, nbytes = inputs(SMALL, text=24, size=(16, 12), seed=3), engine.nbytes
-    x, *prompt = (t.cuda() for t in (given.x, given.context, given.y, given.guidance))
-    conditioning = Prompt(*prompt)
+    x, *tensors = (t.cuda() for t in (given.x, given.context, given.y, given.guidance))
+    prompt = Prompt(*tensors)
 
     def evaluate(settings=FAST) -> torch.Tensor:
         """The last of three: eager, captured, replayed."""
         for _ in range(3):
-            velocity = engine.denoiser(ONE, settings).denoiser(x, given.timestep, conditioning)
-        return velocity.float().clone()
+            (velocity,) = engine.denoiser(ONE, settings)(x, given.timestep, [prompt], lambda: None)
+        return velocity.float()
 
     plain = evaluate()
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -94,7 +94,7 @@ def test_packed_weights_are_captured_again_with_their_factors(tmp_path):
         want = value + strength * (up.cuda() @ down.cuda())
         torch.testing.assert_close(layer.stored.values(torch.bfloat16).float(), want, rtol=2**-8, atol=5e-2)
         got = evaluate()
-        (step,) = engine.denoiser(ONE, FAST).denoiser._steps.values()
+        (step,) = engine.denoiser(ONE, FAST)._steps.values()
         assert step.captured and relative_difference(got, plain) > 0.01
         assert engine.nbytes == nbytes + 2 * 4 * (1536 + 512)
     assert relative_difference(evaluate(EAGER), got) < 0.02
@@ -112,7 +112,7 @@ def test_a_widened_input_is_captured_again(tmp_path):
     up, down, given = randn(512, 4, seed=1) * 0.5, randn(4, 128, seed=2), inputs(SMALL, text=24, size=(16, 12), seed=3)
     state = load_file(path)
     save_file(state | {key: (F.pad(state[key].float(), (0, 64)) + up @ down).bfloat16()}, wide)
-    x, *prompt = (t.cuda() for t in (given.x, given.context, given.y, given.guidance))
+    x, *tensors = (t.cuda() for t in (given.x, given.context, given.y, given.guidance))
     image = randn(*x.shape, seed=4).cuda()
 
     def loaded(file) -> Engine:
@@ -124,12 +124,12 @@ def test_a_widened_input_is_captured_again(tmp_path):
 
     def evaluate(engine: Engine, *concat: torch.Tensor) -> torch.Tensor:
         """The last of three: eager, captured, replayed."""
-        conditioning = Prompt(*prompt, *concat)
+        prompt = Prompt(*tensors, *concat)
         for _ in range(3):
-            velocity = engine.denoiser(ONE, FAST).denoiser(x, given.timestep, conditioning)
-        (step,) = engine.denoiser(ONE, FAST).denoiser._steps.values()
+            (velocity,) = engine.denoiser(ONE, FAST)(x, given.timestep, [prompt], lambda: None)
+        (step,) = engine.denoiser(ONE, FAST)._steps.values()
         assert step.captured
-        return velocity.float().clone()
+        return velocity.float()
 
     want, engine = evaluate(loaded(wide), image), loaded(path)
     plain, nbytes = evaluate(engine), engine.nbytes

@@ -152,7 +152,7 @@ def test_timestep_zero_lasts_over_more_timesteps_than_are_kept(zeroed):
     prompt = Prompt(given.context, references=(image,), reference_method="index_timestep_zero")
     steps = KEPT_ROWS + 6
     table, all_images = denoiser._modulations, [slice(None)]
-    reserved = table.reserve(2 * steps, [prompt], all_images).nbytes
+    reserved = table.probe_memory(2 * steps, [prompt], all_images).nbytes
     denoiser.prepare([0.5 + n / 200 for n in range(steps)], [prompt])
     for timestep in torch.linspace(0.4, 0.1, steps).unsqueeze(1):
         memory = {

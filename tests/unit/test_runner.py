@@ -199,7 +199,7 @@ def test_what_was_prepared_is_gone_when_evaluations_are_dropped():
         def check(self, *_):
             pass
 
-        reserve = check
+        probe_memory = check
 
     class LateCrew(Crew):
         def all_gather(self, text):
@@ -222,7 +222,7 @@ def test_a_lack_of_memory_within_an_evaluation_ends_the_pool_and_says_why():
         def check(self, *_):
             pass
 
-        reserve = check
+        probe_memory = check
         __call__ = fail(torch.OutOfMemoryError(CUDA_ALLOCATOR))
 
     engine = Engine()
