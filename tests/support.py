@@ -87,7 +87,7 @@ class OneRank(Denoiser):
     ):
         mesh = single_rank_mesh(torch.device(device))
         super().__init__(model, mesh, Transport(mesh), settings or Settings(), dtype)
-        self.model, self.steps = model, self._steps
+        self.model, self.evaluations = model, self._evaluations
 
     def __call__(self, x, timestep, prompt: Prompt, control: Residuals = NO_RESIDUALS) -> torch.Tensor:
         (velocity,) = super().__call__(x, timestep, [prompt], lambda: None, control)

@@ -6,7 +6,7 @@ guided step on two ranks takes the time of one evaluation on one rank, which sha
 step of one evaluation has nothing to divide: there all ranks share its sequence.
 
 What does not change from step to step is computed once: a prompt's text tokens and the patches of its references here,
-its modulations in modulations.py, buffers and graphs of a shape in step.py.
+its modulations in modulations.py, buffers and graphs of a shape in evaluation.py.
 """
 
 import weakref
@@ -27,11 +27,11 @@ from ..models.patchify import patch_grid, patchify
 from ..models.segments import Segments
 from ..prompt import Prompt
 from ..pulse import USUAL_SECONDS, beat
+from .evaluation import Evaluation, PromptTensors, Shape
 from .modulations import ModulationTable
-from .step import PromptTensors, Shape, Step
 
-KEPT_STEPS = 4
-"""Shapes whose buffers and graphs are kept."""
+CACHED_EVALUATIONS = 4
+"""Shapes whose buffers and graphs are cached; the one that was used longest ago makes room."""
 WORKING_SET = 24
 """Values of the model's width per token of a rank that an evaluation has at a time, its buffers included."""
 NO_IMAGES = slice(0, 0)
@@ -59,7 +59,7 @@ class Denoiser:
         self._modulations = ModulationTable(model, dtype, owners)
         self._groups = GroupExchange(mesh.batch) if mesh.batch else None
         self._prompts: weakref.WeakKeyDictionary[Prompt, PromptTensors] = weakref.WeakKeyDictionary()
-        self._steps: OrderedDict[Shape, Step] = OrderedDict()
+        self._evaluations: OrderedDict[Shape, Evaluation] = OrderedDict()
         self._generation = transport.generation
         self._graph_memory: tuple[int, int] | None = None  # the pool that all its graphs share
 
@@ -141,23 +141,23 @@ class Denoiser:
         self, x: torch.Tensor, modulations: Sequence[torch.Tensor], prompt: Prompt, images: slice, control: Residuals
     ) -> torch.Tensor:
         """x (B, C, h, w) of the prompt's `images` -> velocity, as x, valid until the next evaluation of its shape."""
-        step = self._step(self._shape(x, prompt, control))
-        if x.is_cuda and not any(kept.captured for kept in self._steps.values()):
+        evaluation = self._evaluation(self._shape(x, prompt, control))
+        if x.is_cuda and not any(cached.captured for cached in self._evaluations.values()):
             # When its last graph is gone, nothing may be captured into memory of which some is still in use.
             self._graph_memory = torch.cuda.graph_pool_handle()
-        return step.run(x, self._tensors_of(prompt, images), modulations, control.tensors, self._graph_memory)
+        return evaluation.run(x, self._tensors_of(prompt, images), modulations, control.tensors, self._graph_memory)
 
     def _probe_evaluation(self, x: torch.Tensor, prompt: Prompt, control: Residuals) -> None:
         shape = self._shape(_flat(x), prompt, control)
-        step = self._steps.get(shape)
-        if step is not None and step.captured:
+        evaluation = self._evaluations.get(shape)
+        if evaluation is not None and evaluation.captured:
             return
         rows, columns = patch_grid(*x.shape[-2:], self._model.config.patch)
         tokens = rows * columns + shape.references.tokens
         tokens = SequenceShards(self._mesh.layout, shape.text, tokens).local
         count = WORKING_SET * len(x) * tokens * self._model.config.hidden
         torch.empty(count, dtype=self._dtype, device=x.device)  # and free it
-        if x.is_cuda and step is None:
+        if x.is_cuda and evaluation is None:
             torch.cuda.empty_cache()  # exchanges' buffers do not come from torch's cache
 
     def _shape(self, x: torch.Tensor, prompt: Prompt, control: Residuals) -> Shape:
@@ -185,15 +185,15 @@ class Denoiser:
             )
         return self._prompts[prompt]
 
-    def _step(self, shape: Shape) -> Step:
+    def _evaluation(self, shape: Shape) -> Evaluation:
         if self._transport.generation != self._generation:
-            self._steps.clear()  # their graphs hold addresses that have moved
+            self._evaluations.clear()  # their graphs hold addresses that have moved
             self._generation = self._transport.generation
-        if shape not in self._steps:
+        if shape not in self._evaluations:
             beat(USUAL_SECONDS)
-            while len(self._steps) >= KEPT_STEPS:
-                self._steps.popitem(last=False)
-            self._steps[shape] = Step(
+            while len(self._evaluations) >= CACHED_EVALUATIONS:
+                self._evaluations.popitem(last=False)
+            self._evaluations[shape] = Evaluation(
                 self._model,
                 self._mesh,
                 self._transport,
@@ -205,10 +205,10 @@ class Denoiser:
                 self._dtype,
             )
             if self._transport.generation != self._generation:
-                self._steps = OrderedDict({shape: self._steps[shape]})
+                self._evaluations = OrderedDict({shape: self._evaluations[shape]})
                 self._generation = self._transport.generation
-        self._steps.move_to_end(shape)
-        return self._steps[shape]
+        self._evaluations.move_to_end(shape)
+        return self._evaluations[shape]
 
 
 def _flat(latents: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ _KEPT = 8
 
 
 class Pace:
-    """Of the evaluations of one `Step`, which runs on `device`."""
+    """Of the evaluations of one `Evaluation`, which runs on `device`."""
 
     def __init__(self, device: torch.device):
         self._device = device

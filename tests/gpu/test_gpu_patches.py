@@ -41,8 +41,8 @@ def test_captured_graphs_see_patches(tmp_path, storage):
 
     for _ in range(3):
         plain = evaluate()
-    step = next(iter(engine.denoiser(ONE, FAST)._steps.values()))
-    graph, compiled = step._graph, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    evaluation = next(iter(engine.denoiser(ONE, FAST)._evaluations.values()))
+    graph, compiled = evaluation._graph, torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graph is not None
     weights = {name: (p.data_ptr(), p.clone()) for name, p in engine._model.named_parameters()}
     up, down = randn(1536, 4, seed=1) * 0.5, randn(4, 512, seed=2)
@@ -55,7 +55,7 @@ def test_captured_graphs_see_patches(tmp_path, storage):
         torch.testing.assert_close(parameter.float(), want, rtol=2**-8, atol=1e-5)
         got = evaluate()
         assert relative_difference(got, plain) > 0.01
-    assert step._graph is graph and torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
+    assert evaluation._graph is graph and torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
     engine.patch({KEY: ()}, {}, base=2, number=0)
     assert torch.equal(evaluate(), plain)
     for name, parameter in engine._model.named_parameters():
@@ -94,8 +94,8 @@ def test_packed_weights_are_captured_again_with_their_factors(tmp_path):
         want = value + strength * (up.cuda() @ down.cuda())
         torch.testing.assert_close(layer.stored.values(torch.bfloat16).float(), want, rtol=2**-8, atol=5e-2)
         got = evaluate()
-        (step,) = engine.denoiser(ONE, FAST)._steps.values()
-        assert step.captured and relative_difference(got, plain) > 0.01
+        (evaluation,) = engine.denoiser(ONE, FAST)._evaluations.values()
+        assert evaluation.captured and relative_difference(got, plain) > 0.01
         assert engine.nbytes == nbytes + 2 * 4 * (1536 + 512)
     assert relative_difference(evaluate(EAGER), got) < 0.02
     assert torch.equal(evaluate(), got)  # with graphs to drop
@@ -127,8 +127,8 @@ def test_a_widened_input_is_captured_again(tmp_path):
         prompt = Prompt(*tensors, *concat)
         for _ in range(3):
             (velocity,) = engine.denoiser(ONE, FAST)(x, given.timestep, [prompt], lambda: None)
-        (step,) = engine.denoiser(ONE, FAST)._steps.values()
-        assert step.captured
+        (evaluation,) = engine.denoiser(ONE, FAST)._evaluations.values()
+        assert evaluation.captured
         return velocity.float()
 
     want, engine = evaluate(loaded(wide), image), loaded(path)

@@ -8,7 +8,7 @@ from support import OneRank, inputs, randn
 
 from fastusp_backend.config import Layout
 from fastusp_backend.engine import denoiser as denoisers
-from fastusp_backend.engine.denoiser import KEPT_STEPS, NO_IMAGES, WORKING_SET, Denoiser
+from fastusp_backend.engine.denoiser import CACHED_EVALUATIONS, NO_IMAGES, WORKING_SET, Denoiser
 from fastusp_backend.models.synthetic import TINY_FLUX
 from fastusp_backend.prompt import Prompt
 
@@ -29,10 +29,10 @@ def evaluate(one_rank: OneRank, rows: int) -> torch.Tensor:
 
 
 def test_the_shape_that_was_used_longest_ago_makes_room(one_rank):
-    first, *others = range(2, 2 * KEPT_STEPS + 2, 2)
+    first, *others = range(2, 2 * CACHED_EVALUATIONS + 2, 2)
     for rows in (first, *others, first, 20):
         evaluate(one_rank, rows)
-    assert [shape.x[-1] for shape in one_rank.steps] == [*others[1:], first, 20]
+    assert [shape.x[-1] for shape in one_rank.evaluations] == [*others[1:], first, 20]
 
 
 @pytest.mark.parametrize("batch, size, text, references", [(1, (4, 6), 3, 0), (3, (4, 6), 3, 0), (2, (8, 5), 5, 8)])
@@ -68,7 +68,7 @@ class OneBuffer:
 def test_each_prompt_has_a_velocity_of_its_own_and_is_asked_for(one_rank, monkeypatch, count):
     """Of prompts of one length, as cond and uncond often are, too; a cancel is heard between any two of them."""
     calls, given = [], inputs(TINY_FLUX, text=2, size=(2, 2))
-    monkeypatch.setattr(denoisers, "Step", lambda *_: OneBuffer(calls, given.x))
+    monkeypatch.setattr(denoisers, "Evaluation", lambda *_: OneBuffer(calls, given.x))
     prompts = [Prompt(given.context + n, given.y, given.guidance) for n in range(count)]
     velocities = Denoiser.__call__(one_rank, given.x, given.timestep, prompts, lambda: calls.append("ask"))
     assert calls == [word for prompt in prompts for word in ("ask", one_rank._prompts[prompt])]
