@@ -44,21 +44,21 @@ def test_captured_graphs_see_patches(tmp_path, storage):
     evaluation = next(iter(engine.denoiser(ONE, FAST)._evaluations.values()))
     graph, compiled = evaluation._graph, torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graph is not None
-    weights = {name: (p.data_ptr(), p.clone()) for name, p in engine._model.named_parameters()}
+    weights = {name: (p.data_ptr(), p.clone()) for name, p in engine._resident.model.named_parameters()}
     up, down = randn(1536, 4, seed=1) * 0.5, randn(4, 512, seed=2)
     lora = {"kind": "lora", "tensors": {"up": "u", "down": "d"}}
     for number, strength in ((1, 1.0), (2, -0.5)):
         patches = {KEY: (WeightPatch(strength=strength, **lora),)}
         engine.patch(patches, {"u": up, "d": down}, base=number - 1, number=number)
         want = load_file(path)[KEY].cuda().float() + strength * (up.cuda() @ down.cuda())
-        parameter = dict(engine._model.named_parameters())["double_blocks.0.img.attn.qkv.weight"]
+        parameter = dict(engine._resident.model.named_parameters())["double_blocks.0.img.attn.qkv.weight"]
         torch.testing.assert_close(parameter.float(), want, rtol=2**-8, atol=1e-5)
         got = evaluate()
         assert relative_difference(got, plain) > 0.01
     assert evaluation._graph is graph and torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
     engine.patch({KEY: ()}, {}, base=2, number=0)
     assert torch.equal(evaluate(), plain)
-    for name, parameter in engine._model.named_parameters():
+    for name, parameter in engine._resident.model.named_parameters():
         address, value = weights[name]
         assert parameter.data_ptr() == address and torch.equal(parameter, value), name
     engine.patch({KEY: (WeightPatch(strength=-0.5, **lora),)}, {"u": up, "d": down}, base=0, number=3)
@@ -85,7 +85,7 @@ def test_packed_weights_are_captured_again_with_their_factors(tmp_path):
 
     plain = evaluate()
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    layer = engine._model.double_blocks[0].img.attn.qkv
+    layer = engine._resident.model.double_blocks[0].img.attn.qkv
     packed = layer.weight.clone()
     up, down = randn(1536, 4, seed=1) * 0.5, randn(4, 512, seed=2)
     for number, strength in ((1, 1.0), (2, -0.5)):

@@ -1,20 +1,24 @@
 """What an engine holds when loading fails: the old model where nothing was begun, and no quiet failure where the ranks
 read together."""
 
+import gc
 import os
+import weakref
 from dataclasses import replace
 
 import msgspec
 import pytest
 import torch
 from formats import write
-from support import SMALL, spec_of
+from support import SMALL, inputs, spec_of
 
+from fastusp_backend.config import Layout, Settings
 from fastusp_backend.engine import Engine, loading
 from fastusp_backend.engine import engine as engine_module
 from fastusp_backend.engine.loading import Checkpoint
 from fastusp_backend.errors import CheckpointError
 from fastusp_backend.models.synthetic import write_flux
+from fastusp_backend.prompt import Prompt
 from fastusp_backend.weights import reading
 
 pytestmark = pytest.mark.unit
@@ -68,6 +72,22 @@ def test_another_model_replaces_the_resident_one(engine, specs):
     assert engine.holds(specs[1]) and not engine.holds(specs[0])
     engine.release()
     assert not engine.holds(specs[1])
+
+
+def test_a_released_models_memory_is_free_at_once(engine):
+    """Not when a cycle is collected: the next model has no room beside it."""
+    given = inputs(MINI, text=2, size=(4, 4))
+    denoiser = engine.denoiser(Layout(ulysses=1, ring=1), Settings())
+    denoiser(given.x, given.timestep, [Prompt(given.context, given.y, given.guidance)], lambda: None)
+    gc.collect()
+    gc.disable()
+    try:
+        there = [weakref.ref(it) for it in (denoiser, engine._resident.model)]
+        del denoiser
+        engine.release()
+        assert [it() for it in there] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_a_failure_while_ranks_read_together_ends_the_rank(engine, specs, monkeypatch):
