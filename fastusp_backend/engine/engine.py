@@ -38,7 +38,7 @@ class Engine:
 
     @property
     def spec(self) -> ModelSpec | None:
-        """The resident model, parked or not."""
+        """What the resident model was made from; None without one."""
         return self._resident.spec if self._resident else None
 
     @property
@@ -60,7 +60,8 @@ class Engine:
         """The number of the patch set that the weights hold: 0 for none, None where it is not known."""
         return self._resident.patched.number if self._resident else None
 
-    def holds(self, spec: ModelSpec) -> bool:
+    def is_resident(self, spec: ModelSpec) -> bool:
+        """Whether the resident model is that of `spec`, parked or not."""
         return self.spec == spec
 
     def mesh(self, layout: Layout) -> tuple[Mesh, Transport]:
@@ -74,7 +75,7 @@ class Engine:
     def describe(self, spec: ModelSpec) -> Config:
         """What the model of `spec` is, by its file's header alone. Raises CheckpointError, as `check_file` too, or
         ValueError for products that this device does not have; nothing has changed then."""
-        if self.holds(spec):
+        if self.is_resident(spec):
             self.check_file()
             return self._resident.model.config
         if spec.linear == "fp8":
@@ -128,8 +129,8 @@ class Engine:
         transport.wire(settings.wire)
 
     def denoiser(self, layout: Layout, settings: Settings) -> Denoiser:
-        """The resident model under a layout and options; the last one asked for is kept, with its graphs. Collective
-        before `connect`.
+        """The resident model under a layout and options; the last one asked for is cached, with its graphs.
+        Collective before `connect`.
 
         Raises ValueError for options this device does not have.
         """
@@ -165,17 +166,17 @@ class Engine:
         """Drops buffers, graphs and what was computed of prompts; the weights stay."""
         if self._resident is not None:
             self._resident.denoiser = None
-        self._give_back()
+        self._free_caches()
 
     def release(self) -> None:
         """Drops the resident model and gives its memory back."""
         if self._resident is not None:
             self._resident.close()
         self._resident = self._described = None
-        self._give_back()
+        self._free_caches()
 
-    def held(self) -> str:
-        """What this rank's memory holds, for people to read."""
+    def memory_report(self) -> str:
+        """What this rank's memory is used for, for people to read."""
         weights = 0 if self.parked else self.nbytes
         text = f"{weights / 1e9:.1f} GB of weights"
         if self.device.type == "cuda":
@@ -190,7 +191,7 @@ class Engine:
             raise RuntimeError("no model is loaded")
         return self._resident
 
-    def _give_back(self) -> None:
+    def _free_caches(self) -> None:
         if self.device.type == "cuda":
             torch._C._cuda_clearCublasWorkspaces()  # 32 MiB for each stream on Hopper; no graph refers to them any more
             torch.cuda.empty_cache()

@@ -8,7 +8,7 @@ from ..config import Layout, ModelSpec, Settings
 from ..models.family import Transformer
 from .denoiser import Denoiser
 from .loading import Checkpoint
-from .parking import HostShare, held_bytes
+from .parking import HostShard, resident_bytes
 from .patching import PatchedWeights, Patches
 
 
@@ -28,8 +28,8 @@ class Resident:
         self.parked = False
         self.denoiser: tuple[Layout, Settings, Denoiser] | None = None
         self._mapped = device.type == "cpu"  # CPU ranks compute from the file's mapping
-        self._host = HostShare(device)
-        self._device_bytes = held_bytes(self.model)
+        self._host = HostShard(device)
+        self._device_bytes = resident_bytes(self.model)
 
     @property
     def spec(self) -> ModelSpec:
@@ -54,7 +54,7 @@ class Resident:
     ) -> tuple[int, int]:
         """Returns how many weights were restored and how many patched. Raises as `PatchedWeights.change`."""
         changed = self.patched.change(weights, tensors, base=base, number=number)
-        self._device_bytes = held_bytes(self.model)
+        self._device_bytes = resident_bytes(self.model)
         if self.denoiser is not None:
             self.denoiser[2].forget_prompts()
         return changed

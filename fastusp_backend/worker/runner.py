@@ -72,7 +72,7 @@ class Runner:
                 self._handle(message, tensors)
             except Exception as error:
                 if out := out_of_memory_in(error):
-                    raise MemoryError(explain(out, self._agreement.doing, self._engine.held())) from error
+                    raise MemoryError(explain(out, self._agreement.doing, self._engine.memory_report())) from error
                 raise
 
     def _handle(self, message: Work, tensors: Tensors) -> None:
@@ -218,7 +218,7 @@ class Runner:
 
     def _check(self, request: Request) -> None:
         check_layout(request, self._crew.size, self._engine.describe(request.model).heads)
-        patches = self._engine.patches if self._engine.holds(request.model) else 0
+        patches = self._engine.patches if self._engine.is_resident(request.model) else 0
         if patches != request.patches:
             raise PatchesLost(f"the weights hold patch set {patches}, not {request.patches}")
 

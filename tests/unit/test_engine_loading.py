@@ -53,7 +53,7 @@ def test_a_file_refused_by_its_header_leaves_the_resident_model(engine, specs):
         engine.describe(specs[1])
     with pytest.raises(CheckpointError):
         engine.describe(spec_of(specs[1].path))
-    assert engine.holds(specs[0])
+    assert engine.is_resident(specs[0])
 
 
 def test_layers_that_gpus_cannot_multiply_in_fp8_are_refused_by_the_header(engine, specs, monkeypatch, tmp_path):
@@ -64,14 +64,14 @@ def test_layers_that_gpus_cannot_multiply_in_fp8_are_refused_by_the_header(engin
     engine.device = torch.device("cuda")
     with pytest.raises(ValueError, match="linear = 'fp8' needs layers .* multiples of 16.* 264"):
         engine.describe(odd)
-    assert engine.holds(specs[0])
+    assert engine.is_resident(specs[0])
 
 
 def test_another_model_replaces_the_resident_one(engine, specs):
     load(engine, specs[1])
-    assert engine.holds(specs[1]) and not engine.holds(specs[0])
+    assert engine.is_resident(specs[1]) and not engine.is_resident(specs[0])
     engine.release()
-    assert not engine.holds(specs[1])
+    assert not engine.is_resident(specs[1])
 
 
 def test_a_released_models_memory_is_free_at_once(engine):
@@ -105,7 +105,7 @@ def test_a_failure_while_ranks_read_together_ends_the_rank(engine, specs, monkey
         with pytest.raises(RuntimeError, match=f"when the ranks had begun: {error}") as fatal:
             engine.load()
         assert type(fatal.value) is RuntimeError
-        assert not engine.holds(specs[1]) and not engine.holds(specs[0])
+        assert not engine.is_resident(specs[1]) and not engine.is_resident(specs[0])
 
 
 def test_a_file_that_changes_while_ranks_read_together_ends_none(engine, specs, monkeypatch):
@@ -123,7 +123,7 @@ def test_a_file_that_changes_while_ranks_read_together_ends_none(engine, specs, 
     monkeypatch.setattr(engine._described, "read", meanwhile)
     with pytest.raises(CheckpointError, match="was changed since it was loaded"):
         engine.load()
-    assert not engine.holds(specs[1])
+    assert not engine.is_resident(specs[1])
 
 
 @pytest.mark.parametrize(

@@ -23,15 +23,15 @@ def test_only_the_tensors_bytes_are_parked(tmp_path):
         file.truncate(10 * plain.stat().st_size)
     model = load_model(spec_of(plain), CPU)
     size = sum(p.nbytes for p in model.parameters())
-    assert parking.held_bytes(model) == size
+    assert parking.resident_bytes(model) == size
     before = {name: p.clone() for name, p in model.named_parameters()}
-    share = parking.HostShare(CPU)
-    share.park(model)
-    assert size <= share.nbytes < size + 256 * len(before) and not any(p.numel() for p in model.parameters())
-    share.reserve()
-    share.fetch()
+    shard = parking.HostShard(CPU)
+    shard.park(model)
+    assert size <= shard.nbytes < size + 256 * len(before) and not any(p.numel() for p in model.parameters())
+    shard.reserve()
+    shard.fetch()
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    assert parking.held_bytes(model) == size
+    assert parking.resident_bytes(model) == size
 
 
 def test_tensors_that_overlap_or_are_strided_come_back_as_they_were():
@@ -41,11 +41,11 @@ def test_tensors_that_overlap_or_are_strided_come_back_as_they_were():
     for i, part in enumerate([*parts, memory[10:110]]):
         model.register_buffer(f"b{i}", part)
     before = [b.clone() for b in model.buffers()]
-    assert parking.held_bytes(model) == 4 * (150 + 91)
-    share = parking.HostShare(CPU)
-    share.park(model)
-    share.reserve()
-    share.fetch()
+    assert parking.resident_bytes(model) == 4 * (150 + 91)
+    shard = parking.HostShard(CPU)
+    shard.park(model)
+    shard.reserve()
+    shard.fetch()
     assert all(torch.equal(now, then) for now, then in zip(model.buffers(), before, strict=True))
     model.b0[99] = -1  # 49 values into b1
     assert model.b1[9, 4] == -1 and model.b4[99] == -1
@@ -71,20 +71,20 @@ def test_tensors_that_merely_touch_stay_apart():
 
 @pytest.mark.parametrize("ranks", [1, 4])
 @pytest.mark.parametrize("room, parks", [(1.05, True), (0.9, False)])
-def test_the_host_must_have_room_for_all_ranks_shares(monkeypatch, ranks, room, parks):
+def test_the_host_must_have_room_for_all_ranks_shards(monkeypatch, ranks, room, parks):
     """They ask at the same time, each before the others have taken theirs."""
-    model, share = nn.Module(), parking.HostShare(CPU)
+    model, shard = nn.Module(), parking.HostShard(CPU)
     model.register_buffer("b", torch.arange(40_000, dtype=torch.float32))
     before, size = model.b.clone(), model.b.nbytes
-    share._ranks = ranks
+    shard._ranks = ranks
     monkeypatch.setattr(parking, "available", lambda: int(room * size))
     if parks:
-        share.park(model)
-        assert share.nbytes * ranks < 1.05 * size and not model.b.numel()
+        shard.park(model)
+        assert shard.nbytes * ranks < 1.05 * size and not model.b.numel()
     else:
         with pytest.raises(MemoryError, match="0.0 GB of host memory are needed to park the weights"):
-            share.park(model)
-        assert torch.equal(model.b, before) and not share.nbytes
+            shard.park(model)
+        assert torch.equal(model.b, before) and not shard.nbytes
 
 
 GB = 10**9

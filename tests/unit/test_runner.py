@@ -70,7 +70,7 @@ class Engine:
         self._describe, self.load = describe, load
         self.meshes = self.releases = self.drops = 0
 
-    def holds(self, spec):
+    def is_resident(self, spec):
         return False
 
     def describe(self, spec):
@@ -86,7 +86,7 @@ class Engine:
     def drop_evaluations(self):
         self.drops += 1
 
-    def held(self):
+    def memory_report(self):
         return "9 GB of weights"
 
     def connect(self, layout, settings):
