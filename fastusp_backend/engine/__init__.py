@@ -1,4 +1,4 @@
-"""The denoise step: what one evaluation of the model is on the ranks of a layout."""
+"""The model that is resident on the ranks, and its evaluations under a layout."""
 
 from .denoiser import Denoiser
 from .engine import Engine

@@ -85,7 +85,7 @@ class Denoiser:
 
     def prepare(self, timesteps: list[float], prompts: Sequence[Prompt]) -> None:
         """Computes the modulations of all of these timesteps, in one product per layer and one gather for up to
-        `AT_ONCE` rows. Collective over all ranks."""
+        `modulations.ROWS_AT_ONCE` rows. Collective over all ranks."""
         self._modulations.prepare(timesteps, prompts, self.shares(prompts))
 
     def probe_memory(
