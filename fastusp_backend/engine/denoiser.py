@@ -69,7 +69,8 @@ class Denoiser:
             self._model.check(x, prompt)
             if problem := check_control(x, prompt, control, self._model.config):
                 raise RequestError(problem)
-        groups, count = self._mesh.layout.batch, len(prompts) if len(prompts) > 1 else len(x)
+        groups = self._mesh.layout.batch
+        count = len(prompts) if len(prompts) > 1 else len(x)
         if count % groups:
             raise RequestError(f"{groups} batch groups do not divide {count} evaluations a step")
 
@@ -201,7 +202,6 @@ class Denoiser:
                 self._settings,
                 self._segments,
                 shape,
-                self._mesh.device,
                 self._dtype,
             )
             if self._transport.generation != self._generation:

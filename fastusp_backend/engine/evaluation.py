@@ -73,10 +73,9 @@ class Evaluation:
         settings: Settings,
         segments: Segments,
         shape: Shape,
-        device: torch.device,
         dtype: torch.dtype,
     ):
-        config, references = model.config, shape.references
+        config, references, device = model.config, shape.references, mesh.device
         batch, channels, *size = shape.x
         self._model, self._mesh, self._segments, self._size = model, mesh, segments, size
         self._patch = patch = config.patch
