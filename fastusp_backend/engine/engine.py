@@ -57,7 +57,7 @@ class Engine:
 
     @property
     def patches(self) -> int | None:
-        """The number of the patch set that the weights hold: 0 for none, None where it is not known."""
+        """The number of the patch set that is in the weights: 0 for none, None where it is not known."""
         return self._resident.patched.number if self._resident else None
 
     def is_resident(self, spec: ModelSpec) -> bool:
