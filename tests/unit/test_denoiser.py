@@ -1,5 +1,6 @@
 """What an evaluation keeps and asks for: buffers by shape, memory before it begins, a word before each evaluation."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -49,6 +50,24 @@ def test_memory_is_tried_for_every_image_and_token(one_rank, monkeypatch, batch,
     patches = -(-size[0] // 2) * -(-size[1] // 2) + references
     local = -(-text // ranks) + -(-patches // ranks)
     assert (WORKING_SET * batch * local * HIDDEN,) in asked
+
+
+def test_memory_of_the_modulations_is_allocated_while_an_evaluations_is_tried(one_rank, monkeypatch):
+    given, made, make = inputs(TINY_FLUX, text=2, size=(2, 2), batch=3), {}, torch.empty
+    prompt, width = Prompt(given.context, given.y, given.guidance), one_rank.model.modulation_width
+    rows, working_set = 5 * 3 * width, WORKING_SET * 3 * (2 + 1) * HIDDEN
+    there = []
+
+    def empty(count, **more):
+        if count == working_set:
+            there.append(made[rows]() is not None)
+        tensor = make(0, **more)
+        made[count] = weakref.ref(tensor)
+        return tensor
+
+    monkeypatch.setattr(denoisers.torch, "empty", empty)
+    one_rank.probe_memory(given.x, [prompt], evaluations=5)
+    assert there == [True] and made[rows]() is None
 
 
 class OneBuffer:
