@@ -57,7 +57,7 @@ class Denoiser:
         _, self._attend = choose(settings.attention, mesh.device, dtype)
         self._segments = Segments(mesh.device, fused=settings.compile, fp8=settings.linear == "fp8")
         self._modulations = ModulationTable(model, dtype, owners)
-        self._groups = GroupExchange(mesh.batch) if mesh.batch else None
+        self._batch_exchange = GroupExchange(mesh.batch) if mesh.batch else None
         self._prompts: weakref.WeakKeyDictionary[Prompt, PromptTensors] = weakref.WeakKeyDictionary()
         self._evaluations: OrderedDict[Shape, Evaluation] = OrderedDict()
         self._generation = transport.generation
@@ -126,10 +126,11 @@ class Denoiser:
             mine = x[images]
             velocity = self._evaluate(_flat(mine), rows, prompt, images, control.of_images(images))
             velocities.append(velocity.clone().view_as(mine))  # the next evaluation overwrites it
-        if self._groups is None:
+        if self._batch_exchange is None:
             return velocities
-        everything = self._groups.all_gather(torch.stack(velocities))()  # (groups, prompts of a group, images, ...)
-        return list(everything.flatten(0, 1)) if len(prompts) > 1 else [everything.flatten(0, 2)]
+        # (batch groups, prompts of a group, images, ...)
+        gathered = self._batch_exchange.all_gather(torch.stack(velocities))()
+        return list(gathered.flatten(0, 1)) if len(prompts) > 1 else [gathered.flatten(0, 2)]
 
     def forget_prompts(self) -> None:
         """Drops what was computed from prompts, after weights have changed; buffers and graphs stay. All ranks drop
