@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import OneRank, inputs, randn
+from support import OneRank, inputs, randn, relative_difference
 
 from fastusp_backend.config import Layout
 from fastusp_backend.engine import denoiser as denoisers
 from fastusp_backend.engine.denoiser import CACHED_EVALUATIONS, NO_IMAGES, WORKING_SET, Denoiser
-from fastusp_backend.models.synthetic import TINY_FLUX
+from fastusp_backend.models.synthetic import TINY_FLUX, random_state
 from fastusp_backend.prompt import Prompt
 
 pytestmark = pytest.mark.unit
@@ -68,6 +68,19 @@ def test_memory_of_the_modulations_is_allocated_while_an_evaluations_is_tried(on
     monkeypatch.setattr(denoisers.torch, "empty", empty)
     one_rank.probe_memory(given.x, [prompt], evaluations=5)
     assert there == [True] and made[rows]() is None
+
+
+@pytest.mark.parametrize("layer", ["txt_in.weight", "final_layer.adaLN_modulation.1.weight"])
+def test_what_was_computed_of_prompts_is_dropped_when_weights_have_changed(one_rank, layer):
+    """The text's tokens, and modulations."""
+    one_rank.model.load_state_dict(random_state(one_rank.model, seed=0, dtype=torch.float32))
+    given, key = inputs(TINY_FLUX, text=2, size=(2, 4)), one_rank.model.module_key(layer)
+    prompt = Prompt(given.context, given.y, given.guidance)
+    before = one_rank(given.x, given.timestep, prompt)
+    one_rank.model.get_parameter(key).data.mul_(2)
+    assert torch.equal(one_rank(given.x, given.timestep, prompt), before)
+    one_rank.forget_prompts()
+    assert relative_difference(one_rank(given.x, given.timestep, prompt), before) > 1e-3
 
 
 class OneBuffer:
