@@ -20,7 +20,7 @@ from files import write_model
 
 from fastusp_backend.config import ModelSpec
 from fastusp_backend.engine.checkpoint import Checkpoint
-from fastusp_backend.engine.parking import HostShare, held_bytes
+from fastusp_backend.engine.parking import HostShard, resident_bytes
 from fastusp_backend.models.synthetic import FLUX_DEV
 
 
@@ -31,24 +31,24 @@ def resident() -> dict[str, int]:
 
 
 def park(model: torch.nn.Module, device: torch.device, rank: int) -> None:
-    """Moves the weights to host memory and back, twice: the first time pins the memory. Compares it with a plain copy
-    of one piece of pinned memory."""
-    share = HostShare(device)
+    """To host memory and back, twice: the first time pins the memory. Beside it a plain copy of one piece of pinned
+    memory."""
+    shard = HostShard(device)
     for turn in range(2):
         seconds = []
-        for step in (share.park, share.reserve, share.fetch):
+        for step in (shard.park, shard.reserve, shard.fetch):
             torch.cuda.synchronize()
             started = time.perf_counter()
-            step(*([model] if step == share.park else []))
+            step(*([model] if step == shard.park else []))
             torch.cuda.synchronize()
             seconds.append(time.perf_counter() - started)
         away, _, back = seconds
         print(
-            f"RESULT parking {turn} rank {rank}: {share.nbytes / 1e9:.2f} GB of host memory, away {away:.2f} s, back "
-            f"{sum(seconds[1:]):.2f} s (room {seconds[1]:.2f}), {share.nbytes / back / 1e9:.1f} GB/s",
+            f"RESULT parking {turn} rank {rank}: {shard.nbytes / 1e9:.2f} GB of host memory, away {away:.2f} s, back "
+            f"{sum(seconds[1:]):.2f} s (room {seconds[1]:.2f}), {shard.nbytes / back / 1e9:.1f} GB/s",
             flush=True,
         )
-    share.close()
+    shard.close()
     pinned = torch.empty(1 << 30, dtype=torch.uint8, pin_memory=True)
     target = torch.empty_like(pinned, device=device)
     target.copy_(pinned)
@@ -100,11 +100,11 @@ def main() -> None:
         read = time.perf_counter()
         after, peak = resident(), torch.cuda.max_memory_allocated()
         grown = {name: (after[name] - before[name]) / 2**20 for name in after}
-        held = held_bytes(model)
+        loaded = resident_bytes(model)
         print(
             f"RESULT turn {turn} rank {rank}: {read - started:6.2f} s (header {described - started:.2f}, room "
             f"{allocated - described:.2f}), {size / (read - allocated) / 1e9:5.1f} GB/s; RSS {grown['VmRSS']:+.0f} "
-            f"MiB, anonymous {grown['RssAnon']:+.0f}, its peak {grown['VmHWM']:+.0f}; GPU weights {held / 2**30:.2f} "
+            f"MiB, anonymous {grown['RssAnon']:+.0f}, its peak {grown['VmHWM']:+.0f}; GPU weights {loaded / 2**30:.2f} "
             f"GiB, peak {peak / 2**30:.2f}",
             flush=True,
         )

@@ -11,7 +11,7 @@ from variants import VARIANTS, Variant
 from fastusp_backend.comm.mesh import Mesh, make_mesh, single_rank_mesh
 from fastusp_backend.comm.transport import Transport
 from fastusp_backend.config import Layout
-from fastusp_backend.engine import BatchedDenoiser, Denoiser
+from fastusp_backend.engine import Denoiser
 from fastusp_backend.models.family import Transformer
 from fastusp_backend.weights.stored import Stored
 
@@ -24,8 +24,8 @@ def evaluation(model: Transformer, mesh: Mesh, transport: Transport, variant: Va
         model = held_by_rows(model)
     if variant.storage:
         model = held(model, lambda stored: STORAGES[variant.storage](stored.data))
-    batched = BatchedDenoiser(Denoiser(model, mesh, transport, variant.settings, dtype))
-    batched.check(given.x, given.prompts)
+    denoiser = Denoiser(model, mesh, transport, variant.settings, dtype)
+    denoiser.check(given.x, given.prompts)
     timesteps = given.timestep[None].to(given.x.device)
 
     @torch.inference_mode()
@@ -34,7 +34,7 @@ def evaluation(model: Transformer, mesh: Mesh, transport: Transport, variant: Va
             for prompt in given.prompts:
                 active = model.modulation_input(timesteps, prompt, dtype)
                 torch.cat([layer(active) for layer in model.modulations()], dim=-1)
-        return torch.stack(batched(given.x, given.timestep, given.prompts, lambda: None))
+        return torch.stack(denoiser(given.x, given.timestep, given.prompts, lambda: None))
 
     return run
 

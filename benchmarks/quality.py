@@ -22,7 +22,7 @@ from fastusp_backend.cli.table import Column, Table
 from fastusp_backend.comm.mesh import make_mesh, single_rank_mesh
 from fastusp_backend.comm.transport import Transport
 from fastusp_backend.config import Layout, Settings
-from fastusp_backend.engine import BatchedDenoiser, Denoiser
+from fastusp_backend.engine import Denoiser
 from fastusp_backend.environment import inherited
 from fastusp_backend.models.family import Transformer
 
@@ -74,10 +74,10 @@ def rank(a: argparse.Namespace) -> None:
 
     @torch.inference_mode()
     def results(model, mesh, transport, settings: Settings) -> list[torch.Tensor]:
-        batched = BatchedDenoiser(Denoiser(model, mesh, transport, settings, dtype))
+        denoiser = Denoiser(model, mesh, transport, settings, dtype)
 
         def velocity(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-            return batched(x, timestep, [prompt], lambda: None)[0].float()
+            return denoiser(x, timestep, [prompt], lambda: None)[0].float()
 
         found = [velocity(given.x, torch.tensor([t])) for t in TIMESTEPS]
         x, sigmas = given.x.float(), torch.linspace(1, 0, a.steps + 1)

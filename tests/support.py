@@ -9,7 +9,7 @@ import torch
 from fastusp_backend.comm.mesh import single_rank_mesh
 from fastusp_backend.comm.transport import Transport
 from fastusp_backend.config import FileState, ModelSpec, Settings
-from fastusp_backend.engine import BatchedDenoiser, Denoiser
+from fastusp_backend.engine import Denoiser
 from fastusp_backend.engine.checkpoint import Checkpoint
 from fastusp_backend.models.family import NO_RESIDUALS, Config, Residuals, Transformer
 from fastusp_backend.models.flux import FluxConfig
@@ -79,15 +79,15 @@ def inputs(config: Config, *, text: int, size: tuple[int, int], batch: int = 1, 
     )
 
 
-class OneRank(BatchedDenoiser):
+class OneRank(Denoiser):
     """velocity = one_rank(x, timestep, prompt): a model on one rank, one prompt at a time."""
 
     def __init__(
         self, model: Transformer, settings: Settings | None = None, dtype: torch.dtype = torch.float32, device="cpu"
     ):
         mesh = single_rank_mesh(torch.device(device))
-        super().__init__(Denoiser(model, mesh, Transport(mesh), settings or Settings(), dtype))
-        self.model, self.steps = model, self.denoiser._steps
+        super().__init__(model, mesh, Transport(mesh), settings or Settings(), dtype)
+        self.model, self.evaluations = model, self._evaluations
 
     def __call__(self, x, timestep, prompt: Prompt, control: Residuals = NO_RESIDUALS) -> torch.Tensor:
         (velocity,) = super().__call__(x, timestep, [prompt], lambda: None, control)

@@ -1,7 +1,6 @@
-"""The denoise step: what one evaluation of the model is on the ranks of a layout."""
+"""The model that is resident on the ranks, and its evaluations under a layout."""
 
-from .batch import BatchedDenoiser
 from .denoiser import Denoiser
 from .engine import Engine
 
-__all__ = ["BatchedDenoiser", "Denoiser", "Engine"]
+__all__ = ["Denoiser", "Engine"]

@@ -1,16 +1,22 @@
-"""Evaluations of a transformer over all ranks: latents in, velocity out, both whole on every rank.
+"""One step's evaluations of a transformer over all ranks: latents in, a velocity per prompt out, whole on every rank.
 
-What does not change from step to step is computed once: a prompt's text tokens and the patches of its references, and
-its modulations (modulations.py).
+The ranks of a batch group share each sequence. Several groups evaluate different prompts (cond and uncond) or, of one
+prompt, different images of the batch: nothing travels between them per layer, they gather finished velocities. So a
+guided step on two ranks takes the time of one evaluation on one rank, which sharing each sequence does not reach. A
+step of one evaluation has nothing to divide: there all ranks share its sequence.
+
+What does not change from step to step is computed once: a prompt's text tokens and the patches of its references here,
+its modulations in modulations.py, buffers and graphs of a shape in evaluation.py.
 """
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from ..attention.local import choose
+from ..comm.collective import GroupExchange
 from ..comm.mesh import Mesh
 from ..comm.shards import SequenceShards
 from ..comm.transport import Transport
@@ -21,118 +27,189 @@ from ..models.patchify import patch_grid, patchify
 from ..models.segments import Segments
 from ..prompt import Prompt
 from ..pulse import USUAL_SECONDS, beat
-from .step import PromptTensors, Shape, Step
+from .evaluation import Evaluation, PromptTensors, Shape
+from .modulations import ModulationTable
 
-KEPT_STEPS = 4
-"""Shapes whose buffers and graphs are kept."""
+CACHED_EVALUATIONS = 4
+"""Shapes whose buffers and graphs are cached; the one that was used longest ago makes room."""
 WORKING_SET = 24
 """Values of the model's width per token of a rank that an evaluation has at a time, its buffers included."""
+NO_IMAGES = slice(0, 0)
 
 
 class Denoiser:
-    """velocity = denoiser(x, modulations, conditioning), computed by all ranks that share a sequence together."""
+    """velocities = denoiser(x, timestep, prompts, go_on, control): every prompt evaluated at the same x.
 
-    def __init__(self, model: Transformer, mesh: Mesh, transport: Transport, settings: Settings, dtype: torch.dtype):
-        self.model, self.mesh, self.transport, self.settings, self.dtype = model, mesh, transport, settings, dtype
+    A prompt always comes with as many others, so that a group evaluates the same of its images each time. owners: the
+    rank that has each of the model's modulation layers, as `ModulationTable` takes them.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        mesh: Mesh,
+        transport: Transport,
+        settings: Settings,
+        dtype: torch.dtype,
+        owners: Sequence[int] | None = None,
+    ):
+        self._model, self._mesh, self._transport, self._settings, self._dtype = model, mesh, transport, settings, dtype
         _, self._attend = choose(settings.attention, mesh.device, dtype)
         self._segments = Segments(mesh.device, fused=settings.compile, fp8=settings.linear == "fp8")
+        self._modulations = ModulationTable(model, dtype, owners)
+        self._batch_exchange = GroupExchange(mesh.batch) if mesh.batch else None
         self._prompts: weakref.WeakKeyDictionary[Prompt, PromptTensors] = weakref.WeakKeyDictionary()
-        self._steps: OrderedDict[tuple, Step] = OrderedDict()
+        self._evaluations: OrderedDict[Shape, Evaluation] = OrderedDict()
         self._generation = transport.generation
-        self._graph_memory: tuple[int, int] | None = None  # what all its graphs share
+        self._graph_memory: tuple[int, int] | None = None  # the pool that all its graphs share
 
-    def check(self, x: torch.Tensor, conditioning: Prompt, control: Residuals = NO_RESIDUALS) -> None:
-        """Raises RequestError for tensors that do not fit the model."""
-        self.model.check(x, conditioning)
-        if problem := check_control(x, conditioning, control, self.model.config):
-            raise RequestError(problem)
+    def check(self, x: torch.Tensor, prompts: Sequence[Prompt], control: Residuals = NO_RESIDUALS) -> None:
+        """Raises RequestError for tensors that do not fit the model, or that the batch groups do not divide."""
+        for prompt in prompts:
+            self._model.check(x, prompt)
+            if problem := check_control(x, prompt, control, self._model.config):
+                raise RequestError(problem)
+        groups = self._mesh.layout.batch
+        count = len(prompts) if len(prompts) > 1 else len(x)
+        if count % groups:
+            raise RequestError(f"{groups} batch groups do not divide {count} evaluations a step")
 
-    @torch.inference_mode()
+    def shares(self, prompts: Sequence[Prompt]) -> list[slice]:
+        """The images of each prompt that this group evaluates: several prompts are divided among the groups, of a
+        single one the images."""
+        groups, position = self._mesh.layout.batch, self._mesh.batch_position
+        if len(prompts) == 1 and groups > 1:
+            count = len(prompts[0].context) // groups
+            return [slice(position * count, (position + 1) * count)]
+        count = len(prompts) // groups
+        return [slice(None) if i // count == position else NO_IMAGES for i in range(len(prompts))]
+
+    def prepare(self, timesteps: list[float], prompts: Sequence[Prompt]) -> None:
+        """Computes the modulations of all of these timesteps, in one product per layer and one gather for up to
+        `modulations.ROWS_AT_ONCE` rows. Collective over all ranks."""
+        self._modulations.prepare(timesteps, prompts, self.shares(prompts))
+
+    def probe_memory(
+        self, x: torch.Tensor, prompts: Sequence[Prompt], control: Residuals = NO_RESIDUALS, *, evaluations: int = 1
+    ) -> None:
+        """Allocates, and frees again, what this group's evaluations of x take beside the modulations of `evaluations`
+        of them, while all ranks can still refuse together: within an evaluation, a rank that fails leaves the others
+        waiting. Raises torch.OutOfMemoryError."""
+        shares = self.shares(prompts)
+        _rows = self._modulations.probe_memory(evaluations, prompts, shares)  # allocated while evaluations are tried
+        for prompt, images in zip(prompts, shares, strict=True):
+            if images != NO_IMAGES:
+                self._probe_evaluation(x[images], prompt, control.of_images(images))
+
     def __call__(
         self,
         x: torch.Tensor,
-        modulations: Sequence[torch.Tensor],
-        conditioning: Prompt,
+        timestep: torch.Tensor,
+        prompts: Sequence[Prompt],
+        go_on: Callable[[], None],
         control: Residuals = NO_RESIDUALS,
+    ) -> list[torch.Tensor]:
+        """x (B, C, h, w) or (B, C, 1, h, w), timestep (B,) on the CPU -> a velocity per prompt, as x, in the compute
+        type, with one `control` for all.
+
+        go_on runs ahead of every evaluation of this group, as often on all ranks. Collective over all ranks.
+        """
+        shares = self.shares(prompts)
+        go_on()
+        modulations = self._modulations.rows(tuple(timestep.tolist()), prompts, shares)
+        velocities = []
+        for prompt, images, rows in zip(prompts, shares, modulations, strict=True):
+            if images == NO_IMAGES:
+                continue
+            if velocities:
+                go_on()
+            mine = x[images]
+            velocity = self._evaluate(_flat(mine), rows, prompt, images, control.of_images(images))
+            velocities.append(velocity.clone().view_as(mine))  # the next evaluation overwrites it
+        if self._batch_exchange is None:
+            return velocities
+        # (batch groups, prompts of a group, images, ...)
+        gathered = self._batch_exchange.all_gather(torch.stack(velocities))()
+        return list(gathered.flatten(0, 1)) if len(prompts) > 1 else [gathered.flatten(0, 2)]
+
+    def forget_prompts(self) -> None:
+        """Drops what was computed from prompts, after weights have changed; buffers and graphs stay. All ranks drop
+        alike."""
+        self._modulations.forget()
+        self._prompts.clear()
+
+    @torch.inference_mode()
+    def _evaluate(
+        self, x: torch.Tensor, modulations: Sequence[torch.Tensor], prompt: Prompt, images: slice, control: Residuals
     ) -> torch.Tensor:
-        """x (B, C, h, w) or (B, C, 1, h, w), modulations as `ModulationTable.rows` gives them -> velocity, as x, in the
-        compute type, valid until the next call."""
-        if x.dim() == 5:
-            return self(x.squeeze(2), modulations, conditioning, control).unsqueeze(2)
-        step = self._step(self._shape(x, conditioning, control))
-        if x.is_cuda and not any(kept.captured for kept in self._steps.values()):
+        """x (B, C, h, w) of the prompt's `images` -> velocity, as x, valid until the next evaluation of its shape."""
+        evaluation = self._evaluation(self._shape(x, prompt, control))
+        if x.is_cuda and not any(cached.captured for cached in self._evaluations.values()):
             # When its last graph is gone, nothing may be captured into memory of which some is still in use.
             self._graph_memory = torch.cuda.graph_pool_handle()
-        return step.run(x, self._of(conditioning), modulations, control.tensors, self._graph_memory)
+        return evaluation.run(x, self._tensors_of(prompt, images), modulations, control.tensors, self._graph_memory)
 
-    def reserve(self, x: torch.Tensor, conditioning: Prompt, control: Residuals = NO_RESIDUALS) -> None:
-        """Tries whether an evaluation of these shapes finds its memory, while all ranks can still refuse it together:
-        within one, a rank that fails leaves the others waiting. Raises torch.OutOfMemoryError."""
-        shape = self._shape(_flat(x), conditioning, control)
-        step = self._steps.get(shape)
-        if step is not None and step.captured:
+    def _probe_evaluation(self, x: torch.Tensor, prompt: Prompt, control: Residuals) -> None:
+        shape = self._shape(_flat(x), prompt, control)
+        evaluation = self._evaluations.get(shape)
+        if evaluation is not None and evaluation.captured:
             return
-        rows, columns = patch_grid(*x.shape[-2:], self.model.config.patch)
+        rows, columns = patch_grid(*x.shape[-2:], self._model.config.patch)
         tokens = rows * columns + shape.references.tokens
-        tokens = SequenceShards(self.mesh.layout, shape.text, tokens).local
-        count = WORKING_SET * len(x) * tokens * self.model.config.hidden
-        torch.empty(count, dtype=self.dtype, device=x.device)  # and free it
-        if x.is_cuda and step is None:
+        tokens = SequenceShards(self._mesh.layout, shape.text, tokens).local
+        count = WORKING_SET * len(x) * tokens * self._model.config.hidden
+        torch.empty(count, dtype=self._dtype, device=x.device)  # and free it
+        if x.is_cuda and evaluation is None:
             torch.cuda.empty_cache()  # exchanges' buffers do not come from torch's cache
 
-    def _shape(self, x: torch.Tensor, conditioning: Prompt, control: Residuals) -> Shape:
+    def _shape(self, x: torch.Tensor, prompt: Prompt, control: Residuals) -> Shape:
         return Shape(
             tuple(x.shape),
-            conditioning.context.shape[1],
-            references_of(self.model.config, conditioning),
+            prompt.context.shape[1],
+            references_of(self._model.config, prompt),
             tuple(tuple(tensor.shape) for tensor in control.tensors),
             control.input,
             control.output,
         )
 
-    def forget_prompts(self) -> None:
-        """Drops what was computed from prompts, after weights have changed. Buffers and graphs stay."""
-        self._prompts.clear()
-
-    def _of(self, conditioning: Prompt) -> PromptTensors:
-        if conditioning not in self._prompts:
+    def _tensors_of(self, prompt: Prompt, images: slice) -> PromptTensors:
+        if prompt not in self._prompts:
             beat(USUAL_SECONDS)
-            context, concat = conditioning.context, conditioning.concat
-            shards = SequenceShards(self.mesh.layout, context.shape[1], 0)
-            local = shards.take_text(context.to(self.dtype), self.mesh.sequence_position, dim=1)
-            patch = self.model.config.patch
-            patches = [patchify(_flat(latent).to(self.dtype), patch) for latent in conditioning.references]
-            self._prompts[conditioning] = PromptTensors(
-                self.model.embed_text(local),
-                None if concat is None else _flat(concat).to(self.dtype),
+            mine = prompt.of_images(images)
+            shards = SequenceShards(self._mesh.layout, mine.context.shape[1], 0)
+            local = shards.take_text(mine.context.to(self._dtype), self._mesh.sequence_position, dim=1)
+            patch = self._model.config.patch
+            patches = [patchify(_flat(latent).to(self._dtype), patch) for latent in mine.references]
+            self._prompts[prompt] = PromptTensors(
+                self._model.embed_text(local),
+                None if mine.concat is None else _flat(mine.concat).to(self._dtype),
                 torch.cat(patches, dim=1) if patches else None,
             )
-        return self._prompts[conditioning]
+        return self._prompts[prompt]
 
-    def _step(self, shape: Shape) -> Step:
-        if self.transport.generation != self._generation:
-            self._steps.clear()  # their graphs hold addresses that have moved
-            self._generation = self.transport.generation
-        if shape not in self._steps:
+    def _evaluation(self, shape: Shape) -> Evaluation:
+        if self._transport.generation != self._generation:
+            self._evaluations.clear()  # their graphs hold addresses that have moved
+            self._generation = self._transport.generation
+        if shape not in self._evaluations:
             beat(USUAL_SECONDS)
-            while len(self._steps) >= KEPT_STEPS:
-                self._steps.popitem(last=False)
-            self._steps[shape] = Step(
-                self.model,
-                self.mesh,
-                self.transport,
+            while len(self._evaluations) >= CACHED_EVALUATIONS:
+                self._evaluations.popitem(last=False)
+            self._evaluations[shape] = Evaluation(
+                self._model,
+                self._mesh,
+                self._transport,
                 self._attend,
-                self.settings,
+                self._settings,
                 self._segments,
                 shape,
-                self.mesh.device,
-                self.dtype,
+                self._dtype,
             )
-            if self.transport.generation != self._generation:
-                self._steps = OrderedDict({shape: self._steps[shape]})
-                self._generation = self.transport.generation
-        self._steps.move_to_end(shape)
-        return self._steps[shape]
+            if self._transport.generation != self._generation:
+                self._evaluations = OrderedDict({shape: self._evaluations[shape]})
+                self._generation = self._transport.generation
+        self._evaluations.move_to_end(shape)
+        return self._evaluations[shape]
 
 
 def _flat(latents: torch.Tensor) -> torch.Tensor:

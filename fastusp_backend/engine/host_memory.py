@@ -1,4 +1,5 @@
-"""Host memory that can still be had, by the system and by the control groups (cgroups) that containers limit."""
+"""Host memory that can still be allocated, by the system's account and by those of the control groups (cgroups) that
+limit containers. It has to be asked for first: Linux grants memory that it does not have, and ends processes later."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ _GROUPS = Path("/sys/fs/cgroup")
 
 
 def available() -> int | None:
-    """Bytes; None where the system does not say."""
+    """Bytes that this process can still allocate; None where the system does not say."""
     try:
         lines = _MEMINFO.read_text().splitlines()
         system = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
@@ -19,7 +20,7 @@ def available() -> int | None:
 
 
 def _left_in_groups() -> Iterator[int]:
-    """What each memory group that holds this process has left."""
+    """Bytes that each memory group which this process is in has left."""
     try:
         entries = [line.split(":", 2) for line in _OWN_GROUPS.read_text().splitlines()]
     except OSError:

@@ -1,9 +1,14 @@
-"""The modulations (adaLN outputs) of a prompt's evaluations: computed once each, on all ranks, and kept.
+"""The modulations (adaLN outputs) of a prompt's evaluations: computed once each, by all ranks together, and cached.
 
-Their layers' weights are spread over all ranks (models/ownership): each rank computes its own layers' outputs for all
-prompts of a request, an all-gather brings the others'. A rank that is alone in it would wait for ever. So what is
-missing must be the same on all ranks, also where each keeps but the rows of its own prompts or images: rows are asked
-for with the whole request, and are known by whole batches' timesteps.
+They depend on timestep, guidance and pooled text alone, so one product per layer gives those of all timesteps of a run.
+Their weights, a quarter to a third of a model, are used once a prompt then, and lie on one rank each
+(models/ownership): a rank computes its own layers' outputs for all prompts of a request, an all-gather brings the
+others'. Computing them in every evaluation, as the model is written, would take all of these weights on every rank and
+read them at every step.
+
+A rank that is alone in the gather would wait for ever. So what is missing must be the same on all ranks, also where
+each caches the rows of its own prompts or images only: rows are asked for with the whole request, and are known by
+whole batches' timesteps. Where one is missing follows from the requests alone.
 """
 
 import weakref
@@ -18,26 +23,27 @@ from ..comm.groups import world
 from ..models.family import Transformer, references_of
 from ..prompt import Prompt
 
-KEPT_ROWS = 64
-"""Evaluations whose modulations are kept per prompt: 2.1 MB each for FLUX.1, 0.2 for FLUX.2, 4.4 for Qwen-Image in
+CACHED_ROWS = 64
+"""Evaluations whose modulations are cached per prompt: 2.1 MB each for FLUX.1, 0.2 for FLUX.2, 4.4 for Qwen-Image in
 bf16, batch 1."""
-AT_ONCE = 64
-"""Rows, each for one image, that are computed and gathered at a time: 135 and 280 MB, as they are gathered and
-once more in order."""
+ROWS_AT_ONCE = 64
+"""Rows, each for one image, that are computed and gathered at a time: 135 MB of FLUX.1's, 280 of Qwen-Image's, as they
+are gathered and once more in order."""
 
 Timesteps = tuple[float, ...]
-"""Of a batch's images."""
+"""One timestep per image of the batch."""
 
 Rows = OrderedDict[Timesteps, torch.Tensor]
-"""(images, modulation_width) each; used last, dropped last."""
+"""A row (images, modulation_width) per timesteps; the one that was used longest ago makes room."""
 
 
 class ModulationTable:
     """Rows of modulations by prompt and timesteps.
 
-    owners: the rank that holds each of `model.modulations()`; None where this one holds all of them. Methods take all
-    prompts of a request, and of each the images whose rows this rank keeps, always the same of a prompt (of another
-    group's, none).
+    owners: the rank that has each of `model.modulations()`; None where this one has all of them.
+
+    Methods take all prompts of a request and, as `Denoiser.shares` gives them, the images of each whose rows this rank
+    caches: always the same of a prompt, none of another group's.
     """
 
     def __init__(self, model: Transformer, dtype: torch.dtype, owners: Sequence[int] | None):
@@ -53,62 +59,66 @@ class ModulationTable:
         self._widest, self._ranks = max(widths), ranks
         self._rows: weakref.WeakKeyDictionary[Prompt, Rows] = weakref.WeakKeyDictionary()
 
-    def prepare(self, timesteps: list[float], prompts: Sequence[Prompt], mine: Sequence[slice]) -> None:
+    def prepare(self, timesteps: list[float], prompts: Sequence[Prompt], shares: Sequence[slice]) -> None:
         """Computes the rows of these timesteps. Collective over all ranks."""
         whole = [[(t,) * len(prompt.context) for t in timesteps] for prompt in prompts]
-        wanted = [dict.fromkeys(self._zero(prompt) + keys) for prompt, keys in zip(prompts, whole, strict=True)]
-        self._add([list(keys)[:KEPT_ROWS] for keys in wanted], prompts, mine)  # later ones when they are needed
+        wanted = [dict.fromkeys(self._at_zero(prompt) + keys) for prompt, keys in zip(prompts, whole, strict=True)]
+        first = [list(keys)[:CACHED_ROWS] for keys in wanted]  # later ones when they are needed
+        self._complete(first, prompts, shares)
 
-    def rows(self, timesteps: Timesteps, prompts: Sequence[Prompt], mine: Sequence[slice]) -> list[list[torch.Tensor]]:
-        """Of each prompt the row (images, modulation_width) at these timesteps and, where its references have one of
+    def rows(
+        self, timesteps: Timesteps, prompts: Sequence[Prompt], shares: Sequence[slice]
+    ) -> list[list[torch.Tensor]]:
+        """Gives each prompt's row (images, modulation_width) at these timesteps and, where its references have one of
         their own, that. Collective over all ranks where one is missing."""
-        wanted = [[timesteps, *self._zero(prompt)] for prompt in prompts]
-        self._add(wanted, prompts, mine)
+        wanted = [[timesteps, *self._at_zero(prompt)] for prompt in prompts]
+        self._complete(wanted, prompts, shares)
         return [[self._rows[prompt][key] for key in keys] for prompt, keys in zip(prompts, wanted, strict=True)]
 
-    def reserve(self, evaluations: int, prompts: Sequence[Prompt], mine: Sequence[slice]) -> torch.Tensor:
-        """Tries whether the rows of so many evaluations find their memory; what is returned stands for those that are
-        kept. Raises torch.OutOfMemoryError."""
-        counts = [min(evaluations + len(self._zero(prompt)), KEPT_ROWS) for prompt in prompts]
-        kept = sum(n * _count(prompt, images) for n, prompt, images in zip(counts, prompts, mine, strict=True))
+    def probe_memory(self, evaluations: int, prompts: Sequence[Prompt], shares: Sequence[slice]) -> torch.Tensor:
+        """Allocates what the rows of so many evaluations take, frees what passes again, and returns a tensor of the
+        size of those that are cached. Raises torch.OutOfMemoryError."""
+        counts = [min(evaluations + len(self._at_zero(prompt)), CACHED_ROWS) for prompt in prompts]
+        cached = sum(n * _count(prompt, images) for n, prompt, images in zip(counts, prompts, shares, strict=True))
         rows = sum(n * len(prompt.context) for n, prompt in zip(counts, prompts, strict=True))
         like = {"dtype": self._dtype, "device": prompts[0].context.device}
-        table = torch.empty(kept * self._model.modulation_width, **like)
+        table = torch.empty(cached * self._model.modulation_width, **like)
         gathered = self._widest * (1 + self._ranks if self._exchange else 1)
-        torch.empty(min(rows, AT_ONCE) * (gathered + self._model.modulation_width), **like)  # and free it
+        torch.empty(min(rows, ROWS_AT_ONCE) * (gathered + self._model.modulation_width), **like)  # and free it
         return table
 
     def forget(self) -> None:
         """Drops all rows."""
         self._rows.clear()
 
-    def _zero(self, prompt: Prompt) -> list[Timesteps]:
-        """What references of a prompt that are modulated as at timestep 0 take beside the image's."""
+    def _at_zero(self, prompt: Prompt) -> list[Timesteps]:
+        """The row that a prompt's references take beside the image's, where they are modulated as at timestep 0."""
         apart = references_of(self._model.config, prompt).at_timestep_zero
         return [(0.0,) * len(prompt.context)] if apart else []
 
     @torch.inference_mode()
-    def _add(self, wanted: list[list[Timesteps]], prompts: Sequence[Prompt], mine: Sequence[slice]) -> None:
-        kept, missing = [self._rows.setdefault(prompt, OrderedDict()) for prompt in prompts], []
-        for rows, keys in zip(kept, wanted, strict=True):
+    def _complete(self, wanted: list[list[Timesteps]], prompts: Sequence[Prompt], shares: Sequence[slice]) -> None:
+        """Has the wanted rows of each prompt in the cache. Collective where one is missing."""
+        cached, missing = [self._rows.setdefault(prompt, OrderedDict()) for prompt in prompts], []
+        for rows, keys in zip(cached, wanted, strict=True):
             missing.append([key for key in dict.fromkeys(keys) if key not in rows])
             for key in keys:
                 if key in rows:
                     rows.move_to_end(key)
-            while len(rows) + len(missing[-1]) > KEPT_ROWS:
+            while len(rows) + len(missing[-1]) > CACHED_ROWS:
                 rows.popitem(last=False)
         if any(missing):
-            for rows, keys, new in zip(kept, missing, self._compute(missing, prompts, mine), strict=True):
+            for rows, keys, new in zip(cached, missing, self._compute(missing, prompts, shares), strict=True):
                 rows.update(zip(keys, new, strict=True))
 
     def _compute(
-        self, missing: list[list[Timesteps]], prompts: Sequence[Prompt], mine: Sequence[slice]
+        self, missing: list[list[Timesteps]], prompts: Sequence[Prompt], shares: Sequence[slice]
     ) -> list[list[torch.Tensor]]:
-        """Of each prompt and its missing timesteps, a row (images, modulation_width) of `mine`; each has its own
-        memory, which goes with it."""
+        """Computes each prompt's missing rows (images, modulation_width), of the images in `shares`. Each has its own
+        memory, which goes with it. Collective."""
         inputs, made, places = [], [], []  # places: where a row begins among all that are computed, and the row
         first = 0
-        for keys, prompt, images in zip(missing, prompts, mine, strict=True):
+        for keys, prompt, images in zip(missing, prompts, shares, strict=True):
             batch = len(prompt.context)
             timesteps = torch.tensor(keys, dtype=torch.float32, device=prompt.context.device).view(len(keys), batch)
             inputs.append(self._model.modulation_input(timesteps, prompt, self._dtype).flatten(0, 1))
@@ -118,17 +128,17 @@ class ModulationTable:
             places += [(first_image + n * batch, row) for n, row in enumerate(made[-1])]
             first += len(inputs[-1])
         active = torch.cat(inputs)
-        for start in range(0, len(active), AT_ONCE):
-            parts = self._gather(active[start : start + AT_ONCE])
+        for start in range(0, len(active), ROWS_AT_ONCE):
+            parts = self._gather(active[start : start + ROWS_AT_ONCE])
             whole = torch.cat([parts[owner, :, columns] for owner, columns in self._places], dim=-1)
             for place, row in places:
-                a, b = max(start, place), min(start + AT_ONCE, place + len(row))
+                a, b = max(start, place), min(start + ROWS_AT_ONCE, place + len(row))
                 if a < b:
                     row[a - place : b - place] = whole[a - start : b - start]
         return made
 
     def _gather(self, active: torch.Tensor) -> torch.Tensor:
-        """active (n, C) -> (P, n, widest): of each rank, its layers' outputs, side by side."""
+        """active (n, C) -> (P, n, widest): the outputs of each rank's layers, side by side. Collective."""
         part = active.new_empty(len(active), self._widest)
         for layer, columns in self._own:
             part[:, columns] = layer(active)

@@ -1,4 +1,9 @@
-"""How long evaluations of one kind take, so that one which takes far longer is noticed."""
+"""How long evaluations of one shape take, so that one which takes far longer is noticed.
+
+Before each evaluation a rank shows (pulse.py) by when it will have done something next: some times what the longest of
+the last ones took. A fixed limit would either take a large image on a slow device for hung, or let a small one hang for
+as long. The times of GPUs come from events around the work, which are asked when they have passed: nothing waits.
+"""
 
 import contextlib
 import time
@@ -11,21 +16,22 @@ from ..pulse import COLD_CPU_SECONDS, COLD_SECONDS
 
 SHORTEST_SECONDS = 12.0
 TIMES_LONGER = 4
-"""Than the longest of the last ones: other programs may take the processors, or heat slows them."""
-_KEPT = 8
+"""An evaluation may take this many times as long as the longest of the last ones: other programs may take the
+processors, or heat slows them."""
+_LAST_ONES = 8
 
 
 class Pace:
-    """Of the evaluations of one `Step`, which runs on `device`."""
+    """The times that one `Evaluation`'s runs on `device` took."""
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._seconds: deque[float] = deque(maxlen=_KEPT)
+        self._seconds: deque[float] = deque(maxlen=_LAST_ONES)
         self._running: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
     @property
     def unknown(self) -> float:
-        """The limit where nothing is known: for compiling, capturing, and computing one block."""
+        """Seconds that are allowed where nothing is known: for compiling, capturing, and computing one block."""
         return COLD_CPU_SECONDS if self._device.type == "cpu" else COLD_SECONDS
 
     @property

@@ -1,8 +1,12 @@
-"""Weights out of the GPU and back: each rank keeps 1/P of them in host memory, so that a machine holds them once.
+"""Weights out of a device's memory and back, by way of host memory that has each of them once.
 
-What all ranks hold is cut in P shares; what one rank alone holds, it keeps whole. On the way back each rank uploads its
-share and the rest comes over the link. The ranges of memory in which tensors lie are moved as bytes, whatever the
-tensors are; a tensor stays the object that it was, with another address.
+The memory in which a model's tensors lie is moved as bytes, whatever the tensors are. What all ranks have is cut into P
+shards, and each rank copies its own to the host; what one rank alone has, it copies whole. On the way back each rank
+uploads its shard and gathers the other ranks'. A tensor stays the object that it was, with another address: the module
+and the account of its patches go on, CUDA graphs do not.
+
+Reading the file again instead would convert and patch again. Whole copies on all ranks would take P times the host
+memory, and each device would upload all of it.
 """
 
 import logging
@@ -24,7 +28,11 @@ _ALIGNMENT = 256
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """A tensor's place: `offset` values into the range of that index."""
+    """Where a parked tensor lay, and lies again.
+
+    range: the index of its range of memory.
+    offset: values from the range's start to the tensor's first one.
+    """
 
     tensor: torch.Tensor
     range: int
@@ -33,8 +41,8 @@ class _Place:
     stride: tuple[int, ...]
 
 
-class HostShare:
-    """This rank's share of a model's weights: `park`, then `reserve` and `fetch`, in that order, on all ranks alike.
+class HostShard:
+    """This rank's shard of a model's weights: `park`, then `reserve` and `fetch`, in that order, on all ranks alike.
 
     The host memory (pinned for GPUs) stays until `close`, for the next time.
     """
@@ -44,30 +52,30 @@ class HostShare:
         self._rank, self._ranks = world()
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._places: list[_Place] = []
-        self._shares: list[int] = []
-        self._cuts: list[int] = []  # how many ranks keep a share of each range
+        self._sizes: list[int] = []  # bytes of this rank's shard of each range
+        self._cuts: list[int] = []  # how many ranks have a shard of each range: all, or this one alone
         self._arriving: list[torch.Tensor] = []
 
     @property
     def nbytes(self) -> int:
-        """Bytes that this rank keeps in host memory."""
-        return sum(self._shares)
+        """Bytes of host memory that this rank's shard takes."""
+        return sum(self._sizes)
 
     def park(self, model: nn.Module, own: Iterable[torch.Tensor] = ()) -> None:
-        """Copies this rank's share and empties the model's tensors. own: those that this rank alone holds. Raises
-        MemoryError, the model untouched, where the host has no room."""
+        """Copies this rank's shard to the host and empties the model's tensors. own: those that no other rank has.
+        Raises MemoryError, the model untouched, where the host has no room."""
         alone = {id(tensor) for tensor in own}
         tensors = _tensors(model)
         common, owned = (_ranges([t for t in tensors if (id(t) in alone) == whole]) for whole in (False, True))
         ranges, cuts = common + owned, [self._ranks] * len(common) + [1] * len(owned)
-        shares = [
+        sizes = [
             -(-len(whole) // (cut * _ALIGNMENT)) * _ALIGNMENT for (whole, _), cut in zip(ranges, cuts, strict=True)
         ]
-        self._make_room(sum(shares))
-        self._shares, self._cuts = shares, cuts
-        for (whole, _), kept, cut in zip(ranges, self._kept(), cuts, strict=True):
-            mine = self._mine(whole, len(kept), cut)
-            kept[: len(mine)].copy_(mine, non_blocking=True)
+        self._make_room(sum(sizes))
+        self._sizes, self._cuts = sizes, cuts
+        for (whole, _), shard, cut in zip(ranges, self._shards(), cuts, strict=True):
+            mine = self._part(whole, len(shard), cut)
+            shard[: len(mine)].copy_(mine, non_blocking=True)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self._places = [
@@ -82,7 +90,7 @@ class HostShare:
         """Allocates what `fetch` fills. Raises torch.OutOfMemoryError."""
         if self._arriving:
             return
-        sizes = [share * cut for share, cut in zip(self._shares, self._cuts, strict=True)]
+        sizes = [size * cut for size, cut in zip(self._sizes, self._cuts, strict=True)]
         like = {"dtype": torch.uint8, "device": self.device}
         if self.device.type == "cpu":  # in one piece, which goes back to the system when it is freed
             self._arriving = list(torch.empty(sum(sizes), **like).split(sizes))
@@ -92,11 +100,11 @@ class HostShare:
     def fetch(self) -> None:
         """Brings the weights back. Collective."""
         pending = []
-        for whole, kept, cut in zip(self._arriving, self._kept(), self._cuts, strict=True):
-            mine = self._mine(whole, len(kept), cut)
-            mine.copy_(kept, non_blocking=True)
+        for whole, shard, cut in zip(self._arriving, self._shards(), self._cuts, strict=True):
+            mine = self._part(whole, len(shard), cut)
+            mine.copy_(shard, non_blocking=True)
             if cut > 1:  # gloo does not say that its input may lie inside its output; NCCL does
-                mine = mine if mine.is_cuda else kept
+                mine = mine if mine.is_cuda else shard
                 pending.append(all_gather_single(whole, mine, async_op=True))
         for work in pending:
             work.wait()
@@ -115,9 +123,11 @@ class HostShare:
             if code != 0:
                 log.warning("parked weights' memory could not be unpinned (CUDA error %d)", code)
         self._memory = torch.empty(0, dtype=torch.uint8)
-        self._places, self._shares, self._cuts, self._arriving = [], [], [], []
+        self._places, self._sizes, self._cuts, self._arriving = [], [], [], []
 
     def _make_room(self, wanted: int) -> None:
+        """Allocates host memory. Raises MemoryError where there is not enough for all ranks: they ask at the same time,
+        each before the others have taken theirs."""
         if wanted <= len(self._memory):
             return
         self.close()
@@ -133,15 +143,16 @@ class HostShare:
                 raise MemoryError(f"{_gb(wanted)} of host memory cannot be pinned (CUDA error {code})")
         self._memory = memory
 
-    def _kept(self) -> Sequence[torch.Tensor]:
-        """This rank's share of each range."""
-        return self._memory[: self.nbytes].split(self._shares)
+    def _shards(self) -> Sequence[torch.Tensor]:
+        """This rank's shard of each range, in host memory."""
+        return self._memory[: self.nbytes].split(self._sizes)
 
-    def _mine(self, whole: torch.Tensor, share: int, cut: int) -> torch.Tensor:
-        return whole[self._rank * share : (self._rank + 1) * share] if cut > 1 else whole
+    def _part(self, whole: torch.Tensor, size: int, cut: int) -> torch.Tensor:
+        """Where this rank's shard lies in a range."""
+        return whole[self._rank * size : (self._rank + 1) * size] if cut > 1 else whole
 
 
-def held_bytes(model: nn.Module) -> int:
+def resident_bytes(model: nn.Module) -> int:
     """Bytes of a model's tensors on this rank. What lies beside them in their storages, as in a mapped file, does not
     count."""
     return sum(len(whole) for whole, _ in _ranges(_tensors(model)))
@@ -153,8 +164,8 @@ def _tensors(model: nn.Module) -> list[torch.Tensor]:
 
 
 def _ranges(order: list[torch.Tensor]) -> list[tuple[torch.Tensor, list[torch.Tensor]]]:
-    """The memory that tensors lie in, in pieces (n,) uint8, each with its tensors; those that overlap share one. In the
-    order of the tensors: addresses differ from rank to rank."""
+    """The memory that tensors lie in, in pieces (n,) uint8, each with its tensors; those that overlap are in one piece.
+    In the order of the tensors: addresses differ from rank to rank."""
     ranges: list[list] = []  # start, stop, indices of tensors
     for i in sorted(range(len(order)), key=lambda i: order[i].data_ptr()):
         start, stop = order[i].data_ptr(), order[i].data_ptr() + _extent(order[i])

@@ -52,7 +52,7 @@ class Agreement:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or _importing(error):
                 raise
-            problem = f"out_of_memory\n{explain(error, doing, self._engine.held())}"
+            problem = f"out_of_memory\n{explain(error, doing, self._engine.memory_report())}"
         for rank, text in enumerate(self._crew.all_gather(problem)):
             if text:
                 result = None  # the error's traceback holds it, and with it buffers and graphs that are to go
@@ -77,7 +77,8 @@ class Agreement:
             self._engine.connect(request.layout, request.settings)
         except OutOfMemoryTogether as error:
             self._engine.drop_evaluations()
-            raise Refused(error.rank, "out_of_memory", explain(error, PREPARING, self._engine.held())) from error
+            text = explain(error, PREPARING, self._engine.memory_report())
+            raise Refused(error.rank, "out_of_memory", text) from error
 
 
 def _importing(error: BaseException) -> bool:

@@ -52,7 +52,7 @@ class Residency:
 
     def _load_or_fetch(self, request: Request | Patch) -> None:
         engine, started = self._engine, time.perf_counter()
-        if not engine.holds(request.model):
+        if not engine.is_resident(request.model):
             self._reply(Phase(id=request.id, text="loading the model"))
             self._agreement.together(engine.make_room, LOADING)
             self._agreement.together(engine.load, LOADING)

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import torch
 
-from ..engine import BatchedDenoiser, Engine
+from ..engine import Denoiser, Engine
 from ..errors import Cancelled, CheckpointError, PatchesLost
 from ..models.family import NO_RESIDUALS, Residuals
 from ..prompt import Prompt, Tensors
@@ -72,7 +72,7 @@ class Runner:
                 self._handle(message, tensors)
             except Exception as error:
                 if out := out_of_memory_in(error):
-                    raise MemoryError(explain(out, self._agreement.doing, self._engine.held())) from error
+                    raise MemoryError(explain(out, self._agreement.doing, self._engine.memory_report())) from error
                 raise
 
     def _handle(self, message: Work, tensors: Tensors) -> None:
@@ -117,11 +117,11 @@ class Runner:
             self._control.send(message, tensors)
 
     def _sample(self, request: Sample, sent: Tensors) -> None:
-        def prepare() -> tuple[BatchedDenoiser, SamplingInputs]:
+        def prepare() -> tuple[Denoiser, SamplingInputs]:
             inputs = sampling_inputs(request, self._here(sent))
             denoiser = self._engine.denoiser(request.layout, request.settings)
             denoiser.check(inputs.x, inputs.prompts)
-            denoiser.reserve(inputs.x, inputs.prompts, evaluations=len(inputs.timesteps))
+            denoiser.probe_memory(inputs.x, inputs.prompts, evaluations=len(inputs.timesteps))
             return denoiser, inputs
 
         denoiser, inputs = self._prepare(request, prepare)
@@ -156,13 +156,13 @@ class Runner:
         return follow
 
     def _evaluate(self, request: Evaluate, sent: Tensors) -> None:
-        def prepare() -> tuple[BatchedDenoiser, Prompt, torch.Tensor, torch.Tensor, Residuals]:
+        def prepare() -> tuple[Denoiser, Prompt, torch.Tensor, torch.Tensor, Residuals]:
             tensors = self._here(sent)
             prompt = self._prompts.prompt(request, tensors)
             x, timestep, control = evaluation_inputs(request, tensors)
             denoiser = self._engine.denoiser(request.layout, request.settings)
             denoiser.check(x, [prompt], control)
-            denoiser.reserve(x, [prompt], control)
+            denoiser.probe_memory(x, [prompt], control)
             return denoiser, prompt, x, timestep, control
 
         denoiser, prompt, x, timestep, control = self._prepare(request, prepare)
@@ -218,11 +218,11 @@ class Runner:
 
     def _check(self, request: Request) -> None:
         check_layout(request, self._crew.size, self._engine.describe(request.model).heads)
-        patches = self._engine.patches if self._engine.holds(request.model) else 0
+        patches = self._engine.patches if self._engine.is_resident(request.model) else 0
         if patches != request.patches:
             raise PatchesLost(f"the weights hold patch set {patches}, not {request.patches}")
 
-    def _velocities(self, request: Request, denoiser: BatchedDenoiser, control: Residuals = NO_RESIDUALS):
+    def _velocities(self, request: Request, denoiser: Denoiser, control: Residuals = NO_RESIDUALS):
         """The denoiser with the ranks' agreement before each evaluation; raises Cancelled on all of them alike."""
 
         def go_on() -> None:

@@ -10,12 +10,10 @@ from pools import GIVEN, PROMPT, evaluate, session
 from support import SMALL, SMALL_QWEN, inputs, load_model, randn, relative_difference, spec_of
 from test_patches import looped, patched
 
-from fastusp_backend.prompt import Prompt
 from fastusp_backend.config import Layout, Settings, WeightPatch
 from fastusp_backend.engine import modulations
 from fastusp_backend.engine.checkpoint import Checkpoint
-from fastusp_backend.engine.modulations import KEPT_ROWS, ModulationTable
-
+from fastusp_backend.engine.modulations import CACHED_ROWS, ModulationTable
 from fastusp_backend.models.synthetic import write_qwen_image
 from fastusp_backend.pool import NO_PATCHES, Progress, Session, WeightPatches, name_of
 from fastusp_backend.prompt import Prompt
@@ -52,7 +50,7 @@ def _compare(rank: int, ranks: int, folder: str, paths: dict[str, str]) -> None:
     for parameter in chain.from_iterable(model.parameters() for model in alone.values()):
         parameter.data = parameter.data.clone()  # memory aligned as that of `held`, or products may sum otherwise
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=ranks)
-    modulations.AT_ONCE, modulations.KEPT_ROWS = 5, 8
+    modulations.ROWS_AT_ONCE, modulations.CACHED_ROWS = 5, 8
     for name, path in paths.items():
         checkpoint = Checkpoint(spec_of(path), rank, ranks)
         checkpoint.allocate(CPU, dist.group.WORLD)
@@ -130,7 +128,7 @@ def test_patches_of_modulations_leave_no_trace(shared_pool, park, dev):
 def test_more_timesteps_than_are_kept(shared_pool, dev, qwen):
     """Evaluation by evaluation, back to the first ones, with two prompts in turn; then in a loop. Each group has an
     image of its own, then a prompt."""
-    timesteps = [n / (KEPT_ROWS + 6) for n in range(KEPT_ROWS + 6)]
+    timesteps = [n / (CACHED_ROWS + 6) for n in range(CACHED_ROWS + 6)]
     results = []
     for where in (Layout(batch=2, ulysses=1, ring=1), Layout(ulysses=1, ring=1)):
         run = session(shared_pool(where.ranks), dev, where)
@@ -144,7 +142,7 @@ def test_more_timesteps_than_are_kept(shared_pool, dev, qwen):
         given, negative = (inputs(SMALL_QWEN, text=n, size=(4, 6), seed=n) for n in (5, 2))
         references = (randn(1, 16, 3, 3, seed=1),)
         positive = Prompt(given.context, references=references, reference_method="index_timestep_zero")
-        sigmas = torch.linspace(1, 0, KEPT_ROWS + 3)
+        sigmas = torch.linspace(1, 0, CACHED_ROWS + 3)
         results[-1].append(
             loop.sample(given.x, sigmas, sampler="euler", positive=positive, negative=Prompt(negative.context), cfg=2.0)
         )

@@ -75,4 +75,4 @@ def test_options_change_speed_only(family, references, method, controlled, setti
             control = Residuals(tuple(residuals), (0, None, 1), (1,))
         expected, got = (d(x, timestep, given, control).float() for d in (plain, fast))
         assert ((got - expected).norm() / expected.norm()).item() < 2e-2, f"turn {turn}"
-    assert all(step.captured == settings.cuda_graphs for step in fast.steps.values())
+    assert all(cached.captured == settings.cuda_graphs for cached in fast.evaluations.values())

@@ -32,33 +32,33 @@ def test_captured_graphs_see_patches(tmp_path, storage):
     engine.make_room()
     engine.load()
     given = inputs(SMALL, text=24, size=(16, 12), seed=3)
-    x, *prompt = (t.cuda() for t in (given.x, given.context, given.y, given.guidance))
-    conditioning = Prompt(*prompt)
+    x, *tensors = (t.cuda() for t in (given.x, given.context, given.y, given.guidance))
+    prompt = Prompt(*tensors)
 
     def evaluate(settings=FAST) -> torch.Tensor:
-        denoiser = engine.denoiser(Layout(ulysses=1, ring=1), settings).denoiser
-        return denoiser(x, given.timestep, conditioning).float().clone()
+        (velocity,) = engine.denoiser(ONE, settings)(x, given.timestep, [prompt], lambda: None)
+        return velocity.float()
 
     for _ in range(3):
         plain = evaluate()
-    step = next(iter(engine.denoiser(Layout(ulysses=1, ring=1), FAST).denoiser._steps.values()))
-    graph, compiled = step._graph, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    evaluation = next(iter(engine.denoiser(ONE, FAST)._evaluations.values()))
+    graph, compiled = evaluation._graph, torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graph is not None
-    weights = {name: (p.data_ptr(), p.clone()) for name, p in engine._model.named_parameters()}
+    weights = {name: (p.data_ptr(), p.clone()) for name, p in engine._resident.model.named_parameters()}
     up, down = randn(1536, 4, seed=1) * 0.5, randn(4, 512, seed=2)
     lora = {"kind": "lora", "tensors": {"up": "u", "down": "d"}}
     for number, strength in ((1, 1.0), (2, -0.5)):
         patches = {KEY: (WeightPatch(strength=strength, **lora),)}
         engine.patch(patches, {"u": up, "d": down}, base=number - 1, number=number)
         want = load_file(path)[KEY].cuda().float() + strength * (up.cuda() @ down.cuda())
-        parameter = dict(engine._model.named_parameters())["double_blocks.0.img.attn.qkv.weight"]
+        parameter = dict(engine._resident.model.named_parameters())["double_blocks.0.img.attn.qkv.weight"]
         torch.testing.assert_close(parameter.float(), want, rtol=2**-8, atol=1e-5)
         got = evaluate()
         assert relative_difference(got, plain) > 0.01
-    assert step._graph is graph and torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
+    assert evaluation._graph is graph and torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
     engine.patch({KEY: ()}, {}, base=2, number=0)
     assert torch.equal(evaluate(), plain)
-    for name, parameter in engine._model.named_parameters():
+    for name, parameter in engine._resident.model.named_parameters():
         address, value = weights[name]
         assert parameter.data_ptr() == address and torch.equal(parameter, value), name
     engine.patch({KEY: (WeightPatch(strength=-0.5, **lora),)}, {"u": up, "d": down}, base=0, number=3)
@@ -74,18 +74,18 @@ def test_packed_weights_are_captured_again_with_their_factors(tmp_path):
     engine.make_room()
     engine.load()
     given, nbytes = inputs(SMALL, text=24, size=(16, 12), seed=3), engine.nbytes
-    x, *prompt = (t.cuda() for t in (given.x, given.context, given.y, given.guidance))
-    conditioning = Prompt(*prompt)
+    x, *tensors = (t.cuda() for t in (given.x, given.context, given.y, given.guidance))
+    prompt = Prompt(*tensors)
 
     def evaluate(settings=FAST) -> torch.Tensor:
         """The last of three: eager, captured, replayed."""
         for _ in range(3):
-            velocity = engine.denoiser(ONE, settings).denoiser(x, given.timestep, conditioning)
-        return velocity.float().clone()
+            (velocity,) = engine.denoiser(ONE, settings)(x, given.timestep, [prompt], lambda: None)
+        return velocity.float()
 
     plain = evaluate()
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    layer = engine._model.double_blocks[0].img.attn.qkv
+    layer = engine._resident.model.double_blocks[0].img.attn.qkv
     packed = layer.weight.clone()
     up, down = randn(1536, 4, seed=1) * 0.5, randn(4, 512, seed=2)
     for number, strength in ((1, 1.0), (2, -0.5)):
@@ -94,8 +94,8 @@ def test_packed_weights_are_captured_again_with_their_factors(tmp_path):
         want = value + strength * (up.cuda() @ down.cuda())
         torch.testing.assert_close(layer.stored.values(torch.bfloat16).float(), want, rtol=2**-8, atol=5e-2)
         got = evaluate()
-        (step,) = engine.denoiser(ONE, FAST).denoiser._steps.values()
-        assert step.captured and relative_difference(got, plain) > 0.01
+        (evaluation,) = engine.denoiser(ONE, FAST)._evaluations.values()
+        assert evaluation.captured and relative_difference(got, plain) > 0.01
         assert engine.nbytes == nbytes + 2 * 4 * (1536 + 512)
     assert relative_difference(evaluate(EAGER), got) < 0.02
     assert torch.equal(evaluate(), got)  # with graphs to drop
@@ -112,7 +112,7 @@ def test_a_widened_input_is_captured_again(tmp_path):
     up, down, given = randn(512, 4, seed=1) * 0.5, randn(4, 128, seed=2), inputs(SMALL, text=24, size=(16, 12), seed=3)
     state = load_file(path)
     save_file(state | {key: (F.pad(state[key].float(), (0, 64)) + up @ down).bfloat16()}, wide)
-    x, *prompt = (t.cuda() for t in (given.x, given.context, given.y, given.guidance))
+    x, *tensors = (t.cuda() for t in (given.x, given.context, given.y, given.guidance))
     image = randn(*x.shape, seed=4).cuda()
 
     def loaded(file) -> Engine:
@@ -124,12 +124,12 @@ def test_a_widened_input_is_captured_again(tmp_path):
 
     def evaluate(engine: Engine, *concat: torch.Tensor) -> torch.Tensor:
         """The last of three: eager, captured, replayed."""
-        conditioning = Prompt(*prompt, *concat)
+        prompt = Prompt(*tensors, *concat)
         for _ in range(3):
-            velocity = engine.denoiser(ONE, FAST).denoiser(x, given.timestep, conditioning)
-        (step,) = engine.denoiser(ONE, FAST).denoiser._steps.values()
-        assert step.captured
-        return velocity.float().clone()
+            (velocity,) = engine.denoiser(ONE, FAST)(x, given.timestep, [prompt], lambda: None)
+        (evaluation,) = engine.denoiser(ONE, FAST)._evaluations.values()
+        assert evaluation.captured
+        return velocity.float()
 
     want, engine = evaluate(loaded(wide), image), loaded(path)
     plain, nbytes = evaluate(engine), engine.nbytes

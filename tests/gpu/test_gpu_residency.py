@@ -24,7 +24,7 @@ def evaluated(engine: Engine) -> torch.Tensor:
     given = inputs(SMALL, text=24, size=(32, 32), seed=3)
     denoiser = engine.denoiser(ONE, Settings())
     prompt = Prompt(given.context.cuda(), given.y.cuda(), given.guidance.cuda())
-    denoiser.reserve(given.x.cuda(), [prompt])
+    denoiser.probe_memory(given.x.cuda(), [prompt])
     for _ in range(3):  # eager, captured, replayed
         (output,) = denoiser(given.x.cuda(), given.timestep, [prompt], lambda: None)
     return output.cpu()

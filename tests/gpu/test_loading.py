@@ -59,5 +59,5 @@ def test_graphs_convert_as_they_run(plain, tmp_path, name):
         for _ in range(3):
             output = denoiser(x, torch.tensor([0.5]), prompt).float().clone()
         outputs.append(output)
-        assert all(step.captured == keep for step in denoiser.steps.values())
+        assert all(cached.captured == keep for cached in denoiser.evaluations.values())
     assert ((outputs[0] - outputs[1]).norm() / outputs[1].norm()).item() < 2e-2

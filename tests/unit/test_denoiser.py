@@ -1,16 +1,16 @@
 """What an evaluation keeps and asks for: buffers by shape, memory before it begins, a word before each evaluation."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
-from support import OneRank, inputs, randn
+from support import OneRank, inputs, randn, relative_difference
 
 from fastusp_backend.config import Layout
 from fastusp_backend.engine import denoiser as denoisers
-from fastusp_backend.engine.batch import BatchedDenoiser
-from fastusp_backend.engine.denoiser import KEPT_STEPS, WORKING_SET
-from fastusp_backend.models.synthetic import TINY_FLUX
+from fastusp_backend.engine.denoiser import CACHED_EVALUATIONS, NO_IMAGES, WORKING_SET, Denoiser
+from fastusp_backend.models.synthetic import TINY_FLUX, random_state
 from fastusp_backend.prompt import Prompt
 
 pytestmark = pytest.mark.unit
@@ -30,10 +30,10 @@ def evaluate(one_rank: OneRank, rows: int) -> torch.Tensor:
 
 
 def test_the_shape_that_was_used_longest_ago_makes_room(one_rank):
-    first, *others = range(2, 2 * KEPT_STEPS + 2, 2)
+    first, *others = range(2, 2 * CACHED_EVALUATIONS + 2, 2)
     for rows in (first, *others, first, 20):
         evaluate(one_rank, rows)
-    assert [shape.x[-1] for shape in one_rank.steps] == [*others[1:], first, 20]
+    assert [shape.x[-1] for shape in one_rank.evaluations] == [*others[1:], first, 20]
 
 
 @pytest.mark.parametrize("batch, size, text, references", [(1, (4, 6), 3, 0), (3, (4, 6), 3, 0), (2, (8, 5), 5, 8)])
@@ -42,34 +42,85 @@ def test_memory_is_tried_for_every_image_and_token(one_rank, monkeypatch, batch,
     given = inputs(TINY_FLUX, text=text, size=size, batch=batch)
     images = (randn(batch, 16, 4, 8, seed=1),) if references else ()
     prompt = Prompt(given.context, given.y, given.guidance, references=images)
-    one_rank.denoiser.mesh = replace(one_rank.denoiser.mesh, layout=Layout(ulysses=ranks, ring=1))
+    one_rank._mesh = replace(one_rank._mesh, layout=Layout(ulysses=ranks, ring=1))
     asked, make = [], torch.empty
     monkeypatch.setattr(denoisers.torch, "empty", lambda *shape, **more: (asked.append(shape), make(0, **more))[1])
-    one_rank.reserve(given.x, [prompt])
+    one_rank.probe_memory(given.x, [prompt])
     monkeypatch.undo()
     patches = -(-size[0] // 2) * -(-size[1] // 2) + references
     local = -(-text // ranks) + -(-patches // ranks)
     assert (WORKING_SET * batch * local * HIDDEN,) in asked
 
 
-class Evaluations:
-    """Stands for a denoiser that gives all its velocities in one buffer, as a CUDA graph does."""
+def test_memory_of_the_modulations_is_allocated_while_an_evaluations_is_tried(one_rank, monkeypatch):
+    given, made, make = inputs(TINY_FLUX, text=2, size=(2, 2), batch=3), {}, torch.empty
+    prompt, width = Prompt(given.context, given.y, given.guidance), one_rank.model.modulation_width
+    rows, working_set = 5 * 3 * width, WORKING_SET * 3 * (2 + 1) * HIDDEN
+    there = []
 
-    def __init__(self, calls: list):
-        self.calls, self.buffer = calls, torch.zeros(2, 3)
+    def empty(count, **more):
+        if count == working_set:
+            there.append(made[rows]() is not None)
+        tensor = make(0, **more)
+        made[count] = weakref.ref(tensor)
+        return tensor
 
-    def __call__(self, x, modulations, conditioning, control):
-        self.calls.append(conditioning)
+    monkeypatch.setattr(denoisers.torch, "empty", empty)
+    one_rank.probe_memory(given.x, [prompt], evaluations=5)
+    assert there == [True] and made[rows]() is None
+
+
+@pytest.mark.parametrize("layer", ["txt_in.weight", "final_layer.adaLN_modulation.1.weight"])
+def test_what_was_computed_of_prompts_is_dropped_when_weights_have_changed(one_rank, layer):
+    """The text's tokens, and modulations."""
+    one_rank.model.load_state_dict(random_state(one_rank.model, seed=0, dtype=torch.float32))
+    given, key = inputs(TINY_FLUX, text=2, size=(2, 4)), one_rank.model.module_key(layer)
+    prompt = Prompt(given.context, given.y, given.guidance)
+    before = one_rank(given.x, given.timestep, prompt)
+    one_rank.model.get_parameter(key).data.mul_(2)
+    assert torch.equal(one_rank(given.x, given.timestep, prompt), before)
+    one_rank.forget_prompts()
+    assert relative_difference(one_rank(given.x, given.timestep, prompt), before) > 1e-3
+
+
+class OneBuffer:
+    """Stands for a shape's evaluations that give all their velocities in one buffer, as a CUDA graph does."""
+
+    captured = True
+
+    def __init__(self, calls: list, x: torch.Tensor):
+        self.calls, self.buffer = calls, torch.empty_like(x)
+
+    def run(self, x, prompt, *_):
+        self.calls.append(prompt)
         return self.buffer.fill_(len(self.calls))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_each_prompt_has_a_velocity_of_its_own_and_is_asked_for(one_rank, count):
+def test_each_prompt_has_a_velocity_of_its_own_and_is_asked_for(one_rank, monkeypatch, count):
     """Of prompts of one length, as cond and uncond often are, too; a cancel is heard between any two of them."""
-    calls = []
-    one_rank.denoiser = Evaluations(calls)
-    given = inputs(TINY_FLUX, text=2, size=(2, 2))
+    calls, given = [], inputs(TINY_FLUX, text=2, size=(2, 2))
+    monkeypatch.setattr(denoisers, "Evaluation", lambda *_: OneBuffer(calls, given.x))
     prompts = [Prompt(given.context + n, given.y, given.guidance) for n in range(count)]
-    velocities = BatchedDenoiser.__call__(one_rank, given.x, given.timestep, prompts, lambda: calls.append("ask"))
-    assert calls == [word for prompt in prompts for word in ("ask", prompt)]
+    velocities = Denoiser.__call__(one_rank, given.x, given.timestep, prompts, lambda: calls.append("ask"))
+    assert calls == [word for prompt in prompts for word in ("ask", one_rank._prompts[prompt])]
     assert [v.unique().tolist() for v in velocities] == [[2.0 * n + 2] for n in range(count)]
+
+
+@pytest.mark.parametrize(
+    "groups, position, prompts, images",
+    [
+        (1, 0, 1, [slice(None)]),
+        (1, 0, 2, 2 * [slice(None)]),
+        (2, 0, 1, [slice(0, 2)]),
+        (2, 1, 1, [slice(2, 4)]),
+        (2, 0, 2, [slice(None), NO_IMAGES]),
+        (2, 1, 2, [NO_IMAGES, slice(None)]),
+        (2, 1, 4, 2 * [NO_IMAGES] + 2 * [slice(None)]),
+    ],
+)
+def test_groups_divide_prompts_or_else_images(one_rank, groups, position, prompts, images):
+    layout = Layout(batch=groups, ulysses=1, ring=1)
+    one_rank._mesh = replace(one_rank._mesh, layout=layout, batch_position=position)
+    given = inputs(TINY_FLUX, text=2, size=(2, 2), batch=4)
+    assert one_rank.shares(prompts * [Prompt(given.context, given.y, given.guidance)]) == images

@@ -1,21 +1,25 @@
 """What an engine holds when loading fails: the old model where nothing was begun, and no quiet failure where the ranks
 read together."""
 
+import gc
 import os
+import weakref
 from dataclasses import replace
 
 import msgspec
 import pytest
 import torch
 from formats import write
-from support import SMALL, spec_of
+from support import SMALL, inputs, spec_of
 
+from fastusp_backend.config import Layout, Settings
 from fastusp_backend.engine import Engine
 from fastusp_backend.engine import checkpoint as checkpoint_module
 from fastusp_backend.engine import engine as engine_module
 from fastusp_backend.engine.checkpoint import Checkpoint
 from fastusp_backend.errors import CheckpointError
 from fastusp_backend.models.synthetic import write_flux
+from fastusp_backend.prompt import Prompt
 from fastusp_backend.weights import reading
 
 pytestmark = pytest.mark.unit
@@ -50,7 +54,7 @@ def test_a_file_refused_by_its_header_leaves_the_resident_model(engine, specs):
         engine.describe(specs[1])
     with pytest.raises(CheckpointError):
         engine.describe(spec_of(specs[1].path))
-    assert engine.holds(specs[0])
+    assert engine.is_resident(specs[0])
 
 
 def test_layers_that_gpus_cannot_multiply_in_fp8_are_refused_by_the_header(engine, specs, monkeypatch, tmp_path):
@@ -61,14 +65,30 @@ def test_layers_that_gpus_cannot_multiply_in_fp8_are_refused_by_the_header(engin
     engine.device = torch.device("cuda")
     with pytest.raises(ValueError, match="linear = 'fp8' needs layers .* multiples of 16.* 264"):
         engine.describe(odd)
-    assert engine.holds(specs[0])
+    assert engine.is_resident(specs[0])
 
 
 def test_another_model_replaces_the_resident_one(engine, specs):
     load(engine, specs[1])
-    assert engine.holds(specs[1]) and not engine.holds(specs[0])
+    assert engine.is_resident(specs[1]) and not engine.is_resident(specs[0])
     engine.release()
-    assert not engine.holds(specs[1])
+    assert not engine.is_resident(specs[1])
+
+
+def test_a_released_models_memory_is_free_at_once(engine):
+    """Not when a cycle is collected: the next model has no room beside it."""
+    given = inputs(MINI, text=2, size=(4, 4))
+    denoiser = engine.denoiser(Layout(ulysses=1, ring=1), Settings())
+    denoiser(given.x, given.timestep, [Prompt(given.context, given.y, given.guidance)], lambda: None)
+    gc.collect()
+    gc.disable()
+    try:
+        there = [weakref.ref(it) for it in (denoiser, engine._resident.model)]
+        del denoiser
+        engine.release()
+        assert [it() for it in there] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_a_failure_while_ranks_read_together_ends_the_rank(engine, specs, monkeypatch):
@@ -86,7 +106,7 @@ def test_a_failure_while_ranks_read_together_ends_the_rank(engine, specs, monkey
         with pytest.raises(RuntimeError, match=f"when the ranks had begun: {error}") as fatal:
             engine.load()
         assert type(fatal.value) is RuntimeError
-        assert not engine.holds(specs[1]) and not engine.holds(specs[0])
+        assert not engine.is_resident(specs[1]) and not engine.is_resident(specs[0])
 
 
 def test_a_file_that_changes_while_ranks_read_together_ends_none(engine, specs, monkeypatch):
@@ -104,7 +124,7 @@ def test_a_file_that_changes_while_ranks_read_together_ends_none(engine, specs, 
     monkeypatch.setattr(engine._described, "read", meanwhile)
     with pytest.raises(CheckpointError, match="was changed since it was loaded"):
         engine.load()
-    assert not engine.holds(specs[1])
+    assert not engine.is_resident(specs[1])
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ def test_a_file_that_changes_before_its_weights_are_read(model, engine):
     rewrite(model)
     with pytest.raises(CheckpointError, match="was changed since it was loaded"):
         engine.load()
-    assert not engine.holds(spec_of(model))
+    assert not engine.is_resident(spec_of(model))
 
 
 def test_a_file_that_is_cut_before_it_is_mapped(model, engine):

@@ -7,16 +7,13 @@ import sys
 import time
 
 import pytest
-import torch
 from support import wait_until
 
 from fastusp_backend import pulse
 from fastusp_backend.comm import collective
-from fastusp_backend.engine import pace
-from fastusp_backend.engine.pace import Pace
 from fastusp_backend.pool import watch
 from fastusp_backend.pool.watch import BEHIND_SECONDS, LOOK_SECONDS, START_SECONDS, STOPPED_SECONDS, Watch
-from fastusp_backend.pulse import COLD_CPU_SECONDS, COLD_SECONDS, Pulse
+from fastusp_backend.pulse import COLD_SECONDS, Pulse
 
 pytestmark = pytest.mark.unit
 
@@ -285,13 +282,3 @@ def test_a_pulse_without_room_is_refused_when_it_is_made(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(OSError, match="No space"):
         Pulse(tmp_path / "pulse-0")
-
-
-def test_the_pace_of_a_step_is_known_when_it_was_taken():
-    steady = Pace(torch.device("cpu"))
-    assert steady.limit == COLD_CPU_SECONDS and Pace(torch.device("cuda")).limit == COLD_SECONDS
-    with steady.measured():
-        time.sleep(0.01)
-    assert steady.limit == pace.SHORTEST_SECONDS
-    steady._seconds.append(100.0)
-    assert steady.limit == 100.0 * pace.TIMES_LONGER

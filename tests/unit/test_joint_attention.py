@@ -12,7 +12,7 @@ from fastusp_backend.comm.links import Links, LocalUlysses
 from fastusp_backend.comm.mesh import single_rank_mesh
 from fastusp_backend.comm.shards import SequenceShards
 from fastusp_backend.config import Layout, Settings
-from fastusp_backend.engine import step
+from fastusp_backend.engine import evaluation
 from fastusp_backend.models.synthetic import TINY_FLUX
 from fastusp_backend.prompt import Prompt
 
@@ -120,7 +120,7 @@ def test_the_settings_say_when(monkeypatch, overlap, pipelined):
             made.append(options)
             super().__init__(*args, **options)
 
-    monkeypatch.setattr(step, "JointAttention", Noted)
+    monkeypatch.setattr(evaluation, "JointAttention", Noted)
     model = OneRank(TINY_FLUX.build(), Settings(overlap=overlap, ring_pipeline=pipelined))
     given = inputs(TINY_FLUX, text=2, size=(2, 2))
     model(given.x, given.timestep, Prompt(given.context, given.y, given.guidance))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import OneRank, inputs, load_model, randn, relative_difference, spec_of
 
-from fastusp_backend.engine.modulations import KEPT_ROWS
+from fastusp_backend.engine.modulations import CACHED_ROWS
 from fastusp_backend.errors import RequestError
 from fastusp_backend.models.family import Residuals
 from fastusp_backend.models.patchify import patch_grid, patchify, unpatchify
@@ -150,9 +150,9 @@ def test_timestep_zero_lasts_over_more_timesteps_than_are_kept(zeroed):
     given = inputs(denoiser.model.config, text=2, size=(4, 4))
     image = randn(1, 16, 4, 4, seed=1)
     prompt = Prompt(given.context, references=(image,), reference_method="index_timestep_zero")
-    steps = KEPT_ROWS + 6
+    steps = CACHED_ROWS + 6
     table, all_images = denoiser._modulations, [slice(None)]
-    reserved = table.reserve(2 * steps, [prompt], all_images).nbytes
+    reserved = table.probe_memory(2 * steps, [prompt], all_images).nbytes
     denoiser.prepare([0.5 + n / 200 for n in range(steps)], [prompt])
     for timestep in torch.linspace(0.4, 0.1, steps).unsqueeze(1):
         memory = {

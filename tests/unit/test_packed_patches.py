@@ -136,14 +136,14 @@ def test_what_cannot_be_factored_is_refused_before_anything_changes(packed):
 
 def test_parked_weights_take_their_factors_along(packed):
     checkpoint = loaded(packed[0])
-    model, plain = checkpoint.model, parking.held_bytes(checkpoint.model)
+    model, plain = checkpoint.model, parking.resident_bytes(checkpoint.model)
     PatchedWeights(checkpoint).change(PATCHES, TENSORS, base=0, number=1)
-    before, share = everything(checkpoint), parking.HostShare(CPU)
-    assert parking.held_bytes(model) == plain + 4 * (6 * (768 + 256) + 3 * (256 + 768))
-    share.park(model)
+    before, shard = everything(checkpoint), parking.HostShard(CPU)
+    assert parking.resident_bytes(model) == plain + 4 * (6 * (768 + 256) + 3 * (256 + 768))
+    shard.park(model)
     assert not any(t.numel() for t in (*model.parameters(), *model.buffers()))
-    share.reserve()
-    share.fetch()
+    shard.reserve()
+    shard.fetch()
     assert_same(before, everything(checkpoint))
 
 

@@ -70,7 +70,7 @@ class Engine:
         self._describe, self.load = describe, load
         self.meshes = self.releases = self.drops = 0
 
-    def holds(self, spec):
+    def is_resident(self, spec):
         return False
 
     def describe(self, spec):
@@ -86,7 +86,7 @@ class Engine:
     def drop_evaluations(self):
         self.drops += 1
 
-    def held(self):
+    def memory_report(self):
         return "9 GB of weights"
 
     def connect(self, layout, settings):
@@ -199,7 +199,7 @@ def test_what_was_prepared_is_gone_when_evaluations_are_dropped():
         def check(self, *_):
             pass
 
-        reserve = check
+        probe_memory = check
 
     class LateCrew(Crew):
         def all_gather(self, text):
@@ -222,7 +222,7 @@ def test_a_lack_of_memory_within_an_evaluation_ends_the_pool_and_says_why():
         def check(self, *_):
             pass
 
-        reserve = check
+        probe_memory = check
         __call__ = fail(torch.OutOfMemoryError(CUDA_ALLOCATOR))
 
     engine = Engine()

@@ -1,4 +1,12 @@
-"""One evaluation for tensors of one shape: static buffers, and on GPUs one CUDA graph of everything between them."""
+"""Evaluations for tensors of one shape: static buffers, and on GPUs one CUDA graph of everything between them.
+
+A replay starts all kernels, and the exchanges between ranks, without Python. It finds its tensors by address, so what
+goes in is copied to buffers that stay, and what comes out is overwritten by the next replay. CPU ranks, and GPUs
+without `cuda_graphs`, compute the same in the same buffers.
+
+Shapes: B batch, C latent channels, C' further input channels, h w latent height and width, p patch edge, Lt text tokens
+of this rank, R reference tokens.
+"""
 
 import contextlib
 from collections.abc import Sequence
@@ -22,8 +30,14 @@ from .pace import Pace
 
 
 class Shape(NamedTuple):
-    """What a Step is made for: x (B, C, h, w), text tokens, references, and a ControlNet's tensors and where they are
-    added."""
+    """What an `Evaluation` is made for.
+
+    x: the latents' shape (B, C, h, w).
+    text: tokens of the prompt's text, over all ranks.
+    references: the sizes and places of reference images.
+    residuals: the shapes (B or 1, n, hidden) of a ControlNet's tensors.
+    input, output: which of them is added after each block, see `models.family.Residuals`.
+    """
 
     x: tuple[int, ...]
     text: int
@@ -34,17 +48,21 @@ class Shape(NamedTuple):
 
 
 class PromptTensors(NamedTuple):
-    """A prompt as an evaluation takes it: text (B, Lt, hidden), this rank's; concat (B, C', h, w); references (B, R,
-    p^2 C), patches of all reference images."""
+    """A prompt as an evaluation takes it.
+
+    text: embedded text tokens of this rank, (B, Lt, hidden).
+    concat: further input channels, (B, C', h, w).
+    references: patches of all reference images, (B, R, p^2 C).
+    """
 
     text: torch.Tensor
     concat: torch.Tensor | None
     references: torch.Tensor | None
 
 
-class Step:
-    """run(...) copies its arguments into buffers that stay where they are. The first run is not captured (it compiles
-    and allocates), the second one is."""
+class Evaluation:
+    """The buffers of one shape, and the graph between them. The first run is not captured, since it compiles and
+    allocates; the second one is."""
 
     def __init__(
         self,
@@ -55,10 +73,9 @@ class Step:
         settings: Settings,
         segments: Segments,
         shape: Shape,
-        device: torch.device,
         dtype: torch.dtype,
     ):
-        config, references = model.config, shape.references
+        config, references, device = model.config, shape.references, mesh.device
         batch, channels, *size = shape.x
         self._model, self._mesh, self._segments, self._size = model, mesh, segments, size
         self._patch = patch = config.patch
@@ -117,9 +134,12 @@ class Step:
         residuals: tuple[torch.Tensor, ...] = (),
         pool=None,
     ) -> torch.Tensor:
-        """x (B, C, h, w), modulations: one row (B, width), or two of which references take the second, residuals: a
-        ControlNet's tensors (B or 1, n, hidden) on any device, read by the time that the velocity is there ->
-        velocity (B, C, h, w), valid until the next run. pool: the memory pool that all graphs share."""
+        """Evaluates the model at x (B, C, h, w) -> velocity (B, C, h, w), valid until the next run.
+
+        modulations: one row (B, width), or two of which references take the second.
+        residuals: a ControlNet's tensors (B or 1, n, hidden) on any device, read by when the velocity is there.
+        pool: the memory pool that all graphs share.
+        """
         self._x[:, : self._channels].copy_(x)
         if prompt.concat is not None:
             self._x[:, self._channels :].copy_(prompt.concat)

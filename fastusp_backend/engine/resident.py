@@ -1,0 +1,79 @@
+"""The loaded model, with all that lives and dies with it."""
+
+from collections.abc import Mapping
+
+import torch
+
+from ..config import Layout, ModelSpec, Settings
+from ..models.family import Transformer
+from .denoiser import Denoiser
+from .checkpoint import Checkpoint
+from .parking import HostShard, resident_bytes
+from .patching import PatchedWeights, Patches
+
+
+class Resident:
+    """A model whose weights this rank has on its device, or parked in host memory.
+
+    patched: how the weights differ from those of the checkpoint, which was read.
+    parked: whether they are in host memory.
+    denoiser: the model under the layout and settings that were asked for last, with buffers and graphs.
+
+    Nothing that it owns may refer to it: its memory must be free when the engine lets go of it, not when Python's
+    collector finds a cycle.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, patched: PatchedWeights, device: torch.device):
+        self.checkpoint, self.patched = checkpoint, patched
+        self.parked = False
+        self.denoiser: tuple[Layout, Settings, Denoiser] | None = None
+        self._mapped = device.type == "cpu"  # CPU ranks compute from the file's mapping
+        self._host = HostShard(device)
+        self._device_bytes = resident_bytes(self.model)
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.checkpoint.spec
+
+    @property
+    def model(self) -> Transformer:
+        return self.checkpoint.model
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights that this rank has: on the device, or parked in host memory."""
+        return self._host.nbytes if self.parked else self._device_bytes
+
+    def check_file(self) -> None:
+        """Raises CheckpointError where the weights lie in a mapped file that was written to: they may be anything."""
+        if self._mapped and not self.parked:
+            self.checkpoint.check_file()
+
+    def patch(
+        self, weights: Patches, tensors: Mapping[str, torch.Tensor], *, base: int | None, number: int
+    ) -> tuple[int, int]:
+        """Returns how many weights were restored and how many patched. Raises as `PatchedWeights.change`."""
+        changed = self.patched.change(weights, tensors, base=base, number=number)
+        self._device_bytes = resident_bytes(self.model)
+        if self.denoiser is not None:
+            self.denoiser[2].forget_prompts()
+        return changed
+
+    def park(self) -> None:
+        """Raises MemoryError, the weights where they were, where the host has no room."""
+        own = [t for layer in self.model.modulations() for t in (*layer.parameters(), *layer.buffers())]
+        self._host.park(self.model, own)
+        self.parked = True
+
+    def reserve(self) -> None:
+        """Allocates what the parked weights need to come back. Raises torch.OutOfMemoryError."""
+        self._host.reserve()
+
+    def fetch(self) -> None:
+        """Brings parked weights back, after `reserve`. Collective."""
+        self._host.fetch()
+        self.parked = False
+
+    def close(self) -> None:
+        """Gives the host memory back; nothing may be asked of it afterwards."""
+        self._host.close()

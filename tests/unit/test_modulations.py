@@ -1,0 +1,80 @@
+"""Modulations of a prompt's timesteps on one rank: what is computed, once, and what is cached of it."""
+
+import pytest
+import torch
+from support import inputs
+
+from fastusp_backend.engine import modulations
+from fastusp_backend.engine.modulations import ModulationTable
+from fastusp_backend.models.synthetic import TINY_FLUX, random_state
+from fastusp_backend.prompt import Prompt
+
+pytestmark = pytest.mark.unit
+
+ALL, NONE = slice(None), slice(0, 0)
+
+
+def prompt_of(seed: int = 0, batch: int = 3) -> Prompt:
+    given = inputs(TINY_FLUX, text=2, size=(2, 2), batch=batch, seed=seed)
+    return Prompt(given.context, given.y, given.guidance)
+
+
+@pytest.fixture
+def model():
+    built = TINY_FLUX.build()
+    built.load_state_dict(random_state(built, seed=0, dtype=torch.float32), assign=True)
+    return built
+
+
+@pytest.fixture
+def table(model):
+    return ModulationTable(model, torch.float32, None)
+
+
+@pytest.fixture
+def gathers(table, monkeypatch):
+    """How many rows each gather brings."""
+    counts, gather = [], table._gather
+    monkeypatch.setattr(table, "_gather", lambda active: (counts.append(len(active)), gather(active))[1])
+    return counts
+
+
+@torch.inference_mode()
+def expected(model, prompt: Prompt, timesteps: tuple[float, ...]) -> torch.Tensor:
+    active = model.modulation_input(torch.tensor([timesteps]), prompt, torch.float32)[0]
+    return torch.cat([layer(active) for layer in model.modulations()], dim=-1)
+
+
+@pytest.mark.parametrize("at_once", [1, 4, 64])
+def test_rows_are_those_of_the_layers_however_many_are_computed_at_once(model, table, monkeypatch, at_once):
+    monkeypatch.setattr(modulations, "ROWS_AT_ONCE", at_once)
+    prompts, timesteps = [prompt_of(0), prompt_of(9)], (0.9, 0.5, 0.1)
+    for shares in ([ALL, ALL], [ALL, NONE], [slice(1, 2), slice(2, 3)]):
+        table.forget()
+        rows = table.rows(timesteps, prompts, shares)
+        for prompt, images, of in zip(prompts, shares, rows, strict=True):
+            assert len(of) == 1
+            torch.testing.assert_close(of[0], expected(model, prompt, timesteps)[images], rtol=1e-5, atol=1e-6)
+
+
+def test_what_was_prepared_is_computed_once(table, gathers):
+    prompts = [prompt_of(0, batch=1), prompt_of(9, batch=1)]
+    table.prepare([0.9, 0.6, 0.9, 0.3], prompts, [ALL, ALL])
+    assert gathers == [6]
+    for t in (0.3, 0.9, 0.6):
+        table.rows((t,), prompts, [ALL, ALL])
+    assert gathers == [6]
+    table.rows((0.1,), prompts, [ALL, ALL])
+    table.forget()
+    table.rows((0.1,), prompts, [ALL, ALL])
+    assert gathers == [6, 2, 2]
+
+
+def test_the_row_that_was_used_longest_ago_makes_room(table, gathers, monkeypatch):
+    monkeypatch.setattr(modulations, "CACHED_ROWS", 3)
+    prompt = prompt_of(batch=1)
+    table.prepare([0.9, 0.8, 0.7, 0.6], [prompt], [ALL])
+    assert gathers == [3]
+    for t in (0.9, 0.6):
+        table.rows((t,), [prompt], [ALL])
+    assert list(table._rows[prompt]) == [(0.7,), (0.9,), (0.6,)] and gathers == [3, 1]
