@@ -8,7 +8,7 @@ from unittest.mock import patch
 import torch
 
 from fastusp_backend.models import layers
-from fastusp_backend.models.family import Config
+from fastusp_backend.models.family import FamilyConfig
 from fastusp_backend.models.segments import Segments
 from fastusp_backend.models.synthetic import FLUX2_DEV, FLUX_DEV, QWEN_IMAGE
 
@@ -45,7 +45,7 @@ class _Joint:
         pass
 
 
-def parts(config: Config) -> set[Part]:
+def parts(config: FamilyConfig) -> set[Part]:
     """Of all products of two blocks of each kind: what comes after a block differs for the last."""
     counts = {name: 2 for name in ("double_blocks", "single_blocks", "blocks") if hasattr(config, name)}
     found = set()

@@ -10,7 +10,7 @@ from ..comm.groups import world
 from ..comm.mesh import Mesh, make_mesh, single_rank_mesh
 from ..comm.transport import Transport
 from ..config import Layout, ModelSpec, Settings
-from ..models.family import Config, Transformer
+from ..models.family import FamilyConfig, Transformer
 from ..models.products import check_fp8_products, check_fp8_sizes
 from .batch import BatchedDenoiser
 from .denoiser import Denoiser
@@ -77,7 +77,7 @@ class Engine:
             self._meshes[layout] = mesh, Transport(mesh)
         return self._meshes[layout]
 
-    def describe(self, spec: ModelSpec) -> Config:
+    def describe(self, spec: ModelSpec) -> FamilyConfig:
         """What the model of `spec` is, by its file's header alone. Raises CheckpointError, as `check_file` too, or
         ValueError for products that this device does not have; nothing has changed then."""
         if self.holds(spec):

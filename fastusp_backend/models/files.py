@@ -14,7 +14,7 @@ from ..weights.contents import read_contents
 from ..weights.scales import fold_scales, refuse_foreign, used_for_scales
 from ..weights.source import Source, changed
 from .detection import FAMILIES, Incomplete, family_of, first_of, needed_tensors
-from .family import Config, Transformer
+from .family import FamilyConfig, Transformer
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ class ModelFile:
     needs."""
 
     source: Source
-    config: Config
+    config: FamilyConfig
     model: Transformer
     header: dict[str, TensorInfo]
     ignored: tuple[str, ...]

@@ -16,7 +16,7 @@ from ..attention import Rope
 from ..errors import CheckpointError, RequestError
 from ..prompt import Prompt
 from ..weights.checkpoint import Sizes
-from .family import HEAD_DIM
+from .family import HEAD_DIM, FamilyConfig
 from .flux_blocks import Embedder, SingleGates, Style
 from .flux_towers import Modulations, Towers
 from .layers import Gates, Linear, rope_tables
@@ -29,9 +29,14 @@ MASK_CHANNELS = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FluxConfig:
-    """Sizes read from a file. channels: latent channels; concat_channels: of an image (Canny, Depth) or an image and a
-    mask (Fill) beside them; context, pooled: widths of the text inputs; guidance: dev."""
+class FluxConfig(FamilyConfig):
+    """Sizes read from a file, and:
+
+    concat_channels: of an image (Canny, Depth), or an image and a mask (Fill).
+    mlp: width behind gelu.
+    double_blocks, single_blocks: how many there are.
+    guidance: whether it is embedded (dev).
+    """
 
     family: ClassVar[str] = "FLUX.1"
     runs: ClassVar[str] = "FLUX.1 dev, schnell, Kontext, Fill, Canny and Depth"
@@ -39,20 +44,15 @@ class FluxConfig:
     downscale: ClassVar[int] = 8
     patch: ClassVar[int] = 2
     float16: ClassVar[bool] = True
+    takes_guidance: ClassVar[bool] = True
+    takes_control: ClassVar[bool] = True
     encoders: ClassVar[str] = "those of DualCLIPLoader, type flux (CLIP-L and T5-XXL, width 4096)"
     reference_methods: ClassVar[frozenset[str]] = frozenset(("offset", "index", "uxo"))
-    reference_method: ClassVar[str] = "offset"
 
-    hidden: int
-    heads: int
-    channels: int
-    context: int
-    pooled: int
     mlp: int
     double_blocks: int
     single_blocks: int
     guidance: bool
-    concat_channels: int = 0
 
     @classmethod
     def from_sizes(cls, sizes: Sizes) -> "FluxConfig":
@@ -102,12 +102,6 @@ class Flux(Towers):
         super().__init__(config, Style(**sizes, bias=True, gated=False, modulated=True))
         self.vector_in = Embedder(config.pooled, config.hidden, bias=True)
 
-    @property
-    def modulation_width(self) -> int:
-        """Values per evaluation and batch item."""
-        config = self.config
-        return (12 * config.double_blocks + 3 * config.single_blocks + 2) * config.hidden
-
     def check(self, x: torch.Tensor, prompt: Prompt) -> None:
         """Raises RequestError for latents or a prompt that do not fit the model."""
         super().check(x, prompt)
@@ -128,7 +122,6 @@ class Flux(Towers):
         return rope_tables(image.new_zeros(text, 3), AXES, THETA), rope_tables(image, AXES, THETA)
 
     def modulations(self) -> list[Linear]:
-        """The layers of all modulations, in the order of `split_modulations`."""
         layers = [tower.mod.lin for block in self.double_blocks for tower in (block.txt, block.img)]
         layers += [block.modulation.lin for block in self.single_blocks]
         return [*layers, self.final_layer.adaLN_modulation[1]]

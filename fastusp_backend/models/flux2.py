@@ -16,7 +16,7 @@ from ..attention import Rope
 from ..errors import CheckpointError
 from ..prompt import Prompt
 from ..weights.checkpoint import Sizes
-from .family import HEAD_DIM
+from .family import HEAD_DIM, FamilyConfig
 from .flux_blocks import Modulation, SingleGates, Style
 from .flux_towers import Modulations, Towers
 from .layers import Gates, Linear, rope_tables
@@ -30,9 +30,13 @@ SPACING = 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Flux2Config:
-    """Sizes read from a file. channels: latent channels; context: width of the text input; mlp: behind its gate;
-    guidance: dev."""
+class Flux2Config(FamilyConfig):
+    """Sizes read from a file, and:
+
+    mlp: width behind SwiGLU.
+    double_blocks, single_blocks: how many there are.
+    guidance: whether it is embedded (dev).
+    """
 
     family: ClassVar[str] = "FLUX.2"
     runs: ClassVar[str] = "FLUX.2 dev and klein"
@@ -40,22 +44,19 @@ class Flux2Config:
     downscale: ClassVar[int] = 16
     patch: ClassVar[int] = 1
     float16: ClassVar[bool] = True
+    takes_guidance: ClassVar[bool] = True
+    takes_control: ClassVar[bool] = True
     encoders: ClassVar[str] = (
         "that of CLIPLoader, type flux2 (dev: Mistral Small 3, width 15360; klein 4B: Qwen3 4B, 7680; klein 9B: Qwen3 "
         "8B, 12288)"
     )
     reference_methods: ClassVar[frozenset[str]] = frozenset(("offset", "index", "index_timestep_zero", "uxo"))
-    reference_method: ClassVar[str] = "index"
-    concat_channels: ClassVar[int] = 0
 
-    hidden: int
-    heads: int
-    channels: int
-    context: int
     mlp: int
     double_blocks: int
     single_blocks: int
     guidance: bool
+    reference_method: str = "index"
 
     @classmethod
     def from_sizes(cls, sizes: Sizes) -> "Flux2Config":
@@ -77,9 +78,6 @@ class Flux2Config:
             guidance=sizes.has("guidance_in"),
         )
 
-    def widened(self, name: str, shape: tuple[int, ...]) -> None:
-        """No weight can be."""
-
     def build(self) -> "Flux2":
         return Flux2(self)
 
@@ -92,11 +90,6 @@ class Flux2(Towers):
         self.double_stream_modulation_img = Modulation(config.hidden, 6, bias=False)
         self.single_stream_modulation = Modulation(config.hidden, 3, bias=False)
 
-    @property
-    def modulation_width(self) -> int:
-        """Values per evaluation and batch item."""
-        return (12 + 3 + 2) * self.config.hidden
-
     def rope(self, text: int, grid: tuple[int, int], references: References, device: torch.device) -> tuple[Rope, Rope]:
         """Text tokens are at (0, 0, 0, place), the image's at (0, row, column, 0)."""
         image = F.pad(image_positions(grid, references, device, spacing=SPACING), (0, 1))
@@ -104,7 +97,6 @@ class Flux2(Towers):
         return rope_tables(words, AXES, THETA), rope_tables(image, AXES, THETA)
 
     def modulations(self) -> list[Linear]:
-        """The layers of all modulations, in the order of `split_modulations`."""
         double = self.double_stream_modulation_txt.lin, self.double_stream_modulation_img.lin
         return [*double, self.single_stream_modulation.lin, self.final_layer.adaLN_modulation[1]]
 

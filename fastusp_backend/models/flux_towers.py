@@ -13,9 +13,7 @@ import torch
 from torch import nn
 
 from ..attention import JointAttention, Rope
-from ..errors import RequestError
-from ..prompt import Prompt
-from .family import NO_RESIDUALS, Config, Residuals, check_prompt
+from .family import NO_RESIDUALS, FamilyConfig, Residuals, Transformer
 from .flux_blocks import DoubleBlock, Embedder, FinalLayer, SingleBlock, SingleGates, Style
 from .layers import Gates, Linear, timestep_embedding
 from .segments import Segments
@@ -29,12 +27,11 @@ class Modulations(NamedTuple):
     final: tuple[torch.Tensor, torch.Tensor]
 
 
-class Towers(nn.Module):
+class Towers(Transformer):
     """config: also with the counts `double_blocks` and `single_blocks`, and `guidance`, whether it is embedded."""
 
-    def __init__(self, config: Config, style: Style):
-        super().__init__()
-        self.config = config
+    def __init__(self, config: FamilyConfig, style: Style):
+        super().__init__(config)
         hidden, bias = config.hidden, style.bias
         width, further = (channels * config.patch**2 for channels in (config.channels, config.concat_channels))
         self.img_in = Linear(width + further, hidden, bias=bias)
@@ -58,24 +55,14 @@ class Towers(nn.Module):
 
     @staticmethod
     def file_key(name: str) -> str:
-        """The inverse of `module_key`, in the original naming."""
         return name.replace(".txt.", ".txt_").replace(".img.", ".img_")
 
     def products(self) -> Iterator[Linear]:
-        """The large layers of every step, whose products may be computed in fp8."""
         for block in self.double_blocks:
             for tower in (block.txt, block.img):
                 yield from (tower.attn.qkv, tower.attn.proj, tower.mlp[0], tower.mlp[2])
         for block in self.single_blocks:
             yield from (block.linear1, block.linear2)
-
-    def check(self, x: torch.Tensor, prompt: Prompt) -> None:
-        """Raises RequestError for latents or a prompt that do not fit the model."""
-        channels = self.config.channels
-        if x.dim() != 4 or x.shape[1] != channels or not x.numel():
-            raise RequestError(f"latents {tuple(x.shape)} do not fit the model: expected (B, {channels}, h, w)")
-        if problem := check_prompt(x, prompt, self.config):
-            raise RequestError(problem)
 
     def embed_text(self, context: torch.Tensor) -> torch.Tensor:
         return self.txt_in(context)

@@ -20,7 +20,7 @@ from ..attention import ONLY_K, ONLY_Q, ONLY_V, JointAttention, Rope
 from ..errors import CheckpointError, RequestError
 from ..prompt import Prompt
 from ..weights.checkpoint import Sizes
-from .family import HEAD_DIM, NO_RESIDUALS, Residuals, check_prompt
+from .family import HEAD_DIM, NO_RESIDUALS, FamilyConfig, Residuals, Transformer
 from .layers import Activations, Gates, Linear, RMSNorm, rope_tables, timestep_embedding
 from .positions import METHODS, References, image_positions
 from .segments import Segments
@@ -32,24 +32,23 @@ TIMESTEP_ZERO_MARK = "__index_timestep_zero__"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class QwenImageConfig:
-    """Sizes read from a file. channels: latent channels; context: width of the text input; reference_method: index, or
-    index_timestep_zero, which Qwen-Image-Edit 2511 marks its files with."""
+class QwenImageConfig(FamilyConfig):
+    """Sizes read from a file, and:
+
+    mlp: width behind gelu.
+    blocks: how many there are.
+    reference_method: index, or index_timestep_zero, which Qwen-Image-Edit 2511 marks its files with.
+    """
 
     family: ClassVar[str] = "Qwen-Image"
     runs: ClassVar[str] = "Qwen-Image and Qwen-Image-Edit"
     marks: ClassVar[frozenset[str]] = frozenset(("img_in.weight", "txt_norm.weight"))
     downscale: ClassVar[int] = 8
     patch: ClassVar[int] = 2
-    float16: ClassVar[bool] = False
+    takes_control: ClassVar[bool] = True
     encoders: ClassVar[str] = "that of CLIPLoader, type qwen_image (Qwen2.5-VL 7B, width 3584)"
     reference_methods: ClassVar[frozenset[str]] = frozenset(METHODS) - {"uxo"}
-    concat_channels: ClassVar[int] = 0
 
-    hidden: int
-    heads: int
-    channels: int
-    context: int
     mlp: int
     blocks: int
     reference_method: str = "index"
@@ -74,9 +73,6 @@ class QwenImageConfig:
             blocks=sizes.count("transformer_blocks"),
             reference_method="index_timestep_zero" if sizes.has(TIMESTEP_ZERO_MARK) else "index",
         )
-
-    def widened(self, name: str, shape: tuple[int, ...]) -> None:
-        """No weight can be."""
 
     def build(self) -> "QwenImage":
         return QwenImage(self)
@@ -151,10 +147,11 @@ class Modulations(NamedTuple):
     final: tuple[torch.Tensor, torch.Tensor]
 
 
-class QwenImage(nn.Module):
+class QwenImage(Transformer):
+    """Parameters have their files' own names."""
+
     def __init__(self, config: QwenImageConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         hidden, width = config.hidden, config.channels * config.patch**2
         self.img_in = Linear(width, hidden)
         self.txt_norm = RMSNorm(config.context)
@@ -166,29 +163,18 @@ class QwenImage(nn.Module):
         if config.reference_method == "index_timestep_zero":
             self.register_parameter(TIMESTEP_ZERO_MARK, nn.Parameter(torch.empty(0), requires_grad=False))
 
-    @staticmethod
-    def module_key(key: str) -> str:
-        """The file's own names serve here too."""
-        return key
-
-    @staticmethod
-    def file_key(name: str) -> str:
-        return name
-
     def products(self) -> Iterator[Linear]:
-        """The large layers of every step, whose products may be computed in fp8."""
         for block in self.transformer_blocks:
             for part in (block.attn, block.img_mlp, block.txt_mlp):
                 yield from (layer for layer in part.modules() if isinstance(layer, Linear))
 
-    @property
-    def modulation_width(self) -> int:
-        """Values per evaluation and batch item."""
-        return (12 * self.config.blocks + 2) * self.config.hidden
-
     def check(self, x: torch.Tensor, prompt: Prompt) -> None:
-        """x (B, channels, h, w) or, with the frame axis of its VAE, (B, channels, 1, h, w). Raises RequestError for
-        latents or a prompt that do not fit the model."""
+        super().check(x, prompt)
+        if prompt.y is not None or prompt.guidance is not None:
+            raise RequestError("Qwen-Image takes neither pooled text nor embedded guidance")
+
+    def check_latents(self, x: torch.Tensor) -> None:
+        """x (B, channels, h, w) or, with the frame axis of its VAE, (B, channels, 1, h, w)."""
         channels = self.config.channels
         if x.dim() == 5 and x.shape[2] > 1:
             raise RequestError(
@@ -197,10 +183,6 @@ class QwenImage(nn.Module):
             )
         if x.dim() not in (4, 5) or x.shape[1] != channels or not x.numel():
             raise RequestError(f"latents {tuple(x.shape)} do not fit the model: expected (B, {channels}, [1,] h, w)")
-        if problem := check_prompt(x, prompt, self.config):
-            raise RequestError(problem)
-        if prompt.y is not None or prompt.guidance is not None:
-            raise RequestError("Qwen-Image takes neither pooled text nor embedded guidance")
 
     def embed_text(self, context: torch.Tensor) -> torch.Tensor:
         return self.txt_in(self.txt_norm(context))
@@ -213,7 +195,6 @@ class QwenImage(nn.Module):
         return rope_tables(words[:, None].expand(-1, 3), AXES, THETA), rope_tables(image, AXES, THETA)
 
     def modulations(self) -> list[Linear]:
-        """The layers of all modulations, in the order of `split_modulations`."""
         layers = [mod for block in self.transformer_blocks for mod in (block.txt_mod[1], block.img_mod[1])]
         return [*layers, self.norm_out["linear"]]
 

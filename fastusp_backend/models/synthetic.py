@@ -1,10 +1,13 @@
 """Random checkpoints in the true key layout, for the demo, tests and benchmarks: shapes and speed are real, images
 are not."""
 
+from typing import NamedTuple
+
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from .family import FamilyConfig
 from .flux import FluxConfig
 from .flux2 import Flux2Config
 from .qwen_image import QwenImage, QwenImageConfig
@@ -56,6 +59,21 @@ FLUX2_DEV = Flux2Config(
 QWEN_IMAGE = QwenImageConfig(hidden=3072, heads=24, channels=16, context=3584, mlp=12288, blocks=60)
 """Qwen-Image's own sizes."""
 TINY_QWEN_IMAGE = QwenImageConfig(hidden=512, heads=4, channels=16, context=3584, mlp=2048, blocks=2)
+
+
+class Sizes(NamedTuple):
+    """A family's models: of full size, and one that runs in no time."""
+
+    full: FamilyConfig
+    tiny: FamilyConfig
+
+
+MODELS = {
+    "flux": Sizes(FLUX_DEV, TINY_FLUX),
+    "flux2": Sizes(FLUX2_DEV, TINY_FLUX2),
+    "qwen": Sizes(QWEN_IMAGE, TINY_QWEN_IMAGE),
+}
+"""By the names that the benchmarks' command lines take; of every family one."""
 
 
 def random_state(model: nn.Module, *, seed: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
