@@ -55,7 +55,7 @@ def check_supported(patches: Mapping[str | tuple, object], shapes: Shapes, confi
         name, _offset, function = (key, None, None) if isinstance(key, str) else (*key, None)[:3]
         _swaps(function)
         wide = _parts(patch).reshape
-        if wide not in (None, shapes[name]) and config.widened(name.removeprefix(PREFIX), wide) is None:
+        if wide not in (None, shapes[name]) and config.reshaped(name.removeprefix(PREFIX), wide) is None:
             raise Unsupported(f"A LoRA or patch that turns {name} from {shapes[name]} into {wide}")
 
 

@@ -94,7 +94,7 @@ class PatchedWeights:
             shape = adapters.check(patch, tensors, shape)
         if patches and self._checkpoint.held(name).packing:
             self._low_rank(name, patches, tensors, torch.device("meta"))
-        if shape != had and self._config.widened(name, shape) is None:
+        if shape != had and self._config.reshaped(name, shape) is None:
             raise RequestError(f"the model's weight {name!r} cannot be widened from {had} to {shape}")
         return shape
 
@@ -104,7 +104,7 @@ class PatchedWeights:
         if held.data.shape != shape:
             self._before_moving()
             checkpoint.give(name, replace(held, data=held.data.new_empty(shape)))
-            checkpoint.model.config = self._config.widened(name, shape)
+            checkpoint.model.config = self._config.reshaped(name, shape)
         return checkpoint.held(name)
 
     def _move_factors(self, packed: Sequence[str], wanted: Patches, tensors: Mapping[str, torch.Tensor]) -> None:

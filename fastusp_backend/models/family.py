@@ -106,8 +106,8 @@ class FamilyConfig:
         """The transformer, with parameters as torch's default device and type have them."""
         raise NotImplementedError
 
-    def widened(self, name: str, shape: tuple[int, ...]) -> "FamilyConfig | None":
-        """The config of the model whose weight of this name was widened to `shape`, or has it already; None where that
+    def reshaped(self, name: str, shape: tuple[int, ...]) -> "FamilyConfig | None":
+        """The config of the model whose weight of this name was brought to `shape`, or has it already; None where that
         weight, of which a family has one at most, cannot be so."""
         return None
 
@@ -198,7 +198,7 @@ class Transformer(nn.Module):
         mods: Any,
         rope: tuple[Rope, Rope],
         joint: JointAttention,
-        run: Segments,
+        ops: Segments,
         control: Residuals,
     ) -> torch.Tensor:
         """img (B, L, p^2 (C + C')) patches and txt (B, L, hidden) of this rank, control for the same tokens ->

@@ -6,6 +6,7 @@ and blocks are given what they need of them (engine/modulations.py).
 Shapes: B batch, n evaluations, C hidden.
 """
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -17,9 +18,9 @@ from ..errors import CheckpointError, RequestError
 from ..prompt import Prompt
 from ..weights.checkpoint import Sizes
 from .family import HEAD_DIM, FamilyConfig
-from .flux_blocks import Embedder, SingleGates, Style
-from .flux_towers import Modulations, Towers
-from .layers import Gates, Linear, rope_tables
+from .flux_blocks import BlockConfig, Embedder
+from .flux_transformer import FluxTransformer, Modulations
+from .layers import Linear, ModulationOut, StreamModulation, rope_tables
 from .positions import References, image_positions
 
 AXES = (16, 56, 56)
@@ -78,7 +79,7 @@ class FluxConfig(FamilyConfig):
             guidance=sizes.has("guidance_in"),
         )
 
-    def widened(self, name: str, shape: tuple[int, ...]) -> "FluxConfig | None":
+    def reshaped(self, name: str, shape: tuple[int, ...]) -> "FluxConfig | None":
         """The LoRAs of Canny and Depth widen the image's input."""
         if name != "img_in.weight" or len(shape) != 2 or shape[0] != self.hidden:
             return None
@@ -96,10 +97,10 @@ class FluxConfig(FamilyConfig):
         return Flux(self)
 
 
-class Flux(Towers):
+class Flux(FluxTransformer):
     def __init__(self, config: FluxConfig):
         sizes = {"hidden": config.hidden, "heads": config.heads, "mlp": config.mlp}
-        super().__init__(config, Style(**sizes, bias=True, gated=False, modulated=True))
+        super().__init__(config, BlockConfig(**sizes, bias=True, gated=False, modulated=True))
         self.vector_in = Embedder(config.pooled, config.hidden, bias=True)
 
     def check(self, x: torch.Tensor, prompt: Prompt) -> None:
@@ -122,7 +123,7 @@ class Flux(Towers):
         return rope_tables(image.new_zeros(text, 3), AXES, THETA), rope_tables(image, AXES, THETA)
 
     def modulations(self) -> list[Linear]:
-        layers = [tower.mod.lin for block in self.double_blocks for tower in (block.txt, block.img)]
+        layers = [stream.mod.lin for block in self.double_blocks for stream in (block.txt, block.img)]
         layers += [block.modulation.lin for block in self.single_blocks]
         return [*layers, self.final_layer.adaLN_modulation[1]]
 
@@ -137,9 +138,9 @@ class Flux(Towers):
         """One evaluation's row (B, 1, modulation_width) of modulations, as views."""
         parts = iter(rows.split(self.config.hidden, dim=-1))
 
-        def take(kind: type, count: int):
-            return kind(*(next(parts) for _ in range(count)))
+        def take(count: int) -> tuple[torch.Tensor, ...]:
+            return tuple(itertools.islice(parts, count))
 
-        double = [(take(Gates, 6), take(Gates, 6)) for _ in self.double_blocks]
-        single = [take(SingleGates, 3) for _ in self.single_blocks]
-        return Modulations(double, single, (next(parts), next(parts)))
+        double = [(StreamModulation.of(take(6)), StreamModulation.of(take(6))) for _ in self.double_blocks]
+        single = [ModulationOut(*take(3)) for _ in self.single_blocks]
+        return Modulations(double, single, take(2))

@@ -1,6 +1,6 @@
 """FLUX.2 (dev and klein; any size with head dim 128) in the original (BFL) key layout.
 
-FLUX.1's towers with other blocks: SwiGLU for gelu, no biases, and one set of modulations for all double blocks and one
+FLUX.1's streams with other blocks: SwiGLU for gelu, no biases, and one set of modulations for all double blocks and one
 for all single ones, of timestep and guidance alone. A latent pixel is a token; the text's order has an axis of its own.
 
 Shapes: B batch, n evaluations, C hidden.
@@ -17,9 +17,9 @@ from ..errors import CheckpointError
 from ..prompt import Prompt
 from ..weights.checkpoint import Sizes
 from .family import HEAD_DIM, FamilyConfig
-from .flux_blocks import Modulation, SingleGates, Style
-from .flux_towers import Modulations, Towers
-from .layers import Gates, Linear, rope_tables
+from .flux_blocks import BlockConfig, Modulation
+from .flux_transformer import FluxTransformer, Modulations
+from .layers import Linear, ModulationOut, StreamModulation, rope_tables
 from .positions import References, image_positions
 
 AXES = (32, 32, 32, 32)
@@ -82,10 +82,10 @@ class Flux2Config(FamilyConfig):
         return Flux2(self)
 
 
-class Flux2(Towers):
+class Flux2(FluxTransformer):
     def __init__(self, config: Flux2Config):
         sizes = {"hidden": config.hidden, "heads": config.heads, "mlp": config.mlp}
-        super().__init__(config, Style(**sizes, bias=False, gated=True, modulated=False))
+        super().__init__(config, BlockConfig(**sizes, bias=False, gated=True, modulated=False))
         self.double_stream_modulation_txt = Modulation(config.hidden, 6, bias=False)
         self.double_stream_modulation_img = Modulation(config.hidden, 6, bias=False)
         self.single_stream_modulation = Modulation(config.hidden, 3, bias=False)
@@ -108,6 +108,7 @@ class Flux2(Towers):
         """One evaluation's rows (B, n, modulation_width) of modulations, as views; the text takes the first. All blocks
         of a kind share theirs."""
         parts = rows.split(self.config.hidden, dim=-1)
-        double = Gates(*(part[:, :1] for part in parts[:6])), Gates(*parts[6:12])
-        single = SingleGates(*parts[12:15])
+        text = StreamModulation.of([part[:, :1] for part in parts[:6]])
+        double = text, StreamModulation.of(parts[6:12])
+        single = ModulationOut(*parts[12:15])
         return Modulations([double] * len(self.double_blocks), [single] * len(self.single_blocks), parts[15:])

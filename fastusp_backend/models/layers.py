@@ -1,6 +1,7 @@
 """Building blocks: weights in their storage type, arithmetic in the type of the activations."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -90,15 +91,25 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), eps=1e-6)
 
 
-class Gates(NamedTuple):
-    """One stream's modulations in a double block, each (B, 1, C): around attention, then around the MLP."""
+class ModulationOut(NamedTuple):
+    """The modulations around attention or an MLP, each (B, n, C), n rows: those of the norm before it, and the gate of
+    what it gives."""
 
     shift: torch.Tensor
     scale: torch.Tensor
     gate: torch.Tensor
-    mlp_shift: torch.Tensor
-    mlp_scale: torch.Tensor
-    mlp_gate: torch.Tensor
+
+
+class StreamModulation(NamedTuple):
+    """One stream's modulations in a block."""
+
+    attention: ModulationOut
+    mlp: ModulationOut
+
+    @classmethod
+    def of(cls, parts: Sequence[torch.Tensor]) -> "StreamModulation":
+        """Of a layer's six outputs, attention's first."""
+        return cls(ModulationOut(*parts[:3]), ModulationOut(*parts[3:]))
 
 
 def timestep_embedding(

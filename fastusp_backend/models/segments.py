@@ -22,7 +22,7 @@ class Segments:
     """What happens to tokens between two products.
 
     fused: in one pass over the tokens, on GPUs; else as torch's separate operations.
-    fp8: what norm, add_norm and widen give is quantised in the same pass, for products in fp8; `activations` does so
+    fp8: what norm, add_norm and mlp_in give is quantised in the same pass, for products in fp8; `activations` does so
     with what comes from elsewhere.
     rows: (L,) int64, see `by_row`.
     exact: the same segments without quantisation.
@@ -57,7 +57,7 @@ class Segments:
         x, normed = tokens.add_norm_reference(x, y, gate, shift, scale, rows)
         return x, self.activations(normed)
 
-    def widen(self, layer: Linear, x: Activations, rows: slice = slice(None), *, gated: bool = False) -> Activations:
+    def mlp_in(self, layer: Linear, x: Activations, rows: slice = slice(None), *, gated: bool = False) -> Activations:
         """gelu_tanh(layer(x)) for some of the layer's outputs; gated: silu of their first half times the second."""
         if not gated and not self._fp8:
             return _gelu_linear(x, *layer.rows(rows, x.dtype))

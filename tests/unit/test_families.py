@@ -96,7 +96,7 @@ def test_what_a_family_does_not_claim_is_refused():
     x = torch.zeros(1, 4, 2, 2)
     prompt = config.example_prompt(torch.zeros, text=3, size=(2, 2))
     assert list(prompt.tensors()) == ["context"] and check_prompt(x, prompt, config) is None
-    assert config.widened("img_in.weight", (128, 8)) is None and not config.float16
+    assert config.reshaped("img_in.weight", (128, 8)) is None and not config.float16
     referring = Prompt(prompt.context, references=(x,))
     assert check_prompt(x, referring, config) == "remove the reference images from the prompt: Plain takes none"
     control = Residuals((torch.zeros(1, 4, 128),), (0,))
