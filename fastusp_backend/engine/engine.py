@@ -10,8 +10,8 @@ from ..comm.groups import world
 from ..comm.mesh import Mesh, make_mesh, single_rank_mesh
 from ..comm.transport import Transport
 from ..config import Layout, ModelSpec, Settings
+from ..kernels.fp8_product import check_fp8_products, check_fp8_sizes
 from ..models.family import FamilyConfig, Transformer
-from ..models.products import check_fp8_products, check_fp8_sizes
 from .batch import BatchedDenoiser
 from .denoiser import Denoiser
 from .loading import Checkpoint

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..kernels.fp8_product import Quantised, product
 from ..weights.stored import Stored
-from .products import Quantised, product
 
 Activations = torch.Tensor | Quantised
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from ..kernels import tokens
+from ..kernels.fp8_product import Quantised
 from .layers import Activations, Linear
-from .products import Quantised
 
 
 class Segments:

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fastusp_backend.kernels import tokens
+from fastusp_backend.kernels.fp8_product import Quantised
 from fastusp_backend.models.layers import Linear
-from fastusp_backend.models.products import Quantised
 from fastusp_backend.models.segments import Segments
 
 pytestmark = [
