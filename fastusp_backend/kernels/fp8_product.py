@@ -26,13 +26,18 @@ log = logging.getLogger(__name__)
 _MIN_CAPABILITY = (8, 9)
 _ADA = (8, 9)
 _PASSING = ("ALLOC_FAILED", "NOT_INITIALIZED", "EXECUTION_FAILED", "INTERNAL_ERROR")
-"""Of errors that say nothing of a shape."""
+"""Parts of errors that say nothing of a shape."""
 _MULTIPLE = 16
 """What the sizes of a weight must be multiples of, on all GPUs and in all torch versions."""
 
 
 class Quantised(NamedTuple):
-    """Activations (B, L, K): e4m3 values, float32 scales (B, L, 1), and the type that they were computed in."""
+    """Activations in fp8.
+
+    values: (B, L, K) e4m3.
+    scales: (B, L, 1) float32, what a token's values are multiplied by.
+    dtype: the type that they were computed in, and that a product of them gives.
+    """
 
     values: torch.Tensor
     scales: torch.Tensor
@@ -40,7 +45,11 @@ class Quantised(NamedTuple):
 
 
 def product(x: Quantised, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x W^T + b (B, L, N) in x's type: weight (N, K) e4m3, of any row pitch, scales (N, 1) float32.
+    """x W^T + b (B, L, N) in x's type.
+
+    weight: (N, K) e4m3, of any row pitch.
+    scales: (N, 1) float32.
+    bias: (N,) or None.
 
     GPUs multiply in fp8 and scale the sums; CPU ranks multiply the same values in float32. N, K and the pitch are
     multiples of 16 on GPUs (see `check_fp8_sizes`); L is any number.

@@ -175,8 +175,13 @@ def _needed(config: FamilyConfig) -> tuple[type[Transformer], tuple[str, ...]]:
 
 
 class _Fit:
-    """How a file's tensors fit a family. missing: which of those that it needs are not there, by the file's names;
-    needed: how many it needs; share: how many of them are there, from 0 to 1; known: the file's names for those."""
+    """How a file's tensors fit a family.
+
+    missing: the tensors that it needs and that are not there, by the file's names.
+    needed: how many it needs.
+    share: how many of those are there, from 0 to 1.
+    known: the file's names for those.
+    """
 
     def __init__(self, family: type[FamilyConfig], header: dict[str, TensorInfo], path: str):
         self.family = family

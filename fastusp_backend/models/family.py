@@ -27,9 +27,13 @@ HEAD_DIM = 128
 
 
 class Residuals(NamedTuple):
-    """What a ControlNet adds to the image stream: tensors (B or 1, n, hidden) for its first n tokens; `input` and
-    `output` hold, block by block, the index of what is added after it, or None. Either may be shorter or longer than
-    the model's blocks; `output` is for FLUX's single ones."""
+    """What a ControlNet adds to the image stream.
+
+    tensors: (B or 1, n, hidden), each for the stream's first n tokens.
+    input: block by block, the index of what is added after it, or None; may be shorter or longer than the model's
+        blocks.
+    output: the same of FLUX's single blocks.
+    """
 
     tensors: tuple[torch.Tensor, ...] = ()
     input: tuple[int | None, ...] = ()
@@ -46,7 +50,7 @@ class Residuals(NamedTuple):
         return None if place is None else self.tensors[place]
 
     def of_images(self, images: slice) -> "Residuals":
-        """Those of some images of the batch."""
+        """The residuals of some images of the batch."""
         return self._replace(tensors=tuple(t if len(t) == 1 else t[images] for t in self.tensors))
 
 

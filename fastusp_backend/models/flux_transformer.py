@@ -33,7 +33,8 @@ class Modulations(NamedTuple):
 
 
 class FluxTransformer(Transformer):
-    """config: also with the counts `double_blocks` and `single_blocks`, and `guidance`, whether it is embedded."""
+    """What is built from a config that also has the counts `double_blocks` and `single_blocks`, and `guidance`, whether
+    it is embedded."""
 
     def __init__(self, config: FamilyConfig, blocks: BlockConfig):
         super().__init__(config)

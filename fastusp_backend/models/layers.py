@@ -1,4 +1,7 @@
-"""Building blocks: weights in their storage type, arithmetic in the type of the activations."""
+"""What blocks of all families are made of: weights in their storage type, arithmetic in the type of the activations.
+
+Shapes: B batch, L tokens, C hidden.
+"""
 
 import math
 from collections.abc import Sequence
@@ -15,9 +18,12 @@ Activations = torch.Tensor | Quantised
 
 
 class Linear(nn.Module):
-    """y = x W^T + b, or without b; W and b are converted to x's type where they are stored in another (see stored.py);
-    in fp8 where x is quantised, which takes a weight that is held by rows. up, down: what LoRAs add to a packed
-    weight."""
+    """y = x W^T + b, or without b. W and b are converted to x's type where they are stored in another (see stored.py);
+    where x is quantised, the product is one in fp8, which takes a weight with a scale per row.
+
+    weight, scale, packing: W, see `Stored`.
+    up, down: what LoRAs add to a packed weight.
+    """
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = True):
         super().__init__()
@@ -54,7 +60,12 @@ class Linear(nn.Module):
         *,
         bias: bool = True,
     ) -> torch.Tensor:
-        """rows: of the outputs, a fused projection is run part by part. columns: of the inputs, which x holds alone."""
+        """x (..., K) -> (..., N).
+
+        rows: of the outputs, where a fused projection is run part by part.
+        columns: of the inputs, where x holds these alone.
+        bias: whether b is added.
+        """
         offset = self.bias[rows].to(x.dtype) if bias and self.bias is not None else None
         if isinstance(x, Quantised):
             return product(x, self.weight[rows, columns], self.scale[rows], offset)
