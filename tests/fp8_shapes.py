@@ -1,7 +1,7 @@
 """Which parts of their weights the families' blocks multiply in fp8, told by the blocks themselves: one evaluation on
 the meta device."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -47,7 +47,7 @@ class _Joint:
 
 def parts(config: FamilyConfig) -> set[Part]:
     """Of all products of two blocks of each kind: what comes after a block differs for the last."""
-    counts = {name: 2 for name in ("double_blocks", "single_blocks", "blocks") if hasattr(config, name)}
+    counts = {field.name: 2 for field in fields(config) if field.name.endswith("blocks")}
     found = set()
 
     def record(x, weight, scales, bias):

@@ -10,7 +10,7 @@ from torch import nn
 from .family import FamilyConfig
 from .flux import FluxConfig
 from .flux2 import Flux2Config
-from .qwen_image import QwenImage, QwenImageConfig
+from .qwen_image import QwenImageConfig
 
 TINY_FLUX = FluxConfig(
     hidden=512,
@@ -90,20 +90,9 @@ def random_state(model: nn.Module, *, seed: int, dtype: torch.dtype) -> dict[str
     return state
 
 
-def write_flux(
-    path: str, config: FluxConfig | Flux2Config = TINY_FLUX, *, seed: int = 0, dtype: torch.dtype = torch.float32
-) -> None:
-    """Writes a random FLUX.1 or FLUX.2 file in BFL key layout."""
+def write_checkpoint(path: str, config: FamilyConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
+    """Writes a random file of a model, in its family's key layout."""
     with torch.device("meta"):
         model = config.build()
     state = random_state(model, seed=seed, dtype=dtype)
     save_file({model.file_key(name): tensor for name, tensor in state.items()}, path)
-
-
-def write_qwen_image(
-    path: str, config: QwenImageConfig = TINY_QWEN_IMAGE, *, seed: int = 0, dtype: torch.dtype = torch.float32
-) -> None:
-    """Writes a random Qwen-Image file."""
-    with torch.device("meta"):
-        model = QwenImage(config)
-    save_file(random_state(model, seed=seed, dtype=dtype), path)

@@ -16,7 +16,7 @@ from fastusp_backend.engine import modulations
 from fastusp_backend.engine.loading import Checkpoint
 from fastusp_backend.engine.modulations import KEPT_ROWS, ModulationTable
 
-from fastusp_backend.models.synthetic import write_qwen_image
+from fastusp_backend.models.synthetic import write_checkpoint
 from fastusp_backend.pool import NO_PATCHES, Progress, Session, WeightPatches, name_of
 from fastusp_backend.prompt import Prompt
 from fastusp_backend.weights.reading import read_tensors
@@ -31,7 +31,7 @@ ALL, NONE = slice(None), slice(0, 0)
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory):
     path = tmp_path_factory.mktemp("modulations") / "qwen.safetensors"
-    write_qwen_image(str(path), SMALL_QWEN, seed=3)
+    write_checkpoint(str(path), SMALL_QWEN, seed=3)
     return path
 
 

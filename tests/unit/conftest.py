@@ -7,7 +7,7 @@ from channels import Pair
 from formats import MINI
 from small_library import world  # noqa: F401 - a fixture
 
-from fastusp_backend.models.synthetic import write_flux
+from fastusp_backend.models.synthetic import write_checkpoint
 
 torch.set_num_threads(1)
 
@@ -24,5 +24,5 @@ def pair():
 def mini(tmp_path_factory):
     """A plain file of the model whose formats are tested; not to be written to."""
     path = tmp_path_factory.mktemp("formats") / "mini.safetensors"
-    write_flux(str(path), MINI, seed=1)
+    write_checkpoint(str(path), MINI, seed=1)
     return path

@@ -14,7 +14,7 @@ from fastusp_backend.config import WeightPatch
 from fastusp_backend.engine.loading import Checkpoint
 from fastusp_backend.engine.patching import PatchedWeights
 from fastusp_backend.errors import CheckpointError, PatchesLost, RequestError
-from fastusp_backend.models.synthetic import write_flux
+from fastusp_backend.models.synthetic import write_checkpoint
 
 pytestmark = pytest.mark.unit
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.unit
 @pytest.fixture(scope="module")
 def mini(tmp_path_factory):
     path = tmp_path_factory.mktemp("patching") / "mini.safetensors"
-    write_flux(str(path), MINI, seed=1)
+    write_checkpoint(str(path), MINI, seed=1)
     return path
 
 
