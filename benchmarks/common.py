@@ -13,29 +13,17 @@ import paths  # noqa: F401
 import torch
 import torch.distributed as dist
 
-from fastusp_backend.models.family import Config, Transformer
-from fastusp_backend.models.flux import FluxConfig
-from fastusp_backend.models.flux2 import Flux2Config
-from fastusp_backend.models.synthetic import (
-    FLUX2_DEV,
-    FLUX_DEV,
-    QWEN_IMAGE,
-    TINY_FLUX,
-    TINY_FLUX2,
-    TINY_QWEN_IMAGE,
-)
+from fastusp_backend.models import synthetic
+from fastusp_backend.models.family import FamilyConfig, Transformer
 from fastusp_backend.prompt import Prompt
 
-CONFIGS: dict[tuple[str, bool], Config] = {
-    ("flux", False): FLUX_DEV,
-    ("flux", True): TINY_FLUX,
-    ("flux2", False): FLUX2_DEV,
-    ("flux2", True): TINY_FLUX2,
-    ("qwen", False): QWEN_IMAGE,
-    ("qwen", True): TINY_QWEN_IMAGE,
+CONFIGS: dict[tuple[str, bool], FamilyConfig] = {
+    (name, tiny): sizes.tiny if tiny else sizes.full
+    for name, sizes in synthetic.MODELS.items()
+    for tiny in (False, True)
 }
 """By name and whether it is the tiny one."""
-MODELS = tuple(dict.fromkeys(name for name, _ in CONFIGS))
+MODELS = tuple(synthetic.MODELS)
 
 TIMESTEP, GUIDANCE = 0.5, 4.0
 """A thousand times either is exact in bfloat16: diffusers multiplies in the compute type."""
@@ -59,7 +47,7 @@ class Inputs:
     prompts: tuple[Prompt, ...]
 
 
-def random_model(config: Config, device: torch.device, dtype: torch.dtype) -> Transformer:
+def random_model(config: FamilyConfig, device: torch.device, dtype: torch.dtype) -> Transformer:
     with torch.device("meta"):
         model = config.build()
     model = model.to(dtype).to_empty(device=device)
@@ -73,17 +61,16 @@ def random_model(config: Config, device: torch.device, dtype: torch.dtype) -> Tr
     return model.eval().requires_grad_(False)
 
 
-def random_inputs(config: Config, case: Case, device: torch.device, dtype: torch.dtype) -> Inputs:
+def random_inputs(config: FamilyConfig, case: Case, device: torch.device, dtype: torch.dtype) -> Inputs:
     like = {"generator": torch.Generator(device).manual_seed(1), "device": device}
     b, edge = case.batch, case.size // config.downscale
     x = torch.randn(b, config.channels, edge, edge, **like)
 
     def prompt(text: int) -> Prompt:
-        context = torch.randn(b, text, config.context, **like).to(dtype)
-        if not isinstance(config, FluxConfig | Flux2Config):
-            return Prompt(context)
-        pooled = torch.randn(b, config.pooled, **like).to(dtype) if isinstance(config, FluxConfig) else None
-        return Prompt(context, pooled, torch.full((b,), GUIDANCE, device=device))
+        def draw(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, **like).to(dtype)
+
+        return config.example_prompt(draw, text=text, size=(edge, edge), batch=b, guidance=GUIDANCE)
 
     return Inputs(x, torch.full((b,), TIMESTEP), tuple(map(prompt, case.texts)))
 

@@ -20,7 +20,7 @@ import torch
 
 from fastusp_backend.config import ModelSpec, Settings
 from fastusp_backend.devices import parse_devices
-from fastusp_backend.models.synthetic import FLUX_DEV, TINY_FLUX, write_flux
+from fastusp_backend.models.synthetic import FLUX_DEV, TINY_FLUX, write_checkpoint
 from fastusp_backend.planner import plan
 from fastusp_backend.pool import Pool, Progress, Session
 from fastusp_backend.prompt import Prompt
@@ -61,7 +61,7 @@ def main() -> None:
     pool = Pool(devices)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "flux.safetensors"
-        write_flux(str(path), config, dtype=dtype)
+        write_checkpoint(str(path), config, dtype=dtype)
         spec = ModelSpec.of_file(str(path), storage=None, compute=str(dtype).removeprefix("torch."))
         session = Session(pool, spec, (plan(devices.ranks, config.heads),), Settings())
         cases = {

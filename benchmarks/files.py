@@ -6,10 +6,10 @@ import torch
 from common import random_model
 from safetensors.torch import save_file
 
-from fastusp_backend.models.family import Config
+from fastusp_backend.models.family import FamilyConfig
 
 
-def write_model(path: Path, config: Config, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
+def write_model(path: Path, config: FamilyConfig, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
     """Writes a file in the family's own keys; see `common` for its weights. It is there whole or not at all."""
     model = random_model(config, device, dtype)
     name = getattr(model, "file_key", str)

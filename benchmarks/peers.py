@@ -14,7 +14,7 @@ import torch.distributed as dist
 from common import MODELS, Case, Inputs, random_inputs
 from diffusers_weights import to_diffusers
 
-from fastusp_backend.models.family import Config, Transformer
+from fastusp_backend.models.family import FamilyConfig, Transformer
 from fastusp_backend.models.flux import FluxConfig
 from fastusp_backend.models.flux2 import Flux2Config
 from fastusp_backend.models.patchify import patch_grid, patchify, unpatchify
@@ -29,7 +29,7 @@ Run = Callable[[], torch.Tensor]
 class Task:
     """What a peer is set up for."""
 
-    config: Config
+    config: FamilyConfig
     ranks: int
     even: bool
     """Whether the ranks divide all token counts."""
@@ -193,7 +193,7 @@ def diffusers_model(ours: Transformer) -> torch.nn.Module:
     return theirs.eval().requires_grad_(False)
 
 
-def _flux_sizes(config: Config) -> dict:
+def _flux_sizes(config: FamilyConfig) -> dict:
     return {
         "patch_size": 1,
         "in_channels": 4 * config.channels,
@@ -207,7 +207,7 @@ def _flux_sizes(config: Config) -> dict:
     }
 
 
-def arguments(config: Config, given: Inputs, dtype: torch.dtype) -> list[dict]:
+def arguments(config: FamilyConfig, given: Inputs, dtype: torch.dtype) -> list[dict]:
     """Returns what diffusers' forward takes for each prompt."""
     x, b = given.x, given.x.shape[0]
     grid = patch_grid(*x.shape[-2:], config.patch)

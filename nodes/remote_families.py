@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import torch
 
-from ..fastusp_backend.models.detection import Config
+from ..fastusp_backend.models.detection import FamilyConfig
 from ..fastusp_backend.prompt import Prompt
 from .comfyui import QwenImageTransformer2DModel
 from .host import Unsupported
@@ -17,7 +17,7 @@ class RemoteFlux(RemoteTransformer):
     """FLUX.1 and FLUX.2, of which ComfyUI has one transformer."""
 
     @classmethod
-    def fits(cls, unet_config: dict, config: Config) -> bool:
+    def fits(cls, unet_config: dict, config: FamilyConfig) -> bool:
         """Old ComfyUI takes every FLUX for one of hidden size 3072."""
         return unet_config["hidden_size"] == config.hidden
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 import msgspec
 import torch
 
-from ..fastusp_backend.models.detection import Config
+from ..fastusp_backend.models.detection import FamilyConfig
 from ..fastusp_backend.pool import Session
 from ..fastusp_backend.prompt import Prompt
 from ..fastusp_backend.weights.tensor_info import TensorInfo
@@ -48,7 +48,7 @@ class RemoteTransformer(torch.nn.Module, metaclass=_Sealed):
     (WrappersMP.DIFFUSION_MODEL), which see its arguments by position.
     """
 
-    def __init__(self, session: Session, header: dict[str, TensorInfo], stock: torch.nn.Module, config: Config):
+    def __init__(self, session: Session, header: dict[str, TensorInfo], stock: torch.nn.Module, config: FamilyConfig):
         super().__init__()
         for name, value in vars(stock).items():
             if not name.startswith("_") and not isinstance(value, torch.nn.Module | torch.Tensor):
@@ -119,7 +119,7 @@ class RemoteTransformer(torch.nn.Module, metaclass=_Sealed):
             self._arrived = None
 
     @classmethod
-    def fits(cls, unet_config: dict, config: Config) -> bool:
+    def fits(cls, unet_config: dict, config: FamilyConfig) -> bool:
         """Whether what ComfyUI detected is the file's model."""
         return True
 

@@ -8,7 +8,7 @@ import torch
 
 from ..fastusp_backend.config import WeightPatch
 from ..fastusp_backend.errors import RequestError
-from ..fastusp_backend.models.detection import Config
+from ..fastusp_backend.models.detection import FamilyConfig
 from ..fastusp_backend.pool import WeightPatches, name_of
 from ..fastusp_backend.weights import adapters
 from .comfyui import swap_scale_shift, weight_adapter
@@ -48,14 +48,14 @@ class _Parts(NamedTuple):
     reshape: tuple[int, ...] | None = None
 
 
-def check_supported(patches: Mapping[str | tuple, object], shapes: Shapes, config: Config) -> None:
+def check_supported(patches: Mapping[str | tuple, object], shapes: Shapes, config: FamilyConfig) -> None:
     """What `ModelPatcher.add_patches` is given: key, or (key, offset, function) -> patch. Raises Unsupported, naming
     the kind, for what the workers cannot do to weights of these shapes, of a model with this config."""
     for key, patch in patches.items():
         name, _offset, function = (key, None, None) if isinstance(key, str) else (*key, None)[:3]
         _swaps(function)
         wide = _parts(patch).reshape
-        if wide not in (None, shapes[name]) and config.widened(name.removeprefix(PREFIX), wide) is None:
+        if wide not in (None, shapes[name]) and config.reshaped(name.removeprefix(PREFIX), wide) is None:
             raise Unsupported(f"A LoRA or patch that turns {name} from {shapes[name]} into {wide}")
 
 

@@ -1,14 +1,14 @@
 """Which parts of their weights the families' blocks multiply in fp8, told by the blocks themselves: one evaluation on
 the meta device."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
 
 from fastusp_backend.models import layers
-from fastusp_backend.models.family import Config
+from fastusp_backend.models.family import FamilyConfig
 from fastusp_backend.models.segments import Segments
 from fastusp_backend.models.synthetic import FLUX2_DEV, FLUX_DEV, QWEN_IMAGE
 
@@ -45,9 +45,9 @@ class _Joint:
         pass
 
 
-def parts(config: Config) -> set[Part]:
+def parts(config: FamilyConfig) -> set[Part]:
     """Of all products of two blocks of each kind: what comes after a block differs for the last."""
-    counts = {name: 2 for name in ("double_blocks", "single_blocks", "blocks") if hasattr(config, name)}
+    counts = {field.name: 2 for field in fields(config) if field.name.endswith("blocks")}
     found = set()
 
     def record(x, weight, scales, bias):

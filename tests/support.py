@@ -1,5 +1,6 @@
 """Small models, and requests for them, that several tests use."""
 
+import itertools
 import os
 import time
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from fastusp_backend.comm.transport import Transport
 from fastusp_backend.config import FileState, ModelSpec, Settings
 from fastusp_backend.engine import Denoiser
 from fastusp_backend.engine.checkpoint import Checkpoint
-from fastusp_backend.models.family import NO_RESIDUALS, Config, Residuals, Transformer
+from fastusp_backend.models.family import NO_RESIDUALS, FamilyConfig, Residuals, Transformer
 from fastusp_backend.models.flux import FluxConfig
 from fastusp_backend.models.flux2 import Flux2Config
 from fastusp_backend.models.qwen_image import QwenImageConfig
@@ -68,15 +69,15 @@ class Inputs:
     guidance: torch.Tensor | None
 
 
-def inputs(config: Config, *, text: int, size: tuple[int, int], batch: int = 1, seed: int = 0) -> Inputs:
-    pooled, guided = (isinstance(config, kinds) for kinds in (FluxConfig, (FluxConfig, Flux2Config)))
-    return Inputs(
-        x=randn(batch, config.channels, *size, seed=seed),
-        timestep=torch.linspace(0.7, 0.3, batch) if batch > 1 else torch.tensor([0.7]),
-        context=randn(batch, text, config.context, seed=seed + 1),
-        y=randn(batch, config.pooled, seed=seed + 2) if pooled else None,
-        guidance=torch.full((batch,), 3.5) if guided else None,
-    )
+def inputs(config: FamilyConfig, *, text: int, size: tuple[int, int], batch: int = 1, seed: int = 0) -> Inputs:
+    seeds = itertools.count(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return randn(*shape, seed=next(seeds))
+
+    x, timestep = draw(batch, config.channels, *size), torch.linspace(0.7, 0.3, batch)
+    prompt = config.example_prompt(draw, text=text, size=size, batch=batch)
+    return Inputs(x, timestep, prompt.context, prompt.y, prompt.guidance)
 
 
 class OneRank(Denoiser):

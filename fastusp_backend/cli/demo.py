@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from ..config import ModelSpec, Settings
 from ..devices import Devices, local_devices
-from ..models.synthetic import TINY_FLUX, write_flux
+from ..models.synthetic import TINY_FLUX, write_checkpoint
 from ..planner import plan
 from ..pool import Pool, Progress, Session
 from ..prompt import Prompt
@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     devices = local_devices(arguments.gpus)
     arguments.output.mkdir(parents=True, exist_ok=True)
     checkpoint = arguments.output / "tiny_flux.safetensors"
-    write_flux(str(checkpoint), TINY_FLUX)
+    write_checkpoint(str(checkpoint), TINY_FLUX)
     print(f"wrote {checkpoint}: FLUX.1 layout, hidden {TINY_FLUX.hidden}, 2 + 2 blocks, random weights")
 
     shared = _sample(devices, str(checkpoint), arguments)

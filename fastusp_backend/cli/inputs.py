@@ -1,10 +1,12 @@
 """What commands are given: a file's model on some devices, and random inputs of its shapes."""
 
+import functools
+
 import torch
 
 from ..config import ModelSpec
 from ..devices import Devices, supports_bfloat16
-from ..models.family import Config
+from ..models.family import FamilyConfig
 from ..models.files import read_model
 from ..prompt import Prompt
 from ..weights.dtypes import choose_types, main_dtype
@@ -14,7 +16,7 @@ BOUNDS = {"float32": 2e-5, "bfloat16": 5e-2, "float16": 1e-2}
 """By how much the ranks may differ from one, by compute type: rounding in another order."""
 
 
-def describe(path: str, devices: Devices) -> tuple[dict[str, TensorInfo], Config, ModelSpec]:
+def describe(path: str, devices: Devices) -> tuple[dict[str, TensorInfo], FamilyConfig, ModelSpec]:
     """Returns the tensors of a file's model, the model, and how USP Loader's default loads it on `devices`.
 
     Raises CheckpointError.
@@ -32,19 +34,13 @@ def describe(path: str, devices: Devices) -> tuple[dict[str, TensorInfo], Config
     return header, config, file.spec(**types)
 
 
-def random_inputs(config: Config, size: tuple[int, int], text: int) -> tuple[torch.Tensor, Prompt]:
+def random_inputs(config: FamilyConfig, size: tuple[int, int], text: int) -> tuple[torch.Tensor, Prompt]:
     """Makes latents (1, C, h, w) and a prompt of `text` tokens for an image of (width, height) pixels."""
     generator = torch.Generator().manual_seed(0)
     width, height = (edge // config.downscale for edge in size)
     x = torch.randn(1, config.channels, height, width, generator=generator)
-    context = torch.randn(1, text, config.context, generator=generator)
-    pooled, concat = getattr(config, "pooled", None), config.concat_channels
-    return x, Prompt(
-        context,
-        torch.randn(1, pooled, generator=generator) if pooled else None,
-        torch.tensor([3.5]) if getattr(config, "guidance", False) else None,
-        concat=torch.randn(1, concat, height, width, generator=generator) if concat else None,
-    )
+    draw = functools.partial(torch.randn, generator=generator)
+    return x, config.example_prompt(draw, text=text, size=(height, width))
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -15,8 +15,8 @@ from ..comm.groups import world
 from ..comm.mesh import Mesh, make_mesh, single_rank_mesh
 from ..comm.transport import Transport
 from ..config import Layout, ModelSpec, Settings
-from ..models.family import Config
-from ..models.products import check_fp8_products, check_fp8_sizes
+from ..kernels.fp8_product import check_fp8_products, check_fp8_sizes
+from ..models.family import FamilyConfig
 from .checkpoint import Checkpoint
 from .denoiser import Denoiser
 from .patching import PatchedWeights, Patches
@@ -72,7 +72,7 @@ class Engine:
             self._meshes[layout] = mesh, Transport(mesh)
         return self._meshes[layout]
 
-    def describe(self, spec: ModelSpec) -> Config:
+    def describe(self, spec: ModelSpec) -> FamilyConfig:
         """What the model of `spec` is, by its file's header alone. Raises CheckpointError, as `check_file` too, or
         ValueError for products that this device does not have; nothing has changed then."""
         if self.is_resident(spec):

@@ -135,7 +135,7 @@ class PatchedWeights:
             shape = adapters.check(patch, tensors, shape)
         if patches and self._checkpoint.plans[name].packing:
             self._low_rank(name, patches, tensors, torch.device("meta"))
-        if shape != had and self._config.widened(name, shape) is None:
+        if shape != had and self._config.reshaped(name, shape) is None:
             raise RequestError(f"the model's weight {name!r} cannot be widened from {had} to {shape}")
         return shape
 
@@ -145,7 +145,7 @@ class PatchedWeights:
         if stored.data.shape != shape:
             self._before_moving()
             checkpoint.set_stored(name, replace(stored, data=stored.data.new_empty(shape)))
-            checkpoint.model.config = self._config.widened(name, shape)
+            checkpoint.model.config = self._config.reshaped(name, shape)
         return checkpoint.stored(name)
 
     def _set_factors(self, names: Sequence[str], wanted: Patches, tensors: Mapping[str, torch.Tensor]) -> None:

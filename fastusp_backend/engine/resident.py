@@ -6,8 +6,8 @@ import torch
 
 from ..config import Layout, ModelSpec, Settings
 from ..models.family import Transformer
-from .denoiser import Denoiser
 from .checkpoint import Checkpoint
+from .denoiser import Denoiser
 from .parking import HostShard, resident_bytes
 from .patching import PatchedWeights, Patches
 

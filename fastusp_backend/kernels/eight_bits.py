@@ -56,8 +56,14 @@ def quantise(x: torch.Tensor, carrier: torch.dtype = torch.uint8) -> tuple[torch
 
 
 class Destination(NamedTuple):
-    """Where unpacked rows go: row l of source s to row s text_step + l where l < text, else to row image_start + s
-    image_step + (l - text); its heads from s head_step on. Rows of source `skipped` stay where they are."""
+    """Where unpacked rows go.
+
+    text: how many of a source's rows are text; row l < text of source s goes to row s text_step + l.
+    text_step: rows from one source's text to the next one's.
+    image_start, image_step: any other row goes to row image_start + s image_step + (l - text).
+    head_step: the heads of source s go to those from s head_step on.
+    skipped: a source whose rows stay where they are; -1 for none.
+    """
 
     text: int
     text_step: int

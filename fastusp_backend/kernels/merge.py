@@ -1,4 +1,10 @@
-"""Attention over one more part of the keys joined to what was attended before, in one pass over both results."""
+"""Joins attention over one more part of the keys to what was attended before, in one pass over both results.
+
+A ring attends block by block; partial results are weighted by their log-sum-exp, in float32 (arXiv 2310.01889). In
+torch's separate operations (`merge_reference`, which CPU ranks run) each of several steps reads and writes the results.
+
+Shapes: B batch, L tokens, H heads, D head dim.
+"""
 
 import torch
 
@@ -13,7 +19,7 @@ _ROWS = 32
 
 def merge(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
     """Joins part (B, L, H, D), part_lse (B, H, L) into out (B, L, H, D) and lse (B, H, L), both float32 and
-    contiguous: results of attention over two disjoint sets of keys (arXiv 2310.01889).
+    contiguous: results of attention over two disjoint sets of keys.
 
     With s = sigmoid(part_lse - lse), the weight of the part: out' = out + s (part - out), lse' = log(e^lse +
     e^part_lse).

@@ -1,8 +1,14 @@
 """From a projection to the buffers of an exchange in one pass: split heads, normalise q and k, rotate, lay out.
 
-T tensors (of q, k, v) of R rows each: projected (B, R, T H D). A head of this rank (`position`) goes into `received`
-at the row where attention reads it, any other into `outgoing` for the rank that attends it, packed in 8 bits
-(eight_bits.py) where `outgoing` holds bytes. Everything is read and written once.
+One program takes some rows of one head of one tensor: a head's norm and rotation need nothing of other heads, and all
+of a head goes to one rank. A head of this rank (`position`) goes into `received` at the row where attention reads it,
+any other into `outgoing` for the rank that attends it, packed in 8 bits (eight_bits.py) where `outgoing` holds bytes.
+So everything is read and written once, and an exchange has nothing left to lay out. torch's separate operations
+(`place_reference`, which CPU ranks run) write normed and rotated tensors in full before they copy them part by part;
+compiled, they would be compiled again for each layout and each rank's place in it.
+
+Shapes: B batch, R rows, T tensors (of q, k, v), H heads, h of them on a rank, D head dim, U ranks of a Ulysses group, N
+rows that attention reads, L a rank's rows; projected (B, R, T H D).
 """
 
 import torch
@@ -37,9 +43,12 @@ def place(
 ) -> None:
     """Writes tensors `which` of local rows [first_row, first_row + R).
 
-    scales: per tensor the RMS norm's weight (D,), or None for one that is neither normed nor rotated (v). rope: cos,
-    sin (R, D / 2) float32, neighbouring pairs. received (3, B, N, h, D), outgoing (3, U, B, L, h, D) or packed
-    (3, U, B, L, pitch) uint8 or int8: see comm/links.py.
+    scales: per tensor the RMS norm's weight (D,), or None for one that is neither normed nor rotated (v).
+    rope: cos, sin (R, D / 2) float32, of neighbouring pairs.
+    received: (3, B, N, h, D).
+    outgoing: (3, U, B, L, h, D), or packed (3, U, B, L, pitch) uint8 or int8: see comm/links.py.
+    position: this rank's in its Ulysses group.
+    regions: where its own rows go.
     """
     if projected.is_cuda and triton is not None:
         _launch(projected, scales, rope, which, first_row, received, outgoing, position, regions)

@@ -2,9 +2,11 @@
 fp8.
 
 A program holds a whole token in registers, so what is normed or quantised is read once; torch.compile reads rows of
-this width twice or three times.
+this width twice or three times. Modulations are one row for all tokens, or several of which each token takes its own:
+the program then reads the row's number, so that no (B, L, C) of modulations is ever made.
 
-Shapes: x, y (B, L, C), shift, scale, gate (B, 1, C).
+Shapes: x, y (B, L, C), shift, scale, gate (B, n, C): n = 1, or any n with `rows` (L,) int64, the row that each token
+takes.
 """
 
 import torch
@@ -32,20 +34,26 @@ def bounded(x: torch.Tensor) -> torch.Tensor:
     return torch.nan_to_num(x, nan=0.0, posinf=65504.0, neginf=-65504.0) if x.dtype == torch.float16 else x
 
 
-def norm_reference(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def norm_reference(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, rows=None) -> torch.Tensor:
     """(1 + scale) layer_norm(x) + shift."""
+    shift, scale = (_of_tokens(modulation, rows) for modulation in (shift, scale))
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPS), 1 + scale)
 
 
-def add_reference(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+def add_reference(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, rows=None) -> torch.Tensor:
     """x + gate y."""
-    return bounded(torch.addcmul(x, gate, y))
+    return bounded(torch.addcmul(x, _of_tokens(gate, rows), y))
 
 
-def add_norm_reference(x, y, gate, shift, scale) -> tuple[torch.Tensor, torch.Tensor]:
+def add_norm_reference(x, y, gate, shift, scale, rows=None) -> tuple[torch.Tensor, torch.Tensor]:
     """x + gate y, and that normed."""
-    x = add_reference(x, y, gate)
-    return x, norm_reference(x, shift, scale)
+    x = add_reference(x, y, gate, rows)
+    return x, norm_reference(x, shift, scale, rows)
+
+
+def _of_tokens(modulation: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """(B, 1, C), or with rows each token's own (B, L, C)."""
+    return modulation if rows is None else modulation[:, rows]
 
 
 def gelu_reference(x: torch.Tensor) -> torch.Tensor:
@@ -64,29 +72,34 @@ def quantise_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values, scales[..., None]
 
 
-def norm(x, shift, scale, *, fp8: bool) -> tuple[torch.Tensor, ...]:
+def norm(x, shift, scale, rows=None, *, fp8: bool) -> tuple[torch.Tensor, ...]:
     """(normed,), or its (values, scales) in fp8."""
-    return _launch(x, None, None, shift, scale, fp8=fp8)
+    return _launch(x, None, None, shift, scale, rows, fp8=fp8)
 
 
-def add_norm(x, y, gate, shift, scale, *, fp8: bool) -> tuple[torch.Tensor, ...]:
+def add(x, y, gate, rows=None) -> torch.Tensor:
+    """x + gate y."""
+    return _launch(x, y, gate, None, None, rows, fp8=False)[0]
+
+
+def add_norm(x, y, gate, shift, scale, rows=None, *, fp8: bool) -> tuple[torch.Tensor, ...]:
     """(x + gate y, normed), or with the normed one's (values, scales) in fp8."""
-    return _launch(x, y, gate, shift, scale, fp8=fp8)
+    return _launch(x, y, gate, shift, scale, rows, fp8=fp8)
 
 
 def gelu_quantise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """gelu_tanh(x) in fp8: (values, scales)."""
-    return _launch(x, None, None, None, None, gelu=True, fp8=True)
+    return _launch(x, gelu=True, fp8=True)
 
 
 def swiglu_quantise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x (B, L, 2 C) -> silu of the first half times the second, in fp8: (values, scales)."""
-    return _launch(x, None, None, None, None, gated=True, fp8=True)
+    return _launch(x, gated=True, fp8=True)
 
 
 def quantise_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x in fp8: (values, scales)."""
-    return _launch(x, None, None, None, None, fp8=True)
+    return _launch(x, fp8=True)
 
 
 if triton is not None:
@@ -101,10 +114,12 @@ if triton is not None:
         shift,
         scale,
         modulation_batch,
+        modulation_row,
+        rows,
         summed,
         out,
         out_scales,
-        rows,
+        tokens,
         C: tl.constexpr,
         PITCH: tl.constexpr,
         BLOCK: tl.constexpr,
@@ -113,26 +128,29 @@ if triton is not None:
         GELU: tl.constexpr,
         GATED: tl.constexpr,
         FP8: tl.constexpr,
+        ROWS: tl.constexpr,
         BOUNDED: tl.constexpr,
         eps: tl.constexpr,
     ):
         # One program: one token.
-        row = tl.program_id(0).to(tl.int64)
+        token = tl.program_id(0).to(tl.int64)
         item = tl.program_id(1).to(tl.int64)
-        place = (item * rows + row) * C
+        place = (item * tokens + token) * C
         column = tl.arange(0, BLOCK)
         inside = column < C
-        source = x + item * x_batch + row * PITCH + column
+        source = x + item * x_batch + token * PITCH + column
         value = tl.load(source, mask=inside, other=0.0).to(tl.float32)
         vector = item * modulation_batch + column
+        if ROWS:
+            vector += tl.load(rows + token) * modulation_row
         if ADD:
             gates = tl.load(gate + vector, mask=inside, other=0.0).to(tl.float32)
-            value += gates * tl.load(y + item * y_batch + row * C + column, mask=inside, other=0.0).to(tl.float32)
+            value += gates * tl.load(y + item * y_batch + token * C + column, mask=inside, other=0.0).to(tl.float32)
             if BOUNDED:
                 value = tl.where(value != value, 0.0, tl.minimum(tl.maximum(value, -65504.0), 65504.0))
-            # What is normed is what is stored.
-            value = value.to(summed.dtype.element_ty).to(tl.float32)
-            tl.store(summed + place + column, value.to(summed.dtype.element_ty), mask=inside)
+            if NORM:  # what is normed is what is stored
+                value = value.to(summed.dtype.element_ty).to(tl.float32)
+                tl.store(summed + place + column, value.to(summed.dtype.element_ty), mask=inside)
         if NORM:
             mean = tl.sum(value, axis=0) / C
             centred = tl.where(inside, value - mean, 0.0)
@@ -149,46 +167,58 @@ if triton is not None:
             divisor = tl.where(largest > 0, largest / 448.0, 1.0)
             scaled = tl.minimum(tl.maximum(value / divisor, -448.0), 448.0)
             tl.store(out + place + column, scaled.to(out.dtype.element_ty), mask=inside)
-            tl.store(out_scales + item * rows + row, tl.where(largest < float("inf"), largest / 448.0, float("nan")))
+            tl.store(
+                out_scales + item * tokens + token, tl.where(largest < float("inf"), largest / 448.0, float("nan"))
+            )
         else:
             tl.store(out + place + column, value.to(out.dtype.element_ty), mask=inside)
 
 
-def _launch(x, y, gate, shift, scale, *, fp8: bool, gelu=False, gated=False) -> tuple[torch.Tensor, ...]:
-    batch, rows, pitch = x.shape
+def _launch(
+    x, y=None, gate=None, shift=None, scale=None, rows=None, *, fp8: bool, gelu=False, gated=False
+) -> tuple[torch.Tensor, ...]:
+    batch, length, pitch = x.shape
     width = pitch // 2 if gated else pitch
     modulations = [m for m in (gate, shift, scale) if m is not None]
     for tensor in (x, y):
         assert tensor is None or tensor.stride()[1:] == (pitch, 1)
-    assert all(m.stride(2) == 1 and m.stride(0) == modulations[0].stride(0) for m in modulations)
-    summed = torch.empty_like(x) if y is not None else x
-    out = x.new_empty(batch, rows, width, dtype=torch.float8_e4m3fn if fp8 else x.dtype)
-    out_scales = x.new_empty(batch, rows, 1, dtype=torch.float32) if fp8 else x
+    assert all(m.stride(2) == 1 and m.stride()[:2] == modulations[0].stride()[:2] for m in modulations)
+    if rows is None:
+        assert all(m.shape[1] == 1 for m in modulations)
+    else:
+        assert rows.shape == (length,) and rows.is_contiguous()
+    add, norm = y is not None, scale is not None
+    summed = torch.empty_like(x) if add and norm else x
+    out = x.new_empty(batch, length, width, dtype=torch.float8_e4m3fn if fp8 else x.dtype)
+    out_scales = x.new_empty(batch, length, 1, dtype=torch.float32) if fp8 else x
     block = triton.next_power_of_2(width)
-    _token_kernel[(rows, batch)](
+    _token_kernel[(length, batch)](
         x,
         x.stride(0),
-        x if y is None else y,
-        0 if y is None else y.stride(0),
+        y if add else x,
+        y.stride(0) if add else 0,
         x if gate is None else gate,
         x if shift is None else shift,
         x if scale is None else scale,
         modulations[0].stride(0) if modulations else 0,
+        0 if rows is None else modulations[0].stride(1),
+        x if rows is None else rows,
         summed,
         out,
         out_scales,
-        rows,
+        length,
         C=width,
         PITCH=pitch,
         BLOCK=block,
-        ADD=y is not None,
-        NORM=scale is not None,
+        ADD=add,
+        NORM=norm,
         GELU=gelu,
         GATED=gated,
         FP8=fp8,
+        ROWS=rows is not None,
         BOUNDED=x.dtype == torch.float16,
         eps=EPS,
         num_warps=min(16, max(1, block // 512)),
     )
     made = (out, out_scales) if fp8 else (out,)
-    return (summed, *made) if y is not None else made
+    return (summed, *made) if add and norm else made

@@ -14,12 +14,12 @@ import torch
 from ..errors import CheckpointError
 from ..weights.sizes import AnySizes, OneOfEach, Sizes
 from ..weights.tensor_info import TensorInfo
-from .family import Config, Transformer
+from .family import FamilyConfig, Transformer
 from .flux import FluxConfig
 from .flux2 import Flux2Config
 from .qwen_image import QwenImageConfig
 
-FAMILIES: tuple[type[Config], ...] = (Flux2Config, FluxConfig, QwenImageConfig)
+FAMILIES: tuple[type[FamilyConfig], ...] = (Flux2Config, FluxConfig, QwenImageConfig)
 """In the order of asking: FLUX.2's files have FLUX.1's marks, too."""
 RUNS = ", ".join(family.runs for family in FAMILIES)
 OTHERS = "for other diffusion models use Load Diffusion Model, or Load Checkpoint where the file is an all-in-one one"
@@ -86,7 +86,7 @@ _NEARLY = 0.9
 """A file with this share of a family's tensors is one of its files, even without the marks."""
 
 
-def detect(header: dict[str, TensorInfo], path: str, names: Collection[str] = ()) -> Config:
+def detect(header: dict[str, TensorInfo], path: str, names: Collection[str] = ()) -> FamilyConfig:
     """The configuration of the model in a file. path, and names, all that the file has, are for the error.
 
     Raises CheckpointError naming what was found instead (a LoRA, an encoder, another family), or the first tensors that
@@ -99,7 +99,7 @@ def detect(header: dict[str, TensorInfo], path: str, names: Collection[str] = ()
     return family.from_sizes(Sizes(own, path, family.family))
 
 
-def family_of(header: dict[str, TensorInfo], path: str, names: Collection[str] = ()) -> type[Config]:
+def family_of(header: dict[str, TensorInfo], path: str, names: Collection[str] = ()) -> type[FamilyConfig]:
     """The family of a file that has all tensors of one. Otherwise as `detect`."""
     for groups, variant in _VARIANTS:
         if all(any(key in header for key in group) for group in groups):
@@ -125,7 +125,7 @@ def family_of(header: dict[str, TensorInfo], path: str, names: Collection[str] =
 
 
 def needed_tensors(
-    family: type[Config], header: dict[str, TensorInfo], path: str
+    family: type[FamilyConfig], header: dict[str, TensorInfo], path: str
 ) -> tuple[type[Transformer], tuple[str, ...]]:
     """The transformer of a family's file, and the names in it of the tensors that it needs, of any shape.
 
@@ -169,17 +169,22 @@ def _in_first(name: str) -> str:
 
 
 @functools.lru_cache(maxsize=4 * len(FAMILIES))
-def _needed(config: Config) -> tuple[type[Transformer], tuple[str, ...]]:
+def _needed(config: FamilyConfig) -> tuple[type[Transformer], tuple[str, ...]]:
     with torch.device("meta"):
         model = config.build()
     return type(model), tuple(name for name, _ in model.named_parameters())
 
 
 class _Fit:
-    """How a file's tensors fit a family. missing: which of those that it needs are not there, by the file's names;
-    needed: how many it needs; share: how many of them are there, from 0 to 1; known: the file's names for those."""
+    """How a file's tensors fit a family.
 
-    def __init__(self, family: type[Config], header: dict[str, TensorInfo], path: str):
+    missing: the tensors that it needs and that are not there, by the file's names.
+    needed: how many it needs.
+    share: how many of those are there, from 0 to 1.
+    known: the file's names for those.
+    """
+
+    def __init__(self, family: type[FamilyConfig], header: dict[str, TensorInfo], path: str):
         self.family = family
         model, names = needed_tensors(family, header, path)
         wanted = set(names)

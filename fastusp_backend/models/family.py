@@ -1,15 +1,21 @@
-"""What the engine asks of a model family: a config read from a file's keys, and a transformer of these methods.
-`detection.py` lists the families.
+"""What every model family is: a config read from a file's keys, and a transformer built from it.
+
+Base classes, not protocols: they hold what most families have alike, and say no for what most lack (references,
+ControlNets, pooled text, embedded guidance, further channels, weights that a LoRA reshapes). A family overrides what it
+has. `detection.py` lists the families; outside this room nothing asks which one a model is of.
 
 Shapes: B batch, C latent channels, h w latent size, T text tokens, S image tokens, L tokens of one rank.
 """
 
-from collections.abc import Iterator
-from typing import Any, ClassVar, NamedTuple, Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
+from torch import nn
 
 from ..attention import JointAttention, Rope
+from ..errors import RequestError
 from ..prompt import Prompt
 from ..weights.sizes import Sizes
 from .layers import Linear
@@ -21,9 +27,13 @@ HEAD_DIM = 128
 
 
 class Residuals(NamedTuple):
-    """What a ControlNet adds to the image stream: tensors (B or 1, n, hidden) for its first n tokens; `input` and
-    `output` hold, block by block, the index of what is added after it, or None. Either may be shorter or longer than
-    the model's blocks; `output` is for FLUX's single ones."""
+    """What a ControlNet adds to the image stream.
+
+    tensors: (B or 1, n, hidden), each for the stream's first n tokens.
+    input: block by block, the index of what is added after it, or None; may be shorter or longer than the model's
+        blocks.
+    output: the same of FLUX's single blocks.
+    """
 
     tensors: tuple[torch.Tensor, ...] = ()
     input: tuple[int | None, ...] = ()
@@ -40,104 +50,167 @@ class Residuals(NamedTuple):
         return None if place is None else self.tensors[place]
 
     def of_images(self, images: slice) -> "Residuals":
-        """Those of some images of the batch."""
+        """The residuals of some images of the batch."""
         return self._replace(tensors=tuple(t if len(t) == 1 else t[images] for t in self.tensors))
 
 
 NO_RESIDUALS = Residuals()
 
 
-class Config(Protocol):
-    """Sizes read from a file.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FamilyConfig:
+    """Sizes read from a file, and what all files of a family have in common.
 
-    family: its name. runs: the models of the family that FastUSP runs, for refusals of others. marks: keys that tell
-    its files from other families'. downscale: pixels of the image's edge per latent pixel. patch: latent pixels of a
-    patch's edge. float16: whether its activations fit that type. reference_methods: those of
-    `positions.METHODS` that it knows; ComfyUI takes any other for `offset`. encoders: for people, what makes its text,
-    of which width. context: width of the text.
-    channels, concat_channels: of the latents, and of further input. reference_method: what its files were trained with.
+    family: its name.
+    runs: the models of the family that FastUSP runs, for refusals of others.
+    marks: keys that tell its files from other families'.
+    encoders: for people, what makes its text, of which width.
+    downscale: pixels of the image's edge per latent pixel.
+    patch: latent pixels of a patch's edge.
+    float16: whether its activations fit that type.
+    takes_guidance: whether ComfyUI gives its prompts a guidance.
+    takes_control: whether ControlNets may add to its blocks.
+    reference_methods: those of `positions.METHODS` that it knows, none where it takes no reference images; ComfyUI
+        takes any other for `offset`.
+
+    hidden: width of a token.
+    heads: of attention.
+    channels: of the latents.
+    context: width of the text.
+    pooled: width of the pooled text; 0 where there is none.
+    concat_channels: of further input beside the latents.
+    reference_method: how references are placed where the prompt says nothing.
     """
 
     family: ClassVar[str]
     runs: ClassVar[str]
     marks: ClassVar[frozenset[str]]
+    encoders: ClassVar[str]
     downscale: ClassVar[int]
     patch: ClassVar[int]
-    float16: ClassVar[bool]
-    reference_methods: ClassVar[frozenset[str]]
-    encoders: ClassVar[str]
+    float16: ClassVar[bool] = False
+    takes_guidance: ClassVar[bool] = False
+    takes_control: ClassVar[bool] = False
+    reference_methods: ClassVar[frozenset[str]] = frozenset()
 
     hidden: int
     heads: int
-    context: int
     channels: int
-    concat_channels: int
-    reference_method: str
+    context: int
+    pooled: int = 0
+    concat_channels: int = 0
+    reference_method: str = "offset"
 
     @classmethod
-    def from_sizes(cls, sizes: Sizes) -> "Config":
+    def from_sizes(cls, sizes: Sizes) -> "FamilyConfig":
         """Raises CheckpointError for a file that is incomplete or of a variant that FastUSP does not run."""
-
-    def widened(self, name: str, shape: tuple[int, ...]) -> "Config | None":
-        """The config of the model whose weight of this name was widened to `shape`, or has it already; None where that
-        weight, of which a family has one at most, cannot be so."""
+        raise NotImplementedError
 
     def build(self) -> "Transformer":
         """The transformer, with parameters as torch's default device and type have them."""
+        raise NotImplementedError
+
+    def reshaped(self, name: str, shape: tuple[int, ...]) -> "FamilyConfig | None":
+        """The config of the model whose weight of this name was brought to `shape`, or has it already; None where that
+        weight, of which a family has one at most, cannot be so."""
+        return None
+
+    def example_prompt(
+        self,
+        draw: Callable[..., torch.Tensor],
+        *,
+        text: int,
+        size: tuple[int, int],
+        batch: int = 1,
+        guidance: float = 3.5,
+    ) -> Prompt:
+        """A prompt as ComfyUI would give one for latents (B, C, *size), of `text` tokens and without references;
+        draw(*shape) gives its values: of the text, then the pooled text, then further channels."""
+        context = draw(batch, text, self.context)
+        return Prompt(
+            context,
+            y=draw(batch, self.pooled) if self.pooled else None,
+            guidance=torch.full((batch,), guidance, device=context.device) if self.takes_guidance else None,
+            concat=draw(batch, self.concat_channels, *size) if self.concat_channels else None,
+        )
 
 
-class Transformer(Protocol):
-    """A torch module over this rank's tokens. `modulation_width`: values per evaluation and batch item."""
+class Transformer(nn.Module):
+    """A transformer over this rank's tokens."""
 
-    config: Config
-    modulation_width: int
+    def __init__(self, config: FamilyConfig):
+        super().__init__()
+        self.config = config
 
     @staticmethod
     def module_key(key: str) -> str:
         """The name in this module of a file's tensor."""
+        return key
 
     @staticmethod
     def file_key(name: str) -> str:
         """The inverse of `module_key`, in the original naming."""
+        return name
 
     def products(self) -> Iterator[Linear]:
         """The large layers of every step, whose products may be computed in fp8."""
+        raise NotImplementedError
 
     def check(self, x: torch.Tensor, prompt: Prompt) -> None:
         """Raises RequestError for latents or a prompt that do not fit the model."""
+        self.check_latents(x)
+        if problem := check_prompt(x, prompt, self.config):
+            raise RequestError(problem)
+
+    def check_latents(self, x: torch.Tensor) -> None:
+        """Raises RequestError for latents other than (B, C, h, w)."""
+        channels = self.config.channels
+        if x.dim() != 4 or x.shape[1] != channels or not x.numel():
+            raise RequestError(f"latents {tuple(x.shape)} do not fit the model: expected (B, {channels}, h, w)")
 
     def embed_text(self, context: torch.Tensor) -> torch.Tensor:
         """context (B, L, E) -> (B, L, hidden); done once per prompt."""
+        raise NotImplementedError
 
     def rope(self, text: int, grid: tuple[int, int], references: References, device: torch.device) -> tuple[Rope, Rope]:
         """Rotary tables (cos, sin) of all T text tokens, and of all S of the image and R of its references."""
+        raise NotImplementedError
 
     def modulations(self) -> list[Linear]:
         """The layers that give the adaLN outputs. Joined in this order, those make a row of modulation_width values.
         A rank may hold but some of these layers; the others' weights are on the meta device then."""
+        raise NotImplementedError
+
+    @property
+    def modulation_width(self) -> int:
+        """Values per evaluation and batch item."""
+        return sum(len(layer.weight) for layer in self.modulations())
 
     def modulation_input(self, timesteps: torch.Tensor, prompt: Prompt, dtype: torch.dtype) -> torch.Tensor:
         """timesteps (n, B) -> (n, B, hidden) in `dtype`: what each of `modulations` is applied to."""
+        raise NotImplementedError
 
     def split_modulations(self, rows: torch.Tensor) -> Any:
         """One evaluation's n rows (B, n, modulation_width) of modulations, as views for `forward`: the image stream's
         tokens take one of n rows each (`Segments.by_row`), all others the first."""
+        raise NotImplementedError
 
-    def __call__(
+    def forward(
         self,
         img: torch.Tensor,
         txt: torch.Tensor,
         mods: Any,
         rope: tuple[Rope, Rope],
         joint: JointAttention,
-        run: Segments,
+        ops: Segments,
         control: Residuals,
     ) -> torch.Tensor:
         """img (B, L, p^2 (C + C')) patches and txt (B, L, hidden) of this rank, control for the same tokens ->
         velocity patches (B, L, p^2 C)."""
+        raise NotImplementedError
 
 
-def references_of(config: Config, prompt: Prompt) -> References:
+def references_of(config: FamilyConfig, prompt: Prompt) -> References:
     """How the model places a prompt's references."""
     if not prompt.references:
         return References(config.patch)
@@ -146,7 +219,7 @@ def references_of(config: Config, prompt: Prompt) -> References:
     return References(config.patch, sizes, method if method in config.reference_methods else "offset")
 
 
-def check_prompt(x: torch.Tensor, prompt: Prompt, config: Config) -> str | None:
+def check_prompt(x: torch.Tensor, prompt: Prompt, config: FamilyConfig) -> str | None:
     """What is wrong with a prompt for latents x (B, ...) and a model; None if nothing."""
     context, guidance, b = prompt.context, prompt.guidance, len(x)
     if context.dim() != 3 or context.shape[0] != b or context.shape[1] < 1 or context.shape[2] != config.context:
@@ -159,7 +232,7 @@ def check_prompt(x: torch.Tensor, prompt: Prompt, config: Config) -> str | None:
     return _check_concat(x, prompt.concat, config) or _check_references(x, prompt, config)
 
 
-def _check_concat(x: torch.Tensor, concat: torch.Tensor | None, config: Config) -> str | None:
+def _check_concat(x: torch.Tensor, concat: torch.Tensor | None, config: FamilyConfig) -> str | None:
     expected = (len(x), config.concat_channels, *x.shape[2:])
     given = None if concat is None else tuple(concat.shape)
     if given == (expected if config.concat_channels else None):
@@ -170,7 +243,7 @@ def _check_concat(x: torch.Tensor, concat: torch.Tensor | None, config: Config) 
     return f"the image or mask channels {given} do not fit the model: {wanted}"
 
 
-def _check_references(x: torch.Tensor, prompt: Prompt, config: Config) -> str | None:
+def _check_references(x: torch.Tensor, prompt: Prompt, config: FamilyConfig) -> str | None:
     method = prompt.reference_method
     if method is not None and method not in METHODS:
         return f"the reference method {method!r} is not one of: {', '.join(METHODS)}"
@@ -179,13 +252,17 @@ def _check_references(x: torch.Tensor, prompt: Prompt, config: Config) -> str | 
         if shape[:2] != (len(x), config.channels) or frames not in ((), (1,)) or not latent.numel():
             expected = f"({len(x)}, {config.channels}, [1,] h, w)"
             return f"a reference latent {shape} does not fit the model: expected {expected}"
+    if prompt.references and not config.reference_methods:
+        return f"remove the reference images from the prompt: {config.family} takes none"
     if prompt.references and config.concat_channels:
         return "a model of Fill, Canny or Depth kind takes no reference latents"
     return None
 
 
-def check_control(x: torch.Tensor, prompt: Prompt, control: Residuals, config: Config) -> str | None:
+def check_control(x: torch.Tensor, prompt: Prompt, control: Residuals, config: FamilyConfig) -> str | None:
     """What is wrong with a ControlNet's tensors for latents x (B, ..., h, w); None if nothing."""
+    if control.tensors and not config.takes_control:
+        return f"remove the ControlNet from the prompt: FastUSP runs none with {config.family}"
     rows, columns = patch_grid(*x.shape[-2:], config.patch)
     most = rows * columns + references_of(config, prompt).tokens
     for tensor in control.tensors:

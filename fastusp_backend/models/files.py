@@ -16,7 +16,7 @@ from ..weights.source import Source, changed
 from ..weights.storage_plan import StoragePlan, Use, plan_storage
 from ..weights.tensor_info import TensorInfo
 from .detection import FAMILIES, Incomplete, family_of, first_of, needed_tensors
-from .family import Config, Transformer
+from .family import FamilyConfig, Transformer
 from .layers import Linear
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class ModelFile:
     """
 
     source: Source
-    config: Config
+    config: FamilyConfig
     model: Transformer
     header: dict[str, TensorInfo]
     ignored: tuple[str, ...]

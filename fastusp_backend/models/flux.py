@@ -6,6 +6,7 @@ and blocks are given what they need of them (engine/modulations.py).
 Shapes: B batch, n evaluations, C hidden.
 """
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -16,10 +17,10 @@ from ..attention import Rope
 from ..errors import CheckpointError, RequestError
 from ..prompt import Prompt
 from ..weights.sizes import Sizes
-from .family import HEAD_DIM
-from .flux_blocks import Embedder, SingleGates, Style
-from .flux_towers import Modulations, Towers
-from .layers import Gates, Linear, rope_tables
+from .family import HEAD_DIM, FamilyConfig
+from .flux_blocks import BlockConfig, Embedder
+from .flux_transformer import FluxTransformer, Modulations
+from .layers import Linear, ModulationOut, StreamModulation, rope_tables
 from .positions import References, image_positions
 
 AXES = (16, 56, 56)
@@ -29,9 +30,14 @@ MASK_CHANNELS = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FluxConfig:
-    """Sizes read from a file. channels: latent channels; concat_channels: of an image (Canny, Depth) or an image and a
-    mask (Fill) beside them; context, pooled: widths of the text inputs; guidance: dev."""
+class FluxConfig(FamilyConfig):
+    """Sizes read from a file, and:
+
+    concat_channels: of an image (Canny, Depth), or an image and a mask (Fill).
+    mlp: width behind gelu.
+    double_blocks, single_blocks: how many there are.
+    guidance: whether it is embedded (dev).
+    """
 
     family: ClassVar[str] = "FLUX.1"
     runs: ClassVar[str] = "FLUX.1 dev, schnell, Kontext, Fill, Canny and Depth"
@@ -39,20 +45,15 @@ class FluxConfig:
     downscale: ClassVar[int] = 8
     patch: ClassVar[int] = 2
     float16: ClassVar[bool] = True
+    takes_guidance: ClassVar[bool] = True
+    takes_control: ClassVar[bool] = True
     encoders: ClassVar[str] = "those of DualCLIPLoader, type flux (CLIP-L and T5-XXL, width 4096)"
     reference_methods: ClassVar[frozenset[str]] = frozenset(("offset", "index", "uxo"))
-    reference_method: ClassVar[str] = "offset"
 
-    hidden: int
-    heads: int
-    channels: int
-    context: int
-    pooled: int
     mlp: int
     double_blocks: int
     single_blocks: int
     guidance: bool
-    concat_channels: int = 0
 
     @classmethod
     def from_sizes(cls, sizes: Sizes) -> "FluxConfig":
@@ -78,7 +79,7 @@ class FluxConfig:
             guidance=sizes.has("guidance_in"),
         )
 
-    def widened(self, name: str, shape: tuple[int, ...]) -> "FluxConfig | None":
+    def reshaped(self, name: str, shape: tuple[int, ...]) -> "FluxConfig | None":
         """The LoRAs of Canny and Depth widen the image's input."""
         if name != "img_in.weight" or len(shape) != 2 or shape[0] != self.hidden:
             return None
@@ -96,17 +97,11 @@ class FluxConfig:
         return Flux(self)
 
 
-class Flux(Towers):
+class Flux(FluxTransformer):
     def __init__(self, config: FluxConfig):
         sizes = {"hidden": config.hidden, "heads": config.heads, "mlp": config.mlp}
-        super().__init__(config, Style(**sizes, bias=True, gated=False, modulated=True))
+        super().__init__(config, BlockConfig(**sizes, bias=True, gated=False, modulated=True))
         self.vector_in = Embedder(config.pooled, config.hidden, bias=True)
-
-    @property
-    def modulation_width(self) -> int:
-        """Values per evaluation and batch item."""
-        config = self.config
-        return (12 * config.double_blocks + 3 * config.single_blocks + 2) * config.hidden
 
     def check(self, x: torch.Tensor, prompt: Prompt) -> None:
         """Raises RequestError for latents or a prompt that do not fit the model."""
@@ -128,8 +123,7 @@ class Flux(Towers):
         return rope_tables(image.new_zeros(text, 3), AXES, THETA), rope_tables(image, AXES, THETA)
 
     def modulations(self) -> list[Linear]:
-        """The layers of all modulations, in the order of `split_modulations`."""
-        layers = [tower.mod.lin for block in self.double_blocks for tower in (block.txt, block.img)]
+        layers = [stream.mod.lin for block in self.double_blocks for stream in (block.txt, block.img)]
         layers += [block.modulation.lin for block in self.single_blocks]
         return [*layers, self.final_layer.adaLN_modulation[1]]
 
@@ -144,9 +138,9 @@ class Flux(Towers):
         """One evaluation's row (B, 1, modulation_width) of modulations, as views."""
         parts = iter(rows.split(self.config.hidden, dim=-1))
 
-        def take(kind: type, count: int):
-            return kind(*(next(parts) for _ in range(count)))
+        def take(count: int) -> tuple[torch.Tensor, ...]:
+            return tuple(itertools.islice(parts, count))
 
-        double = [(take(Gates, 6), take(Gates, 6)) for _ in self.double_blocks]
-        single = [take(SingleGates, 3) for _ in self.single_blocks]
-        return Modulations(double, single, (next(parts), next(parts)))
+        double = [(StreamModulation.of(take(6)), StreamModulation.of(take(6))) for _ in self.double_blocks]
+        single = [ModulationOut(*take(3)) for _ in self.single_blocks]
+        return Modulations(double, single, take(2))

@@ -1,6 +1,6 @@
 """FLUX.2 (dev and klein; any size with head dim 128) in the original (BFL) key layout.
 
-FLUX.1's towers with other blocks: SwiGLU for gelu, no biases, and one set of modulations for all double blocks and one
+FLUX.1's streams with other blocks: SwiGLU for gelu, no biases, and one set of modulations for all double blocks and one
 for all single ones, of timestep and guidance alone. A latent pixel is a token; the text's order has an axis of its own.
 
 Shapes: B batch, n evaluations, C hidden.
@@ -16,10 +16,10 @@ from ..attention import Rope
 from ..errors import CheckpointError
 from ..prompt import Prompt
 from ..weights.sizes import Sizes
-from .family import HEAD_DIM
-from .flux_blocks import Modulation, SingleGates, Style
-from .flux_towers import Modulations, Towers
-from .layers import Gates, Linear, rope_tables
+from .family import HEAD_DIM, FamilyConfig
+from .flux_blocks import BlockConfig, Modulation
+from .flux_transformer import FluxTransformer, Modulations
+from .layers import Linear, ModulationOut, StreamModulation, rope_tables
 from .positions import References, image_positions
 
 AXES = (32, 32, 32, 32)
@@ -30,9 +30,13 @@ SPACING = 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Flux2Config:
-    """Sizes read from a file. channels: latent channels; context: width of the text input; mlp: behind its gate;
-    guidance: dev."""
+class Flux2Config(FamilyConfig):
+    """Sizes read from a file, and:
+
+    mlp: width behind SwiGLU.
+    double_blocks, single_blocks: how many there are.
+    guidance: whether it is embedded (dev).
+    """
 
     family: ClassVar[str] = "FLUX.2"
     runs: ClassVar[str] = "FLUX.2 dev and klein"
@@ -40,22 +44,19 @@ class Flux2Config:
     downscale: ClassVar[int] = 16
     patch: ClassVar[int] = 1
     float16: ClassVar[bool] = True
+    takes_guidance: ClassVar[bool] = True
+    takes_control: ClassVar[bool] = True
     encoders: ClassVar[str] = (
         "that of CLIPLoader, type flux2 (dev: Mistral Small 3, width 15360; klein 4B: Qwen3 4B, 7680; klein 9B: Qwen3 "
         "8B, 12288)"
     )
     reference_methods: ClassVar[frozenset[str]] = frozenset(("offset", "index", "index_timestep_zero", "uxo"))
-    reference_method: ClassVar[str] = "index"
-    concat_channels: ClassVar[int] = 0
 
-    hidden: int
-    heads: int
-    channels: int
-    context: int
     mlp: int
     double_blocks: int
     single_blocks: int
     guidance: bool
+    reference_method: str = "index"
 
     @classmethod
     def from_sizes(cls, sizes: Sizes) -> "Flux2Config":
@@ -77,25 +78,17 @@ class Flux2Config:
             guidance=sizes.has("guidance_in"),
         )
 
-    def widened(self, name: str, shape: tuple[int, ...]) -> None:
-        """No weight can be."""
-
     def build(self) -> "Flux2":
         return Flux2(self)
 
 
-class Flux2(Towers):
+class Flux2(FluxTransformer):
     def __init__(self, config: Flux2Config):
         sizes = {"hidden": config.hidden, "heads": config.heads, "mlp": config.mlp}
-        super().__init__(config, Style(**sizes, bias=False, gated=True, modulated=False))
+        super().__init__(config, BlockConfig(**sizes, bias=False, gated=True, modulated=False))
         self.double_stream_modulation_txt = Modulation(config.hidden, 6, bias=False)
         self.double_stream_modulation_img = Modulation(config.hidden, 6, bias=False)
         self.single_stream_modulation = Modulation(config.hidden, 3, bias=False)
-
-    @property
-    def modulation_width(self) -> int:
-        """Values per evaluation and batch item."""
-        return (12 + 3 + 2) * self.config.hidden
 
     def rope(self, text: int, grid: tuple[int, int], references: References, device: torch.device) -> tuple[Rope, Rope]:
         """Text tokens are at (0, 0, 0, place), the image's at (0, row, column, 0)."""
@@ -104,7 +97,6 @@ class Flux2(Towers):
         return rope_tables(words, AXES, THETA), rope_tables(image, AXES, THETA)
 
     def modulations(self) -> list[Linear]:
-        """The layers of all modulations, in the order of `split_modulations`."""
         double = self.double_stream_modulation_txt.lin, self.double_stream_modulation_img.lin
         return [*double, self.single_stream_modulation.lin, self.final_layer.adaLN_modulation[1]]
 
@@ -116,6 +108,7 @@ class Flux2(Towers):
         """One evaluation's rows (B, n, modulation_width) of modulations, as views; the text takes the first. All blocks
         of a kind share theirs."""
         parts = rows.split(self.config.hidden, dim=-1)
-        double = Gates(*(part[:, :1] for part in parts[:6])), Gates(*parts[6:12])
-        single = SingleGates(*parts[12:15])
+        text = StreamModulation.of([part[:, :1] for part in parts[:6]])
+        double = text, StreamModulation.of(parts[6:12])
+        single = ModulationOut(*parts[12:15])
         return Modulations([double] * len(self.double_blocks), [single] * len(self.single_blocks), parts[15:])

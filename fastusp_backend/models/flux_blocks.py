@@ -7,21 +7,27 @@ Shapes: B batch, L tokens of this rank (text first), C hidden, H heads, D head d
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..attention import ALL, ONLY_K, ONLY_Q, ONLY_V, JointAttention, Rope
-from .layers import Activations, Gates, HeadNorm, Linear
+from .layers import Activations, HeadNorm, Linear, StreamModulation
 from .segments import Segments
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Style:
-    """How blocks are made: hidden, heads, mlp: their sizes. bias: whether layers have one. gated: SwiGLU for gelu, so
-    that an MLP's first layer gives 2 M values. modulated: whether each block has modulations of its own."""
+class BlockConfig:
+    """How blocks are made.
+
+    hidden: width of a token.
+    heads: of attention.
+    mlp: width behind the activation.
+    bias: whether layers have one.
+    gated: SwiGLU for gelu, so that an MLP's first layer gives 2 M values.
+    modulated: whether each block has modulations of its own.
+    """
 
     hidden: int
     heads: int
@@ -31,7 +37,7 @@ class Style:
     modulated: bool
 
     @property
-    def widened(self) -> int:
+    def mlp_in_features(self) -> int:
         """Outputs of an MLP's first layer."""
         return 2 * self.mlp if self.gated else self.mlp
 
@@ -67,31 +73,24 @@ class QKNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, style: Style):
+    def __init__(self, config: BlockConfig):
         super().__init__()
-        hidden = style.hidden
-        self.qkv = Linear(hidden, 3 * hidden, bias=style.bias)
-        self.norm = QKNorm(hidden // style.heads)
-        self.proj = Linear(hidden, hidden, bias=style.bias)
+        hidden = config.hidden
+        self.qkv = Linear(hidden, 3 * hidden, bias=config.bias)
+        self.norm = QKNorm(hidden // config.heads)
+        self.proj = Linear(hidden, hidden, bias=config.bias)
 
 
-class SingleGates(NamedTuple):
-    """Modulations of a single block, each (B, 1, C)."""
+class StreamBlock(nn.Module):
+    """One stream's half of a double block. Its tensors are named img_* or txt_* in the file: see
+    `FluxTransformer.module_key`."""
 
-    shift: torch.Tensor
-    scale: torch.Tensor
-    gate: torch.Tensor
-
-
-class Tower(nn.Module):
-    """One stream's half of a double block. Its tensors are named img_* or txt_* in the file: see Towers.module_key."""
-
-    def __init__(self, style: Style):
+    def __init__(self, config: BlockConfig):
         super().__init__()
-        self.hidden, self.gated, bias = style.hidden, style.gated, style.bias
-        self.mod = Modulation(self.hidden, 6, bias=bias) if style.modulated else None
-        self.attn = SelfAttention(style)
-        first, last = (self.hidden, style.widened), (style.mlp, self.hidden)
+        self.hidden, self.gated, bias = config.hidden, config.gated, config.bias
+        self.mod = Modulation(self.hidden, 6, bias=bias) if config.modulated else None
+        self.attn = SelfAttention(config)
+        first, last = (self.hidden, config.mlp_in_features), (config.mlp, self.hidden)
         self.mlp = nn.Sequential(Linear(*first, bias=bias), nn.Identity(), Linear(*last, bias=bias))
 
     def project(self, normed: Activations, rope: Rope, joint: JointAttention, **stream: bool) -> None:
@@ -104,52 +103,53 @@ class Tower(nn.Module):
             rows = slice(which.start * self.hidden, which.stop * self.hidden)
             joint.project(self.attn.qkv(normed, rows), self.attn.norm.scales[which], rope, which, **stream)
 
-    def combine(self, x, attended, gates: Gates, run: Segments) -> tuple[torch.Tensor, torch.Tensor]:
+    def combine(self, x, attended, modulation: StreamModulation, ops: Segments) -> tuple[torch.Tensor, torch.Tensor]:
         """x (B, L, C) and its attended tokens -> (x, the MLP's output, still to be added)."""
-        projected = self.attn.proj(run.activations(attended))
-        x, normed = run.add_norm(x, projected, gates.gate, gates.mlp_shift, gates.mlp_scale)
-        return x, self.mlp[2](run.widen(self.mlp[0], normed, gated=self.gated))
+        projected = self.attn.proj(ops.activations(attended))
+        mlp = modulation.mlp
+        x, normed = ops.add_norm(x, projected, modulation.attention.gate, mlp.shift, mlp.scale)
+        return x, self.mlp[2](ops.mlp_in(self.mlp[0], normed, gated=self.gated))
 
 
-class DoubleBlock(nn.Module):
-    def __init__(self, style: Style):
+class DoubleStreamBlock(nn.Module):
+    def __init__(self, config: BlockConfig):
         super().__init__()
-        self.txt = Tower(style)
-        self.img = Tower(style)
+        self.txt = StreamBlock(config)
+        self.img = StreamBlock(config)
 
-    def forward(self, txt, img, txt_normed, img_normed, gates: tuple[Gates, Gates], rope, joint, run: Segments):
-        """txt (B, Lt, C), img (B, Li, C), gates and rope a pair (text, image) -> (txt, img, and what to add to
-        each)."""
+    def forward(self, txt, img, txt_normed, img_normed, modulations, rope, joint: JointAttention, ops: Segments):
+        """txt (B, Lt, C), img (B, Li, C); modulations, of StreamModulation, and rope a pair (text, image) each ->
+        (txt, img, and what to add to each)."""
         self.img.project_in_turn(img_normed, rope[1], joint, text=False)
         self.txt.project(txt_normed, rope[0], joint, image=False)
         joint.attend()
         attended = joint.collect()
         length = txt.shape[1]
-        txt, txt_mlp = self.txt.combine(txt, attended[:, :length], gates[0], run)
-        img, img_mlp = self.img.combine(img, attended[:, length:], gates[1], run)
+        txt, txt_mlp = self.txt.combine(txt, attended[:, :length], modulations[0], ops)
+        img, img_mlp = self.img.combine(img, attended[:, length:], modulations[1], ops)
         return txt, img, txt_mlp, img_mlp
 
 
-class SingleBlock(nn.Module):
+class SingleStreamBlock(nn.Module):
     """Attention and MLP side by side (arXiv 2302.05442): linear1 holds qkv and the MLP's input, linear2 both
     outputs."""
 
-    def __init__(self, style: Style):
+    def __init__(self, config: BlockConfig):
         super().__init__()
-        hidden, self.hidden, self.gated = style.hidden, style.hidden, style.gated
-        self.modulation = Modulation(hidden, 3, bias=style.bias) if style.modulated else None
-        self.linear1 = Linear(hidden, 3 * hidden + style.widened, bias=style.bias)
-        self.linear2 = Linear(hidden + style.mlp, hidden, bias=style.bias)
-        self.norm = QKNorm(hidden // style.heads)
+        hidden, self.hidden, self.gated = config.hidden, config.hidden, config.gated
+        self.modulation = Modulation(hidden, 3, bias=config.bias) if config.modulated else None
+        self.linear1 = Linear(hidden, 3 * hidden + config.mlp_in_features, bias=config.bias)
+        self.linear2 = Linear(hidden + config.mlp, hidden, bias=config.bias)
+        self.norm = QKNorm(hidden // config.heads)
 
-    def forward(self, normed: Activations, rope: Rope, joint: JointAttention, run: Segments) -> torch.Tensor:
+    def forward(self, normed: Activations, rope: Rope, joint: JointAttention, ops: Segments) -> torch.Tensor:
         """normed (B, L, C) -> what to add to x (B, L, C)."""
         c = self.hidden
         joint.project(self.linear1(normed, slice(0, 3 * c)), self.norm.scales, rope)
-        mlp = run.widen(self.linear1, normed, slice(3 * c, None), gated=self.gated)  # while q, k, v travel
+        mlp = ops.mlp_in(self.linear1, normed, slice(3 * c, None), gated=self.gated)  # while q, k, v travel
         joint.attend()
         out = self.linear2(mlp, columns=slice(c, None))  # while the attended tokens travel
-        return self.linear2.add_to(out, run.activations(joint.collect()), slice(0, c))
+        return self.linear2.add_to(out, ops.activations(joint.collect()), slice(0, c))
 
 
 class FinalLayer(nn.Module):

@@ -1,22 +1,29 @@
-"""Building blocks: weights in their storage type, arithmetic in the type of the activations."""
+"""What blocks of all families are made of: weights in their storage type, arithmetic in the type of the activations.
+
+Shapes: B batch, L tokens, C hidden.
+"""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..kernels.fp8_product import Quantised, product
 from ..weights.stored import Stored
-from .products import Quantised, product
 
 Activations = torch.Tensor | Quantised
 
 
 class Linear(nn.Module):
-    """y = x W^T + b, or without b; W and b are converted to x's type where they are stored in another (see stored.py);
-    in fp8 where x is quantised, which takes a weight that is held by rows. up, down: what LoRAs add to a packed
-    weight."""
+    """y = x W^T + b, or without b. W and b are converted to x's type where they are stored in another (see stored.py);
+    where x is quantised, the product is one in fp8, which takes a weight with a scale per row.
+
+    weight, scale, packing: W, see `Stored`.
+    up, down: what LoRAs add to a packed weight.
+    """
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = True):
         super().__init__()
@@ -53,7 +60,12 @@ class Linear(nn.Module):
         *,
         bias: bool = True,
     ) -> torch.Tensor:
-        """rows: of the outputs, a fused projection is run part by part. columns: of the inputs, which x holds alone."""
+        """x (..., K) -> (..., N).
+
+        rows: of the outputs, where a fused projection is run part by part.
+        columns: of the inputs, where x holds these alone.
+        bias: whether b is added.
+        """
         offset = self.bias[rows].to(x.dtype) if bias and self.bias is not None else None
         if isinstance(x, Quantised):
             return product(x, self.weight[rows, columns], self.scale[rows], offset)
@@ -90,15 +102,25 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), eps=1e-6)
 
 
-class Gates(NamedTuple):
-    """One stream's modulations in a double block, each (B, 1, C): around attention, then around the MLP."""
+class ModulationOut(NamedTuple):
+    """The modulations around attention or an MLP, each (B, n, C), n rows: those of the norm before it, and the gate of
+    what it gives."""
 
     shift: torch.Tensor
     scale: torch.Tensor
     gate: torch.Tensor
-    mlp_shift: torch.Tensor
-    mlp_scale: torch.Tensor
-    mlp_gate: torch.Tensor
+
+
+class StreamModulation(NamedTuple):
+    """One stream's modulations in a block."""
+
+    attention: ModulationOut
+    mlp: ModulationOut
+
+    @classmethod
+    def of(cls, parts: Sequence[torch.Tensor]) -> "StreamModulation":
+        """Of a layer's six outputs, attention's first."""
+        return cls(ModulationOut(*parts[:3]), ModulationOut(*parts[3:]))
 
 
 def timestep_embedding(

@@ -10,13 +10,23 @@ import torch
 from .patchify import patch_grid
 
 METHODS = ("offset", "index", "negative_index", "index_timestep_zero", "uxo")
-"""How references are told from the image and from each other, by ComfyUI's names. offset: all are image 1, beside one
-another. index: images 1, 2, ... negative_index: -1, -2, ... index_timestep_zero: as index, and their tokens are
-modulated as at timestep 0. uxo: image 0, each behind the last corner of the one before."""
+"""How references are told from the image, which is image 0, and from each other, by ComfyUI's names.
+
+offset: all are image 1, beside one another.
+index: they are images 1, 2, ...
+negative_index: they are images -1, -2, ...
+index_timestep_zero: as index, and their tokens are modulated as at timestep 0.
+uxo: all are image 0, each behind the last corner of the one before.
+"""
 
 
 class References(NamedTuple):
-    """patch: latent pixels of a patch's edge. sizes: the reference latents' (h, w). method: of METHODS."""
+    """A prompt's reference images.
+
+    patch: latent pixels of a patch's edge.
+    sizes: (h, w) of each reference latent.
+    method: one of METHODS.
+    """
 
     patch: int
     sizes: tuple[tuple[int, int], ...] = ()

@@ -1,121 +1,88 @@
-"""The element-wise segments between matrix products and exchanges: pure functions of tokens, fused on GPUs.
+"""The element-wise segments between matrix products and exchanges: pure functions of tokens.
 
-Norms, gelu and their quantisation are kernels of our own (kernels/tokens.py); what is left is compiled once for all
-blocks: weights and modulations are arguments and the token dimension is dynamic, so that neither another block nor
-another image size compiles anything. The compiler never sees a collective.
+On GPUs each is one pass over the tokens by a kernel of our own (kernels/tokens.py), and gelu is the epilogue of the
+library's product. Only SwiGLU that is not quantised is left to the compiler: nothing is reduced in it, so that one pass
+is what it makes anyway, once for all blocks, with a dynamic token dimension. On CPU ranks, and where fusing is switched
+off, all are torch's separate operations, against which the kernels are tested. The compiler never sees a collective.
 
-Shapes: x, y (B, L, C); shift, scale, gate (B, 1, C).
+Shapes: x, y (B, L, C); shift, scale, gate (B, 1, C), or (B, n, C) where each token takes one of n rows (`by_row`).
 """
 
-import copy
 import functools
 
 import torch
 import torch.nn.functional as F
 
 from ..kernels import tokens
+from ..kernels.fp8_product import Quantised
 from .layers import Activations, Linear
-from .products import Quantised
-
-
-def _then_quantise(segment):
-    """`segment` with the last of its results, tokens, quantised (see products.py)."""
-
-    def quantised(*tensors: torch.Tensor):
-        result = segment(*tensors)
-        *first, last = result if isinstance(result, tuple) else (result,)
-        return (*first, *tokens.quantise_reference(last))
-
-    return quantised
-
-
-def _in_tuple(segment):
-    def in_tuple(*tensors: torch.Tensor):
-        result = segment(*tensors)
-        return result if isinstance(result, tuple) else (result,)
-
-    return in_tuple
-
-
-def _by_row(segment, streams: int):
-    """`segment` for modulations of several rows (B, n, C), of which token l takes row rows[0, l]. streams: how many of
-    its arguments are (B, L, C)."""
-
-    def chosen(rows: torch.Tensor, *tensors: torch.Tensor):
-        return segment(*tensors[:streams], *(tensor[:, rows[0]] for tensor in tensors[streams:]))
-
-    return chosen
 
 
 class Segments:
-    """norm: adaLN, (1 + scale) layer_norm(x) + shift. add: x + gate y. add_norm: both, returning (x, normed). widen: an
-    MLP's first layer and its gelu, or its SwiGLU.
+    """What happens to tokens between two products.
 
     fused: in one pass over the tokens, on GPUs; else as torch's separate operations.
-    fp8: what norm, add_norm and widen give is quantised in the same pass, for products in fp8; `activations` does so
-    with what comes from elsewhere. exact: the same segments without.
+    fp8: what norm, add_norm and mlp_in give is quantised in the same pass, for products in fp8; `activations` does so
+    with what comes from elsewhere.
+    rows: (L,) int64, see `by_row`.
+    exact: the same segments without quantisation.
     """
 
-    def __init__(self, device: torch.device, *, fused: bool, fp8: bool = False):
-        fused = fused and tokens.available(device)
-        wrap = _compiled if fused else (lambda function: function)
-        pack = _then_quantise if fp8 else _in_tuple
-        norm, add_norm = pack(tokens.norm_reference), pack(tokens.add_norm_reference)
-        segments = {"norm": (norm, 1), "add": (tokens.add_reference, 2), "add_norm": (add_norm, 2)}
-        self._plain = {name: wrap(segment) for name, (segment, _) in segments.items()}
-        self._chosen = {name: wrap(_by_row(segment, streams)) for name, (segment, streams) in segments.items()}
-        self._swiglu = _then_quantise(tokens.swiglu_reference) if fp8 else wrap(tokens.swiglu_reference)
-        self._quantise, self._gelu = tokens.quantise_reference, _then_quantise(tokens.gelu_reference)
-        if fused:
-            for name, kernel in (("norm", tokens.norm), ("add_norm", tokens.add_norm)):
-                self._plain[name] = functools.partial(kernel, fp8=fp8)
-            self._quantise, self._gelu = tokens.quantise_tokens, tokens.gelu_quantise
-            self._swiglu = tokens.swiglu_quantise if fp8 else self._swiglu
-        self._fp8 = fp8
-        self.exact = Segments(device, fused=fused) if fp8 else self
-
-    def norm(self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> Activations:
-        normed = self._plain["norm"](x, shift, scale)
-        return Quantised(*normed, x.dtype) if self._fp8 else normed[0]
-
-    def add(self, x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        return self._plain["add"](x, y, gate)
-
-    def add_norm(self, x, y, gate, shift, scale) -> tuple[torch.Tensor, Activations]:
-        x, *normed = self._plain["add_norm"](x, y, gate, shift, scale)
-        return x, Quantised(*normed, x.dtype) if self._fp8 else normed[0]
-
-    def widen(self, layer: Linear, x: Activations, rows: slice = slice(None), *, gated: bool = False) -> Activations:
-        """gelu_tanh(layer(x)) for some of the layer's outputs; gated: silu of their first half times the second."""
-        if gated:
-            wide = self._swiglu(layer(x, rows))
-            return Quantised(*wide, x.dtype) if self._fp8 else wide
-        if self._fp8:
-            return Quantised(*self._gelu(layer(x, rows)), x.dtype)
-        return _gelu_linear(x, *layer.rows(rows, x.dtype))
-
-    def activations(self, x: torch.Tensor) -> Activations:
-        """x (B, L, K) as products take it."""
-        return Quantised(*self._quantise(x), x.dtype) if self._fp8 else x
+    def __init__(self, device: torch.device, *, fused: bool, fp8: bool = False, rows: torch.Tensor | None = None):
+        self._device, self._fused, self._fp8, self._rows = device, fused and tokens.available(device), fp8, rows
+        self.exact = Segments(device, fused=fused, rows=rows) if fp8 else self
 
     def by_row(self, rows: torch.Tensor) -> "Segments":
         """The same for a model whose modulations may have several rows: rows (L,) says which one each of the rank's
         tokens takes, text first. A stream of fewer tokens is the image's. Modulations of one row stay what they are."""
-        chosen = copy.copy(self)
-        chosen._plain = {
-            name: _either(self._plain[name], segment, rows[None]) for name, segment in self._chosen.items()
-        }
-        chosen.exact = self.exact.by_row(rows) if self._fp8 else chosen
-        return chosen
+        return Segments(self._device, fused=self._fused, fp8=self._fp8, rows=rows)
 
+    def norm(self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> Activations:
+        """(1 + scale) layer_norm(x) + shift (adaLN)."""
+        rows = self._rows_of(x, shift)
+        if self._fused:
+            return self._as_activations(x, *tokens.norm(x, shift, scale, rows, fp8=self._fp8))
+        return self.activations(tokens.norm_reference(x, shift, scale, rows))
 
-def _either(plain, chosen, rows: torch.Tensor):
-    def either(*tensors: torch.Tensor):
-        if tensors[-1].shape[1] == 1:
-            return plain(*tensors)
-        return chosen(rows[:, -tensors[0].shape[1] :], *tensors)
+    def add(self, x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        """x + gate y."""
+        return (tokens.add if self._fused else tokens.add_reference)(x, y, gate, self._rows_of(x, gate))
 
-    return either
+    def add_norm(self, x, y, gate, shift, scale) -> tuple[torch.Tensor, Activations]:
+        """x + gate y, and that normed."""
+        rows = self._rows_of(x, gate)
+        if self._fused:
+            x, *normed = tokens.add_norm(x, y, gate, shift, scale, rows, fp8=self._fp8)
+            return x, self._as_activations(x, *normed)
+        x, normed = tokens.add_norm_reference(x, y, gate, shift, scale, rows)
+        return x, self.activations(normed)
+
+    def mlp_in(self, layer: Linear, x: Activations, rows: slice = slice(None), *, gated: bool = False) -> Activations:
+        """gelu_tanh(layer(x)) for some of the layer's outputs; gated: silu of their first half times the second."""
+        if not gated and not self._fp8:
+            return _gelu_linear(x, *layer.rows(rows, x.dtype))
+        wide = layer(x, rows)
+        if self._fused and self._fp8:
+            return self._as_activations(wide, *(tokens.swiglu_quantise if gated else tokens.gelu_quantise)(wide))
+        if self._fused:
+            return _compiled(tokens.swiglu_reference)(wide)
+        return self.activations((tokens.swiglu_reference if gated else tokens.gelu_reference)(wide))
+
+    def activations(self, x: torch.Tensor) -> Activations:
+        """x (B, L, K) as products take it."""
+        if not self._fp8:
+            return x
+        return self._as_activations(x, *(tokens.quantise_tokens if self._fused else tokens.quantise_reference)(x))
+
+    def _as_activations(self, like: torch.Tensor, *parts: torch.Tensor) -> Activations:
+        """Either the tensor alone, or values and scales."""
+        return Quantised(*parts, like.dtype) if self._fp8 else parts[0]
+
+    def _rows_of(self, x: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor | None:
+        """The row of its modulation that each token of x takes; None where there is but one."""
+        if self._rows is None or modulation.shape[1] == 1:
+            return None
+        return self._rows[len(self._rows) - x.shape[1] :]
 
 
 def wake_compiler(device: torch.device) -> None:
@@ -124,15 +91,15 @@ def wake_compiler(device: torch.device) -> None:
     torch.compile(lambda x: x + 1, fullgraph=True)(torch.zeros(1, device=device))
 
 
+@functools.cache
 def _compiled(function):
     fast = torch.compile(function, fullgraph=True)
 
     @functools.wraps(function)
-    def call(*tensors: torch.Tensor):
-        for tensor in tensors:
-            if tensor.shape[1] > 1:
-                torch._dynamo.maybe_mark_dynamic(tensor, 1)
-        return fast(*tensors)
+    def call(x: torch.Tensor) -> torch.Tensor:
+        if x.shape[1] > 1:
+            torch._dynamo.maybe_mark_dynamic(x, 1)
+        return fast(x)
 
     return call
 

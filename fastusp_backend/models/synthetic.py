@@ -1,13 +1,16 @@
 """Random checkpoints in the true key layout, for the demo, tests and benchmarks: shapes and speed are real, images
 are not."""
 
+from typing import NamedTuple
+
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from .family import FamilyConfig
 from .flux import FluxConfig
 from .flux2 import Flux2Config
-from .qwen_image import QwenImage, QwenImageConfig
+from .qwen_image import QwenImageConfig
 
 TINY_FLUX = FluxConfig(
     hidden=512,
@@ -58,6 +61,21 @@ QWEN_IMAGE = QwenImageConfig(hidden=3072, heads=24, channels=16, context=3584, m
 TINY_QWEN_IMAGE = QwenImageConfig(hidden=512, heads=4, channels=16, context=3584, mlp=2048, blocks=2)
 
 
+class Sizes(NamedTuple):
+    """A family's models: of full size, and one that runs in no time."""
+
+    full: FamilyConfig
+    tiny: FamilyConfig
+
+
+MODELS = {
+    "flux": Sizes(FLUX_DEV, TINY_FLUX),
+    "flux2": Sizes(FLUX2_DEV, TINY_FLUX2),
+    "qwen": Sizes(QWEN_IMAGE, TINY_QWEN_IMAGE),
+}
+"""By the names that the benchmarks' command lines take; of every family one."""
+
+
 def random_state(model: nn.Module, *, seed: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Values for a (meta) model's parameters: weights N(0, 1 / fan_in), norms 1, biases N(0, 0.02^2)."""
     generator = torch.Generator().manual_seed(seed)
@@ -72,20 +90,9 @@ def random_state(model: nn.Module, *, seed: int, dtype: torch.dtype) -> dict[str
     return state
 
 
-def write_flux(
-    path: str, config: FluxConfig | Flux2Config = TINY_FLUX, *, seed: int = 0, dtype: torch.dtype = torch.float32
-) -> None:
-    """Writes a random FLUX.1 or FLUX.2 file in BFL key layout."""
+def write_checkpoint(path: str, config: FamilyConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
+    """Writes a random file of a model, in its family's key layout."""
     with torch.device("meta"):
         model = config.build()
     state = random_state(model, seed=seed, dtype=dtype)
     save_file({model.file_key(name): tensor for name, tensor in state.items()}, path)
-
-
-def write_qwen_image(
-    path: str, config: QwenImageConfig = TINY_QWEN_IMAGE, *, seed: int = 0, dtype: torch.dtype = torch.float32
-) -> None:
-    """Writes a random Qwen-Image file."""
-    with torch.device("meta"):
-        model = QwenImage(config)
-    save_file(random_state(model, seed=seed, dtype=dtype), path)

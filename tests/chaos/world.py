@@ -15,7 +15,7 @@ from support import SMALL, relative_difference
 
 from fastusp_backend.config import ModelSpec
 from fastusp_backend.devices import Devices
-from fastusp_backend.models.synthetic import write_flux
+from fastusp_backend.models.synthetic import write_checkpoint
 from fastusp_backend.pool import Pool, watch
 from fastusp_backend.pool import pool as pools
 
@@ -58,7 +58,7 @@ class World:
         self._settle(gpu)
         self.files = {name: self.folder / f"{name}.safetensors" for name in models}
         for seed, (name, path) in enumerate(self.files.items()):
-            write_flux(str(path), _CONFIGS[name], seed=seed, dtype=getattr(torch, self._compute))
+            write_checkpoint(str(path), _CONFIGS[name], seed=seed, dtype=getattr(torch, self._compute))
         self.expected: dict[Request, torch.Tensor] = {}
         self.pressing = False
         """Whether a Ctrl-C is a fault's."""

@@ -11,7 +11,7 @@ import pytest
 from support import SMALL
 
 from fastusp_backend.devices import Devices
-from fastusp_backend.models.synthetic import write_flux
+from fastusp_backend.models.synthetic import write_checkpoint
 from fastusp_backend.pool import Pool
 
 
@@ -35,7 +35,7 @@ def run_dirs(tmp_path_factory):
 def dev(tmp_path_factory):
     """A small model with guidance."""
     path = tmp_path_factory.mktemp("models") / "dev.safetensors"
-    write_flux(str(path), SMALL, seed=1)
+    write_checkpoint(str(path), SMALL, seed=1)
     return path
 
 
@@ -43,7 +43,7 @@ def dev(tmp_path_factory):
 def schnell(tmp_path_factory):
     """A smaller one without guidance."""
     path = tmp_path_factory.mktemp("models") / "schnell.safetensors"
-    write_flux(str(path), replace(SMALL, guidance=False, double_blocks=1, single_blocks=1), seed=2)
+    write_checkpoint(str(path), replace(SMALL, guidance=False, double_blocks=1, single_blocks=1), seed=2)
     return path
 
 

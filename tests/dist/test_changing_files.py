@@ -10,7 +10,7 @@ from support import REORDERED, SMALL, relative_difference
 
 from fastusp_backend.devices import Devices
 from fastusp_backend.errors import PoolError, RequestError
-from fastusp_backend.models.synthetic import write_flux
+from fastusp_backend.models.synthetic import write_checkpoint
 from fastusp_backend.pool import Pool, Progress
 
 pytestmark = pytest.mark.dist
@@ -34,7 +34,7 @@ def model(dev, tmp_path):
 def other(tmp_path_factory):
     """As dev, with other weights."""
     path = tmp_path_factory.mktemp("other") / "other.safetensors"
-    write_flux(str(path), SMALL, seed=5)
+    write_checkpoint(str(path), SMALL, seed=5)
     return path
 
 

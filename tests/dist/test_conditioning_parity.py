@@ -8,7 +8,7 @@ from support import SMALL, SMALL_FLUX2, SMALL_QWEN, inputs, randn, relative_diff
 
 from fastusp_backend.config import Layout, Settings
 from fastusp_backend.errors import RequestError
-from fastusp_backend.models.synthetic import write_flux, write_qwen_image
+from fastusp_backend.models.synthetic import write_checkpoint
 from fastusp_backend.pool import Progress
 from fastusp_backend.pool.session import Session
 from fastusp_backend.prompt import Prompt
@@ -34,8 +34,7 @@ FAMILIES = {"flux": SMALL, "fill": replace(SMALL, concat_channels=80), "flux2": 
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("conditioning")
     for name, config in FAMILIES.items():
-        write = write_qwen_image if name == "qwen" else write_flux
-        write(str(folder / name), config, seed=4)
+        write_checkpoint(str(folder / name), config, seed=4)
     return folder
 
 

@@ -8,7 +8,7 @@ import torch
 from support import SMALL_FLUX2, inputs, randn, relative_difference, spec_of
 
 from fastusp_backend.config import Layout, Settings
-from fastusp_backend.models.synthetic import write_flux
+from fastusp_backend.models.synthetic import write_checkpoint
 from fastusp_backend.pool import Progress
 from fastusp_backend.pool.session import Session
 from fastusp_backend.prompt import Inpainting, Prompt
@@ -26,8 +26,8 @@ TOLERANCE = 2e-5
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("flux2")
-    write_flux(str(folder / "dev"), SMALL_FLUX2, seed=3)
-    write_flux(str(folder / "klein"), replace(SMALL_FLUX2, guidance=False), seed=4)
+    write_checkpoint(str(folder / "dev"), SMALL_FLUX2, seed=3)
+    write_checkpoint(str(folder / "klein"), replace(SMALL_FLUX2, guidance=False), seed=4)
     return folder
 
 

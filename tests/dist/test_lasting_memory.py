@@ -14,7 +14,7 @@ from support import REORDERED, SMALL, inputs, randn, relative_difference, spec_o
 from fastusp_backend.prompt import Prompt
 from fastusp_backend.config import Layout, Settings, WeightPatch
 from fastusp_backend.errors import ProtocolError, RequestError
-from fastusp_backend.models.synthetic import write_flux
+from fastusp_backend.models.synthetic import write_checkpoint
 from fastusp_backend.pool import Progress, Session, WeightPatches, name_of
 from fastusp_backend.pool import pool as pools
 from fastusp_backend.protocol import channel as channels
@@ -35,7 +35,7 @@ def control(seed: int, images: int = 1) -> dict[str, list[torch.Tensor | None]]:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("lasting") / "model"
-    write_flux(str(path), SMALL, seed=4)
+    write_checkpoint(str(path), SMALL, seed=4)
     return spec_of(path)
 
 

@@ -14,7 +14,7 @@ from fastusp_backend.config import Layout, Settings, WeightPatch
 from fastusp_backend.engine import modulations
 from fastusp_backend.engine.checkpoint import Checkpoint
 from fastusp_backend.engine.modulations import CACHED_ROWS, ModulationTable
-from fastusp_backend.models.synthetic import write_qwen_image
+from fastusp_backend.models.synthetic import write_checkpoint
 from fastusp_backend.pool import NO_PATCHES, Progress, Session, WeightPatches, name_of
 from fastusp_backend.prompt import Prompt
 from fastusp_backend.weights.reading import read_tensors
@@ -29,7 +29,7 @@ ALL, NONE = slice(None), slice(0, 0)
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory):
     path = tmp_path_factory.mktemp("modulations") / "qwen.safetensors"
-    write_qwen_image(str(path), SMALL_QWEN, seed=3)
+    write_checkpoint(str(path), SMALL_QWEN, seed=3)
     return path
 
 

@@ -6,7 +6,7 @@ from support import SMALL_QWEN, inputs, randn, relative_difference, spec_of
 
 from fastusp_backend.config import Layout, Settings
 from fastusp_backend.errors import RequestError
-from fastusp_backend.models.synthetic import write_qwen_image
+from fastusp_backend.models.synthetic import write_checkpoint
 from fastusp_backend.pool import Progress
 from fastusp_backend.pool.session import Session
 from fastusp_backend.prompt import Inpainting, Prompt
@@ -22,7 +22,7 @@ TOLERANCE = 2e-5
 @pytest.fixture(scope="module")
 def session_of(shared_pool, tmp_path_factory):
     path = tmp_path_factory.mktemp("models") / "qwen.safetensors"
-    write_qwen_image(str(path), SMALL_QWEN, seed=3)
+    write_checkpoint(str(path), SMALL_QWEN, seed=3)
 
     def make(ulysses: int, ring: int) -> Session:
         layout = Layout(ulysses=ulysses, ring=ring)

@@ -36,13 +36,10 @@ def denoisers(family: str, *settings: Settings) -> list[OneRank]:
 
 def prompt(family: str, randn, references: int, method: str | None) -> Prompt:
     config = CONFIGS[family]
-    return Prompt(
-        randn(1, 24, config.context),
-        None if family in ("qwen", "flux2") else randn(1, config.pooled),
-        None if family == "qwen" else torch.full((1,), 3.5, device="cuda"),
-        randn(1, config.concat_channels, 32, 30) if config.concat_channels else None,
-        tuple(randn(1, config.channels, 20 + 6 * n, 17) for n in range(references)),
-        method,
+    return replace(
+        config.example_prompt(randn, text=24, size=(32, 30)),
+        references=tuple(randn(1, config.channels, 20 + 6 * n, 17) for n in range(references)),
+        reference_method=method,
     )
 
 

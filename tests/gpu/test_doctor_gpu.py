@@ -9,7 +9,7 @@ import pytest
 import torch
 from support import SMALL
 
-from fastusp_backend.models.synthetic import write_flux
+from fastusp_backend.models.synthetic import write_checkpoint
 
 pytestmark = [
     pytest.mark.gpu,
@@ -41,7 +41,7 @@ def test_doctor():
 
 def test_bench(tmp_path):
     path = tmp_path / "flux.safetensors"
-    write_flux(str(path), SMALL, dtype=torch.bfloat16)
+    write_checkpoint(str(path), SMALL, dtype=torch.bfloat16)
     done = command_line("bench", str(path), "--gpus", "0", "--size", "256", "--text", "16", "--steps", "4")
     assert done.returncode == 0, done.stdout + done.stderr
     _, _, exact, fp8, *recommended = done.stdout.splitlines()

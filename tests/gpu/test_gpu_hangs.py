@@ -12,7 +12,7 @@ from support import SMALL, inputs
 from fastusp_backend.config import Layout, ModelSpec, Settings
 from fastusp_backend.devices import Devices
 from fastusp_backend.errors import PoolError
-from fastusp_backend.models.synthetic import write_flux
+from fastusp_backend.models.synthetic import write_checkpoint
 from fastusp_backend.pool import Pool, Progress, Session
 from fastusp_backend.prompt import Prompt
 
@@ -45,7 +45,7 @@ def session(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
     (folder / "sitecustomize.py").write_text(HALTS)
     path = folder / "flux.safetensors"
-    write_flux(str(path), SMALL, dtype=torch.bfloat16)
+    write_checkpoint(str(path), SMALL, dtype=torch.bfloat16)
     spec = ModelSpec.of_file(str(path), storage=None, compute="bfloat16")
     ranks = request.param
     with pytest.MonkeyPatch.context() as patch:

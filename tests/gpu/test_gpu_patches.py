@@ -9,7 +9,7 @@ from support import SMALL, inputs, randn, relative_difference
 
 from fastusp_backend.config import Layout, ModelSpec, Settings, WeightPatch
 from fastusp_backend.engine import Engine
-from fastusp_backend.models.synthetic import write_flux
+from fastusp_backend.models.synthetic import write_checkpoint
 from fastusp_backend.prompt import Prompt
 from fastusp_backend.weights.adapters import apply
 
@@ -26,7 +26,7 @@ FAST, EAGER = Settings(), Settings(compile=False, cuda_graphs=False, overlap=Fal
 @pytest.mark.parametrize("storage", ["bfloat16", "float32"])
 def test_captured_graphs_see_patches(tmp_path, storage):
     path = tmp_path / "flux.safetensors"
-    write_flux(str(path), SMALL, dtype=torch.bfloat16)
+    write_checkpoint(str(path), SMALL, dtype=torch.bfloat16)
     engine = Engine(torch.device("cuda", 0))
     engine.describe(ModelSpec.of_file(str(path), storage=storage, compute="bfloat16"))
     engine.make_room()
@@ -67,7 +67,7 @@ def test_captured_graphs_see_patches(tmp_path, storage):
 
 def test_packed_weights_are_captured_again_with_their_factors(tmp_path):
     plain_file, path = tmp_path / "flux.safetensors", tmp_path / "flux.gguf"
-    write_flux(str(plain_file), SMALL, dtype=torch.bfloat16)
+    write_checkpoint(str(plain_file), SMALL, dtype=torch.bfloat16)
     value = write("gguf_Q8_0", plain_file, path)[KEY].cuda()
     engine = Engine(torch.device("cuda", 0))
     engine.describe(ModelSpec.of_file(str(path), storage="bfloat16", compute="bfloat16", keep_quantised=True))
@@ -108,7 +108,7 @@ def test_packed_weights_are_captured_again_with_their_factors(tmp_path):
 def test_a_widened_input_is_captured_again(tmp_path):
     """Against a file with that input; without a trace."""
     key, path, wide = "img_in.weight", tmp_path / "flux.safetensors", tmp_path / "wide.safetensors"
-    write_flux(str(path), SMALL, dtype=torch.bfloat16)
+    write_checkpoint(str(path), SMALL, dtype=torch.bfloat16)
     up, down, given = randn(512, 4, seed=1) * 0.5, randn(4, 128, seed=2), inputs(SMALL, text=24, size=(16, 12), seed=3)
     state = load_file(path)
     save_file(state | {key: (F.pad(state[key].float(), (0, 64)) + up @ down).bfloat16()}, wide)

@@ -7,7 +7,7 @@ from support import OneRank, load_model
 
 from fastusp_backend.config import ModelSpec, Settings
 from fastusp_backend.models.layers import Linear
-from fastusp_backend.models.synthetic import TINY_FLUX, write_flux
+from fastusp_backend.models.synthetic import TINY_FLUX, write_checkpoint
 from fastusp_backend.prompt import Prompt
 from fastusp_backend.weights import reading
 
@@ -22,7 +22,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     path = tmp_path_factory.mktemp("loading") / "tiny.safetensors"
-    write_flux(str(path), TINY_FLUX, seed=1)
+    write_checkpoint(str(path), TINY_FLUX, seed=1)
     return path
 
 

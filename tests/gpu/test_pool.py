@@ -7,7 +7,7 @@ from support import SMALL, inputs, relative_difference
 from fastusp_backend.config import Layout, ModelSpec, Settings
 from fastusp_backend.devices import Devices
 from fastusp_backend.errors import Cancelled
-from fastusp_backend.models.synthetic import write_flux
+from fastusp_backend.models.synthetic import write_checkpoint
 from fastusp_backend.pool import Pool, Progress, Session
 from fastusp_backend.prompt import Prompt
 from fastusp_backend.protocol import channel
@@ -23,7 +23,7 @@ EAGER = Settings(compile=False, cuda_graphs=False, overlap=False)
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory):
     path = tmp_path_factory.mktemp("models") / "flux.safetensors"
-    write_flux(str(path), SMALL, dtype=torch.bfloat16)
+    write_checkpoint(str(path), SMALL, dtype=torch.bfloat16)
     return ModelSpec.of_file(str(path), storage=None, compute="bfloat16")
 
 

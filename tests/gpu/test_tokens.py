@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from fastusp_backend.kernels import tokens
+from fastusp_backend.kernels.fp8_product import Quantised
 from fastusp_backend.models.layers import Linear
-from fastusp_backend.models.products import Quantised
+from fastusp_backend.models.segments import Segments
 
 pytestmark = [
     pytest.mark.gpu,
@@ -15,25 +16,85 @@ pytestmark = [
 BOUNDS = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 1e-5}
 
 
-def given(dtype, width, rows=77):
+def given(dtype, width, rows=1):
+    """x, y (2, 77, width), then gate, shift, scale of so many rows each."""
     generator = torch.Generator("cuda").manual_seed(0)
-    x, y = (torch.randn(2, rows, width, device="cuda", generator=generator).to(dtype) for _ in "xy")
-    modulations = torch.randn(2, 1, 5 * width, device="cuda", generator=generator).to(dtype)[..., width:]
+    x, y = (torch.randn(2, 77, width, device="cuda", generator=generator).to(dtype) for _ in "xy")
+    modulations = torch.randn(2, rows, 5 * width, device="cuda", generator=generator).to(dtype)[..., width:]
     return x, y, *modulations.split(width, -1)[:3]  # views, as a row of the table has them
 
 
+def chosen(rows: int, first: int = 0) -> torch.Tensor | None:
+    """Of so many rows the one that each token from `first` on takes; None where there is but one."""
+    if rows == 1:
+        return None
+    return torch.randint(rows, (77,), device="cuda", generator=torch.Generator("cuda").manual_seed(1))[first:]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
 @pytest.mark.parametrize("width", [512, 3072])
 @pytest.mark.parametrize("dtype", BOUNDS)
-def test_norms_equal_their_references(dtype, width):
-    x, y, gate, shift, scale = given(dtype, width)
+def test_norms_equal_their_references(dtype, width, rows):
+    """Also where each token takes one of several rows of modulations."""
+    x, y, gate, shift, scale = given(dtype, width, rows)
+    which = chosen(rows)
     pairs = [
-        (tokens.add_norm(x, y, gate, shift, scale, fp8=False), tokens.add_norm_reference(x, y, gate, shift, scale)),
-        (tokens.norm(x, shift, scale, fp8=False), (tokens.norm_reference(x, shift, scale),)),
+        (
+            tokens.add_norm(x, y, gate, shift, scale, which, fp8=False),
+            tokens.add_norm_reference(x, y, gate, shift, scale, which),
+        ),
+        (tokens.norm(x, shift, scale, which, fp8=False), (tokens.norm_reference(x, shift, scale, which),)),
+        ((tokens.add(x, y, gate, which),), (tokens.add_reference(x, y, gate, which),)),
     ]
     for got, expected in pairs:
         for mine, wanted in zip(got, expected, strict=True):
             assert mine.dtype == dtype
             torch.testing.assert_close(mine, wanted, rtol=2 * BOUNDS[dtype], atol=8 * BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_row_for_each_token_is_that_row_for_all_bit_by_bit(dtype, fp8):
+    """Tokens of a longer sequence, whose numbers begin at no multiple of 16 bytes."""
+    x, y, gate, shift, scale = given(dtype, 3072, 2)
+    x, y, which = x[:, 5:], y[:, 5:], chosen(2, 5)
+    got = tokens.add_norm(x, y, gate, shift, scale, which, fp8=fp8)
+    alone = [tokens.add_norm(x, y, *(m[:, n : n + 1] for m in (gate, shift, scale)), fp8=fp8) for n in range(2)]
+    for mine, *of_row in zip(got, *alone, strict=True):
+        first, second = (part.float() for part in of_row)
+        assert torch.equal(mine.float(), torch.where(which[:, None] == 0, first, second))
+    assert 0 < which.sum() < len(which)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_fused_segments_by_row_are_the_separate_operations(fp8):
+    """Of the whole stream, of its end (the image's), and of modulations of one row."""
+    x, y, gate, shift, scale = given(torch.bfloat16, 3072, 2)
+    fused, plain = (
+        Segments(x.device, fused=fused, fp8=fp8).by_row(torch.cat([chosen(2).new_zeros(23), chosen(2, 23)]))
+        for fused in (True, False)
+    )
+    for first, of in ((0, slice(None)), (23, slice(None)), (0, slice(1))):
+        part, other = x[:, first:], y[:, first:]
+        modulations = [m[:, of] for m in (gate, shift, scale)]
+        for mine, wanted in (
+            (fused.exact.norm(part, *modulations[1:]), plain.exact.norm(part, *modulations[1:])),
+            (fused.add(part, other, modulations[0]), plain.add(part, other, modulations[0])),
+            *zip(
+                fused.exact.add_norm(part, other, *modulations),
+                plain.exact.add_norm(part, other, *modulations),
+                strict=True,
+            ),
+        ):
+            torch.testing.assert_close(mine, wanted, rtol=2**-6, atol=2**-4)
+        if fp8:
+            for mine, wanted in (
+                (fused.norm(part, *modulations[1:]), plain.norm(part, *modulations[1:])),
+                (fused.add_norm(part, other, *modulations)[1], plain.add_norm(part, other, *modulations)[1]),
+            ):
+                torch.testing.assert_close(mine.scales, wanted.scales, rtol=2**-6, atol=0)
+                unpacked = (packed.values.float() * packed.scales for packed in (mine, wanted))
+                torch.testing.assert_close(*unpacked, rtol=0.13, atol=0.05)
 
 
 def test_a_float16_stream_stays_finite():
@@ -42,6 +103,7 @@ def test_a_float16_stream_stays_finite():
     gate[:], y[0, 0] = 1, 6e4 * torch.sign(x[0, 0])
     summed, _ = tokens.add_norm(x, y, gate, shift, scale, fp8=False)
     torch.testing.assert_close(summed, tokens.add_reference(x, y, gate))
+    assert torch.equal(tokens.add(x, y, gate), summed)
 
 
 @pytest.mark.parametrize("width", [512, 3072, 12288, 18432])

@@ -14,7 +14,7 @@ from comfy import ComfyUI
 from safetensors.torch import save_file
 from workflows import DEV, QWEN_IMAGE, SCHNELL
 
-from fastusp_backend.models.synthetic import TINY_FLUX, TINY_FLUX2, write_flux, write_qwen_image
+from fastusp_backend.models.synthetic import TINY_FLUX, TINY_FLUX2, write_checkpoint
 
 SMALL = replace(TINY_FLUX, double_blocks=1, single_blocks=1)
 FULL_SIZE = replace(SMALL, hidden=3072, heads=24, mlp=12288)
@@ -57,10 +57,10 @@ def host(request, tmp_path_factory):
     try:
         models = base / "models/diffusion_models"
         if knows_small_flux(request.param):
-            write_flux(str(models / DEV), SMALL)
-            write_flux(str(models / SCHNELL), replace(SMALL, guidance=False), seed=1)
+            write_checkpoint(str(models / DEV), SMALL)
+            write_checkpoint(str(models / SCHNELL), replace(SMALL, guidance=False), seed=1)
         else:
-            write_flux(str(models / DEV), FULL_SIZE, dtype=torch.bfloat16)
+            write_checkpoint(str(models / DEV), FULL_SIZE, dtype=torch.bfloat16)
         comfyui.wait_until_ready()
         yield comfyui
     finally:
@@ -71,7 +71,7 @@ def host(request, tmp_path_factory):
 def flux2(host):
     """A FLUX.2 file, as of dev."""
     path = host.base / "models/diffusion_models/flux2_dev.safetensors"
-    write_flux(str(path), TINY_FLUX2)
+    write_checkpoint(str(path), TINY_FLUX2)
     yield path.name
     path.unlink()
 
@@ -80,7 +80,7 @@ def flux2(host):
 def qwen(host):
     """A Qwen-Image file. In float32: CPU ranks convert others at each use, which takes longer than the products."""
     path = host.base / "models/diffusion_models/qwen.safetensors"
-    write_qwen_image(str(path), QWEN_IMAGE)
+    write_checkpoint(str(path), QWEN_IMAGE)
     yield path.name
     path.unlink()
 

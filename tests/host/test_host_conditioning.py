@@ -7,7 +7,7 @@ from conftest import SMALL
 from controlnets import NARROW, applied, write_union, write_xlabs
 from workflows import DEV, STEPPING, Comparison, difference
 
-from fastusp_backend.models.synthetic import write_flux
+from fastusp_backend.models.synthetic import write_checkpoint
 
 pytestmark = pytest.mark.host
 
@@ -59,7 +59,7 @@ def test_references(host, method):
 @pytest.fixture(scope="module", params=[16, 80], ids=["Canny", "Fill"])
 def channels(request, host):
     path = host.base / f"models/diffusion_models/channels{request.param}.safetensors"
-    write_flux(str(path), replace(SMALL, concat_channels=request.param), seed=2)
+    write_checkpoint(str(path), replace(SMALL, concat_channels=request.param), seed=2)
     yield path.name
     path.unlink()
 
@@ -111,7 +111,7 @@ def test_control_net(host, control_net):
 def test_union_control_nets(host):
     """Several residuals, each for some blocks; on a part of the steps alone; two ControlNets on one prompt."""
     models = host.base / "models"
-    write_flux(str(models / "diffusion_models/narrow.safetensors"), NARROW, seed=2)
+    write_checkpoint(str(models / "diffusion_models/narrow.safetensors"), NARROW, seed=2)
     union = write_union(models / "controlnet")
     control = Both()
     graph = control.graph

@@ -9,7 +9,7 @@ from formats import write
 from safetensors.torch import save_file
 from workflows import IN_WORKERS, STEPPING, Comparison, Graph, Link
 
-from fastusp_backend.models.synthetic import TINY_FLUX2, write_flux
+from fastusp_backend.models.synthetic import TINY_FLUX2, write_checkpoint
 
 pytestmark = pytest.mark.host
 
@@ -22,7 +22,7 @@ def folder(host, flux2):
     """With a dev and a klein file."""
     assert flux2 == DEV
     path = host.base / "models/diffusion_models"
-    write_flux(str(path / KLEIN), replace(TINY_FLUX2, guidance=False), seed=1)
+    write_checkpoint(str(path / KLEIN), replace(TINY_FLUX2, guidance=False), seed=1)
     before = set(path.iterdir())
     yield path
     for file in {path / KLEIN} | (set(path.iterdir()) - before):

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from support import REORDERED
 from workflows import DEV, SCHNELL, Comparison, Graph, difference
 
-from fastusp_backend.models.synthetic import write_flux
+from fastusp_backend.models.synthetic import write_checkpoint
 
 pytestmark = pytest.mark.host
 
@@ -56,7 +56,7 @@ def test_gguf(host, models):
 
 def test_bf16(host, models):
     """On CPUs both compute it in float32."""
-    write_flux(str(models / "bf16.safetensors"), SMALL, dtype=torch.bfloat16)
+    write_checkpoint(str(models / "bf16.safetensors"), SMALL, dtype=torch.bfloat16)
     both = Comparison()
     graph = both.graph
     both.add("bf16", *(graph.sample(make(file="bf16.safetensors"), steps=4) for make in (graph.usp, graph.stock)))

@@ -6,7 +6,7 @@ from comfy import ComfyUI
 from conftest import SMALL, host_paths, knows_small_flux
 from workflows import IN_WORKERS, QWEN_IMAGE, STEPPING, Graph
 
-from fastusp_backend.models.synthetic import TINY_FLUX2, write_flux, write_qwen_image
+from fastusp_backend.models.synthetic import TINY_FLUX2, write_checkpoint
 
 PATHS = [path for path in host_paths() if knows_small_flux(path)]
 pytestmark = [
@@ -22,9 +22,9 @@ def gpu_host(tmp_path_factory):
     comfyui = ComfyUI(PATHS[0], tmp_path_factory.mktemp("gpu-host"), arguments=())
     models, bf16 = comfyui.base / "models/diffusion_models", {"dtype": torch.bfloat16}
     try:
-        write_flux(str(models / "flux.safetensors"), SMALL, **bf16)
-        write_flux(str(models / "flux2.safetensors"), TINY_FLUX2, **bf16)
-        write_qwen_image(str(models / "qwen.safetensors"), QWEN_IMAGE, **bf16)
+        write_checkpoint(str(models / "flux.safetensors"), SMALL, **bf16)
+        write_checkpoint(str(models / "flux2.safetensors"), TINY_FLUX2, **bf16)
+        write_checkpoint(str(models / "qwen.safetensors"), QWEN_IMAGE, **bf16)
         comfyui.wait_until_ready()
         yield comfyui
     finally:

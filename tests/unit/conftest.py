@@ -12,7 +12,7 @@ from formats import MINI
 from small_library import world  # noqa: F401 - a fixture
 
 from fastusp_backend.devices import list_gpus
-from fastusp_backend.models.synthetic import write_flux
+from fastusp_backend.models.synthetic import write_checkpoint
 
 torch.set_num_threads(1)
 
@@ -48,5 +48,5 @@ def nvml(monkeypatch, tmp_path):
 def mini(tmp_path_factory):
     """A plain file of the model whose formats are tested; not to be written to."""
     path = tmp_path_factory.mktemp("formats") / "mini.safetensors"
-    write_flux(str(path), MINI, seed=1)
+    write_checkpoint(str(path), MINI, seed=1)
     return path

@@ -12,7 +12,7 @@ from support import SMALL_QWEN
 
 from fastusp_backend.errors import CheckpointError
 from fastusp_backend.models.files import read_model
-from fastusp_backend.models.synthetic import TINY_FLUX, write_flux, write_qwen_image
+from fastusp_backend.models.synthetic import TINY_FLUX, write_checkpoint
 
 pytestmark = pytest.mark.unit
 
@@ -30,7 +30,7 @@ def refusal(path) -> str:
 def flux(tmp_path):
     """A path, and the tensors of a whole file."""
     path = tmp_path / "flux.safetensors"
-    write_flux(str(path), NARROW)
+    write_checkpoint(str(path), NARROW)
     return path, load_file(path)
 
 
@@ -116,7 +116,7 @@ def test_names_that_only_begin_like_a_variants(flux, stray):
 
 def test_qwen_image_beside_something_of_flux(tmp_path):
     path = tmp_path / "qwen.safetensors"
-    write_qwen_image(str(path), replace(SMALL_QWEN, hidden=128, heads=1, mlp=256, blocks=1))
+    write_checkpoint(str(path), replace(SMALL_QWEN, hidden=128, heads=1, mlp=256, blocks=1))
     save_file(load_file(path) | {"double_blocks.0.img_attn.norm.foo": torch.ones(2)}, path)
     assert read_model(str(path)).config.family == "Qwen-Image"
 

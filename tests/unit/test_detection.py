@@ -13,7 +13,7 @@ from fastusp_backend.config import ModelSpec
 from fastusp_backend.errors import CheckpointError
 from fastusp_backend.models.detection import detect
 from fastusp_backend.models.files import read_model
-from fastusp_backend.models.synthetic import FLUX_DEV, write_flux
+from fastusp_backend.models.synthetic import FLUX_DEV, write_checkpoint
 from fastusp_backend.weights.tensor_info import TensorInfo
 
 pytestmark = pytest.mark.unit
@@ -25,7 +25,7 @@ MINI = replace(SMALL, hidden=128, heads=1, mlp=256, double_blocks=1, single_bloc
 @pytest.fixture(scope="module")
 def mini(tmp_path_factory):
     path = tmp_path_factory.mktemp("mini") / "mini.safetensors"
-    write_flux(str(path), MINI, seed=1)
+    write_checkpoint(str(path), MINI, seed=1)
     return path
 
 
@@ -64,7 +64,7 @@ def refusal(path, spec: ModelSpec | None = None) -> str:
 )
 def test_sizes_are_read_from_the_file(tmp_path, config):
     path = tmp_path / "flux.safetensors"
-    write_flux(str(path), config)
+    write_checkpoint(str(path), config)
     file = read_model(str(path))
     assert (file.config, file.ignored) == (config, ()) and file.header.keys() == load_file(path).keys()
     model = load_model(spec_of(path), CPU)
@@ -98,7 +98,7 @@ def test_newer_norm_names(mini, changed):
 @pytest.mark.parametrize("storage, held", [(None, "bfloat16"), ("float32", "float32"), ("float16", "float16")])
 def test_storage_type(tmp_path, storage, held):
     path = tmp_path / "half.safetensors"
-    write_flux(str(path), MINI, dtype=torch.bfloat16)
+    write_checkpoint(str(path), MINI, dtype=torch.bfloat16)
     model = load_model(ModelSpec.of_file(str(path), storage=storage, compute="float32"), CPU)
     assert {p.dtype for p in model.parameters()} == {getattr(torch, held)}
     assert not any(p.requires_grad for p in model.parameters())
@@ -195,7 +195,7 @@ def test_a_missing_tensor_that_tells_the_family_is_named(changed, name):
 def test_a_missing_block_is_named(tmp_path, block):
     """Even where the others would make a smaller model."""
     path = tmp_path / "flux.safetensors"
-    write_flux(str(path), replace(MINI, single_blocks=4))
+    write_checkpoint(str(path), replace(MINI, single_blocks=4))
     names = f"single_blocks.{block}."
     save_file({name: t for name, t in load_file(path).items() if not name.startswith(names)}, path)
     assert f"'single_blocks.{block}.linear1." in refusal(path)
@@ -229,7 +229,7 @@ def test_a_file_that_changed_after_the_client_looked_is_refused(mini, tmp_path, 
     path.write_bytes(mini.read_bytes())
     spec = spec_of(path)
     if how == "replaced":
-        write_flux(str(path), replace(MINI, double_blocks=2))
+        write_checkpoint(str(path), replace(MINI, double_blocks=2))
     else:
         os.utime(path, ns=(spec.file.mtime_ns, spec.file.mtime_ns + 1))
     assert f"was {'changed' if how == 'touched' else how} since this workflow loaded it" in refusal(path, spec)

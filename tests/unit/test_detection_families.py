@@ -11,7 +11,7 @@ from support import SMALL_FLUX2, SMALL_QWEN, load_model, spec_of
 from fastusp_backend.errors import CheckpointError
 from fastusp_backend.models.detection import detect
 from fastusp_backend.models.files import read_model
-from fastusp_backend.models.synthetic import FLUX2_DEV, TINY_FLUX, write_flux, write_qwen_image
+from fastusp_backend.models.synthetic import FLUX2_DEV, TINY_FLUX, write_checkpoint
 from fastusp_backend.weights.tensor_info import TensorInfo
 
 pytestmark = pytest.mark.unit
@@ -39,7 +39,7 @@ def refusal(path) -> str:
 )
 def test_sizes_of_flux2(tmp_path, config):
     path = tmp_path / "flux2.safetensors"
-    write_flux(str(path), config)
+    write_checkpoint(str(path), config)
     model = load_model(spec_of(path), CPU)
     assert model.config == config
     tensors = load_file(path)
@@ -75,7 +75,7 @@ def test_full_sized_flux2_headers():
 )
 def test_unfit_flux2_files(tmp_path, name, tensor, words):
     path = tmp_path / "flux2.safetensors"
-    write_flux(str(path), MINI_FLUX2)
+    write_checkpoint(str(path), MINI_FLUX2)
     state = load_file(path) | {name: tensor}
     save_file({key: t for key, t in state.items() if t is not None}, path)
     assert words in refusal(path)
@@ -87,7 +87,7 @@ def changed_qwen(tmp_path):
 
     def write(**tensors):
         path = tmp_path / "qwen.safetensors"
-        write_qwen_image(str(path), MINI_QWEN)
+        write_checkpoint(str(path), MINI_QWEN)
         state = load_file(path) | tensors
         save_file({name: tensor for name, tensor in state.items() if tensor is not None}, path)
         return path
@@ -107,7 +107,7 @@ def changed_qwen(tmp_path):
 )
 def test_sizes_of_qwen_image(tmp_path, config):
     path = tmp_path / "qwen.safetensors"
-    write_qwen_image(str(path), config)
+    write_checkpoint(str(path), config)
     model = load_model(spec_of(path), CPU)
     assert model.config == config
     tensors = load_file(path)
@@ -167,7 +167,7 @@ def test_unfit_qwen_image_files(changed_qwen, name, tensor, words):
 def test_an_incomplete_file_keeps_its_familys_name(tmp_path, gone):
     """FLUX.2 needs fewer tensors, and has most of FLUX.1's: it is not nearer for that."""
     path = tmp_path / "flux.safetensors"
-    write_flux(str(path), replace(TINY_FLUX, double_blocks=3, single_blocks=9, hidden=128, heads=1, mlp=256))
+    write_checkpoint(str(path), replace(TINY_FLUX, double_blocks=3, single_blocks=9, hidden=128, heads=1, mlp=256))
     state = load_file(path)
     kept = {name: tensor for name, tensor in state.items() if not gone(name)}
     save_file(kept, path)

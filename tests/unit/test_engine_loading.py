@@ -18,7 +18,7 @@ from fastusp_backend.engine import checkpoint as checkpoint_module
 from fastusp_backend.engine import engine as engine_module
 from fastusp_backend.engine.checkpoint import Checkpoint
 from fastusp_backend.errors import CheckpointError
-from fastusp_backend.models.synthetic import write_flux
+from fastusp_backend.models.synthetic import write_checkpoint
 from fastusp_backend.prompt import Prompt
 from fastusp_backend.weights import reading
 
@@ -30,7 +30,7 @@ MINI = replace(SMALL, hidden=128, heads=1, mlp=256, double_blocks=1, single_bloc
 @pytest.fixture
 def specs(tmp_path):
     for seed in range(2):
-        write_flux(str(tmp_path / f"{seed}.safetensors"), MINI, seed=seed)
+        write_checkpoint(str(tmp_path / f"{seed}.safetensors"), MINI, seed=seed)
     return [spec_of(tmp_path / f"{seed}.safetensors") for seed in range(2)]
 
 
@@ -58,7 +58,7 @@ def test_a_file_refused_by_its_header_leaves_the_resident_model(engine, specs):
 
 
 def test_layers_that_gpus_cannot_multiply_in_fp8_are_refused_by_the_header(engine, specs, monkeypatch, tmp_path):
-    write_flux(str(tmp_path / "odd.safetensors"), replace(MINI, mlp=264))
+    write_checkpoint(str(tmp_path / "odd.safetensors"), replace(MINI, mlp=264))
     odd = msgspec.structs.replace(spec_of(tmp_path / "odd.safetensors"), linear="fp8", compute="bfloat16")
     assert engine.describe(odd).mlp == 264  # CPU ranks multiply in float32
     monkeypatch.setattr(engine_module, "check_fp8_products", lambda *_: None)
@@ -144,7 +144,7 @@ def test_a_file_that_changes_while_ranks_read_together_ends_none(engine, specs, 
 def test_all_weights_have_room_before_the_ranks_read_together(tmp_path, monkeypatch, name, changes):
     """Converted ones too: what does not fit is refused there, where the ranks still agree."""
     plain = path = tmp_path / "plain.safetensors"
-    write_flux(str(plain), replace(MINI, hidden=256, heads=2, context=256, pooled=256))
+    write_checkpoint(str(plain), replace(MINI, hidden=256, heads=2, context=256, pooled=256))
     if name != "plain":
         path = tmp_path / name
         write(name, plain, path)

@@ -16,7 +16,7 @@ from support import SMALL_QWEN, load_model, spec_of
 from fastusp_backend.errors import CheckpointError
 from fastusp_backend.models.files import read_model
 from fastusp_backend.models.ownership import rank_bytes
-from fastusp_backend.models.synthetic import TINY_FLUX2, write_flux, write_qwen_image
+from fastusp_backend.models.synthetic import TINY_FLUX2, write_checkpoint
 from fastusp_backend.weights.contents import own_prefix
 from fastusp_backend.weights.dtypes import main_dtype
 
@@ -142,10 +142,12 @@ def test_the_formats_have_nothing_to_ignore(mini, tmp_path, name):
 def test_prefixes_are_taken_off(mini, tmp_path, prefix, family):
     plain, path = tmp_path / "plain.safetensors", tmp_path / "x.safetensors"
     if family == "FLUX.2":
-        write_flux(str(plain), replace(TINY_FLUX2, hidden=128, heads=1, mlp=256, double_blocks=1, single_blocks=1))
+        write_checkpoint(
+            str(plain), replace(TINY_FLUX2, hidden=128, heads=1, mlp=256, double_blocks=1, single_blocks=1)
+        )
     elif family == "Qwen-Image":
         small = replace(SMALL_QWEN, hidden=128, heads=1, mlp=256, blocks=1, reference_method="index_timestep_zero")
-        write_qwen_image(str(plain), small)
+        write_checkpoint(str(plain), small)
     else:
         plain.write_bytes(mini.read_bytes())
     others = {"vae.encoder.x": torch.ones(2), "first_stage_model.x": torch.ones(2, dtype=torch.int64)}

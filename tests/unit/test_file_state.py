@@ -17,7 +17,7 @@ from fastusp_backend.engine.checkpoint import Checkpoint
 from fastusp_backend.errors import CheckpointError
 from fastusp_backend.models import files
 from fastusp_backend.models.files import read_model
-from fastusp_backend.models.synthetic import write_flux
+from fastusp_backend.models.synthetic import write_checkpoint
 from fastusp_backend.pool.cause import hint
 
 pytestmark = pytest.mark.unit
@@ -29,7 +29,7 @@ MINI = replace(SMALL, hidden=128, heads=1, mlp=256, double_blocks=1, single_bloc
 @pytest.fixture
 def model(tmp_path):
     path = tmp_path / "model.safetensors"
-    write_flux(str(path), MINI, seed=1)
+    write_checkpoint(str(path), MINI, seed=1)
     return path
 
 
@@ -37,7 +37,7 @@ def model(tmp_path):
 def other(tmp_path, model):
     """Another model of the same size and time."""
     path = tmp_path / "other.safetensors"
-    write_flux(str(path), MINI, seed=2)
+    write_checkpoint(str(path), MINI, seed=2)
     stat = os.stat(model)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     return path

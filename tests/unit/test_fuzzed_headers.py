@@ -14,7 +14,7 @@ from support import SMALL_FLUX2, SMALL_QWEN
 
 from fastusp_backend.errors import CheckpointError
 from fastusp_backend.models.files import read_model
-from fastusp_backend.models.synthetic import write_flux, write_qwen_image
+from fastusp_backend.models.synthetic import write_checkpoint
 
 pytestmark = pytest.mark.unit
 
@@ -123,7 +123,7 @@ def test_safetensors(mini, tmp_path, name):
     if name == "flux":
         path.write_bytes(mini.read_bytes())
     elif name in ("flux2", "qwen"):
-        write_flux(str(path), SMALL_FLUX2) if name == "flux2" else write_qwen_image(str(path), SMALL_QWEN)
+        write_checkpoint(str(path), SMALL_FLUX2 if name == "flux2" else SMALL_QWEN)
     else:
         write(name, mini, path)
     data, chance, seen, file = path.read_bytes(), random.Random(name), Counter(), Memory()

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from fastusp_backend.errors import CheckpointError
 from fastusp_backend.models.files import read_model
-from fastusp_backend.models.synthetic import write_flux
+from fastusp_backend.models.synthetic import write_checkpoint
 
 pytestmark = pytest.mark.unit
 
@@ -211,5 +211,5 @@ def test_a_mark_that_is_no_mark_is_not_read(path, mini, kind, size):
 def test_more_blocks_than_any_model_has(tmp_path):
     path = tmp_path / "deep.safetensors"
     deep = replace(MINI, hidden=128, heads=1, mlp=8, context=8, pooled=8, double_blocks=1, single_blocks=201)
-    write_flux(str(path), deep, dtype=torch.bfloat16)
+    write_checkpoint(str(path), deep, dtype=torch.bfloat16)
     assert "it has 201 single_blocks" in refusal(path)

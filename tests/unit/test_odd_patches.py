@@ -128,7 +128,7 @@ def test_what_passes_the_check_can_be_applied():
             seen["refused"] += 1
             continue
         if len(wide) == 2 and wide[0] > OUT:
-            continue  # it fits, and takes a yottabyte; `Config.widened` refuses it
+            continue  # it fits, and takes a yottabyte; `FamilyConfig.reshaped` refuses it
         assert tuple(apply(torch.ones(shape), patch, parts).shape) == wide
         seen[kind] += 1
         if len(shape) == 2:

@@ -12,7 +12,7 @@ from fastusp_backend.errors import RequestError
 from fastusp_backend.models.family import Residuals
 from fastusp_backend.models.flux import FluxConfig
 from fastusp_backend.models.patchify import patch_grid, patchify, unpatchify
-from fastusp_backend.models.synthetic import TINY_FLUX, write_flux
+from fastusp_backend.models.synthetic import TINY_FLUX, write_checkpoint
 from fastusp_backend.prompt import Prompt
 
 diffusers = pytest.importorskip("diffusers")
@@ -41,7 +41,7 @@ def peer(config: FluxConfig):
 def models(request, tmp_path_factory):
     config = replace(TINY_FLUX, guidance=request.param)
     path = tmp_path_factory.mktemp("oracle") / "flux.safetensors"
-    write_flux(str(path), config, seed=5)
+    write_checkpoint(str(path), config, seed=5)
     ours = load_model(spec_of(path), CPU)
     # Norm scales of one would hide a mix-up of query and key.
     state = {
@@ -158,7 +158,7 @@ def test_control(models):
 def test_further_channels(channels, tmp_path):
     config = replace(TINY_FLUX, concat_channels=channels, double_blocks=1, single_blocks=1)
     path = tmp_path / "fill.safetensors"
-    write_flux(str(path), config, seed=6)
+    write_checkpoint(str(path), config, seed=6)
     ours = load_model(spec_of(path), CPU)
     state = {ours.file_key(name): t for name, t in ours.state_dict().items()}
     theirs = peer(config)

@@ -9,7 +9,7 @@ from support import SMALL_FLUX2, OneRank, inputs, load_model, randn, relative_di
 from fastusp_backend.errors import RequestError
 from fastusp_backend.models.family import Residuals
 from fastusp_backend.models.patchify import patchify, unpatchify
-from fastusp_backend.models.synthetic import write_flux
+from fastusp_backend.models.synthetic import write_checkpoint
 from fastusp_backend.prompt import Prompt
 
 diffusers = pytest.importorskip("diffusers")
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 def models(request, tmp_path_factory):
     config = replace(SMALL_FLUX2, guidance=request.param)
     path = tmp_path_factory.mktemp("oracle") / "flux2.safetensors"
-    write_flux(str(path), config, seed=5)
+    write_checkpoint(str(path), config, seed=5)
     ours = load_model(spec_of(path), CPU)
     # Norm scales of one would hide a mix-up of query and key.
     state = {

@@ -10,7 +10,7 @@ from fastusp_backend.engine.modulations import CACHED_ROWS
 from fastusp_backend.errors import RequestError
 from fastusp_backend.models.family import Residuals
 from fastusp_backend.models.patchify import patch_grid, patchify, unpatchify
-from fastusp_backend.models.synthetic import TINY_QWEN_IMAGE, write_qwen_image
+from fastusp_backend.models.synthetic import TINY_QWEN_IMAGE, write_checkpoint
 from fastusp_backend.prompt import Prompt
 
 diffusers = pytest.importorskip("diffusers")
@@ -46,7 +46,7 @@ class ComfyRope(torch.nn.Module):
 def models(tmp_path_factory):
     config = TINY_QWEN_IMAGE
     path = tmp_path_factory.mktemp("oracle") / "qwen.safetensors"
-    write_qwen_image(str(path), config, seed=5)
+    write_checkpoint(str(path), config, seed=5)
     ours = load_model(spec_of(path), CPU)
     # Norm weights of one would hide a mix-up of query and key.
     state = {

@@ -19,7 +19,7 @@ from fastusp_backend.errors import RequestError
 from fastusp_backend.models.files import read_model, storage_plans
 from fastusp_backend.models.layers import Linear
 from fastusp_backend.models.ownership import Ownership, balanced, rank_bytes
-from fastusp_backend.models.synthetic import FLUX2_DEV, FLUX_DEV, QWEN_IMAGE, write_flux, write_qwen_image
+from fastusp_backend.models.synthetic import FLUX2_DEV, FLUX_DEV, QWEN_IMAGE, write_checkpoint
 from fastusp_backend.weights.stored import Stored
 from fastusp_backend.weights.tensor_info import TensorInfo
 
@@ -57,9 +57,9 @@ def test_the_figures_of_the_readme(name, kind, dtype):
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ownership")
-    write_flux(str(folder / "flux"), MINI, seed=1)
-    write_qwen_image(str(folder / "qwen"), replace(SMALL_QWEN, hidden=256, heads=2, mlp=512, context=256), seed=2)
-    write_flux(str(folder / "flux2"), SMALL_FLUX2, seed=3)
+    write_checkpoint(str(folder / "flux"), MINI, seed=1)
+    write_checkpoint(str(folder / "qwen"), replace(SMALL_QWEN, hidden=256, heads=2, mlp=512, context=256), seed=2)
+    write_checkpoint(str(folder / "flux2"), SMALL_FLUX2, seed=3)
     for name in ("scaled_tensors", "gguf_Q8_0"):
         write(name, folder / "flux", folder / name)
     return folder

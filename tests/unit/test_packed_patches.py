@@ -12,7 +12,7 @@ from fastusp_backend.engine import Engine, parking
 from fastusp_backend.engine.checkpoint import Checkpoint
 from fastusp_backend.engine.patching import PatchedWeights
 from fastusp_backend.errors import RequestError
-from fastusp_backend.models.synthetic import write_flux
+from fastusp_backend.models.synthetic import write_checkpoint
 from fastusp_backend.prompt import Prompt
 from fastusp_backend.weights import gguf_blocks
 
@@ -54,7 +54,7 @@ def factors(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Ten
 def packed(request, tmp_path_factory):
     """A file, and what it means without a patch."""
     folder = tmp_path_factory.mktemp("packed")
-    write_flux(str(folder / "plain"), MINI, seed=1)
+    write_checkpoint(str(folder / "plain"), MINI, seed=1)
     return folder / "model", write(request.param, folder / "plain", folder / "model")
 
 

@@ -7,7 +7,7 @@ from support import SMALL, load_model, spec_of
 from torch import nn
 
 from fastusp_backend.engine import parking
-from fastusp_backend.models.synthetic import write_flux
+from fastusp_backend.models.synthetic import write_checkpoint
 
 pytestmark = pytest.mark.unit
 
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 def test_only_the_tensors_bytes_are_parked(tmp_path):
     """In an all-in-one checkpoint they are a small part of the mapped file."""
     plain, path = tmp_path / "plain.safetensors", tmp_path / "all.safetensors"
-    write_flux(str(plain), SMALL)
+    write_checkpoint(str(plain), SMALL)
     write("all_in_one", plain, path)
     with open(path, "ab") as file:
         file.truncate(10 * plain.stat().st_size)

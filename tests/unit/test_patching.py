@@ -15,7 +15,7 @@ from fastusp_backend.config import WeightPatch
 from fastusp_backend.engine.checkpoint import Checkpoint
 from fastusp_backend.engine.patching import PatchedWeights, plan_update
 from fastusp_backend.errors import CheckpointError, PatchesLost, RequestError
-from fastusp_backend.models.synthetic import write_flux
+from fastusp_backend.models.synthetic import write_checkpoint
 from fastusp_backend.weights.storage_plan import plan_storage
 from fastusp_backend.weights.tensor_info import TensorInfo
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.unit
 @pytest.fixture(scope="module")
 def mini(tmp_path_factory):
     path = tmp_path_factory.mktemp("patching") / "mini.safetensors"
-    write_flux(str(path), MINI, seed=1)
+    write_checkpoint(str(path), MINI, seed=1)
     return path
 
 

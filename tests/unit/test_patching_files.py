@@ -12,7 +12,7 @@ from fastusp_backend.config import WeightPatch
 from fastusp_backend.engine.checkpoint import Checkpoint
 from fastusp_backend.engine.patching import PatchedWeights
 from fastusp_backend.errors import CheckpointError
-from fastusp_backend.models.synthetic import write_flux
+from fastusp_backend.models.synthetic import write_checkpoint
 
 pytestmark = pytest.mark.unit
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.unit
 @pytest.fixture(scope="module")
 def mini(tmp_path_factory):
     path = tmp_path_factory.mktemp("patching") / "mini.safetensors"
-    write_flux(str(path), MINI, seed=1)
+    write_checkpoint(str(path), MINI, seed=1)
     return path
 
 
@@ -38,7 +38,7 @@ def test_a_file_that_is_gone_still_restores_its_weights(mini, tmp_path, how):
     weights.change(PATCHES, TENSORS, base=0, number=1)
     path.unlink()
     if how != "removed":
-        write_flux(str(path), MINI, seed=5)
+        write_checkpoint(str(path), MINI, seed=5)
     weights.change(NONE, {}, base=1, number=0)
     assert not changed(before, everything(checkpoint))
 

@@ -59,11 +59,11 @@ def test_a_gated_mlp(fp8):
     expected = wide[..., :6] / (1 + (-wide[..., :6]).exp()) * wide[..., 6:]
     if fp8:
         layer.stored = layer.stored.by_rows()
-        got = segments.widen(layer, segments.activations(x), rows, gated=True)
+        got = segments.mlp_in(layer, segments.activations(x), rows, gated=True)
         assert got.dtype == torch.float32 and got.values.dtype == torch.float8_e4m3fn
         got = got.values.double() * got.scales.double()
     else:
-        got = segments.widen(layer, x, rows, gated=True).double()
+        got = segments.mlp_in(layer, x, rows, gated=True).double()
     assert relative_difference(got, expected) < (0.2 if fp8 else 1e-6)
 
 

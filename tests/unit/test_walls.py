@@ -49,7 +49,7 @@ ROOMS = {
     "attention": {"config", "comm", "kernels", "pulse"},
     "weights": BASE | {"kernels", "comm"},
     "models": BASE | {"prompt", "weights", "kernels", "attention"},
-    "engine": BASE | {"prompt", "models", "weights", "attention", "comm", "pinning", "pulse"},
+    "engine": BASE | {"prompt", "models", "weights", "attention", "comm", "kernels.fp8_product", "pinning", "pulse"},
     "sampling": {"prompt"},
     "worker": BASE | {"prompt", "sampling", "engine", "models", "protocol", "comm.groups", "ports", "pulse"},
     "worker.process": {"pulse"},

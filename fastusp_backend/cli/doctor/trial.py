@@ -15,7 +15,7 @@ import torch
 from ...config import Layout, ModelSpec, Settings
 from ...devices import Devices
 from ...errors import FastUSPError
-from ...models.synthetic import TINY_FLUX, write_flux
+from ...models.synthetic import TINY_FLUX, write_checkpoint
 from ...planner import legal_layouts
 from ...pool import Pool, Progress, Session
 from ...prompt import Prompt
@@ -107,7 +107,7 @@ def trials(devices: Devices, seconds: float, say: Callable[[str], None]) -> Iter
     config = replace(TINY_FLUX, heads=heads, hidden=hidden, mlp=hidden, double_blocks=1, single_blocks=1)
     with tempfile.TemporaryDirectory(prefix="fastusp-doctor-") as folder:
         path = str(Path(folder) / "tiny.safetensors")
-        write_flux(path, config, dtype=torch.bfloat16)
+        write_checkpoint(path, config, dtype=torch.bfloat16)
         _, found, spec = describe(path, devices)
         job = Job(spec, random_inputs(found, SIZE, TEXT), seconds, say)
         with closing(Pool(devices.first(1))) as pool:

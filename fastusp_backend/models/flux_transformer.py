@@ -1,4 +1,4 @@
-"""What FLUX.1 and FLUX.2 share: two towers, text and image, run 'double' blocks that attend jointly; their joined
+"""What FLUX.1 and FLUX.2 have alike: two streams, text and image, run 'double' blocks that attend jointly; their joined
 sequence then runs 'single' blocks.
 
 Everything around attention works token by token, so a rank runs it on its own tokens.
@@ -13,41 +13,44 @@ import torch
 from torch import nn
 
 from ..attention import JointAttention, Rope
-from ..errors import RequestError
-from ..prompt import Prompt
-from .family import NO_RESIDUALS, Config, Residuals, check_prompt
-from .flux_blocks import DoubleBlock, Embedder, FinalLayer, SingleBlock, SingleGates, Style
-from .layers import Gates, Linear, timestep_embedding
+from .family import NO_RESIDUALS, FamilyConfig, Residuals, Transformer
+from .flux_blocks import BlockConfig, DoubleStreamBlock, Embedder, FinalLayer, SingleStreamBlock
+from .layers import Linear, ModulationOut, StreamModulation, timestep_embedding
 from .segments import Segments
 
 
 class Modulations(NamedTuple):
-    """The modulations of one evaluation: per double block (text, image), per single block, the final (shift, scale)."""
+    """The modulations of one evaluation.
 
-    double: list[tuple[Gates, Gates]]
-    single: list[SingleGates]
+    double: per double block (text, image).
+    single: per single block.
+    final: (shift, scale) of the final layer's norm.
+    """
+
+    double: list[tuple[StreamModulation, StreamModulation]]
+    single: list[ModulationOut]
     final: tuple[torch.Tensor, torch.Tensor]
 
 
-class Towers(nn.Module):
-    """config: also with the counts `double_blocks` and `single_blocks`, and `guidance`, whether it is embedded."""
+class FluxTransformer(Transformer):
+    """What is built from a config that also has the counts `double_blocks` and `single_blocks`, and `guidance`, whether
+    it is embedded."""
 
-    def __init__(self, config: Config, style: Style):
-        super().__init__()
-        self.config = config
-        hidden, bias = config.hidden, style.bias
+    def __init__(self, config: FamilyConfig, blocks: BlockConfig):
+        super().__init__(config)
+        hidden, bias = config.hidden, blocks.bias
         width, further = (channels * config.patch**2 for channels in (config.channels, config.concat_channels))
         self.img_in = Linear(width + further, hidden, bias=bias)
         self.txt_in = Linear(config.context, hidden, bias=bias)
         self.time_in = Embedder(256, hidden, bias=bias)
         self.guidance_in = Embedder(256, hidden, bias=bias) if config.guidance else None
-        self.double_blocks = nn.ModuleList(DoubleBlock(style) for _ in range(config.double_blocks))
-        self.single_blocks = nn.ModuleList(SingleBlock(style) for _ in range(config.single_blocks))
+        self.double_blocks = nn.ModuleList(DoubleStreamBlock(blocks) for _ in range(config.double_blocks))
+        self.single_blocks = nn.ModuleList(SingleStreamBlock(blocks) for _ in range(config.single_blocks))
         self.final_layer = FinalLayer(hidden, width, bias=bias)
 
     @staticmethod
     def module_key(key: str) -> str:
-        """The name in this module of a file's key: towers are submodules here, prefixes there; newer files say
+        """The name in this module of a file's key: streams are submodules here, prefixes there; newer files say
         `weight`."""
         parts = key.split(".")
         if parts[0] == "double_blocks" and len(parts) > 2 and parts[2][:4] in ("img_", "txt_"):
@@ -58,24 +61,14 @@ class Towers(nn.Module):
 
     @staticmethod
     def file_key(name: str) -> str:
-        """The inverse of `module_key`, in the original naming."""
         return name.replace(".txt.", ".txt_").replace(".img.", ".img_")
 
     def products(self) -> Iterator[Linear]:
-        """The large layers of every step, whose products may be computed in fp8."""
         for block in self.double_blocks:
-            for tower in (block.txt, block.img):
-                yield from (tower.attn.qkv, tower.attn.proj, tower.mlp[0], tower.mlp[2])
+            for stream in (block.txt, block.img):
+                yield from (stream.attn.qkv, stream.attn.proj, stream.mlp[0], stream.mlp[2])
         for block in self.single_blocks:
             yield from (block.linear1, block.linear2)
-
-    def check(self, x: torch.Tensor, prompt: Prompt) -> None:
-        """Raises RequestError for latents or a prompt that do not fit the model."""
-        channels = self.config.channels
-        if x.dim() != 4 or x.shape[1] != channels or not x.numel():
-            raise RequestError(f"latents {tuple(x.shape)} do not fit the model: expected (B, {channels}, h, w)")
-        if problem := check_prompt(x, prompt, self.config):
-            raise RequestError(problem)
 
     def embed_text(self, context: torch.Tensor) -> torch.Tensor:
         return self.txt_in(context)
@@ -98,35 +91,36 @@ class Towers(nn.Module):
         mods: Modulations,
         rope: tuple[Rope, Rope],
         joint: JointAttention,
-        run: Segments,
+        ops: Segments,
         control: Residuals = NO_RESIDUALS,
     ) -> torch.Tensor:
         """img (B, Li, p^2 (channels + concat_channels)) patches, txt (B, Lt, C) of `txt_in`, rope (text, image),
         control (B or 1, Li, C) -> velocity patches (B, Li, p^2 channels)."""
         img = self.img_in(img)
-        first_txt, first_img = mods.double[0]
-        txt_normed = run.norm(txt, first_txt.shift, first_txt.scale)
-        img_normed = run.norm(img, first_img.shift, first_img.scale)
+        first_txt, first_img = (stream.attention for stream in mods.double[0])
+        txt_normed = ops.norm(txt, first_txt.shift, first_txt.scale)
+        img_normed = ops.norm(img, first_img.shift, first_img.scale)
         following = [*mods.double[1:], None]
-        for i, (block, gates, after) in enumerate(zip(self.double_blocks, mods.double, following, strict=True)):
-            txt, img, txt_mlp, img_mlp = block(txt, img, txt_normed, img_normed, gates, rope, joint, run)
+        for i, (block, streams, after) in enumerate(zip(self.double_blocks, mods.double, following, strict=True)):
+            txt, img, txt_mlp, img_mlp = block(txt, img, txt_normed, img_normed, streams, rope, joint, ops)
             if (residual := control.after_input(i)) is not None:
                 img = img + residual
-            txt_gate, img_gate = gates[0].mlp_gate, gates[1].mlp_gate
+            txt_gate, img_gate = (stream.mlp.gate for stream in streams)
             if after is None:
-                txt, img = run.add(txt, txt_mlp, txt_gate), run.add(img, img_mlp, img_gate)
+                txt, img = ops.add(txt, txt_mlp, txt_gate), ops.add(img, img_mlp, img_gate)
             else:
-                txt, txt_normed = run.add_norm(txt, txt_mlp, txt_gate, after[0].shift, after[0].scale)
-                img, img_normed = run.add_norm(img, img_mlp, img_gate, after[1].shift, after[1].scale)
+                txt_next, img_next = (stream.attention for stream in after)
+                txt, txt_normed = ops.add_norm(txt, txt_mlp, txt_gate, txt_next.shift, txt_next.scale)
+                img, img_normed = ops.add_norm(img, img_mlp, img_gate, img_next.shift, img_next.scale)
 
         length = txt.shape[1]
         x = torch.cat([txt, img], dim=1)
         joint_rope = tuple(torch.cat([t, i]) for t, i in zip(*rope, strict=True))
-        ends = [(gates.shift, gates.scale) for gates in mods.single] + [mods.final]
-        normed = run.norm(x, *ends[0])
-        for i, (block, gates, (shift, scale)) in enumerate(zip(self.single_blocks, mods.single, ends[1:], strict=True)):
+        ends = [(own.shift, own.scale) for own in mods.single] + [mods.final]
+        normed = ops.norm(x, *ends[0])
+        for i, (block, own, (shift, scale)) in enumerate(zip(self.single_blocks, mods.single, ends[1:], strict=True)):
             if (residual := control.after_output(i)) is not None:
                 x[:, length:] += residual
-            after = run if block is not self.single_blocks[-1] else run.exact
-            x, normed = after.add_norm(x, block(normed, joint_rope, joint, run), gates.gate, shift, scale)
+            after = ops if block is not self.single_blocks[-1] else ops.exact
+            x, normed = after.add_norm(x, block(normed, joint_rope, joint, ops), own.gate, shift, scale)
         return self.final_layer.linear(normed[:, length:])

@@ -6,9 +6,8 @@ import pytest
 import torch
 from fp8_shapes import FULL_SIZE, Part, parts
 
-from fastusp_backend.kernels import tokens
-from fastusp_backend.models import products
-from fastusp_backend.models.products import Quantised, product
+from fastusp_backend.kernels import fp8_product, tokens
+from fastusp_backend.kernels.fp8_product import Quantised, product
 
 
 def lacks_fp8_products() -> bool:
@@ -89,16 +88,18 @@ def test_any_number_of_rows(part):
     told = dict(zip(errors, torch.stack(list(errors.values())).tolist(), strict=True))
     wrong = {name: error for name, error in told.items() if not error < BOUND}
     assert not failed and not wrong
-    mine = {shape[0]: ways for shape, ways in products._refusals.items() if shape[1:4] == (part.n, part.k, part.pitch)}
+    mine = {
+        shape[0]: ways for shape, ways in fp8_product._refusals.items() if shape[1:4] == (part.n, part.k, part.pitch)
+    }
     print(f"{part}: rows that did not take the first way: {mine}")
     if torch.cuda.get_device_capability() == (9, 0):
         assert not set(mine) & set(MANY)  # nothing is added to what is large
 
 
-@pytest.mark.parametrize("way", products._WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("way", fp8_product._WAYS, ids=lambda way: way.__name__)
 def test_every_way_gives_the_same(way):
     """Also those that nothing takes on this GPU. 256 rows: as many as the first takes."""
-    if way is not products._all_after and torch.cuda.get_device_capability() == (8, 9):
+    if way is not fp8_product._all_after and torch.cuda.get_device_capability() == (8, 9):
         pytest.skip("torch's row-wise product takes rows for contiguous on Ada")
     for part in (Part(3072, 3072, 3072, 0, True), Part(3072, 3072, 15360, 3072, True)):
         case = Case(part, 256)

@@ -1,5 +1,10 @@
 """Products in fp8: activations with a scale per token, weights with a scale per output (row-wise scaling).
 
+Both sides are e4m3; tensor cores sum their products in float32, and the scales are applied to the sums as they are
+written, so that nothing is widened before. With one scale per tensor, a token with large values would take precision
+from all others; scales per block of K would follow outliers within a token as well, but sums must then be scaled block
+by block, which torch's product has for few GPUs and versions only.
+
 torch gives no rule for what its row-wise product takes: that differs by GPU, by torch and cuBLAS version, and by shape.
 cuBLAS on Hopper refuses a bias where there are few rows (torch 2.11, N = 3072, K = 12288: 35 and less); some torch
 versions have no row-wise product for Blackwell, or give it to a cuBLAS that has none. So a product goes another way
@@ -21,13 +26,18 @@ log = logging.getLogger(__name__)
 _MIN_CAPABILITY = (8, 9)
 _ADA = (8, 9)
 _PASSING = ("ALLOC_FAILED", "NOT_INITIALIZED", "EXECUTION_FAILED", "INTERNAL_ERROR")
-"""Of errors that say nothing of a shape."""
+"""Parts of errors that say nothing of a shape."""
 _MULTIPLE = 16
 """What the sizes of a weight must be multiples of, on all GPUs and in all torch versions."""
 
 
 class Quantised(NamedTuple):
-    """Activations (B, L, K): e4m3 values, float32 scales (B, L, 1), and the type that they were computed in."""
+    """Activations in fp8.
+
+    values: (B, L, K) e4m3.
+    scales: (B, L, 1) float32, what a token's values are multiplied by.
+    dtype: the type that they were computed in, and that a product of them gives.
+    """
 
     values: torch.Tensor
     scales: torch.Tensor
@@ -35,7 +45,11 @@ class Quantised(NamedTuple):
 
 
 def product(x: Quantised, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x W^T + b (B, L, N) in x's type: weight (N, K) e4m3, of any row pitch, scales (N, 1) float32.
+    """x W^T + b (B, L, N) in x's type.
+
+    weight: (N, K) e4m3, of any row pitch.
+    scales: (N, 1) float32.
+    bias: (N,) or None.
 
     GPUs multiply in fp8 and scale the sums; CPU ranks multiply the same values in float32. N, K and the pitch are
     multiples of 16 on GPUs (see `check_fp8_sizes`); L is any number.

@@ -7,13 +7,13 @@ import torch
 from fp8_shapes import FULL_SIZE, parts
 from support import relative_difference
 
+from fastusp_backend.kernels import fp8_product
 from fastusp_backend.kernels.eight_bits import quantise
+from fastusp_backend.kernels.fp8_product import Quantised, check_fp8_sizes
 from fastusp_backend.kernels.tokens import quantise_reference
-from fastusp_backend.models import products
 from fastusp_backend.models.flux import Flux
 from fastusp_backend.models.flux2 import Flux2
 from fastusp_backend.models.layers import Linear
-from fastusp_backend.models.products import Quantised, check_fp8_sizes
 from fastusp_backend.models.qwen_image import QwenImage
 from fastusp_backend.models.synthetic import TINY_FLUX, TINY_FLUX2, TINY_QWEN_IMAGE
 from fastusp_backend.weights.stored import Stored
@@ -127,13 +127,13 @@ class Library:
 @pytest.fixture
 def library(monkeypatch):
     """library(...): puts a `Library` in torch's place, on a GPU of some compute capability."""
-    monkeypatch.setattr(products, "_refusals", {})
+    monkeypatch.setattr(fp8_product, "_refusals", {})
 
     def make(*arguments, capability=(9, 0), torch_version=(2, 11)) -> Library:
         made = Library(*arguments)
         monkeypatch.setattr(torch, "_scaled_mm", made)
-        monkeypatch.setattr(products, "_capability", lambda device: capability)
-        monkeypatch.setattr(products, "_torch_version", lambda: torch_version)
+        monkeypatch.setattr(fp8_product, "_capability", lambda device: capability)
+        monkeypatch.setattr(fp8_product, "_torch_version", lambda: torch_version)
         return made
 
     return make
@@ -163,12 +163,12 @@ def test_a_way_round_what_is_refused(library, caplog, refuses, ways, bias):
     """As exact as the first: what is rounded to bfloat16 twice more differs by less than fp8's own error of 2.6 %."""
     caplog.set_level(logging.INFO)
     torchs, (arguments, expected) = library(refuses), given(bias=bias)
-    first = products._multiply(*arguments)
+    first = fp8_product._multiply(*arguments)
     assert first.dtype == torch.bfloat16 and relative_difference(first.double(), expected) < 2**-7
     torchs.calls.clear()
-    assert torch.equal(products._multiply(*arguments), first)
+    assert torch.equal(fp8_product._multiply(*arguments), first)
     assert len(torchs.calls) == 1  # what was refused is not asked for again, above all not during a capture
-    refused = len(products._refusals)
+    refused = len(fp8_product._refusals)
     assert refused == (ways > 1 and (bias or ways > 2))
     assert ("refused (CUBLAS_STATUS_NOT_SUPPORTED)" in caplog.text) == bool(refused)
 
@@ -177,26 +177,26 @@ def test_a_refusal_is_one_shapes_own(library):
     """Many rows keep their bias in the product."""
     torchs = library(lambda rows, by_row, biased: biased and rows < 6)
     for rows in (5, 6, 10, 5):
-        products._multiply(*given(rows)[0])
+        fp8_product._multiply(*given(rows)[0])
     assert torchs.calls == [(5, True, True), (5, True, False), (6, True, True), (10, True, True), (5, True, False)]
 
 
 def test_torchs_own_checks_are_refusals_and_what_no_way_mends_is_raised(library):
     library(lambda rows, by_row, biased: by_row, ValueError("only bf16"))
     arguments, expected = given()
-    assert relative_difference(products._multiply(*arguments).double(), expected) < 2**-7
+    assert relative_difference(fp8_product._multiply(*arguments).double(), expected) < 2**-7
     library(lambda *_: True, RuntimeError("an illegal memory access was encountered"))
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        products._multiply(*arguments)
-    products._refusals.clear()
+        fp8_product._multiply(*arguments)
+    fp8_product._refusals.clear()
     library(lambda *_: True, RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"))
     with pytest.raises(RuntimeError, match="ALLOC_FAILED"):
-        products._multiply(*arguments)
-    assert not products._refusals, "it says nothing of the shape"
+        fp8_product._multiply(*arguments)
+    assert not fp8_product._refusals, "it says nothing of the shape"
     library(lambda *_: True, torch.OutOfMemoryError("no room"))
     with pytest.raises(torch.OutOfMemoryError):
-        products._multiply(*arguments)
-    assert not products._refusals
+        fp8_product._multiply(*arguments)
+    assert not fp8_product._refusals
 
 
 @pytest.mark.parametrize(
@@ -210,5 +210,5 @@ def test_torchs_own_checks_are_refusals_and_what_no_way_mends_is_raised(library)
 def test_ada_goes_round_what_its_kernel_gets_wrong(library, torch_version, columns, by_row):
     torchs = library(capability=(8, 9), torch_version=torch_version)
     arguments, expected = given(columns=columns)
-    assert relative_difference(products._multiply(*arguments).double(), expected) < 2**-7
+    assert relative_difference(fp8_product._multiply(*arguments).double(), expected) < 2**-7
     assert [call[1] for call in torchs.calls] == [by_row]

@@ -1,0 +1,104 @@
+"""Every family has what docs/adding-a-model.md lists, and what most lack is refused unless a family says otherwise."""
+
+import inspect
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import support
+import torch
+
+from fastusp_backend.models import synthetic
+from fastusp_backend.models.detection import FAMILIES
+from fastusp_backend.models.family import FamilyConfig, Residuals, Transformer, check_control, check_prompt
+from fastusp_backend.prompt import Prompt
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def texts(pattern: str) -> list[str]:
+    return [path.read_text(encoding="utf-8") for path in sorted(ROOT.glob(pattern))]
+
+
+@pytest.fixture(params=FAMILIES, ids=lambda family: family.family)
+def family(request) -> type[FamilyConfig]:
+    return request.param
+
+
+@pytest.fixture
+def tiny(family) -> FamilyConfig:
+    (sizes,) = (sizes for sizes in synthetic.MODELS.values() if type(sizes.tiny) is family)
+    assert type(sizes.full) is family
+    return sizes.tiny
+
+
+def test_a_family_is_told_from_others_and_tells_what_it_runs(family):
+    assert family.family in family.runs and family.marks
+    assert sum(other.family == family.family for other in FAMILIES) == 1
+
+
+def test_its_prompts_fit_its_model(tiny):
+    with torch.device("meta"):
+        model = tiny.build()
+    assert isinstance(model, Transformer)
+    given = support.inputs(tiny, text=7, size=(6, 8), batch=2)
+    model.check(given.x, Prompt(given.context, given.y, given.guidance))
+
+
+def test_a_row_of_modulations_is_split_without_a_rest(tiny):
+    with torch.device("meta"):
+        model = tiny.build()
+        rows = torch.empty(1, 1, model.modulation_width)
+
+    def leaves(part) -> dict:
+        """The views in a tree of tuples, each once."""
+        if isinstance(part, torch.Tensor):
+            return {part.storage_offset(): part.shape[-1]}
+        return {start: width for inner in part for start, width in leaves(inner).items()}
+
+    assert sum(leaves(model.split_modulations(rows)).values()) == model.modulation_width
+
+
+def test_it_has_tests_of_its_own(family):
+    """Against diffusers' module, and of ranks against one."""
+    members = inspect.getmembers(support) + inspect.getmembers(synthetic)
+    names = "|".join({name for name, value in members if type(value) is family})
+    for tests in ("unit/test_oracle*", "dist/test_*parity"):
+        assert any(re.search(rf"\b({names})\b", text) for text in texts(f"tests/{tests}.py")), tests
+
+
+def test_something_stands_for_its_transformer_in_comfyui(family):
+    assert f'"{family.family}": (' in (ROOT / "nodes/remote_families.py").read_text(encoding="utf-8")
+
+
+def test_it_has_a_workflow_and_help(family):
+    """The workflow's text encoder has the type that `encoders` names."""
+    kind = re.search(r"type (\w+)", family.encoders)[1]
+    workflows = [json.loads(text) for text in texts("example_workflows/api/*.json")]
+    assert any(node["inputs"].get("type") == kind for workflow in workflows for node in workflow.values())
+    for file in ("README.md", "web/docs/FastUSPLoader.md"):
+        assert family.family in (ROOT / file).read_text(encoding="utf-8"), file
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plain(FamilyConfig):
+    family = "Plain"
+    encoders = "its own"
+    patch = 1
+
+
+def test_what_a_family_does_not_claim_is_refused():
+    config = Plain(hidden=128, heads=1, channels=4, context=8)
+    x = torch.zeros(1, 4, 2, 2)
+    prompt = config.example_prompt(torch.zeros, text=3, size=(2, 2))
+    assert list(prompt.tensors()) == ["context"] and check_prompt(x, prompt, config) is None
+    assert config.reshaped("img_in.weight", (128, 8)) is None and not config.float16
+    referring = Prompt(prompt.context, references=(x,))
+    assert check_prompt(x, referring, config) == "remove the reference images from the prompt: Plain takes none"
+    control = Residuals((torch.zeros(1, 4, 128),), (0,))
+    assert "remove the ControlNet" in check_control(x, prompt, control, config)
+    assert check_control(x, prompt, Residuals(), config) is None
