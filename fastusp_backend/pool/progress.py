@@ -1,22 +1,14 @@
 """How a caller follows a request, and what its own exceptions do to it."""
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 from ..errors import Cancelled
 from ..prompt import Tensors
 from ..protocol import Step
 from .link import POLL_SECONDS
-
-
-class Lock(Protocol):
-    """Of `threading`, reentrant or not."""
-
-    def acquire(self, *, timeout: float) -> bool: ...
-
-    def release(self) -> None: ...
 
 
 def _nothing(*_) -> None:
@@ -41,7 +33,7 @@ class Progress:
             raise Cancelled("interrupted before the workers had the request")
 
     @contextlib.contextmanager
-    def holding(self, lock: Lock) -> Iterator[None]:
+    def holding(self, lock: threading.Lock) -> Iterator[None]:
         """Holds a lock that another request may hold for long. Raises as `go_on` while it waits."""
         while not lock.acquire(timeout=POLL_SECONDS):
             self.go_on()

@@ -7,12 +7,14 @@ import msgspec
 import torch
 
 from ..config import Layout, ModelSpec, Settings
-from ..errors import PatchesLost, RequestError
+from ..errors import PatchesLost
 from ..prompt import Inpainting, Prompt, Tensors
-from ..protocol import Evaluate, Message, Patch, Sample
+from ..protocol import Evaluate, Patch, Sample
 from .patches import NO_PATCHES, WeightPatches
 from .pool import Pool
 from .progress import QUIET, Progress
+from .request import submit
+from .workers import Workers
 
 Control = Mapping[str, Sequence[torch.Tensor | None]]
 """A ControlNet's residuals as ComfyUI has them: under `input` (FLUX's double blocks, Qwen-Image's) and `output` (FLUX's
@@ -41,40 +43,25 @@ class Session:
         progress: Progress,
         control: Control | None = None,
     ) -> torch.Tensor:
-        """One evaluation: x (B, C, h, w), timestep (B,) -> velocity (B, C, h, w) on the CPU. Raises as `Pool.run`."""
-        while True:
-            self.pool.start()
-            epoch = self.pool.epoch
-            try:
-                with progress.holding(self.pool.kept.lock):
-                    return self._evaluate_once(x, timestep, prompt, progress, control or {}, epoch)
-            except RequestError:
-                if self.pool.epoch == epoch:
-                    raise
-                # The workers were replaced between `start` and `run`, and the new ones hold nothing yet: send all.
+        """One evaluation: x (B, C, h, w), timestep (B,) -> velocity (B, C, h, w) on the CPU. Raises as `submit`."""
+        places, residuals = _distinct(control or {}, getattr(torch, self.model.compute))
 
-    def _evaluate_once(
-        self, x, timestep, prompt: Prompt, progress: Progress, control: Control, epoch: int
-    ) -> torch.Tensor:
-        places, residuals = _distinct(control, getattr(torch, self.model.compute))
-        send, keep, reuse, forget = self.pool.kept.sort(prompt.tensors(), epoch)
-
-        def request(number: int, patches: int) -> Evaluate:
-            return Evaluate(
-                id=number,
+        def request(workers: Workers, patches: int) -> Tensors:
+            delivery = workers.tensors.deliver(prompt.tensors())
+            message = Evaluate(
+                id=workers.next_id(),
                 **self._what(len(x), patches),
-                keep=keep,
-                reuse=reuse,
-                forget=forget,
+                keep=delivery.keep,
+                reuse=delivery.reuse,
+                forget=delivery.forget,
                 reference_method=prompt.reference_method,
                 control=places,
             )
+            answer = submit(workers, message, {"x": x, "timestep": timestep, **delivery.send, **residuals}, progress)
+            workers.tensors.confirm(delivery)
+            return answer
 
-        try:
-            return self._run(request, {"x": x, "timestep": timestep, **send, **residuals}, progress)["output"]
-        except BaseException:
-            self.pool.kept.distrust(forget)
-            raise
+        return self._run(request, progress)
 
     def sample(
         self,
@@ -91,7 +78,7 @@ class Session:
         timestep_scale: float = 1.0,
         progress: Progress = QUIET,
     ) -> torch.Tensor:
-        """A sampling loop: noised x (B, C, h, w), sigmas (n + 1,) -> latents, as x, on the CPU. Raises as `Pool.run`.
+        """A sampling loop: noised x (B, C, h, w), sigmas (n + 1,) -> latents, as x, on the CPU. Raises as `submit`.
 
         noise (k, B, C, h, w): the sampler's draws (`sampling.SAMPLERS[sampler].noise_draws` says how many).
         """
@@ -103,9 +90,10 @@ class Session:
             tensors["noise"] = noise
         if mask is not None:
             tensors |= mask.tensors()
-        return self._run(
-            lambda number, patches: Sample(
-                id=number,
+
+        def request(workers: Workers, patches: int) -> Tensors:
+            message = Sample(
+                id=workers.next_id(),
                 **self._what(len(x) if negative is None else 2, patches),
                 sampler=sampler,
                 options=options or {},
@@ -116,10 +104,10 @@ class Session:
                     for name, prompt in (("positive", positive), ("negative", negative))
                     if prompt is not None and prompt.reference_method is not None
                 },
-            ),
-            tensors,
-            progress,
-        )["output"]
+            )
+            return submit(workers, message, tensors, progress)
+
+        return self._run(request, progress)
 
     def holds(self) -> int:
         """Bytes of this session's weights on each device now; 0 while they are parked, dropped or not loaded yet."""
@@ -159,29 +147,30 @@ class Session:
         """The model as the workers hold it."""
         return msgspec.structs.replace(self.model, linear=self.settings.linear)
 
-    def _run(self, make: Callable[[int, int], Message], tensors: Tensors, progress: Progress) -> Tensors:
-        """`Pool.run` of make(id, patch set), with this session's patches in the workers' weights. Workers that turn out
-        not to hold what they should get all of it once more."""
-        with progress.holding(self.pool.patches.lock):
-            try:
-                return self._run_patched(make, tensors, progress)
-            except PatchesLost:
-                self.pool.patches.forget()
-                return self._run_patched(make, tensors, progress)
+    def _run(self, request: Callable[[Workers, int], Tensors], progress: Progress) -> torch.Tensor:
+        """The output of request(workers, patch set), with this session's patches in the workers' weights. Workers that
+        turn out not to hold what they should get all of it once more."""
 
-    def _run_patched(self, make: Callable[[int, int], Message], tensors: Tensors, progress: Progress) -> Tensors:
-        held = self.pool.patches
-        self.pool.start()
-        patches, change = held.change(self.patches, self.spec, self.pool.epoch)
-        if change is not None:
-            what = {"model": self.spec, "number": patches, "base": change.base, "weights": change.weights}
+        def patched(workers: Workers) -> torch.Tensor:
+            return request(workers, self._patch(workers, progress))["output"]
+
+        def run(workers: Workers) -> torch.Tensor:
             try:
-                self.pool.run(lambda number: Patch(id=number, **what), change.tensors, progress)
-            except BaseException:
-                held.forget()
-                raise
-            held.made(change, self.patches)
-        return self.pool.run(lambda number: make(number, patches), tensors, progress)
+                return patched(workers)
+            except PatchesLost:
+                workers.patches.doubt()
+                return patched(workers)
+
+        return self.pool.run(run, progress)
+
+    def _patch(self, workers: Workers, progress: Progress) -> int:
+        """Has the workers' weights hold this session's patch set, and gives its number."""
+        number, change = workers.patches.change(self.patches, self.spec)
+        if change is not None:
+            what = {"model": self.spec, "number": number, "base": change.base, "weights": change.weights}
+            submit(workers, Patch(id=workers.next_id(), **what), change.tensors, progress)
+            workers.patches.confirm(change, self.patches)
+        return number
 
 
 def _distinct(control: Control, dtype: torch.dtype) -> tuple[dict[str, list[int | None]], Tensors]:

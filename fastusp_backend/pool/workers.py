@@ -1,5 +1,6 @@
 """One generation of worker processes: torchrun as a child, its control channel, and why it ended."""
 
+import itertools
 import logging
 import os
 import signal
@@ -37,10 +38,13 @@ from ..worker.process import PARENT_VARIABLE, RUN_DIR_VARIABLE
 from .cause import find_cause, full_disk, last_log_lines
 from .link import POLL_SECONDS, Link
 from .rundir import RunDir
+from .sent import SentPatches, SentTensors
 from .watch import LOOK_SECONDS, Awaited, Watch
 
 log = logging.getLogger(__name__)
 
+DEATH_SECONDS = 8.0
+"""How long processes may take to end when one of them has."""
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 _LOOPBACK = {
     "GLOO_SOCKET_IFNAME": "lo",
@@ -74,9 +78,11 @@ class Workers:
     """Starts the processes at once and returns. Threads of its own connect to them and watch over them: workers that
     hang are ended.
 
-    ready: what they said when they stood, None before. layout, model: of the last request. sent, answered: the last
-    request or order that went to them, and the last one that they answered, in order. held: what they last said to
-    hold.
+    ready: what they said when they were ready, None before.
+    layout, model: those of the last request.
+    sent, answered: the last request or order that went to them, and the last one that they answered, in order.
+    held: what they last said to hold.
+    tensors, patches: what they were sent and have, for the caller whose turn it is.
     """
 
     def __init__(self, devices: Devices):
@@ -89,6 +95,8 @@ class Workers:
         self.model: ModelSpec | None = None
         self.sent = self.answered = 0
         self.held: Held | None = None
+        self.tensors, self.patches = SentTensors(), SentPatches()
+        self._ids = itertools.count(1)
         self.channel: Channel | None = None
         self._link: Link | None = None
         self._behind = 0  # the last request or order whose answer nobody waits for
@@ -210,11 +218,15 @@ class Workers:
             self.post(Cancel(id=self.sent))
             self.leave_behind(self.sent)
 
+    def next_id(self) -> int:
+        """The number of a request or order to come."""
+        return next(self._ids)
+
     def send(
         self, message: Message, tensors: Tensors | None = None, meanwhile: Callable[[], None] = lambda: None
     ) -> None:
-        """Sends a request or an order to workers that stand, as `Link.send`. An evaluation's tensors lie where the last
-        one's did, as soon as those were read."""
+        """Sends a request or an order to workers that are ready, as `Link.send`. An evaluation's tensors lie where the
+        last one's did, as soon as those were read."""
         evaluates = isinstance(message, Evaluate)
         if isinstance(message, Evaluate | Sample):
             self.layout = message.layout
@@ -223,9 +235,12 @@ class Workers:
         if isinstance(message, Release | Unmap) or (evaluates and (self._refused or self._unread > self.answered)):
             self.channel.forget()
             self._refused = False
+        if isinstance(message, Release):  # now: whether it arrives may not be seen
+            self.tensors.doubt()
+            self.patches.unload()
+        frame = self.channel.frame(message, tensors, lasting=evaluates)
         if evaluates:
             self._unread = message.id
-        frame = self.channel.frame(message, tensors, lasting=evaluates)
         self.sent = message.id
         self._link.send(frame, meanwhile)
 
@@ -279,7 +294,10 @@ class Workers:
         self.run_dir.remove()
 
     def failure(self, event: str) -> PoolError:
-        """Why the workers ended: the rank that failed first, its error or signal, and the last log lines."""
+        """Why the workers ended: the rank that failed first, its error or signal, and the last log lines. Waits for
+        torchrun's own account of it, and ends workers that do not end by themselves."""
+        if not self.wait_until_ended(DEATH_SECONDS):
+            self.give_up()
         directory = self.run_dir.path
         if self._process is None:
             cause = f"torchrun could not be started: {self._not_started}"

@@ -84,7 +84,7 @@ class World:
         """Has requests answered, before any fault; those of one model and patches after each other."""
         for request in sorted(requests, key=lambda r: (r.model, r.patches, r.kind)):
             if self._lies_elsewhere(request.model):
-                self.pool.release()
+                self.release()
             self.expected[request] = request.run(self, Caller())
 
     def spec(self, model: str) -> ModelSpec:
@@ -104,8 +104,12 @@ class World:
             self._given[model] = given
 
     def park(self, model: str) -> None:
-        self._moved = self.pool.epoch, model
+        self._moved = self.pool.generation, model
         self.pool.park()
+
+    def release(self) -> None:
+        self._moved = None
+        self.pool.release()
 
     def moved(self, request: Request) -> bool:
         """Whether weights came back from where they were parked: they lie elsewhere, and products over them may sum in
@@ -113,7 +117,7 @@ class World:
         return request.kind == "parked" or self._lies_elsewhere(request.model)
 
     def _lies_elsewhere(self, model: str) -> bool:
-        return self._moved == (self.pool.epoch, model)
+        return self._moved == (self.pool.generation, model)
 
     def compare(self, request: Request, latents: torch.Tensor) -> str:
         """`bits`, `rounding` or `wrong`."""

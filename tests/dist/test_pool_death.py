@@ -20,7 +20,6 @@ from fastusp_backend import pulse
 from fastusp_backend.devices import Devices
 from fastusp_backend.errors import Cancelled, PoolError
 from fastusp_backend.pool import Pool, Progress, workers
-from fastusp_backend.pool import pool as client
 from fastusp_backend.prompt import Prompt
 from fastusp_backend.protocol import VERSION, Channel, Failed, Hello, Ready, Release
 from fastusp_backend.protocol.messages import ToClient
@@ -86,7 +85,7 @@ def test_a_death_that_nobody_has_noticed_yet(mortal, dev, monkeypatch):
     """torchrun is halted, so that it does not: it takes the request's way to find out. The prompt, which the dead held,
     is sent anew."""
     expected, before = evaluate(mortal, dev), pids(mortal)
-    monkeypatch.setattr(client, "DEATH_SECONDS", 0.2)
+    monkeypatch.setattr(workers, "DEATH_SECONDS", 0.2)
     torchrun = mortal._workers._process.pid
     os.kill(torchrun, signal.SIGSTOP)
     os.kill(before[0], signal.SIGKILL)

@@ -16,7 +16,7 @@ from fastusp_backend.errors import Cancelled, RequestError
 from fastusp_backend.models.files import read_model
 from fastusp_backend.models.holding import rank_bytes
 from fastusp_backend.pool import Progress
-from fastusp_backend.pool import following
+from fastusp_backend.pool import request as requests
 
 pytestmark = pytest.mark.dist
 
@@ -96,7 +96,7 @@ def test_a_cancelled_run_can_be_parked(pool, dev):
 def halted(pool, dev, monkeypatch):
     """A context in which rank 1 stands still, so that what is cancelled is left behind."""
     evaluate(pool, dev)
-    monkeypatch.setattr(following, "CANCEL_SECONDS", 0.0)
+    monkeypatch.setattr(requests, "CANCEL_SECONDS", 0.0)
 
     @contextlib.contextmanager
     def context():
