@@ -29,7 +29,7 @@ WIRES, LINEARS = ("exact", "int8", "fp8"), ("exact", "fp8")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
     """automatic: whether FastUSP takes this layout by itself. seconds: of an evaluation, the median; first: of the
-    first two steps; nbytes: of the weights of each rank; exchanges: as in `protocol.Held`; problem: why there are none
+    first two steps; nbytes: of the weights of each rank; exchanges: `Held.transport`; problem: why there are none
     of these."""
 
     layout: Layout
@@ -160,7 +160,7 @@ def _measured(row: Row, pool: Pool, spec: ModelSpec, given: tuple[torch.Tensor, 
         seconds=statistics.median(seconds[warm_up:]),
         first=sum(seconds[:2]),
         nbytes=held.nbytes,
-        exchanges=held.exchanges,
+        exchanges=held.transport,
     )
 
 

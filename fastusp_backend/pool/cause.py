@@ -1,4 +1,4 @@
-"""Why a generation of workers ended, from what it left in its run directory: exit codes, records of failures, logs."""
+"""Why worker processes ended, from what it left in its run directory: exit codes, records of failures, logs."""
 
 import json
 import os

@@ -33,7 +33,7 @@ class Pool:
 
     def __init__(self, devices: Devices):
         self.devices = devices
-        self.generation = 0
+        self.starts = 0
         """How often processes were started."""
         self._account = Account()
         self._workers: Workers | None = None
@@ -44,7 +44,7 @@ class Pool:
         _pools.add(self)
 
     def start(self) -> Workers:
-        """Starts the processes, if none run, without waiting for them. What a failed generation left is removed."""
+        """Starts the processes, if none run, without waiting for them. What failed ones left is removed."""
         with self._state:
             if self._closed:
                 raise PoolError(f"Restart ComfyUI, which is ending: the FastUSP pool on {self.devices} was closed")
@@ -53,7 +53,7 @@ class Pool:
             if self._workers is not None:
                 self._workers.dispose()
             self._workers = Workers(self.devices)
-            self.generation += 1
+            self.starts += 1
             return self._workers
 
     def run(self, work: Callable[[Workers], T], progress: Progress = QUIET) -> T:
@@ -65,12 +65,12 @@ class Pool:
         """
         with self._turn(progress):
             while True:
-                generation, workers = self.generation, self._ready_workers(progress)
+                starts, workers = self.starts, self._ready_workers(progress)
                 try:
                     result = work(workers)
                 except NotSent as unsent:
                     failure = workers.failure("stopped before a prompt ran")
-                    if self.generation > generation:
+                    if self.starts > starts:
                         raise failure from unsent.__cause__
                     log.warning("%s", failure)
                 else:
@@ -170,13 +170,13 @@ class Pool:
             "devices": str(self.devices),
             "ranks": self.devices.ranks,
             "state": state,
-            "generation": self.generation,
+            "starts": self.starts,
         }
         if ready is not None:
-            status |= {"pids": ready.pids, "names": ready.devices, "torch": ready.torch, "transport": ready.transport}
+            status |= {"pids": ready.pids, "names": ready.devices, "torch": ready.torch, "backend": ready.backend}
             status["layout"] = str(workers.layout) if workers.layout else None
         if held := self.held:
-            status |= {"held": held.state, "nbytes": held.nbytes, "exchanges": held.exchanges}
+            status |= {"held": held.state, "nbytes": held.nbytes, "transport": held.transport}
             status["model"] = os.path.basename(held.model.path) if held.model else None
         if self._account.error is None and workers is not None and not alive:
             self._account.error = str(workers.failure("stopped"))  # nobody has asked them for anything since

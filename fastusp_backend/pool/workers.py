@@ -1,4 +1,4 @@
-"""One generation of worker processes: torchrun as a child, its control channel, and why it ended."""
+"""Worker processes from their start to their end: torchrun as a child, its control channel, and why it ended."""
 
 import itertools
 import logging
@@ -36,10 +36,10 @@ from ..protocol import (
 from ..protocol.messages import ToClient
 from ..worker.process import PARENT_VARIABLE, RUN_DIR_VARIABLE
 from .cause import find_cause, full_disk, last_log_lines
+from .hangs import LOOK_SECONDS, Awaited, HangDetector
 from .link import POLL_SECONDS, Link
 from .rundir import RunDir
 from .sent import SentPatches, SentTensors
-from .watch import LOOK_SECONDS, Awaited, Watch
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ class Workers:
         self._behind = 0  # the last request or order whose answer nobody waits for
         self._unread = 0  # the last evaluation: its answer says that its tensors were read
         self._refused = False  # a message, and perhaps memory that came with it
-        self._watch = Watch(self.run_dir.path, devices.ranks)
+        self._hangs = HangDetector(self.run_dir.path, devices.ranks)
         self._condemned = False  # they are being asked where they are, and answer nothing else any more
         self._why: str | None = None  # this process ended them
         self._where: list[str] = []
@@ -175,9 +175,9 @@ class Workers:
     def _guard(self) -> None:
         try:
             while not self._ended.wait(LOOK_SECONDS):
-                if (suspicion := self._watch.look(self._awaited)) is not None:
+                if (suspicion := self._hangs.look(self._awaited)) is not None:
                     self._condemned = True
-                    self._end(*self._watch.accuse(suspicion))
+                    self._end(*self._hangs.accuse(suspicion))
         except Exception as error:
             log.exception("the FastUSP workers on %s cannot be watched any more", self.devices)
             self._end(f"they could not be watched any more ({type(error).__name__}: {error})")
@@ -261,7 +261,7 @@ class Workers:
     def give_up(self) -> None:
         """Ends processes that should have answered, or ended by themselves; `failure` then tells where they were."""
         if self.alive:
-            self._end(None, self._watch.where())
+            self._end(None, self._hangs.where())
 
     def _end(self, why: str | None, where: Sequence[str] = ()) -> None:
         """Ends all processes. why: None where they may tell it themselves; where: lines that say where they were."""
@@ -290,7 +290,7 @@ class Workers:
         self.kill()
         if self._link is not None:
             self._link.close()
-        self._watch.close()
+        self._hangs.close()
         self.run_dir.remove()
 
     def failure(self, event: str) -> PoolError:

@@ -16,7 +16,7 @@ from support import SMALL, relative_difference
 from fastusp_backend.config import ModelSpec
 from fastusp_backend.devices import Devices
 from fastusp_backend.models.synthetic import write_flux
-from fastusp_backend.pool import Pool, watch
+from fastusp_backend.pool import Pool, hangs
 from fastusp_backend.pool import pool as pools
 
 from .disk import mount_small, unmount
@@ -77,7 +77,7 @@ class World:
         os.environ |= {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
         logging.getLogger().addHandler(logging.NullHandler())  # what the pool warns of is part of what is tried
-        watch.START_SECONDS = 90.0 * self.slowness
+        hangs.START_SECONDS = 90.0 * self.slowness
         pools.KEPT_BYTES = 0  # so that `unmap` always has something to do
 
     def learn(self, requests: Iterable[Request]) -> None:
@@ -104,7 +104,7 @@ class World:
             self._given[model] = given
 
     def park(self, model: str) -> None:
-        self._moved = self.pool.generation, model
+        self._moved = self.pool.starts, model
         self.pool.park()
 
     def release(self) -> None:
@@ -117,7 +117,7 @@ class World:
         return request.kind == "parked" or self._lies_elsewhere(request.model)
 
     def _lies_elsewhere(self, model: str) -> bool:
-        return self._moved == (self.pool.generation, model)
+        return self._moved == (self.pool.starts, model)
 
     def compare(self, request: Request, latents: torch.Tensor) -> str:
         """`bits`, `rounding` or `wrong`."""

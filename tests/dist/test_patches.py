@@ -154,7 +154,7 @@ def test_workers_that_lost_their_patches_get_them_again(pool, new_pool, dev, mes
     alone = patched(harmed, dev, patches)
     assert relative_difference(alone, want) < 2e-5
     harmed._workers.kill()
-    assert torch.equal(patched(harmed, dev, patches), alone) and harmed.generation == 2
+    assert torch.equal(patched(harmed, dev, patches), alone) and harmed.starts == 2
 
 
 def test_parked_weights_keep_their_patches(pool, park, dev, messages):

@@ -98,13 +98,13 @@ def test_a_death_that_nobody_has_noticed_yet(mortal, dev, monkeypatch):
 def test_an_order_starts_no_processes(mortal, dev):
     """Workers that have just died, known or not, hold nothing."""
     evaluate(mortal, dev)
-    generation = mortal.generation
+    starts = mortal.starts
     os.kill(pids(mortal)[0], signal.SIGKILL)
     with pytest.raises(PoolError, match="rank 0 .* was ended by SIGKILL"):
         mortal.release()
     mortal.release()
     mortal.park()
-    assert mortal.generation == generation and mortal.held is None
+    assert mortal.starts == starts and mortal.held is None
 
 
 def test_close_in_mid_run_ends_the_request(mortal, dev):
@@ -130,11 +130,11 @@ def test_close_leaves_nothing(run_dirs, shared_pool, dev, expected):
     pool, other = Pool(Devices(ranks=2)), shared_pool(2)
     evaluate(other, dev)
     shm, descriptors = set(os.listdir("/dev/shm")), open_descriptors()
-    assert pool.status() == {"devices": "cpu:2", "ranks": 2, "state": "off", "generation": 0}
+    assert pool.status() == {"devices": "cpu:2", "ranks": 2, "state": "off", "starts": 0}
     pool.release()
     pool.start()
     pool.start()
-    assert pool.generation == 1 and pool.status()["state"] == "starting"
+    assert pool.starts == 1 and pool.status()["state"] == "starting"
     with ThreadPoolExecutor(2) as threads:
         both = list(threads.map(lambda p: evaluate(p, dev), (pool, other)))
     assert all(relative_difference(result, expected) < 2e-5 for result in both)
@@ -163,7 +163,7 @@ def test_interrupted_while_the_workers_start(new_pool, dev):
     with pytest.raises(Cancelled):
         session(pool, dev).evaluate(GIVEN.x, GIVEN.timestep, prompt, Progress(interrupted=lambda: True))
     assert session(pool, dev).evaluate(GIVEN.x, GIVEN.timestep, prompt, Progress()).shape == GIVEN.x.shape
-    assert pool.generation == 1
+    assert pool.starts == 1
 
 
 def test_workers_of_another_version_are_told_so(new_pool, dev, monkeypatch):

@@ -14,7 +14,7 @@ from support import SMALL, inputs, wait_until
 from fastusp_backend.prompt import Prompt
 from fastusp_backend.devices import Devices
 from fastusp_backend.errors import Cancelled, PoolError
-from fastusp_backend.pool import Pool, Progress, watch, workers
+from fastusp_backend.pool import Pool, Progress, hangs, workers
 from fastusp_backend.pool import request as requests
 from fastusp_backend.protocol import channel
 
@@ -46,7 +46,7 @@ def mortal(run_dirs, tmp_path_factory):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    monkeypatch.setattr(watch, "STOPPED_SECONDS", 1.5)
+    monkeypatch.setattr(hangs, "STOPPED_SECONDS", 1.5)
 
 
 @pytest.fixture

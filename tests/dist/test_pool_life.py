@@ -41,7 +41,7 @@ def expected(shared_pool, dev):
 
 
 def test_model_layout_and_settings_restart_nothing(pool, dev, schnell, expected, still_right):
-    generation = pool.generation
+    starts = pool.starts
     first = sample(pool, dev)
     other = sample(pool, schnell)
     assert relative_difference(other, first) > 0.01
@@ -49,7 +49,7 @@ def test_model_layout_and_settings_restart_nothing(pool, dev, schnell, expected,
     assert relative_difference(evaluate(pool, dev, attention="math"), expected) < 2e-5
     assert torch.equal(sample(pool, dev), first)
     assert torch.equal(sample(pool, schnell), other)
-    assert pool.generation == generation
+    assert pool.starts == starts
     assert pool.status()["state"] == "idle" and pool.status()["ranks"] == 2
 
 

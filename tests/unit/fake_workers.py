@@ -22,7 +22,7 @@ class FakeWorkers(Workers):
     """
 
     script: list[str] = []
-    """Of whichever generation is alive."""
+    """Of whichever workers are alive."""
 
     def __init__(self, devices):
         self.rank = Rank(self)
@@ -38,7 +38,7 @@ class FakeWorkers(Workers):
             lasting_bytes=0,
         )
         self._link = self.rank
-        self.ready = Ready(version=VERSION, devices=["cpu"], pids=[], torch="2", transport="gloo")
+        self.ready = Ready(version=VERSION, devices=["cpu"], pids=[], torch="2", backend="gloo")
 
     def _guard(self):
         pass

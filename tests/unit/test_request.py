@@ -16,7 +16,7 @@ class Workers:
     """Say what they are given, then nothing."""
 
     alive = True
-    ready = Ready(version=1, devices=["a", "b"], pids=[1, 2], torch="2", transport="gloo")
+    ready = Ready(version=1, devices=["a", "b"], pids=[1, 2], torch="2", backend="gloo")
 
     def __init__(self, *replies):
         self.replies, self.posted, self.left = list(replies), [], None
@@ -43,7 +43,7 @@ def test_late_replies_of_a_request_that_was_given_up_are_dropped():
         (Done(id=1), stale),
         (Failed(id=1, kind="cancelled", rank=0, text=""), {}),
         (step(2, 0), own),
-        (Held(id=2, model=None, state="none", nbytes=0, exchanges=""), {}),
+        (Held(id=2, model=None, state="none", nbytes=0, transport=""), {}),
         (Done(id=2), own),
     )
     steps, phases = [], []

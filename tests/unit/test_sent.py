@@ -158,7 +158,7 @@ def test_what_was_not_answered_is_sent_anew(pool, ending):
     for context in contexts:
         assert torch.equal(evaluate(pool, context, progress=waiting(pool)), context)
     assert all("context" in names for names in names_sent(pool)[-2:])
-    assert len(rank(pool).kept) == 3 and pool.generation == 1
+    assert len(rank(pool).kept) == 3 and pool.starts == 1
 
 
 def test_a_caller_who_stops_before_its_turn_changes_nothing(pool):
@@ -274,7 +274,7 @@ def test_workers_that_died_are_replaced_and_sent_everything(pool, when):
     old, patches = rank(pool), lora("b")
     script(*when)
     assert torch.equal(evaluate(pool, context, patches), context)
-    assert pool.generation == 2 and rank(pool) is not old
+    assert pool.starts == 2 and rank(pool) is not old
     assert [change.weights for change in rank(pool).sent(Patch)] == [patches.weights]
     assert names_sent(pool) == [{"x", "timestep", "context", "y"}]
     assert "error" not in pool.status()
@@ -285,9 +285,9 @@ def test_workers_are_replaced_once(pool):
     script("gone", "gone")
     with pytest.raises(PoolError, match="stopped before a prompt ran"):
         evaluate(pool, torch.zeros(1, 3, 4))
-    assert pool.generation == 2
+    assert pool.starts == 2
     evaluate(pool, torch.zeros(1, 3, 4))
-    assert pool.generation == 3
+    assert pool.starts == 3
 
 
 def test_a_prompt_that_workers_die_of_is_not_tried_again(pool):
@@ -295,7 +295,7 @@ def test_a_prompt_that_workers_die_of_is_not_tried_again(pool):
     script("dies")
     with pytest.raises(PoolError, match="stopped while a prompt ran"):
         evaluate(pool, torch.zeros(1, 3, 4))
-    assert pool.generation == 1
+    assert pool.starts == 1
 
 
 def test_patches_and_the_prompt_for_them_are_one_turn(pool):

@@ -32,7 +32,7 @@ _UNREACHED = (
     "between them: turn it off (BIOS, intel_iommu=off or amd_iommu=off), or keep the variable set for ComfyUI.\n"
     "If it hangs still, NCCL_SHM_DISABLE=1 and NCCL_DEBUG=INFO tell more"
 )
-_LATE = r"within [\d.]+ s|made no headway|did not stand"
+_LATE = r"within [\d.]+ s|made no headway|did not get ready"
 _KNOWN = (
     (r"C compiler|Python\.h", "Triton needs a C compiler and Python's headers: apt install gcc python3-dev"),
     (r"No space left on device|SIGBUS|/dev/shm", "In a container: docker run --shm-size=1g, or --ipc=host"),
@@ -73,15 +73,15 @@ class Job:
     say: Callable[[str], None]
 
     def run(self, pool: Pool, layout: Layout) -> tuple[torch.Tensor, float | None]:
-        """(latents, seconds until the workers stood, None where they did before). Raises FastUSPError."""
+        """(latents, seconds until the workers were ready, None where they were before). Raises FastUSPError."""
         x, prompt = self.given
         began, starting = time.monotonic(), pool.status()["state"] == "off"
-        stood: list[float] = []
+        ready: list[float] = []
 
         def phase(text: str) -> None:
             self.say(f"{layout}: {text}")
             if not text.startswith("starting"):
-                stood.append(time.monotonic() - began)
+                ready.append(time.monotonic() - began)
 
         session = Session(pool, self.spec, (layout,), Settings())
         sigmas = torch.linspace(1, 0, STEPS + 1)
@@ -91,7 +91,7 @@ class Job:
             if pool.devices.gpus and layout.ranks > 1:  # measures the link; pool.held then tells the figure
                 session = replace(session, settings=Settings(wire="auto"))
                 session.evaluate(x, torch.tensor([0.6]), prompt, progress)
-        return latents, stood[0] if starting and stood else None
+        return latents, ready[0] if starting and ready else None
 
 
 def trials(devices: Devices, seconds: float, say: Callable[[str], None]) -> Iterator[Check]:
@@ -147,7 +147,7 @@ def _attempt(job: Job, pool: Pool, layout: Layout, expected: torch.Tensor | None
         latents, started = job.run(pool, layout)
     except FastUSPError as error:
         return Check(name, "fail", str(error), advise(str(error), len(pool.devices.gpus))), None
-    return judge(name, latents, expected, started, pool.held.exchanges, BOUNDS[job.spec.compute]), latents
+    return judge(name, latents, expected, started, pool.held.transport, BOUNDS[job.spec.compute]), latents
 
 
 def judge(
@@ -158,7 +158,7 @@ def judge(
     exchanges: str,
     bound: float,
 ) -> Check:
-    """exchanges: as in `protocol.Held`; bound: by how much the latents may differ from the expected ones."""
+    """exchanges: `Held.transport`; bound: by how much the latents may differ from the expected ones."""
     parts = [f"started in {started:.1f} s"] if started is not None else []
     parts += [exchanges] if exchanges not in ("", "none") else []
     wrong = not bool(latents.isfinite().all())
