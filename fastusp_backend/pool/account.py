@@ -8,7 +8,7 @@ from ..errors import Cancelled, FastUSPError, PatchesLost
 
 
 class Account:
-    """Of one pool. error: the text of what the last request to fail raised, until one succeeds."""
+    """How one pool's requests fare. error: the text of what the last one to fail raised, until one succeeds."""
 
     def __init__(self):
         self.error: str | None = None

@@ -194,7 +194,7 @@ class Pool:
         if workers.ready is not None and workers.alive and self._busy.acquire(blocking=False):
             try:
                 workers.post(Shutdown())
-                workers.wait_until_ended(5)
+                workers.processes.wait_until_ended(5)
             finally:
                 self._busy.release()
         workers.dispose("the pool was closed")

@@ -1,20 +1,14 @@
-"""Worker processes from their start to their end: torchrun as a child, its control channel, and why it ended."""
+"""The workers of a pool from their start to their end: the control channel to them, what they hold, why they ended."""
 
 import itertools
 import logging
-import os
-import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing import AuthenticationError
-from pathlib import Path
 
 from ..config import Layout, ModelSpec
 from ..devices import Devices, cuda_visible
-from ..environment import inherited
 from ..errors import PoolError, ProtocolError
 from ..prompt import Tensors
 from ..protocol import (
@@ -34,10 +28,10 @@ from ..protocol import (
     Unmap,
 )
 from ..protocol.messages import ToClient
-from ..worker.process import PARENT_VARIABLE, RUN_DIR_VARIABLE
-from .cause import find_cause, full_disk, last_log_lines
+from .cause import full_disk, last_log_lines
 from .hangs import LOOK_SECONDS, Awaited, HangDetector
 from .link import POLL_SECONDS, Link
+from .processes import Processes
 from .rundir import RunDir
 from .sent import SentPatches, SentTensors
 
@@ -45,39 +39,13 @@ log = logging.getLogger(__name__)
 
 DEATH_SECONDS = 8.0
 """How long processes may take to end when one of them has."""
-PACKAGE_ROOT = Path(__file__).resolve().parents[2]
-_LOOPBACK = {
-    "GLOO_SOCKET_IFNAME": "lo",
-    "NCCL_SOCKET_IFNAME": "=lo",
-    "NCCL_SOCKET_FAMILY": "AF_INET",  # NCCL leaves out the loopback interface's other address
-    "NCCL_RAS_ENABLE": "0",  # what answers questions about NCCL's state, to whoever asks
-}
-"""A pool's ranks share a host: what they open listens there alone, whatever their host uses for other jobs."""
-
-
-def worker_environment(devices: Devices, run_dir: Path, environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a pool's processes: that of `environment`, less a denylist, plus what the workers need. Raises
-    DeviceError where a GPU is none of this machine's."""
-    env = inherited(environment, PACKAGE_ROOT)
-    env[RUN_DIR_VARIABLE] = str(run_dir)
-    env[PARENT_VARIABLE] = str(os.getpid())
-    env["FASTUSP_DEVICE_TYPE"] = devices.type
-    env |= _LOOPBACK
-    env["TMPDIR"] = str(run_dir)  # goes with all that is in it, sockets of torch's symmetric memory too
-    # torch's own choice, a folder of /tmp, may be another user's: it holds code, and pickles.
-    env.setdefault("TORCHINDUCTOR_CACHE_DIR", str(run_dir.parent / "torchinductor"))
-    env["CUDA_VISIBLE_DEVICES"] = cuda_visible(devices)
-    if not devices.gpus:
-        env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // devices.ranks)))
-        # Ranks, host and others share the cores: threads that spin while they wait take them from those that work.
-        env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    return env
 
 
 class Workers:
     """Starts the processes at once and returns. Threads of its own connect to them and watch over them: workers that
     hang are ended.
 
+    processes: torchrun and its ranks.
     ready: what they said when they were ready, None before.
     layout, model: those of the last request.
     sent, answered: the last request or order that went to them, and the last one that they answered, in order.
@@ -106,49 +74,13 @@ class Workers:
         self._condemned = False  # they are being asked where they are, and answer nothing else any more
         self._why: str | None = None  # this process ended them
         self._where: list[str] = []
-        self._process: subprocess.Popen | None = None
-        self._not_started: OSError | None = None
-        self._killed = False
-        self._started = threading.Event()
-        self._ended = threading.Event()
-        # Linux sends the parent-death signal when the *thread* that started a child ends, so one thread starts
-        # torchrun and stays until it has ended.
-        for work in (self._supervise, self._connect, self._guard):
+        self.processes = Processes(devices, self.run_dir.path)
+        for work in (self._connect, self._guard):
             threading.Thread(target=work, name=f"fastusp {devices}", daemon=True).start()
-            self._started.wait()
-
-    def _supervise(self) -> None:
-        directory = self.run_dir.path
-        command = [sys.executable, "-m", "fastusp_backend.worker.launch"]
-        command += [
-            "--nnodes=1",
-            f"--nproc-per-node={self.devices.ranks}",
-            "--max-restarts=0",
-            "--monitor-interval=0.1",
-        ]
-        command += [f"--rdzv-id={directory.name}", f"--log-dir={directory / 'ranks'}", "--redirects=3"]
-        command += ["-m", "fastusp_backend.worker"]
-        try:
-            with open(directory / "torchrun.log", "wb") as output:
-                self._process = subprocess.Popen(
-                    command,
-                    cwd=directory,
-                    env=worker_environment(self.devices, directory, os.environ),
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                )
-            self._started.set()
-            self._process.wait()
-        except OSError as error:
-            self._not_started = error
-        finally:
-            self._ended.set()
-            self._started.set()
 
     def _connect(self) -> None:
         began = time.monotonic()
-        while not self._ended.wait(POLL_SECONDS):
+        while not self.processes.wait_until_ended(POLL_SECONDS):
             channel = None
             try:
                 channel = Channel.connect(self.run_dir.address, ToClient)
@@ -174,7 +106,7 @@ class Workers:
 
     def _guard(self) -> None:
         try:
-            while not self._ended.wait(LOOK_SECONDS):
+            while not self.processes.wait_until_ended(LOOK_SECONDS):
                 if (suspicion := self._hangs.look(self._awaited)) is not None:
                     self._condemned = True
                     self._end(*self._hangs.accuse(suspicion))
@@ -200,7 +132,7 @@ class Workers:
 
     @property
     def alive(self) -> bool:
-        return not self._ended.is_set()
+        return self.processes.alive
 
     @property
     def behind(self) -> bool:
@@ -255,9 +187,6 @@ class Workers:
             raise EOFError
         return received
 
-    def wait_until_ended(self, seconds: float) -> bool:
-        return self._ended.wait(seconds)
-
     def give_up(self) -> None:
         """Ends processes that should have answered, or ended by themselves; `failure` then tells where they were."""
         if self.alive:
@@ -269,19 +198,8 @@ class Workers:
         self.kill()
 
     def kill(self) -> None:
-        """Ends all processes at once: the ranks die with torchrun."""
-        if self._process is not None and self.alive:
-            self._killed = True
-            self._process.send_signal(signal.SIGKILL)
-            self._ended.wait(10)
-        self._wait_for_ranks()
-
-    def _wait_for_ranks(self) -> None:
-        """Ranks are not our children: wait, briefly, until the kernel has ended them, so that no caller meets one."""
-        deadline = time.monotonic() + 5
-        for pid in self.ready.pids if self.ready else ():
-            while os.path.exists(f"/proc/{pid}") and time.monotonic() < deadline:
-                time.sleep(0.01)
+        """Ends all processes at once."""
+        self.processes.kill(self.ready.pids if self.ready else ())
 
     def dispose(self, why: str | None = None) -> None:
         """Kills what still runs and removes all traces. why: for a prompt that it is taken from."""
@@ -296,14 +214,10 @@ class Workers:
     def failure(self, event: str) -> PoolError:
         """Why the workers ended: the rank that failed first, its error or signal, and the last log lines. Waits for
         torchrun's own account of it, and ends workers that do not end by themselves."""
-        if not self.wait_until_ended(DEATH_SECONDS):
+        if not self.processes.wait_until_ended(DEATH_SECONDS):
             self.give_up()
         directory = self.run_dir.path
-        if self._process is None:
-            cause = f"torchrun could not be started: {self._not_started}"
-        else:
-            cause = self._why or find_cause(directory, self._process, self._killed, self.model)
-        cause += full_disk(directory)
+        cause = (self._why or self.processes.cause(self.model)) + full_disk(directory)
         text = f"The FastUSP workers on {self.devices} {event}: {cause}. The next prompt starts new ones."
         log_lines = [f"  {line}" for line in last_log_lines(directory)]
         return PoolError("\n".join([text, *self._where, *["Last log lines:"][: len(log_lines)], *log_lines]))

@@ -137,9 +137,9 @@ class World:
     def torchrun(self) -> int | None:
         """Its process, while it lives."""
         workers = self.pool._workers
-        if workers is None or workers._process is None or not workers.alive:
+        if workers is None or workers.processes.torchrun is None or not workers.alive:
             return None
-        return workers._process.pid
+        return workers.processes.torchrun.pid
 
     def ranks(self) -> dict[int, int]:
         """rank -> its process, of those that there are now."""

@@ -44,7 +44,7 @@ def mortal(run_dirs):
 def test_death_in_mid_run(mortal, dev, expected, victim, by):
     sample(mortal, dev)
     before, directory = pids(mortal), run_dir(mortal)
-    target = mortal._workers._process.pid if victim == "torchrun" else before[victim]
+    target = mortal._workers.processes.torchrun.pid if victim == "torchrun" else before[victim]
     watches = []
 
     def step(event, tensors):
@@ -86,7 +86,7 @@ def test_a_death_that_nobody_has_noticed_yet(mortal, dev, monkeypatch):
     is sent anew."""
     expected, before = evaluate(mortal, dev), pids(mortal)
     monkeypatch.setattr(workers, "DEATH_SECONDS", 0.2)
-    torchrun = mortal._workers._process.pid
+    torchrun = mortal._workers.processes.torchrun.pid
     os.kill(torchrun, signal.SIGSTOP)
     os.kill(before[0], signal.SIGKILL)
     wait_until(lambda: not mortal._workers._link._inbox.empty(), 10)  # the end of the stream
@@ -141,7 +141,7 @@ def test_close_leaves_nothing(run_dirs, shared_pool, dev, expected):
     directory = run_dir(pool)
     assert directory.parent == run_dirs and directory != run_dir(other)
     assert not set(pids(pool)) & set(pids(other))
-    assert processes_of(directory) == {*pids(pool), pool._workers._process.pid}
+    assert processes_of(directory) == {*pids(pool), pool._workers.processes.torchrun.pid}
     pool.close()
     pool.close()
     assert not processes_of(directory) and not directory.exists()

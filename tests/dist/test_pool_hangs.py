@@ -118,7 +118,7 @@ def test_ranks_that_end_at_what_was_stopped_while_torchrun_does_not_see_it(morta
     progress, watches = in_step(0, signal.SIGSTOP, mortal)
     with pytest.raises(Cancelled):
         sample(mortal, dev, LONG, Progress(step=progress.step, interrupted=lambda: bool(watches)))
-    os.kill(mortal._workers._process.pid, signal.SIGSTOP)
+    os.kill(mortal._workers.processes.torchrun.pid, signal.SIGSTOP)
     for pid in pids(mortal):
         os.kill(pid, signal.SIGKILL)
     wait_until(lambda: mortal.status()["state"] != "stopping", 5)

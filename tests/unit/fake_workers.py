@@ -1,12 +1,31 @@
 """Workers without processes: what ranks make of requests, in this process, and what may go wrong on the way."""
 
 import queue
+import threading
 from types import SimpleNamespace
 
 import torch
 
 from fastusp_backend.pool.workers import Workers
 from fastusp_backend.protocol import VERSION, Cancel, Done, Evaluate, Failed, Patch, Ready, Release, Sample, Shutdown
+
+
+class FakeProcesses:
+    """In the place of `Processes`."""
+
+    def __init__(self, devices, directory):
+        self._ended = threading.Event()
+        self.wait_until_ended = self._ended.wait
+
+    @property
+    def alive(self):
+        return not self._ended.is_set()
+
+    def kill(self, ranks):
+        self._ended.set()
+
+    def cause(self, model):
+        return "they were told to"
 
 
 class FakeWorkers(Workers):
@@ -28,9 +47,6 @@ class FakeWorkers(Workers):
         self.rank = Rank(self)
         super().__init__(devices)
 
-    def _supervise(self):
-        self._started.set()
-
     def _connect(self):
         self.channel = SimpleNamespace(
             frame=lambda message, tensors=None, lasting=False: (message, dict(tensors or {})),
@@ -42,9 +58,6 @@ class FakeWorkers(Workers):
 
     def _guard(self):
         pass
-
-    def kill(self):
-        self._ended.set()
 
 
 class Rank:

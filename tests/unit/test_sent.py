@@ -7,13 +7,13 @@ from dataclasses import replace
 import msgspec
 import pytest
 import torch
-from fake_workers import FakeWorkers
+from fake_workers import FakeProcesses, FakeWorkers
 from support import SOME_FILE, randn, wait_until
 
 from fastusp_backend.config import Layout, ModelSpec, Settings, WeightPatch
 from fastusp_backend.devices import Devices
 from fastusp_backend.errors import Cancelled, PatchesLost, PoolError, ProtocolError, RequestError
-from fastusp_backend.pool import NO_PATCHES, Pool, Progress, WeightPatches, name_of, request
+from fastusp_backend.pool import NO_PATCHES, Pool, Progress, WeightPatches, name_of, request, workers
 from fastusp_backend.pool import pool as pools
 from fastusp_backend.pool.progress import QUIET
 from fastusp_backend.pool.sent import KEPT_TENSORS
@@ -30,6 +30,7 @@ X = torch.zeros(1, 16, 4, 4)
 @pytest.fixture
 def pool(monkeypatch):
     monkeypatch.setattr(pools, "Workers", FakeWorkers)
+    monkeypatch.setattr(workers, "Processes", FakeProcesses)
     monkeypatch.setattr(FakeWorkers, "script", [])
     monkeypatch.setattr(request, "CANCEL_SECONDS", 0.0)
     pool = Pool(Devices(ranks=1))

@@ -10,8 +10,8 @@ from fastusp_backend import devices
 from fastusp_backend.devices import Devices, Gpu
 from fastusp_backend.environment import inherited
 from fastusp_backend.errors import DeviceError, PoolError
-from fastusp_backend.pool import workers
-from fastusp_backend.pool.workers import worker_environment
+from fastusp_backend.pool import processes, workers
+from fastusp_backend.pool.processes import worker_environment
 
 pytestmark = pytest.mark.unit
 
@@ -99,7 +99,7 @@ def test_folders_of_imports_mean_the_same_in_another_folder(tmp_path, monkeypatc
     for given, expected in [("/mine:src", ["/mine", str(tmp_path / "src")]), (":/mine", [str(tmp_path), "/mine"])]:
         env = worker_environment(Devices(ranks=2), tmp_path, {"PYTHONPATH": given})
         assert env["PYTHONPATH"].split(":")[1:] == expected
-    root = str(Path(workers.__file__).resolve().parents[2])
+    root = str(Path(processes.__file__).resolve().parents[2])
     assert worker_environment(Devices(ranks=2), tmp_path, {"PYTHONPATH": ""})["PYTHONPATH"] == root
     assert "PYTHONPATH" not in inherited({"PYTHONPATH": ""})
 
@@ -118,7 +118,7 @@ def test_torchrun_that_cannot_be_started_is_told(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(workers, "open", full_disk, raising=False)
+    monkeypatch.setattr(processes, "open", full_disk, raising=False)
     started = workers.Workers(Devices(ranks=1))
     with pytest.raises(PoolError, match="did not start: torchrun could not be started: .*No space left.*torchrun.log"):
         raise started.failure("did not start")
