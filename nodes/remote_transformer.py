@@ -16,10 +16,10 @@ from ..fastusp_backend.models.detection import Config
 from ..fastusp_backend.pool import Session
 from ..fastusp_backend.prompt import Prompt
 from ..fastusp_backend.weights.checkpoint import TensorInfo
-from .closure import Unchanged, unchanged
 from .comfyui import WrapperExecutor, WrappersMP, get_all_wrappers, model_management
 from .host import Unsupported, following, progress
-from .originals import owner
+from .provenance import owner
+from .reachable import Unchanged, unchanged
 from .status import ends_told, node_status
 from .weight_patches import PREFIX, weight_patches
 

@@ -4,7 +4,7 @@ Packs change ComfyUI by putting functions of their own in its modules, classes a
 `__module__` prove nothing (`functools.wraps` copies them); its code does: Python keeps, and compares, what it compiled.
 So a function is an original where the file of its module, compiled anew, holds that code under that name.
 
-`closure.py` beside this file says which functions another one reaches.
+`reachable.py` beside this file says which functions another one reaches.
 """
 
 import functools
