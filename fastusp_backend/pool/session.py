@@ -109,18 +109,18 @@ class Session:
 
         return self._run(request, progress)
 
-    def holds(self) -> int:
+    def resident_bytes(self) -> int:
         """Bytes of this session's weights on each device now; 0 while they are parked, dropped or not loaded yet."""
         held = self.pool.held
         return held.nbytes if held and held.state == "resident" and held.model == self.spec else 0
 
-    def settle(self) -> None:
+    def after_run(self) -> None:
         """After a sampling run: what becomes of large shared memory, and of the weights, as `residency` says."""
         self.pool.unmap()
         if self.settings.residency != "keep":
-            self.give_way()
+            self.evict()
 
-    def give_way(self) -> None:
+    def evict(self) -> None:
         """Makes room on the devices for somebody else: parks the weights where they are to be parked, else drops
         them."""
         if self.settings.residency == "park":
