@@ -36,7 +36,7 @@ class RemoteWeights:
 
     def __init__(self):
         self._patchers: dict[Pool, object] = {}
-        """By pool, the patcher whose weights it got last. ComfyUI forgets the patchers that nobody refers to; the
+        """Pool -> the patcher whose weights it got last. ComfyUI forgets the patchers that nobody refers to; the
         weights in the workers stay, and so must what stands for them."""
         self._stayed: set[Pool] = set()
         """Pools whose weights did not leave when ComfyUI wanted their room, since a request ran; it has taken them off

@@ -124,12 +124,12 @@ def pack_of(file: str) -> str | None:
 
 
 def file_of(module: ModuleType | None) -> str:
-    """Without waking modules that load themselves when they are asked for something."""
+    """A module's file, without waking modules that load themselves when they are asked for something."""
     return getattr(module, "__dict__", {}).get("__file__") or ""
 
 
 def owner(value: object) -> str:
-    """Whose a function, its code, a class or an instance is, for people: a node pack, else a module or file."""
+    """Says whose a function, its code, a class or an instance is, for people: a node pack, else a module or file."""
     if isinstance(value, functools.partial):
         return "functools.partial"  # whoever made it is not to be seen
     code = value if isinstance(value, CodeType) else code_of(value)

@@ -139,7 +139,7 @@ class Unchanged:
 
 @functools.cache
 def unchanged(kind: type) -> Unchanged:
-    """One for each class."""
+    """The one `Unchanged` of a class."""
     return Unchanged(kind)
 
 

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 _KNOWN_OPTIONS = {"transformer_options", "disable_cfg1_optimization"}
 _KNOWN_TRANSFORMER_OPTIONS = {"wrappers", "callbacks", "sample_sigmas", "patches", "patches_replace"}
-"""Those whose functions are seen when they are called; patches the transformer looks at for itself."""
+"""Functions in the first two are seen when they are called; the transformer looks at patches for itself."""
 _KNOWN_CONDITIONING = {"model_conds", "uuid"}
 
 
@@ -146,12 +146,12 @@ def _check_transformer_options(given: dict, arrived: dict, tracer: CallTracer, s
 
 @functools.cache
 def _note(key: str, by: str) -> None:
-    """Once a process."""
+    """Logs it once a process."""
     log.info("FastUSP: %s%s on the model: nothing reads it, so it changes nothing", key, by)
 
 
 def _by(key, value: object) -> str:
-    """Whose an entry is: of whom there is a function or an object in it; else which node packs name its key."""
+    """Says whose an entry is: of whom there is a function or an object in it; else which node packs name its key."""
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
     owners = {provenance.owner(part) for part in parts}
     owners = {by for by in owners if by.partition(".")[0] not in ("builtins", "torch", "numpy")}

@@ -26,7 +26,7 @@ from .status import ends_told
 from .weight_patches import MERGE, check_supported
 
 _ALL = 1e32
-"""As ComfyUI says that there is room for all weights."""
+"""ComfyUI's own number for room for all weights."""
 
 
 class RemotePatcher(ModelPatcher):

@@ -37,14 +37,14 @@ _WAITING += ("fastusp_backend/comm/", "fastusp_backend/engine/parking.py")  # `W
 
 
 class Suspicion(NamedTuple):
-    """Whom `HangDetector.look` takes for hung. ranks: empty where it is not plain who holds up the others."""
+    """Names whom `HangDetector.look` takes for hung. ranks: empty where it is not plain who delays the others."""
 
     what: str
     ranks: list[int]
 
 
 class Hang(NamedTuple):
-    """Who hangs, and in what: a cause for people, and lines that say where the ranks were."""
+    """Says who hangs, and in what: a cause for people, and lines that say where the ranks were."""
 
     cause: str
     stacks: list[str]

@@ -57,9 +57,9 @@ class Pool:
             return self._workers
 
     def run(self, work: Callable[[Workers], T], progress: Progress = QUIET) -> T:
-        """The result of work(workers), which submits requests, in this caller's turn: nobody else sends the workers
-        anything meanwhile. Where they turn out to have died since they were last used, new ones are started, and `work`
-        is called again, for those.
+        """Gives the result of work(workers), which submits requests, in this caller's turn: nobody else sends the
+        workers anything meanwhile. Where they turn out to have died since they were last used, new ones are started,
+        and `work` is called again, for those.
 
         Raises what `work` does; Cancelled or PoolError where it comes to no call of it.
         """
@@ -98,7 +98,7 @@ class Pool:
 
     @property
     def held(self) -> Held | None:
-        """What the workers hold; None where they have not held anything yet, or none run."""
+        """What the workers last said of their weights; None where they have said nothing yet, or none run."""
         workers = self._workers
         return workers.held if workers is not None and workers.alive else None
 
@@ -118,7 +118,7 @@ class Pool:
         return workers is not None and workers.alive and workers.behind
 
     def _order(self, kind: type[Release] | type[Park] | type[Unmap]) -> None:
-        """Has workers that are ready do something with what they hold."""
+        """Has workers that are ready do something with what they have."""
         with self._turn(QUIET):
             workers = self._workers
             if workers is None or not workers.alive or workers.ready is None:
@@ -136,7 +136,7 @@ class Pool:
 
     @contextlib.contextmanager
     def _turn(self, progress: Progress) -> Iterator[None]:
-        with progress.holding(self._busy), self._account.request():
+        with progress.acquired(self._busy), self._account.request():
             self._running = True
             try:
                 if self._workers is not None:

@@ -106,7 +106,7 @@ class _Weights(NamedTuple):
 
 
 class SentPatches:
-    """Which patch set the workers' weights hold: a change is sent once, and of a set that resembles the last one the
+    """Which patches are in the workers' weights: a change is sent once, and of a set that resembles the last one the
     weights that differ."""
 
     def __init__(self):
@@ -114,8 +114,8 @@ class SentPatches:
         self._weights = _Weights(None, 0, NO_PATCHES)
 
     def change(self, patches: WeightPatches, model: ModelSpec) -> tuple[int, Change | None]:
-        """The number of the set that a request for `model` shall name, and what to send first, which `confirm` follows
-        when it was answered; None for nothing.
+        """Gives the number of the set that a request for `model` shall name, and what to send first, which `confirm`
+        follows when it was answered; None for nothing.
 
         Workers with another model, or none, are taken to load it as its file is; where they do not, they refuse the
         request.
@@ -137,7 +137,7 @@ class SentPatches:
         self._weights = _Weights(self._weights.model, change.number, patches)
 
     def doubt(self) -> None:
-        """The weights may hold any set: all is sent anew."""
+        """Any patches may be in the weights: all are sent anew."""
         self._weights = _Weights(self._weights.model, None, NO_PATCHES)
 
     def unload(self) -> None:

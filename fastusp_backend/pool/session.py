@@ -1,4 +1,8 @@
-"""One model under one layout on one pool, as its users see it: evaluate, or sample."""
+"""One model under one layout on one pool, as its users see it: evaluate, or sample.
+
+A request and the patches that it needs are one turn at the workers (`Pool.run`). What is sent in it follows from what
+these workers were sent before (`sent`), so it is made inside the turn, and anew for workers that replace them.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,7 +47,8 @@ class Session:
         progress: Progress,
         control: Control | None = None,
     ) -> torch.Tensor:
-        """One evaluation: x (B, C, h, w), timestep (B,) -> velocity (B, C, h, w) on the CPU. Raises as `submit`."""
+        """Evaluates the model once: x (B, C, h, w), timestep (B,) -> velocity (B, C, h, w) on the CPU. Raises as
+        `submit`."""
         places, residuals = _distinct(control or {}, getattr(torch, self.model.compute))
 
         def request(workers: Workers, patches: int) -> Tensors:
@@ -78,7 +83,7 @@ class Session:
         timestep_scale: float = 1.0,
         progress: Progress = QUIET,
     ) -> torch.Tensor:
-        """A sampling loop: noised x (B, C, h, w), sigmas (n + 1,) -> latents, as x, on the CPU. Raises as `submit`.
+        """Samples in a loop: noised x (B, C, h, w), sigmas (n + 1,) -> latents, as x, on the CPU. Raises as `submit`.
 
         noise (k, B, C, h, w): the sampler's draws (`sampling.SAMPLERS[sampler].noise_draws` says how many).
         """
@@ -110,12 +115,14 @@ class Session:
         return self._run(request, progress)
 
     def resident_bytes(self) -> int:
-        """Bytes of this session's weights on each device now; 0 while they are parked, dropped or not loaded yet."""
+        """Gives the bytes of this session's weights on each device now; 0 while they are parked, dropped or not loaded
+        yet."""
         held = self.pool.held
         return held.nbytes if held and held.state == "resident" and held.model == self.spec else 0
 
     def after_run(self) -> None:
-        """After a sampling run: what becomes of large shared memory, and of the weights, as `residency` says."""
+        """Gives large shared memory back, and does with the weights as `residency` says. For the end of a sampling
+        run."""
         self.pool.unmap()
         if self.settings.residency != "keep":
             self.evict()
@@ -129,7 +136,7 @@ class Session:
             self.pool.release()
 
     def layout(self, evaluations: int) -> Layout:
-        """The layout for a step of so many evaluations: images of a batch, or 2 for a guided one.
+        """Chooses the layout for a step of so many evaluations: images of a batch, or 2 for a guided one.
 
         The last of `planner.plan_batches` has no groups and takes any number; of other layouts, where none divides
         them it is the last, which the workers then refuse.
@@ -144,12 +151,12 @@ class Session:
 
     @property
     def spec(self) -> ModelSpec:
-        """The model as the workers hold it."""
+        """The model as the workers load it."""
         return msgspec.structs.replace(self.model, linear=self.settings.linear)
 
     def _run(self, request: Callable[[Workers, int], Tensors], progress: Progress) -> torch.Tensor:
-        """The output of request(workers, patch set), with this session's patches in the workers' weights. Workers that
-        turn out not to hold what they should get all of it once more."""
+        """Gives the output of request(workers, patch set), with this session's patches in the workers' weights. Workers
+        that turn out to have lost them get all of them once more."""
 
         def patched(workers: Workers) -> torch.Tensor:
             return request(workers, self._patch(workers, progress))["output"]
@@ -164,7 +171,7 @@ class Session:
         return self.pool.run(run, progress)
 
     def _patch(self, workers: Workers, progress: Progress) -> int:
-        """Has the workers' weights hold this session's patch set, and gives its number."""
+        """Brings this session's patches into the workers' weights, and gives the number of the set."""
         number, change = workers.patches.change(self.patches, self.spec)
         if change is not None:
             what = {"model": self.spec, "number": number, "base": change.base, "weights": change.weights}

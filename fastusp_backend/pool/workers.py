@@ -1,4 +1,4 @@
-"""The workers of a pool from their start to their end: the control channel to them, what they hold, why they ended."""
+"""The workers of a pool from their start to their end: the control channel to them, what they have, why they ended."""
 
 import itertools
 import logging
@@ -49,7 +49,7 @@ class Workers:
     ready: what they said when they were ready, None before.
     layout, model: those of the last request.
     sent, answered: the last request or order that went to them, and the last one that they answered, in order.
-    held: what they last said to hold.
+    held: what they last said of their weights.
     tensors, patches: what they were sent and have, for the caller whose turn it is.
     """
 
@@ -181,7 +181,7 @@ class Workers:
         self._link.post(self.channel.frame(message))
 
     def receive(self, seconds: float) -> tuple[Message, Tensors] | None:
-        """As `Link.receive`; of workers that are about to end, nothing counts."""
+        """Receives as `Link.receive`; what workers say that are about to end does not count."""
         received = self._link.receive(seconds)
         if self._condemned:
             raise EOFError
@@ -212,8 +212,8 @@ class Workers:
         self.run_dir.remove()
 
     def failure(self, event: str) -> PoolError:
-        """Why the workers ended: the rank that failed first, its error or signal, and the last log lines. Waits for
-        torchrun's own account of it, and ends workers that do not end by themselves."""
+        """Tells why the workers ended: the rank that failed first, its error or signal, and the last log lines. Waits
+        for torchrun's own account of it, and ends workers that do not end by themselves."""
         if not self.processes.wait_until_ended(DEATH_SECONDS):
             self.give_up()
         directory = self.run_dir.path
