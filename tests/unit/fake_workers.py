@@ -61,8 +61,12 @@ class FakeWorkers(Workers):
 
 
 class Rank:
-    """In the place of a `Link`: does what it is sent at once. messages: all that came, and the names of their tensors;
-    kept, model, patches: as `worker.runner` has them."""
+    """In the place of a `Link`: does what it is sent at once.
+
+    messages: all that came, with the names of their tensors.
+    cancelled: the requests that were to be.
+    kept, model, patches: what ranks have.
+    """
 
     ended = False
 
@@ -71,6 +75,7 @@ class Rank:
         self._replies: queue.SimpleQueue = queue.SimpleQueue()
         self._late: list[tuple] = []
         self.messages: list[tuple[object, set[str]]] = []
+        self.cancelled: list[int] = []
         self.kept: dict[int, torch.Tensor] = {}
         self.model, self.patches = None, 0
 
@@ -102,8 +107,10 @@ class Rank:
         message, _ = frame
         if isinstance(message, Shutdown):
             self._workers.kill()
-        elif isinstance(message, Cancel) and not self._late:  # it has ended, or never come
-            self._reply(Failed(id=message.id, kind="cancelled", rank=0, text=""))
+        elif isinstance(message, Cancel):
+            self.cancelled.append(message.id)
+            if not self._late:  # it has ended, or never come
+                self._reply(Failed(id=message.id, kind="cancelled", rank=0, text=""))
 
     def receive(self, seconds):
         try:

@@ -156,6 +156,7 @@ def test_what_was_not_answered_is_sent_anew(pool, ending):
     script(ending)
     with pytest.raises(ENDINGS[ending][0], match=ENDINGS[ending][1]):
         evaluate(pool, contexts[1], progress=stopping(pool, ending))
+    assert rank(pool).cancelled == ([2] if ending in ("misread", "interrupted", "late") else [])
     for context in contexts:
         assert torch.equal(evaluate(pool, context, progress=waiting(pool)), context)
     assert all("context" in names for names in names_sent(pool)[-2:])
@@ -236,6 +237,7 @@ def test_workers_that_lost_their_patches_get_them_once_more(pool):
     script("unpatched", "served", "unpatched")
     with pytest.raises(PatchesLost):
         evaluate(pool, context, patches)
+    assert pool.status()["error"] == "it was unpatched"
     assert torch.equal(evaluate(pool, context, patches), context)
 
 
