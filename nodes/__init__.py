@@ -14,5 +14,5 @@ class FastUSPExtension(ComfyExtension):
 
 async def comfy_entrypoint() -> ComfyExtension:
     status.add_routes()
-    memory.follow_unload_all()
+    memory.weights.follow_unload_all()
     return FastUSPExtension()

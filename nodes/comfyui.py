@@ -115,7 +115,7 @@ USED = {
     ],
     "server": ["PromptServer.send_progress_text(text, node_id, sid)"],
 }
-"""By module: a name, with the parameters that a call of it, or a method in its place, relies on."""
+"""Module -> names in it, with the parameters that a call, or a method in its place, relies on."""
 
 
 class UnsupportedComfyUI(ImportError):

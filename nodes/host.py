@@ -10,8 +10,8 @@ from .status import node_status
 
 
 class Unsupported(FastUSPError):
-    """A node wants of a remote transformer what it does not do yet. what: names the node's feature. instead: what gives
-    the same in another way, where there is one."""
+    """Raised where a node wants of a remote transformer what it does not do yet. what: names the node's feature.
+    instead: what gives the same in another way, where there is one."""
 
     def __init__(self, what: str, instead: str = ""):
         instead = instead or (

@@ -20,16 +20,6 @@ from .pools import all_pools
 
 log = logging.getLogger(__name__)
 
-_known: dict[Pool, object] = {}
-"""By pool, the patcher whose weights it got last. ComfyUI forgets the patchers that nobody refers to; the weights in
-the workers stay, and so must what stands for them."""
-
-_stayed: set[Pool] = set()
-"""Pools whose weights did not leave when ComfyUI wanted their room, since a request ran; it has taken them off its
-list."""
-
-_unloading_all = False
-
 
 def shares_gpu(session: Session, device: torch.device) -> bool:
     """Whether a worker computes on ComfyUI's `device`."""
@@ -41,62 +31,75 @@ def _uuid(device: torch.device) -> str:
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
-def taking(session: Session, device: torch.device, patcher: object) -> None:
-    """Before `session` samples: what ComfyUI's models left on `device`, and other pools hold on the same GPUs, goes."""
-    _known[session.pool] = patcher
-    if session.holds():
-        return
-    for pool, other in list(_known.items()):
-        if pool is not session.pool and set(pool.devices.gpus) & set(session.pool.devices.gpus):
-            _tried(other.session.give_way)
-    if shares_gpu(session, device):
-        model_management.soft_empty_cache()
+class RemoteWeights:
+    """The weights of all pools, as ComfyUI's memory management has to do with them."""
+
+    def __init__(self):
+        self._patchers: dict[Pool, object] = {}
+        """Pool -> the patcher whose weights it got last. ComfyUI forgets the patchers that nobody refers to; the
+        weights in the workers stay, and so must what stands for them."""
+        self._stayed: set[Pool] = set()
+        """Pools whose weights did not leave when ComfyUI wanted their room, since a request ran; it has taken them off
+        its list."""
+        self._unloading_all = False
+
+    def make_room(self, session: Session, device: torch.device, patcher: object) -> None:
+        """Before `session` samples: what ComfyUI's models left on `device`, and other pools have on the same GPUs,
+        goes."""
+        self._patchers[session.pool] = patcher
+        if session.resident_bytes():
+            return
+        for pool, other in list(self._patchers.items()):
+            if pool is not session.pool and set(pool.devices.gpus) & set(session.pool.devices.gpus):
+                _tried(other.session.evict)
+        if shares_gpu(session, device):
+            model_management.soft_empty_cache()
+
+    def evict(self, session: Session) -> int:
+        """ComfyUI needs the room of `session`'s weights; returns the bytes that each device got back."""
+        resident = session.resident_bytes()
+        # A preview wants room in the middle of a loop. Between two evaluations of a sampler that steps from ComfyUI
+        # they leave, as ComfyUI's own would for a ControlNet's VAE; the next evaluation fetches them.
+        if resident and session.pool.busy:
+            self._stayed.add(session.pool)
+            return 0
+        if not resident or self._unloading_all:
+            return 0
+        _tried(session.evict)
+        return resident - session.resident_bytes()
+
+    def after_run(self, session: Session, patcher: object) -> None:
+        """A sampling run of `session` has ended. ComfyUI lists what stayed although it was told to leave as a loaded
+        model again: `patcher`."""
+        _tried(session.after_run)
+        if session.pool in self._stayed:
+            self._stayed.discard(session.pool)
+            if session.resident_bytes():
+                model_management.load_models_gpu([patcher])
+
+    def follow_unload_all(self) -> None:
+        """Has ComfyUI's `unload_all_models` drop the weights of all pools. A patcher is told only that it must leave,
+        which it also is when another model needs room on a device where its workers have nothing."""
+        unload = model_management.unload_all_models
+
+        @functools.wraps(unload)
+        def unload_all_models(*args, **kwargs):
+            self._unloading_all = True
+            try:
+                result = unload(*args, **kwargs)
+            finally:
+                self._unloading_all = False
+            for pool in all_pools():
+                if not pool.busy:
+                    _tried(pool.release)
+            self._patchers.clear()
+            return result
+
+        model_management.unload_all_models = unload_all_models
 
 
-def leaving(session: Session) -> int:
-    """ComfyUI needs the room of `session`'s weights; returns the bytes that each device got back."""
-    held = session.holds()
-    # A preview wants room in the middle of a loop. Between two evaluations of a sampler that steps from ComfyUI they
-    # leave, as ComfyUI's own would for a ControlNet's VAE; the next evaluation fetches them.
-    if held and session.pool.busy:
-        _stayed.add(session.pool)
-        return 0
-    if not held or _unloading_all:
-        return 0
-    _tried(session.give_way)
-    return held - session.holds()
-
-
-def settling(session: Session, patcher: object) -> None:
-    """A sampling run of `session` has ended. ComfyUI lists what stayed although it was told to leave as a loaded model
-    again: `patcher`."""
-    _tried(session.settle)
-    if session.pool in _stayed:
-        _stayed.discard(session.pool)
-        if session.holds():
-            model_management.load_models_gpu([patcher])
-
-
-def follow_unload_all() -> None:
-    """Has ComfyUI's `unload_all_models` drop the weights of all pools. A patcher is told only that it must leave, which
-    it also is when another model needs room on a device where its workers hold nothing."""
-    unload = model_management.unload_all_models
-
-    @functools.wraps(unload)
-    def unload_all_models(*args, **kwargs):
-        global _unloading_all
-        _unloading_all = True
-        try:
-            result = unload(*args, **kwargs)
-        finally:
-            _unloading_all = False
-        for pool in all_pools():
-            if not pool.busy:
-                _tried(pool.release)
-        _known.clear()
-        return result
-
-    model_management.unload_all_models = unload_all_models
+weights = RemoteWeights()
+"""ComfyUI has one memory management."""
 
 
 def _tried(order: Callable[[], None]) -> None:

@@ -11,7 +11,7 @@ transformer that answers zeros (two milliseconds), and is watched:
 - options and conditioning that the loop does not know may lie there, as long as nothing reads them.
 
 A foreign function is found before it runs. What the sampler's own function reaches runs in the workers instead, so that
-nothing calls it here: it is looked at by name alone (`changed_sampler`).
+nothing calls it here: it is looked at by name alone (obstacles.py).
 """
 
 import contextlib
@@ -19,19 +19,19 @@ import functools
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from types import CodeType
 
 import torch
 
-from . import closure, originals
-from .comfyui import k_diffusion, samplers
-from .watch import Obstacle, Watch, changed_in
+from . import provenance
+from .call_tracer import CallTracer, Obstacle
+from .comfyui import samplers
+from .reachable import Unchanged
 
 log = logging.getLogger(__name__)
 
 _KNOWN_OPTIONS = {"transformer_options", "disable_cfg1_optimization"}
 _KNOWN_TRANSFORMER_OPTIONS = {"wrappers", "callbacks", "sample_sigmas", "patches", "patches_replace"}
-"""Those whose functions are seen when they are called; patches the transformer looks at for itself."""
+"""Functions in the first two are seen when they are called; the transformer looks at patches for itself."""
 _KNOWN_CONDITIONING = {"model_conds", "uuid"}
 
 
@@ -41,53 +41,26 @@ def rehearse(
     """What a sampler function's evaluations, model(x, sigma, **extra_args), meet that the workers' loop would leave
     out; None if nothing. conditionings: the names of those of the guider that are evaluated."""
     if type(model) is not samplers.KSamplerX0Inpaint or model.inner_model is not guider:
-        return f"{originals.owner(model)} wraps the model in {type(model).__name__}"
+        return f"{provenance.owner(model)} wraps the model in {type(model).__name__}"
     if sys.getprofile() is not None:
         return "a profiler is active"
     transformer = guider.inner_model.diffusion_model
-    watch = Watch(rehearse.__code__)
-    options = _Watched(extra_args["model_options"], _KNOWN_OPTIONS, "on the model", watch.fail)
+    tracer = CallTracer(rehearse.__code__)
+    options = _Observed(extra_args["model_options"], _KNOWN_OPTIONS, "on the model", tracer.fail)
     try:
-        with _watched_conditionings(guider, conditionings, watch.fail), transformer.rehearsing() as arrived, watch:
+        with _observed_conditionings(guider, conditionings, tracer.fail), transformer.rehearsing() as arrived, tracer:
             model(x, sigmas[0] * x.new_ones(len(x)), **extra_args | {"model_options": options})
-        watch.check_names()
-        _check_transformer_options(options.get("transformer_options", {}), arrived, watch, transformer.stock)
+        tracer.check_names()
+        _check_transformer_options(options.get("transformer_options", {}), arrived, tracer, transformer.stock)
     except Obstacle:
-        pass  # told by what the watch has found, as are those that somebody swallowed
+        pass  # told by what the tracer has found, as are those that somebody swallowed
     except Exception:
-        if watch.found is None:
+        if tracer.found is None:
             raise  # as it would be while stepping; else somebody made another error of an obstacle
-    return watch.found
+    return tracer.found
 
 
-def changed_sampler(name: str, model) -> str | None:
-    """What somebody has changed of ComfyUI's sampler function `name`, or of what it uses of a model (BaseModel); None
-    if nothing."""
-    used: set[CodeType] = set()
-    for place in closure.reached(k_diffusion, f"sample_{name}", "comfy."):
-        change = _changed_at(place)
-        if change is not None:
-            return change
-        used |= {*closure.codes_at(place)}
-    names = frozenset().union(*map(originals.names_in, used))
-    for instance in (model, model.model_sampling):
-        change = changed_in(instance, names, every=True)
-        if change is not None:
-            return change
-    return None
-
-
-def _changed_at(place: closure.Place) -> str | None:
-    value = vars(place.module).get(place.name)
-    if place.name in originals.names(place.module):
-        if originals.is_original(place.module, place.name):
-            return None
-        return originals.change_of(place.module, place.name, value)
-    change = closure.changed(place)
-    return None if change is None else originals.change_of(place.module, *change)
-
-
-class _Watched(dict):
+class _Observed(dict):
     """A dict of which reading a key is an obstacle, but for `known` keys and for what says nothing. Iterating over it
     counts as reading all of it."""
 
@@ -128,10 +101,10 @@ class _Watched(dict):
         return list(self)
 
     def values(self):
-        return [super(_Watched, self).__getitem__(key) for key in self]
+        return [super(_Observed, self).__getitem__(key) for key in self]
 
     def items(self):
-        return [(key, super(_Watched, self).__getitem__(key)) for key in self]
+        return [(key, super(_Observed, self).__getitem__(key)) for key in self]
 
     def copy(self):
         return dict(self.items())
@@ -143,20 +116,20 @@ def _says_nothing(key, value) -> bool:
 
 
 @contextlib.contextmanager
-def _watched_conditionings(guider, names: list[str], fail: Callable[[str], None]) -> Iterator[None]:
+def _observed_conditionings(guider, names: list[str], fail: Callable[[str], None]) -> Iterator[None]:
     given = guider.conds
-    watched = {
-        name: [_Watched(part, _KNOWN_CONDITIONING, f"on the {name} conditioning", fail) for part in given[name]]
+    observed = {
+        name: [_Observed(part, _KNOWN_CONDITIONING, f"on the {name} conditioning", fail) for part in given[name]]
         for name in names
     }
-    guider.conds = given | watched
+    guider.conds = given | observed
     try:
         yield
     finally:
         guider.conds = given
 
 
-def _check_transformer_options(given: dict, arrived: dict, watch: Watch, stock: closure.Unchanged) -> None:
+def _check_transformer_options(given: dict, arrived: dict, tracer: CallTracer, stock: Unchanged) -> None:
     """Finds an option that reached the transformer as it was given and that a function reads on the way, or in the
     transformer that ComfyUI would have: code holds the key."""
     for key, value in given.items():
@@ -164,23 +137,23 @@ def _check_transformer_options(given: dict, arrived: dict, watch: Watch, stock: 
             continue
         if not isinstance(value, dict | list) and arrived.get(key) is not value:
             continue  # ComfyUI has put its own there; dicts and lists it copies
-        on_the_way = (code.co_name for code in watch.codes if key in originals.strings_in(code))
+        on_the_way = (code.co_name for code in tracer.codes if key in provenance.strings_in(code))
         reader = next(on_the_way, None) or stock.reader(key)
         if reader is not None:
-            watch.fail(f"{key}{_by(key, value)} on the model, read by {reader}")
+            tracer.fail(f"{key}{_by(key, value)} on the model, read by {reader}")
         _note(str(key), _by(key, value))
 
 
 @functools.cache
 def _note(key: str, by: str) -> None:
-    """Once a process."""
+    """Logs it once a process."""
     log.info("FastUSP: %s%s on the model: nothing reads it, so it changes nothing", key, by)
 
 
 def _by(key, value: object) -> str:
-    """Whose an entry is: of whom there is a function or an object in it; else which node packs name its key."""
+    """Says whose an entry is: of whom there is a function or an object in it; else which node packs name its key."""
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
-    owners = {originals.owner(part) for part in parts}
+    owners = {provenance.owner(part) for part in parts}
     owners = {by for by in owners if by.partition(".")[0] not in ("builtins", "torch", "numpy")}
-    named = sorted(owners) or originals.packs_naming(str(key))
+    named = sorted(owners) or provenance.packs_naming(str(key))
     return f" ({', '.join(named)})" if named else ""

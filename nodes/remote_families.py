@@ -115,4 +115,4 @@ TRANSFORMERS: dict[str, tuple[str, type[RemoteTransformer]]] = {
     "FLUX.2": ("flux2", RemoteFlux),
     "Qwen-Image": ("qwen_image", RemoteQwenImage),
 }
-"""By family: the name that ComfyUI's detection gives it, and what stands for its transformer."""
+"""Family -> the name that ComfyUI's detection gives it, and what stands for its transformer."""

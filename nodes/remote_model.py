@@ -26,7 +26,7 @@ from .status import ends_told
 from .weight_patches import MERGE, check_supported
 
 _ALL = 1e32
-"""As ComfyUI says that there is room for all weights."""
+"""ComfyUI's own number for room for all weights."""
 
 
 class RemotePatcher(ModelPatcher):
@@ -43,32 +43,32 @@ class RemotePatcher(ModelPatcher):
         return transformer.session if isinstance(transformer, RemoteTransformer) else self.model.fastusp_session
 
     def model_size(self):
-        return (self.session.holds() or self.model.fastusp_nbytes) if self._shares_gpu() else 0
+        return (self.session.resident_bytes() or self.model.fastusp_nbytes) if self._shares_gpu() else 0
 
     def loaded_size(self):
-        return self.session.holds() if self._shares_gpu() else 0
+        return self.session.resident_bytes() if self._shares_gpu() else 0
 
     def current_loaded_device(self):
         return self.load_device
 
     def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
-        memory.taking(self.session, self.load_device, self._first())
+        memory.weights.make_room(self.session, self.load_device, self._first())
         super().partially_load(device_to, _ALL, force_patch_weights)
         return 0
 
     def partially_unload(self, device_to, memory_to_free=0, **_options):
-        return memory.leaving(self.session)
+        return memory.weights.evict(self.session)
 
     def detach(self, unpatch_all=True):
         model = super().detach(unpatch_all)
         if unpatch_all and self._shares_gpu():
-            memory.leaving(self.session)
+            memory.weights.evict(self.session)
         return model
 
     def cleanup(self):
         """ComfyUI calls it when a sampling run has ended, well or not."""
         super().cleanup()
-        memory.settling(self.session, self._first())
+        memory.weights.after_run(self.session, self._first())
 
     def _first(self) -> "RemotePatcher":
         """The patcher that this one was cloned from, which lives as long as any of its clones."""

@@ -16,10 +16,10 @@ from ..fastusp_backend.models.detection import FamilyConfig
 from ..fastusp_backend.pool import Session
 from ..fastusp_backend.prompt import Prompt
 from ..fastusp_backend.weights.tensor_info import TensorInfo
-from .closure import Unchanged, unchanged
 from .comfyui import WrapperExecutor, WrappersMP, get_all_wrappers, model_management
 from .host import Unsupported, following, progress
-from .originals import owner
+from .provenance import owner
+from .reachable import Unchanged, unchanged
 from .status import ends_told, node_status
 from .weight_patches import PREFIX, weight_patches
 
@@ -31,7 +31,7 @@ def _refused(name: str) -> Unsupported:
 
 
 class _Sealed(type):
-    """Of classes of which nobody may set more than `forward`: what would it change, and for whom?"""
+    """Type of classes of which nobody may set more than `forward`: what would it change, and for whom?"""
 
     def __setattr__(cls, name: str, value) -> None:
         if name != "forward":
@@ -102,12 +102,12 @@ class RemoteTransformer(torch.nn.Module, metaclass=_Sealed):
         return "Load the model with Load Diffusion Model for this node: a model of USP Loader"
 
     def parameters(self, recurse: bool = True):
-        """One without elements: nodes ask the first for its type and device."""
+        """Yields one without elements: nodes ask the first for its type and device."""
         device = model_management.get_torch_device()
         yield torch.nn.Parameter(torch.empty(0, dtype=self.dtype, device=device), requires_grad=False)
 
     shown_as = "transformer"
-    """To people, by a status line."""
+    """What a status line calls it."""
 
     @contextlib.contextmanager
     def rehearsing(self) -> Iterator[dict]:
@@ -216,7 +216,7 @@ def refuse_replaced(stock: Unchanged) -> None:
 
 @functools.cache
 def _tell_of_attention(name: str, by: str) -> None:
-    """Once a process."""
+    """Logs it once a process."""
     log.warning(
         "FastUSP: %s was replaced by %s; it has no effect on a model of USP Loader: attention is chosen in USP "
         "Optimization Settings",

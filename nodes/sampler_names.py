@@ -4,7 +4,7 @@ from .comfyui import samplers
 
 
 def menu_name(sampler) -> str:
-    """Of a SAMPLER. One that is in no menu has its function's name, or its type's."""
+    """Names a SAMPLER. One that is in no menu has its function's name, or its type's."""
     if type(sampler) is not samplers.KSAMPLER:
         return type(sampler).__name__
     function = sampler.sampler_function

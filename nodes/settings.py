@@ -1,11 +1,42 @@
-"""USP Optimization Settings: the options of a run, as one value for USP Loader."""
+"""USP Optimization Settings: the options of a run, as one value for USP Loader.
+
+`config.Settings` declares an option: its name, values and default, and its place. Here it has its tooltip alone.
+"""
 
 from typing import get_args
 
-from ..fastusp_backend.config import AttentionChoice, LinearChoice, Residency, Settings, WireChoice
+import msgspec
+
+from ..fastusp_backend.config import Settings
 from .comfyui import io
 
 SettingsType = io.Custom("USP_SETTINGS")
+
+TOOLTIPS = {
+    "wire": "What travels between the ranks. exact: the computed values, no loss. fp8, int8: half the bytes, 8 bits "
+    "and a scale per token and head, for slow links (PCIe) and long sequences; int8 is mostly the closer one. auto: "
+    "int8 where the measured link is slow.",
+    "attention": "Attention kernel on each rank. auto: the fastest for the device. cudnn, flash (16-bit) and efficient "
+    "run on GPUs, flash also on CPU ranks; math is the slow reference and runs everywhere.",
+    "compile": "Fuse the element-wise parts, by kernels of our own and torch.compile. GPUs only; CPU ranks run them as "
+    "they are.",
+    "cuda_graphs": "Replay a whole evaluation as one CUDA graph, so that no GPU waits for its CPU. GPUs only.",
+    "overlap": "Ranks compute on while their exchanges travel. Off: each exchange is awaited at once.",
+    "ring_pipeline": "In a ring, the next keys and values travel while the current ones are attended.",
+    "linear": "The blocks' matrix products. fp8: faster and half the weights' memory, 8 bits with a scale per token "
+    "and per row of the weights; GPUs from Ada on, in bf16. The picture changes a little.",
+    "residency": "Where the weights stay after sampling. keep: on the GPUs, until ComfyUI needs the room. park: in "
+    "host memory, shared out over the ranks, and back in the time of a copy. release: nowhere; the next run reads the "
+    "file again.",
+}
+_REQUIRED = {"wire", "attention"}
+"""What every saved workflow has; those that came later may lack in one."""
+
+
+def _input(option: msgspec.structs.FieldInfo) -> io.Input:
+    kind, choices = (io.Boolean, {}) if option.type is bool else (io.Combo, {"options": list(get_args(option.type))})
+    optional = option.name not in _REQUIRED
+    return kind.Input(option.name, **choices, default=option.default, optional=optional, tooltip=TOOLTIPS[option.name])
 
 
 class USPSettings(io.ComfyNode):
@@ -17,67 +48,7 @@ class USPSettings(io.ComfyNode):
             category="FastUSP",
             description="Options of the distributed transformer. Connect it to USP Loader; without it the defaults "
             "apply.",
-            inputs=[
-                io.Combo.Input(
-                    "wire",
-                    options=list(get_args(WireChoice)),
-                    default="exact",
-                    tooltip="What travels between the ranks. exact: the computed values, no loss. fp8, int8: half the "
-                    "bytes, 8 bits and a scale per token and head, for slow links (PCIe) and long sequences; int8 is "
-                    "mostly the closer one. auto: int8 where the measured link is slow.",
-                ),
-                io.Combo.Input(
-                    "attention",
-                    options=list(get_args(AttentionChoice)),
-                    default="auto",
-                    tooltip="Attention kernel on each rank. auto: the fastest for the device. cudnn, flash (16-bit) "
-                    "and efficient run on GPUs, flash also on CPU ranks; math is the slow reference and runs "
-                    "everywhere.",
-                ),
-                io.Boolean.Input(
-                    "compile",
-                    optional=True,
-                    default=True,
-                    tooltip="Fuse the element-wise parts, by kernels of our own and torch.compile. GPUs only; CPU "
-                    "ranks run them as they are.",
-                ),
-                io.Boolean.Input(
-                    "cuda_graphs",
-                    optional=True,
-                    default=True,
-                    tooltip="Replay a whole evaluation as one CUDA graph, so that no GPU waits for its CPU. GPUs only.",
-                ),
-                io.Boolean.Input(
-                    "overlap",
-                    optional=True,
-                    default=True,
-                    tooltip="Ranks compute on while their exchanges travel. Off: each exchange is awaited at once.",
-                ),
-                io.Boolean.Input(
-                    "ring_pipeline",
-                    optional=True,
-                    default=True,
-                    tooltip="In a ring, the next keys and values travel while the current ones are attended.",
-                ),
-                io.Combo.Input(
-                    "linear",
-                    options=list(get_args(LinearChoice)),
-                    optional=True,
-                    default="exact",
-                    tooltip="The blocks' matrix products. fp8: faster and half the weights' memory, 8 bits with a "
-                    "scale per token and per row of the weights; GPUs from Ada on, in bf16. The picture changes a "
-                    "little.",
-                ),
-                io.Combo.Input(
-                    "residency",
-                    options=list(get_args(Residency)),
-                    optional=True,
-                    default="keep",
-                    tooltip="Where the weights stay after sampling. keep: on the GPUs, until ComfyUI needs the room. "
-                    "park: in host memory, shared out over the ranks, and back in the time of a copy. release: "
-                    "nowhere; the next run reads the file again.",
-                ),
-            ],
+            inputs=[_input(option) for option in msgspec.structs.fields(Settings)],
             outputs=[SettingsType.Output(display_name="settings", tooltip="Connect to USP Loader.")],
         )
 

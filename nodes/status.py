@@ -101,17 +101,17 @@ def ends_told() -> Iterator[None]:
 
 
 def show(text: str) -> None:
-    """On the executing node alone."""
+    """Shows a text on the executing node alone, not in the log."""
     _show(f"FastUSP: {text}")
 
 
 def first_line(error: BaseException) -> str:
-    """Of an error's text; where it has none, its type."""
+    """The first line of an error's text; where it has none, its type."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def shortened(text: str, length: int) -> str:
-    """At most so many characters, cut between words where there is one to cut at."""
+    """Shortens a text to at most so many characters, cut between words where there is one to cut at."""
     if len(text) <= length:
         return text
     cut = text[: length - 4]
@@ -119,7 +119,7 @@ def shortened(text: str, length: int) -> str:
 
 
 def _log(text: str, *, again: bool = False) -> None:
-    """Where it is news, or again."""
+    """Logs a text that is news, or again."""
     global _logged
     if again or text != _logged:
         _logged = text
@@ -127,8 +127,8 @@ def _log(text: str, *, again: bool = False) -> None:
 
 
 def _show(text: str) -> None:
-    """To the page whose prompt runs. Where no node is executing (a script), or no page has queued the prompt, there is
-    nobody to show it to."""
+    """Sends a text to the page whose prompt runs. Where no node is executing (a script), or no page has queued the
+    prompt, there is nobody to show it to."""
     global _shown
     context = get_executing_context()
     if context is None:

@@ -36,7 +36,7 @@ _PLAIN = {"diff": "diff", "set": "value"}
 """Kinds that are a tensor alone, and its role."""
 
 Shapes = Mapping[str, tuple[int, ...]]
-"""Of weights, by key, with prefix."""
+"""Key of a weight, with prefix -> its shape."""
 
 
 class _Parts(NamedTuple):

@@ -55,11 +55,11 @@ function poolView(pool) {
     if (pool.model) rows.push(["Model", pool.model]);
     if (pool.layout) rows.push(["Layout", pool.layout]);
     if (pool.held) rows.push(["Weights", HELD[pool.held](`${(pool.nbytes / 1e9).toFixed(1)} GB`)]);
-    rows.push(["Process group", pool.transport]);
-    if (pool.exchanges) rows.push(["Exchanges", pool.exchanges]);
+    rows.push(["Process group", pool.backend]);
+    if (pool.transport) rows.push(["Exchanges", pool.transport]);
     rows.push(["PyTorch", pool.torch]);
   }
-  rows.push(["Started", TIMES[pool.generation] ?? `${pool.generation} times`]);
+  rows.push(["Started", TIMES[pool.starts] ?? `${pool.starts} times`]);
   if (pool.error) rows.push(["Last error", pool.error]);
   return element(
     "section",

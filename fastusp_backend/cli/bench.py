@@ -51,7 +51,7 @@ class Row:
     """Seconds of the first two steps."""
     nbytes: int = 0
     """Of the weights of each rank."""
-    exchanges: str = ""
+    transport: str = ""
     """As in `protocol.Held`."""
     problem: str = ""
     """Why there are none of these figures."""
@@ -175,7 +175,7 @@ def _measured(row: Row, pool: Pool, spec: ModelSpec, given: tuple[torch.Tensor, 
         seconds=statistics.median(seconds[warm_up:]),
         first=sum(seconds[:2]),
         nbytes=held.nbytes,
-        exchanges=held.exchanges,
+        transport=held.transport,
     )
 
 
@@ -185,7 +185,7 @@ def line(row: Row, alone: Row) -> str:
     if row.seconds is None:
         return NOT_RUN.row(*what, f"not run: {row.problem.splitlines()[0]}")
     gain = alone.seconds / row.seconds if alone.seconds else "-"
-    return TABLE.row(*what, row.seconds * 1000, gain, row.first, row.nbytes / 1e9, row.exchanges or "-")
+    return TABLE.row(*what, row.seconds * 1000, gain, row.first, row.nbytes / 1e9, row.transport or "-")
 
 
 def recommend(rows: Sequence[Row], devices: Devices) -> list[str]:

@@ -46,7 +46,7 @@ class Engine:
         return self._resident is not None and self._resident.parked
 
     @property
-    def exchanges(self) -> str:
+    def transport(self) -> str:
         """How the ranks of the last layout exchange tokens; empty before the first."""
         return str(self._transport) if self._transport else ""
 

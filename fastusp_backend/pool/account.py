@@ -4,11 +4,11 @@ import contextlib
 import threading
 from collections.abc import Iterator
 
-from ..errors import Cancelled, FastUSPError, PatchesLost
+from ..errors import Cancelled, FastUSPError
 
 
 class Account:
-    """Of one pool. error: the text of what the last request to fail raised, until one succeeds."""
+    """How one pool's requests fare. error: the text of what the last one to fail raised, until one succeeds."""
 
     def __init__(self):
         self.error: str | None = None
@@ -35,10 +35,10 @@ class Account:
 
     @contextlib.contextmanager
     def request(self) -> Iterator[None]:
-        """A request, or an order to idle workers. What its client wanted so, or mends itself, is no error."""
+        """A request, or an order to idle workers. What its client wanted so is no error."""
         try:
             yield
-        except (Cancelled, PatchesLost):
+        except Cancelled:
             raise
         except FastUSPError as error:
             self.error = str(error)

@@ -1,4 +1,4 @@
-"""Why a generation of workers ended, from what it left in its run directory: exit codes, records of failures, logs."""
+"""Why worker processes ended, from what it left in its run directory: exit codes, records of failures, logs."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from ..config import FileState, ModelSpec
 
 LOG_LINES = 12
 PRINTED_LINES = 1000
-"""Of each file of printed lines, as many are looked through for warnings: NCCL_DEBUG=INFO prints hundreds."""
+"""How many lines of each printed file are looked through for warnings: NCCL_DEBUG=INFO prints hundreds."""
 _ALARMING = re.compile(r"\b(WARN|WARNING|ERROR|FATAL)\b|[Ee]rror\b|Traceback|failed")
 _HINTS = {
     "SIGKILL": " (killed by hand, or by the system when memory ran out)",
@@ -21,8 +21,8 @@ _HINTS = {
 
 
 def find_cause(directory: Path, torchrun: subprocess.Popen, killed: bool, model: ModelSpec | None) -> str:
-    """What ended first: the rank, with its error, signal or exit code, or torchrun. killed: by the pool. model:
-    of the last request.
+    """Names what ended first: the rank, with its error, signal or exit code, or torchrun. killed: whether the pool
+    ended it. model: that of the last request.
 
     A rank that left no record goes before all others: the others' errors may be its doing. torchrun sends SIGTERM to
     those that outlive the first, or the signal that it was sent itself: a rank that was asked to end is blamed only

@@ -2,29 +2,26 @@
 
 import atexit
 import contextlib
-import itertools
 import logging
 import os
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from ..devices import Devices
-from ..errors import FastUSPError, PoolError, ProtocolError
-from ..protocol import Held, Message, Park, Release, Shutdown, Unmap
+from ..errors import PoolError
+from ..protocol import Held, Park, Release, Shutdown, Unmap
 from .account import Account
-from .following import cancel, follow
-from .kept import KeptTensors, Tensors
 from .link import POLL_SECONDS
-from .patches import HeldPatches
-from .progress import QUIET, CallersOwn, Progress
+from .progress import QUIET, Progress
+from .request import NotSent, follow
 from .workers import Workers
 
-log = logging.getLogger(__name__)
+T = TypeVar("T")
 
-DEATH_SECONDS = 8.0
-"""How long processes may take to end when one of them has."""
+log = logging.getLogger(__name__)
 
 KEPT_BYTES = 512 << 20
 """Shared memory that stays between sampling runs: the residuals of a ControlNet for FLUX.1 at 1024 x 1024 take 377
@@ -36,15 +33,10 @@ class Pool:
 
     def __init__(self, devices: Devices):
         self.devices = devices
-        self.generation = 0
+        self.starts = 0
         """How often processes were started."""
-        self.epoch = 0
-        """Changes whenever the workers have forgotten what they were given."""
-        self.kept = KeptTensors()
-        self.patches = HeldPatches()
         self._account = Account()
         self._workers: Workers | None = None
-        self._ids = itertools.count(1)
         self._busy = threading.Lock()
         self._running = False
         self._state = threading.Lock()
@@ -52,7 +44,7 @@ class Pool:
         _pools.add(self)
 
     def start(self) -> Workers:
-        """Starts the processes, if none run, without waiting for them. What a failed generation left is removed."""
+        """Starts the processes, if none run, without waiting for them. What failed ones left is removed."""
         with self._state:
             if self._closed:
                 raise PoolError(f"Restart ComfyUI, which is ending: the FastUSP pool on {self.devices} was closed")
@@ -61,41 +53,29 @@ class Pool:
             if self._workers is not None:
                 self._workers.dispose()
             self._workers = Workers(self.devices)
-            self.generation += 1
-            self.epoch += 1
+            self.starts += 1
             return self._workers
 
-    def run(
-        self,
-        make: Callable[[int], Message],
-        tensors: Tensors,
-        progress: Progress = QUIET,
-    ) -> Tensors:
-        """Submits make(id) and waits for its result.
+    def run(self, work: Callable[[Workers], T], progress: Progress = QUIET) -> T:
+        """Gives the result of work(workers), which submits requests, in this caller's turn: nobody else sends the
+        workers anything meanwhile. Where they turn out to have died since they were last used, new ones are started,
+        and `work` is called again, for those.
 
-        Raises Cancelled, RequestError (refused; the pool goes on) or PoolError (the workers died; the next call
-        starts new ones).
+        Raises what `work` does; Cancelled or PoolError where it comes to no call of it.
         """
         with self._turn(progress):
-            number = next(self._ids)
-            workers = self._submit(make(number), tensors, progress)
-            try:
-                result = follow(workers, number, progress)
-                self._account.error = None
-                return result
-            except CallersOwn as own:
-                cancel(workers, number)
-                raise own.error from own.error.__cause__
-            except (OSError, EOFError) as error:
-                raise self._failed(workers, "stopped while a prompt ran") from error
-            except ProtocolError:
-                cancel(workers, number)  # one message was refused, but the request may run
-                raise
-            except FastUSPError:
-                raise
-            except BaseException:
-                cancel(workers, number)  # Ctrl-C: the ranks must stop as well
-                raise
+            while True:
+                starts, workers = self.starts, self._ready_workers(progress)
+                try:
+                    result = work(workers)
+                except NotSent as unsent:
+                    failure = workers.failure("stopped before a prompt ran")
+                    if self.starts > starts:
+                        raise failure from unsent.__cause__
+                    log.warning("%s", failure)
+                else:
+                    self._account.error = None
+                    return result
 
     def release(self) -> None:
         """Drops the resident model on all ranks; the processes stay warm. Does nothing where none run. Raises PoolError
@@ -118,7 +98,7 @@ class Pool:
 
     @property
     def held(self) -> Held | None:
-        """What the workers hold; None where they have not held anything yet, or none run."""
+        """What the workers last said of their weights; None where they have said nothing yet, or none run."""
         workers = self._workers
         return workers.held if workers is not None and workers.alive else None
 
@@ -138,27 +118,25 @@ class Pool:
         return workers is not None and workers.alive and workers.behind
 
     def _order(self, kind: type[Release] | type[Park] | type[Unmap]) -> None:
-        """Has workers that stand do something with what they hold."""
+        """Has workers that are ready do something with what they have."""
         with self._turn(QUIET):
             workers = self._workers
             if workers is None or not workers.alive or workers.ready is None:
                 return
-            number = next(self._ids)
+            order = kind(id=workers.next_id())
             try:
                 if workers.behind:  # they come to it after what was given up: nobody should wait for that
-                    workers.leave_behind(number)
-                    workers.send(kind(id=number))
+                    workers.leave_behind(order.id)
+                    workers.send(order)
                 else:
-                    workers.send(kind(id=number))
-                    follow(workers, number, QUIET)
+                    workers.send(order)
+                    follow(workers, order.id, QUIET)
             except (OSError, EOFError) as error:
-                raise self._failed(workers, "stopped while no prompt ran") from error
-            finally:
-                self.epoch += kind is Release  # also where its end is not seen: a message was refused, or Ctrl-C came
+                raise workers.failure("stopped while no prompt ran") from error
 
     @contextlib.contextmanager
     def _turn(self, progress: Progress) -> Iterator[None]:
-        with progress.holding(self._busy), self._account.request():
+        with progress.acquired(self._busy), self._account.request():
             self._running = True
             try:
                 if self._workers is not None:
@@ -192,13 +170,13 @@ class Pool:
             "devices": str(self.devices),
             "ranks": self.devices.ranks,
             "state": state,
-            "generation": self.generation,
+            "starts": self.starts,
         }
         if ready is not None:
-            status |= {"pids": ready.pids, "names": ready.devices, "torch": ready.torch, "transport": ready.transport}
+            status |= {"pids": ready.pids, "names": ready.devices, "torch": ready.torch, "backend": ready.backend}
             status["layout"] = str(workers.layout) if workers.layout else None
         if held := self.held:
-            status |= {"held": held.state, "nbytes": held.nbytes, "exchanges": held.exchanges}
+            status |= {"held": held.state, "nbytes": held.nbytes, "transport": held.transport}
             status["model"] = os.path.basename(held.model.path) if held.model else None
         if self._account.error is None and workers is not None and not alive:
             self._account.error = str(workers.failure("stopped"))  # nobody has asked them for anything since
@@ -216,29 +194,12 @@ class Pool:
         if workers.ready is not None and workers.alive and self._busy.acquire(blocking=False):
             try:
                 workers.post(Shutdown())
-                workers.wait_until_ended(5)
+                workers.processes.wait_until_ended(5)
             finally:
                 self._busy.release()
         workers.dispose("the pool was closed")
 
-    def _submit(self, message: Message, tensors: Tensors, progress: Progress) -> Workers:
-        """Sends to workers that stand; where these turn out to have died since they were last used, to new ones, which
-        may refuse what relies on things that the old ones held."""
-        while True:
-            generation, workers = self.generation, self._standing_workers(progress)
-            try:
-                workers.send(message, tensors, progress.go_on)
-                return workers
-            except OSError as error:
-                failed = self._failed(workers, "stopped before a prompt ran")
-                if self.generation > generation:
-                    raise failed from error
-                log.warning("%s", failed)
-            except BaseException:
-                cancel(workers, message.id)  # it is on its way, perhaps
-                raise
-
-    def _standing_workers(self, progress: Progress) -> Workers:
+    def _ready_workers(self, progress: Progress) -> Workers:
         """Workers that are free: those that hang at what was stopped are replaced."""
         while True:
             workers = self.start()
@@ -253,16 +214,10 @@ class Pool:
                 progress.go_on()
                 time.sleep(POLL_SECONDS)
             if not workers.alive:
-                failed = self._failed(workers, "did not start" if starting else "stopped before a prompt ran")
+                failure = workers.failure("did not start" if starting else "stopped before a prompt ran")
                 if starting:
-                    raise failed
-                log.warning("%s", failed)
-
-    def _failed(self, workers: Workers, event: str) -> PoolError:
-        """The error for workers that ended or must end; waits for torchrun's own account of it."""
-        if not workers.wait_until_ended(DEATH_SECONDS):
-            workers.give_up()
-        return workers.failure(event)
+                    raise failure
+                log.warning("%s", failure)
 
 
 _pools: "weakref.WeakSet[Pool]" = weakref.WeakSet()

@@ -1,22 +1,14 @@
 """How a caller follows a request, and what its own exceptions do to it."""
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 from ..errors import Cancelled
 from ..prompt import Tensors
 from ..protocol import Step
 from .link import POLL_SECONDS
-
-
-class Lock(Protocol):
-    """Of `threading`, reentrant or not."""
-
-    def acquire(self, *, timeout: float) -> bool: ...
-
-    def release(self) -> None: ...
 
 
 def _nothing(*_) -> None:
@@ -25,10 +17,12 @@ def _nothing(*_) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """How a caller follows a request. All three are called on the thread that called `Pool.run`.
+    """How a caller follows a request. All three are called on the thread that called `Pool.run`; an exception from any
+    of them cancels the request, and is raised there.
 
-    step: each step, with tensors x and denoised. phase: what happens before the first step. interrupted: polled; True
-    cancels the request, and `run` then raises Cancelled. An exception from any of them cancels the request too.
+    step: called with each step and its tensors x and denoised.
+    phase: called with what happens before the first step.
+    interrupted: polled; True cancels the request, and `Pool.run` raises Cancelled.
     """
 
     step: Callable[[Step, Tensors], None] = _nothing
@@ -41,8 +35,8 @@ class Progress:
             raise Cancelled("interrupted before the workers had the request")
 
     @contextlib.contextmanager
-    def holding(self, lock: Lock) -> Iterator[None]:
-        """Holds a lock that another request may hold for long. Raises as `go_on` while it waits."""
+    def acquired(self, lock: threading.Lock) -> Iterator[None]:
+        """Has a lock, which another request may have for long. Raises as `go_on` while it waits."""
         while not lock.acquire(timeout=POLL_SECONDS):
             self.go_on()
         try:

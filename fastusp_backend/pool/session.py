@@ -1,4 +1,8 @@
-"""One model under one layout on one pool, as its users see it: evaluate, or sample."""
+"""One model under one layout on one pool, as its users see it: evaluate, or sample.
+
+A request and the patches that it needs are one turn at the workers (`Pool.run`). What is sent in it follows from what
+these workers were sent before (`sent`), so it is made inside the turn, and anew for workers that replace them.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,12 +11,14 @@ import msgspec
 import torch
 
 from ..config import Layout, ModelSpec, Settings
-from ..errors import PatchesLost, RequestError
+from ..errors import PatchesLost
 from ..prompt import Inpainting, Prompt, Tensors
-from ..protocol import Evaluate, Message, Patch, Sample
+from ..protocol import Evaluate, Patch, Sample
 from .patches import NO_PATCHES, WeightPatches
 from .pool import Pool
 from .progress import QUIET, Progress
+from .request import submit
+from .workers import Workers
 
 Control = Mapping[str, Sequence[torch.Tensor | None]]
 """A ControlNet's residuals as ComfyUI has them: under `input` (FLUX's double blocks, Qwen-Image's) and `output` (FLUX's
@@ -41,40 +47,26 @@ class Session:
         progress: Progress,
         control: Control | None = None,
     ) -> torch.Tensor:
-        """One evaluation: x (B, C, h, w), timestep (B,) -> velocity (B, C, h, w) on the CPU. Raises as `Pool.run`."""
-        while True:
-            self.pool.start()
-            epoch = self.pool.epoch
-            try:
-                with progress.holding(self.pool.kept.lock):
-                    return self._evaluate_once(x, timestep, prompt, progress, control or {}, epoch)
-            except RequestError:
-                if self.pool.epoch == epoch:
-                    raise
-                # The workers were replaced between `start` and `run`, and the new ones hold nothing yet: send all.
+        """Evaluates the model once: x (B, C, h, w), timestep (B,) -> velocity (B, C, h, w) on the CPU. Raises as
+        `submit`."""
+        places, residuals = _distinct(control or {}, getattr(torch, self.model.compute))
 
-    def _evaluate_once(
-        self, x, timestep, prompt: Prompt, progress: Progress, control: Control, epoch: int
-    ) -> torch.Tensor:
-        places, residuals = _distinct(control, getattr(torch, self.model.compute))
-        send, keep, reuse, forget = self.pool.kept.sort(prompt.tensors(), epoch)
-
-        def request(number: int, patches: int) -> Evaluate:
-            return Evaluate(
-                id=number,
+        def request(workers: Workers, patches: int) -> Tensors:
+            delivery = workers.tensors.deliver(prompt.tensors())
+            message = Evaluate(
+                id=workers.next_id(),
                 **self._what(len(x), patches),
-                keep=keep,
-                reuse=reuse,
-                forget=forget,
+                keep=delivery.keep,
+                reuse=delivery.reuse,
+                forget=delivery.forget,
                 reference_method=prompt.reference_method,
                 control=places,
             )
+            answer = submit(workers, message, {"x": x, "timestep": timestep, **delivery.send, **residuals}, progress)
+            workers.tensors.confirm(delivery)
+            return answer
 
-        try:
-            return self._run(request, {"x": x, "timestep": timestep, **send, **residuals}, progress)["output"]
-        except BaseException:
-            self.pool.kept.distrust(forget)
-            raise
+        return self._run(request, progress)
 
     def sample(
         self,
@@ -91,7 +83,7 @@ class Session:
         timestep_scale: float = 1.0,
         progress: Progress = QUIET,
     ) -> torch.Tensor:
-        """A sampling loop: noised x (B, C, h, w), sigmas (n + 1,) -> latents, as x, on the CPU. Raises as `Pool.run`.
+        """Samples in a loop: noised x (B, C, h, w), sigmas (n + 1,) -> latents, as x, on the CPU. Raises as `submit`.
 
         noise (k, B, C, h, w): the sampler's draws (`sampling.SAMPLERS[sampler].noise_draws` says how many).
         """
@@ -103,9 +95,10 @@ class Session:
             tensors["noise"] = noise
         if mask is not None:
             tensors |= mask.tensors()
-        return self._run(
-            lambda number, patches: Sample(
-                id=number,
+
+        def request(workers: Workers, patches: int) -> Tensors:
+            message = Sample(
+                id=workers.next_id(),
                 **self._what(len(x) if negative is None else 2, patches),
                 sampler=sampler,
                 options=options or {},
@@ -116,23 +109,25 @@ class Session:
                     for name, prompt in (("positive", positive), ("negative", negative))
                     if prompt is not None and prompt.reference_method is not None
                 },
-            ),
-            tensors,
-            progress,
-        )["output"]
+            )
+            return submit(workers, message, tensors, progress)
 
-    def holds(self) -> int:
-        """Bytes of this session's weights on each device now; 0 while they are parked, dropped or not loaded yet."""
+        return self._run(request, progress)
+
+    def resident_bytes(self) -> int:
+        """Gives the bytes of this session's weights on each device now; 0 while they are parked, dropped or not loaded
+        yet."""
         held = self.pool.held
         return held.nbytes if held and held.state == "resident" and held.model == self.spec else 0
 
-    def settle(self) -> None:
-        """After a sampling run: what becomes of large shared memory, and of the weights, as `residency` says."""
+    def after_run(self) -> None:
+        """Gives large shared memory back, and does with the weights as `residency` says. For the end of a sampling
+        run."""
         self.pool.unmap()
         if self.settings.residency != "keep":
-            self.give_way()
+            self.evict()
 
-    def give_way(self) -> None:
+    def evict(self) -> None:
         """Makes room on the devices for somebody else: parks the weights where they are to be parked, else drops
         them."""
         if self.settings.residency == "park":
@@ -141,7 +136,7 @@ class Session:
             self.pool.release()
 
     def layout(self, evaluations: int) -> Layout:
-        """The layout for a step of so many evaluations: images of a batch, or 2 for a guided one.
+        """Chooses the layout for a step of so many evaluations: images of a batch, or 2 for a guided one.
 
         The last of `planner.plan_batches` has no groups and takes any number; of other layouts, where none divides
         them it is the last, which the workers then refuse.
@@ -156,32 +151,33 @@ class Session:
 
     @property
     def spec(self) -> ModelSpec:
-        """The model as the workers hold it."""
+        """The model as the workers load it."""
         return msgspec.structs.replace(self.model, linear=self.settings.linear)
 
-    def _run(self, make: Callable[[int, int], Message], tensors: Tensors, progress: Progress) -> Tensors:
-        """`Pool.run` of make(id, patch set), with this session's patches in the workers' weights. Workers that turn out
-        not to hold what they should get all of it once more."""
-        with progress.holding(self.pool.patches.lock):
-            try:
-                return self._run_patched(make, tensors, progress)
-            except PatchesLost:
-                self.pool.patches.forget()
-                return self._run_patched(make, tensors, progress)
+    def _run(self, request: Callable[[Workers, int], Tensors], progress: Progress) -> torch.Tensor:
+        """Gives the output of request(workers, patch set), with this session's patches in the workers' weights. Workers
+        that turn out to have lost them get all of them once more."""
 
-    def _run_patched(self, make: Callable[[int, int], Message], tensors: Tensors, progress: Progress) -> Tensors:
-        held = self.pool.patches
-        self.pool.start()
-        patches, change = held.change(self.patches, self.spec, self.pool.epoch)
-        if change is not None:
-            what = {"model": self.spec, "number": patches, "base": change.base, "weights": change.weights}
+        def patched(workers: Workers) -> torch.Tensor:
+            return request(workers, self._patch(workers, progress))["output"]
+
+        def run(workers: Workers) -> torch.Tensor:
             try:
-                self.pool.run(lambda number: Patch(id=number, **what), change.tensors, progress)
-            except BaseException:
-                held.forget()
-                raise
-            held.made(change, self.patches)
-        return self.pool.run(lambda number: make(number, patches), tensors, progress)
+                return patched(workers)
+            except PatchesLost:
+                workers.patches.doubt()
+                return patched(workers)
+
+        return self.pool.run(run, progress)
+
+    def _patch(self, workers: Workers, progress: Progress) -> int:
+        """Brings this session's patches into the workers' weights, and gives the number of the set."""
+        number, change = workers.patches.change(self.patches, self.spec)
+        if change is not None:
+            what = {"model": self.spec, "number": number, "base": change.base, "weights": change.weights}
+            submit(workers, Patch(id=workers.next_id(), **what), change.tensors, progress)
+            workers.patches.confirm(change, self.patches)
+        return number
 
 
 def _distinct(control: Control, dtype: torch.dtype) -> tuple[dict[str, list[int | None]], Tensors]:

@@ -10,7 +10,7 @@ import msgspec
 
 from ..config import Layout, ModelSpec, Settings, WeightPatch
 
-VERSION = 5
+VERSION = 6
 """Raised whenever a message or the framing changes: client and workers of different versions refuse each other."""
 
 
@@ -25,14 +25,18 @@ class Hello(Message):
 
 
 class Ready(Message):
-    """Rank 0's answer: the pool stands. devices: one name per rank; pids: the processes, in rank order; transport: the
-    process group's back end (what a layout's exchanges use beside it is logged when its mesh is made)."""
+    """Rank 0's answer: the pool is ready.
+
+    devices: one name per rank.
+    pids: the processes, in rank order.
+    backend: the process group's; `Held.transport` says what a layout uses beside it.
+    """
 
     version: int
     devices: list[str]
     pids: list[int]
     torch: str
-    transport: str
+    backend: str
 
 
 class Request(Message, kw_only=True):
@@ -135,16 +139,17 @@ class Phase(Message):
 class Held(Message):
     """What the ranks hold from now on; sent when it changes, ahead of the end of request `id`.
 
-    model: None where they hold none. state: `resident` on the devices, `parked` in host memory, or `none`. nbytes: of
-    its weights, on the rank that has most. exchanges: how the ranks of the last layout exchange tokens, empty before
-    the first.
+    model: None where they hold none.
+    state: `resident` on the devices, `parked` in host memory, or `none`.
+    nbytes: the size of its weights, on the rank that has most.
+    transport: how the ranks of the last layout exchange tokens, empty before the first.
     """
 
     id: int
     model: ModelSpec | None
     state: Literal["resident", "parked", "none"]
     nbytes: int
-    exchanges: str
+    transport: str
 
 
 class Step(Message):

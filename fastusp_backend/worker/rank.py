@@ -56,7 +56,7 @@ def work(run_dir: Path) -> None:
             devices=[name for name, _ in members],
             pids=[pid for _, pid in members],
             torch=str(torch.__version__),
-            transport=dist.get_backend() if device.type == "cpu" else "nccl",
+            backend=dist.get_backend() if device.type == "cpu" else "nccl",
         )
         key = (run_dir / "key").read_bytes()
         control = Control(str(run_dir / "control.sock"), key, ready, functools.partial(record_failure, run_dir, 0))

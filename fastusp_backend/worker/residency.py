@@ -20,7 +20,7 @@ class Residency:
 
     def __init__(self, agreement: Agreement, crew: Crew, engine: Engine, reply: Callable[[Message], None]):
         self._agreement, self._crew, self._engine, self._reply = agreement, crew, engine, reply
-        self._told = Held(id=0, model=None, state="none", nbytes=0, exchanges="")
+        self._told = Held(id=0, model=None, state="none", nbytes=0, transport="")
 
     def bring(self, request: Request | Patch, check: Callable[[], object]) -> None:
         """Has the weights of the request's model on all devices, if check() passes, which describes the model."""
@@ -45,9 +45,9 @@ class Residency:
         state = "none" if engine.spec is None else "parked" if engine.parked else "resident"
         same = not patched and (engine.spec, state) == (told.model, told.state)  # on all ranks alike
         nbytes = told.nbytes if same else self._crew.maximum(engine.nbytes)
-        now = engine.spec, state, nbytes, engine.exchanges
-        if now != (told.model, told.state, told.nbytes, told.exchanges):
-            self._told = Held(id=request, model=now[0], state=now[1], nbytes=now[2], exchanges=now[3])
+        now = engine.spec, state, nbytes, engine.transport
+        if now != (told.model, told.state, told.nbytes, told.transport):
+            self._told = Held(id=request, model=now[0], state=now[1], nbytes=now[2], transport=now[3])
             self._reply(self._told)
 
     def _load_or_fetch(self, request: Request | Patch) -> None:

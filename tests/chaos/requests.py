@@ -96,7 +96,7 @@ class Request:
 
     def _orders(self, world, stepping: "_Stepping") -> torch.Tensor:
         pool = world.pool
-        for order in (lambda: world.park(self.model), pool.release, pool.unmap, pool.release):
+        for order in (lambda: world.park(self.model), world.release, pool.unmap, world.release):
             stepping.large(1)
             order()
         return stepping.run(3)

@@ -52,15 +52,15 @@ class Run:
         record = Record(number, self.kind(number))
         try:
             fault.prepare()
-            generation = world.pool.generation
+            starts = world.pool.starts
             ending = self._play(fault)
         finally:
             fault.lift()
-        if ending.how == "no effect" and "died" in fault.allowed and world.pool.generation > generation:
+        if ending.how == "no effect" and "died" in fault.allowed and world.pool.starts > starts:
             ending.how = "replaced"  # between two evaluations: the next one went to new workers
         record.tell(fault, ending)
         record.findings += judge(world, fault, ending)
-        if fault.keeps and fault.moment.kind != "start" and world.pool.generation != generation:
+        if fault.keeps and fault.moment.kind != "start" and world.pool.starts != starts:
             record.findings.append("the workers were replaced")
         if ending.how == "result" and fault.allowed:
             self._absorb(fault, record)

@@ -109,7 +109,7 @@ class Scene:
             if moment.kind == "start":
                 self._world.end_workers()
             elif moment.kind == "load" and self._world.ranks():
-                self._world.pool.release()
+                self._world.release()
         self._clock.set(seconds)
         act.begin()
         ending = Ending("other", 0.0)

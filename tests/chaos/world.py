@@ -16,7 +16,7 @@ from support import SMALL, relative_difference
 from fastusp_backend.config import ModelSpec
 from fastusp_backend.devices import Devices
 from fastusp_backend.models.synthetic import write_checkpoint
-from fastusp_backend.pool import Pool, watch
+from fastusp_backend.pool import Pool, hangs
 from fastusp_backend.pool import pool as pools
 
 from .disk import mount_small, unmount
@@ -77,14 +77,14 @@ class World:
         os.environ |= {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
         logging.getLogger().addHandler(logging.NullHandler())  # what the pool warns of is part of what is tried
-        watch.START_SECONDS = 90.0 * self.slowness
+        hangs.START_SECONDS = 90.0 * self.slowness
         pools.KEPT_BYTES = 0  # so that `unmap` always has something to do
 
     def learn(self, requests: Iterable[Request]) -> None:
         """Has requests answered, before any fault; those of one model and patches after each other."""
         for request in sorted(requests, key=lambda r: (r.model, r.patches, r.kind)):
             if self._lies_elsewhere(request.model):
-                self.pool.release()
+                self.release()
             self.expected[request] = request.run(self, Caller())
 
     def spec(self, model: str) -> ModelSpec:
@@ -104,8 +104,12 @@ class World:
             self._given[model] = given
 
     def park(self, model: str) -> None:
-        self._moved = self.pool.epoch, model
+        self._moved = self.pool.starts, model
         self.pool.park()
+
+    def release(self) -> None:
+        self._moved = None
+        self.pool.release()
 
     def moved(self, request: Request) -> bool:
         """Whether weights came back from where they were parked: they lie elsewhere, and products over them may sum in
@@ -113,7 +117,7 @@ class World:
         return request.kind == "parked" or self._lies_elsewhere(request.model)
 
     def _lies_elsewhere(self, model: str) -> bool:
-        return self._moved == (self.pool.epoch, model)
+        return self._moved == (self.pool.starts, model)
 
     def compare(self, request: Request, latents: torch.Tensor) -> str:
         """`bits`, `rounding` or `wrong`."""
@@ -133,9 +137,9 @@ class World:
     def torchrun(self) -> int | None:
         """Its process, while it lives."""
         workers = self.pool._workers
-        if workers is None or workers._process is None or not workers.alive:
+        if workers is None or workers.processes.torchrun is None or not workers.alive:
             return None
-        return workers._process.pid
+        return workers.processes.torchrun.pid
 
     def ranks(self) -> dict[int, int]:
         """rank -> its process, of those that there are now."""

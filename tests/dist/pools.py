@@ -1,15 +1,17 @@
 """What the pool tests share: small requests, and a look at a pool's processes."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from support import SMALL, inputs, spec_of
 
 from fastusp_backend.config import Layout, Settings
-from fastusp_backend.pool import Pool, Progress
+from fastusp_backend.pool import Pool, Progress, request
 from fastusp_backend.pool.session import Session
-from fastusp_backend.prompt import Prompt
+from fastusp_backend.prompt import Prompt, Tensors
+from fastusp_backend.protocol import Message
 
 ROOT = Path(__file__).resolve().parents[2]
 GIVEN = inputs(SMALL, text=7, size=(8, 6))
@@ -32,6 +34,11 @@ def sample(pool: Pool, model, sigmas=SHORT, progress: Progress | None = None) ->
     return session(pool, model).sample(
         GIVEN.x, sigmas, sampler="euler", positive=PROMPT, progress=progress or Progress()
     )
+
+
+def submit(pool: Pool, make: Callable[[int], Message], tensors: Tensors | None = None) -> Tensors:
+    """The answer to make(id), a message of a test's own."""
+    return pool.run(lambda workers: request.submit(workers, make(workers.next_id()), tensors or {}, Progress()))
 
 
 def pids(pool: Pool) -> list[int]:

@@ -20,7 +20,7 @@ from fastusp_backend.cli.bench import Row, _measured
 from fastusp_backend.cli.doctor.trial import Job
 from fastusp_backend.config import Layout, Settings
 from fastusp_backend.errors import PoolError
-from fastusp_backend.pool import following
+from fastusp_backend.pool import request as requests
 
 pytestmark = pytest.mark.dist
 
@@ -91,7 +91,7 @@ def test_doctor():
 
 def test_trials_have_a_limit(new_pool, dev, monkeypatch):
     """Workers that hang are ended, while they start and later, and the error holds what is known of them."""
-    monkeypatch.setattr(following, "CANCEL_SECONDS", 0.2)
+    monkeypatch.setattr(requests, "CANCEL_SECONDS", 0.2)
     pool, said, one = new_pool(1), [], Layout(ulysses=1, ring=1)
     job = Job(spec_of(dev), (GIVEN.x, PROMPT), 60.0, said.append)
     began = time.monotonic()

@@ -87,10 +87,10 @@ def test_what_was_refused_is_followed_by_what_is_right(session):
 
 def test_it_goes_when_a_run_has_ended_unless_it_is_small(session, monkeypatch):
     first = evaluate(session, control(0))
-    session.settle()
+    session.after_run()
     assert mapped(session.pool) == [1, 1]
     monkeypatch.setattr(pools, "KEPT_BYTES", 0)
-    session.settle()
+    session.after_run()
     evaluate(session, None)  # by which all ranks have done what rank 0 answered
     assert mapped(session.pool) == [0, 0] and session.pool._workers.channel.lasting_bytes == 0
     assert torch.equal(evaluate(session, control(0)), first) and mapped(session.pool) == [1, 1]

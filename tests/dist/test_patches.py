@@ -8,13 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from formats import LIMITS, write
-from pools import GIVEN, PROMPT, SHORT, evaluate, pids, session
+from pools import GIVEN, PROMPT, SHORT, evaluate, pids, session, submit
 from safetensors.torch import load_file, save_file
 from support import REORDERED, randn, relative_difference, spec_of
 
 from fastusp_backend.config import Layout, Settings, WeightPatch
 from fastusp_backend.errors import Cancelled, PatchesLost, RequestError
 from fastusp_backend.pool import NO_PATCHES, Progress, WeightPatches, name_of
+from fastusp_backend.pool import session as sessions
 from fastusp_backend.protocol import Evaluate, Patch
 
 pytestmark = pytest.mark.dist
@@ -64,15 +65,14 @@ def pool(shared_pool):
 @pytest.fixture
 def messages(pool, monkeypatch):
     """The Patch messages that go to the workers: weights and number of tensors."""
-    seen, run = [], pool.run
+    seen, send = [], sessions.submit
 
-    def record(make, tensors, *progress):
-        message = make(0)
-        if isinstance(message, Patch):
+    def record(workers, message, tensors, progress):
+        if isinstance(message, Patch) and workers is pool._workers:
             seen.append(({key: len(patches) for key, patches in message.weights.items()}, len(tensors)))
-        return run(make, tensors, *progress)
+        return send(workers, message, tensors, progress)
 
-    monkeypatch.setattr(pool, "run", record)
+    monkeypatch.setattr(sessions, "submit", record)
     return seen
 
 
@@ -146,15 +146,15 @@ def test_workers_that_lost_their_patches_get_them_again(pool, new_pool, dev, mes
     assert torch.equal(patched(pool, dev, patches), want)
     what = {"model": spec_of(dev), "layout": Layout(ulysses=2, ring=1), "settings": Settings()}
     for number, expected in ((10**6, NO_PATCHES), (10**6 + 1, patches)):  # behind the client's back
-        pool.run(lambda n, number=number: Patch(id=n, model=spec_of(dev), number=number, base=None, weights={}), {})
+        submit(pool, lambda n, number=number: Patch(id=n, model=spec_of(dev), number=number, base=None, weights={}))
         with pytest.raises(PatchesLost, match="hold patch set 1000"):
-            pool.run(lambda n: Evaluate(id=n, patches=5, **what), {})
+            submit(pool, lambda n: Evaluate(id=n, patches=5, **what))
         assert torch.equal(patched(pool, dev, expected), want if expected is patches else plain)
     harmed = new_pool(1)
     alone = patched(harmed, dev, patches)
     assert relative_difference(alone, want) < 2e-5
     harmed._workers.kill()
-    assert torch.equal(patched(harmed, dev, patches), alone) and harmed.generation == 2
+    assert torch.equal(patched(harmed, dev, patches), alone) and harmed.starts == 2
 
 
 def test_parked_weights_keep_their_patches(pool, park, dev, messages):

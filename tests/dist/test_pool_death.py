@@ -20,7 +20,6 @@ from fastusp_backend import pulse
 from fastusp_backend.devices import Devices
 from fastusp_backend.errors import Cancelled, PoolError
 from fastusp_backend.pool import Pool, Progress, workers
-from fastusp_backend.pool import pool as client
 from fastusp_backend.prompt import Prompt
 from fastusp_backend.protocol import VERSION, Channel, Failed, Hello, Ready, Release
 from fastusp_backend.protocol.messages import ToClient
@@ -45,7 +44,7 @@ def mortal(run_dirs):
 def test_death_in_mid_run(mortal, dev, expected, victim, by):
     sample(mortal, dev)
     before, directory = pids(mortal), run_dir(mortal)
-    target = mortal._workers._process.pid if victim == "torchrun" else before[victim]
+    target = mortal._workers.processes.torchrun.pid if victim == "torchrun" else before[victim]
     watches = []
 
     def step(event, tensors):
@@ -86,8 +85,8 @@ def test_a_death_that_nobody_has_noticed_yet(mortal, dev, monkeypatch):
     """torchrun is halted, so that it does not: it takes the request's way to find out. The prompt, which the dead held,
     is sent anew."""
     expected, before = evaluate(mortal, dev), pids(mortal)
-    monkeypatch.setattr(client, "DEATH_SECONDS", 0.2)
-    torchrun = mortal._workers._process.pid
+    monkeypatch.setattr(workers, "DEATH_SECONDS", 0.2)
+    torchrun = mortal._workers.processes.torchrun.pid
     os.kill(torchrun, signal.SIGSTOP)
     os.kill(before[0], signal.SIGKILL)
     wait_until(lambda: not mortal._workers._link._inbox.empty(), 10)  # the end of the stream
@@ -99,13 +98,13 @@ def test_a_death_that_nobody_has_noticed_yet(mortal, dev, monkeypatch):
 def test_an_order_starts_no_processes(mortal, dev):
     """Workers that have just died, known or not, hold nothing."""
     evaluate(mortal, dev)
-    generation = mortal.generation
+    starts = mortal.starts
     os.kill(pids(mortal)[0], signal.SIGKILL)
     with pytest.raises(PoolError, match="rank 0 .* was ended by SIGKILL"):
         mortal.release()
     mortal.release()
     mortal.park()
-    assert mortal.generation == generation and mortal.held is None
+    assert mortal.starts == starts and mortal.held is None
 
 
 def test_close_in_mid_run_ends_the_request(mortal, dev):
@@ -131,18 +130,18 @@ def test_close_leaves_nothing(run_dirs, shared_pool, dev, expected):
     pool, other = Pool(Devices(ranks=2)), shared_pool(2)
     evaluate(other, dev)
     shm, descriptors = set(os.listdir("/dev/shm")), open_descriptors()
-    assert pool.status() == {"devices": "cpu:2", "ranks": 2, "state": "off", "generation": 0}
+    assert pool.status() == {"devices": "cpu:2", "ranks": 2, "state": "off", "starts": 0}
     pool.release()
     pool.start()
     pool.start()
-    assert pool.generation == 1 and pool.status()["state"] == "starting"
+    assert pool.starts == 1 and pool.status()["state"] == "starting"
     with ThreadPoolExecutor(2) as threads:
         both = list(threads.map(lambda p: evaluate(p, dev), (pool, other)))
     assert all(relative_difference(result, expected) < 2e-5 for result in both)
     directory = run_dir(pool)
     assert directory.parent == run_dirs and directory != run_dir(other)
     assert not set(pids(pool)) & set(pids(other))
-    assert processes_of(directory) == {*pids(pool), pool._workers._process.pid}
+    assert processes_of(directory) == {*pids(pool), pool._workers.processes.torchrun.pid}
     pool.close()
     pool.close()
     assert not processes_of(directory) and not directory.exists()
@@ -164,7 +163,7 @@ def test_interrupted_while_the_workers_start(new_pool, dev):
     with pytest.raises(Cancelled):
         session(pool, dev).evaluate(GIVEN.x, GIVEN.timestep, prompt, Progress(interrupted=lambda: True))
     assert session(pool, dev).evaluate(GIVEN.x, GIVEN.timestep, prompt, Progress()).shape == GIVEN.x.shape
-    assert pool.generation == 1
+    assert pool.starts == 1
 
 
 def test_workers_of_another_version_are_told_so(new_pool, dev, monkeypatch):

@@ -79,7 +79,7 @@ def test_a_launcher_around_the_host_harms_nothing(shared_pool, new_pool, dev, mo
     pool = new_pool(2)
     assert torch.equal(evaluate(pool, dev), expected)
     assert pool.status()["ranks"] == len(pids(pool)) == 2
-    process = pool._workers._process
+    process = pool._workers.processes.torchrun
     pool.close()
     assert process.wait(30) == 0
 

@@ -14,8 +14,8 @@ from support import SMALL, inputs, wait_until
 from fastusp_backend.prompt import Prompt
 from fastusp_backend.devices import Devices
 from fastusp_backend.errors import Cancelled, PoolError
-from fastusp_backend.pool import Pool, Progress, following, watch
-from fastusp_backend.pool import pool as client
+from fastusp_backend.pool import Pool, Progress, hangs, workers
+from fastusp_backend.pool import request as requests
 from fastusp_backend.protocol import channel
 
 pytestmark = pytest.mark.dist
@@ -46,7 +46,7 @@ def mortal(run_dirs, tmp_path_factory):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    monkeypatch.setattr(watch, "STOPPED_SECONDS", 1.5)
+    monkeypatch.setattr(hangs, "STOPPED_SECONDS", 1.5)
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_a_rank_that_loops_in_a_step(mortal, dev, right):
 
 def test_stop_and_the_next_prompt(mortal, dev, right, monkeypatch, caplog):
     """What hangs at a prompt that was stopped is no error of the next one."""
-    monkeypatch.setattr(following, "CANCEL_SECONDS", 0.5)
+    monkeypatch.setattr(requests, "CANCEL_SECONDS", 0.5)
     progress, watches = in_step(1, signal.SIGSTOP, mortal)
     stopping = Progress(step=progress.step, interrupted=lambda: bool(watches))
     with pytest.raises(Cancelled):
@@ -113,19 +113,19 @@ def test_stop_and_the_next_prompt(mortal, dev, right, monkeypatch, caplog):
 
 def test_ranks_that_end_at_what_was_stopped_while_torchrun_does_not_see_it(mortal, dev, right, monkeypatch):
     """No answer comes: the next prompt does not wait for one."""
-    monkeypatch.setattr(following, "CANCEL_SECONDS", 0.0)
-    monkeypatch.setattr(client, "DEATH_SECONDS", 0.2)
+    monkeypatch.setattr(requests, "CANCEL_SECONDS", 0.0)
+    monkeypatch.setattr(workers, "DEATH_SECONDS", 0.2)
     progress, watches = in_step(0, signal.SIGSTOP, mortal)
     with pytest.raises(Cancelled):
         sample(mortal, dev, LONG, Progress(step=progress.step, interrupted=lambda: bool(watches)))
-    os.kill(mortal._workers._process.pid, signal.SIGSTOP)
+    os.kill(mortal._workers.processes.torchrun.pid, signal.SIGSTOP)
     for pid in pids(mortal):
         os.kill(pid, signal.SIGKILL)
     wait_until(lambda: mortal.status()["state"] != "stopping", 5)
 
 
 def test_stop_is_heard_by_the_prompt_that_waits_for_a_stopped_one(mortal, dev, right, monkeypatch):
-    monkeypatch.setattr(following, "CANCEL_SECONDS", 0.0)
+    monkeypatch.setattr(requests, "CANCEL_SECONDS", 0.0)
     progress, watches = in_step(0, signal.SIGSTOP, mortal)
     with pytest.raises(Cancelled):
         sample(mortal, dev, LONG, Progress(step=progress.step, interrupted=lambda: bool(watches)))
@@ -138,7 +138,7 @@ def test_stop_is_heard_by_the_prompt_that_waits_for_a_stopped_one(mortal, dev, r
 
 def test_stop_is_heard_while_a_request_is_sent(mortal, dev, right, monkeypatch):
     """Rank 0 does not read, and the tensors, inline, are more than the socket takes."""
-    monkeypatch.setattr(following, "CANCEL_SECONDS", 0.2)
+    monkeypatch.setattr(requests, "CANCEL_SECONDS", 0.2)
     monkeypatch.setattr(channel, "INLINE_LIMIT", 1 << 30)
     large = inputs(SMALL, text=20_000, size=(8, 6))
     os.kill(pids(mortal)[0], signal.SIGSTOP)

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from pools import GIVEN, LONG, PROMPT, SHORT, TENSORS, Stopwatch, evaluate, pids, sample, session
+from pools import GIVEN, LONG, PROMPT, SHORT, TENSORS, Stopwatch, evaluate, pids, sample, session, submit
 from support import SMALL, inputs, randn, relative_difference, spec_of
 
 from fastusp_backend.config import Layout, Settings
 from fastusp_backend.errors import Cancelled, FastUSPError, ProtocolError, RequestError
 from fastusp_backend.pool import Progress
-from fastusp_backend.pool import pool as client
+from fastusp_backend.pool import request as requests
 from fastusp_backend.prompt import Prompt
 from fastusp_backend.protocol import Evaluate, Sample, Step
 
@@ -41,7 +41,7 @@ def expected(shared_pool, dev):
 
 
 def test_model_layout_and_settings_restart_nothing(pool, dev, schnell, expected, still_right):
-    generation = pool.generation
+    starts = pool.starts
     first = sample(pool, dev)
     other = sample(pool, schnell)
     assert relative_difference(other, first) > 0.01
@@ -49,7 +49,7 @@ def test_model_layout_and_settings_restart_nothing(pool, dev, schnell, expected,
     assert relative_difference(evaluate(pool, dev, attention="math"), expected) < 2e-5
     assert torch.equal(sample(pool, dev), first)
     assert torch.equal(sample(pool, schnell), other)
-    assert pool.generation == generation
+    assert pool.starts == starts
     assert pool.status()["state"] == "idle" and pool.status()["ranks"] == 2
 
 
@@ -184,7 +184,7 @@ def test_a_refused_request_harms_nothing(pool, dev, tmp_path, still_right, wrong
         )
 
     with pytest.raises(RequestError, match=wrong.says) as error:
-        pool.run(request, tensors)
+        submit(pool, request, tensors)
     assert pool.status()["error"] == str(error.value)
 
 
@@ -203,7 +203,7 @@ def test_tensors_are_kept_reused_and_forgotten(pool, dev, expected, still_right)
     numbers = {"context": 1001, "y": 1002, "guidance": 1003}
 
     def run(tensors, **changes):
-        return pool.run(lambda number: Evaluate(id=number, **what, **changes), tensors)["output"]
+        return submit(pool, lambda number: Evaluate(id=number, **what, **changes), tensors)["output"]
 
     kept = run(step | prompt, keep=numbers)
     assert relative_difference(kept, expected) < 2e-5
@@ -265,7 +265,7 @@ def test_ctrl_c_while_a_request_is_being_cancelled(pool, dev, still_right, monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(client, "cancel", interrupt)
+        patch.setattr(requests, "cancel", interrupt)
         with pytest.raises(KeyboardInterrupt):
             sample(pool, dev, LONG, Progress(step=interrupt))
     watch, phases = Stopwatch(), []

@@ -18,7 +18,7 @@ NOBODY = 65534
 
 
 def processes(pool) -> list[int]:
-    return [pool._workers._process.pid, *pids(pool)]
+    return [pool._workers.processes.torchrun.pid, *pids(pool)]
 
 
 def descriptors(pool) -> int:

@@ -16,7 +16,7 @@ from fastusp_backend.errors import Cancelled, RequestError
 from fastusp_backend.models.files import read_model
 from fastusp_backend.models.ownership import rank_bytes
 from fastusp_backend.pool import Progress
-from fastusp_backend.pool import following
+from fastusp_backend.pool import request as requests
 
 pytestmark = pytest.mark.dist
 
@@ -64,8 +64,8 @@ def test_residency_is_seen_to_after_a_run(pool, dev):
         ("keep", "resident", None, 0.0),
     ):
         over = session(pool, dev, residency=residency)
-        over.settle()
-        assert pool.held.state == state and bool(over.holds()) == (residency == "keep")
+        over.after_run()
+        assert pool.held.state == state and bool(over.resident_bytes()) == (residency == "keep")
         assert pool.status()["held"] == state
         phases = []
         got = sample(pool, dev, progress=Progress(phase=phases.append))
@@ -76,7 +76,7 @@ def test_residency_is_seen_to_after_a_run(pool, dev):
 @pytest.mark.parametrize(("residency", "state"), [("keep", "none"), ("park", "parked"), ("release", "none")])
 def test_who_needs_the_room_gets_it(pool, dev, residency, state):
     evaluate(pool, dev)
-    session(pool, dev, residency=residency).give_way()
+    session(pool, dev, residency=residency).evict()
     assert pool.held.state == state
 
 
@@ -96,7 +96,7 @@ def test_a_cancelled_run_can_be_parked(pool, dev):
 def halted(pool, dev, monkeypatch):
     """A context in which rank 1 stands still, so that what is cancelled is left behind."""
     evaluate(pool, dev)
-    monkeypatch.setattr(following, "CANCEL_SECONDS", 0.0)
+    monkeypatch.setattr(requests, "CANCEL_SECONDS", 0.0)
 
     @contextlib.contextmanager
     def context():
@@ -120,7 +120,7 @@ def test_weights_that_come_after_a_cancel_are_known(pool, dev, halted):
         leave_behind(pool, dev)
         assert pool.held.state == "none"
     wait_until(lambda: pool.held.state == "resident" and not pool._workers.behind, 20)
-    assert session(pool, dev).holds() and not pool.busy
+    assert session(pool, dev).resident_bytes() and not pool.busy
     pool.park()
     assert pool.held.state == "parked"
 
@@ -132,7 +132,7 @@ def test_weights_that_come_after_a_cancel_leave_again(pool, dev, halted, residen
     pool.release()
     with halted():
         leave_behind(pool, dev)
-        over.settle()
+        over.after_run()
     wait_until(lambda: pool.held.state == state and not pool._workers.behind, 20)
     assert sample(pool, dev).isfinite().all()
 

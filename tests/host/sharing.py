@@ -86,7 +86,7 @@ assert base.model.memory_required([2, 16, 64, 64], cond_shapes={}) == 0
 management.free_memory(1e30, CPU)
 assert pool.held.state == "resident", "pressure where the workers hold nothing is not theirs"
 
-memory.follow_unload_all()
+memory.weights.follow_unload_all()
 evaluate(base)
 management.unload_all_models()
 assert pool.held.state == "none"
@@ -149,7 +149,7 @@ modulations = sum(info.size for name, info in header.items() if "mod" in name)
 assert size - modulations < sizes(other)[0] < size - 0.3 * modulations, "each of two ranks holds some of them"
 for patcher in (parking, other):
     object.__setattr__(patcher.session.pool, "devices", replace(patcher.session.pool.devices, gpus=(0,)))
-memory.taking(other.session, CPU, other)
+memory.weights.make_room(other.session, CPU, other)
 assert pool.held.state == "parked"
 
 # Wrappers around Qwen-Image's transformer see its arguments where this host's own transformer has them.

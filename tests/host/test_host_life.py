@@ -93,7 +93,7 @@ def test_warm_over_files_layouts_and_settings(host):
     graph.save(graph.sample(graph.usp(settings=settings), steps=2, seed=55))
     assert host.run(graph).latents
     after = host.pool("cpu:2")
-    assert after["pids"] == before["pids"] and after["generation"] == before["generation"]
+    assert after["pids"] == before["pids"] and after["starts"] == before["starts"]
     assert after["state"] == "idle" and after["ranks"] == 2
 
 

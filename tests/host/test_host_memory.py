@@ -33,7 +33,7 @@ def test_unloading_all_models_reaches_the_workers(host, what):
     run(host, seed=90 + len(what))
     before = host.pool("cpu:2")
     assert before["held"] == "resident" and before["nbytes"] > 1e6
-    assert before["model"] == "dev.safetensors" and before["exchanges"] == "gloo, exact wire"
+    assert before["model"] == "dev.safetensors" and before["transport"] == "gloo, exact wire"
     host.post("/free", {what: True})
     deadline = time.monotonic() + 10
     while held(host) != "none":

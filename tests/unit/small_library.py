@@ -1,4 +1,4 @@
-"""A small library under ComfyUI's name, and a pack, in files, to try nodes/originals.py and its neighbours on."""
+"""A small library under ComfyUI's name, and a pack, in files, to try nodes/provenance.py and its neighbours on."""
 
 import importlib.util
 import sys
@@ -111,14 +111,14 @@ def load(name: str, file: Path, **attributes) -> types.ModuleType:
 
 
 class _Executor:
-    """Of ComfyUI's wrappers; none is used here."""
+    """Stands for ComfyUI's of wrappers; none is used here."""
 
 
 @pytest.fixture
 def world(tmp_path, monkeypatch):
-    """originals, the library's module and the pack's."""
-    names = ["comfy.ldm.library", "comfy.ldm.helpers", "the_pack", "originals_test"]
-    names += [f"originals_test.{name}" for name in ("comfyui", "originals", "closure", "watch")]
+    """(nodes/provenance.py, the library's module, the pack's)."""
+    names = ["comfy.ldm.library", "comfy.ldm.helpers", "the_pack", "nodes_test"]
+    names += [f"nodes_test.{name}" for name in ("comfyui", "provenance", "reachable", "call_tracer")]
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
     library, pack = tmp_path / "comfy/ldm/library.py", tmp_path / "custom_nodes/the-pack/__init__.py"
@@ -128,14 +128,14 @@ def world(tmp_path, monkeypatch):
         path.write_text(text)
     paths = types.SimpleNamespace(get_folder_paths=lambda _kind: [str(tmp_path / "custom_nodes")])
     samplers = types.SimpleNamespace(__file__=str(tmp_path / "comfy/samplers.py"))
-    package = types.ModuleType("originals_test")
+    package = types.ModuleType("nodes_test")
     package.__path__ = []
-    sys.modules["originals_test"] = package
-    comfyui = sys.modules["originals_test.comfyui"] = types.ModuleType("originals_test.comfyui")
+    sys.modules["nodes_test"] = package
+    comfyui = sys.modules["nodes_test.comfyui"] = types.ModuleType("nodes_test.comfyui")
     comfyui.folder_paths, comfyui.samplers, comfyui.WrapperExecutor = paths, samplers, _Executor
     load("comfy.ldm.helpers", helpers)
     yield (
-        load("originals_test.originals", FOLDER / "originals.py", __package__="originals_test"),
+        load("nodes_test.provenance", FOLDER / "provenance.py", __package__="nodes_test"),
         load("comfy.ldm.library", library),
         load("the_pack", pack),
     )

@@ -36,7 +36,7 @@ def test_runs_at_the_same_time():
     assert seen == [False, False]
 
 
-@pytest.mark.parametrize("error", [RequestError("refused"), PoolError("died")])
+@pytest.mark.parametrize("error", [RequestError("refused"), PatchesLost("twice"), PoolError("died")])
 def test_an_error_is_kept(error):
     account = Account()
     with pytest.raises(type(error)), account.request():
@@ -44,9 +44,7 @@ def test_an_error_is_kept(error):
     assert account.error == str(error)
 
 
-@pytest.mark.parametrize(
-    "error", [Cancelled("so wanted"), PatchesLost("sent anew"), KeyboardInterrupt(), ValueError("?")]
-)
+@pytest.mark.parametrize("error", [Cancelled("so wanted"), KeyboardInterrupt(), ValueError("?")])
 def test_what_is_no_error_of_the_pool(error):
     account = Account()
     with pytest.raises(type(error)), account.request():

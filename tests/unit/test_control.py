@@ -17,7 +17,7 @@ from fastusp_backend.worker.control import CLIENT_GONE, STRANGERS, Control
 pytestmark = pytest.mark.unit
 
 KEY = bytes(range(32))
-READY = Ready(version=VERSION, devices=["cpu"], pids=[1], torch="2", transport="gloo")
+READY = Ready(version=VERSION, devices=["cpu"], pids=[1], torch="2", backend="gloo")
 
 
 class Rank:

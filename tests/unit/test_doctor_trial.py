@@ -24,7 +24,7 @@ pytestmark = pytest.mark.unit
         ("gave no result within 240 s: its processes still run", 2, "NCCL_P2P_DISABLE=1"),
         ("gave no result within 240 s: its processes still run", 1, "--seconds"),
         ("rank 0 (process 5) made no headway for 12 s while it evaluated the model", 2, "NCCL_P2P_DISABLE=1"),
-        ("rank 0 did not stand 300 s after the start, in its imports", 2, "NCCL_P2P_DISABLE=1"),
+        ("rank 0 did not get ready within 300 s of the start, in its imports", 2, "NCCL_P2P_DISABLE=1"),
         ("[rank 0 stdout] NCCL WARN Cuda failure 'peer access is not supported'", 2, "NCCL_P2P_DISABLE=1"),
         ("[rank 0 stdout] NCCL version 2.28.9: something else", 2, "--json"),
     ],
@@ -70,7 +70,7 @@ def test_gpus_that_fail_together_are_tried_without_direct_access(monkeypatch, cu
 
     monkeypatch.setattr(trial.Job, "run", run)
     monkeypatch.setattr(trial, "Pool", NoPool)
-    monkeypatch.setattr(NoPool, "held", type("Held", (), {"exchanges": "host memory"}), raising=False)
+    monkeypatch.setattr(NoPool, "held", type("Held", (), {"transport": "host memory"}), raising=False)
     monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)
     spec = type("Spec", (), {"compute": "bfloat16"})
     job, devices = trial.Job(spec, (None, None), 9.0, print), Devices(ranks=2, gpus=(0, 1))

@@ -11,8 +11,8 @@ from support import wait_until
 
 from fastusp_backend import pulse
 from fastusp_backend.comm import collective
-from fastusp_backend.pool import watch
-from fastusp_backend.pool.watch import BEHIND_SECONDS, LOOK_SECONDS, START_SECONDS, STOPPED_SECONDS, Watch
+from fastusp_backend.pool import hangs
+from fastusp_backend.pool.hangs import BEHIND_SECONDS, LOOK_SECONDS, START_SECONDS, STOPPED_SECONDS, HangDetector
 from fastusp_backend.pulse import COLD_SECONDS, Pulse
 
 pytestmark = pytest.mark.unit
@@ -35,8 +35,8 @@ class Ranks:
             self.pulses.append(Pulse(folder / f"pulse-{n}"))
             self.pulses[n].turn_to(DOING)
             (folder / f"stack-{n}").touch()
-        monkeypatch.setattr(watch.time, "monotonic", lambda: self.now)
-        monkeypatch.setattr(watch, "_process", lambda pid: (self.states[pid], self.faults[pid]))
+        monkeypatch.setattr(hangs.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(hangs, "_process", lambda pid: (self.states[pid], self.faults[pid]))
         real = pulse.Reader.read
 
         def read(reader):
@@ -44,16 +44,16 @@ class Ranks:
             return sign and sign._replace(pid=int(reader._path.name[-1]))
 
         monkeypatch.setattr(pulse.Reader, "read", read)
-        monkeypatch.setattr(watch.os, "kill", self._kill)
-        monkeypatch.setattr(watch.time, "sleep", self._sleep)
-        self.watch = Watch(folder, 2)
+        monkeypatch.setattr(hangs.os, "kill", self._kill)
+        monkeypatch.setattr(hangs.time, "sleep", self._sleep)
+        self.detector = HangDetector(folder, 2)
 
     def _sleep(self, seconds):
         self.now += seconds
 
     def _kill(self, pid, number):
         self.asked.append((pid, number))
-        if number == watch.STACK_SIGNAL:
+        if number == hangs.STACK_SIGNAL:
             with open(self.folder / f"stack-{pid}", "a") as file:
                 file.write(
                     f"Thread 0x2 (most recent call first):\n{OTHER}\n\nCurrent thread 0x1 (most recent call first):\n"
@@ -64,8 +64,8 @@ class Ranks:
         """Looks as the pool does, for some seconds or until somebody hangs."""
         for _ in range(round(seconds / LOOK_SECONDS)):
             self.now += LOOK_SECONDS
-            if suspicion := self.watch.look(awaited):
-                return self.watch.accuse(suspicion)
+            if suspicion := self.detector.look(awaited):
+                return self.detector.accuse(suspicion)
         return None
 
 
@@ -106,7 +106,7 @@ def test_who_waits_for_nobody_is_blamed(ranks, waits):
     assert hang.cause == f"rank 1 (process 1) made no headway for 12 s {DOING}"
     assert [line.strip() for line in hang.stacks] == [
         "Rank 0 was in:",
-        watch._short(waits),
+        hangs._short(waits),
         "Rank 1 was in:",
         THERE.strip(),
     ]
@@ -119,8 +119,8 @@ def test_where_all_wait_all_are_named(ranks):
 
 
 def test_a_rank_that_does_not_tell_its_stack(ranks, monkeypatch):
-    monkeypatch.setattr(watch.os, "kill", lambda pid, number: None)
-    monkeypatch.setattr(watch, "STACK_SECONDS", 0)
+    monkeypatch.setattr(hangs.os, "kill", lambda pid, number: None)
+    monkeypatch.setattr(hangs, "STACK_SECONDS", 0)
     beat(ranks, 12)
     assert ranks.look(14).stacks == [f"Rank {n} did not say where it was" for n in (0, 1)]
 
@@ -180,7 +180,9 @@ def test_a_start_has_a_limit(ranks):
     for _ in range(10):
         beat(ranks, 12)
         assert ranks.look(START_SECONDS / 10 - 1, "start") is None
-    assert ranks.look(15, "start").cause.startswith("rank 1 (process 1) did not stand 300 s after the start, while")
+    assert ranks.look(15, "start").cause.startswith(
+        "rank 1 (process 1) did not get ready within 300 s of the start, while"
+    )
 
 
 def test_a_start_that_reads_its_libraries_from_a_disk_may_take_longer(ranks):
@@ -207,12 +209,12 @@ def test_a_host_without_descriptors_goes_on_looking(ranks, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("builtins.open", none_left)
         ranks.states[1] = "T"
-        assert ranks.look(2 * STOPPED_SECONDS) is None and ranks.watch.where()
+        assert ranks.look(2 * STOPPED_SECONDS) is None and ranks.detector.where()
     assert ranks.look(STOPPED_SECONDS + 1).cause.startswith("rank 1 (process 1) was stopped")
 
 
 def test_ranks_that_show_nothing_yet_do_not_hang(tmp_path):
-    looker = Watch(tmp_path, 2)
+    looker = HangDetector(tmp_path, 2)
     assert looker.look("start") is None and looker.look("answer") is None
     assert looker.where() == [f"Rank {n} did not say where it was" for n in (0, 1)]
 
@@ -239,11 +241,11 @@ def test_a_process_that_spins_tells_where(tmp_path):
             assert process.stdout.readline() == b"there\n"
             sign = pulse.Reader(tmp_path / "pulse-0").read()
             assert (sign.pid, sign.doing) == (process.pid, "while it span")
-            looker = Watch(tmp_path, 1)
+            looker = HangDetector(tmp_path, 1)
             os.kill(process.pid, signal.SIGSTOP)
-            wait_until(lambda: watch._process(process.pid)[0] == "T", 5)
+            wait_until(lambda: hangs._process(process.pid)[0] == "T", 5)
             assert "in here" in looker.where()[1]
-            assert process.poll() is None and watch._process(process.pid)[0] != "T"
+            assert process.poll() is None and hangs._process(process.pid)[0] != "T"
         finally:
             process.kill()
 

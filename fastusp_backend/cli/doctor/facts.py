@@ -220,7 +220,7 @@ def _host_free() -> int | None:
 
 def _dropped(devices: Devices) -> tuple[str, ...]:
     """Finds variables of this process that the workers do not get, or get another value of."""
-    from ...pool.workers import worker_environment
+    from ...pool.processes import worker_environment
 
     given = worker_environment(devices, Path("/"), os.environ)
     return tuple(sorted(k for k, v in os.environ.items() if shown(k) and given.get(k) != v))

@@ -32,7 +32,7 @@ _UNREACHED = (
     "between them: turn it off (BIOS, intel_iommu=off or amd_iommu=off), or keep the variable set for ComfyUI.\n"
     "If it hangs still, NCCL_SHM_DISABLE=1 and NCCL_DEBUG=INFO tell more"
 )
-_LATE = r"within [\d.]+ s|made no headway|did not stand"
+_LATE = r"within [\d.]+ s|made no headway|did not get ready"
 _KNOWN = (
     (r"C compiler|Python\.h", "Triton needs a C compiler and Python's headers: apt install gcc python3-dev"),
     (r"No space left on device|SIGBUS|/dev/shm", "In a container: docker run --shm-size=1g, or --ipc=host"),
@@ -153,7 +153,7 @@ def _attempt(job: Job, pool: Pool, layout: Layout, expected: torch.Tensor | None
         latents, started = job.run(pool, layout)
     except FastUSPError as error:
         return Check(name, "fail", str(error), advise(str(error), len(pool.devices.gpus))), None
-    return judge(name, latents, expected, started, pool.held.exchanges, BOUNDS[job.spec.compute]), latents
+    return judge(name, latents, expected, started, pool.held.transport, BOUNDS[job.spec.compute]), latents
 
 
 def judge(
@@ -161,16 +161,16 @@ def judge(
     latents: torch.Tensor,
     expected: torch.Tensor | None,
     started: float | None,
-    exchanges: str,
+    transport: str,
     bound: float,
 ) -> Check:
     """Judges latents by the expected ones.
 
-    exchanges: as in `protocol.Held`.
+    transport: as in `protocol.Held`.
     bound: by how much the latents may differ, relative (Frobenius).
     """
     parts = [f"started in {started:.1f} s"] if started is not None else []
-    parts += [exchanges] if exchanges not in ("", "none") else []
+    parts += [transport] if transport not in ("", "none") else []
     wrong = not bool(latents.isfinite().all())
     if wrong:
         parts.append("the result is not finite")

@@ -11,7 +11,7 @@ from ..world import World
 
 ANY = ("idle", "start", "load", "delay", "step")
 STANDING = ("idle", "load", "delay", "step")
-"""Moments at which the workers stand."""
+"""Moments at which the workers are ready."""
 
 
 class Fault:

@@ -68,7 +68,7 @@ class Files(_OfAFile):
         if self.resident:
             self.use()
         elif self.world.ranks():
-            self.world.pool.release()
+            self.world.release()
         if self.old:
             self.world.give(self.request.model, self.world.spec_of(self.victim))
 

@@ -3,7 +3,7 @@
 import signal
 import threading
 
-from fastusp_backend.pool import watch
+from fastusp_backend.pool import hangs
 
 from ..requests import ENDLESS, FINITE
 from ..world import FAIL, LEAVE, LOOP
@@ -101,8 +101,8 @@ class Stop(OnRanks, Endless):
         self.names = f"{self.told(victims)}.* was stopped"
         shown = all((self.world.run_dir / f"pulse-{rank}").exists() for rank in victims)
         if self.moment.kind == "start" and not (victims and shown):
-            self.limit = watch.START_SECONDS + 15.0
-            self.names += "|did not stand"
+            self.limit = hangs.START_SECONDS + 15.0
+            self.names += "|did not get ready"
         for pid in victims.values() or [self.world.torchrun]:
             if pid is not None:
                 send(pid, signal.SIGSTOP)

@@ -37,14 +37,14 @@ _WAITING += ("fastusp_backend/comm/", "fastusp_backend/engine/parking.py")  # `W
 
 
 class Suspicion(NamedTuple):
-    """Whom `Watch.look` takes for hung. ranks: empty where it is not plain who holds up the others."""
+    """Names whom `HangDetector.look` takes for hung. ranks: empty where it is not plain who delays the others."""
 
     what: str
     ranks: list[int]
 
 
 class Hang(NamedTuple):
-    """Who hangs, and in what: a cause for people, and lines that say where the ranks were."""
+    """Says who hangs, and in what: a cause for people, and lines that say where the ranks were."""
 
     cause: str
     stacks: list[str]
@@ -62,8 +62,8 @@ class _Rank:
     stopped: float = 0.0
 
 
-class Watch:
-    """Of the ranks of one run directory."""
+class HangDetector:
+    """Looks at the ranks of one run directory, as often as it is told to."""
 
     def __init__(self, directory: Path, ranks: int):
         self._directory = directory
@@ -141,7 +141,7 @@ class Watch:
             return Suspicion("was stopped (SIGSTOP, Ctrl-Z)", stopped)
         if self._awaited == "start":
             late = self._waited >= START_SECONDS
-            return Suspicion(f"did not stand {START_SECONDS:.0f} s after the start,", []) if late else None
+            return Suspicion(f"did not get ready within {START_SECONDS:.0f} s of the start,", []) if late else None
         most = BEHIND_SECONDS if self._awaited != "answer" else float("inf")
         if any(rank.sign is None or rank.still < min(rank.sign.seconds, most) for rank in self._ranks):
             return None

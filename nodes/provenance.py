@@ -4,7 +4,7 @@ Packs change ComfyUI by putting functions of their own in its modules, classes a
 `__module__` prove nothing (`functools.wraps` copies them); its code does: Python keeps, and compares, what it compiled.
 So a function is an original where the file of its module, compiled anew, holds that code under that name.
 
-`closure.py` beside this file says which functions another one reaches.
+`reachable.py` beside this file says which functions another one reaches.
 """
 
 import functools
@@ -124,12 +124,12 @@ def pack_of(file: str) -> str | None:
 
 
 def file_of(module: ModuleType | None) -> str:
-    """Without waking modules that load themselves when they are asked for something."""
+    """A module's file, without waking modules that load themselves when they are asked for something."""
     return getattr(module, "__dict__", {}).get("__file__") or ""
 
 
 def owner(value: object) -> str:
-    """Whose a function, its code, a class or an instance is, for people: a node pack, else a module or file."""
+    """Says whose a function, its code, a class or an instance is, for people: a node pack, else a module or file."""
     if isinstance(value, functools.partial):
         return "functools.partial"  # whoever made it is not to be seen
     code = value if isinstance(value, CodeType) else code_of(value)

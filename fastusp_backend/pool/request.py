@@ -1,17 +1,45 @@
-"""A request, from when it was sent to its end: what its caller hears of it, and how it is cancelled."""
+"""One request to the workers: sent, followed to its end, cancelled."""
 
 import time
 
 from ..errors import Cancelled, FastUSPError, PatchesLost, ProtocolError, RequestError
 from ..prompt import Tensors
-from ..protocol import Cancel, Done, Failed, Held, Phase, Step
+from ..protocol import Cancel, Done, Failed, Held, Message, Phase, Step
 from .link import POLL_SECONDS
-from .progress import Progress, call
+from .progress import CallersOwn, Progress, call
 from .workers import Workers
 
 CANCEL_SECONDS = 5.0
 """How long a cancel waits for its answer. Loading and compiling do not hear it: the request is then left behind, and
 its late replies are dropped."""
+
+
+class NotSent(Exception):
+    """The workers were gone before they had the request; its cause is the channel's error."""
+
+
+def submit(workers: Workers, message: Message, tensors: Tensors, progress: Progress) -> Tensors:
+    """Sends a request, waits for its answer, and gives its tensors. Cancels what it does not see the end of.
+
+    Raises Cancelled, RequestError (refused; the workers go on), PoolError (they died, or hang), NotSent, ProtocolError,
+    or what the caller's callbacks raise.
+    """
+    try:
+        try:
+            workers.send(message, tensors, lambda: call(progress.go_on))
+        except OSError as error:
+            raise NotSent from error
+        return follow(workers, message.id, progress)
+    except (NotSent, Cancelled, RequestError):
+        raise
+    except (OSError, EOFError) as error:
+        raise workers.failure("stopped while a prompt ran") from error
+    except CallersOwn as own:
+        cancel(workers, message.id)
+        raise own.error from own.error.__cause__
+    except BaseException:  # Ctrl-C; or one message was refused, but the request may run
+        cancel(workers, message.id)
+        raise
 
 
 def follow(workers: Workers, number: int, progress: Progress) -> Tensors:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from types import CodeType, FunctionType, ModuleType
 from typing import NamedTuple
 
-from . import originals
+from . import provenance
 
 
 class Place(NamedTuple):
@@ -30,13 +30,13 @@ def reached(module: ModuleType, name: str, library: str) -> tuple[Place, ...]:
             found[place] = None
             open_places += _decorators(place)
             for code in codes_at(place):
-                open_places += _named(place.module, originals.names_in(code), library)
+                open_places += _named(place.module, provenance.names_in(code), library)
     return tuple(found)
 
 
 def codes_at(place: Place) -> Iterator[CodeType]:
     """The code that a place's file has there: a function's, or of all methods of a class; none for an imported name."""
-    for code, name in originals.codes(place.module).items():
+    for code, name in provenance.codes(place.module).items():
         if name == place.name or name.startswith(f"{place.name}."):
             yield code
 
@@ -45,7 +45,7 @@ def _decorators(place: Place) -> Iterator[Place]:
     """The functions of the same module that wrapped the one at a place: nothing in its own code names them."""
     value = vars(place.module).get(place.name)
     while isinstance(value, FunctionType):
-        name = originals.codes(place.module).get(value.__code__)
+        name = provenance.codes(place.module).get(value.__code__)
         if name is not None:
             yield Place(place.module, name.partition(".")[0])
         value = getattr(value, "__wrapped__", None)
@@ -74,7 +74,7 @@ def _named(module: ModuleType, used: frozenset[str], library: str) -> Iterator[P
 @functools.cache
 def _defined(module: ModuleType) -> frozenset[str]:
     """The functions and classes that a module's file defines."""
-    return frozenset(name.partition(".")[0] for name in originals.names(module))
+    return frozenset(name.partition(".")[0] for name in provenance.names(module))
 
 
 def changed(place: Place) -> tuple[str, object] | None:
@@ -83,7 +83,7 @@ def changed(place: Place) -> tuple[str, object] | None:
     value = vars(place.module).get(place.name)
     if not isinstance(value, type):
         return (place.name, value) if _is_changed(place.module, place.name, value) else None
-    if originals.pack_of(originals.file_of(sys.modules.get(value.__module__))) is not None:
+    if provenance.pack_of(provenance.file_of(sys.modules.get(value.__module__))) is not None:
         return place.name, value
     if value.__module__ == place.module.__name__:
         for part, inner in vars(value).items():
@@ -95,16 +95,16 @@ def changed(place: Place) -> tuple[str, object] | None:
 def _is_changed(module: ModuleType, name: str, value: object) -> bool:
     """A pack's function counts wherever it stands; one from elsewhere where the file defines a function: decorators
     such as `dataclass` write functions, and modules take some from libraries."""
-    code = originals.code_of(value)
+    code = provenance.code_of(value)
     if code is None:  # no Python function: a pack's callable object, or what hides a function
-        made_by = originals.file_of(sys.modules.get(type(value).__module__))
-        return isinstance(value, functools.partial | functools.partialmethod) or originals.pack_of(made_by) is not None
-    if originals.pack_of(code.co_filename) is not None:
+        made_by = provenance.file_of(sys.modules.get(type(value).__module__))
+        return isinstance(value, functools.partial | functools.partialmethod) or provenance.pack_of(made_by) is not None
+    if provenance.pack_of(code.co_filename) is not None:
         return True
-    if name not in originals.names(module):
+    if name not in provenance.names(module):
         return False
-    known = code in originals.codes(module) or originals.is_installed(code.co_filename)
-    return not known and originals.is_foreign(code)
+    known = code in provenance.codes(module) or provenance.is_installed(code.co_filename)
+    return not known and provenance.is_foreign(code)
 
 
 class Unchanged:
@@ -131,15 +131,15 @@ class Unchanged:
     def reader(self, text: str) -> str | None:
         """A function whose code holds a text, such as a key that it looks up; None if there is none."""
         if text not in self._readers:
-            reading = (p for p in self.places for code in codes_at(p) if text in originals.strings_in(code))
+            reading = (p for p in self.places for code in codes_at(p) if text in provenance.strings_in(code))
             place = next(reading, None)
-            self._readers[text] = place and f"{originals.short_name(place.module.__name__)}.{place.name}"
+            self._readers[text] = place and f"{provenance.short_name(place.module.__name__)}.{place.name}"
         return self._readers[text]
 
 
 @functools.cache
 def unchanged(kind: type) -> Unchanged:
-    """One for each class."""
+    """The one `Unchanged` of a class."""
     return Unchanged(kind)
 
 

@@ -1,4 +1,4 @@
-"""A watch sees foreign functions before they run, whoever swallows what it raises."""
+"""The tracer sees foreign functions before they run, whoever swallows what it raises."""
 
 import gc
 
@@ -30,41 +30,41 @@ def collecting(x):
 
 
 @pytest.fixture
-def watched(world, tmp_path):
-    """watch's module, the library, the pack; and a run(function, *args) -> what was found."""
-    originals, library, pack = world
+def traced(world, tmp_path):
+    """(a module of the library, the pack, run(function, *args) -> what was found)."""
+    _, _, pack = world
     (tmp_path / "comfy/runs.py").write_text(RUNS)
     runs = load("comfy.ldm.library", tmp_path / "comfy/runs.py")
-    watch = load("originals_test.watch", FOLDER / "watch.py", __package__="originals_test")
+    tracing = load("nodes_test.call_tracer", FOLDER / "call_tracer.py", __package__="nodes_test")
 
     def run(function, *args):
-        seen = watch.Watch(run.__code__)
+        seen = tracing.CallTracer(run.__code__)
         try:
             with seen:
                 function(*args)
             seen.check_names()
-        except watch.Obstacle:
+        except tracing.Obstacle:
             pass
         return seen.found
 
     return runs, pack, run
 
 
-def test_originals_pass(watched):
-    runs, _, run = watched
+def test_originals_pass(traced):
+    runs, _, run = traced
     assert run(runs.Model().apply, 1) is None and run(runs.careless, 1) is None
 
 
-def test_a_foreign_function_does_not_run(watched):
-    runs, pack, run = watched
+def test_a_foreign_function_does_not_run(traced):
+    runs, pack, run = traced
     ran = []
     runs.step = pack.wrapped(lambda x: ran.append(x))
     assert run(runs.Model().apply, 1) == "the-pack changed ldm.library.step" and not ran
     assert run(runs.careless, 1) == "the-pack changed ldm.library.step" and not ran, "swallowed"
 
 
-def test_methods_of_an_instance_and_what_is_no_function(watched):
-    runs, pack, run = watched
+def test_methods_of_an_instance_and_what_is_no_function(traced):
+    runs, pack, run = traced
     model = runs.Model()
     model.apply = pack.wrapped(model.apply)
     assert run(runs.Model.apply, model, 1) is None, "nobody asked the instance"
@@ -72,8 +72,8 @@ def test_methods_of_an_instance_and_what_is_no_function(watched):
     assert run(runs.Model().apply, 1) == "builtins changed ldm.library.step"
 
 
-def test_finalisers_are_nobodys_business(watched):
-    runs, pack, run = watched
+def test_finalisers_are_nobodys_business(traced):
+    runs, pack, run = traced
     gc.collect()
     pack.Finalised()
     assert run(runs.collecting, 1) is None and pack.done == [1]

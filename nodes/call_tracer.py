@@ -6,7 +6,7 @@ from types import CodeType, FrameType, MethodType, ModuleType
 
 import torch
 
-from . import originals
+from . import provenance
 from .comfyui import WrapperExecutor
 
 _ASIDE = {"__del__", "get_free_memory"}
@@ -19,7 +19,7 @@ class Obstacle(BaseException):
     those on the way."""
 
 
-class Watch:
+class CallTracer:
     """Sees the functions that are called inside a `with`, by the function of code `outermost`. found: the first
     obstacle."""
 
@@ -47,35 +47,36 @@ class Watch:
         code = frame.f_code
         if event != "call":
             return
-        if code.co_filename.startswith(originals.COMFY) and code.co_argcount and code.co_varnames[0] == "self":
+        if code.co_filename.startswith(provenance.COMFY) and code.co_argcount and code.co_varnames[0] == "self":
             instance = frame.f_locals["self"]
             self._instances[id(instance)] = instance
-        if code in self._seen or code.co_filename.startswith((originals.OWN, originals.TORCH)):
+        if code in self._seen or code.co_filename.startswith((provenance.OWN, provenance.TORCH)):
             return
-        module = originals.module_of(code, frame.f_globals)
+        module = provenance.module_of(code, frame.f_globals)
         if module is None:
             if not self._is_library(frame) and not self._is_aside(frame):
                 self.fail(_described(frame))
             return
         self._seen.add(code)
-        if code in originals.codes(module):
+        if code in provenance.codes(module):
             self.codes[code] = module
         else:
-            self.fail(f"{originals.short_name(module.__name__)}.{code.co_name} is older than its file: restart ComfyUI")
+            name = provenance.short_name(module.__name__)
+            self.fail(f"{name}.{code.co_name} is older than its file: restart ComfyUI")
 
     def _is_library(self, frame: FrameType) -> bool:
         """Whether a function is Python's, or of a library that the file of its caller imports, or called by either or
         by FastUSP's transformer."""
         file, caller = frame.f_code.co_filename, frame.f_back
-        if originals.pack_of(file) is not None:
+        if provenance.pack_of(file) is not None:
             return False
-        looked_at = (originals.COMFY, originals.TORCH)
+        looked_at = (provenance.COMFY, provenance.TORCH)
         if not caller.f_code.co_filename.startswith(looked_at) and caller.f_code is not self._outermost:
             return True
         name = frame.f_globals.get("__name__", "")
-        if originals.is_python(file) or name.startswith("namedtuple_"):
+        if provenance.is_python(file) or name.startswith("namedtuple_"):
             return True
-        return originals.is_installed(file) and isinstance(caller.f_globals.get(name.split(".")[0]), ModuleType)
+        return provenance.is_installed(file) and isinstance(caller.f_globals.get(name.split(".")[0]), ModuleType)
 
     def _is_aside(self, frame: FrameType | None) -> bool:
         """Whether a function was called by one of _ASIDE, through whichever others, or is one."""
@@ -88,12 +89,12 @@ class Watch:
     def check_names(self) -> None:
         """What stands, in ComfyUI's modules and in the classes and instances that took part, at the names that the
         functions use which were called, and is no Python function: those were seen if they were called."""
-        used = frozenset().union(*map(originals.names_in, self.codes))
+        used = frozenset().union(*map(provenance.names_in, self.codes))
         for module in {*self.codes.values()}:
-            for name in used & originals.names(module) & vars(module).keys():
+            for name in used & provenance.names(module) & vars(module).keys():
                 value = vars(module)[name]
-                if originals.code_of(value) is None:
-                    self.fail(originals.change_of(module, name, value))
+                if provenance.code_of(value) is None:
+                    self.fail(provenance.change_of(module, name, value))
         for instance in self._instances.values():
             change = changed_in(instance, used, every=False)
             if change is not None:
@@ -109,13 +110,13 @@ def changed_in(instance: object, used: frozenset[str], *, every: bool) -> str | 
             continue
         for name in used & vars(kind).keys():
             value, whole = vars(kind)[name], f"{kind.__qualname__}.{name}"
-            if whole in originals.names(module) and (every or originals.code_of(value) is None):
-                if not _is_own(value) and not originals.is_original(module, whole):
-                    return originals.change_of(module, whole, value)
+            if whole in provenance.names(module) and (every or provenance.code_of(value) is None):
+                if not _is_own(value) and not provenance.is_original(module, whole):
+                    return provenance.change_of(module, whole, value)
     for name in used & getattr(instance, "__dict__", {}).keys():
         value = vars(instance)[name]
-        if (every or originals.code_of(value) is None) and _hides_a_method(instance, name) and not _is_own(value):
-            return f"{originals.owner(value)} changed {_shown(instance)}.{name}"
+        if (every or provenance.code_of(value) is None) and _hides_a_method(instance, name) and not _is_own(value):
+            return f"{provenance.owner(value)} changed {_shown(instance)}.{name}"
     return None
 
 
@@ -124,18 +125,18 @@ def _hides_a_method(instance: object, name: str) -> bool:
     when an object patch is undone."""
     value, held = vars(instance)[name], inspect.getattr_static(type(instance), name, None)
     is_it = isinstance(value, MethodType) and value.__self__ is instance and value.__func__ is held
-    return originals.code_of(held) is not None and not is_it
+    return provenance.code_of(held) is not None and not is_it
 
 
 def _is_own(value: object) -> bool:
-    code = originals.code_of(value)
-    return code is not None and code.co_filename.startswith(originals.OWN)
+    code = provenance.code_of(value)
+    return code is not None and code.co_filename.startswith(provenance.OWN)
 
 
 def _described(frame: FrameType) -> str:
     """A foreign function that is about to run: where it stands, and whose it is."""
     code, caller = frame.f_code, frame.f_back
-    by = originals.owner(code)
+    by = provenance.owner(code)
     scope = caller.f_locals
     this = scope.get("self")
     if isinstance(this, WrapperExecutor) and not _runs(this.original, code):
@@ -145,14 +146,14 @@ def _described(frame: FrameType) -> str:
         for holder in (value, *type(value).__mro__):
             for name, held in list(getattr(holder, "__dict__", {}).items()):
                 if _runs(held, code):
-                    own = originals.file_of(sys.modules.get(type(value).__module__)) == code.co_filename
+                    own = provenance.file_of(sys.modules.get(type(value).__module__)) == code.co_filename
                     return f"{_shown(value)} of {by}" if own else f"{by} changed {_shown(value)}.{name}"
     for module_name, module in list(sys.modules.items()):
         if module_name.startswith("comfy."):
             for name, held in list(vars(module).items()):
                 if _runs(held, code):
-                    return f"{by} changed {originals.short_name(module_name)}.{name}"
-    if caller.f_code.co_filename.startswith(originals.TORCH) and isinstance(this, torch.nn.Module):
+                    return f"{by} changed {provenance.short_name(module_name)}.{name}"
+    if caller.f_code.co_filename.startswith(provenance.TORCH) and isinstance(this, torch.nn.Module):
         return f"{by} hooks into the {_shown(this)}"
     return f"{by}'s {code.co_name}, called by {caller.f_code.co_name}"
 
@@ -164,4 +165,4 @@ def _shown(instance: object) -> str:
 def _runs(value: object, code: CodeType) -> bool:
     """Whether calling a value runs `code`."""
     called = vars(type(value)).get("__call__") if code.co_name == "__call__" else value
-    return originals.code_of(called) is code
+    return provenance.code_of(called) is code

@@ -15,67 +15,67 @@ EVERYTHING = ["helper", "sample", "remembered", "either", "Guider.predict", "Gui
 
 @pytest.mark.parametrize("name", EVERYTHING)
 def test_originals(world, name):
-    originals, library, _ = world
-    assert originals.is_original(library, name)
-    assert not originals.is_original(library, f"{name}_not_there")
+    provenance, library, _ = world
+    assert provenance.is_original(library, name)
+    assert not provenance.is_original(library, f"{name}_not_there")
 
 
 @pytest.fixture
-def closure(world):
-    return load("originals_test.closure", FOLDER / "closure.py", __package__="originals_test")
+def reachable(world):
+    return load("nodes_test.reachable", FOLDER / "reachable.py", __package__="nodes_test")
 
 
-def changes(closure, library) -> list[str]:
-    return [name for _, name, _ in closure.Unchanged(library.Guider).changes()]
+def changes(reachable, library) -> list[str]:
+    return [name for _, name, _ in reachable.Unchanged(library.Guider).changes()]
 
 
 @pytest.mark.parametrize("name", ["helper", "Guider.predict"])
-def test_what_hides_behind_the_originals_name(world, closure, name):
-    originals, library, pack = world
+def test_what_hides_behind_the_originals_name(world, reachable, name):
+    provenance, library, pack = world
     *owner, last = name.split(".")
     place = getattr(library, owner[0]) if owner else library
     original = getattr(place, last)
     for changed in (pack.wrapped(original), functools.partial(original), library.Guider.still, original.__class__):
         setattr(place, last, changed)
-        assert not originals.is_original(library, name), changed
+        assert not provenance.is_original(library, name), changed
     setattr(place, last, pack.wrapped(original))
     assert getattr(place, last).__module__ == library.__name__  # it says so
-    assert originals.owner(getattr(place, last)) == "the-pack"
-    assert originals.change_of(library, name, getattr(place, last)) == f"the-pack changed ldm.library.{name}"
-    assert changes(closure, library) == [name]
+    assert provenance.owner(getattr(place, last)) == "the-pack"
+    assert provenance.change_of(library, name, getattr(place, last)) == f"the-pack changed ldm.library.{name}"
+    assert changes(reachable, library) == [name]
     setattr(place, last, original)
-    assert originals.is_original(library, name) and not changes(closure, library)
+    assert provenance.is_original(library, name) and not changes(reachable, library)
 
 
 def test_a_function_of_the_same_file_under_another_name(world):
-    originals, library, _ = world
+    provenance, library, _ = world
     library.helper = library.either
-    assert not originals.is_original(library, "helper")
+    assert not provenance.is_original(library, "helper")
 
 
 def test_code_or_globals_that_were_exchanged(world):
-    originals, library, _ = world
+    provenance, library, _ = world
     library.helper = types.FunctionType(library.helper.__code__, {"KEY": 3}, "helper")
-    assert not originals.is_original(library, "helper")
+    assert not provenance.is_original(library, "helper")
     library.either.__code__ = (lambda x: x).__code__
-    assert not originals.is_original(library, "either")
+    assert not provenance.is_original(library, "either")
 
 
 def test_a_file_that_changed_while_it_was_loaded(world):
-    originals, library, _ = world
+    provenance, library, _ = world
     path = Path(library.__file__)
     path.write_text(LIBRARY.replace("return inner(x)", "return inner(x) + 1"))
-    assert not originals.is_original(library, "helper")
-    assert "restart ComfyUI" in originals.change_of(library, "helper", library.helper)
+    assert not provenance.is_original(library, "helper")
+    assert "restart ComfyUI" in provenance.change_of(library, "helper", library.helper)
     for gone in ("this is no Python (", None):
-        originals.codes.cache_clear()
+        provenance.codes.cache_clear()
         path.write_text(gone) if gone else path.unlink()
-        assert originals.codes(library) == {}
+        assert provenance.codes(library) == {}
 
 
-def test_a_replaced_class(world, closure):
+def test_a_replaced_class(world, reachable):
     _, library, pack = world
-    unchanged = closure.Unchanged(library.Guider)
+    unchanged = reachable.Unchanged(library.Guider)
     assert not [*unchanged.changes()]
     kind, library.Guider = library.Guider, pack.Other
     assert [name for _, name, _ in unchanged.changes()] == ["Guider"]
@@ -83,11 +83,11 @@ def test_a_replaced_class(world, closure):
     assert not [*unchanged.changes()]
 
 
-def test_what_is_no_function_is_a_change_too(world, closure):
+def test_what_is_no_function_is_a_change_too(world, reachable):
     """At names that a module defines, and at those that it imports."""
     _, library, pack = world
     library.near = sys.modules["comfy.ldm.helpers"].near
-    unchanged = closure.Unchanged(library.Guider)
+    unchanged = reachable.Unchanged(library.Guider)
     assert not [*unchanged.changes()]
     for name in ("near", "helper"):
         original = getattr(library, name)
@@ -98,9 +98,9 @@ def test_what_is_no_function_is_a_change_too(world, closure):
     assert not [*unchanged.changes()]
 
 
-def test_a_change_after_the_first_look_is_seen(world, closure):
+def test_a_change_after_the_first_look_is_seen(world, reachable):
     _, library, pack = world
-    unchanged, helpers = closure.Unchanged(library.Guider), sys.modules["comfy.ldm.helpers"]
+    unchanged, helpers = reachable.Unchanged(library.Guider), sys.modules["comfy.ldm.helpers"]
     assert not [*unchanged.changes()]
     for place, name in ((library.Guider, "predict"), (library, "helper"), (helpers, "further")):
         original = getattr(place, name)
@@ -112,35 +112,35 @@ def test_a_change_after_the_first_look_is_seen(world, closure):
     assert not [*unchanged.changes()]
 
 
-def test_what_decorators_write_is_no_change(world, closure):
+def test_what_decorators_write_is_no_change(world, reachable):
     _, library, _ = world
     assert "__init__" in vars(library.Sizes)
-    assert closure.changed(closure.Place(library, "Sizes")) is None
+    assert reachable.changed(reachable.Place(library, "Sizes")) is None
 
 
-def test_what_is_reached(world, closure):
+def test_what_is_reached(world, reachable):
     _, library, _ = world
-    named = {f"{p.module.__name__}.{p.name}" for p in closure.reached(library, "Guider", "comfy.ldm.")}
+    named = {f"{p.module.__name__}.{p.name}" for p in reachable.reached(library, "Guider", "comfy.ldm.")}
     assert named == {
         "comfy.ldm.library.Guider",
         "comfy.ldm.library.helper",
         "comfy.ldm.helpers.near",
         "comfy.ldm.helpers.further",
     }
-    assert {p.name for p in closure.reached(library, "Guider", "comfy.ldm.library")} == {"Guider", "helper"}
+    assert {p.name for p in reachable.reached(library, "Guider", "comfy.ldm.library")} == {"Guider", "helper"}
 
 
-def test_who_reads_and_who_left_a_key(world, closure):
-    originals, library, _ = world
-    unchanged = closure.Unchanged(library.Guider)
+def test_who_reads_and_who_left_a_key(world, reachable):
+    provenance, library, _ = world
+    unchanged = reachable.Unchanged(library.Guider)
     assert unchanged.reader("read_further") == "ldm.helpers.further"
     assert unchanged.reader("read_by_the_class") == "ldm.library.Guider"
     assert unchanged.reader("read_by_the_unrelated") is None and unchanged.reader("read_by_nobody") is None
-    assert originals.packs_naming("left_by_the_pack") == ["the-pack"] and originals.packs_naming("else") == []
+    assert provenance.packs_naming("left_by_the_pack") == ["the-pack"] and provenance.packs_naming("else") == []
 
 
 def test_core_nodes_are_named_shortly(world):
-    originals, library, pack = world
+    provenance, library, pack = world
     path = str(Path(library.__file__).parents[2] / "comfy_extras/nodes_more.py")
     function = types.FunctionType(pack.wrapped.__code__.replace(co_filename=path), {})
-    assert originals.owner(function) == "comfy_extras.nodes_more"
+    assert provenance.owner(function) == "comfy_extras.nodes_more"

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from fastusp_backend.errors import Cancelled, PatchesLost, ProtocolError, RequestError
-from fastusp_backend.pool import following
-from fastusp_backend.pool.following import follow
+from fastusp_backend.pool import request
 from fastusp_backend.pool.progress import QUIET, Progress
+from fastusp_backend.pool.request import follow
 from fastusp_backend.protocol import Cancel, Done, Failed, Held, Phase, Ready, Step
 
 pytestmark = pytest.mark.unit
@@ -16,7 +16,7 @@ class Workers:
     """Say what they are given, then nothing."""
 
     alive = True
-    ready = Ready(version=1, devices=["a", "b"], pids=[1, 2], torch="2", transport="gloo")
+    ready = Ready(version=1, devices=["a", "b"], pids=[1, 2], torch="2", backend="gloo")
 
     def __init__(self, *replies):
         self.replies, self.posted, self.left = list(replies), [], None
@@ -43,7 +43,7 @@ def test_late_replies_of_a_request_that_was_given_up_are_dropped():
         (Done(id=1), stale),
         (Failed(id=1, kind="cancelled", rank=0, text=""), {}),
         (step(2, 0), own),
-        (Held(id=2, model=None, state="none", nbytes=0, exchanges=""), {}),
+        (Held(id=2, model=None, state="none", nbytes=0, transport=""), {}),
         (Done(id=2), own),
     )
     steps, phases = [], []
@@ -80,7 +80,7 @@ def test_workers_that_ended_are_told():
 
 def test_a_cancel_that_is_not_answered_leaves_the_request_behind(monkeypatch):
     """Steps that come meanwhile are not shown."""
-    monkeypatch.setattr(following, "CANCEL_SECONDS", 0.0)
+    monkeypatch.setattr(request, "CANCEL_SECONDS", 0.0)
     workers, steps = Workers((step(2, 0), {})), []
     with pytest.raises(Cancelled, match="will come to it"):
         follow(workers, 2, Progress(step=lambda event, _: steps.append(event.index), interrupted=lambda: True))

@@ -1,0 +1,64 @@
+"""The inputs of USP Optimization Settings are the options of `config.Settings`, each with a tooltip."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import get_args, get_type_hints
+
+import pytest
+
+from fastusp_backend import config
+from fastusp_backend.config import Settings
+
+pytestmark = pytest.mark.unit
+
+FILE = Path(__file__).resolve().parents[2] / "nodes/settings.py"
+TYPES = get_type_hints(Settings)
+
+
+def recorder(kind: str) -> SimpleNamespace:
+    return SimpleNamespace(Input=lambda name, **given: (kind, name, given), Output=lambda **given: (kind, given))
+
+
+@pytest.fixture
+def node(monkeypatch):
+    """The node's module, for a ComfyUI that notes what it is given."""
+    io = SimpleNamespace(
+        ComfyNode=object,
+        Schema=lambda **given: SimpleNamespace(**given),
+        NodeOutput=lambda value: value,
+        Input=object,
+        Boolean=recorder("BOOLEAN"),
+        Combo=recorder("COMBO"),
+        Custom=recorder,
+    )
+    monkeypatch.setitem(sys.modules, "pack.nodes.comfyui", SimpleNamespace(io=io))
+    monkeypatch.setitem(sys.modules, "pack.fastusp_backend.config", config)
+    for package in ("pack", "pack.nodes", "pack.fastusp_backend"):
+        monkeypatch.setitem(sys.modules, package, SimpleNamespace(__path__=[]))
+    spec = importlib.util.spec_from_file_location("pack.nodes.settings", FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_option_is_an_input_in_the_order_of_the_options(node):
+    inputs = node.USPSettings.define_schema().inputs
+    assert [name for _, name, _ in inputs] == list(Settings.__struct_fields__) == list(node.TOOLTIPS)
+    for kind, name, given in inputs:
+        assert kind == ("BOOLEAN" if TYPES[name] is bool else "COMBO")
+        assert given.get("options", []) == list(get_args(TYPES[name]))
+        assert given["default"] == getattr(Settings(), name)
+        assert given["tooltip"]
+
+
+@pytest.mark.parametrize("name", [name for name, kind in TYPES.items() if kind is not bool])
+def test_a_tooltip_says_what_each_value_does(node, name):
+    assert all(value in node.TOOLTIPS[name] for value in get_args(TYPES[name]) if value != "exact" or name == "wire")
+
+
+def test_workflows_may_lack_what_came_after_the_first_options(node):
+    required = [name for _, name, given in node.USPSettings.define_schema().inputs if not given["optional"]]
+    assert required == ["wire", "attention"]
+    assert node.USPSettings.execute(wire="int8", attention="math") == Settings(wire="int8", attention="math")
