@@ -6,10 +6,10 @@ import pytest
 import torch
 from support import SMALL, inputs, relative_difference, spec_of
 
-from fastusp_backend.prompt import Prompt
 from fastusp_backend.config import Layout, Settings
 from fastusp_backend.errors import RequestError
 from fastusp_backend.pool import Progress, Session
+from fastusp_backend.prompt import Prompt
 
 pytestmark = pytest.mark.dist
 

@@ -11,12 +11,12 @@ import torch
 from pools import pids
 from support import REORDERED, SMALL, inputs, randn, relative_difference, spec_of
 
-from fastusp_backend.prompt import Prompt
 from fastusp_backend.config import Layout, Settings, WeightPatch
 from fastusp_backend.errors import ProtocolError, RequestError
 from fastusp_backend.models.synthetic import write_flux
 from fastusp_backend.pool import Progress, Session, WeightPatches, name_of
 from fastusp_backend.pool import pool as pools
+from fastusp_backend.prompt import Prompt
 from fastusp_backend.protocol import channel as channels
 from fastusp_backend.protocol import shared
 

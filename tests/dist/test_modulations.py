@@ -9,12 +9,10 @@ from pools import GIVEN, PROMPT, evaluate, run_ranks, session
 from support import SMALL, SMALL_QWEN, inputs, load_model, randn, relative_difference, spec_of
 from test_patches import looped, patched
 
-from fastusp_backend.prompt import Prompt
 from fastusp_backend.config import Layout, Settings, WeightPatch
 from fastusp_backend.engine import modulations
 from fastusp_backend.engine.loading import Checkpoint
 from fastusp_backend.engine.modulations import KEPT_ROWS, ModulationTable
-
 from fastusp_backend.models.synthetic import write_qwen_image
 from fastusp_backend.pool import NO_PATCHES, Progress, Session, WeightPatches, name_of
 from fastusp_backend.prompt import Prompt
