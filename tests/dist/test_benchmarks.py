@@ -48,7 +48,7 @@ def printed(tmp_path_factory):
         running[name].start()
 
     def of_command(name: str) -> str:
-        running[name].join(120)
+        running[name].join(240)
         said = (folder / f"{name}.out").read_text()
         assert running[name].exitcode == 0, said
         return said
