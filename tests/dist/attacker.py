@@ -63,7 +63,8 @@ def main(user: int, run_id: str, marker: str, ports: list[int]) -> None:
         os.setgid(user)
         os.setuid(user)
     with ThreadPoolExecutor(len(ports)) as threads:
-        stores = [port for port, hit in zip(ports, threads.map(lambda p: poison(p, run_id, marker), ports)) if hit]
+        found = list(threads.map(lambda p: poison(p, run_id, marker), ports))
+        stores = [port for port, hit in zip(ports, found, strict=True) if hit]
         held = list(threads.map(flood, ports))
     if stores:
         time.sleep(PATIENCE)

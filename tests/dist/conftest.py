@@ -1,5 +1,7 @@
-"""Pools of gloo ranks: one per number of ranks for the whole session, and fresh ones for tests that harm them."""
+"""Pools of gloo ranks for the whole session: one per number of ranks, and one for tests that harm its processes; fresh
+ones where it takes one."""
 
+import multiprocessing.util
 import os
 import shutil
 import tempfile
@@ -8,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from pools import processes_of, run_dir
 from support import SMALL
 
 from fastusp_backend.devices import Devices
@@ -19,6 +22,7 @@ from fastusp_backend.pool import Pool
 def run_dirs(tmp_path_factory):
     """Where the run directories of these tests lie, apart from those of other sessions; short, for socket addresses."""
     tmp_path_factory.getbasetemp()
+    multiprocessing.util.get_temp_dir()  # which goes at the exit of this process, behind `base`
     base = Path(tempfile.mkdtemp(dir="/tmp"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", str(base))
@@ -47,19 +51,68 @@ def schnell(tmp_path_factory):
     return path
 
 
+_warm: dict[int | str, Pool] = {}
+
+
 @pytest.fixture(scope="session")
 def shared_pool(run_dirs):
-    """shared_pool(ranks): warm from its first use to the end of the session."""
-    pools: dict[int, Pool] = {}
+    """shared_pool(ranks): warm from its first use to the last test of this folder."""
 
     def of(ranks: int) -> Pool:
-        if ranks not in pools:
-            pools[ranks] = Pool(Devices(ranks=ranks))
-        return pools[ranks]
+        if ranks not in _warm:
+            _warm[ranks] = Pool(Devices(ranks=ranks))
+        return _warm[ranks]
 
     yield of
+    _close_warm()
+
+
+def _close_warm() -> None:
+    """Ends the shared pools: of idle ones nothing is left."""
+    directories = [run_dir(pool) for pool in _warm.values() if pool.status()["state"] != "off"]
     with ThreadPoolExecutor() as threads:
-        list(threads.map(Pool.close, pools.values()))
+        list(threads.map(Pool.close, _warm.values()))
+    _warm.clear()
+    left = [directory for directory in directories if directory.exists() or processes_of(directory)]
+    assert not left, left
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """A ComfyUI of other tests has the cores to itself."""
+    if nextitem is None or nextitem.path.parent != item.path.parent:
+        _close_warm()
+
+
+LOOPS = """
+import signal
+
+def loop(number, frame):
+    while True:
+        pass
+
+signal.signal(signal.SIGUSR2, loop)
+"""
+"""Has every process loop in its main thread on a signal, wherever it is."""
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    """A folder with what the processes of `mortal` import first."""
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "sitecustomize.py").write_text(LOOPS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mortal(run_dirs, site):
+    """A pool of two ranks whose processes tests end or halt; the next request starts new ones. It is the same for all
+    modules: processes are what costs."""
+    if "mortal" not in _warm:
+        _warm["mortal"] = Pool(Devices(ranks=2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(site))
+        yield _warm["mortal"]
 
 
 @pytest.fixture

@@ -1,10 +1,12 @@
-"""What the pool tests share: small requests, and a look at a pool's processes."""
+"""What the pool tests share: small requests, a look at a pool's processes, and processes that are no pool's."""
 
+import multiprocessing
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.multiprocessing
 from support import SMALL, inputs, spec_of
 
 from fastusp_backend.config import Layout, Settings
@@ -61,6 +63,19 @@ def processes_of(directory: Path) -> set[int]:
             if f"FASTUSP_RUN_DIR={directory}".encode() in environment:
                 found.add(int(entry.name))
     return found
+
+
+def forked() -> multiprocessing.context.BaseContext:
+    """Starts processes from one that has imported torch, once for all of them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed", "pools"])
+    return context
+
+
+def run_ranks(work: Callable, *arguments, ranks: int) -> None:
+    """work(rank, *arguments) in so many processes. Raises what one of them does."""
+    forked()
+    torch.multiprocessing.start_processes(work, arguments, nprocs=ranks, start_method="forkserver")
 
 
 class Stopwatch:

@@ -1,13 +1,15 @@
 """The batch axis: prompts or images evaluated by different ranks give one rank's result."""
 
+import functools
+
 import pytest
 import torch
 from support import SMALL, inputs, relative_difference, spec_of
 
-from fastusp_backend.prompt import Prompt
 from fastusp_backend.config import Layout, Settings
 from fastusp_backend.errors import RequestError
 from fastusp_backend.pool import Progress, Session
+from fastusp_backend.prompt import Prompt
 
 pytestmark = pytest.mark.dist
 
@@ -42,34 +44,38 @@ def sample(over: Session, *, batch: int, cfg: float, sampler: str = "heun") -> t
     )
 
 
+def evaluate(over: Session) -> torch.Tensor:
+    """As ComfyUI batches cond and uncond: four images, each with a timestep and guidance of its own."""
+    given = inputs(SMALL, text=7, size=SIZE, batch=4, seed=4)
+    mixed = Prompt(given.context, given.y, torch.tensor([1.0, 2.0, 3.5, 5.0]))
+    timestep = torch.tensor([0.9, 0.7, 0.5, 0.3])
+    # The second time the workers hold the prompt.
+    return torch.stack([over.evaluate(given.x, timestep, mixed, Progress()) for _ in range(2)])
+
+
 @pytest.fixture(scope="module")
 def alone(shared_pool, dev):
-    return session(shared_pool, dev, Layout(ulysses=1, ring=1))
+    """alone(make, **how): what one rank gives, computed once."""
+    one = session(shared_pool, dev, Layout(ulysses=1, ring=1))
+    return functools.cache(lambda make, **how: make(one, **how))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[:3], ids=str)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_prompts_of_different_lengths_are_shared_out(shared_pool, dev, alone, layout, batch):
     got = sample(session(shared_pool, dev, layout), batch=batch, cfg=3.0)
-    assert relative_difference(got, sample(alone, batch=batch, cfg=3.0)) < TOLERANCE
+    assert relative_difference(got, alone(sample, batch=batch, cfg=3.0)) < TOLERANCE
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_the_images_of_a_batch_are_shared_out(shared_pool, dev, alone, layout):
     got = sample(session(shared_pool, dev, layout), batch=4, cfg=1.0)
-    assert relative_difference(got, sample(alone, batch=4, cfg=1.0)) < TOLERANCE
+    assert relative_difference(got, alone(sample, batch=4, cfg=1.0)) < TOLERANCE
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_an_evaluation_of_a_batch(shared_pool, dev, alone, layout):
-    """As ComfyUI batches cond and uncond: four images, each with a timestep and guidance of its own."""
-    given = inputs(SMALL, text=7, size=SIZE, batch=4, seed=4)
-    mixed = Prompt(given.context, given.y, torch.tensor([1.0, 2.0, 3.5, 5.0]))
-    timestep = torch.tensor([0.9, 0.7, 0.5, 0.3])
-    over = session(shared_pool, dev, layout)
-    for _ in range(2):  # the second time the workers hold the prompt
-        got = over.evaluate(given.x, timestep, mixed, Progress())
-        assert relative_difference(got, alone.evaluate(given.x, timestep, mixed, Progress())) < TOLERANCE
+    assert relative_difference(evaluate(session(shared_pool, dev, layout)), alone(evaluate)) < TOLERANCE
 
 
 def test_a_session_takes_the_layout_that_divides_its_evaluations(shared_pool, dev, alone):
@@ -78,7 +84,7 @@ def test_a_session_takes_the_layout_that_divides_its_evaluations(shared_pool, de
     assert [over.layout(n) for n in (1, 2, 3, 4)] == [whole, split, whole, split]
     for batch, cfg in ((1, 1.0), (1, 3.0), (2, 1.0)):
         got = sample(over, batch=batch, cfg=cfg)
-        assert relative_difference(got, sample(alone, batch=batch, cfg=cfg)) < TOLERANCE
+        assert relative_difference(got, alone(sample, batch=batch, cfg=cfg)) < TOLERANCE
 
 
 def test_groups_that_do_not_divide_the_evaluations_are_refused(shared_pool, dev, alone):

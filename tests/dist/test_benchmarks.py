@@ -2,49 +2,75 @@
 
 import json
 import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
+from pools import forked
 
 pytestmark = pytest.mark.dist
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-LAUNCHED = os.environ | {"PET_NO_PYTHON": "1", "PET_NNODES": "4", "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "5"}
+LAUNCHED = {"PET_NO_PYTHON": "1", "PET_NNODES": "4", "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "5"}
 """By another launcher, of which torchrun reads the options."""
 TINY = ("--tiny", "--device", "cpu", "--text", "8", "--count", "1")
-
-
+VARIANTS = "eager-overlap,wire-fp8-eager,linear-fp8-eager,weights-Q4_0-eager,overlap"
+STEP = ("--sizes", "64", "--variants", VARIANTS, "--peers", "diffusers-1gpu,diffusers-ring", "--no-repeat")
 COMMANDS = {
-    "step": ("step.py", "--sizes", "64", "--variants", "eager-overlap,wire-fp8-eager,linear-fp8-eager,weights-Q4_0-eager,overlap")
-    + ("--peers", "diffusers-1gpu,diffusers-ring", "--no-repeat"),
-    "ablation": ("ablation.py", "--size", "64", "--model", "qwen"),
+    "step": (*TINY, *STEP),
+    "ablation": (*TINY, "--size", "64", "--model", "qwen"),
+    "quality": ("--tiny", "--device", "cpu", "--size", "64", "--text", "9", "--steps", "1"),
 }
 
 
+def _run(name: str, arguments: tuple[str, ...], folder: str) -> None:
+    """The script as a command in `folder`, which prints to a file there."""
+    os.chdir(folder)
+    os.environ |= LAUNCHED
+    with open(f"{name}.out", "w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    sys.argv = [str(BENCHMARKS / f"{name}.py"), *arguments]
+    sys.path.insert(0, str(BENCHMARKS))
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """results(name): what a command has written. They run side by side: most of their time is one process' imports."""
-    pytest.importorskip("diffusers")
+def printed(tmp_path_factory):
+    """printed(name): what a command has printed; and the folder that they write to. They run side by side: most of
+    their time is one process' imports."""
     folder = tmp_path_factory.mktemp("benchmarks")
     running = {}
-    for name, (script, *arguments) in COMMANDS.items():
-        command = [sys.executable, str(BENCHMARKS / script), *TINY, *arguments, "--out", str(folder / name)]
-        running[name] = subprocess.Popen(
-            command, cwd=folder, env=LAUNCHED, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+    for name, arguments in COMMANDS.items():
+        out = () if name == "quality" else ("--out", str(folder / name))
+        running[name] = forked().Process(target=_run, args=(name, (*arguments, *out), str(folder)))
+        running[name].start()
 
-    def of(name: str) -> dict:
-        printed, _ = running[name].communicate(timeout=120)
-        assert running[name].returncode == 0, printed
-        assert (folder / f"{name}.md").read_text() in printed
-        return json.loads((folder / f"{name}.json").read_text())
+    def of_command(name: str) -> str:
+        running[name].join(240)
+        said = (folder / f"{name}.out").read_text()
+        assert running[name].exitcode == 0, said
+        return said
 
-    yield of
+    yield of_command, folder
     for process in running.values():
         process.terminate()
-        process.wait()
+        process.join()
+
+
+@pytest.fixture
+def results(printed):
+    """results(name): what a command has written."""
+    pytest.importorskip("diffusers")
+    of_command, folder = printed
+
+    def of(name: str) -> dict:
+        said = of_command(name)
+        assert (folder / f"{name}.md").read_text() in said
+        return json.loads((folder / f"{name}.json").read_text())
+
+    return of
 
 
 def test_a_step_beside_a_peer(results):
@@ -69,12 +95,9 @@ def test_the_ablation_and_its_breakdown(results):
     assert parts["gemm"] > 0 and parts["attention"] > 0 and parts["exchange"] >= parts["exposed"] > 0
 
 
-def test_the_quality_of_lossy_options():
-    command = [sys.executable, str(BENCHMARKS / "quality.py"), "--tiny", "--device", "cpu"]
-    command += ["--size", "64", "--text", "9", "--steps", "1"]
-    done = subprocess.run(command, env=LAUNCHED, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    rows = [line.split(" | ") for line in done.stdout.splitlines()[3:]]
+def test_the_quality_of_lossy_options(printed):
+    of_command, _ = printed
+    rows = [line.split(" | ") for line in of_command("quality").splitlines() if line.startswith("| ")][1:]
     assert len(rows) == 2 * 2 * 5  # weights, layouts, options
     for _, _, option, single, _ in rows:
         errors = [float(x) for x in single.split()]

@@ -8,19 +8,16 @@ import torch
 from pools import GIVEN, LONG, PROMPT, evaluate, pids, sample, session
 from support import REORDERED, SMALL, relative_difference
 
-from fastusp_backend.devices import Devices
 from fastusp_backend.errors import PoolError, RequestError
 from fastusp_backend.models.synthetic import write_checkpoint
-from fastusp_backend.pool import Pool, Progress
+from fastusp_backend.pool import Progress
 
 pytestmark = pytest.mark.dist
 
 
 @pytest.fixture(scope="module")
-def pool(run_dirs):
-    pool = Pool(Devices(ranks=2))
-    yield pool
-    pool.close()
+def pool(mortal):
+    return mortal
 
 
 @pytest.fixture

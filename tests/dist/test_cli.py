@@ -1,5 +1,6 @@
 """The command line on CPU ranks: `verify` measures each lossy option, and finds that the ranks agree; `bench` times all
-that there is to choose; `doctor` lets the pool work, and says so when it does not."""
+that there is to choose; `doctor` lets the pool work, and says so when it does not. `doctor` runs as a user's command,
+in a process and with pools of its own; the others run in this process, with pools that run already."""
 
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from contextlib import closing, nullcontext
 from dataclasses import replace
 
 import pytest
@@ -16,26 +18,47 @@ import torch
 from pools import GIVEN, PROMPT, ROOT, pids
 from support import spec_of
 
+from fastusp_backend.__main__ import main
+from fastusp_backend.cli import bench, verify
 from fastusp_backend.cli.bench import Row, _measured
 from fastusp_backend.cli.doctor.trial import Job
 from fastusp_backend.config import Layout, Settings
 from fastusp_backend.errors import PoolError
+from fastusp_backend.pool import Pool
 from fastusp_backend.pool import request as requests
 
 pytestmark = pytest.mark.dist
 
 
-def command_line(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "fastusp_backend", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+@pytest.fixture
+def run(shared_pool, monkeypatch, capsys):
+    """run(arguments): (exit code, what is printed, what goes to stderr, ranks of the pools in the order in which they
+    were closed) of a command in this process, on the pools of all tests, which stay open."""
+    closed = []
+
+    def close(what):
+        if not isinstance(what, Pool):
+            return closing(what)
+        closed.append(what.devices.ranks)
+        return nullcontext(what)
+
+    for command in (verify, bench):
+        monkeypatch.setattr(command, "Pool", lambda devices: shared_pool(devices.ranks))
+        monkeypatch.setattr(command, "closing", close)
+
+    def of(*arguments: str):
+        monkeypatch.setattr(sys, "argv", ["fastusp_backend", *arguments])
+        return main(), *capsys.readouterr(), closed
+
+    return of
 
 
-def test_verify(dev):
-    done = command_line("verify", str(dev), "--gpus", "cpu:2", "--size", "128", "--text", "9", "--steps", "2")
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_verify(run, dev):
+    arguments = ("verify", str(dev), "--gpus", "cpu:2", "--size", "128", "--text", "9", "--steps", "2")
+    code, printed, errors, closed = run(*arguments)
+    assert (code, closed) == (0, [2, 1]), printed + errors
     figures = {
-        line[:42].strip(): [float(x) for x in re.findall(r"[0-9.]+e-[0-9]+", line)]
-        for line in done.stdout.splitlines()[2:]
+        line[:42].strip(): [float(x) for x in re.findall(r"[0-9.]+e-[0-9]+", line)] for line in printed.splitlines()[2:]
     }
     lossy = ["fp8 wire", "int8 wire", "fp8 products", "int8 wire and fp8 products"]
     lossy = [f"{name}, against exact" for name in lossy]
@@ -47,16 +70,20 @@ def test_verify(dev):
 
 
 @pytest.mark.parametrize("command", ["verify", "bench", "plan"])
-def test_a_file_that_is_none_is_named(command):
-    done = command_line(command, "/nowhere.safetensors", "--gpus", "cpu:1")
-    assert (done.returncode, done.stderr) == (2, "there is no model file /nowhere.safetensors\n")
+def test_a_file_that_is_none_is_named(run, command):
+    assert run(command, "/nowhere.safetensors", "--gpus", "cpu:1") == (
+        2,
+        "",
+        "there is no model file /nowhere.safetensors\n",
+        [],
+    )
 
 
-def test_bench(dev):
+def test_bench(run, dev):
     sizes = ["--size", "128x96", "--text", "9", "--steps", "2"]
-    done = command_line("bench", str(dev), "--gpus", "cpu:2", *sizes, "--layouts", "all")
-    assert done.returncode == 0, done.stdout + done.stderr
-    title, _, *table = done.stdout.splitlines()
+    code, printed, errors, closed = run("bench", str(dev), "--gpus", "cpu:2", *sizes, "--layouts", "all")
+    assert (code, closed) == (0, [1, 2]), printed + errors
+    title, _, *table = printed.splitlines()
     assert "FLUX.1, float32, on cpu:2; 128x96 px, 9 text tokens" in title
     rows = [re.split(r" {2,}", row.strip()) for row in table[:8]]
     assert [row[:4] for row in rows[:3]] == [
@@ -78,7 +105,8 @@ def test_bench(dev):
 
 
 def test_doctor():
-    done = command_line("doctor", "--gpus", "cpu:2", "--json")
+    command = [sys.executable, "-m", "fastusp_backend", "doctor", "--gpus", "cpu:2", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads(done.stdout)
     trials = {check["name"]: check for check in told["checks"] if check["name"].startswith("trial")}

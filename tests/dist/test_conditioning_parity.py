@@ -1,5 +1,6 @@
 """Reference latents, further input channels and ControlNet residuals: every layout gives one rank's result."""
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -81,56 +82,72 @@ CASES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def expected(session_of):
+    """expected(make, family, *what): what one rank gives, computed once."""
+    return functools.cache(lambda make, family, *what: make(session_of(family, ONE), family, *what))
+
+
+def referring(session: Session, family: str, references: int, method: str | None) -> torch.Tensor:
+    return evaluate(session, *given(family, references=references, method=method))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_an_evaluation(session_of, layout):
+def test_an_evaluation(session_of, expected, layout):
     results = {}
-    for family, references, method in CASES:
-        what = given(family, references=references, method=method)
-        got, expected = (evaluate(session_of(family, where), *what) for where in (layout, ONE))
-        assert got.shape == what[0].shape
-        assert relative_difference(got, expected) < TOLERANCE, (family, references, method)
-        results[family, references, method] = got
+    for case in CASES:
+        family, *_ = case
+        results[case] = referring(session_of(family, layout), *case)
+        assert results[case].shape == given(family)[0].shape
+        assert relative_difference(results[case], expected(referring, *case)) < TOLERANCE, case
     zero, index = (results["qwen", 3, method] for method in ("index_timestep_zero", None))
     assert relative_difference(zero, index) > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("family", ["flux", "qwen"])
-def test_control(session_of, layout, family):
+def controls(family: str) -> list[dict]:
     """A residual of its own for each image, one for all, and one for the first tokens alone."""
-    x, timestep, prompt = given(family, references=1)
     hidden = FAMILIES[family].hidden
     own, shared, part = randn(BATCH, 20, hidden, seed=1), randn(1, 20, hidden, seed=2), randn(1, 9, hidden, seed=3)
-    for control in (
+    if family == "qwen":
+        return [{"input": [own, shared]}, {"input": [None, part, own]}, {"input": [own]}]
+    return [
         {"input": [own, shared]},
         {"input": [None, part, own], "output": [shared, shared]},
         {"input": [], "output": [None, own]},
-    ):
-        if family == "qwen":
-            control = {"input": control["input"] or [own]}
-        got, expected = (evaluate(session_of(family, where), x, timestep, prompt, control) for where in (layout, ONE))
-        assert relative_difference(got, expected) < TOLERANCE
-        assert relative_difference(got, evaluate(session_of(family, layout), x, timestep, prompt)) > 100 * TOLERANCE
+    ]
+
+
+def controlled(session: Session, family: str, number: int) -> torch.Tensor:
+    return evaluate(session, *given(family, references=1), controls(family)[number])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("family", ["flux", "qwen"])
+def test_control(session_of, expected, layout, family):
+    session = session_of(family, layout)
+    results = [controlled(session, family, number) for number in range(3)]
+    for number, got in enumerate(results):
+        assert relative_difference(got, expected(controlled, family, number)) < TOLERANCE
+    plain = evaluate(session, *given(family, references=1))  # behind them: nothing of them is left
+    assert all(relative_difference(got, plain) > 100 * TOLERANCE for got in results)
 
 
 METHODS = dict.fromkeys(("flux2", "qwen"), "index_timestep_zero")
 
 
-@pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[2], LAYOUTS[3]], ids=str)
-@pytest.mark.parametrize("family", list(FAMILIES))
-def test_a_guided_loop(session_of, layout, family):
+def guided(session: Session, family: str) -> torch.Tensor:
     """Positive and negative prompt differ in length and, where the model takes any, in their references."""
     many = 0 if family == "fill" else 2
     x, _, positive = given(family, text=9, references=many, method=METHODS.get(family, "uxo"))
     _, _, negative = given(family, text=6, seed=20, references=many // 2, method="index" if many else None)
     sigmas = torch.tensor([1.0, 0.7, 0.3, 0.0])
-    one, more = (
-        session_of(family, where).sample(
-            x, sigmas, sampler="heun", positive=positive, negative=negative, cfg=2.5, progress=Progress()
-        )
-        for where in (ONE, layout)
-    )
-    assert relative_difference(more, one) < TOLERANCE
+    return session.sample(x, sigmas, sampler="heun", positive=positive, negative=negative, cfg=2.5, progress=Progress())
+
+
+@pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[2], LAYOUTS[3]], ids=str)
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_a_guided_loop(session_of, expected, layout, family):
+    assert relative_difference(guided(session_of(family, layout), family), expected(guided, family)) < TOLERANCE
 
 
 def test_what_does_not_fit_is_refused_and_the_next_request_runs(session_of):

@@ -11,12 +11,12 @@ import torch
 from pools import pids
 from support import REORDERED, SMALL, inputs, randn, relative_difference, spec_of
 
-from fastusp_backend.prompt import Prompt
 from fastusp_backend.config import Layout, Settings, WeightPatch
 from fastusp_backend.errors import ProtocolError, RequestError
 from fastusp_backend.models.synthetic import write_checkpoint
 from fastusp_backend.pool import Progress, Session, WeightPatches, name_of
 from fastusp_backend.pool import pool as pools
+from fastusp_backend.prompt import Prompt
 from fastusp_backend.protocol import channel as channels
 from fastusp_backend.protocol import shared
 
@@ -111,7 +111,9 @@ def test_memory_that_the_host_does_not_give_harms_no_workers(session, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(shared.os, "memfd_create", none_left)
-        with pytest.raises(RequestError, match="shared memory for .* cannot be allocated: .*Too many open files.*ulimit -n"):
+        with pytest.raises(
+            RequestError, match="shared memory for .* cannot be allocated: .*Too many open files.*ulimit -n"
+        ):
             evaluate(session, control(0))
     assert torch.equal(evaluate(session, control(0)), expected) and pids(session.pool) == before
 
@@ -155,7 +157,9 @@ def test_a_rank_with_too_many_open_files_harms_no_workers(session, full, monkeyp
     session.pool.release()
     evaluate(session, None)
     full(rank)
-    wanted = "message: a frame's shared memory.*too many files" if rank == 0 else "^rank 1: .*memory.*Too many open files"
+    wanted = (
+        "message: a frame's shared memory.*too many files" if rank == 0 else "^rank 1: .*memory.*Too many open files"
+    )
     for _ in range(2):  # the second time in memory that was sent before, were it believed to have arrived
         with pytest.raises((RequestError, ProtocolError), match=f"{wanted}.*ulimit -n"):
             run()

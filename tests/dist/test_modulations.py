@@ -5,8 +5,7 @@ from itertools import chain, product
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as processes
-from pools import GIVEN, PROMPT, evaluate, session
+from pools import GIVEN, PROMPT, evaluate, run_ranks, session
 from support import SMALL, SMALL_QWEN, inputs, load_model, randn, relative_difference, spec_of
 from test_patches import looped, patched
 
@@ -91,7 +90,7 @@ def _compare(rank: int, ranks: int, folder: str, paths: dict[str, str]) -> None:
 
 def test_rows_are_one_ranks_to_the_bit(dev, qwen, tmp_path):
     paths = {"flux": str(dev), "qwen": str(qwen)}
-    processes.spawn(_compare, (3, str(tmp_path), paths), nprocs=3)
+    run_ranks(_compare, 3, str(tmp_path), paths, ranks=3)
 
 
 MODULATIONS = {

@@ -139,7 +139,7 @@ def test_models_alternate_on_one_pool(pool, dev, schnell, messages):
     assert [list(weights) for weights, _ in messages] == [[QKV], [TXT, QKV]] * 3
 
 
-def test_workers_that_lost_their_patches_get_them_again(pool, new_pool, dev, messages):
+def test_workers_that_lost_their_patches_get_them_again(pool, mortal, dev, messages):
     patches = stack({QKV: [lora(QKV, 1)]})
     plain, want = evaluate(pool, dev), patched(pool, dev, patches)
     pool.release()
@@ -150,11 +150,11 @@ def test_workers_that_lost_their_patches_get_them_again(pool, new_pool, dev, mes
         with pytest.raises(PatchesLost, match="hold patch set 1000"):
             submit(pool, lambda n: Evaluate(id=n, patches=5, **what))
         assert torch.equal(patched(pool, dev, expected), want if expected is patches else plain)
-    harmed = new_pool(1)
-    alone = patched(harmed, dev, patches)
-    assert relative_difference(alone, want) < 2e-5
-    harmed._workers.kill()
-    assert torch.equal(patched(harmed, dev, patches), alone) and harmed.starts == 2
+    before = patched(mortal, dev, patches)
+    assert relative_difference(before, want) < 2e-5
+    starts = mortal.starts
+    mortal._workers.kill()
+    assert torch.equal(patched(mortal, dev, patches), before) and mortal.starts == starts + 1
 
 
 def test_parked_weights_keep_their_patches(pool, park, dev, messages):
@@ -235,11 +235,13 @@ def test_a_scaled_fp8_file(pool, dev, tmp_path):
 
 
 def test_a_widened_input(pool, shared_pool, park, dev, schnell, tmp_path):
-    """Against a file with that input; parked, with another model meanwhile, at another strength, and without a trace."""
+    """Against a file with that input; parked, with another model meanwhile, at another strength, without a trace."""
     key, state, path = "img_in.weight", load_file(dev), tmp_path / "canny.safetensors"
     up, down, image = randn(512, 4, seed=1), randn(4, 128, seed=2), randn(*GIVEN.x.shape, seed=3)
     prompt = replace(PROMPT, concat=image)
-    wide = WeightPatch(kind="lora", tensors={"up": name_of(up), "down": name_of(down)}, strength=1.0, reshape=(512, 128))
+    wide = WeightPatch(
+        kind="lora", tensors={"up": name_of(up), "down": name_of(down)}, strength=1.0, reshape=(512, 128)
+    )
 
     def both(pool, model, patches) -> list[torch.Tensor]:
         run = replace(session(pool, model), patches=patches)

@@ -2,13 +2,10 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client
 from pathlib import Path
 
 import pytest
@@ -21,8 +18,7 @@ from fastusp_backend.devices import Devices
 from fastusp_backend.errors import Cancelled, PoolError
 from fastusp_backend.pool import Pool, Progress, workers
 from fastusp_backend.prompt import Prompt
-from fastusp_backend.protocol import VERSION, Channel, Failed, Hello, Ready, Release
-from fastusp_backend.protocol.messages import ToClient
+from fastusp_backend.protocol import VERSION
 
 pytestmark = pytest.mark.dist
 
@@ -30,14 +26,6 @@ pytestmark = pytest.mark.dist
 @pytest.fixture(scope="module")
 def expected(shared_pool, dev):
     return evaluate(shared_pool(1), dev)
-
-
-@pytest.fixture(scope="module")
-def mortal(run_dirs):
-    """A pool whose processes these tests end; the next request starts new ones."""
-    pool = Pool(Devices(ranks=2))
-    yield pool
-    pool.close()
 
 
 @pytest.mark.parametrize("victim, by", [(0, signal.SIGKILL), (1, signal.SIGTERM), ("torchrun", signal.SIGKILL)])
@@ -107,26 +95,9 @@ def test_an_order_starts_no_processes(mortal, dev):
     assert mortal.starts == starts and mortal.held is None
 
 
-def test_close_in_mid_run_ends_the_request(mortal, dev):
-    sample(mortal, dev)
-    directory = run_dir(mortal)
-    closers = []
-
-    def step(event, tensors):
-        if event.index == 2:
-            closers.append(threading.Thread(target=mortal.close))
-            closers[0].start()
-
-    with pytest.raises(PoolError):
-        sample(mortal, dev, LONG, Progress(step=step))
-    closers[0].join(15)
-    assert not processes_of(directory) and not directory.exists()
-    with pytest.raises(PoolError, match="was closed"):
-        sample(mortal, dev)
-
-
-def test_close_leaves_nothing(run_dirs, shared_pool, dev, expected):
-    """Two pools at once: each has processes, a socket and answers of its own, and the end of one is its own."""
+def test_close_in_mid_run_leaves_nothing(run_dirs, shared_pool, dev, expected):
+    """Two pools at once: each has processes, a socket and answers of its own, and the end of one is its own. Started
+    workers are idle before anyone asks them; the request that runs at the end is told of it."""
     pool, other = Pool(Devices(ranks=2)), shared_pool(2)
     evaluate(other, dev)
     shm, descriptors = set(os.listdir("/dev/shm")), open_descriptors()
@@ -135,6 +106,7 @@ def test_close_leaves_nothing(run_dirs, shared_pool, dev, expected):
     pool.start()
     pool.start()
     assert pool.starts == 1 and pool.status()["state"] == "starting"
+    wait_until(lambda: pool.status()["state"] == "idle", 60)
     with ThreadPoolExecutor(2) as threads:
         both = list(threads.map(lambda p: evaluate(p, dev), (pool, other)))
     assert all(relative_difference(result, expected) < 2e-5 for result in both)
@@ -142,38 +114,40 @@ def test_close_leaves_nothing(run_dirs, shared_pool, dev, expected):
     assert directory.parent == run_dirs and directory != run_dir(other)
     assert not set(pids(pool)) & set(pids(other))
     assert processes_of(directory) == {*pids(pool), pool._workers.processes.torchrun.pid}
-    pool.close()
+    closers = []
+
+    def step(event, tensors):
+        if event.index == 2:
+            closers.append(threading.Thread(target=pool.close))
+            closers[0].start()
+
+    with pytest.raises(PoolError):
+        sample(pool, dev, LONG, Progress(step=step))
+    closers[0].join(15)
     pool.close()
     assert not processes_of(directory) and not directory.exists()
     assert pool.status()["state"] == "off"
+    with pytest.raises(PoolError, match="was closed"):
+        sample(pool, dev)
     wait_until(lambda: set(os.listdir("/dev/shm")) <= shm, 2)
     assert relative_difference(evaluate(other, dev), expected) < 2e-5
     assert open_descriptors() <= descriptors + 1
 
 
-def test_started_workers_are_idle_before_anyone_asks_them(new_pool):
-    pool = new_pool(1)
-    assert pool.status()["state"] == "starting"
-    wait_until(lambda: pool.status()["state"] == "idle", 60)
-
-
-def test_interrupted_while_the_workers_start(new_pool, dev):
-    pool = new_pool(1)
-    prompt = Prompt(GIVEN.context, GIVEN.y, GIVEN.guidance)
-    with pytest.raises(Cancelled):
-        session(pool, dev).evaluate(GIVEN.x, GIVEN.timestep, prompt, Progress(interrupted=lambda: True))
-    assert session(pool, dev).evaluate(GIVEN.x, GIVEN.timestep, prompt, Progress()).shape == GIVEN.x.shape
-    assert pool.starts == 1
-
-
 def test_workers_of_another_version_are_told_so(new_pool, dev, monkeypatch):
-    """The pack was replaced on disk while this process runs: nothing but its restart helps."""
+    """The pack was replaced on disk while this process runs: nothing but its restart helps. A prompt that is stopped
+    while the right ones start leaves them be."""
     with monkeypatch.context() as patch:
         patch.setattr(workers, "VERSION", VERSION + 1)
         pool = new_pool(1)
         with pytest.raises(PoolError, match=r"did not start: they speak another protocol version: .*restart ComfyUI"):
             evaluate(pool, dev)
-    assert evaluate(pool, dev).isfinite().all()
+    prompt = Prompt(GIVEN.context, GIVEN.y, GIVEN.guidance)
+    with pytest.raises(Cancelled):
+        session(pool, dev).evaluate(GIVEN.x, GIVEN.timestep, prompt, Progress(interrupted=lambda: True))
+    assert pool.starts == 2 and pool.status()["state"] == "starting"
+    assert session(pool, dev).evaluate(GIVEN.x, GIVEN.timestep, prompt, Progress()).isfinite().all()
+    assert pool.starts == 2
 
 
 SLOW = """

@@ -1,11 +1,10 @@
 """A pool starts, answers and ends whatever launcher surrounds its host."""
 
-
 import shutil
 
 import pytest
 import torch
-from pools import evaluate, pids, run_dir
+from pools import evaluate, pids, processes_of, run_dir
 from support import relative_difference
 
 from fastusp_backend.config import Layout
@@ -79,9 +78,10 @@ def test_a_launcher_around_the_host_harms_nothing(shared_pool, new_pool, dev, mo
     pool = new_pool(2)
     assert torch.equal(evaluate(pool, dev), expected)
     assert pool.status()["ranks"] == len(pids(pool)) == 2
-    process = pool._workers.processes.torchrun
+    process, directory = pool._workers.processes.torchrun, run_dir(pool)
     pool.close()
-    assert process.wait(30) == 0
+    pool.close()
+    assert process.wait(30) == 0 and not processes_of(directory) and not directory.exists()
 
 
 def test_a_temporary_directory_that_is_cleaned(new_pool, dev):

@@ -11,37 +11,13 @@ import torch
 from pools import GIVEN, LONG, PROMPT, Stopwatch, evaluate, pids, processes_of, run_dir, sample, session
 from support import SMALL, inputs, wait_until
 
-from fastusp_backend.prompt import Prompt
-from fastusp_backend.devices import Devices
 from fastusp_backend.errors import Cancelled, PoolError
 from fastusp_backend.pool import Pool, Progress, hangs, workers
 from fastusp_backend.pool import request as requests
+from fastusp_backend.prompt import Prompt
 from fastusp_backend.protocol import channel
 
 pytestmark = pytest.mark.dist
-
-LOOPS = """
-import signal
-
-def loop(number, frame):
-    while True:
-        pass
-
-signal.signal(signal.SIGUSR2, loop)
-"""
-"""Has every process loop in its main thread on a signal, wherever it is."""
-
-
-@pytest.fixture(scope="module")
-def mortal(run_dirs, tmp_path_factory):
-    """A pool whose processes these tests halt; the next request starts new ones."""
-    folder = tmp_path_factory.mktemp("site")
-    (folder / "sitecustomize.py").write_text(LOOPS)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(folder))
-        pool = Pool(Devices(ranks=2))
-        yield pool
-        pool.close()
 
 
 @pytest.fixture
@@ -71,6 +47,22 @@ def in_step(victim: int, number: int, pool: Pool):
     return Progress(step=step), watches
 
 
+def test_a_rank_that_is_stopped_while_it_starts(mortal, dev, impatient):
+    if mortal._workers is not None:
+        mortal._workers.kill()
+    mortal.start()
+    shown = Path(run_dir(mortal)) / "pulse-0"
+    wait_until(shown.exists, 60)
+    os.kill(int.from_bytes(shown.read_bytes()[16:24], "little"), signal.SIGSTOP)
+    watch = Stopwatch()
+    with pytest.raises(Cancelled):
+        sample(mortal, dev, progress=Progress(interrupted=lambda: watch.seconds > 0.3))
+    with pytest.raises(PoolError, match="did not start: rank 0 .* was stopped"):
+        sample(mortal, dev)
+    assert watch.seconds < 10
+    assert sample(mortal, dev).isfinite().all()
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_is_stopped_in_a_step(mortal, dev, right, victim):
     pid = pids(mortal)[victim]
@@ -97,13 +89,15 @@ def test_a_rank_that_loops_in_a_step(mortal, dev, right):
     assert "Rank 1 was in:\n  File" in text and "in loop" in text
 
 
-def test_stop_and_the_next_prompt(mortal, dev, right, monkeypatch, caplog):
-    """What hangs at a prompt that was stopped is no error of the next one."""
-    monkeypatch.setattr(requests, "CANCEL_SECONDS", 0.5)
+def test_stop_and_the_next_prompts(mortal, dev, right, monkeypatch, caplog):
+    """The first is stopped too, while it waits; what hangs at a prompt that was stopped is no error of the second."""
+    monkeypatch.setattr(requests, "CANCEL_SECONDS", 0.2)
     progress, watches = in_step(1, signal.SIGSTOP, mortal)
     stopping = Progress(step=progress.step, interrupted=lambda: bool(watches))
     with pytest.raises(Cancelled):
         sample(mortal, dev, LONG, stopping)
+    with pytest.raises(Cancelled, match="before the workers had the request"):
+        sample(mortal, dev, progress=Progress(interrupted=lambda: True))
     assert watches[0].seconds < 1.5 and mortal.status()["state"] == "stopping"
     phases = []
     sample(mortal, dev, progress=Progress(phase=phases.append))
@@ -124,18 +118,6 @@ def test_ranks_that_end_at_what_was_stopped_while_torchrun_does_not_see_it(morta
     wait_until(lambda: mortal.status()["state"] != "stopping", 5)
 
 
-def test_stop_is_heard_by_the_prompt_that_waits_for_a_stopped_one(mortal, dev, right, monkeypatch):
-    monkeypatch.setattr(requests, "CANCEL_SECONDS", 0.0)
-    progress, watches = in_step(0, signal.SIGSTOP, mortal)
-    with pytest.raises(Cancelled):
-        sample(mortal, dev, LONG, Progress(step=progress.step, interrupted=lambda: bool(watches)))
-    with pytest.raises(Cancelled, match="before the workers had the request"):
-        sample(mortal, dev, progress=Progress(interrupted=lambda: True))
-    assert watches[0].seconds < 1.5
-    wait_until(lambda: mortal.status()["state"] == "off", 10)  # found though nobody asks
-    assert "was stopped" in mortal.status()["error"]
-
-
 def test_stop_is_heard_while_a_request_is_sent(mortal, dev, right, monkeypatch):
     """Rank 0 does not read, and the tensors, inline, are more than the socket takes."""
     monkeypatch.setattr(requests, "CANCEL_SECONDS", 0.2)
@@ -153,6 +135,8 @@ def test_stop_is_heard_while_a_request_is_sent(mortal, dev, right, monkeypatch):
             large.x, large.timestep, Prompt(large.context, large.y, large.guidance), Progress(interrupted=interrupted)
         )
     assert watch.seconds < 1.5 and mortal.status()["state"] == "stopping"
+    wait_until(lambda: mortal.status()["state"] == "off", 10)  # found though nobody asks
+    assert "was stopped" in mortal.status()["error"]
 
 
 def test_an_order_that_hung_workers_do_not_follow(mortal, dev, right):
@@ -160,20 +144,6 @@ def test_an_order_that_hung_workers_do_not_follow(mortal, dev, right):
     with pytest.raises(PoolError, match="stopped while no prompt ran: rank 1 .* was stopped"):
         mortal.release()
     assert not mortal.busy
-
-
-def test_a_rank_that_is_stopped_while_it_starts(new_pool, dev, impatient):
-    pool = new_pool(2)
-    shown = Path(run_dir(pool)) / "pulse-0"
-    wait_until(shown.exists, 60)
-    os.kill(int.from_bytes(shown.read_bytes()[16:24], "little"), signal.SIGSTOP)
-    watch = Stopwatch()
-    with pytest.raises(Cancelled):
-        sample(pool, dev, progress=Progress(interrupted=lambda: watch.seconds > 0.3))
-    with pytest.raises(PoolError, match="did not start: rank 0 .* was stopped"):
-        sample(pool, dev)
-    assert watch.seconds < 10
-    assert sample(pool, dev).isfinite().all()
 
 
 def test_stop_is_heard_by_who_waits_for_another_thread(mortal, dev):

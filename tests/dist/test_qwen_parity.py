@@ -1,4 +1,6 @@
-"""Qwen-Image on every layout gives one rank's result: evaluations with and without the frame axis, and a guided loop."""
+"""Qwen-Image on every layout gives one rank's result: evaluations with and without the frame axis, a guided loop."""
+
+import functools
 
 import pytest
 import torch
@@ -31,16 +33,24 @@ def session_of(shared_pool, tmp_path_factory):
     return make
 
 
+@pytest.fixture(scope="module")
+def expected(session_of):
+    """expected(make, *what): what one rank gives, computed once."""
+    return functools.cache(lambda make, *what: make(session_of(1, 1), *what))
+
+
+def evaluate(session: Session, text: int, size: tuple[int, int], batch: int, framed: bool = False) -> torch.Tensor:
+    given = inputs(SMALL_QWEN, text=text, size=size, batch=batch, seed=text)
+    x = given.x[:, :, None] if framed else given.x
+    return session.evaluate(x, given.timestep, Prompt(given.context), Progress())
+
+
 @pytest.mark.parametrize("ulysses, ring", LAYOUTS)
-def test_an_evaluation(session_of, ulysses, ring):
-    one, more = session_of(1, 1), session_of(ulysses, ring)
-    for text, size, batch in CASES:
-        given = inputs(SMALL_QWEN, text=text, size=size, batch=batch, seed=text)
-        prompt = Prompt(given.context)
-        expected = one.evaluate(given.x, given.timestep, prompt, Progress())
-        got = more.evaluate(given.x[:, :, None], given.timestep, prompt, Progress())
+def test_an_evaluation(session_of, expected, ulysses, ring):
+    for case in CASES:
+        got = evaluate(session_of(ulysses, ring), *case, framed=True)
         assert torch.isfinite(got).all()
-        assert relative_difference(got, expected[:, :, None]) < TOLERANCE, (text, size, batch)
+        assert relative_difference(got, expected(evaluate, *case)[:, :, None]) < TOLERANCE, case
 
 
 def sample(session: Session, cfg: float) -> torch.Tensor:
@@ -58,8 +68,8 @@ def sample(session: Session, cfg: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("ulysses, ring", LAYOUTS)
-def test_a_guided_loop_with_prompts_of_two_lengths(session_of, ulysses, ring):
-    one = sample(session_of(1, 1), 2.5)
+def test_a_guided_loop_with_prompts_of_two_lengths(session_of, expected, ulysses, ring):
+    one = expected(sample, 2.5)
     assert one.shape == (2, 16, 1, 7, 10)
     assert relative_difference(sample(session_of(ulysses, ring), 2.5), one) < TOLERANCE
     assert relative_difference(sample(session_of(ulysses, ring), 4.0), one) > 0.01

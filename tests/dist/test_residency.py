@@ -1,4 +1,4 @@
-"""Weights leave the devices and come back, for every layout alike; memory that does not suffice is said, and survived."""
+"""Weights leave the devices and come back, for every layout alike; memory that is too small is said, and survived."""
 
 import contextlib
 import os
@@ -10,13 +10,13 @@ import torch
 from pools import GIVEN, LONG, PROMPT, evaluate, pids, sample, session
 from support import REORDERED, SMALL, inputs, relative_difference, spec_of, wait_until
 
-from fastusp_backend.prompt import Prompt
 from fastusp_backend.config import Layout
 from fastusp_backend.errors import Cancelled, RequestError
 from fastusp_backend.models.files import read_model
 from fastusp_backend.models.ownership import rank_bytes
 from fastusp_backend.pool import Progress
 from fastusp_backend.pool import request as requests
+from fastusp_backend.prompt import Prompt
 
 pytestmark = pytest.mark.dist
 
@@ -81,7 +81,9 @@ def test_who_needs_the_room_gets_it(pool, dev, residency, state):
 
 
 def test_a_change_of_residency_makes_no_new_evaluation(pool, dev):
-    kept = [session(pool, dev, residency=residency)._what(1, 0)["settings"] for residency in ("keep", "park", "release")]
+    kept = [
+        session(pool, dev, residency=residency)._what(1, 0)["settings"] for residency in ("keep", "park", "release")
+    ]
     assert len(set(kept)) == 1
 
 

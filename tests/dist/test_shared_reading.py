@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as processes
+from pools import run_ranks
 from safetensors.torch import load_file
 
 from fastusp_backend.weights import reading
@@ -43,4 +43,4 @@ def _read(rank: int, ranks: int, folder: str, path: str) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_all_ranks_hold_all_bytes_and_each_reads_its_part(schnell, tmp_path, ranks):
-    processes.spawn(_read, (ranks, str(tmp_path), str(schnell)), nprocs=ranks)
+    run_ranks(_read, ranks, str(tmp_path), str(schnell), ranks=ranks)

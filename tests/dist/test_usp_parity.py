@@ -118,7 +118,9 @@ def sample(session: Session, name: str, *, masked: bool = False, cfg: float = 1.
     mask = None
     if masked:
         ones = (randn(1, 1, *SIZE, seed=30) > 0).float().expand(batch, 16, *SIZE)
-        mask = Inpainting(mask=ones, latent_image=randn(batch, 16, *SIZE, seed=31), noise=randn(batch, 16, *SIZE, seed=32))
+        mask = Inpainting(
+            mask=ones, latent_image=randn(batch, 16, *SIZE, seed=31), noise=randn(batch, 16, *SIZE, seed=32)
+        )
     result = session.sample(
         given.x,
         SIGMAS,

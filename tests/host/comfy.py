@@ -60,7 +60,9 @@ class ComfyUI:
         command += ["--disable-auto-launch", "--base-directory", str(base), "--preview-method", "latent2rgb"]
         command += ["--database-url", f"sqlite:///{base}/user/comfyui.db"]
         self.log = base / "comfyui.log"
-        env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_WAIT_POLICY": "PASSIVE"}
+        # One thread: tensors are small here, and its workers and other tests want the cores.
+        env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        env |= {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
         with open(self.log, "wb") as output:
             self.process = subprocess.Popen(command, cwd=path, stdout=output, stderr=subprocess.STDOUT, env=env)
         self.client = uuid.uuid4().hex

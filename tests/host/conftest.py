@@ -68,6 +68,26 @@ def host(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def second_hosts():
+    """Those that `second_host` has started, the one that runs last."""
+    started: list[ComfyUI] = []
+    yield started
+    for comfyui in started:
+        comfyui.stop()
+
+
+@pytest.fixture
+def second_host(host, second_hosts, tmp_path_factory):
+    """Another ComfyUI with the dev file, which was told to keep all weights in fp8; tests may end it."""
+    if not second_hosts or second_hosts[-1].path != host.path or second_hosts[-1].process.poll() is not None:
+        base = tmp_path_factory.mktemp("second")
+        second_hosts.append(ComfyUI(host.path, base, ("--cpu", "--fp8_e4m3fn-unet")))
+        (base / "models/diffusion_models" / DEV).symlink_to(host.base / "models/diffusion_models" / DEV)
+        second_hosts[-1].wait_until_ready()
+    return second_hosts[-1]
+
+
+@pytest.fixture(scope="session")
 def flux2(host):
     """A FLUX.2 file, as of dev."""
     path = host.base / "models/diffusion_models/flux2_dev.safetensors"

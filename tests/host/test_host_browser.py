@@ -13,9 +13,9 @@ TEXTS = """app.graph.nodes.flatMap(node => (node.widgets ?? []).filter(widget =>
 PANEL = 'document.querySelector(".fastusp")?.innerText'
 
 
-@pytest.fixture
-def page(host, tmp_path):
-    page = Page(f"http://127.0.0.1:{host.port}/", tmp_path)
+@pytest.fixture(scope="module")
+def page(host, tmp_path_factory):
+    page = Page(f"http://127.0.0.1:{host.port}/", tmp_path_factory.mktemp("browser"))
     yield page
     page.close()
 
@@ -34,7 +34,7 @@ def queue(page: Page, graph: Graph) -> None:
 def test_a_reload_in_the_middle_of_a_run(host, page):
     graph = Graph()
     inputs = {"latent_image": graph.empty(384, 384), "positive": graph.prompt(1, 256)}
-    graph.save(graph.sample(graph.usp(), steps=400, seed=320, **inputs))
+    graph.save(graph.sample(graph.usp("cpu:1"), steps=400, seed=320, **inputs))  # one core; the page wants the other
     queue(page, graph)
     page.wait_for(has(TEXTS, IN_WORKERS), 60)
     try:

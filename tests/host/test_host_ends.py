@@ -48,18 +48,13 @@ def wait_for_the_end(pids: list[int], seconds: float) -> list[int]:
     return left
 
 
-def test_hosts_do_not_meet_and_leave_nothing(host, tmp_path):
-    first = short_run(host, 80)
+def test_hosts_do_not_meet_and_leave_nothing(host, second_host, tmp_path):
+    killed, first = second_host, short_run(host, 80)
     with ExitStack() as stack:
-        others = []
-        for name in ("terminated", "killed"):
-            other = ComfyUI(host.path, tmp_path / name)
-            stack.callback(other.stop)
-            (other.base / "models/diffusion_models" / DEV).symlink_to(host.base / "models/diffusion_models" / DEV)
-            others.append(other)
-        for other in others:
-            other.wait_until_ready()
-        terminated, killed = others
+        terminated = ComfyUI(host.path, tmp_path)
+        stack.callback(terminated.stop)
+        (tmp_path / "models/diffusion_models" / DEV).symlink_to(host.base / "models/diffusion_models" / DEV)
+        terminated.wait_until_ready()
 
         doomed = with_torchrun(short_run(killed, 81)["pids"])
         assert not set(doomed) & set(first["pids"])

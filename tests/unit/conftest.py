@@ -16,6 +16,22 @@ from fastusp_backend.models.synthetic import write_checkpoint
 
 torch.set_num_threads(1)
 
+ANY_PROCESSOR = """
+    account bench cause channel_refusals comfyui command_line config control devices doctor doctor_facts documents
+    errors following fuzzed_headers gguf_header hangs large_headers link no_driver once originals other_files planner
+    pool_log pool_parts ports readme rundir visible walls watch worker_ends workflows
+""".split()
+"""Tests of text, headers, sockets and processes: nothing is computed in them, or copied, that another processor's
+vector instructions could make something else of. `make test-portable` leaves them out; what is not named here is in
+it."""
+
+
+def pytest_collection_modifyitems(items):
+    folder = Path(__file__).parent
+    for item in items:
+        if item.path.parent == folder and item.path.stem.removeprefix("test_") in ANY_PROCESSOR:
+            item.add_marker("any_processor")
+
 
 @pytest.fixture
 def pair():

@@ -122,6 +122,7 @@ def test_a_captured_run_keeps_its_inputs(monkeypatch):
     assert alive() is not None and replay().tolist() == [2.0, 2.0, 2.0]
 
 
+@pytest.mark.any_processor
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_every_script_starts_from_any_folder(tmp_path):
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
