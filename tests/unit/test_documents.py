@@ -1,4 +1,4 @@
-"""The tables of options in the documents name every option, with its values and its default."""
+"""The help pages name every option, with its values and its default."""
 
 import re
 from pathlib import Path
@@ -35,18 +35,11 @@ def values(name: str) -> list[str]:
     return ["on", "off"] if TYPES[name] is bool else list(get_args(TYPES[name]))
 
 
-README = rows(section("README.md", "**USP Optimization Settings**", "\nEach node"))
 PAGE = rows(section("web/docs/FastUSPSettings.md", "## Inputs", "\n### "))
 
 
-def test_all_options_are_in_both_tables():
-    assert list(README) == list(PAGE) == list(Settings.__struct_fields__)
-
-
-@pytest.mark.parametrize("name", Settings.__struct_fields__)
-def test_the_readme_lists_the_values_of(name):
-    cell = README[name][0]
-    assert (quoted(cell) or cell.split(", ")) == values(name)
+def test_all_options_are_on_the_page():
+    assert list(PAGE) == list(Settings.__struct_fields__)
 
 
 @pytest.mark.parametrize("name", Settings.__struct_fields__)
@@ -63,6 +56,5 @@ def test_the_page_tells_values_and_default_of(name):
 
 
 def test_batch_parallel():
-    expected = list(get_args(BatchParallel))
-    assert quoted(rows(section("README.md", "**USP Loader** (", "\nThe `MODEL`"))["batch_parallel"][0]) == expected
-    assert list(rows(section("web/docs/FastUSPLoader.md", "### batch_parallel\n", "\n#"))) == expected
+    page = rows(section("web/docs/FastUSPLoader.md", "### batch_parallel\n", "\n#"))
+    assert list(page) == list(get_args(BatchParallel))

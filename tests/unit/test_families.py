@@ -1,4 +1,4 @@
-"""Every family has what docs/adding-a-model.md lists, and what most lack is refused unless a family says otherwise."""
+"""Every family has what docs/adding.md lists, and what most lack is refused unless a family says otherwise."""
 
 import inspect
 import json

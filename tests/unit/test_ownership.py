@@ -27,7 +27,7 @@ pytestmark = pytest.mark.unit
 
 CPU = torch.device("cpu")
 MINI = replace(SMALL, hidden=256, heads=2, mlp=512, double_blocks=1, single_blocks=2, context=256, pooled=256)
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text().partition("### What a GPU holds")[2]
+PAGE = (Path(__file__).resolve().parents[2] / "docs/memory.md").read_text(encoding="utf-8")
 FULL_SIZES = {"FLUX.1-dev": FLUX_DEV, "FLUX.2-dev": FLUX2_DEV, "Qwen-Image": QWEN_IMAGE}
 
 
@@ -42,12 +42,12 @@ def test_owners_balance(ranks):
 
 @pytest.mark.parametrize("name", FULL_SIZES)
 @pytest.mark.parametrize("kind, dtype", [("bf16", torch.bfloat16), ("fp8", torch.float8_e4m3fn)])
-def test_the_figures_of_the_readme(name, kind, dtype):
+def test_the_figures_of_the_page_on_memory(name, kind, dtype):
     with torch.device("meta"):
         model = FULL_SIZES[name].build()
     header = {model.file_key(name): TensorInfo(tuple(p.shape), dtype) for name, p in model.named_parameters()}
     spec = msgspec.structs.replace(spec_of(__file__), storage="bfloat16", keep_quantised=True)
-    (row,) = (line for line in README.splitlines() if line.startswith(f"| {name}, {kind} |"))
+    (row,) = (line for line in PAGE.splitlines() if line.startswith(f"| {name}, {kind} |"))
     for ranks, most in zip((1, 2, 3, 4, 8), row.split("|")[2:-1], strict=True):
         nbytes = Ownership(model, storage_plans(model, header, spec), ranks).nbytes
         assert f"{max(nbytes) / 1e9:.1f}" == most.strip()

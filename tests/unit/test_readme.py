@@ -1,4 +1,4 @@
-"""What the README names exists."""
+"""What README and the page of compatibility name exists."""
 
 import re
 from pathlib import Path
@@ -10,11 +10,12 @@ from fastusp_backend.__main__ import COMMANDS
 pytestmark = pytest.mark.unit
 
 ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMPATIBILITY = (ROOT / "docs/compatibility.md").read_text(encoding="utf-8")
 
 
 def test_the_tests_of_the_compatibility_table_exist():
-    table = README.partition("### What works around the MODEL")[2].partition("###")[0]
+    table = COMPATIBILITY.partition("## Nodes\n")[2].partition("\n## ")[0]
     named = set(re.findall(r"`(test_\w+\.py)`", table))
     assert len(named) >= 8
     assert not {name for name in named if not (ROOT / "tests/host" / name).is_file()}

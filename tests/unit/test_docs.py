@@ -1,0 +1,92 @@
+"""Every page: its links lead somewhere, the files that it names exist, its words are a user's; README stays short."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORDS = ROOT / "benchmarks/results"  # of what was so on a day
+PAGES = [
+    page
+    for pattern in ("*.md", "docs/**/*.md", "web/docs/*.md", "benchmarks/**/*.md")
+    for page in sorted(ROOT.glob(pattern))
+    if not page.name.startswith(".")
+]
+LIVING = [page for page in PAGES if page.parent != RECORDS and page.name != "CHANGELOG.md"]
+DEVELOPERS = [ROOT / "CONTRIBUTING.md", ROOT / "docs/architecture.md", *sorted(ROOT.glob("docs/design/*.md"))]
+"""These name modules as `room/module`; in pages for users `models/vae` is a folder of ComfyUI's."""
+
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+FILE = re.compile(r"`((?:fastusp_backend|nodes|tests|web|docs|benchmarks|example_workflows)/[\w./-]*)`")
+MODULE = re.compile(
+    r"`((?:attention|cli|comm|engine|kernels|models|pool|protocol|sampling|weights|worker)/\w+)(?:\.\w+)*`"
+)
+ODD = re.compile(r"\b(stands?|stood|mend(s|ed|ing)?|cannot be had|can be had)\b", re.IGNORECASE)
+PICTURE = 200_000
+"""Bytes: pages open on slow links, too."""
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def anchors(page: Path) -> set[str]:
+    """GitHub's names of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def prose(page: Path) -> str:
+    """A page without what it quotes: code, and messages in backticks."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return re.sub(r"`[^`]*`", "", text)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_somewhere(page):
+    for link in LINK.findall(page.read_text(encoding="utf-8")):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), f"{link}: no such file"
+        assert not anchor or anchor in anchors(target), f"{link}: no such heading"
+
+
+def is_there(path: str) -> bool:
+    """path: of a file, a folder, or a module without its ending."""
+    return (ROOT / path).exists() or (ROOT / f"{path.partition('.')[0]}.py").exists()
+
+
+@pytest.mark.parametrize("page", LIVING, ids=name)
+def test_the_files_that_it_names_exist(page):
+    assert not [file for file in FILE.findall(page.read_text(encoding="utf-8")) if not is_there(file)]
+
+
+@pytest.mark.parametrize("page", DEVELOPERS, ids=name)
+def test_the_modules_that_it_names_exist(page):
+    modules = MODULE.findall(page.read_text(encoding="utf-8"))
+    assert not [module for module in modules if not is_there(f"fastusp_backend/{module}")]
+
+
+@pytest.mark.parametrize("page", LIVING, ids=name)
+def test_its_words_are_a_users(page):
+    assert not [match[0] for match in ODD.finditer(prose(page))]
+
+
+def test_readme_is_read_to_the_end():
+    assert 850 <= len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1000
+
+
+def test_pictures_are_small():
+    pictures = [file for file in (ROOT / "docs/images").iterdir() if file.is_file()]
+    assert pictures and all(picture.stat().st_size < PICTURE for picture in pictures)
+
+
+def test_every_page_of_docs_is_in_its_index():
+    index = ROOT / "docs/README.md"
+    listed = {(index.parent / link.partition("#")[0]).resolve() for link in LINK.findall(index.read_text("utf-8"))}
+    assert {page.resolve() for page in (ROOT / "docs").glob("**/*.md")} - {index} <= listed
