@@ -1,0 +1,32 @@
+"""The page shows what a pool's status has, by its names."""
+
+import re
+from pathlib import Path
+
+import pytest
+from fake_workers import FakeProcesses, FakeWorkers
+
+from fastusp_backend.config import FileState, ModelSpec
+from fastusp_backend.devices import Devices
+from fastusp_backend.pool import Pool, workers
+from fastusp_backend.pool import pool as pools
+from fastusp_backend.protocol import Held
+
+pytestmark = pytest.mark.unit
+
+PAGE = Path(__file__).resolve().parents[2] / "web/fastusp.js"
+
+
+def test_the_page_reads_what_a_status_has(monkeypatch):
+    monkeypatch.setattr(pools, "Workers", FakeWorkers)
+    monkeypatch.setattr(workers, "Processes", FakeProcesses)
+    spec = ModelSpec(path="/models/m", file=FileState(0, 0, 0, 0), storage=None, compute="float32")
+    pool = Pool(Devices(ranks=1))
+    assert pool.status()["state"] == "off"
+    pool.run(lambda workers: workers._hear(Held(id=1, model=spec, state="resident", nbytes=9, transport="gloo")))
+    status = pool.status()
+    pool.close()
+    read = set(re.findall(r"\bpool\.(\w+)", PAGE.read_text()))
+    assert read - status.keys() == {"error"}
+    assert status.keys() - read == set()
+    assert (status["starts"], status["backend"], status["transport"], status["model"]) == (1, "gloo", "gloo", "m")
