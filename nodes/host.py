@@ -30,7 +30,7 @@ def progress(step: Callable | None = None) -> Progress:
 
 
 @contextlib.contextmanager
-def following() -> Iterator[None]:
+def interruptible() -> Iterator[None]:
     """Turns a cancelled request into ComfyUI's own interruption."""
     try:
         yield

@@ -17,7 +17,7 @@ from ..fastusp_backend.prompt import Inpainting, Prompt
 from ..fastusp_backend.sampling import SAMPLERS
 from . import obstacles
 from .comfyui import k_diffusion
-from .host import following, progress
+from .host import interruptible, progress
 from .obstacles import PROMPT_FIELDS, evaluated_conditionings, name_in_workers, neutral, timestep_scale
 from .status import node_status, set_headline
 
@@ -81,7 +81,7 @@ def _loop_for(function, guider):
                     raise _LatentsChanged
             bar.update(1)
 
-        with following(), contextlib.closing(bar):
+        with interruptible(), contextlib.closing(bar):
             output = session.sample(
                 x,
                 sigmas.float().cpu(),

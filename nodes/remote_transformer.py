@@ -17,7 +17,7 @@ from ..fastusp_backend.pool import Session
 from ..fastusp_backend.prompt import Prompt
 from ..fastusp_backend.weights.tensor_info import TensorInfo
 from .comfyui import WrapperExecutor, WrappersMP, get_all_wrappers, model_management
-from .host import Unsupported, following, progress
+from .host import Unsupported, interruptible, progress
 from .provenance import owner
 from .reachable import Unchanged, unchanged
 from .status import ends_told, node_status
@@ -159,7 +159,7 @@ class RemoteTransformer(torch.nn.Module, metaclass=_Sealed):
         if self._arrived is not None:
             return torch.zeros_like(x)
         used = {kind: (control.get(kind) or [])[:count] for kind, count in blocks.items()} if control else None
-        with ends_told(), following():
+        with ends_told(), interruptible():
             output = self.session.evaluate(x, timestep, prompt, progress(), used)
         node_status().restore()
         return output.to(x.device)
