@@ -19,7 +19,7 @@ test: $(VENV)/ready
 
 # The unit tests that compute as another processor would run them: without vector instructions, on one thread.
 test-portable: $(VENV)/ready
-	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadgroup -m "unit and not any_processor"
+	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadgroup -m "unit and not any_processor" tests/unit
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

@@ -17,9 +17,9 @@ from fastusp_backend.models.synthetic import write_checkpoint
 torch.set_num_threads(1)
 
 ANY_PROCESSOR = """
-    account bench cause channel_refusals comfyui command_line config control devices doctor doctor_facts documents
-    errors following fuzzed_headers gguf_header hangs large_headers link no_driver once originals other_files planner
-    pool_log pool_parts ports readme rundir visible walls watch worker_ends workflows
+    account bench call_tracer cause channel_refusals comfyui command_line config control devices docs doctor
+    doctor_facts documents errors fuzzed_headers gguf_header hangs large_headers link no_driver nvml once other_files
+    planner pool_log ports processes provenance readme rundir visible walls worker_ends workflows
 """.split()
 """Tests of text, headers, sockets and processes: nothing is computed in them, or copied, that another processor's
 vector instructions could make something else of. `make test-portable` leaves them out; what is not named here is in
