@@ -41,7 +41,7 @@ def test_a_parked_model_leaves_nothing_and_comes_back_uncompiled(spec):  # noqa:
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for _ in range(2):
         engine.park()
-        assert torch.cuda.memory_reserved() <= empty + 2**25 and engine.nbytes >= spec.size * 0.99
+        assert torch.cuda.memory_reserved() <= empty + 2**25 and engine.nbytes >= spec.file.size * 0.99
         engine.reserve()
         engine.fetch()
         assert torch.equal(evaluated(engine), before)
@@ -79,7 +79,7 @@ def test_two_gpus_keep_half_each(spec):  # noqa: F811
     pool, layout = Pool(Devices(ranks=2, gpus=(0, 1))), ONE.__class__(ulysses=2, ring=1)
     try:
         before = sample(pool, spec, layout)
-        assert pool.held.nbytes == max(ownership.nbytes) < 0.9 * spec.size
+        assert pool.held.nbytes == max(ownership.nbytes) < 0.9 * spec.file.size
         for _ in range(2):
             pool.park()
             assert pool.held.state == "parked"
