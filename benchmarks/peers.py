@@ -21,7 +21,6 @@ from fastusp_backend.models.patchify import patch_grid, patchify, unpatchify
 
 LEVELS = ("eager", "compile", "graph")
 
-
 Run = Callable[[], torch.Tensor]
 
 

@@ -30,9 +30,10 @@ def find_cause(directory: Path, torchrun: subprocess.Popen, killed: bool, model:
     """
     causes: list[tuple[int, float, str]] = []  # the least first
     records = [r for path in _listed(directory, "failure-*.json") if (r := _read_json(path))]
-    told = {record["rank"] for record in records}
+    told, turns = {record["rank"] for record in records}, {}
     for turn, exited in enumerate(_read_json(directory / "exit.json") or []):
         rank, code = exited["rank"], exited["exitcode"]
+        turns[rank] = turn
         if rank is None:
             causes.append((2, turn, _end("torchrun", exited["pid"], code, model)))
         elif rank not in told:
@@ -40,7 +41,10 @@ def find_cause(directory: Path, torchrun: subprocess.Popen, killed: bool, model:
     for record in records:
         text = f"rank {record['rank']} failed with {record['text']}"
         asked = record["text"].startswith(KeyboardInterrupt.__name__)  # by SIGINT
-        causes.append((4 if record["peer_lost"] else 3 if asked else 1, record["time"], text))
+        if asked:  # of those that were asked to end, the first to end is the one that somebody asked
+            causes.append((3, turns.get(record["rank"], 0), text))
+        else:
+            causes.append((4 if record["peer_lost"] else 1, record["time"], text))
     if killed:
         causes.append((2, 0, "their processes did not end by themselves, so the pool ended them"))
     elif torchrun.returncode is not None and torchrun.returncode < 0:

@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 KEPT_BYTES = 512 << 20
 """Shared memory that stays between sampling runs: the residuals of a ControlNet for FLUX.1 at 1024 x 1024 take 377
 MB."""
+SHUTDOWN_SECONDS = 10.0
+"""How long workers may take to end by themselves when their pool is closed."""
 
 
 class Pool:
@@ -194,7 +196,7 @@ class Pool:
         if workers.ready is not None and workers.alive and self._busy.acquire(blocking=False):
             try:
                 workers.post(Shutdown())
-                workers.processes.wait_until_ended(5)
+                workers.processes.wait_until_ended(SHUTDOWN_SECONDS)
             finally:
                 self._busy.release()
         workers.dispose("the pool was closed")

@@ -5,8 +5,14 @@ import threading
 from types import SimpleNamespace
 
 import torch
+from support import SOME_FILE
 
+from fastusp_backend.config import Layout, ModelSpec, Settings, WeightPatch
+from fastusp_backend.pool import NO_PATCHES, Progress, WeightPatches, name_of
+from fastusp_backend.pool.progress import QUIET
+from fastusp_backend.pool.session import Session
 from fastusp_backend.pool.workers import Workers
+from fastusp_backend.prompt import Prompt
 from fastusp_backend.protocol import VERSION, Cancel, Done, Evaluate, Failed, Patch, Ready, Release, Sample, Shutdown
 
 
@@ -168,3 +174,30 @@ class Rank:
     def _bring(self, model):
         if model != self.model:
             self.model, self.patches = model, 0
+
+
+SPEC = ModelSpec(path="/m", file=SOME_FILE, storage=None, compute="float32")
+X = torch.zeros(1, 16, 4, 4)
+
+
+def session(pool, patches: WeightPatches = NO_PATCHES, model: ModelSpec = SPEC) -> Session:
+    return Session(pool, model, (Layout(ulysses=1, ring=1),), Settings(), patches)
+
+
+def evaluate(pool, context: torch.Tensor, patches: WeightPatches = NO_PATCHES, progress: Progress = QUIET):
+    """An evaluation, whose result is what the workers took for its context."""
+    return session(pool, patches).evaluate(X, torch.ones(1), Prompt(context, torch.ones(1, 4)), progress)
+
+
+def lora(*keys: str) -> WeightPatches:
+    value = torch.ones(1)
+    patch = WeightPatch(kind="set", tensors={"value": name_of(value)}, strength=1.0)
+    return WeightPatches({key: (patch,) for key in keys}, {name_of(value): value})
+
+
+def rank(pool):
+    return pool._workers.rank
+
+
+def script(*endings: str) -> None:
+    FakeWorkers.script[:] = endings

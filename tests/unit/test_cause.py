@@ -184,3 +184,15 @@ def test_a_signal_that_torchrun_passed_on_is_torchruns(tmp_path):
     assert find_cause(tmp_path, torchrun, False, None) == expected
     (tmp_path / "exit.json").unlink()
     assert find_cause(tmp_path, torchrun, False, None) == "rank 0 failed with KeyboardInterrupt"
+
+
+@pytest.mark.parametrize("interrupted, other", [(0, 1), (1, 0)])
+def test_of_ranks_that_were_asked_to_end_the_first_is_named(tmp_path, interrupted, other):
+    """torchrun asks the others, by SIGTERM."""
+    record_failure(tmp_path, interrupted, KeyboardInterrupt())
+    exits = [{"rank": interrupted, "pid": 5, "exitcode": 1}, {"rank": other, "pid": 6, "exitcode": -15}]
+    (tmp_path / "exit.json").write_text(json.dumps(exits))
+    torchrun = SimpleNamespace(pid=4, returncode=1)
+    assert find_cause(tmp_path, torchrun, False, None) == f"rank {interrupted} failed with KeyboardInterrupt"
+    (tmp_path / "exit.json").write_text(json.dumps(exits[::-1]))
+    assert find_cause(tmp_path, torchrun, False, None).startswith(f"rank {other} (process 6) was ended by SIGTERM")

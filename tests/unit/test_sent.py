@@ -7,24 +7,21 @@ from dataclasses import replace
 import msgspec
 import pytest
 import torch
-from fake_workers import FakeProcesses, FakeWorkers
-from support import SOME_FILE, randn, wait_until
+from fake_workers import SPEC, FakeProcesses, FakeWorkers, X, evaluate, lora, rank, script, session
+from support import randn, wait_until
 
-from fastusp_backend.config import Layout, ModelSpec, Settings, WeightPatch
+from fastusp_backend.config import Settings
 from fastusp_backend.devices import Devices
 from fastusp_backend.errors import Cancelled, PatchesLost, PoolError, ProtocolError, RequestError
-from fastusp_backend.pool import NO_PATCHES, Pool, Progress, WeightPatches, name_of, request, workers
+from fastusp_backend.pool import NO_PATCHES, Pool, Progress, WeightPatches, request, workers
 from fastusp_backend.pool import pool as pools
 from fastusp_backend.pool.progress import QUIET
 from fastusp_backend.pool.sent import KEPT_TENSORS
-from fastusp_backend.pool.session import Session, _distinct
+from fastusp_backend.pool.session import _distinct
 from fastusp_backend.prompt import Prompt
 from fastusp_backend.protocol import Evaluate, Patch, Release, Sample
 
 pytestmark = pytest.mark.unit
-
-SPEC = ModelSpec(path="/m", file=SOME_FILE, storage=None, compute="float32")
-X = torch.zeros(1, 16, 4, 4)
 
 
 @pytest.fixture
@@ -36,29 +33,6 @@ def pool(monkeypatch):
     pool = Pool(Devices(ranks=1))
     yield pool
     pool.close()
-
-
-def session(pool, patches: WeightPatches = NO_PATCHES, model: ModelSpec = SPEC) -> Session:
-    return Session(pool, model, (Layout(ulysses=1, ring=1),), Settings(), patches)
-
-
-def evaluate(pool, context: torch.Tensor, patches: WeightPatches = NO_PATCHES, progress: Progress = QUIET):
-    """An evaluation, whose result is what the workers took for its context."""
-    return session(pool, patches).evaluate(X, torch.ones(1), Prompt(context, torch.ones(1, 4)), progress)
-
-
-def lora(*keys: str) -> WeightPatches:
-    value = torch.ones(1)
-    patch = WeightPatch(kind="set", tensors={"value": name_of(value)}, strength=1.0)
-    return WeightPatches({key: (patch,) for key in keys}, {name_of(value): value})
-
-
-def rank(pool):
-    return pool._workers.rank
-
-
-def script(*endings: str) -> None:
-    FakeWorkers.script[:] = endings
 
 
 def names_sent(pool) -> list[set[str]]:
@@ -113,19 +87,6 @@ def test_control_travels_once_a_tensor_in_the_compute_type(pool):
     assert {name for name in names if name.startswith("control")} == {"control.0", "control.1"}
     _, tensors = _distinct(control, torch.float32)
     assert all(t.dtype == torch.float32 for t in tensors.values()) and torch.equal(tensors["control.1"], two.float())
-
-
-def test_equal_control_travels_once():
-    """ComfyUI adds up two ControlNets' tensors block by block, and expands one over a batch."""
-    residuals = [torch.full((2, 4, 8), value) for value in (1.0, 2.0, 1.0)]
-    residuals[1][0, 0] = 1  # begins like the others
-    expanded = torch.ones(1, 4, 8).expand(2, 4, 8)
-    places, tensors = _distinct({"input": [*residuals, expanded], "output": [None, expanded]}, torch.float32)
-    assert places == {"input": [0, 1, 0, 2], "output": [None, 2]}
-    assert [len(t) for t in tensors.values()] == [2, 2, 1]
-    assert torch.equal(tensors["control.1"], residuals[1])
-    for other in (torch.ones(2, 4, 8).double(), torch.ones(2, 8, 4), torch.tensor(1.0), torch.empty(0, 4, 8)):
-        assert _distinct({"input": [residuals[0], other]}, torch.float32)[0] == {"input": [0, 1]}
 
 
 ENDINGS = {

@@ -150,6 +150,14 @@ def test_the_documents_table_of_rooms_is_this_one():
     assert drawn == {room: allowed for room, allowed in ROOMS.items() if room} | {"nodes": FOR_NODES}
 
 
+@pytest.mark.parametrize("folder", ["fastusp_backend", "nodes", "web", "tests", "benchmarks"])
+def test_no_file_is_long(folder):
+    """What grows beyond this has two subjects."""
+    files = [path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".js")]
+    lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    assert files and not {name: lines for name, lines in lengths.items() if lines > 300}
+
+
 FORBIDDEN_MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 FORBIDDEN_CALLS = {"send_object_list", "recv_object_list", "broadcast_object_list", "all_gather_object"}
 SOCKETS = {"_socket"}
