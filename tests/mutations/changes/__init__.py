@@ -1,0 +1,11 @@
+"""The list, by rooms. It has those that once went unnoticed."""
+
+from ..change import Change
+from . import command_line, communication, engine, host, kernels, machine, models, pool, processes, sampling, weights
+
+ROOMS = (communication, kernels, sampling, models, engine, weights, processes, pool, machine, command_line, host)
+CHANGES: list[Change] = [
+    Change(file, what, old, new, tuple(f"tests/{test}" for test in tests.split()))
+    for room in ROOMS
+    for file, what, old, new, tests in room.CHANGES
+]

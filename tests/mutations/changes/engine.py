@@ -1,0 +1,157 @@
+"""engine: (file, what, old, new, tests that should notice)."""
+
+DENOISER = "fastusp_backend/engine/denoiser.py"
+PATCHING = "fastusp_backend/engine/patching.py"
+PARKING = "fastusp_backend/engine/parking.py"
+MODULATIONS = "fastusp_backend/engine/modulations.py"
+HOST_MEMORY = "fastusp_backend/engine/host_memory.py"
+
+CHANGES = [
+    (
+        PATCHING,
+        "a change relative to another patch set is made",
+        "if base is not None and base != self.number:",
+        "if base is not None and self.number is None:",
+        "unit/test_patching.py",
+    ),
+    (
+        PATCHING,
+        "the number is that of the set before while weights change",
+        "self.number = None\n",
+        "pass\n",
+        "unit/test_patching.py unit/test_patching_files.py",
+    ),
+    (
+        PARKING,
+        "tensors that merely touch are moved as one",
+        "if ranges and start < ranges[-1][1]:",
+        "if ranges and start <= ranges[-1][1]:",
+        "unit/test_parking.py",
+    ),
+    (
+        MODULATIONS,
+        "rows used first are dropped last",
+        "rows.move_to_end(key)",
+        "pass",
+        "unit/test_denoiser.py dist/test_modulations.py",
+    ),
+    (
+        MODULATIONS,
+        "rows of a second batch of timesteps begin where the first ended",
+        "row[a - place : b - place] = whole[a - start : b - start]",
+        "row[a - place : b - place] = whole[: b - a]",
+        "unit/test_denoiser.py dist/test_modulations.py",
+    ),
+    (
+        DENOISER,
+        "memory is tried for one image of a batch",
+        "WORKING_SET * len(x) * tokens",
+        "WORKING_SET * tokens",
+        "unit/test_denoiser.py",
+    ),
+    (
+        DENOISER,
+        "the memory of modulations is free again while an evaluation's is tried",
+        "_rows = self._modulations.probe_memory(",
+        "self._modulations.probe_memory(",
+        "unit/test_denoiser.py",
+    ),
+    (
+        DENOISER,
+        "shapes make room in the order in which they came",
+        "self._evaluations.move_to_end(shape)",
+        "pass",
+        "unit/test_denoiser.py",
+    ),
+    (
+        DENOISER,
+        "cond's velocity is not cloned before uncond's evaluation",
+        "velocity.clone().view_as(mine)",
+        "velocity.view_as(mine)",
+        "unit/test_denoiser.py",
+    ),
+    (
+        DENOISER,
+        "a cancel is asked for once a step, not before each evaluation",
+        "if velocities:\n                go_on()",
+        "if velocities:\n                pass",
+        "unit/test_denoiser.py",
+    ),
+    (
+        DENOISER,
+        "text tokens outlive a change of weights",
+        "self._modulations.forget()\n        self._prompts.clear()",
+        "self._modulations.forget()",
+        "unit/test_denoiser.py",
+    ),
+    (
+        DENOISER,
+        "graphs outlive the addresses that they were captured with",
+        "self._evaluations.clear()  # their graphs",
+        "self._evaluations.keys()  # their graphs",
+        "unit/test_denoiser.py",
+    ),
+    (
+        PATCHING,
+        "weights that were rounded to fp8 are patched as they are",
+        'if plan.rounded_to_fp8:\n        return "from_file"',
+        'if plan.rounded_to_fp8:\n        return "in_place"',
+        "unit/test_patching.py",
+    ),
+    (
+        PATCHING,
+        "patches are added to those that are there",
+        'return "reapply" if patched else "in_place"',
+        'return "in_place"',
+        "unit/test_patching.py",
+    ),
+    (
+        PARKING,
+        "host room is asked for one rank's shard",
+        "if have is not None and wanted * self._ranks > have",
+        "if have is not None and wanted > have",
+        "unit/test_parking.py",
+    ),
+    (
+        PARKING,
+        "a strided tensor ends where its count of values does",
+        "return (steps + 1) * tensor.itemsize",
+        "return tensor.numel() * tensor.itemsize",
+        "unit/test_parking.py",
+    ),
+    (
+        PARKING,
+        "ranges are in the order of addresses, which differ from rank to rank",
+        "ranges.sort(key=lambda r: min(r[2]))",
+        "pass",
+        "unit/test_parking.py",
+    ),
+    (
+        HOST_MEMORY,
+        "limits of the groups around a control group do not count",
+        "for group in [own, *own.parents]:",
+        "for group in [own]:",
+        "unit/test_engine_host_memory.py",
+    ),
+    (
+        "fastusp_backend/engine/engine.py",
+        "any resident model is the one that is asked for",
+        "return self.spec == spec",
+        "return self.spec is not None",
+        "unit/test_engine_loading.py",
+    ),
+    (
+        "fastusp_backend/engine/resident.py",
+        "parked weights are taken for a file's mapping",
+        "if self._mapped and not self.parked:",
+        "if self._mapped:",
+        "unit/test_file_state.py",
+    ),
+    (
+        "fastusp_backend/engine/evaluation.py",
+        "the first reference token takes the image's modulations",
+        "(torch.arange(shards.image, device=device) >= self._tokens)",
+        "(torch.arange(shards.image, device=device) > self._tokens)",
+        "unit/test_oracle_qwen.py",
+    ),
+]

@@ -1,0 +1,108 @@
+"""kernels, by their references in torch: (file, what, old, new, tests that should notice)."""
+
+EIGHT_BITS = "fastusp_backend/kernels/eight_bits.py"
+TOKENS = "fastusp_backend/kernels/tokens.py"
+PLACE = "fastusp_backend/kernels/place.py"
+MERGE = "fastusp_backend/kernels/merge.py"
+FP8_PRODUCT = "fastusp_backend/kernels/fp8_product.py"
+
+CHANGES = [
+    (
+        EIGHT_BITS,
+        "an infinite head arrives finite, not as NaN",
+        "scales = largest / torch.full_like(largest, limit)",
+        "scales = largest.clamp(max=3e38) / torch.full_like(largest, limit)",
+        "unit/test_eight_bits.py unit/test_kernel_references.py",
+    ),
+    (
+        EIGHT_BITS,
+        "int8 is cut off, not rounded",
+        "scaled.round().to(torch.int8)",
+        "scaled.to(torch.int8)",
+        "unit/test_eight_bits.py",
+    ),
+    (
+        TOKENS,
+        "float16 streams are not bounded",
+        "posinf=65504.0, neginf=-65504.0) if x.dtype == torch.float16 else x",
+        "posinf=65504.0, neginf=-65504.0) if x.dtype == torch.float64 else x",
+        "unit/test_kernel_references.py",
+    ),
+    (
+        TOKENS,
+        "the layer norm's epsilon is 1e-5",
+        "EPS = 1e-6",
+        "EPS = 1e-5",
+        "unit/test_kernel_references.py unit/test_oracle.py",
+    ),
+    (
+        TOKENS,
+        "gelu is exact, not by tanh",
+        'F.gelu(x, approximate="tanh")',
+        "F.gelu(x)",
+        "unit/test_kernel_references.py unit/test_oracle.py",
+    ),
+    (
+        PLACE,
+        "the q and k norms' epsilon is 1e-5",
+        "EPS = 1e-6",
+        "EPS = 1e-5",
+        "unit/test_kernel_references.py unit/test_oracle.py",
+    ),
+    (
+        PLACE,
+        "pairs are rotated the other way",
+        "even * cos - odd * sin, even * sin + odd * cos",
+        "even * cos + odd * sin, odd * cos - even * sin",
+        "unit/test_oracle.py",
+    ),
+    (
+        MERGE,
+        "the weights of two parts are exchanged",
+        "torch.sigmoid(part_lse - lse)",
+        "torch.sigmoid(lse - part_lse)",
+        "unit/test_kernel_references.py unit/test_attention.py unit/test_joint_attention.py",
+    ),
+    (
+        MERGE,
+        "the merged log-sum-exp is the larger one",
+        "lse.copy_(torch.logaddexp(lse, part_lse))",
+        "lse.copy_(torch.maximum(lse, part_lse))",
+        "unit/test_kernel_references.py unit/test_attention.py unit/test_joint_attention.py",
+    ),
+    (
+        FP8_PRODUCT,
+        "products leave the tokens' scales out",
+        "F.linear(x.values.float() * x.scales,",
+        "F.linear(x.values.float(),",
+        "unit/test_fp8_product.py",
+    ),
+    (
+        FP8_PRODUCT,
+        "a refusal counts for other numbers of tokens as well",
+        "shape = (len(values), *weight.shape,",
+        "shape = (0, *weight.shape,",
+        "unit/test_fp8_product.py",
+    ),
+    (
+        FP8_PRODUCT,
+        "errors that pass are taken for refusals",
+        "if any(passing in str(error) for",
+        "if any(passing == str(error) for",
+        "unit/test_fp8_product.py",
+    ),
+    (
+        FP8_PRODUCT,
+        "Ada is given weights of any pitch",
+        "return weight.is_contiguous() and _torch_version()",
+        "return _torch_version()",
+        "unit/test_fp8_product.py",
+    ),
+    (
+        FP8_PRODUCT,
+        "sizes need be multiples of 8 only",
+        "_MULTIPLE = 16",
+        "_MULTIPLE = 8",
+        "unit/test_fp8_product.py",
+    ),
+]

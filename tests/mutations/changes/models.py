@@ -1,0 +1,135 @@
+"""models: (file, what, old, new, tests that should notice)."""
+
+POSITIONS = "fastusp_backend/models/positions.py"
+LAYERS = "fastusp_backend/models/layers.py"
+DETECTION = "fastusp_backend/models/detection.py"
+OWNERSHIP = "fastusp_backend/models/ownership.py"
+
+CHANGES = [
+    (
+        POSITIONS,
+        "references of method offset grow along the longer side",
+        "beside = h + height > w + width",
+        "beside = h + height < w + width",
+        "unit/test_oracle.py",
+    ),
+    (
+        POSITIONS,
+        "references' positions are rounded down",
+        "return -(-pixels // patch)",
+        "return pixels // patch",
+        "unit/test_oracle.py unit/test_oracle_qwen.py",
+    ),
+    (
+        "fastusp_backend/models/patchify.py",
+        "odd sizes are padded with zeros",
+        'mode="circular"',
+        'mode="constant"',
+        "unit/test_oracle.py unit/test_oracle_qwen.py",
+    ),
+    (
+        "fastusp_backend/models/flux.py",
+        "a missing pooled text counts as ones",
+        "y = vec.new_zeros(",
+        "y = vec.new_ones(",
+        "unit/test_oracle.py",
+    ),
+    (
+        "fastusp_backend/models/qwen_image.py",
+        "text begins behind the largest reference, not behind the image",
+        "words = torch.arange(text, device=device) + max(grid) // 2",
+        "words = torch.arange(text, device=device) + max(max(g) for g in (grid, *references.grids)) // 2",
+        "unit/test_oracle_qwen.py",
+    ),
+    (
+        LAYERS,
+        "rotary tables are computed in float32",
+        "steps = torch.arange(0, dim, 2, dtype=torch.float64, device=ids.device) / dim",
+        "steps = torch.arange(0, dim, 2, dtype=torch.float32, device=ids.device) / dim",
+        "unit/test_oracle.py",
+    ),
+    (
+        LAYERS,
+        "sines before cosines in the timestep's embedding",
+        "torch.cat([angles.cos(), angles.sin()], dim=-1)",
+        "torch.cat([angles.sin(), angles.cos()], dim=-1)",
+        "unit/test_oracle.py",
+    ),
+    (
+        "fastusp_backend/models/detection.py",
+        "a LoHa file is not told as a LoRA",
+        r"\.(hada_w1|lokr_w1|oft_blocks)|",
+        r"\.(lokr_w1|oft_blocks)|",
+        "unit/test_other_files.py",
+    ),
+    (
+        DETECTION,
+        "an OFT file is not told as a LoRA",
+        "lokr_w1|oft_blocks)",
+        "lokr_w1)",
+        "unit/test_other_files.py",
+    ),
+    (
+        DETECTION,
+        "a GLoRA file is not told as a LoRA",
+        "\\.diff(_b)?$|\\.a1\\.weight$",
+        "\\.diff(_b)?$",
+        "unit/test_other_files.py",
+    ),
+    (
+        DETECTION,
+        "Ovis-Image is taken for FLUX.1",
+        '"double_blocks.0.img_mlp.gate_proj.weight"',
+        '"double_blocks.0.img_mlp.gate_proj.nothing"',
+        "unit/test_other_files.py",
+    ),
+    (
+        DETECTION,
+        "Lumina is not told from what nobody knows",
+        '("cap_embedder.", "Lumina or Z-Image")',
+        '("cap_embedding.", "Lumina or Z-Image")',
+        "unit/test_other_files.py",
+    ),
+    (
+        DETECTION,
+        "an incomplete file is of the family that lacks the most",
+        "fit.known), -fit.share)",
+        "fit.known), fit.share)",
+        "unit/test_detection.py unit/test_detection_families.py",
+    ),
+    (
+        DETECTION,
+        "stray blocks behind a gap are needed",
+        "and _before(block) not in there",
+        "and False",
+        "unit/test_detection.py unit/test_extra_tensors.py",
+    ),
+    (
+        OWNERSHIP,
+        "the smallest layers find their owners first",
+        "key=lambda i: -sizes[i]",
+        "key=lambda i: sizes[i]",
+        "unit/test_ownership.py",
+    ),
+    (
+        OWNERSHIP,
+        "each rank's bytes are those of all layers",
+        "if self._owner.get(name, rank) == rank",
+        "if rank >= 0",
+        "unit/test_ownership.py",
+    ),
+    (
+        "fastusp_backend/models/segments.py",
+        "tokens of the image take the rows of the first tokens",
+        "self._rows[len(self._rows) - x.shape[1] :]",
+        "self._rows[: x.shape[1]]",
+        "unit/test_segments.py",
+    ),
+    (
+        "fastusp_backend/models/segments.py",
+        "the second half is gated by itself",
+        "(tokens.swiglu_reference if gated else tokens.gelu_reference)(wide)",
+        "tokens.gelu_reference(wide)",
+        "unit/test_segments.py",
+    ),
+]
