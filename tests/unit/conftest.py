@@ -9,6 +9,7 @@ import pytest
 import torch
 from channels import Pair
 from formats import MINI
+from node_modules import node_module  # noqa: F401 - a fixture
 from small_library import world  # noqa: F401 - a fixture
 
 from fastusp_backend.devices import list_gpus
@@ -18,8 +19,9 @@ torch.set_num_threads(1)
 
 ANY_PROCESSOR = """
     account bench call_tracer cause channel_refusals comfyui command_line config control devices docs doctor
-    doctor_facts documents errors fuzzed_headers gguf_header hangs large_headers link no_driver nvml once other_files
-    planner pool_log ports processes provenance readme rundir visible walls worker_ends workflows
+    doctor_facts documents errors fuzzed_headers gguf_header hangs large_headers link mutations no_driver nodes_memory
+    nodes_status nvml once other_files planner pool_log ports processes provenance readme rehearsal request rundir
+    visible walls worker_ends workflows
 """.split()
 """Tests of text, headers, sockets and processes: nothing is computed in them, or copied, that another processor's
 vector instructions could make something else of. `make test-portable` leaves them out; what is not named here is in
@@ -28,6 +30,8 @@ it."""
 
 def pytest_collection_modifyitems(items):
     folder = Path(__file__).parent
+    if gone := [name for name in ANY_PROCESSOR if not (folder / f"test_{name}.py").is_file()]:
+        raise pytest.UsageError(f"ANY_PROCESSOR names tests that are not there: {', '.join(gone)}")
     for item in items:
         if item.path.parent == folder and item.path.stem.removeprefix("test_") in ANY_PROCESSOR:
             item.add_marker("any_processor")

@@ -1,19 +1,14 @@
 """The inputs of USP Optimization Settings are the options of `config.Settings`, each with a tooltip."""
 
-import importlib.util
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args, get_type_hints
 
 import pytest
 
-from fastusp_backend import config
 from fastusp_backend.config import Settings
 
 pytestmark = pytest.mark.unit
 
-FILE = Path(__file__).resolve().parents[2] / "nodes/settings.py"
 TYPES = get_type_hints(Settings)
 
 
@@ -22,7 +17,7 @@ def recorder(kind: str) -> SimpleNamespace:
 
 
 @pytest.fixture
-def node(monkeypatch):
+def node(node_module):
     """The node's module, for a ComfyUI that notes what it is given."""
     io = SimpleNamespace(
         ComfyNode=object,
@@ -33,14 +28,7 @@ def node(monkeypatch):
         Combo=recorder("COMBO"),
         Custom=recorder,
     )
-    monkeypatch.setitem(sys.modules, "pack.nodes.comfyui", SimpleNamespace(io=io))
-    monkeypatch.setitem(sys.modules, "pack.fastusp_backend.config", config)
-    for package in ("pack", "pack.nodes", "pack.fastusp_backend"):
-        monkeypatch.setitem(sys.modules, package, SimpleNamespace(__path__=[]))
-    spec = importlib.util.spec_from_file_location("pack.nodes.settings", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return node_module("settings", comfyui={"io": io})
 
 
 def test_every_option_is_an_input_in_the_order_of_the_options(node):
