@@ -2,6 +2,7 @@
 
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,6 +35,24 @@ def test_the_shape_that_was_used_longest_ago_makes_room(one_rank):
     for rows in (first, *others, first, 20):
         evaluate(one_rank, rows)
     assert [shape.x[-1] for shape in one_rank.evaluations] == [*others[1:], first, 20]
+
+
+def test_evaluations_go_when_addresses_have_moved(one_rank, monkeypatch):
+    """Their graphs would replay into memory that is another's: where a larger shape had it allocated anew, and where
+    somebody else had."""
+    transport = one_rank._transport = SimpleNamespace(generation=one_rank._generation)
+
+    def make(*arguments):
+        transport.generation += "large" in arguments
+        return object()
+
+    monkeypatch.setattr(denoisers, "Evaluation", make)
+    assert one_rank._evaluation("small") is one_rank._evaluation("small")
+    one_rank._evaluation("large")
+    assert [*one_rank._evaluations] == ["large"]
+    transport.generation += 1
+    one_rank._evaluation("small")
+    assert [*one_rank._evaluations] == ["small"]
 
 
 @pytest.mark.parametrize("batch, size, text, references", [(1, (4, 6), 3, 0), (3, (4, 6), 3, 0), (2, (8, 5), 5, 8)])

@@ -69,7 +69,7 @@ CHANGES = [
         "packed rows are not kept alive while they travel",
         "self._attended, self._leaving = attended, rows_of",
         "self._attended, self._leaving = attended, None",
-        "unit/test_peers.py",
+        "unit/test_in_flight.py",
     ),
     (
         PEERS,
@@ -90,7 +90,7 @@ CHANGES = [
         "regions of an arena are not aligned",
         "_ALIGNMENT = 256",
         "_ALIGNMENT = 1",
-        "unit/test_peers.py",
+        "unit/test_arena.py",
     ),
     (
         USP,
@@ -111,7 +111,7 @@ CHANGES = [
         "without overlap nothing is awaited where it starts",
         "if not self._overlap:\n            self._ulysses.wait()",
         "if not self._overlap:\n            pass",
-        "unit/test_in_flight.py",
+        "unit/test_joint_attention.py",
     ),
     (
         USP,

@@ -1,8 +1,12 @@
 """nodes, as far as it shows without a ComfyUI: (file, what, old, new, tests that should notice)."""
 
 CALL_TRACER = "nodes/call_tracer.py"
+MEMORY = "nodes/memory.py"
 PROVENANCE = "nodes/provenance.py"
 REACHABLE = "nodes/reachable.py"
+REHEARSAL = "nodes/rehearsal.py"
+STATUS = "nodes/status.py"
+WEIGHT_PATCHES = "nodes/weight_patches.py"
 
 CHANGES = [
     (
@@ -74,5 +78,89 @@ CHANGES = [
         "lacking = [name for name in wanted if name not in has]",
         "lacking = []",
         "unit/test_comfyui.py",
+    ),
+    (
+        MEMORY,
+        "weights that a request uses leave for another model",
+        "if resident and session.pool.busy:",
+        "if resident and session.pool is None:",
+        "unit/test_nodes_memory.py",
+    ),
+    (
+        MEMORY,
+        "weights that stayed are never listed again",
+        "self._stayed.add(session.pool)",
+        "pass",
+        "unit/test_nodes_memory.py",
+    ),
+    (
+        MEMORY,
+        "Unload Models takes the weights of a pool that runs",
+        "if not pool.busy:\n                    _tried",
+        "if pool:\n                    _tried",
+        "unit/test_nodes_memory.py",
+    ),
+    (
+        MEMORY,
+        "pools on other GPUs make room",
+        "set(pool.devices.gpus) & set(session.pool.devices.gpus)",
+        "set(pool.devices.gpus) | set(session.pool.devices.gpus)",
+        "unit/test_nodes_memory.py",
+    ),
+    (
+        STATUS,
+        "an interruption is told as a failure",
+        "isinstance(error, model_management.InterruptProcessingException)",
+        "error is None",
+        "unit/test_nodes_status.py",
+    ),
+    (
+        STATUS,
+        "a headline that was covered does not come back",
+        "self._covered = True\n        _show(text)",
+        "_show(text)",
+        "unit/test_nodes_status.py",
+    ),
+    (
+        STATUS,
+        "a page sees the texts of another page's prompt",
+        'if number == prompt and client and extra.get("client_id") == client:',
+        "if number == prompt:",
+        "unit/test_nodes_status.py",
+    ),
+    (
+        REHEARSAL,
+        "reading by get is not seen",
+        "def get(self, key, default=None):\n        self._look(key)\n",
+        "def get(self, key, default=None):\n",
+        "unit/test_rehearsal.py",
+    ),
+    (
+        REHEARSAL,
+        "whatever strength a conditioning has says nothing",
+        'key == "strength" and value == 1.0',
+        'key == "strength"',
+        "unit/test_rehearsal.py",
+    ),
+    (
+        WEIGHT_PATCHES,
+        "the strength of the weight before a patch is lost",
+        "strength_model=float(strength_model)",
+        "strength_model=1.0",
+        "unit/test_nodes_weight_patches.py",
+    ),
+    (
+        WEIGHT_PATCHES,
+        "the halves that a patch swaps stay as they are",
+        "swap_halves=_swaps(function)",
+        "swap_halves=False",
+        "unit/test_nodes_weight_patches.py",
+    ),
+    (
+        WEIGHT_PATCHES,
+        "what cannot be widened is refused when weights change, not when the patch is added",
+        "if wide not in (None, shapes[name]) and",
+        "if wide == () and",
+        "unit/test_nodes_weight_patches.py",
     ),
 ]

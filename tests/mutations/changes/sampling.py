@@ -8,7 +8,7 @@ CHANGES = [
         SAMPLERS,
         "heun corrects its last step as well",
         "slope, step = (x - denoised) / sigma, following - sigma\n        if following != 0:",
-        "slope, step = (x - denoised) / sigma, following - sigma\n        if following != 0 or i == 0:",
+        "slope, step = (x - denoised) / sigma, following - sigma\n        if following >= 0:",
         "unit/test_samplers.py",
     ),
     (
