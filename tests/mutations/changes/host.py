@@ -2,6 +2,7 @@
 
 CALL_TRACER = "nodes/call_tracer.py"
 MEMORY = "nodes/memory.py"
+OBSTACLES = "nodes/obstacles.py"
 PROVENANCE = "nodes/provenance.py"
 REACHABLE = "nodes/reachable.py"
 REHEARSAL = "nodes/rehearsal.py"
@@ -162,5 +163,26 @@ CHANGES = [
         "if wide not in (None, shapes[name]) and",
         "if wide == () and",
         "unit/test_nodes_weight_patches.py",
+    ),
+    (
+        OBSTACLES,
+        "options that the workers do not know are ignored",
+        "foreign = options.keys() - SAMPLERS[name].options.keys()",
+        'foreign = options.keys() & {""}',
+        "unit/test_obstacles.py",
+    ),
+    (
+        OBSTACLES,
+        "schedules with timesteps of their own run in the workers",
+        "if not torch.allclose(model_sampling.timestep(sigmas), sigmas * scale):",
+        "if scale == 0:",
+        "unit/test_obstacles.py",
+    ),
+    (
+        OBSTACLES,
+        "a mask that hides words counts as none",
+        'or key == "attention_mask" and masks_nothing(value.cond)',
+        'or key == "attention_mask"',
+        "unit/test_obstacles.py",
     ),
 ]

@@ -77,7 +77,7 @@ CHANGES = [
         "a scale of nought is taken",
         "if value == 0 or not math.isfinite(value):",
         "if not math.isfinite(value):",
-        "unit/test_formats.py unit/test_format_refusals.py",
+        "unit/test_damaged_files.py",
     ),
     (
         STORAGE_PLAN,
