@@ -8,7 +8,7 @@ from ..protocol import Evaluate
 
 
 class PromptCache:
-    """Tensors by the numbers that `pool.kept` gave them, and the prompts that were made of them."""
+    """Tensors by the numbers that `pool.sent` gave them, and the prompts that were made of them."""
 
     def __init__(self):
         self._tensors: dict[int, torch.Tensor] = {}

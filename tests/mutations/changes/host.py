@@ -19,13 +19,6 @@ CHANGES = [
     ),
     (
         PROVENANCE,
-        "a function with other globals counts as the original",
-        "function is not None and function.__globals__ is vars(module) and codes",
-        "function is not None and codes",
-        "unit/test_provenance.py",
-    ),
-    (
-        PROVENANCE,
         "a pack's wrapper is looked through",
         'and hasattr(value, "__wrapped__") and not is_foreign(value.__code__):',
         'and hasattr(value, "__wrapped__"):',
@@ -39,31 +32,10 @@ CHANGES = [
         "unit/test_provenance.py",
     ),
     (
-        REACHABLE,
-        "what no Python function hides is no change",
-        "isinstance(value, functools.partial | functools.partialmethod) or",
-        "False or",
-        "unit/test_provenance.py",
-    ),
-    (
-        CALL_TRACER,
-        "finalisers are taken for changes",
-        '_ASIDE = {"__del__", ',
-        "_ASIDE = {",
-        "unit/test_call_tracer.py",
-    ),
-    (
         CALL_TRACER,
         "what swallows an obstacle hides it",
         "self.found = self.found or text",
         "pass",
-        "unit/test_call_tracer.py",
-    ),
-    (
-        CALL_TRACER,
-        "builtins in the place of functions are not found",
-        "if provenance.code_of(value) is None:\n                    self.fail",
-        "if provenance.code_of(value) is self:\n                    self.fail",
         "unit/test_call_tracer.py",
     ),
     (
@@ -74,13 +46,6 @@ CHANGES = [
         "unit/test_settings.py",
     ),
     (
-        "nodes/comfyui.py",
-        "a parameter that went is not missed",
-        "lacking = [name for name in wanted if name not in has]",
-        "lacking = []",
-        "unit/test_comfyui.py",
-    ),
-    (
         MEMORY,
         "weights that a request uses leave for another model",
         "if resident and session.pool.busy:",
@@ -89,38 +54,10 @@ CHANGES = [
     ),
     (
         MEMORY,
-        "weights that stayed are never listed again",
-        "self._stayed.add(session.pool)",
-        "pass",
-        "unit/test_nodes_memory.py",
-    ),
-    (
-        MEMORY,
         "Unload Models takes the weights of a pool that runs",
         "if not pool.busy:\n                    _tried",
         "if pool:\n                    _tried",
         "unit/test_nodes_memory.py",
-    ),
-    (
-        MEMORY,
-        "pools on other GPUs make room",
-        "set(pool.devices.gpus) & set(session.pool.devices.gpus)",
-        "set(pool.devices.gpus) | set(session.pool.devices.gpus)",
-        "unit/test_nodes_memory.py",
-    ),
-    (
-        STATUS,
-        "an interruption is told as a failure",
-        "isinstance(error, model_management.InterruptProcessingException)",
-        "error is None",
-        "unit/test_nodes_status.py",
-    ),
-    (
-        STATUS,
-        "a headline that was covered does not come back",
-        "self._covered = True\n        _show(text)",
-        "_show(text)",
-        "unit/test_nodes_status.py",
     ),
     (
         STATUS,
@@ -137,13 +74,6 @@ CHANGES = [
         "unit/test_rehearsal.py",
     ),
     (
-        REHEARSAL,
-        "whatever strength a conditioning has says nothing",
-        'key == "strength" and value == 1.0',
-        'key == "strength"',
-        "unit/test_rehearsal.py",
-    ),
-    (
         WEIGHT_PATCHES,
         "the strength of the weight before a patch is lost",
         "strength_model=float(strength_model)",
@@ -152,24 +82,10 @@ CHANGES = [
     ),
     (
         WEIGHT_PATCHES,
-        "the halves that a patch swaps stay as they are",
-        "swap_halves=_swaps(function)",
-        "swap_halves=False",
-        "unit/test_nodes_weight_patches.py",
-    ),
-    (
-        WEIGHT_PATCHES,
         "what cannot be widened is refused when weights change, not when the patch is added",
         "if wide not in (None, shapes[name]) and",
         "if wide == () and",
         "unit/test_nodes_weight_patches.py",
-    ),
-    (
-        OBSTACLES,
-        "options that the workers do not know are ignored",
-        "foreign = options.keys() - SAMPLERS[name].options.keys()",
-        'foreign = options.keys() & {""}',
-        "unit/test_obstacles.py",
     ),
     (
         OBSTACLES,

@@ -15,13 +15,6 @@ CHANGES = [
         "unit/test_eight_bits.py unit/test_kernel_references.py",
     ),
     (
-        EIGHT_BITS,
-        "int8 is cut off, not rounded",
-        "scaled.round().to(torch.int8)",
-        "scaled.to(torch.int8)",
-        "unit/test_eight_bits.py",
-    ),
-    (
         TOKENS,
         "float16 streams are not bounded",
         "posinf=65504.0, neginf=-65504.0) if x.dtype == torch.float16 else x",
@@ -36,13 +29,6 @@ CHANGES = [
         "unit/test_kernel_references.py unit/test_oracle.py",
     ),
     (
-        TOKENS,
-        "gelu is exact, not by tanh",
-        'F.gelu(x, approximate="tanh")',
-        "F.gelu(x)",
-        "unit/test_kernel_references.py unit/test_oracle.py",
-    ),
-    (
         PLACE,
         "the q and k norms' epsilon is 1e-5",
         "EPS = 1e-6",
@@ -50,32 +36,11 @@ CHANGES = [
         "unit/test_kernel_references.py unit/test_oracle.py",
     ),
     (
-        PLACE,
-        "pairs are rotated the other way",
-        "even * cos - odd * sin, even * sin + odd * cos",
-        "even * cos + odd * sin, odd * cos - even * sin",
-        "unit/test_oracle.py",
-    ),
-    (
-        MERGE,
-        "the weights of two parts are exchanged",
-        "torch.sigmoid(part_lse - lse)",
-        "torch.sigmoid(lse - part_lse)",
-        "unit/test_kernel_references.py unit/test_attention.py unit/test_joint_attention.py",
-    ),
-    (
         MERGE,
         "the merged log-sum-exp is the larger one",
         "lse.copy_(torch.logaddexp(lse, part_lse))",
         "lse.copy_(torch.maximum(lse, part_lse))",
         "unit/test_kernel_references.py unit/test_attention.py unit/test_joint_attention.py",
-    ),
-    (
-        FP8_PRODUCT,
-        "products leave the tokens' scales out",
-        "F.linear(x.values.float() * x.scales,",
-        "F.linear(x.values.float(),",
-        "unit/test_fp8_product.py",
     ),
     (
         FP8_PRODUCT,
@@ -96,13 +61,6 @@ CHANGES = [
         "Ada is given weights of any pitch",
         "return weight.is_contiguous() and _torch_version()",
         "return _torch_version()",
-        "unit/test_fp8_product.py",
-    ),
-    (
-        FP8_PRODUCT,
-        "sizes need be multiples of 8 only",
-        "_MULTIPLE = 16",
-        "_MULTIPLE = 8",
         "unit/test_fp8_product.py",
     ),
 ]

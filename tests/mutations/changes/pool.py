@@ -13,13 +13,6 @@ WORKERS = "fastusp_backend/pool/workers.py"
 CHANGES = [
     (
         ACCOUNT,
-        "a run that ends ends those beside it",
-        "self._runs -= 1",
-        "self._runs = 0",
-        "unit/test_account.py",
-    ),
-    (
-        ACCOUNT,
         "a cancel counts as an error",
         "except Cancelled:\n            raise",
         "except ZeroDivisionError:\n            raise",
@@ -27,31 +20,10 @@ CHANGES = [
     ),
     (
         CAUSE,
-        "a rank that was asked to end is blamed for the others",
-        "(3 if code == -signal.SIGTERM else 0, turn",
-        "(0, turn",
-        "unit/test_cause.py",
-    ),
-    (
-        CAUSE,
         "a rank that lost another is blamed before the other one",
         '(4 if record["peer_lost"] else 3 if asked else 1,',
         "(3 if asked else 1,",
         "unit/test_cause.py",
-    ),
-    (
-        CAUSE,
-        "warnings are the last of what is shown of a rank",
-        "(_ALARMING.search(line) is None) == quiet",
-        "(_ALARMING.search(line) is None) != quiet",
-        "unit/test_cause.py",
-    ),
-    (
-        HANGS,
-        "a stopped rank is not told from one that computes",
-        'if state == "T" else 0.0',
-        'if state == "t" else 0.0',
-        "unit/test_hangs.py",
     ),
     (
         HANGS,
@@ -89,20 +61,6 @@ CHANGES = [
         "unit/test_link.py",
     ),
     (
-        LINK,
-        "nobody hears a message before it is asked for",
-        "self._heard(message)\n                self._inbox.put((message, tensors))",
-        "self._inbox.put((message, tensors))",
-        "unit/test_link.py",
-    ),
-    (
-        LINK,
-        "who sends to a peer that does not read cannot be interrupted",
-        "while not wait([written], POLL_SECONDS).done:\n            meanwhile()",
-        "while not wait([written], POLL_SECONDS).done:\n            pass",
-        "unit/test_link.py::test_who_sends_to_a_peer_that_does_not_read_can_be_interrupted",
-    ),
-    (
         REQUEST,
         "a late reply of an abandoned request is taken for this one's",
         "if message.id != number or isinstance(message, Held):",
@@ -111,31 +69,10 @@ CHANGES = [
     ),
     (
         REQUEST,
-        "steps are shown after a cancel",
-        "if cancelled_at is None:\n                call(progress.step",
-        "if cancelled_at != 0:\n                call(progress.step",
-        "unit/test_request.py",
-    ),
-    (
-        REQUEST,
         "what is cancelled without an answer is not left behind",
         "workers.leave_behind(number)\n                raise",
         "raise",
         "unit/test_request.py",
-    ),
-    (
-        REQUEST,
-        "lost patches are an error like any other",
-        '(PatchesLost if message.kind == "unpatched" else RequestError)(message.text)',
-        "RequestError(message.text)",
-        "unit/test_request.py",
-    ),
-    (
-        RUNDIR,
-        "a folder that others can read is taken",
-        "or info.st_mode & 0o077",
-        "or info.st_mode & 0",
-        "unit/test_rundir.py",
     ),
     (
         RUNDIR,
@@ -152,31 +89,10 @@ CHANGES = [
         "unit/test_rundir.py",
     ),
     (
-        RUNDIR,
-        "where a part cannot be made the rest is left",
-        "self.remove()\n            raise PoolError(",
-        "raise PoolError(",
-        "unit/test_rundir.py",
-    ),
-    (
         SENT,
         "a tensor that its owner changes is taken for what was sent",
         "after[number] = tensor.clone()",
         "after[number] = tensor",
-        "unit/test_sent.py",
-    ),
-    (
-        SENT,
-        "tensors of other types are taken for one another",
-        "and other.dtype == tensor.dtype",
-        "and True",
-        "unit/test_sent.py",
-    ),
-    (
-        SENT,
-        "what is used last is forgotten as early as the rest",
-        "after[number] = after.pop(number)",
-        "after[number] = after[number]",
         "unit/test_sent.py",
     ),
     (
@@ -194,20 +110,6 @@ CHANGES = [
         "unit/test_sent.py",
     ),
     (
-        SENT,
-        "weights that lose their patches keep them",
-        "weights |= {name: () for name in old.keys() - patches.weights.keys()}",
-        "pass",
-        "unit/test_sent.py",
-    ),
-    (
-        SENT,
-        "another model is taken to have this one's patches",
-        "if self._weights.model != model:",
-        "if self._weights.model is self:",
-        "unit/test_sent.py",
-    ),
-    (
         WORKERS,
         "what was released is taken to be there",
         "self.tensors.doubt()\n            self.patches.unload()",
@@ -222,31 +124,10 @@ CHANGES = [
         "unit/test_sent.py",
     ),
     (
-        "fastusp_backend/pool/pool.py",
-        "workers are replaced as often as they die",
-        "if self.starts > starts:",
-        "if self.starts < starts:",
-        "unit/test_sent.py",
-    ),
-    (
-        "fastusp_backend/pool/session.py",
-        "equal residuals of a ControlNet travel each",
-        "if torch.equal(distinct[n], tensor):",
-        "if distinct[n] is tensor:",
-        "unit/test_sent.py",
-    ),
-    (
         PROCESSES,
         "NCCL listens on every interface",
         '"NCCL_SOCKET_IFNAME": "=lo"',
         '"NCCL_SOCKET_IFNAME": ""',
-        "unit/test_processes.py",
-    ),
-    (
-        PROCESSES,
-        "compiled code lies in a folder that others may own",
-        'env.setdefault("TORCHINDUCTOR_CACHE_DIR", str(run_dir.parent / "torchinductor"))',
-        'env.setdefault("TORCHINDUCTOR_CACHE_DIR", "/tmp/torchinductor")',
         "unit/test_processes.py",
     ),
 ]

@@ -3,7 +3,6 @@
 ADAPTERS = "fastusp_backend/weights/adapters.py"
 GGUF_BLOCKS = "fastusp_backend/weights/gguf_blocks.py"
 GGUF_HEADER = "fastusp_backend/weights/gguf_header.py"
-SAFETENSORS_HEADER = "fastusp_backend/weights/safetensors_header.py"
 SCALES = "fastusp_backend/weights/scales.py"
 STORAGE_PLAN = "fastusp_backend/weights/storage_plan.py"
 STORED = "fastusp_backend/weights/stored.py"
@@ -18,45 +17,10 @@ CHANGES = [
     ),
     (
         ADAPTERS,
-        "alpha is not divided by the rank",
-        "scale = patch.alpha / rank if rank is not None and patch.alpha is not None else 1.0",
-        "scale = patch.alpha if rank is not None and patch.alpha is not None else 1.0",
-        "unit/test_adapters.py",
-    ),
-    (
-        ADAPTERS,
-        "swapped halves stay as they are",
-        "delta = torch.cat(delta.chunk(2, dim=0)[::-1])",
-        "delta = torch.cat(delta.chunk(2, dim=0))",
-        "unit/test_adapters.py",
-    ),
-    (
-        ADAPTERS,
-        "DoRA's rows are divided by the lengths after the change",
-        "torch.linalg.vector_norm(weight if by_row else changed,",
-        "torch.linalg.vector_norm(changed,",
-        "unit/test_dora.py",
-    ),
-    (
-        ADAPTERS,
-        "factors beside packed weights forget their strength",
-        "up = up * (patch.strength * (",
-        "up = up * (1.0 * (",
-        "unit/test_packed_patches.py",
-    ),
-    (
-        ADAPTERS,
         "rotations are not limited",
         "skew = skew * (constraint / (skew.norm() + 1e-8)).clamp(max=1.0)",
         "skew = skew * 1.0",
         "unit/test_adapters.py",
-    ),
-    (
-        GGUF_BLOCKS,
-        "Q4_0 is off by one",
-        "_nibbles(b[:, 2:]).to(torch.int8) - 8",
-        "_nibbles(b[:, 2:]).to(torch.int8) - 7",
-        "unit/test_gguf_blocks.py",
     ),
     (
         GGUF_BLOCKS,
@@ -94,20 +58,6 @@ CHANGES = [
         "unit/test_storage_plan.py",
     ),
     (
-        STORAGE_PLAN,
-        "quantised weights stay so whatever was asked for",
-        "stays = linear and (spec.storage is None or spec.keep_quantised)",
-        "stays = linear",
-        "unit/test_storage_plan.py",
-    ),
-    (
-        STORAGE_PLAN,
-        "quantising by rows is to take no more than a cast",
-        "(12 if self.by_rows else 4)",
-        "4",
-        "unit/test_storage_plan.py unit/test_engine_loading.py",
-    ),
-    (
         STORED,
         "weights beyond the range of fp8 are stored as NaN",
         "values = values.clamp(-limit, limit)",
@@ -122,32 +72,11 @@ CHANGES = [
         "unit/test_stored.py unit/test_patching.py",
     ),
     (
-        STORED,
-        "dequantised float32 weights are the stored ones",
-        "return values.clone() if values.data_ptr() == self.data.data_ptr() else values",
-        "return values",
-        "unit/test_stored.py unit/test_patching.py",
-    ),
-    (
-        SAFETENSORS_HEADER,
-        "gaps between tensors are taken",
-        "if tensors[name].start != begin:",
-        "if tensors[name].start < begin:",
-        "unit/test_large_headers.py unit/test_damaged_files.py",
-    ),
-    (
         GGUF_HEADER,
         "offsets need not be aligned",
         "if offset % alignment:",
         "if offset % 1:",
         "unit/test_gguf_header.py",
-    ),
-    (
-        GGUF_HEADER,
-        "tensors may overlap",
-        "if start < end:",
-        "if start < 0:",
-        "unit/test_large_headers.py",
     ),
     (
         GGUF_HEADER,
