@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -74,6 +75,25 @@ def test_what_is_measured():
         ("fp8", "int8"),
         ("fp8", "fp8"),
     ]
+
+
+def test_steps_that_warm_up_do_not_count(monkeypatch):
+    """They compile and capture: their seconds are told by themselves."""
+
+    class Session:
+        def __init__(self, *_):
+            pass
+
+        def sample(self, x, sigmas, *, progress, **_):
+            assert len(sigmas) == 1 + 1 + 3
+            for seconds in (60.0, 2.0, 3.0, 1.0):
+                progress.step(SimpleNamespace(seconds=seconds), {})
+
+    monkeypatch.setattr(bench, "Session", Session)
+    pool = SimpleNamespace(devices=Devices(ranks=1), held=SimpleNamespace(nbytes=7, transport="none"))
+    arguments = argparse.Namespace(steps=3, seconds=100.0)
+    found = bench._measured(row(1, None), pool, None, (None, None), arguments)
+    assert (found.seconds, found.first, found.nbytes, found.problem) == (2.0, 62.0, 7, "")
 
 
 def test_sizes():
