@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from channels import Pair
+from fake_pool import pool  # noqa: F401 - a fixture
 from formats import MINI
 from node_modules import node_module  # noqa: F401 - a fixture
 from small_library import world  # noqa: F401 - a fixture

@@ -174,6 +174,13 @@ def test_pairs_are_those_of_the_devices_own_order():
     }
 
 
+@pytest.mark.parametrize("peers", [[[False, True], [False, False]], [[False, False], [True, False]]])
+def test_peer_access_goes_both_ways_or_does_not_count(peers):
+    two = {"devices": Devices(ranks=2, gpus=(0, 1)), "gpus": (gpu(0), gpu(1)), "links": {"0-1": "PIX"}}
+    (check,) = gpus.links(pretended(probe={"peers": peers, "names": ["H200"] * 2}, **two))
+    assert check.status == "warn" and check.text == "PCIe (PIX), no peer access"
+
+
 @pytest.mark.parametrize(
     "capability, runs",
     [

@@ -1,42 +1,23 @@
-"""What the workers have been sent: prompts and patches travel once, and what is in doubt travels anew."""
+"""What the workers have been sent: a prompt travels once, and what is in doubt travels anew."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
-import msgspec
 import pytest
 import torch
-from fake_workers import SPEC, FakeProcesses, FakeWorkers, X, evaluate, lora, rank, script, session
-from support import randn, wait_until
+from fake_pool import ENDINGS, names_sent, stopping, waiting
+from fake_workers import X, evaluate, lora, rank, script, session
+from support import randn
 
-from fastusp_backend.config import Settings
-from fastusp_backend.devices import Devices
-from fastusp_backend.errors import Cancelled, PatchesLost, PoolError, ProtocolError, RequestError
-from fastusp_backend.pool import NO_PATCHES, Pool, Progress, WeightPatches, request, workers
-from fastusp_backend.pool import pool as pools
+from fastusp_backend.errors import Cancelled, PoolError, ProtocolError
+from fastusp_backend.pool import Progress, request
 from fastusp_backend.pool.progress import QUIET
 from fastusp_backend.pool.sent import KEPT_TENSORS
 from fastusp_backend.pool.session import _distinct
 from fastusp_backend.prompt import Prompt
-from fastusp_backend.protocol import Evaluate, Patch, Release, Sample
+from fastusp_backend.protocol import Patch, Release
 
 pytestmark = pytest.mark.unit
-
-
-@pytest.fixture
-def pool(monkeypatch):
-    monkeypatch.setattr(pools, "Workers", FakeWorkers)
-    monkeypatch.setattr(workers, "Processes", FakeProcesses)
-    monkeypatch.setattr(FakeWorkers, "script", [])
-    monkeypatch.setattr(request, "CANCEL_SECONDS", 0.0)
-    pool = Pool(Devices(ranks=1))
-    yield pool
-    pool.close()
-
-
-def names_sent(pool) -> list[set[str]]:
-    return [names for message, names in rank(pool).messages if isinstance(message, Evaluate)]
 
 
 def test_a_prompt_is_sent_once(pool):
@@ -89,26 +70,6 @@ def test_control_travels_once_a_tensor_in_the_compute_type(pool):
     assert all(t.dtype == torch.float32 for t in tensors.values()) and torch.equal(tensors["control.1"], two.float())
 
 
-ENDINGS = {
-    "refused": (RequestError, "it was refused"),
-    "cancelled": (Cancelled, "was cancelled"),
-    "misread": (ProtocolError, "refused a message"),
-    "interrupted": (KeyboardInterrupt, None),
-    "late": (Cancelled, "will come to it"),
-}
-
-
-def stopping(pool, ending: str) -> Progress:
-    """Stops what is not answered; and the workers come to it when the next prompt waits for them."""
-    rank_now = rank(pool)
-    return Progress(interrupted=lambda: ending == "late" and bool(rank_now._late))
-
-
-def waiting(pool) -> Progress:
-    rank_now = rank(pool)
-    return Progress(phase=lambda text: rank_now.catch_up())
-
-
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_what_was_not_answered_is_sent_anew(pool, ending):
     """Whether or not it arrived; and the workers are left with nothing that nobody knows of."""
@@ -145,61 +106,20 @@ def test_a_caller_who_stops_before_its_turn_changes_nothing(pool):
     assert names_sent(pool)[-1] == {"x", "timestep"} and not rank(pool).sent(Patch)
 
 
-@pytest.mark.parametrize("ending", ENDINGS)
-def test_a_change_that_was_not_answered_is_made_anew(pool, ending):
-    """The prompt's tensors that the workers have are not sent again for it."""
-    context, patches = torch.zeros(1, 3, 4), lora("a")
-    evaluate(pool, context)
-    script(ending)
-    with pytest.raises(ENDINGS[ending][0]):
-        evaluate(pool, context, patches, stopping(pool, ending))
-    evaluate(pool, context, patches, waiting(pool))
-    change = rank(pool).sent(Patch)[-1]
-    assert change.base is None and change.weights == patches.weights and rank(pool).patches == change.number
-    assert names_sent(pool)[-1] == {"x", "timestep"}
+def test_what_nobody_waits_for_any_more_is_cancelled(pool, monkeypatch):
+    """A second Ctrl-C may come while the first one's cancel is on its way."""
 
+    def interrupt(*_):
+        raise KeyboardInterrupt
 
-@pytest.mark.parametrize("ending", ENDINGS)
-def test_patches_outlive_the_failure_of_a_prompt(pool, ending):
-    """What was answered is not done again."""
-    patches = lora("a")
-    script("served", ending)
-    pool.start()
-    wait_until(lambda: pool._workers.ready is not None, 5)
-    with pytest.raises(ENDINGS[ending][0]):
-        evaluate(pool, torch.zeros(1, 3, 4), patches, stopping(pool, ending))
-    evaluate(pool, torch.zeros(1, 3, 4), patches, waiting(pool))
-    assert len(rank(pool).sent(Patch)) == 1
-
-
-def test_only_weights_that_differ_are_patched(pool):
-    both = lora("a", "b")
-    for patches in (both, both, WeightPatches({"b": both.weights["b"]}, both.tensors), NO_PATCHES, NO_PATCHES):
-        evaluate(pool, torch.zeros(1, 3, 4), patches)
-    changes = rank(pool).sent(Patch)
-    assert [sorted(change.weights) for change in changes] == [["a", "b"], ["a"], ["b"]]
-    assert [change.base for change in changes] == [0, *(change.number for change in changes[:-1])]
-    assert changes[-1].number == 0 and rank(pool).patches == 0
-
-
-def test_another_model_is_taken_to_be_as_its_file(pool):
-    other, patches = msgspec.structs.replace(SPEC, path="/other"), lora("a")
-    for model in (SPEC, other, SPEC):
-        session(pool, patches, model).sample(X, torch.ones(2), sampler="euler", positive=Prompt(torch.ones(1, 3, 4)))
-    assert [change.base for change in rank(pool).sent(Patch)] == [0, 0, 0]
-
-
-def test_workers_that_lost_their_patches_get_them_once_more(pool):
-    context, patches = torch.zeros(1, 3, 4), lora("a")
-    evaluate(pool, context, patches)
-    rank(pool).patches = 99
-    evaluate(pool, context, patches)
-    assert [change.base for change in rank(pool).sent(Patch)] == [0, None] and "error" not in pool.status()
-    script("unpatched", "served", "unpatched")
-    with pytest.raises(PatchesLost):
-        evaluate(pool, context, patches)
-    assert pool.status()["error"] == "it was unpatched"
-    assert torch.equal(evaluate(pool, context, patches), context)
+    evaluate(pool, torch.zeros(1, 3, 4))
+    script("late")
+    monkeypatch.setattr(request, "cancel", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(pool, torch.ones(1, 3, 4), progress=Progress(interrupted=interrupt))
+    left = rank(pool).messages[-1][0].id
+    assert torch.equal(evaluate(pool, torch.zeros(1, 3, 4), progress=waiting(pool)), torch.zeros(1, 3, 4))
+    assert rank(pool).cancelled == [left] and pool.starts == 1
 
 
 @pytest.mark.parametrize("ending", ["served", "misread", "interrupted", "gone"])
@@ -260,31 +180,3 @@ def test_a_prompt_that_workers_die_of_is_not_tried_again(pool):
     with pytest.raises(PoolError, match="stopped while a prompt ran"):
         evaluate(pool, torch.zeros(1, 3, 4))
     assert pool.starts == 1
-
-
-def test_patches_and_the_prompt_for_them_are_one_turn(pool):
-    """No thread's prompt, nor an order, comes between another's patches and its prompt."""
-    sets = [lora("a"), lora("b"), NO_PATCHES]
-
-    def use(n: int) -> None:
-        context = randn(1, 3, 4, seed=n % 5)
-        if n % 7 == 0:
-            pool.release()
-        one = replace(session(pool, sets[n % 3]), settings=Settings())
-        if n % 2:
-            one.sample(X, torch.ones(2), sampler="euler", positive=Prompt(context))
-        else:
-            assert torch.equal(one.evaluate(X, torch.ones(1), Prompt(context), QUIET), context)
-
-    with ThreadPoolExecutor(4) as threads:
-        list(threads.map(use, range(60)))
-    messages = [message for message, _ in rank(pool).messages]
-    number = 0
-    for message, after in zip(messages, [*messages[1:], None], strict=True):
-        if isinstance(message, Patch):
-            number = message.number
-            assert isinstance(after, Evaluate | Sample)
-        elif isinstance(message, Release):
-            number = 0
-        else:
-            assert message.patches == number  # nothing was refused, and sent anew

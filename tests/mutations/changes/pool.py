@@ -107,7 +107,7 @@ CHANGES = [
         "patches in doubt are taken to be there",
         "if base is not None and old == patches.weights:",
         "if old == patches.weights:",
-        "unit/test_sent.py",
+        "unit/test_sent_patches.py",
     ),
     (
         WORKERS,

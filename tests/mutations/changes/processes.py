@@ -33,9 +33,9 @@ CHANGES = [
     ),
     (
         CONTROL,
-        "what has ended can be cancelled",
-        "elif message.id > self._taken or message.id <= self._answered:",
-        "elif message.id > self._taken:",
+        "a second client is greeted",
+        "elif self._channel is not None:",
+        "elif self._channel is self:",
         "unit/test_control.py",
     ),
     (
