@@ -161,6 +161,7 @@ def test_what_has_ended_is_cancelled_at_once(rank):
     """Its answer was not understood, perhaps."""
     channel, _ = rank.greet()
     channel.send(Release(id=3))
+    assert rank.control.next_request()[0] == Release(id=3)
     rank.control.send(Done(id=3))
     assert channel.receive()[0] == Done(id=3)
     channel.send(Cancel(id=3))

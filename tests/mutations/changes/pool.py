@@ -114,7 +114,7 @@ CHANGES = [
         "what was released is taken to be there",
         "self.tensors.doubt()\n            self.patches.unload()",
         "pass",
-        "unit/test_sent.py",
+        "unit/test_sent_patches.py",
     ),
     (
         WORKERS,
