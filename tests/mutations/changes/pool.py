@@ -21,8 +21,8 @@ CHANGES = [
     (
         CAUSE,
         "a rank that lost another is blamed before the other one",
-        '(4 if record["peer_lost"] else 3 if asked else 1,',
-        "(3 if asked else 1,",
+        '(4 if record["peer_lost"] else 1, record["time"]',
+        '(1, record["time"]',
         "unit/test_cause.py",
     ),
     (
