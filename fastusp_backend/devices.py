@@ -209,7 +209,9 @@ def uses_gpu(devices: Devices, uuid: str) -> bool:
     """Tells whether the GPU of this uuid, as torch or NVML write it, is one of `devices`. Indices would not do: torch
     counts those that CUDA_VISIBLE_DEVICES leaves, in CUDA_DEVICE_ORDER."""
     bare = uuid.lower().removeprefix("gpu-")
-    return any(g.index in devices.gpus and g.uuid.lower().removeprefix("gpu-") == bare for g in list_gpus())
+    return bool(devices.gpus) and any(
+        g.index in devices.gpus and g.uuid.lower().removeprefix("gpu-") == bare for g in list_gpus()
+    )
 
 
 def cuda_visible(devices: Devices) -> str:
@@ -225,5 +227,7 @@ def cuda_visible(devices: Devices) -> str:
 def supports_bfloat16(devices: Devices) -> bool:
     """Tells whether every device computes bfloat16 natively (compute capability 8.0); CPU ranks compute in float32
     instead."""
+    if not devices.gpus:
+        return False  # and nobody asks the driver, which may be what does not work
     by_index = {g.index: g for g in list_gpus()}
-    return bool(devices.gpus) and all(by_index[i].compute_capability >= (8, 0) for i in devices.gpus)
+    return all(by_index[i].compute_capability >= (8, 0) for i in devices.gpus)

@@ -2,7 +2,7 @@
 
 What users set for the libraries' sake passes: NCCL_*, GLOO_*, NVSHMEM_*, TORCH_SYMM_MEM_*, TORCH_NCCL_*, TORCH_LOGS,
 OMP_*, LD_*, PYTHONHOME, proxies and so on. So do SLURM_*, PMI_*, OMPI_* and other marks of a launcher that nothing here
-reads. A pool sets those that name network interfaces itself (pool/workers).
+reads. A pool sets those that name network interfaces itself (pool/processes).
 """
 
 import os

@@ -103,8 +103,11 @@ def _nvlinks(nvml, gpu, other) -> int:
         if _told(nvml, nvml.nvmlDeviceGetNvLinkState, gpu, link):
             kind = _told(nvml, nvml.nvmlDeviceGetNvLinkRemoteDeviceType, gpu, link)
             if kind == nvml.NVML_NVLINK_DEVICE_TYPE_GPU:
-                remote = nvml.nvmlDeviceGetNvLinkRemotePciInfo(gpu, link)
-                count += _place(remote) == _place(nvml.nvmlDeviceGetPciInfo(other))
+                ends = (
+                    _told(nvml, nvml.nvmlDeviceGetNvLinkRemotePciInfo, gpu, link),
+                    _told(nvml, nvml.nvmlDeviceGetPciInfo, other),
+                )
+                count += all(ends) and _place(ends[0]) == _place(ends[1])
             else:
                 count += kind == nvml.NVML_NVLINK_DEVICE_TYPE_SWITCH
     return count
@@ -124,10 +127,12 @@ def _handles(nvml) -> Iterator[tuple[int, Any]]:
 
 
 def _told(nvml, function: Callable[..., Any], *arguments) -> Any:
-    """Calls a function of NVML; returns None where the GPU has no such thing or does not tell it to this user."""
+    """Calls a function of NVML; returns None where the GPU or the driver has no such thing, or does not tell it to
+    this user."""
+    untold = nvml.NVMLError_NotSupported, nvml.NVMLError_NoPermission, nvml.NVMLError_InvalidArgument
     try:
         return function(*arguments)
-    except (nvml.NVMLError_NotSupported, nvml.NVMLError_NoPermission, nvml.NVMLError_InvalidArgument):
+    except (*untold, nvml.NVMLError_FunctionNotFound, nvml.NVMLError_Unknown):
         return None
 
 
@@ -142,7 +147,10 @@ def main() -> None:
         answer = []
     except pynvml.NVMLError as error:
         sys.exit(str(error))
-    print(json.dumps(answer))
+    try:
+        print(json.dumps(answer))
+    except TypeError as error:
+        sys.exit(f"this pynvml is none of nvidia-ml-py's, or an old one: {error}")
 
 
 if __name__ == "__main__":

@@ -70,6 +70,7 @@ class Workers:
         self._behind = 0  # the last request or order whose answer nobody waits for
         self._unread = 0  # the last evaluation: its answer says that its tensors were read
         self._refused = False  # a message, and perhaps memory that came with it
+        self._unsent = False  # an evaluation whose caller was interrupted, and perhaps memory that goes with it
         self._hangs = HangDetector(self.run_dir.path, devices.ranks)
         self._condemned = False  # they are being asked where they are, and answer nothing else any more
         self._why: str | None = None  # this process ended them
@@ -164,17 +165,25 @@ class Workers:
             self.layout = message.layout
         if isinstance(message, Evaluate | Sample | Patch):
             self.model = message.model
-        if isinstance(message, Release | Unmap) or (evaluates and (self._refused or self._unread > self.answered)):
+        if isinstance(message, Release | Unmap) or (evaluates and self._memory_in_doubt):
             self.channel.forget()
-            self._refused = False
+            self._refused = self._unsent = False
         if isinstance(message, Release):  # now: whether it arrives may not be seen
             self.tensors.doubt()
             self.patches.unload()
+        self._unsent = self._unsent or evaluates
         frame = self.channel.frame(message, tensors, lasting=evaluates)
         if evaluates:
             self._unread = message.id
         self.sent = message.id
         self._link.send(frame, meanwhile)
+        if evaluates:
+            self._unsent = False
+
+    @property
+    def _memory_in_doubt(self) -> bool:
+        """Whether the ranks may read the last evaluation's tensors still, or may never have had their memory."""
+        return self._refused or self._unsent or self._unread > self.answered
 
     def post(self, message: Message) -> None:
         """Sends what is not answered, when those before it have been taken."""

@@ -34,6 +34,8 @@ def map_tensors(source: Source, infos: Sequence[TensorInfo]) -> list[torch.Tenso
 
     Raises CheckpointError where that has happened already.
     """
+    if not infos:
+        return []
     mapped = torch.empty(0, dtype=torch.uint8)
     try:
         opened = f"/proc/self/fd/{source.descriptor}"  # the same file, whatever is at its path now
@@ -89,6 +91,8 @@ def read_tensors(
 
     Raises CheckpointError naming the tensor that the file does not have to its end.
     """
+    if not infos:
+        return
     copies = torch.cuda.Stream(device) if device.type == "cuda" else None
     _after_current(copies)
     stages = [_Stage(copies) for _ in range(READERS)]

@@ -37,6 +37,10 @@ class NVMLError_DriverNotLoaded(NVMLError):
     pass
 
 
+class NVMLError_FunctionNotFound(NVMLError):
+    pass
+
+
 class NVMLError_InvalidArgument(NVMLError):
     pass
 
@@ -50,6 +54,10 @@ class NVMLError_NoPermission(NVMLError):
 
 
 class NVMLError_NotSupported(NVMLError):
+    pass
+
+
+class NVMLError_Unknown(NVMLError):
     pass
 
 

@@ -14,6 +14,7 @@ from fastusp_backend.cli.doctor import facts
 from fastusp_backend.cli.doctor.check import worst
 from fastusp_backend.cli.doctor.checks import examine
 from fastusp_backend.devices import Devices, GpuState
+from fastusp_backend.errors import DeviceError
 
 pytestmark = pytest.mark.unit
 
@@ -90,3 +91,11 @@ def test_cpu_ranks_are_examined_without_asking_for_gpus(monkeypatch):
     monkeypatch.setattr(facts, "list_gpus", lambda: pytest.fail("NVML was asked"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     assert facts.gather(Devices(ranks=2), "cpu:2").visible == ""
+
+
+def test_links_that_cannot_be_asked_for_leave_the_rest(monkeypatch):
+    def fail():
+        raise DeviceError("the driver says nothing")
+
+    monkeypatch.setattr(facts, "gpu_links", fail)
+    assert facts._links() == {}

@@ -10,7 +10,18 @@ import pynvml
 import pytest
 
 from fastusp_backend import nvml as module
-from fastusp_backend.devices import Devices, Gpu, GpuState, gpu_links, gpu_states, list_gpus, parse_devices
+from fastusp_backend.devices import (
+    Devices,
+    Gpu,
+    GpuState,
+    cuda_visible,
+    gpu_links,
+    gpu_states,
+    list_gpus,
+    parse_devices,
+    supports_bfloat16,
+    uses_gpu,
+)
 from fastusp_backend.errors import DeviceError
 
 pytestmark = pytest.mark.unit
@@ -67,6 +78,16 @@ def test_no_gpus_are_no_error(nvml, machine):
     assert list_gpus() == gpu_states() == () and gpu_links() == {}
 
 
+@pytest.mark.parametrize("function", ["nvmlDeviceGetNvLinkState", "nvmlDeviceGetNvLinkRemoteDeviceType"])
+@pytest.mark.parametrize("error", ["FunctionNotFound", "Unknown", "NotSupported"])
+def test_links_that_an_old_driver_does_not_tell_of_are_none(nvml, monkeypatch, tmp_path, function, error):
+    nvml({"ancestors": {"1": 40}, "nvlinks": ["switch"]}, {"nvlinks": ["switch"]})
+    refusing = f"{FAKE.read_text()}\ndef {function}(*_):\n    raise NVMLError_{error}\n"
+    (tmp_path / "pynvml.py").write_text(refusing)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert gpu_links() == {"0-1": "NODE"}
+
+
 DRIVER = "Restart the machine or reinstall the driver, or use 'cpu:N' for N CPU ranks"
 PACKAGE = (
     "Run pip install --force-reinstall nvidia-ml-py with the Python that runs ComfyUI, or use 'cpu:N' for N CPU ranks"
@@ -83,7 +104,9 @@ PACKAGE = (
 )
 def test_what_fails_is_told_with_what_to_do_and_cpu_ranks_do_not_ask(nvml, machine, told):
     count = nvml(**machine)
-    assert parse_devices("cpu:2") == Devices(ranks=2) and count() == 0
+    ranks = parse_devices("cpu:2")
+    assert ranks == Devices(ranks=2) and not supports_bfloat16(ranks) and not uses_gpu(ranks, "GPU-0")
+    assert cuda_visible(ranks) == "" and count() == 0
     with pytest.raises(DeviceError) as failed:
         parse_devices("auto")
     assert str(failed.value) == f"NVML, which tells of NVIDIA's GPUs, failed: {told}"
@@ -94,11 +117,15 @@ def test_what_fails_is_told_with_what_to_do_and_cpu_ranks_do_not_ask(nvml, machi
     [
         ("raise ModuleNotFoundError(\"No module named 'pynvml'\")", "No module named 'pynvml'"),
         ("", "module 'pynvml' has no attribute"),
+        (
+            f"{FAKE.read_text()}\ndef nvmlDeviceGetName(gpu):\n    return b'H200'\n",
+            "none of nvidia-ml-py's, or an old one",
+        ),
     ],
-    ids=["missing", "another package"],
+    ids=["missing", "another package", "one that returns bytes"],
 )
 def test_a_package_that_is_missing_or_another_is_told(nvml, monkeypatch, tmp_path, package, told):
-    nvml()
+    nvml({})
     (tmp_path / "pynvml.py").write_text(package)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(DeviceError) as failed:

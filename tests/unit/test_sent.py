@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -180,3 +181,17 @@ def test_a_prompt_that_workers_die_of_is_not_tried_again(pool):
     with pytest.raises(PoolError, match="stopped while a prompt ran"):
         evaluate(pool, torch.zeros(1, 3, 4))
     assert pool.starts == 1
+
+
+@pytest.mark.parametrize("ending, again", [("served", 0), ("interrupted", 1), ("misread", 1)])
+def test_memory_that_may_never_have_arrived_is_not_written_to_again(pool, monkeypatch, ending, again):
+    """Its descriptor goes with a frame, which Ctrl-C may keep from being sent."""
+    evaluate(pool, torch.zeros(1, 3, 4))
+    forgotten = []
+    monkeypatch.setattr(pool._workers.channel, "forget", lambda: forgotten.append(1))
+    script(ending)
+    with nullcontext() if ending == "served" else pytest.raises(ENDINGS[ending][0]):
+        evaluate(pool, torch.zeros(1, 3, 4))
+    evaluate(pool, torch.zeros(1, 3, 4))
+    evaluate(pool, torch.zeros(1, 3, 4))
+    assert len(forgotten) == again

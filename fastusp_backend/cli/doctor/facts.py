@@ -19,7 +19,7 @@ from pathlib import Path
 from ...command import run
 from ...devices import Devices, Gpu, GpuState, Seen, cuda_visible, gpu_links, gpu_states, list_gpus, visible_gpus
 from ...environment import inherited
-from ...errors import PoolError
+from ...errors import DeviceError, PoolError
 
 PACKAGES = ("msgspec", "safetensors", "numpy", "nvidia-ml-py", "pillow", "tqdm")
 PROBE_SECONDS = 180.0
@@ -111,7 +111,7 @@ def gather(devices: Devices, wanted: str) -> Facts:
         devices=devices,
         gpus=tuple(gpu for gpu in list_gpus() if gpu.index in chosen) if chosen else (),
         states=tuple(state for state in gpu_states() if state.index in chosen) if chosen else (),
-        links=gpu_links() if len(chosen) > 1 else {},
+        links=_links() if len(chosen) > 1 else {},
         iommu=any(Path("/sys/class/iommu").glob("*")),
         probe=probe,
         shm_free=_free("/dev/shm"),
@@ -242,3 +242,11 @@ def _limit(name: str) -> int | None:
     kind = getattr(resource, name)
     soft = resource.getrlimit(kind)[0]
     return None if soft == resource.RLIM_INFINITY else soft
+
+
+def _links() -> dict[str, str]:
+    """Finds the paths between GPUs; none where they are not told, which is no reason to leave the rest untried."""
+    try:
+        return gpu_links()
+    except DeviceError:
+        return {}  # `checks.gpus` says that the path is unknown
