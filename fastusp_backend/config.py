@@ -62,8 +62,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     wire: what crosses a link; `exact` sends the compute type as it is, `fp8` e4m3 and `int8` integers with a scale
     per (token, head), `auto` int8 where the measured link is slow.
     attention: the local attention back end; `auto` takes the fastest that the device and type allow.
-    compile: element-wise segments fused, by kernels of our own and the compiler (GPUs). cuda_graphs: a whole evaluation
-    as one graph (GPUs).
+    compile: element-wise segments are fused, by kernels of our own and the compiler (GPUs).
+    cuda_graphs: a whole evaluation is replayed as one graph (GPUs).
     overlap: exchanges run beside computation instead of being awaited where they start.
     ring_pipeline: the ring's next keys and values travel while the current ones are attended.
     linear: how the blocks' matrix products are computed; `fp8` with a scale per token and per row of the weights.
@@ -117,12 +117,14 @@ class FileState(msgspec.Struct, frozen=True):
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """A checkpoint and the types it is held and computed in.
+    """A checkpoint, and the types that its model is stored and computed in.
 
-    path: absolute. file: its state when the client looked, so that a replaced file is read anew.
-    storage: type of the weights in memory, None keeps the file's own. compute: type of the activations.
-    keep_quantised: weights that the file holds in fp8 or packed stay so, whatever `storage` is for the others.
-    linear: as in Settings, since weights are held for the products that they serve.
+    path: the file's absolute path.
+    file: its state when the client looked, so that a replaced file is read anew.
+    storage: the type of the weights in memory; None leaves them in the file's own.
+    compute: the type of the activations.
+    keep_quantised: whether weights that are fp8 or packed in the file stay so, whatever `storage` is for the others.
+    linear: as in Settings: the products that the weights serve decide how they are stored.
     """
 
     path: str
@@ -154,10 +156,13 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
 class WeightPatch(msgspec.Struct, frozen=True, kw_only=True):
     """One change of one weight; weights/adapters.py has the formulas.
 
-    tensors: role in the formula -> name of the tensor, which travels beside the message. strength scales the change,
-    strength_model the weight before it. alpha: scale over rank, None for 1; of oft and boft the constraint. offset:
-    (dim, start, length) of the slice that is changed, None for all. swap_halves: the change has its halves along dim 0
-    in the other order. reshape: the shape that the weight is widened to first, with zeros behind it.
+    tensors: role in the formula -> name of the tensor, which travels beside the message.
+    strength: what the change is multiplied by.
+    strength_model: what the weight is multiplied by before it is changed.
+    alpha: the change is scaled by alpha / rank, None for 1; for oft and boft it is the constraint.
+    offset: (dim, start, length) of the slice that is changed, None for all.
+    swap_halves: whether the change has its halves along dim 0 in the other order.
+    reshape: the shape that the weight is widened to first, with zeros behind it.
     """
 
     kind: PatchKind

@@ -133,8 +133,11 @@ def parse_devices(
     counted: Callable[[], Sequence[str]] = counted_by_cuda,
     seen_by_torch: int = 0,
 ) -> Devices:
-    """Reads a `gpus` input. `gpus` and `visible`, CUDA_VISIBLE_DEVICES, default to this machine's. counted: as for
-    `visible_gpus`. seen_by_torch: how many GPUs the caller's torch sees, where it has one.
+    """Reads a `gpus` input.
+
+    gpus, visible: all GPUs and CUDA_VISIBLE_DEVICES; this machine's where they are not given.
+    counted: as for `visible_gpus`.
+    seen_by_torch: how many GPUs the caller's torch sees, where it has one.
 
     Raises DeviceError naming the value and what exists.
     """
@@ -198,7 +201,7 @@ def local_devices(text: str) -> Devices:
 @functools.cache
 def _tell_of_no_gpu(why: str) -> None:
     """Warns once a process."""
-    log.warning("FastUSP: gpus = 'auto': %s, so one CPU rank serves; 'cpu:N' takes N", why)
+    log.warning("FastUSP: gpus = 'auto': %s, so one CPU rank is used; 'cpu:N' uses N", why)
 
 
 def _of(indices: tuple[int, ...]) -> Devices:

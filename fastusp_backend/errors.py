@@ -32,7 +32,7 @@ class RequestError(FastUSPError):
 
 
 class PatchesLost(RequestError):
-    """The workers' weights do not hold the patch set that a request names; it must be sent anew."""
+    """The workers' weights do not have the patch set that a request names; it must be sent anew."""
 
 
 class ProtocolError(FastUSPError):

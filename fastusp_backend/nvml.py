@@ -29,7 +29,9 @@ def ask(question: str) -> Any:
         if "pynvml" in str(error):  # it is missing, or another package's
             remedy = "Run pip install --force-reinstall nvidia-ml-py with the Python that runs ComfyUI"
         text = str(error).rstrip(".")
-        raise DeviceError(f"NVML, which tells of NVIDIA's GPUs, failed: {text}. {remedy}, or {_CPU}") from error
+        raise DeviceError(
+            f"NVML, the library that reports NVIDIA's GPUs, failed: {text}. {remedy}, or {_CPU}"
+        ) from error
     return json.loads(answer.splitlines()[-1])
 
 

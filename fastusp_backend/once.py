@@ -32,7 +32,7 @@ class Once:
         with self._lock:
             if self._failure is not None and (ago := time.monotonic() - self._failure[1]) < SECONDS:
                 again = math.ceil(SECONDS - ago)
-                raise DeviceError(f"{self._failure[0]} (asked {ago:.0f} s ago; it is asked again in {again} s)")
+                raise DeviceError(f"{self._failure[0]} ({ago:.0f} s ago; FastUSP asks again in {again} s)")
             if self._answer is None:
                 try:
                     self._answer = (self._ask(),)

@@ -56,7 +56,7 @@ def plan_batches(
     be honoured.
     """
     if batch_parallel not in get_args(BatchParallel):
-        raise LayoutError(f"batch_parallel = {batch_parallel!r} is none of {', '.join(get_args(BatchParallel))}")
+        raise LayoutError(f"batch_parallel = {batch_parallel!r} is not one of {', '.join(get_args(BatchParallel))}")
     if batch_parallel == "off":
         return (plan(ranks, heads, ulysses=ulysses, ring=ring),)
     if batch_parallel == "on":

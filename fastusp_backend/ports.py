@@ -51,7 +51,7 @@ def close_ports() -> None:
         time.sleep(0.01)
     if others := strangers - {None}:
         raise PermissionError(
-            f"queue the prompt again; if this comes again, tell the machine's administrator: a process of user "
+            f"queue the prompt again; if this happens again, tell the machine's administrator: a process of user "
             f"{min(others)} connected to a port of the workers as they started"
         )
     raise RuntimeError("Connection closed by another process while the ranks connected; queue the prompt again")

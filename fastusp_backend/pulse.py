@@ -24,8 +24,12 @@ USUAL_SECONDS = 300.0
 
 
 class Sign(NamedTuple):
-    """What a rank last showed. count: of its beats; seconds: by when the next one is due; doing: what it is at, as in
-    worker/memory.py."""
+    """What a rank last showed.
+
+    count: how many beats it has made.
+    seconds: within how many seconds of the last one the next is due.
+    doing: what it is at, as in worker/memory.py.
+    """
 
     pid: int
     count: int

@@ -87,8 +87,9 @@ class CallTracer:
         return False
 
     def check_names(self) -> None:
-        """What stands, in ComfyUI's modules and in the classes and instances that took part, at the names that the
-        functions use which were called, and is no Python function: those were seen if they were called."""
+        """Looks at the names that the called functions use, in ComfyUI's modules and in the classes and instances that
+        took part. A value there that is no Python function is an obstacle unless it is ComfyUI's own: the profile
+        function does not see it being called."""
         used = frozenset().union(*map(provenance.names_in, self.codes))
         for module in {*self.codes.values()}:
             for name in used & provenance.names(module) & vars(module).keys():

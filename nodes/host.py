@@ -10,12 +10,15 @@ from .status import node_status
 
 
 class Unsupported(FastUSPError):
-    """Raised where a node wants of a remote transformer what it does not do yet. what: names the node's feature.
-    instead: what gives the same in another way, where there is one."""
+    """Raised where a node wants of a remote transformer what it does not do yet.
+
+    what: names the node's feature.
+    instead: what gives the same in another way, where there is one.
+    """
 
     def __init__(self, what: str, instead: str = ""):
         instead = instead or (
-            "Take that node out of the path between USP Loader and the sampler, or load the model with Load Diffusion "
+            "Remove that node from the path between USP Loader and the sampler, or load the model with Load Diffusion "
             "Model"
         )
         super().__init__(f"{what}: USP Loader does not support this yet. {instead}")

@@ -55,8 +55,8 @@ class USPLoader(io.ComfyNode):
                     "unet_name",
                     options=model_names(),
                     tooltip="A FLUX.1 (dev, schnell, Kontext, Fill, Canny, Depth), FLUX.2 (dev, klein), Qwen-Image or "
-                    "Qwen-Image-Edit file in models/diffusion_models (safetensors or GGUF), or an all-in-one one in "
-                    "models/checkpoints.",
+                    "Qwen-Image-Edit file in models/diffusion_models (safetensors or GGUF), or an all-in-one "
+                    "checkpoint in models/checkpoints.",
                 ),
                 io.Combo.Input(
                     "weight_dtype",

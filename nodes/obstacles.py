@@ -64,7 +64,7 @@ def _in_schedule(model_sampling, sigmas: torch.Tensor) -> str | None:
         for method in ("calculate_input", "calculate_denoised", "noise_scaling")
     )
     if not flow or getattr(model_sampling, "noise_scale", 1.0) != 1.0:
-        return f"{kind.__name__} is no plain rectified flow"
+        return f"{kind.__name__} is not a plain rectified flow"
     scale = timestep_scale(model_sampling)
     if not torch.allclose(model_sampling.timestep(sigmas), sigmas * scale):
         return f"{kind.__name__} has its own timesteps"

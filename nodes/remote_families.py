@@ -77,7 +77,7 @@ class RemoteQwenImage(RemoteTransformer):
         """What a ControlNet calls that computes with weights of the model itself."""
         raise Unsupported(
             "A ControlNet that needs the model's own weights (Qwen-Image Fun)",
-            "Take an InstantX ControlNet, or load the model with Load Diffusion Model",
+            "Use an InstantX ControlNet, or load the model with Load Diffusion Model",
         )
 
     def forward(self, *args, **kwargs):

@@ -40,13 +40,19 @@ class _Sealed(type):
 
 
 class RemoteTransformer(torch.nn.Module, metaclass=_Sealed):
-    """Evaluates on the workers. It has no weights, but names those of the file. header: by ComfyUI's names. stock:
-    ComfyUI's own transformer for the file, without weights, which gives its plain facts (sizes, `params`); what is left
-    of it is its class. config: of the file's model.
+    """Evaluates on the workers. It has no weights, but names those of the file.
+
+    header: the file's tensors, by ComfyUI's names.
+    stock: ComfyUI's own transformer for the file, without weights. Its plain facts (sizes, `params`) are copied, and of
+        the rest only its class is used.
+    config: the config of the file's model.
 
     A subclass per family is called as ComfyUI calls the family's own transformer, also by the wrappers around it
     (WrappersMP.DIFFUSION_MODEL), which see its arguments by position.
     """
+
+    shown_as = "transformer"
+    """What a status line calls it."""
 
     def __init__(self, session: Session, header: dict[str, TensorInfo], stock: torch.nn.Module, config: FamilyConfig):
         super().__init__()
@@ -105,9 +111,6 @@ class RemoteTransformer(torch.nn.Module, metaclass=_Sealed):
         """Yields one without elements: nodes ask the first for its type and device."""
         device = model_management.get_torch_device()
         yield torch.nn.Parameter(torch.empty(0, dtype=self.dtype, device=device), requires_grad=False)
-
-    shown_as = "transformer"
-    """What a status line calls it."""
 
     @contextlib.contextmanager
     def rehearsing(self) -> Iterator[dict]:
@@ -183,7 +186,7 @@ def refuse_unsupported(transformer_options: dict, extra: dict, stock: Unchanged)
         (
             "optimized_attention_override",
             "A replaced attention function",
-            "Take that node out, and choose the attention in USP Optimization Settings",
+            "Remove that node, and choose the attention in USP Optimization Settings",
         ),
     ):
         if transformer_options.get(option) is not None:

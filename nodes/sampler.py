@@ -10,9 +10,8 @@ class USPSampler(io.ComfyNode):
             node_id="FastUSPSampler",
             display_name="USP Sampler",
             category="FastUSP",
-            description="Samples a MODEL of USP Loader on all its ranks, with the same result as KSampler. Any "
-            "other MODEL is "
-            "sampled as KSampler does.",
+            description="Samples a MODEL of USP Loader on all its ranks, with the same result as KSampler. Any other "
+            "MODEL is sampled as KSampler does.",
             inputs=[
                 io.Model.Input("model", tooltip="The model to sample with; USP Loader's runs on all ranks."),
                 io.Int.Input(
@@ -31,9 +30,8 @@ class USPSampler(io.ComfyNode):
                     max=100.0,
                     step=0.1,
                     round=0.01,
-                    tooltip="Guidance scale. 1 leaves the negative prompt out and takes one evaluation a step: "
-                    "right for FLUX, "
-                    "whose guidance is FluxGuidance's.",
+                    tooltip="Guidance scale. 1 leaves the negative prompt out and takes one evaluation a step: right "
+                    "for FLUX, whose guidance is FluxGuidance's.",
                 ),
                 io.Combo.Input(
                     "sampler_name",
@@ -46,8 +44,8 @@ class USPSampler(io.ComfyNode):
                     options=samplers.KSampler.SCHEDULERS,
                     tooltip="How the noise falls over the steps.",
                 ),
-                io.Conditioning.Input("positive", tooltip="What the image should hold."),
-                io.Conditioning.Input("negative", tooltip="What it should not hold; unused while cfg is 1."),
+                io.Conditioning.Input("positive", tooltip="What the image should show."),
+                io.Conditioning.Input("negative", tooltip="What it should not show; unused while cfg is 1."),
                 io.Latent.Input("latent_image", tooltip="The latent to denoise: empty, or an image for img2img."),
                 io.Float.Input(
                     "denoise",

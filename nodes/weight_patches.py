@@ -106,7 +106,7 @@ def _parts(patch) -> _Parts:
         if not isinstance(alpha, int | float | None):
             raise Unsupported(f"A weight patch of kind {patch.name!r} with alpha {alpha!r}")
         if wide is not None and not (isinstance(wide, list) and all(type(n) is int and n > 0 for n in wide)):
-            raise Unsupported(f"A LoRA with reshape_weight {wide!r}, which is no shape")
+            raise Unsupported(f"A LoRA with reshape_weight {wide!r}, which is not a shape")
         return _Parts(kind, given, None if alpha is None else float(alpha), None if wide is None else tuple(wide))
     if isinstance(patch, list):
         raise Unsupported("Another model's weights (model merging)", MERGE)

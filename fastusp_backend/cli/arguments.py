@@ -17,9 +17,9 @@ def add_degrees(parser: argparse.ArgumentParser) -> None:
 
 def add_sizes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--size", type=pixels, default=(1024, 1024), help="of the image in pixels: 1024 or 1280x720 (default 1024)"
+        "--size", type=pixels, default=(1024, 1024), help="the image in pixels: 1024 or 1280x720 (default 1024)"
     )
-    parser.add_argument("--text", type=int, default=512, help="tokens of the prompt (default 512)")
+    parser.add_argument("--text", type=int, default=512, help="the prompt's length in tokens (default 512)")
 
 
 def pixels(text: str) -> tuple[int, int]:
@@ -27,5 +27,5 @@ def pixels(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
     size = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if min(size) < 16:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: expected pixels, 16 or more, as 1024 or 1280x720")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size: expected pixels, 16 or more, as 1024 or 1280x720")
     return size

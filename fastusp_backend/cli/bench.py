@@ -46,11 +46,11 @@ class Row:
     automatic: bool = True
     """Whether FastUSP takes this layout by itself."""
     seconds: float | None = None
-    """Of an evaluation, the median."""
+    """The median time of an evaluation."""
     first: float = 0.0
     """Seconds of the first two steps."""
     nbytes: int = 0
-    """Of the weights of each rank."""
+    """Bytes of the weights on the rank that has most."""
     transport: str = ""
     """As in `protocol.Held`."""
     problem: str = ""
@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a model file")
     add_gpus(parser)
     add_sizes(parser)
-    parser.add_argument("--steps", type=int, default=8, help="steps that are timed, of each row (default 8)")
+    parser.add_argument("--steps", type=int, default=8, help="steps that are timed in each row (default 8)")
     parser.add_argument(
         "--layouts", choices=("best", "all"), default="best", help="all: every legal layout (default best)"
     )
@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seconds",
         type=float,
         default=1800.0,
-        help="limit of each row, loading and compiling included (default 1800)",
+        help="time limit of each row, loading and compiling included (default 1800)",
     )
 
 
@@ -198,7 +198,7 @@ def recommend(rows: Sequence[Row], devices: Devices) -> list[str]:
     if exact:
         most = max((row for row in ran if row.exact), key=lambda row: (row.layout.ranks, -row.seconds))
         if exact.layout.ranks < most.layout.ranks:
-            few = f": more gain less than {MARGIN:.0%}" if most.seconds < exact.seconds else ""
+            few = f": more ranks gain less than {MARGIN:.0%}" if most.seconds < exact.seconds else ""
             found.append(
                 f"Fewer ranks are the better choice here: {most.seconds * 1000:.1f} ms on {most.layout.ranks} ranks, "
                 f"{exact.seconds * 1000:.1f} ms on {exact.layout.ranks}{few}."

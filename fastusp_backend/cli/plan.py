@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
 def memory(nbytes: int, devices: Devices, totals: dict[int, int | None]) -> list[str]:
     """Says what the weights take, and which GPUs are too small.
 
-    nbytes: of the weights, on the GPU that has most of them; for CPU ranks in all.
+    nbytes: bytes of the weights on the GPU that has most of them; for CPU ranks, of all weights.
     totals: bytes of GPUs' memory, by index; None where it is not told.
     """
     if not devices.gpus:
@@ -41,8 +41,8 @@ def memory(nbytes: int, devices: Devices, totals: dict[int, int | None]) -> list
     told = [f"weights: {nbytes / 1e9:.2f} GB on each GPU"]
     for i in devices.gpus:
         if totals[i] is None:
-            told.append(f"NVML tells no memory size of GPU {i}: see for yourself whether they fit")
+            told.append(f"NVML reports no memory size for GPU {i}: check yourself whether they fit")
         elif totals[i] <= nbytes:
             has = f"GPU {i} has {totals[i] / 1e9:.2f} GB"
-            told.append(f"warning: {has}. Take a smaller weight_dtype or file, or other GPUs")
+            told.append(f"warning: {has}. Use a smaller weight_dtype or file, or other GPUs")
     return told

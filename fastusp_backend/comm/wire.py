@@ -43,9 +43,9 @@ def decide_wire(choice: WireChoice, link_speed: float | None) -> WireFormat:
 class Wire:
     """The rows of tensors of one type, and how they are packed for the wire.
 
-    heads: of a row, h.
+    heads: heads in a row, h.
     dim: values of a head, D.
-    dtype: of the values, before and after.
+    dtype: the type of the values, before and after.
     packed: the type that carries rows in 8 bits, None where values travel as they are.
     """
 

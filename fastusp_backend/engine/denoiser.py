@@ -33,7 +33,7 @@ from .modulations import ModulationTable
 CACHED_EVALUATIONS = 4
 """Shapes whose buffers and graphs are cached; the one that was used longest ago makes room."""
 WORKING_SET = 24
-"""Values of the model's width per token of a rank that an evaluation has at a time, its buffers included."""
+"""How many tensors of the size of a rank's tokens, (B, L, C), an evaluation has at a time, its buffers included."""
 NO_IMAGES = slice(0, 0)
 
 

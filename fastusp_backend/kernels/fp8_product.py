@@ -1,9 +1,9 @@
 """Products in fp8: activations with a scale per token, weights with a scale per output (row-wise scaling).
 
 Both sides are e4m3; tensor cores sum their products in float32, and the scales are applied to the sums as they are
-written, so that nothing is widened before. With one scale per tensor, a token with large values would take precision
-from all others; scales per block of K would follow outliers within a token as well, but sums must then be scaled block
-by block, which torch's product has for few GPUs and versions only.
+written, so that no value is converted to a wider type first. With one scale per tensor, a token with large values would
+take precision from all others; scales per block of K would follow outliers within a token as well, but sums must then
+be scaled block by block, which torch's product has for few GPUs and versions only.
 
 torch gives no rule for what its row-wise product takes: that differs by GPU, by torch and cuBLAS version, and by shape.
 cuBLAS on Hopper refuses a bias where there are few rows (torch 2.11, N = 3072, K = 12288: 35 and less); some torch

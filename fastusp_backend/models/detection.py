@@ -22,7 +22,7 @@ from .qwen_image import QwenImageConfig
 FAMILIES: tuple[type[FamilyConfig], ...] = (Flux2Config, FluxConfig, QwenImageConfig)
 """In the order of asking: FLUX.2's files have FLUX.1's marks, too."""
 RUNS = ", ".join(family.runs for family in FAMILIES)
-OTHERS = "for other diffusion models use Load Diffusion Model, or Load Checkpoint where the file is an all-in-one one"
+OTHERS = "for other diffusion models use Load Diffusion Model, or Load Checkpoint for an all-in-one checkpoint"
 CONTROLNET = "a ControlNet"
 
 # Parts of keys of files that hold no diffusion model, checked in this order: where in the key (its start, or anywhere),
@@ -77,7 +77,7 @@ _FOREIGN = (
 )
 _FLUX_IN_DIFFUSERS = ("single_transformer_blocks.", "transformer_blocks.0.norm1_context.linear.")
 _ORIGINALS = (
-    "Take the model's original file, at the top of its Hugging Face repository and not in its folder transformer/ "
+    "Use the model's original file, at the top of its Hugging Face repository and not in its folder transformer/ "
     "(flux1-dev.safetensors of black-forest-labs/FLUX.1-dev, flux2-dev.safetensors of black-forest-labs/FLUX.2-dev), "
     "or convert this one, if it is in one piece: Load Diffusion Model with ModelSave writes the original layout"
 )
@@ -237,8 +237,8 @@ def first_of(names: Iterable[str]) -> str:
 
 def _whole(path: str) -> str:
     if re.search(r"-\d+-of-\d+\.", path):
-        return f"Take the model in one file; {path} is a part of it"
-    return f"Download {path} again, or take another file"
+        return f"Use the model in one file; {path} is a part of it"
+    return f"Download {path} again, or use another file"
 
 
 def _refuse_parts(names: Collection[str], path: str) -> None:

@@ -4,7 +4,8 @@ Base classes, not protocols: they hold what most families have alike, and say no
 ControlNets, pooled text, embedded guidance, further channels, weights that a LoRA reshapes). A family overrides what it
 has. `detection.py` lists the families; outside this room nothing asks which one a model is of.
 
-Shapes: B batch, C latent channels, h w latent size, T text tokens, S image tokens, L tokens of one rank.
+Shapes: B batch, C latent channels, h w latent size, T text tokens, S image tokens, Lt and Li those of one rank,
+E width of the text.
 """
 
 from collections.abc import Callable, Iterator
@@ -74,11 +75,11 @@ class FamilyConfig:
         takes any other for `offset`.
 
     hidden: width of a token.
-    heads: of attention.
-    channels: of the latents.
+    heads: the number of attention heads.
+    channels: the latents' channels.
     context: width of the text.
     pooled: width of the pooled text; 0 where there is none.
-    concat_channels: of further input beside the latents.
+    concat_channels: channels of further input beside the latents.
     reference_method: how references are placed where the prompt says nothing.
     """
 
@@ -169,7 +170,7 @@ class Transformer(nn.Module):
             raise RequestError(f"latents {tuple(x.shape)} do not fit the model: expected (B, {channels}, h, w)")
 
     def embed_text(self, context: torch.Tensor) -> torch.Tensor:
-        """context (B, L, E) -> (B, L, hidden); done once per prompt."""
+        """context (B, Lt, E) -> (B, Lt, hidden); computed once per prompt."""
         raise NotImplementedError
 
     def rope(self, text: int, grid: tuple[int, int], references: References, device: torch.device) -> tuple[Rope, Rope]:
@@ -178,7 +179,7 @@ class Transformer(nn.Module):
 
     def modulations(self) -> list[Linear]:
         """The layers that give the adaLN outputs. Joined in this order, those make a row of modulation_width values.
-        A rank may hold but some of these layers; the others' weights are on the meta device then."""
+        A rank may have only some of these layers; the others' weights are on the meta device then."""
         raise NotImplementedError
 
     @property
@@ -205,8 +206,8 @@ class Transformer(nn.Module):
         ops: Segments,
         control: Residuals,
     ) -> torch.Tensor:
-        """img (B, L, p^2 (C + C')) patches and txt (B, L, hidden) of this rank, control for the same tokens ->
-        velocity patches (B, L, p^2 C)."""
+        """img (B, Li, p^2 (C + C')) patches and txt (B, Lt, hidden) of this rank, control for its image tokens ->
+        velocity patches (B, Li, p^2 C)."""
         raise NotImplementedError
 
 

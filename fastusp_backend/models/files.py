@@ -87,7 +87,7 @@ def _read(source: Source) -> ModelFile:
     needed = [key for key in contents.tensors if transformer.module_key(key) in wanted]
     twice = [key for key, n in Counter(map(transformer.module_key, needed)).items() if n > 1]
     if twice:
-        raise CheckpointError(f"Take another file: {path} has two tensors for {first_of(twice)}, in two spellings")
+        raise CheckpointError(f"Use another file: {path} has two tensors for {first_of(twice)}, in two spellings")
     refuse_foreign(contents, (key.rpartition(".")[0] for key in needed))
     header = fold_scales(contents, needed)
     config = family.from_sizes(Sizes(header, path, family.family))
@@ -107,7 +107,7 @@ def _check_shapes(model: Transformer, header: dict[str, TensorInfo], path: str, 
     ]
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise CheckpointError(f"{path} is no {family} file: {'; '.join(problems[:3])}{more}")
+        raise CheckpointError(f"{path} is not a {family} file: {'; '.join(problems[:3])}{more}")
 
 
 def storage_plans(model: Transformer, header: dict[str, TensorInfo], spec: ModelSpec) -> dict[str, StoragePlan]:

@@ -33,7 +33,7 @@ MASK_CHANNELS = 64
 class FluxConfig(FamilyConfig):
     """Sizes read from a file, and:
 
-    concat_channels: of an image (Canny, Depth), or an image and a mask (Fill).
+    concat_channels: those of an image (Canny, Depth), or of an image and a mask (Fill).
     mlp: width behind gelu.
     double_blocks, single_blocks: how many there are.
     guidance: whether it is embedded (dev).
@@ -64,7 +64,8 @@ class FluxConfig(FamilyConfig):
         concat = cls._concat(in_features, channels)
         if out_features % cls.patch**2 or concat is None:
             raise CheckpointError(
-                f"{sizes.path} takes {in_features} values per patch and gives {out_features}: it is none of {cls.runs}"
+                f"{sizes.path} takes {in_features} values per patch and gives {out_features}: it is not one of "
+                f"{cls.runs}"
             )
         return cls(
             hidden=hidden,
@@ -88,7 +89,7 @@ class FluxConfig(FamilyConfig):
 
     @classmethod
     def _concat(cls, in_features: int, channels: int) -> int | None:
-        """concat_channels of a model that takes so many values per patch; None if it is none of ours."""
+        """concat_channels of a model that takes so many values per patch; None if it is not one of ours."""
         inputs, rest = divmod(in_features, cls.patch**2)
         concat = inputs - channels
         return concat if not rest and concat in (0, channels, channels + MASK_CHANNELS) else None

@@ -65,7 +65,7 @@ class Flux2Config(FamilyConfig):
         out_features = sizes.matrix("final_layer.linear.weight")[0]
         if channels != out_features:
             raise CheckpointError(
-                f"{sizes.path} takes {channels} values per token and gives {out_features}: it is none of {cls.runs}"
+                f"{sizes.path} takes {channels} values per token and gives {out_features}: it is not one of {cls.runs}"
             )
         return cls(
             hidden=hidden,

@@ -22,7 +22,7 @@ class BlockConfig:
     """How blocks are made.
 
     hidden: width of a token.
-    heads: of attention.
+    heads: the number of attention heads.
     mlp: width behind the activation.
     bias: whether layers have one.
     gated: SwiGLU for gelu, so that an MLP's first layer gives 2 M values.

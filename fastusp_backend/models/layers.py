@@ -62,8 +62,8 @@ class Linear(nn.Module):
     ) -> torch.Tensor:
         """x (..., K) -> (..., N).
 
-        rows: of the outputs, where a fused projection is run part by part.
-        columns: of the inputs, where x holds these alone.
+        rows: the outputs that are computed, where a fused projection is run part by part.
+        columns: the inputs that x has, where these are not all.
         bias: whether b is added.
         """
         offset = self.bias[rows].to(x.dtype) if bias and self.bias is not None else None
@@ -119,7 +119,7 @@ class StreamModulation(NamedTuple):
 
     @classmethod
     def of(cls, parts: Sequence[torch.Tensor]) -> "StreamModulation":
-        """Of a layer's six outputs, attention's first."""
+        """Groups a layer's six outputs, of which attention's come first."""
         return cls(ModulationOut(*parts[:3]), ModulationOut(*parts[3:]))
 
 

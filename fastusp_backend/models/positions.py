@@ -48,8 +48,11 @@ class References(NamedTuple):
 def image_positions(
     grid: tuple[int, int], references: References, device: torch.device, *, centred: bool = False, spacing: int = 1
 ) -> torch.Tensor:
-    """(S + R, 3) for an image of grid (rows, columns) and what follows it. centred: rows and columns count from the
-    middle, n // 2 of n, of their own image. spacing: from one image to the next, where `index` places them."""
+    """(S + R, 3) for an image of grid (rows, columns) and the references that follow it.
+
+    centred: rows and columns count from the middle, n // 2 of n, of their own image.
+    spacing: the distance from one image to the next, where `index` places them.
+    """
     images = [_positions(grid, (0, 0, 0), device, centred=centred)]
     for own, start in zip(references.grids, _starts(grid, references, spacing), strict=True):
         images.append(_positions(own, start, device, centred=centred))

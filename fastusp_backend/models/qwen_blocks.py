@@ -88,9 +88,13 @@ def combine(
     *,
     last: bool = False,
 ) -> tuple[torch.Tensor, Activations]:
-    """x and its projected attended tokens (B, L, C) -> (x, normed x), behind the block's MLP. following: the (shift,
-    scale) of the norm after the block; residual: what a ControlNet adds after it; last: of all blocks, so that what is
-    normed is not quantised."""
+    """x and its projected attended tokens (B, L, C) -> (x, normed x), behind the block's MLP.
+
+    own: the block's modulations for this stream.
+    following: the (shift, scale) of the norm after the block.
+    residual: what a ControlNet adds after the block.
+    last: whether no block follows, so that what is normed is not quantised.
+    """
     x, normed = ops.add_norm(x, attended, own.attention.gate, own.mlp.shift, own.mlp.scale)
     if residual is not None:
         x = x + residual

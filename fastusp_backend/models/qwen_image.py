@@ -62,7 +62,8 @@ class QwenImageConfig(FamilyConfig):
             raise CheckpointError(f"{sizes.path} holds Mage-Flow, which FastUSP does not run yet; it runs {cls.runs}")
         if in_features != out_features or in_features % cls.patch**2:
             raise CheckpointError(
-                f"{sizes.path} takes {in_features} values per patch and gives {out_features}: it is no {cls.runs} model"
+                f"{sizes.path} takes {in_features} values per patch and gives {out_features}: it is not one of "
+                f"{cls.runs}"
             )
         return cls(
             hidden=hidden,

@@ -73,7 +73,7 @@ MODELS = {
     "flux2": Sizes(FLUX2_DEV, TINY_FLUX2),
     "qwen": Sizes(QWEN_IMAGE, TINY_QWEN_IMAGE),
 }
-"""By the names that the benchmarks' command lines take; of every family one."""
+"""One entry per family, by the name that the benchmarks' command lines take."""
 
 
 def random_state(model: nn.Module, *, seed: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -21,8 +21,10 @@ _HINTS = {
 
 
 def find_cause(directory: Path, torchrun: subprocess.Popen, killed: bool, model: ModelSpec | None) -> str:
-    """Names what ended first: the rank, with its error, signal or exit code, or torchrun. killed: whether the pool
-    ended it. model: that of the last request.
+    """Names what ended first: the rank, with its error, signal or exit code, or torchrun.
+
+    killed: whether the pool ended it.
+    model: the model of the last request.
 
     A rank that left no record goes before all others: the others' errors may be its doing. torchrun sends SIGTERM to
     those that outlive the first, or the signal that it was sent itself: a rank that was asked to end is blamed only
@@ -52,7 +54,7 @@ def find_cause(directory: Path, torchrun: subprocess.Popen, killed: bool, model:
     if causes:
         return min(causes)[2]
     if torchrun.returncode is None:
-        return "its processes still run"
+        return "its processes are still running"
     return f"torchrun ended with exit code {torchrun.returncode}"
 
 

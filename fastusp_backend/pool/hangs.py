@@ -141,11 +141,11 @@ class HangDetector:
             return Suspicion("was stopped (SIGSTOP, Ctrl-Z)", stopped)
         if self._awaited == "start":
             late = self._waited >= START_SECONDS
-            return Suspicion(f"did not get ready within {START_SECONDS:.0f} s of the start,", []) if late else None
+            return Suspicion(f"was not ready within {START_SECONDS:.0f} s of the start,", []) if late else None
         most = BEHIND_SECONDS if self._awaited != "answer" else float("inf")
         if any(rank.sign is None or rank.still < min(rank.sign.seconds, most) for rank in self._ranks):
             return None
-        return Suspicion(f"made no headway for {min(rank.still for rank in self._ranks):.0f} s", [])
+        return Suspicion(f"made no progress for {min(rank.still for rank in self._ranks):.0f} s", [])
 
     def accuse(self, suspicion: Suspicion) -> Hang:
         """Who it is and where they are; those that wait for nobody, where it is not known. The ranks may do anything
@@ -154,7 +154,7 @@ class HangDetector:
         ranks = suspicion.ranks or [n for n in everybody if stacks[n] and not _waits(stacks[n])] or list(everybody)
         signs = [(n, self._ranks[n].sign) for n in ranks]
         names = [f"rank {n}" + (f" (process {sign.pid})" if sign else "") for n, sign in signs]
-        doing = signs[0][1].doing if signs[0][1] else "in its imports"
+        doing = signs[0][1].doing if signs[0][1] else "while it imported its libraries"
         return Hang(f"{' and '.join(names)} {suspicion.what} {doing}", self._lines(stacks, ranks))
 
     def _lines(self, stacks: list[list[str]], full: Sequence[int]) -> list[str]:

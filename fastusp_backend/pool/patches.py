@@ -10,7 +10,10 @@ from ..prompt import Tensors
 
 @dataclass(frozen=True, eq=False)
 class WeightPatches:
-    """Patches of a model's weights: name in the file -> patches, in order. tensors: those that they name.
+    """Patches of a model's weights.
+
+    weights: weight's name in the file -> its patches, in order.
+    tensors: the tensors that these name.
 
     A tensor is named after its identity (see `name_of`), so that equal patches have equal tensors.
     """

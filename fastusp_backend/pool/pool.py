@@ -49,7 +49,9 @@ class Pool:
         """Starts the processes, if none run, without waiting for them. What failed ones left is removed."""
         with self._state:
             if self._closed:
-                raise PoolError(f"Restart ComfyUI, which is ending: the FastUSP pool on {self.devices} was closed")
+                raise PoolError(
+                    f"Restart ComfyUI: it is shutting down, and the FastUSP pool on {self.devices} was closed"
+                )
             if self._workers is not None and self._workers.alive:
                 return self._workers
             if self._workers is not None:
@@ -115,7 +117,7 @@ class Pool:
         return self._account.run()
 
     def _comes_to_it(self) -> bool:
-        """Whether the workers are still at a request that was left behind: weights may come with it."""
+        """Whether the workers still work on a request that was left behind: it may yet load the weights."""
         workers = self._workers
         return workers is not None and workers.alive and workers.behind
 

@@ -128,7 +128,7 @@ class Channel:
 
     @property
     def lasting_bytes(self) -> int:
-        """Of the lasting memory that this end writes to."""
+        """The size of the lasting memory that this end writes to; 0 for none."""
         return len(self._lasting.bytes) if self._lasting is not None else 0
 
     def _shared_frame(self, body: bytes, tensors: dict[str, torch.Tensor], lasting: bool) -> Frame:

@@ -40,8 +40,11 @@ class Ready(Message):
 
 
 class Request(Message, kw_only=True):
-    """What every piece of work names. id: chosen by the client, carried by all replies, so that stale ones are
-    dropped. patches: the number of the patch set that the weights must hold, 0 for none; see Patch."""
+    """What every piece of work names.
+
+    id: chosen by the client and carried by all replies, so that stale ones are dropped.
+    patches: the number of the patch set that must be in the weights, 0 for none; see Patch.
+    """
 
     id: int
     model: ModelSpec
@@ -53,14 +56,19 @@ class Request(Message, kw_only=True):
 class Sample(Request):
     """Run a whole sampling loop in the workers; answered by a Step per step, then Done.
 
-    sampler: a name of `fastusp_backend.sampling`. options: its numbers, such as eta. timestep_scale: model timestep per
-    sigma. cfg: guidance scale; 1 evaluates the positive conditioning alone.
+    sampler: a name of `sampling.SAMPLERS`.
+    options: the sampler's numbers, such as eta.
+    timestep_scale: the model's timestep per sigma.
+    cfg: the guidance scale; 1 evaluates the positive conditioning alone.
+    reference_methods: under positive and negative, how their references are placed, where not in the model's own way.
 
-    Tensors: x (B, C, h, w), already noised; sigmas (n + 1,) float32; noise (k, B, C, h, w), the k draws of the sampler;
-    positive.context (B, T, E), positive.y (B, V), positive.guidance (B,) or (1,), positive.concat (B, C', h, w),
-    positive.reference.0, .1 and so on (B, C, h', w'), the same under negative; for a masked request mask (broadcastable
-    to x), latent_image and inpaint_noise, as x. All but x and sigmas may be absent. reference_methods: under positive
-    and negative, how their references are placed, where not as the model does it by itself.
+    Tensors, of which all but x, sigmas and positive.context may be absent:
+
+    x: (B, C, h, w), already noised.
+    sigmas: (n + 1,) float32.
+    noise: (k, B, C, h, w), the k draws of the sampler.
+    positive.context, .y, .guidance, .concat, .reference.0, .1 and so on: as in `prompt.Prompt`; likewise negative.
+    mask, latent_image, inpaint_noise: as in `prompt.Inpainting`, for a masked request.
     """
 
     sampler: str
@@ -73,10 +81,14 @@ class Sample(Request):
 class Evaluate(Request):
     """One evaluation of the model; answered by Done with tensor `output` (B, C, h, w).
 
-    Tensors: x (B, C, h, w), timestep (B,), and context, y, guidance, concat, reference.N as in Sample. A tensor named
-    in `keep` is kept by the workers under that number, one named in `reuse` was kept before; numbers in `forget` are
-    dropped first. control: what a ControlNet adds to the image stream, under `input` and `output`, block by block the N
-    of a tensor control.N (B or 1, n, hidden), or None.
+    keep: name of a sent tensor -> the number under which the workers cache it.
+    reuse: name of a tensor that is not sent -> the number under which they have it.
+    forget: numbers that they drop before that.
+    reference_method: how references are placed, None for the model's own way.
+    control: what a ControlNet adds to the image stream: under `input` and `output`, for each block the N of a tensor
+        control.N (B or 1, n, hidden), or None.
+
+    Tensors: x (B, C, h, w), timestep (B,), control.N, and a prompt's as in `prompt.Prompt`.
     """
 
     keep: dict[str, int] = {}
@@ -87,10 +99,11 @@ class Evaluate(Request):
 
 
 class Patch(Message):
-    """Make the weights of `model` hold patch set `number`; answered by Done. Tensors: those that the patches name.
+    """Bring patch set `number` into the weights of `model`; answered by Done. Tensors: those that the patches name.
 
-    weights: weight's name in the file -> its patches, in order; none restores it. base: the set that the weights hold;
-    those not named stay as they are. None: the workers' weights may hold any set; those not named are restored.
+    base: the set that is in the weights: weights that are not named stay as they are. None where it may be any set:
+        weights that are not named are restored.
+    weights: weight's name in the file -> its patches, in order; none restores it.
     """
 
     id: int

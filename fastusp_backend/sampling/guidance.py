@@ -16,7 +16,11 @@ class GuidedModel:
     """denoised = model(x, sigma) in float32, for x = sigma noise + (1 - sigma) image (rectified flow, arXiv
     2209.03003).
 
-    negative None leaves guidance out. timestep_scale: the model's timestep per sigma.
+    velocities: the model.
+    positive, negative: the prompts; without a negative one there is no guidance.
+    cfg: the guidance scale.
+    timestep_scale: the model's timestep per sigma.
+    inpainting: the mask, if there is one.
     """
 
     velocities: Velocities

@@ -18,7 +18,13 @@ Model = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class StepState:
-    """index: from 0; x: before the step; denoised: the model's answer there."""
+    """A step as its callback sees it.
+
+    index: the step's number, from 0.
+    sigma: the noise level before it.
+    x: the latents before it, (B, C, h, w).
+    denoised: the model's answer for them.
+    """
 
     index: int
     sigma: torch.Tensor
@@ -142,8 +148,12 @@ def lcm(model: Model, x, sigmas, *, noise: Iterator[torch.Tensor], callback: Cal
 
 @dataclass(frozen=True, slots=True)
 class Sampler:
-    """run: the loop. options: its numbers with their defaults. draws: whether it draws noise, once a step but the
-    last."""
+    """A sampling loop, and what a caller must know of it.
+
+    run: the loop.
+    options: its numbers with their defaults.
+    draws: whether it draws noise, once in each step but the last.
+    """
 
     run: Callable[..., torch.Tensor]
     options: dict[str, float] = field(default_factory=dict)

@@ -115,7 +115,7 @@ def low_rank(
             if patch.offset and patch.offset[0] % 2 == dim:
                 target = target.narrow(dim, *patch.offset[1:])
             if target.shape != factor.shape:
-                raise _unpackable(f"a LoRA of {tuple(up.shape)} and {tuple(down.shape)} for a matrix {tuple(shape)}")
+                raise _unpackable(f"factors {tuple(up.shape)}, {tuple(down.shape)} for a matrix {tuple(shape)}")
             target.copy_(factor)
         pairs.append([factor.to(dtype) for factor in whole])
     ups, downs = zip(*pairs, strict=True)
@@ -124,8 +124,8 @@ def low_rank(
 
 def _unpackable(what: str) -> RequestError:
     return RequestError(
-        f"packed GGUF weights take LoRAs alone, not {what}; set weight_dtype of USP Loader to bf16 or fp16, which "
-        "unpacks them when they are loaded, or use an fp8 file"
+        f"packed GGUF weights take plain LoRAs alone, not {what}; set weight_dtype of USP Loader to bf16 or fp16, "
+        "which unpacks them when they are loaded, or use an fp8 file"
     )
 
 

@@ -88,7 +88,7 @@ def gguf_header(read: Callable[[int, int], bytes], length: int) -> Iterator[tupl
         else:
             header.skip(kind)
     if alignment < 1 or alignment & alignment - 1:
-        raise ValueError(f"its alignment, {alignment}, is no power of two")
+        raise ValueError(f"its alignment, {alignment}, is not a power of two")
     tensors = {}
     for _ in range(count):
         name = header.string()
@@ -101,7 +101,9 @@ def gguf_header(read: Callable[[int, int], bytes], length: int) -> Iterator[tupl
         shape = tuple(reversed([header.number(8) for _ in range(dimensions)]))
         kind, offset = header.number(4), header.number(8)
         if offset % alignment:
-            raise ValueError(f"tensor {name!r} begins at {offset}, which is no multiple of the alignment, {alignment}")
+            raise ValueError(
+                f"tensor {name!r} begins at {offset}, which is not a multiple of the alignment, {alignment}"
+            )
         tensors[name] = _TYPES.get(kind, f"type {kind}"), shape, offset
     data = -(-header.place // alignment) * alignment
     for name, (kind, shape, offset) in tensors.items():
@@ -116,7 +118,7 @@ def gguf_tensors(read: Callable[[int, int], bytes], length: int) -> dict[str, Te
         packing = kind if kind in PACKINGS else ""
         dtype = torch.float32 if packing else _DTYPES.get(kind)
         if packing and (not shape or shape[-1] % PACKINGS[packing][0]):
-            raise ValueError(f"tensor {name!r} of shape {shape} is no whole number of {kind}'s blocks")
+            raise ValueError(f"tensor {name!r} of shape {shape} is not a whole number of {kind}'s blocks")
         tensors[name] = TensorInfo(shape, dtype, start, packing, unknown="" if dtype is not None else f"GGUF {kind}")
     end = 0
     for start, size, name in sorted((x.start, x.size, name) for name, x in tensors.items() if x.dtype is not None):
@@ -127,7 +129,7 @@ def gguf_tensors(read: Callable[[int, int], bytes], length: int) -> dict[str, Te
 
 
 class _Header:
-    """The values in the header of a file of `length` bytes, one after the other. place: of the next one."""
+    """The values in the header of a file of `length` bytes, one after the other. place: where the next one begins."""
 
     def __init__(self, read: Callable[[int, int], bytes], length: int):
         self._read, self._length = read, length

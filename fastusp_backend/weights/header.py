@@ -34,7 +34,7 @@ def read_file_header(source: Source) -> tuple[dict[str, TensorInfo], dict[str, s
         else:
             tensors, metadata = safetensors_header(source.read, length)
     except TooLarge as error:
-        raise CheckpointError(f"Take another file: {path} {error}") from error
+        raise CheckpointError(f"Use another file: {path} {error}") from error
     except (ValueError, RecursionError) as error:
         raise _unreadable(path, str(error)) from error
     for name, info in tensors.items():

@@ -131,7 +131,7 @@ def _value(contents: Contents, name: str) -> float:
         raise _refusal(contents.path, f"fp8 with more than one scale per tensor, {info.shape},", name)
     value = torch.frombuffer(bytearray(contents.source.read(info.start, info.size)), dtype=info.dtype).item()
     if value == 0 or not math.isfinite(value):
-        raise CheckpointError(f"Download {contents.path} again, or take another file: its scale {name!r} is {value}")
+        raise CheckpointError(f"Download {contents.path} again, or use another file: its scale {name!r} is {value}")
     return value
 
 
@@ -154,14 +154,14 @@ def _refuse_unmarked(contents: Contents, folded: dict[str, TensorInfo]) -> None:
         else:
             raise _refusal(contents.path, f"something with a {leaf!r}", key)
         raise CheckpointError(
-            f"Take another file, or add the mark to {contents.path}: {key!r} is the scale of a weight, but {missing} "
+            f"Use another file, or add the mark to {contents.path}: {key!r} is the scale of a weight, but {missing} "
             "is missing"
         )
 
 
 def _lacks(path: str, scale: str) -> CheckpointError:
     return CheckpointError(
-        f"Download {path} again, or take another file: it is an incomplete scaled fp8 file, without tensor {scale!r}"
+        f"Download {path} again, or use another file: it is an incomplete scaled fp8 file, without tensor {scale!r}"
     )
 
 

@@ -28,7 +28,7 @@ class Sizes:
         shape = self.header[name].shape
         if len(shape) != 2 or not 0 < min(shape) <= max(shape) <= WIDEST_MATRIX:
             raise CheckpointError(
-                f"{self.path} is no {self.family} file: tensor {name!r} is {shape}, expected a matrix of up to "
+                f"{self.path} is not a {self.family} file: tensor {name!r} is {shape}, expected a matrix of up to "
                 f"{WIDEST_MATRIX} rows and columns"
             )
         return shape
@@ -46,7 +46,7 @@ class Sizes:
         count = len({key.split(".")[1] for key in self.header if key.startswith(blocks + ".")})
         if count > MOST_BLOCKS:
             raise CheckpointError(
-                f"Take another file than {self.path}: it has {count} {blocks}, no model has more than {MOST_BLOCKS}"
+                f"Use another file than {self.path}: it has {count} {blocks}, no model has more than {MOST_BLOCKS}"
             )
         return count
 

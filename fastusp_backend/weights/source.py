@@ -25,7 +25,7 @@ class Source:
         try:
             path.encode()
         except UnicodeEncodeError as error:
-            raise CheckpointError(f"Rename the model file {ascii(path)}: its name is no UTF-8") from error
+            raise CheckpointError(f"Rename the model file {ascii(path)}: its name is not UTF-8") from error
         try:
             # A pipe of that name would have this wait for whoever writes to it.
             file = open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
@@ -36,7 +36,7 @@ class Source:
         weakref.finalize(self, file.close)
         self.descriptor = file.fileno()
         if not stat.S_ISREG(os.fstat(self.descriptor).st_mode):
-            raise CheckpointError(f"Take another file: {path} is no regular file")
+            raise CheckpointError(f"Use another file: {path} is not a regular file")
         self.state = FileState.of(os.fstat(self.descriptor))
 
     def read(self, start: int, count: int) -> bytes:

@@ -29,7 +29,7 @@ class StoragePlan:
     linear: whether it is the weight of a linear layer.
     cast: the type that its values are converted to first; None where they stay as the file has them.
     by_rows: whether they are then brought to e4m3 with a scale per row, where they are not in e4m3 already.
-    dtype, shape: of the data in memory, as in `Stored`.
+    dtype, shape: the type and the shape of the data in memory, as in `Stored`.
     packing: GGUF's block format of the data, "" for none.
     scale: the shape of the scale in memory, None for none.
     """
@@ -85,11 +85,11 @@ class StoragePlan:
 
 
 def plan_storage(info: TensorInfo, spec: ModelSpec, use: Use) -> StoragePlan:
-    """The form in which a model of `spec` holds a tensor that it uses in this way.
+    """The form in memory of a tensor that a model of `spec` uses in this way.
 
     A scale of values that are not fp8 is multiplied into them. fp8 and packed values stay what they are in linear
-    layers' weights where `spec` lets them; elsewhere they are unpacked, and values of fp8 widened to bfloat16, which
-    holds them all.
+    layers' weights where `spec` lets them; elsewhere they are unpacked, and values of fp8 converted to bfloat16,
+    which has them all.
     """
     linear, by_rows = use != "other", use == "fp8_product"
     wished = getattr(torch, spec.storage) if spec.storage else info.dtype

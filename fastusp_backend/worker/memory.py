@@ -13,13 +13,13 @@ RECEIVING = "while it took in a request"
 WAITING = "while it waited for a request"
 
 _ADVICE = {
-    LOADING: "Free memory on its device (other programs; ComfyUI's models: Unload Models), or take a smaller file or "
+    LOADING: "Free memory on its device (other programs; ComfyUI's models: Unload Models), or use a smaller file or "
     "weight_dtype",
-    PREPARING: "Take a smaller image or batch, or more GPUs; cuda_graphs = off in USP Optimization Settings saves "
+    PREPARING: "Use a smaller image or batch, or more GPUs; cuda_graphs = off in USP Optimization Settings saves "
     "a graph's memory",
 }
 _ADVICE[PATCHING] = _ADVICE[LOADING]
-_ADVICE[PARKING] = "Take residency = keep or release in USP Optimization Settings"
+_ADVICE[PARKING] = "Set residency to keep or release in USP Optimization Settings"
 _ADVICE[EVALUATING] = _ADVICE[RECEIVING] = _ADVICE[PREPARING]
 
 
@@ -46,4 +46,4 @@ def explain(error: BaseException, doing: str, held: str) -> str:
     """What was asked for, what the rank held, and what helps. doing: one of the above."""
     asked = re.search(r"(?:tried to allocate|unable to mmap) ([\d.]+ \w+)", str(error), re.IGNORECASE)
     what = f"it asked for {asked[1]}" if asked else str(error)
-    return f"{doing}: {what}, and held {held}. {_ADVICE[doing]}"
+    return f"{doing}: {what}; it had {held}. {_ADVICE[doing]}"

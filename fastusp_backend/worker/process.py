@@ -23,7 +23,7 @@ STACK_SIGNAL = signal.SIGUSR1
 """On which a rank writes its threads' stacks to a file."""
 
 LOG_BYTES = 1 << 20
-"""Of the pool's log, beside the one before it, and of what a rank prints to one of its streams."""
+"""The most bytes that the pool's log has (the one before it stays beside it), and a file of what a rank prints."""
 
 _PR_SET_PDEATHSIG = 1
 

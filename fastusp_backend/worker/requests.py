@@ -28,7 +28,7 @@ class SamplingInputs:
     noise: the sampler's draws, (k, B, C, h, w).
     negative: None leaves guidance out.
     inpainting: None without a mask.
-    timesteps: of all evaluations of the model, in float32, as the loop will compute them.
+    timesteps: the timesteps of all evaluations, rounded to float32 as the loop will compute them.
     """
 
     x: torch.Tensor

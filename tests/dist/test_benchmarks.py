@@ -97,7 +97,8 @@ def test_the_ablation_and_its_breakdown(results):
 
 def test_the_quality_of_lossy_options(printed):
     of_command, _ = printed
-    rows = [line.split(" | ") for line in of_command("quality").splitlines() if line.startswith("| ")][1:]
+    lines = [line for line in of_command("quality").splitlines() if line.startswith("| ")]
+    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines[2:]]  # behind the head
     assert len(rows) == 2 * 2 * 5  # weights, layouts, options
     for _, _, option, single, _ in rows:
         errors = [float(x) for x in single.split()]

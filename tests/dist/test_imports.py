@@ -27,7 +27,7 @@ def test_a_first_request_of_each_kind_imports_nothing(new_pool, dev, monkeypatch
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     pool = new_pool(2)
     directory = run_dir(pool)
-    pool._standing_workers(Progress())
+    pool._ready_workers(Progress())
     pool.release()  # they serve from here on
     (directory / "watched").touch()
     evaluate(pool, dev)

@@ -85,7 +85,7 @@ def test_a_rank_that_loops_in_a_step(mortal, dev, right):
         sample(mortal, dev, LONG, progress)
     assert watches[0].seconds < 15
     text = str(failure.value)
-    assert f"rank 1 (process {pid}) made no headway for 12 s while it evaluated the model" in text
+    assert f"rank 1 (process {pid}) made no progress for 12 s while it evaluated the model" in text
     assert "Rank 1 was in:\n  File" in text and "in loop" in text
 
 

@@ -73,8 +73,8 @@ def right(session):
     ("number", "what"),
     [
         (signal.SIGSTOP, "was stopped (SIGSTOP, Ctrl-Z)"),
-        (signal.SIGWINCH, "made no headway for 12 s"),
-        (signal.SIGUSR2, "made no headway for 12 s"),
+        (signal.SIGWINCH, "made no progress for 12 s"),
+        (signal.SIGUSR2, "made no progress for 12 s"),
     ],
     ids=["stopped", "looping", "GPU stands still"],
 )
@@ -98,7 +98,7 @@ def test_a_gpu_that_stands_still_while_a_sampler_steps(session, right):
     halt = threading.Timer(1.0, os.kill, (session.pool.status()["pids"][-1], signal.SIGUSR2))
     halt.start()
     began = time.monotonic()
-    with pytest.raises(PoolError, match=r"made no headway for (1[2-5]|3[0-3]) s"):
+    with pytest.raises(PoolError, match=r"made no progress for (1[2-5]|3[0-3]) s"):
         while time.monotonic() - began < 60:
             session.evaluate(GIVEN.x, torch.tensor([0.5]), PROMPT, Progress())
     halt.join()

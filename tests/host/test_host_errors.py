@@ -58,7 +58,7 @@ def test_impossible_combinations(host, gpus, ulysses, ring, words):
 
 @pytest.mark.any_host
 def test_a_choice_that_is_not_offered(host):
-    assert "batch_parallel = 'sometimes' is none of auto, on, off" in refusal(host, batch_parallel="sometimes")
+    assert "batch_parallel = 'sometimes' is not one of auto, on, off" in refusal(host, batch_parallel="sometimes")
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_a_lora_that_widens_to_no_shape(host, shape):
     name = loras.write(host.base / "models/loras", f"shapeless {shape.tolist()}", tensors)
     graph = Graph()
     model = graph.node("LoraLoaderModelOnly", model=graph.usp(), lora_name=name, strength_model=1.0)
-    assert f"A LoRA with reshape_weight {shape.tolist()}, which is no shape" in failure(host, graph, model)
+    assert f"A LoRA with reshape_weight {shape.tolist()}, which is not a shape" in failure(host, graph, model)
 
 
 def test_lora_hook(host, lora):

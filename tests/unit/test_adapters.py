@@ -182,7 +182,7 @@ def test_factors_of_a_stack_are_its_sum():
             {"reshape": (OUT, 9)},
             "not one that widens a matrix .12, 8. to .12, 9.",
         ),
-        ("lora", {"up": (IN, 3), "down": (3, OUT)}, {}, "not a LoRA of .8, 3. and .3, 12. for a matrix .12, 8."),
+        ("lora", {"up": (IN, 3), "down": (3, OUT)}, {}, "not factors .8, 3., .3, 12. for a matrix .12, 8."),
     ],
 )
 def test_what_has_no_factors_is_refused_by_name(kind, shapes, more, words):

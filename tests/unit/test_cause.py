@@ -53,7 +53,7 @@ def test_the_rank_that_failed_first_is_named(tmp_path, exits, records, cause):
 @pytest.mark.parametrize(
     "returncode, killed, cause",
     [
-        (None, False, "its processes still run"),
+        (None, False, "its processes are still running"),
         (1, False, "torchrun ended with exit code 1"),
         (
             KILL,

@@ -133,5 +133,5 @@ def test_more_blocks_than_anybody_has(flux, caplog):
     with caplog.at_level(logging.INFO):
         save_file(state | {f"double_blocks.{n}.img_mlp.0.bias": torch.ones(1) for n in range(5000)}, path)
         assert refusal(path).startswith(
-            f"Take another file than {path}: it has 5000 double_blocks, no model has more than"
+            f"Use another file than {path}: it has 5000 double_blocks, no model has more than"
         )

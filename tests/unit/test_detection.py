@@ -114,7 +114,7 @@ def test_quantised_files_are_refused(changed, dtype):
 
 @pytest.mark.parametrize("channels", [8, 48])
 def test_input_channels_of_no_known_model_are_refused(changed, channels):
-    assert "it is none of FLUX.1 dev, schnell, Kontext, Fill" in refusal(
+    assert "it is not one of FLUX.1 dev, schnell, Kontext, Fill" in refusal(
         changed(("img_in.weight",), {"img_in.weight": torch.zeros(128, channels * 4)})
     )
 
@@ -204,7 +204,7 @@ def test_a_missing_block_is_named(tmp_path, block):
 def test_a_part_of_a_model_is_told(changed):
     path = changed(("final_layer.linear.weight",))
     part = path.rename(path.parent / "model-00001-of-00003.safetensors")
-    assert refusal(part).startswith("Take the model in one file")
+    assert refusal(part).startswith("Use the model in one file")
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_full_sized_flux2_headers():
     [
         ("txt_in.weight", None, "incomplete FLUX.2 file, without 1 of its 27 tensors: 'txt_in.weight'"),
         ("single_stream_modulation.lin.weight", None, "tensors: 'single_stream_modulation.lin.weight'"),
-        ("img_in.weight", torch.zeros(128, 64), "takes 64 values per token and gives 128: it is none of FLUX.2 dev"),
+        ("img_in.weight", torch.zeros(128, 64), "takes 64 values per token and gives 128: it is not one of FLUX.2 dev"),
         ("double_stream_modulation_img.lin.weight", None, "an incomplete FLUX.2 file, without 1 of its 27"),
         ("double_blocks.0.txt_mlp.0.weight", torch.zeros(256, 128), "is (256, 128), expected (512, 128)"),
     ],

@@ -117,7 +117,7 @@ def test_nothing_visible_is_told_with_the_variable(caplog, visible, told):
     given = {"gpus": TWINS, "visible": visible, "counted": in_order(TWINS)}
     devices._tell_of_no_gpu.cache_clear()
     assert parse_devices("auto", **given) == Devices(ranks=1)
-    assert f"gpus = 'auto': {told}, so one CPU rank serves" in caplog.text
+    assert f"gpus = 'auto': {told}, so one CPU rank is used" in caplog.text
     with pytest.raises(DeviceError) as refusal:
         parse_devices("all", **given)
     assert str(refusal.value) == f"gpus = 'all': {told}. Name others there, or use 'cpu:N' for N CPU ranks"
@@ -147,7 +147,7 @@ def test_one_cpu_rank_for_want_of_gpus_is_told_once(caplog):
     devices._tell_of_no_gpu.cache_clear()
     for _ in range(2):
         parse_devices("auto", gpus=(), seen_by_torch=0)
-    assert [record.levelname for record in caplog.records] == ["WARNING"] and "one CPU rank serves" in caplog.text
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and "one CPU rank is used" in caplog.text
 
 
 def test_devices_are_a_key_and_tell_their_kind():

@@ -155,7 +155,7 @@ def test_what_does_not_matter_is_no_warning():
     assert told.text.endswith("not handed to the workers as it is: CUDA_VISIBLE_DEVICES")
     assert gpus.links(pretended(links={"0-1": "PIX"}, iommu=False))[0].status == "ok"
     untold = gpus.devices(pretended(states=(state(0, total=None, free=None), state(1))))[1]
-    assert untold.status == "ok" and untold.text.startswith("NVML tells no memory size, compute capability 9.0")
+    assert untold.status == "ok" and untold.text.startswith("NVML reports no memory size, compute capability 9.0")
     assert not gpus.links(replace(CPU, devices=Devices(ranks=2)))
 
 
@@ -220,7 +220,7 @@ def test_a_machine_that_cannot_work_is_not_tried(monkeypatch, capsys):
         ("ok ok", GOOD.devices, "FastUSP works here"),
         ("ok warn", GOOD.devices, "FastUSP works here; look at 1"),
         ("fail warn fail", None, "FastUSP does not work here yet: fix 0, 2"),
-        ("ok", Devices(ranks=1), "FastUSP works here. One CPU rank shares nothing: --gpus cpu:2"),
+        ("ok", Devices(ranks=1), "FastUSP works here. One CPU rank has nobody to work with: --gpus cpu:2"),
         ("ok", Devices(ranks=1, gpus=(0,)), "FastUSP works here"),
     ],
 )

@@ -197,7 +197,7 @@ def test_a_name_that_is_no_text(model, tmp_path):
     """No message could carry it."""
     path = os.path.join(os.fsencode(tmp_path), b"\xff.safetensors")
     os.rename(model, path)
-    with pytest.raises(CheckpointError, match=r"^Rename the model file '.*udcff\.safetensors': its name is no UTF-8"):
+    with pytest.raises(CheckpointError, match=r"^Rename the model file '.*udcff\.safetensors': its name is not UTF-8"):
         read_model(os.fsdecode(path))
     os.rename(path, tmp_path / "全角　スペース.safetensors")
     assert read_model(str(tmp_path / "全角　スペース.safetensors")).config.family == "FLUX.1"

@@ -89,9 +89,9 @@ def test_arrays_within_arrays_are_passed():
             file(pairs=(string("k") + number(9, 4) + 6 * (number(9, 4) + number(1)) + number(4, 4) + number(0),)),
             "^has arrays within arrays in its metadata, FastUSP reads them up to 4 deep",
         ),
-        (file(tensors=(tensor("x", start=8),)) + bytes(99), "'x' begins at 8, which is no multiple of"),
-        (file(pairs=(string("general.alignment") + number(4, 4) + number(24, 4),)), "24, is no power of two"),
-        (file(pairs=(string("general.alignment") + number(4, 4) + number(0, 4),)), "0, is no power of two"),
+        (file(tensors=(tensor("x", start=8),)) + bytes(99), "'x' begins at 8, which is not a multiple of"),
+        (file(pairs=(string("general.alignment") + number(4, 4) + number(24, 4),)), "24, is not a power of two"),
+        (file(pairs=(string("general.alignment") + number(4, 4) + number(0, 4),)), "0, is not a power of two"),
     ],
 )
 def test_files_that_lie_are_refused(data, words):

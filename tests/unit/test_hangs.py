@@ -103,7 +103,7 @@ def test_who_waits_for_nobody_is_blamed(ranks, waits):
     beat(ranks, 12)
     assert ranks.look(11) is None
     hang = ranks.look(3)
-    assert hang.cause == f"rank 1 (process 1) made no headway for 12 s {DOING}"
+    assert hang.cause == f"rank 1 (process 1) made no progress for 12 s {DOING}"
     assert [line.strip() for line in hang.stacks] == [
         "Rank 0 was in:",
         hangs._short(waits),
@@ -115,7 +115,7 @@ def test_who_waits_for_nobody_is_blamed(ranks, waits):
 def test_where_all_wait_all_are_named(ranks):
     ranks.stacks[1] = WAITS
     beat(ranks, 12)
-    assert ranks.look(14).cause.startswith("rank 0 (process 0) and rank 1 (process 1) made no headway")
+    assert ranks.look(14).cause.startswith("rank 0 (process 0) and rank 1 (process 1) made no progress")
 
 
 def test_a_rank_that_does_not_tell_its_stack(ranks, monkeypatch):
@@ -180,9 +180,7 @@ def test_a_start_has_a_limit(ranks):
     for _ in range(10):
         beat(ranks, 12)
         assert ranks.look(START_SECONDS / 10 - 1, "start") is None
-    assert ranks.look(15, "start").cause.startswith(
-        "rank 1 (process 1) did not get ready within 300 s of the start, while"
-    )
+    assert ranks.look(15, "start").cause.startswith("rank 1 (process 1) was not ready within 300 s of the start, while")
 
 
 def test_a_start_that_reads_its_libraries_from_a_disk_may_take_longer(ranks):

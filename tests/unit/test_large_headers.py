@@ -52,15 +52,15 @@ def path(tmp_path):
 @pytest.mark.parametrize(
     "names, words",
     [
-        ((f"t.{i}" for i in range(150_000)), "Take another file: {path} has 150000 tensors, FastUSP reads up to 50000"),
+        ((f"t.{i}" for i in range(150_000)), "Use another file: {path} has 150000 tensors, FastUSP reads up to 50000"),
         ((f"some.block.{i}.weight" for i in range(50_000)), "is not a FLUX.2 or FLUX.1 or Qwen-Image transformer"),
         ((f"{'a.' * 110}{i}.qweight" for i in range(10_000)), "quantised as GPTQ or AWQ"),
         (
             [f"double_blocks.{i}.img_mlp.0.bias" for i in range(20_000)]
             + [f"single_blocks.{i}.x" for i in range(20_000)],
-            "Take another file than {path}: it has 19999 double_blocks, no model",
+            "Use another file than {path}: it has 19999 double_blocks, no model",
         ),
-        (["x" * 257], "Take another file: {path} has a tensor name of 257 characters, 'xxx"),
+        (["x" * 257], "Use another file: {path} has a tensor name of 257 characters, 'xxx"),
         ([f"double_blocks.{'9' * 200}.img_mlp.0.bias"], "is not a FLUX.2"),
     ],
     ids=["tensors", "other blocks", "long names", "blocks", "name", "number"],
@@ -103,7 +103,7 @@ def test_a_header_is_not_read_where_it_is_too_long(path):
     with open(path, "wb") as file:
         file.write(((16 << 20) + 1).to_bytes(8, "little") + b"{")
         file.truncate(1 << 33)
-    assert refusal(path) == f"Take another file: {path} has a header of 16777217 bytes, FastUSP reads up to 16777216"
+    assert refusal(path) == f"Use another file: {path} has a header of 16777217 bytes, FastUSP reads up to 16777216"
 
 
 def test_a_gguf_header_that_is_too_long(path):
@@ -113,13 +113,13 @@ def test_a_gguf_header_that_is_too_long(path):
         file.write(b"k" + (8).to_bytes(4, "little") + (17 << 20).to_bytes(8, "little"))
         file.truncate(20 << 20)
     text = refusal(path)
-    assert text.startswith(f"Take another file: {path} has a header of 178") and text.endswith("up to 16777216")
+    assert text.startswith(f"Use another file: {path} has a header of 178") and text.endswith("up to 16777216")
 
 
 @pytest.mark.parametrize("count", [9, 7_000_000], ids=str)
 def test_more_dimensions_than_any_tensor_has(path, count):
     sparse(path, json.dumps({"a": {**A, "shape": [1] * count}}, separators=(",", ":")).encode(), 4)
-    wanted = f"Take another file: {path} has a tensor of {count} dimensions, 'a', FastUSP reads up to 8"
+    wanted = f"Use another file: {path} has a tensor of {count} dimensions, 'a', FastUSP reads up to 8"
     assert refusal(path) == wanted
 
 

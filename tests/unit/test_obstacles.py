@@ -81,8 +81,8 @@ def test_a_sampler_of_the_workers_and_one_that_is_none(obstacles):
         ([1.0, 0.5, 0.0], {}, None),
         ([1.0, 0.5, 0.0], {"multiplier": 1000.0}, None),
         ([1.0], {}, "nothing to sample"),
-        ([1.0, 0.0], {"noise_scale": 2.0}, "is no plain rectified flow"),
-        ([1.0, 0.0], {"calculate_denoised": lambda self: None}, "is no plain rectified flow"),
+        ([1.0, 0.0], {"noise_scale": 2.0}, "is not a plain rectified flow"),
+        ([1.0, 0.0], {"calculate_denoised": lambda self: None}, "is not a plain rectified flow"),
         ([0.5, 0.0], {"timestep": lambda self, sigma: sigma**2 * 3}, "has its own timesteps"),
     ],
 )

@@ -163,7 +163,7 @@ def test_a_patch_that_does_not_fit_is_refused_by_all(files):
     value = WeightPatch(kind="set", tensors={"value": "value"}, strength=1.0)
     for patches, tensors, name, words in (
         (loras(LAYERS[2]), {"up": randn(9, 4, seed=1), "down": randn(4, 256, seed=2)}, "flux", "does not fit a weight"),
-        ({f"{LAYERS[2]}.weight": (value,)}, {"value": randn(768, 256, seed=1)}, "gguf_Q8_0", "GGUF weights take LoRAs"),
+        ({f"{LAYERS[2]}.weight": (value,)}, {"value": randn(768, 256, seed=1)}, "gguf_Q8_0", "take plain LoRAs"),
     ):
         for rank in range(2):
             weights = PatchedWeights(loaded(files / name, rank, 2))

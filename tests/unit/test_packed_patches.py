@@ -123,7 +123,9 @@ def test_what_cannot_be_factored_is_refused_before_anything_changes(packed):
     weights.change(PATCHES, TENSORS, base=0, number=1)
     after = everything(checkpoint)
     whole = WeightPatch(kind="diff", tensors={"diff": "whole"}, strength=1.0)
-    with pytest.raises(RequestError, match="packed GGUF weights take LoRAs alone, not diff patches; set weight_dtype"):
+    with pytest.raises(
+        RequestError, match="packed GGUF weights take plain LoRAs alone, not diff patches; set weight_dtype"
+    ):
         weights.change(
             {f"{MLP}.weight": (), f"{QKV}.weight": (lora(), whole)},
             TENSORS | {"whole": torch.zeros(768, 256)},

@@ -91,8 +91,8 @@ def test_batch_groups_that_cannot_be_had_are_refused(ranks, wish):
 @pytest.mark.parametrize(
     ("wish", "words"),
     [
-        ({"batch_parallel": "sometimes"}, "batch_parallel = 'sometimes' is none of auto, on, off"),
-        ({"batch_parallel": ""}, "batch_parallel = '' is none of"),
+        ({"batch_parallel": "sometimes"}, "batch_parallel = 'sometimes' is not one of auto, on, off"),
+        ({"batch_parallel": ""}, "batch_parallel = '' is not one of"),
         ({"ulysses": -1}, "ulysses = -1 and ring = 0: expected"),
         ({"ring": -2, "ulysses": -1, "batch_parallel": "on"}, "ring = -2: expected"),
         ({"ulysses": 65}, "ulysses = 65 cannot be used on 2 ranks"),

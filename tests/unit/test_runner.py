@@ -129,9 +129,9 @@ CUDA_ALLOCATOR = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a to
 @pytest.mark.parametrize(
     ("error", "asked"),
     [
-        (torch.OutOfMemoryError(CUDA_ALLOCATOR), "it asked for 2.50 GiB, and held 9 GB of weights."),
-        (RuntimeError(CPU_ALLOCATOR + ". Error code 12"), "it asked for 99 bytes, and held 9 GB of weights."),
-        (MemoryError("no room"), "no room, and held 9 GB of weights."),
+        (torch.OutOfMemoryError(CUDA_ALLOCATOR), "it asked for 2.50 GiB; it had 9 GB of weights."),
+        (RuntimeError(CPU_ALLOCATOR + ". Error code 12"), "it asked for 99 bytes; it had 9 GB of weights."),
+        (MemoryError("no room"), "no room; it had 9 GB of weights."),
     ],
 )
 def test_an_own_lack_of_memory_says_what_was_asked_and_held(error, asked):
@@ -153,7 +153,7 @@ def test_a_lack_of_memory_within_an_import_ends_the_pool(tmp_path, monkeypatch, 
     monkeypatch.syspath_prepend(tmp_path)
     if where == "machinery":
         monkeypatch.setattr(importlib.machinery.SourceFileLoader, "get_data", fail(MemoryError()))
-    with pytest.raises(MemoryError, match="while it loaded the model: .*, and held 9 GB of weights"):
+    with pytest.raises(MemoryError, match="while it loaded the model: .*; it had 9 GB of weights"):
         serve(Engine(load=load), "")
 
 
@@ -166,7 +166,7 @@ def test_an_error_after_the_ranks_began_to_read_ends_the_pool():
 def test_a_lack_of_memory_while_the_ranks_read_ends_the_pool_and_says_what_helps():
     fatal = RuntimeError("reading /m failed when the ranks had begun")
     fatal.__cause__ = torch.OutOfMemoryError(CUDA_ALLOCATOR)
-    with pytest.raises(MemoryError, match="while it loaded the model: it asked for 2.50 GiB.*take a smaller file"):
+    with pytest.raises(MemoryError, match="while it loaded the model: it asked for 2.50 GiB.*use a smaller file"):
         serve(Engine(load=fail(fatal)), "")
 
 
@@ -182,7 +182,7 @@ def test_a_lack_of_memory_on_one_rank_alone_while_a_mesh_is_made_ends_the_pool()
     """The others wait for it in the mesh's exchanges: they would not come to be told."""
     engine, crew = Engine(), Crew("")
     engine.connect = fail(torch.OutOfMemoryError(CUDA_ALLOCATOR))
-    with pytest.raises(MemoryError, match="while it made room for an evaluation: it asked for 2.50 GiB, and held 9 GB"):
+    with pytest.raises(MemoryError, match="while it made room for an evaluation: it asked for 2.50 GiB; it had 9 GB"):
         Runner(crew, engine, Control()).serve()
 
 
@@ -191,7 +191,7 @@ def test_a_lack_of_memory_that_all_ranks_know_of_is_refused():
     engine.connect = fail(OutOfMemoryTogether(1, "memory ran out on rank 1"))
     failed = serve(engine, "")
     assert (failed.kind, failed.rank, engine.drops) == ("out_of_memory", 1, 1)
-    assert failed.text.startswith("while it made room for an evaluation: memory ran out on rank 1, and held")
+    assert failed.text.startswith("while it made room for an evaluation: memory ran out on rank 1; it had")
 
 
 def test_what_was_prepared_is_gone_when_evaluations_are_dropped():
@@ -227,7 +227,7 @@ def test_a_lack_of_memory_within_an_evaluation_ends_the_pool_and_says_why():
 
     engine = Engine()
     engine.denoiser = lambda *_: Denoiser()
-    with pytest.raises(MemoryError, match="while it evaluated the model: it asked for 2.50 GiB, and held 9 GB"):
+    with pytest.raises(MemoryError, match="while it evaluated the model: it asked for 2.50 GiB; it had 9 GB"):
         serve(engine, "", {"timestep": torch.ones(1)})
 
 
@@ -243,7 +243,7 @@ def test_tensors_that_do_not_fit_the_device_are_refused():
 def test_a_lack_of_memory_before_a_request_is_understood_says_why():
     crew = Crew("")
     crew.broadcast_tensors = fail(torch.OutOfMemoryError(CUDA_ALLOCATOR))
-    with pytest.raises(MemoryError, match="while it took in a request: it asked for 2.50 GiB, and held 9 GB"):
+    with pytest.raises(MemoryError, match="while it took in a request: it asked for 2.50 GiB; it had 9 GB"):
         Runner(crew, Engine(), Control()).serve()
 
 

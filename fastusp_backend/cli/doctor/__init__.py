@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     except DeviceError as error:
         tell(Check("devices", "fail", str(error), "Look at nvidia-smi, or examine CPU ranks: --gpus cpu:2"))
     if worst(checks) == "fail":
-        tell(Check("trial", "warn", "left out: fix what failed above first"))
+        tell(Check("trial", "warn", "skipped: fix what failed above first"))
     else:
         from .trial import trials  # not above: what it needs was missing, if a check failed
 

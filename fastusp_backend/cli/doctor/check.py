@@ -34,5 +34,5 @@ def verdict(checks: Sequence[Check], devices: Devices | None) -> str:
     else:
         text = "FastUSP works here" + f"; look at {', '.join(warned)}" * bool(warned)
     if devices is not None and devices.ranks == 1 and not devices.gpus:
-        text += ". One CPU rank shares nothing: --gpus cpu:2 tries how ranks work together"
+        text += ". One CPU rank has nobody to work with: --gpus cpu:2 tests how ranks work together"
     return text

@@ -30,9 +30,9 @@ NO_P2P = "NCCL_P2P_DISABLE"
 _UNREACHED = (
     f"GPUs may not reach each other: run doctor with {NO_P2P}=1; if that works, ACS or an IOMMU is\n"
     "between them: turn it off (BIOS, intel_iommu=off or amd_iommu=off), or keep the variable set for ComfyUI.\n"
-    "If it hangs still, NCCL_SHM_DISABLE=1 and NCCL_DEBUG=INFO tell more"
+    "If it still hangs, NCCL_SHM_DISABLE=1 and NCCL_DEBUG=INFO tell more"
 )
-_LATE = r"within [\d.]+ s|made no headway|did not get ready"
+_LATE = r"within [\d.]+ s|made no progress|was not ready"
 _KNOWN = (
     (r"C compiler|Python\.h", "Triton needs a C compiler and Python's headers: apt install gcc python3-dev"),
     (r"No space left on device|SIGBUS|/dev/shm", "In a container: docker run --shm-size=1g, or --ipc=host"),
@@ -42,7 +42,7 @@ _KNOWN = (
         f"set {NO_P2P}=1",
     ),
     (r"out of memory", "Other programs use the memory: nvidia-smi lists them"),
-    (r"SIGKILL", "Mostly the system ran out of memory: free some, or use fewer ranks"),
+    (r"SIGKILL", "The system probably ran out of memory: free some, or use fewer ranks"),
     (r"no kernel image|driver version is insufficient|PTX", "torch and the driver do not fit this GPU: update both"),
     (r"busy or unavailable", "A GPU is in use and in exclusive compute mode: nvidia-smi -c DEFAULT"),
     (r"Unable to find address|Gloo connect|no socket interface", "Bring the loopback interface up: ip link set lo up"),

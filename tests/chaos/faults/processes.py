@@ -102,7 +102,7 @@ class Stop(OnRanks, Endless):
         shown = all((self.world.run_dir / f"pulse-{rank}").exists() for rank in victims)
         if self.moment.kind == "start" and not (victims and shown):
             self.limit = hangs.START_SECONDS + 15.0
-            self.names += "|did not get ready"
+            self.names += "|was not ready"
         for pid in victims.values() or [self.world.torchrun]:
             if pid is not None:
                 send(pid, signal.SIGSTOP)
@@ -168,7 +168,7 @@ class Loop(OnRanks, Fault):
     def strike(self) -> None:
         victims = self.victims()
         self.detail = f"rank {[*victims]} loops"
-        self.names = rf"{self.told(victims)} made no headway for \d+ s"
+        self.names = rf"{self.told(victims)} made no progress for \d+ s"
         for pid in victims.values():
             send(pid, LOOP)
 

@@ -57,7 +57,7 @@ class HalfFrame(Fault):
 
     requests = ENDLESS
     allowed = frozenset({"died", "refused"})
-    names = r"rank 0|refused a message|the client is gone|no headway"
+    names = r"rank 0|refused a message|the client is gone|no progress"
 
     def draw(self) -> None:
         self.how = self.rng.choice(("silence", "end", "a length that cannot be"))

@@ -21,8 +21,8 @@ def visible(facts: Facts) -> list[Check]:
 def devices(facts: Facts) -> list[Check]:
     if not facts.gpus and facts.wanted == "auto" and not facts.visible:
         advice = (
-            "Where there are some: install NVIDIA's driver with its libnvidia-ml.so.1 (in a container: set\n"
-            "NVIDIA_DRIVER_CAPABILITIES=compute,utility); else name --gpus cpu:N"
+            "If this machine has GPUs: install NVIDIA's driver with its libnvidia-ml.so.1 (in a container: set\n"
+            "NVIDIA_DRIVER_CAPABILITIES=compute,utility); else use --gpus cpu:N"
         )
         return [Check("devices", "warn", "no GPU is found", advice)]
     if not facts.gpus:
@@ -46,7 +46,7 @@ def _state(facts: Facts, gpu: Gpu) -> Check:
     major, minor = gpu.compute_capability
     types = ["bfloat16"] * ((major, minor) >= BFLOAT16) + ["fp8 products"] * ((major, minor) >= FP8)
     told = state.free is not None and state.total is not None
-    memory = f"{state.free / 1e9:.1f} of {state.total / 1e9:.1f} GB free" if told else "NVML tells no memory size"
+    memory = f"{state.free / 1e9:.1f} of {state.total / 1e9:.1f} GB free" if told else "NVML reports no memory size"
     text = f"{memory}, compute capability {major}.{minor}"
     text += f" ({' and '.join(types) or 'neither bfloat16 nor fp8 products'}), driver {state.driver}"
     if state.compute_mode == "Prohibited":

@@ -9,7 +9,7 @@ HOST_MEMORY = 4 << 30
 DESCRIPTORS = 1024
 
 _ADVICE = {
-    "NCCL_P2P_DISABLE": "Exchanges go through host memory, which is slower where GPUs map each other's",
+    "NCCL_P2P_DISABLE": "Exchanges go through host memory, which is slower than direct peer access",
     "NCCL_SHM_DISABLE": "NCCL then uses the network inside this machine: unset it",
 }
 
