@@ -28,7 +28,7 @@ class Sign(NamedTuple):
 
     count: how many beats it has made.
     seconds: within how many seconds of the last one the next is due.
-    doing: what it is at, as in worker/memory.py.
+    doing: what it is at, as in worker/activity.py.
     """
 
     pid: int

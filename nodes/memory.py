@@ -51,7 +51,7 @@ class RemoteWeights:
             return
         for pool, other in list(self._patchers.items()):
             if pool is not session.pool and set(pool.devices.gpus) & set(session.pool.devices.gpus):
-                _tried(other.session.evict)
+                _logged_failure(other.session.evict)
         if shares_gpu(session, device):
             model_management.soft_empty_cache()
 
@@ -65,13 +65,13 @@ class RemoteWeights:
             return 0
         if not resident or self._unloading_all:
             return 0
-        _tried(session.evict)
+        _logged_failure(session.evict)
         return resident - session.resident_bytes()
 
     def after_run(self, session: Session, patcher: object) -> None:
         """A sampling run of `session` has ended. ComfyUI lists what stayed although it was told to leave as a loaded
         model again: `patcher`."""
-        _tried(session.after_run)
+        _logged_failure(session.after_run)
         if session.pool in self._stayed:
             self._stayed.discard(session.pool)
             if session.resident_bytes():
@@ -91,7 +91,7 @@ class RemoteWeights:
                 self._unloading_all = False
             for pool in all_pools():
                 if not pool.busy:
-                    _tried(pool.release)
+                    _logged_failure(pool.release)
             self._patchers.clear()
             return result
 
@@ -102,7 +102,7 @@ weights = RemoteWeights()
 """ComfyUI has one memory management."""
 
 
-def _tried(order: Callable[[], None]) -> None:
+def _logged_failure(order: Callable[[], None]) -> None:
     """Has workers make room. Those that die over it have made it."""
     try:
         order()

@@ -124,7 +124,7 @@ class Unchanged:
                 continue
             change = changed(place)
             if change is None:
-                self._known[place] = list(_standing(place))
+                self._known[place] = list(_values_at(place))
             else:
                 yield place, *change
 
@@ -143,7 +143,7 @@ def unchanged(kind: type) -> Unchanged:
     return Unchanged(kind)
 
 
-def _standing(place: Place) -> Iterator[tuple[dict, str, object]]:
+def _values_at(place: Place) -> Iterator[tuple[dict, str, object]]:
     value = vars(place.module).get(place.name)
     yield vars(place.module), place.name, value
     if isinstance(value, type):

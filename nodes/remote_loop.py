@@ -35,7 +35,7 @@ def sample_in_workers(executor, guider, sigmas, extra_args, callback, noise, *ar
 
 
 def _step_from_here(obstacle: str) -> None:
-    set_headline("stepping", since=obstacle)
+    set_headline("stepping", reason=obstacle)
 
 
 class _LatentsChanged(Exception):

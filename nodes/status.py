@@ -26,13 +26,15 @@ asks on another thread."""
 
 
 class NodeStatus:
-    """The status line of the executing node: a headline that stays, and what covers it for a while. since: why, for the
-    log; the node shows what fits."""
+    """The status line of the executing node: a headline that stays, and what covers it for a while.
 
-    def __init__(self, headline: str, since: str = ""):
-        whole = f"{headline} ({since})" if since else headline
+    reason: why the run goes as the headline says, for the log; the node shows what fits.
+    """
+
+    def __init__(self, headline: str, reason: str = ""):
+        whole = f"{headline} ({reason})" if reason else headline
         _log(whole, again=True)
-        self._headline = shortened(whole, SHORT) if since else headline
+        self._headline = shortened(whole, SHORT) if reason else headline
         self._covered = False
         _show(self._headline)
 
@@ -58,9 +60,9 @@ class NodeStatus:
 _current: ContextVar[NodeStatus | None] = ContextVar("fastusp_node_status", default=None)
 
 
-def set_headline(text: str, *, since: str = "") -> None:
-    """Starts a new status line for what the executing node does now, and since what."""
-    _current.set(NodeStatus(f"FastUSP: {text}", since))
+def set_headline(text: str, *, reason: str = "") -> None:
+    """Starts a new status line for what the executing node does now, and why."""
+    _current.set(NodeStatus(f"FastUSP: {text}", reason))
 
 
 def node_status() -> NodeStatus:

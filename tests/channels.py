@@ -4,6 +4,7 @@ import fcntl
 import os
 import socket
 import struct
+from multiprocessing.connection import wait
 
 import msgspec
 import pytest
@@ -65,9 +66,9 @@ class Pair:
     """A client's channel and a worker's, and the client's bare socket for what a channel would not send."""
 
     def __init__(self, **options):
-        self.bare, other = socket.socketpair()
+        self.bare, self._other = socket.socketpair()
         self.client = Channel(self.bare, ToClient)
-        self.worker = Channel(other, ToWorker, **options)
+        self.worker = Channel(self._other, ToWorker, **options)
 
     def send_bytes(self, data: bytes) -> None:
         self.client.send_bytes(data)
@@ -75,6 +76,10 @@ class Pair:
     def send_with(self, fd: int, data: bytes) -> None:
         """A frame with a descriptor."""
         assert socket.send_fds(self.bare, [struct.pack(">I", len(data)) + data], [fd]) == len(data) + 4
+
+    def waits(self) -> bool:
+        """Whether a frame, or the end of the stream, is there for the worker."""
+        return bool(wait([self._other], 0))
 
     def close(self) -> None:
         self.client.close()
@@ -105,7 +110,7 @@ def assert_refused_in_place(pair: Pair) -> None:
     with pytest.raises(ProtocolError):
         pair.worker.receive()
     assert pair.worker.receive() == (SENTINEL, {})
-    assert not pair.worker.poll(0)
+    assert not pair.waits()
 
 
 def memory(content: bytes, *, sealed: bool) -> int:

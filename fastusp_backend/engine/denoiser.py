@@ -38,7 +38,7 @@ NO_IMAGES = slice(0, 0)
 
 
 class Denoiser:
-    """velocities = denoiser(x, timestep, prompts, go_on, control): every prompt evaluated at the same x.
+    """velocities = denoiser(x, timestep, prompts, go_on, residuals): every prompt evaluated at the same x.
 
     A prompt always comes with as many others, so that a group evaluates the same of its images each time. owners: the
     rank that has each of the model's modulation layers, as `ModulationTable` takes them.
@@ -63,11 +63,11 @@ class Denoiser:
         self._generation = transport.generation
         self._graph_memory: tuple[int, int] | None = None  # the pool that all its graphs share
 
-    def check(self, x: torch.Tensor, prompts: Sequence[Prompt], control: Residuals = NO_RESIDUALS) -> None:
+    def check(self, x: torch.Tensor, prompts: Sequence[Prompt], residuals: Residuals = NO_RESIDUALS) -> None:
         """Raises RequestError for tensors that do not fit the model, or that the batch groups do not divide."""
         for prompt in prompts:
             self._model.check(x, prompt)
-            if problem := check_control(x, prompt, control, self._model.config):
+            if problem := check_control(x, prompt, residuals, self._model.config):
                 raise RequestError(problem)
         groups = self._mesh.layout.batch
         count = len(prompts) if len(prompts) > 1 else len(x)
@@ -90,7 +90,7 @@ class Denoiser:
         self._modulations.prepare(timesteps, prompts, self.shares(prompts))
 
     def probe_memory(
-        self, x: torch.Tensor, prompts: Sequence[Prompt], control: Residuals = NO_RESIDUALS, *, evaluations: int = 1
+        self, x: torch.Tensor, prompts: Sequence[Prompt], residuals: Residuals = NO_RESIDUALS, *, evaluations: int = 1
     ) -> None:
         """Allocates, and frees again, what this group's evaluations of x take beside the modulations of `evaluations`
         of them, while all ranks can still refuse together: within an evaluation, a rank that fails leaves the others
@@ -99,7 +99,7 @@ class Denoiser:
         _rows = self._modulations.probe_memory(evaluations, prompts, shares)  # allocated while evaluations are tried
         for prompt, images in zip(prompts, shares, strict=True):
             if images != NO_IMAGES:
-                self._probe_evaluation(x[images], prompt, control.of_images(images))
+                self._probe_evaluation(x[images], prompt, residuals.of_images(images))
 
     def __call__(
         self,
@@ -107,10 +107,10 @@ class Denoiser:
         timestep: torch.Tensor,
         prompts: Sequence[Prompt],
         go_on: Callable[[], None],
-        control: Residuals = NO_RESIDUALS,
+        residuals: Residuals = NO_RESIDUALS,
     ) -> list[torch.Tensor]:
         """x (B, C, h, w) or (B, C, 1, h, w), timestep (B,) on the CPU -> a velocity per prompt, as x, in the compute
-        type, with one `control` for all.
+        type, with one `residuals` for all.
 
         go_on runs ahead of every evaluation of this group, as often on all ranks. Collective over all ranks.
         """
@@ -124,7 +124,7 @@ class Denoiser:
             if velocities:
                 go_on()
             mine = x[images]
-            velocity = self._evaluate(_flat(mine), rows, prompt, images, control.of_images(images))
+            velocity = self._evaluate(_flat(mine), rows, prompt, images, residuals.of_images(images))
             velocities.append(velocity.clone().view_as(mine))  # the next evaluation overwrites it
         if self._batch_exchange is None:
             return velocities
@@ -140,17 +140,17 @@ class Denoiser:
 
     @torch.inference_mode()
     def _evaluate(
-        self, x: torch.Tensor, modulations: Sequence[torch.Tensor], prompt: Prompt, images: slice, control: Residuals
+        self, x: torch.Tensor, modulations: Sequence[torch.Tensor], prompt: Prompt, images: slice, residuals: Residuals
     ) -> torch.Tensor:
         """x (B, C, h, w) of the prompt's `images` -> velocity, as x, valid until the next evaluation of its shape."""
-        evaluation = self._evaluation(self._shape(x, prompt, control))
+        evaluation = self._evaluation(self._shape(x, prompt, residuals))
         if x.is_cuda and not any(cached.captured for cached in self._evaluations.values()):
             # When its last graph is gone, nothing may be captured into memory of which some is still in use.
             self._graph_memory = torch.cuda.graph_pool_handle()
-        return evaluation.run(x, self._tensors_of(prompt, images), modulations, control.tensors, self._graph_memory)
+        return evaluation.run(x, self._tensors_of(prompt, images), modulations, residuals.tensors, self._graph_memory)
 
-    def _probe_evaluation(self, x: torch.Tensor, prompt: Prompt, control: Residuals) -> None:
-        shape = self._shape(_flat(x), prompt, control)
+    def _probe_evaluation(self, x: torch.Tensor, prompt: Prompt, residuals: Residuals) -> None:
+        shape = self._shape(_flat(x), prompt, residuals)
         evaluation = self._evaluations.get(shape)
         if evaluation is not None and evaluation.captured:
             return
@@ -162,14 +162,14 @@ class Denoiser:
         if x.is_cuda and evaluation is None:
             torch.cuda.empty_cache()  # exchanges' buffers do not come from torch's cache
 
-    def _shape(self, x: torch.Tensor, prompt: Prompt, control: Residuals) -> Shape:
+    def _shape(self, x: torch.Tensor, prompt: Prompt, residuals: Residuals) -> Shape:
         return Shape(
             tuple(x.shape),
             prompt.context.shape[1],
             references_of(self._model.config, prompt),
-            tuple(tuple(tensor.shape) for tensor in control.tensors),
-            control.input,
-            control.output,
+            tuple(tuple(tensor.shape) for tensor in residuals.tensors),
+            residuals.input,
+            residuals.output,
         )
 
     def _tensors_of(self, prompt: Prompt, images: slice) -> PromptTensors:

@@ -204,9 +204,9 @@ class Transformer(nn.Module):
         rope: tuple[Rope, Rope],
         joint: JointAttention,
         ops: Segments,
-        control: Residuals,
+        residuals: Residuals,
     ) -> torch.Tensor:
-        """img (B, Li, p^2 (C + C')) patches and txt (B, Lt, hidden) of this rank, control for its image tokens ->
+        """img (B, Li, p^2 (C + C')) patches and txt (B, Lt, hidden) of this rank, residuals for its image tokens ->
         velocity patches (B, Li, p^2 C)."""
         raise NotImplementedError
 
@@ -260,13 +260,13 @@ def _check_references(x: torch.Tensor, prompt: Prompt, config: FamilyConfig) -> 
     return None
 
 
-def check_control(x: torch.Tensor, prompt: Prompt, control: Residuals, config: FamilyConfig) -> str | None:
+def check_control(x: torch.Tensor, prompt: Prompt, residuals: Residuals, config: FamilyConfig) -> str | None:
     """What is wrong with a ControlNet's tensors for latents x (B, ..., h, w); None if nothing."""
-    if control.tensors and not config.takes_control:
+    if residuals.tensors and not config.takes_control:
         return f"remove the ControlNet from the prompt: FastUSP runs none with {config.family}"
     rows, columns = patch_grid(*x.shape[-2:], config.patch)
     most = rows * columns + references_of(config, prompt).tokens
-    for tensor in control.tensors:
+    for tensor in residuals.tensors:
         fits = tensor.dim() == 3 and tensor.shape[0] in (1, len(x)) and tensor.shape[2] == config.hidden
         if not fits or not 0 < tensor.shape[1] <= most:
             return (

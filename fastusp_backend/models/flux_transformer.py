@@ -92,10 +92,10 @@ class FluxTransformer(Transformer):
         rope: tuple[Rope, Rope],
         joint: JointAttention,
         ops: Segments,
-        control: Residuals = NO_RESIDUALS,
+        residuals: Residuals = NO_RESIDUALS,
     ) -> torch.Tensor:
         """img (B, Li, p^2 (channels + concat_channels)) patches, txt (B, Lt, C) of `txt_in`, rope (text, image),
-        control (B or 1, Li, C) -> velocity patches (B, Li, p^2 channels)."""
+        residuals (B or 1, Li, C) -> velocity patches (B, Li, p^2 channels)."""
         img = self.img_in(img)
         first_txt, first_img = (stream.attention for stream in mods.double[0])
         txt_normed = ops.norm(txt, first_txt.shift, first_txt.scale)
@@ -103,7 +103,7 @@ class FluxTransformer(Transformer):
         following = [*mods.double[1:], None]
         for i, (block, streams, after) in enumerate(zip(self.double_blocks, mods.double, following, strict=True)):
             txt, img, txt_mlp, img_mlp = block(txt, img, txt_normed, img_normed, streams, rope, joint, ops)
-            if (residual := control.after_input(i)) is not None:
+            if (residual := residuals.after_input(i)) is not None:
                 img = img + residual
             txt_gate, img_gate = (stream.mlp.gate for stream in streams)
             if after is None:
@@ -119,7 +119,7 @@ class FluxTransformer(Transformer):
         ends = [(own.shift, own.scale) for own in mods.single] + [mods.final]
         normed = ops.norm(x, *ends[0])
         for i, (block, own, (shift, scale)) in enumerate(zip(self.single_blocks, mods.single, ends[1:], strict=True)):
-            if (residual := control.after_output(i)) is not None:
+            if (residual := residuals.after_output(i)) is not None:
                 x[:, length:] += residual
             after = ops if block is not self.single_blocks[-1] else ops.exact
             x, normed = after.add_norm(x, block(normed, joint_rope, joint, ops), own.gate, shift, scale)

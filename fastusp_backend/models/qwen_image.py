@@ -164,10 +164,10 @@ class QwenImage(Transformer):
         rope: tuple[Rope, Rope],
         joint: JointAttention,
         ops: Segments,
-        control: Residuals = NO_RESIDUALS,
+        residuals: Residuals = NO_RESIDUALS,
     ) -> torch.Tensor:
-        """img (B, Li, 4 channels) patches, txt (B, Lt, C) of `embed_text`, rope (text, image), control (B or 1, Li, C)
-        -> velocity patches, as img."""
+        """img (B, Li, 4 channels) patches, txt (B, Lt, C) of `embed_text`, rope (text, image), residuals
+        (B or 1, Li, C) -> velocity patches, as img."""
         img = self.img_in(img)
         first_txt, first_img = (stream.attention for stream in mods.blocks[0])
         txt_normed = ops.norm(txt, first_txt.shift, first_txt.scale)
@@ -180,7 +180,7 @@ class QwenImage(Transformer):
             if txt_end:
                 projected = block.attn.to_add_out(ops.activations(attended[:, :length]))
                 txt, txt_normed = combine(txt, projected, txt_own, txt_end, block.txt_mlp, ops)
-            projected, residual = block.attn.to_out[0](ops.activations(attended[:, length:])), control.after_input(i)
+            projected, residual = block.attn.to_out[0](ops.activations(attended[:, length:])), residuals.after_input(i)
             img, img_normed = combine(
                 img, projected, img_own, img_end, block.img_mlp, ops, residual, last=after is None
             )

@@ -61,7 +61,7 @@ QWEN_IMAGE = QwenImageConfig(hidden=3072, heads=24, channels=16, context=3584, m
 TINY_QWEN_IMAGE = QwenImageConfig(hidden=512, heads=4, channels=16, context=3584, mlp=2048, blocks=2)
 
 
-class Sizes(NamedTuple):
+class FullAndTiny(NamedTuple):
     """A family's models: of full size, and one that runs in no time."""
 
     full: FamilyConfig
@@ -69,9 +69,9 @@ class Sizes(NamedTuple):
 
 
 MODELS = {
-    "flux": Sizes(FLUX_DEV, TINY_FLUX),
-    "flux2": Sizes(FLUX2_DEV, TINY_FLUX2),
-    "qwen": Sizes(QWEN_IMAGE, TINY_QWEN_IMAGE),
+    "flux": FullAndTiny(FLUX_DEV, TINY_FLUX),
+    "flux2": FullAndTiny(FLUX2_DEV, TINY_FLUX2),
+    "qwen": FullAndTiny(QWEN_IMAGE, TINY_QWEN_IMAGE),
 }
 """One entry per family, by the name that the benchmarks' command lines take."""
 

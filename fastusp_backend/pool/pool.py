@@ -39,15 +39,15 @@ class Pool:
         """How often processes were started."""
         self._account = Account()
         self._workers: Workers | None = None
-        self._busy = threading.Lock()
+        self._turn_lock = threading.Lock()
         self._running = False
-        self._state = threading.Lock()
+        self._lifecycle_lock = threading.Lock()
         self._closed = False
         _pools.add(self)
 
     def start(self) -> Workers:
         """Starts the processes, if none run, without waiting for them. What failed ones left is removed."""
-        with self._state:
+        with self._lifecycle_lock:
             if self._closed:
                 raise PoolError(
                     f"Restart ComfyUI: it is shutting down, and the FastUSP pool on {self.devices} was closed"
@@ -90,7 +90,7 @@ class Pool:
         """Moves the resident model to host memory, from where its next request fetches it. Does nothing where there is
         none. Raises as `release`."""
         held = self.held
-        if held is not None and held.state == "resident" or self._comes_to_it():
+        if held is not None and held.state == "resident" or self._still_at_what_was_left():
             self._order(Park)
 
     def unmap(self) -> None:
@@ -116,7 +116,7 @@ class Pool:
         """A run of several requests: `status` says `busy` from its beginning to its end, also between them."""
         return self._account.run()
 
-    def _comes_to_it(self) -> bool:
+    def _still_at_what_was_left(self) -> bool:
         """Whether the workers still work on a request that was left behind: it may yet load the weights."""
         workers = self._workers
         return workers is not None and workers.alive and workers.behind
@@ -140,7 +140,7 @@ class Pool:
 
     @contextlib.contextmanager
     def _turn(self, progress: Progress) -> Iterator[None]:
-        with progress.acquired(self._busy), self._account.request():
+        with progress.acquired(self._turn_lock), self._account.request():
             self._running = True
             try:
                 if self._workers is not None:
@@ -190,17 +190,17 @@ class Pool:
 
     def close(self) -> None:
         """Ends the processes and removes all their traces. May be called twice; no request can follow."""
-        with self._state:
+        with self._lifecycle_lock:
             self._closed = True
             workers, self._workers = self._workers, None
         if workers is None:
             return
-        if workers.ready is not None and workers.alive and self._busy.acquire(blocking=False):
+        if workers.ready is not None and workers.alive and self._turn_lock.acquire(blocking=False):
             try:
                 workers.post(Shutdown())
                 workers.processes.wait_until_ended(SHUTDOWN_SECONDS)
             finally:
-                self._busy.release()
+                self._turn_lock.release()
         workers.dispose("the pool was closed")
 
     def _ready_workers(self, progress: Progress) -> Workers:

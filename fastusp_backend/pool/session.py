@@ -20,7 +20,7 @@ from .progress import QUIET, Progress
 from .request import submit
 from .workers import Workers
 
-Control = Mapping[str, Sequence[torch.Tensor | None]]
+ControlNetResiduals = Mapping[str, Sequence[torch.Tensor | None]]
 """A ControlNet's residuals as ComfyUI has them: under `input` (FLUX's double blocks, Qwen-Image's) and `output` (FLUX's
 single blocks), per block (B or 1, n, hidden) or None."""
 
@@ -45,7 +45,7 @@ class Session:
         timestep: torch.Tensor,
         prompt: Prompt,
         progress: Progress,
-        control: Control | None = None,
+        control: ControlNetResiduals | None = None,
     ) -> torch.Tensor:
         """Evaluates the model once: x (B, C, h, w), timestep (B,) -> velocity (B, C, h, w) on the CPU. Raises as
         `submit`."""
@@ -180,7 +180,7 @@ class Session:
         return number
 
 
-def _distinct(control: Control, dtype: torch.dtype) -> tuple[dict[str, list[int | None]], Tensors]:
+def _distinct(control: ControlNetResiduals, dtype: torch.dtype) -> tuple[dict[str, list[int | None]], Tensors]:
     """(`Evaluate.control`, its tensors in `dtype`): none travels twice. ControlNets of few blocks give one tensor to
     several of the model's; where two are stacked, ComfyUI adds theirs block by block: equal tensors, not the same."""
     numbers: dict[int, int] = {}  # by identity

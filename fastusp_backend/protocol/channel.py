@@ -15,7 +15,7 @@ import socket
 import struct
 import threading
 import weakref
-from multiprocessing.connection import answer_challenge, deliver_challenge, wait
+from multiprocessing.connection import answer_challenge, deliver_challenge
 from typing import NamedTuple
 
 import msgspec
@@ -144,10 +144,6 @@ class Channel:
         if lasting:
             self._lasting = memory
         return Frame(header + body + msgspec.msgpack.encode(places), None if known else memory)
-
-    def poll(self, seconds: float) -> bool:
-        """Whether a frame (or the end of the stream) waits. Raises OSError when the connection broke."""
-        return bool(wait([self._socket], seconds))
 
     def receive(self) -> tuple[Message, dict[str, torch.Tensor]]:
         """The next message and its tensors.

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..kernels import packed
+from ..kernels import gguf_blocks as kernel
 from ..kernels.tokens import available
 
 PIECE = 1 << 24
@@ -27,7 +27,7 @@ def unpack(
     rows = data.reshape(-1, data.shape[-1])
     out = torch.empty(len(rows), data.shape[-1] // size * values, dtype=dtype, device=data.device)
     if available(data.device):
-        packed.unpack(rows, packing, values, size, out, low_rank and low_rank[0] @ low_rank[1])
+        kernel.unpack(rows, packing, values, size, out, low_rank and low_rank[0] @ low_rank[1])
         return out.view(*data.shape[:-1], -1)
     count = max(1, PIECE // out.shape[1])
     for start in range(0, len(rows), count):

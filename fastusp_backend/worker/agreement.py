@@ -9,8 +9,8 @@ from ..engine import Engine
 from ..errors import FastUSPError, PatchesLost
 from ..protocol.messages import Request
 from ..pulse import USUAL_SECONDS, beat, turn_to
+from .activity import EVALUATING, PREPARING, explain, is_out_of_memory
 from .crew import Crew
-from .memory import EVALUATING, PREPARING, explain, is_out_of_memory
 
 T = TypeVar("T")
 
@@ -31,7 +31,7 @@ class Agreement:
 
     @property
     def doing(self) -> str:
-        """What the ranks are at, see memory.py: for a failure that ends one of them, or one that hangs."""
+        """What the ranks are at, see activity.py: for a failure that ends one of them, or one that hangs."""
         return self._doing
 
     @doing.setter

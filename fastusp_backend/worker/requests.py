@@ -15,7 +15,7 @@ from ..protocol import Evaluate, Sample
 from ..protocol.messages import Request
 from ..sampling import SAMPLERS
 
-CONTROL = "control."
+RESIDUAL = "control."
 """In front of the numbers of a ControlNet's tensors."""
 
 
@@ -87,7 +87,7 @@ def evaluation_inputs(request: Evaluate, tensors: Tensors) -> tuple[torch.Tensor
         x,
         timestep,
         Residuals(
-            tuple(take(tensors, f"{CONTROL}{n}") for n in range(last + 1)),
+            tuple(take(tensors, f"{RESIDUAL}{n}") for n in range(last + 1)),
             *(tuple(request.control.get(kind, ())) for kind in ("input", "output")),
         ),
     )

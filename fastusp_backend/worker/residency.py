@@ -8,9 +8,9 @@ from collections.abc import Callable
 from ..engine import Engine
 from ..protocol import Held, Message, Patch, Phase
 from ..protocol.messages import Request
+from .activity import LOADING, PARKING
 from .agreement import Agreement, Refused
 from .crew import Crew
-from .memory import LOADING, PARKING
 
 log = logging.getLogger(__name__)
 

@@ -22,12 +22,12 @@ from ..protocol import Done, Evaluate, Failed, Park, Patch, Phase, Release, Samp
 from ..protocol.messages import Request
 from ..pulse import beat, turn_to
 from ..sampling import SAMPLERS, GuidedModel, StepState
+from .activity import EVALUATING, PATCHING, PREPARING, RECEIVING, WAITING, explain, out_of_memory_in
 from .agreement import Agreement, Refused
 from .control import Control
 from .crew import Crew
-from .memory import EVALUATING, PATCHING, PREPARING, RECEIVING, WAITING, explain, out_of_memory_in
 from .prompt_cache import PromptCache
-from .requests import CONTROL, SamplingInputs, check_layout, evaluation_inputs, sampling_inputs
+from .requests import RESIDUAL, SamplingInputs, check_layout, evaluation_inputs, sampling_inputs
 from .residency import Residency
 
 log = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ class Runner:
         """A request's tensors on this rank's device. A ControlNet's stay where they are: each rank takes its own
         tokens' part. What is kept must not."""
         device = self._engine.device
-        return {name: t if name.startswith(CONTROL) else t.to(device, copy=True) for name, t in tensors.items()}
+        return {name: t if name.startswith(RESIDUAL) else t.to(device, copy=True) for name, t in tensors.items()}
 
     def _reply(self, message, tensors: Tensors | None = None) -> None:
         if self._control is not None:
@@ -159,14 +159,14 @@ class Runner:
         def prepare() -> tuple[Denoiser, Prompt, torch.Tensor, torch.Tensor, Residuals]:
             tensors = self._here(sent)
             prompt = self._prompts.prompt(request, tensors)
-            x, timestep, control = evaluation_inputs(request, tensors)
+            x, timestep, residuals = evaluation_inputs(request, tensors)
             denoiser = self._engine.denoiser(request.layout, request.settings)
-            denoiser.check(x, [prompt], control)
-            denoiser.probe_memory(x, [prompt], control)
-            return denoiser, prompt, x, timestep, control
+            denoiser.check(x, [prompt], residuals)
+            denoiser.probe_memory(x, [prompt], residuals)
+            return denoiser, prompt, x, timestep, residuals
 
-        denoiser, prompt, x, timestep, control = self._prepare(request, prepare)
-        (output,) = self._velocities(request, denoiser, control)(x, timestep, [prompt])
+        denoiser, prompt, x, timestep, residuals = self._prepare(request, prepare)
+        (output,) = self._velocities(request, denoiser, residuals)(x, timestep, [prompt])
         self._finish(request, output)
 
     def _finish(self, request: Request, output: torch.Tensor) -> None:
@@ -222,7 +222,7 @@ class Runner:
         if patches != request.patches:
             raise PatchesLost(f"the weights hold patch set {patches}, not {request.patches}")
 
-    def _velocities(self, request: Request, denoiser: Denoiser, control: Residuals = NO_RESIDUALS):
+    def _velocities(self, request: Request, denoiser: Denoiser, residuals: Residuals = NO_RESIDUALS):
         """The denoiser with the ranks' agreement before each evaluation; raises Cancelled on all of them alike."""
 
         def go_on() -> None:
@@ -232,7 +232,7 @@ class Runner:
                 raise Cancelled(f"request {request.id}")
 
         def velocities(x: torch.Tensor, timestep: torch.Tensor, prompts: list[Prompt]) -> list[torch.Tensor]:
-            return denoiser(x, timestep, prompts, go_on, control)
+            return denoiser(x, timestep, prompts, go_on, residuals)
 
         return velocities
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from formats import HALVES, random_blocks
 
-from fastusp_backend.kernels import eight_bits, merge, packed
+from fastusp_backend.kernels import eight_bits, merge
+from fastusp_backend.kernels import gguf_blocks as kernel
 from fastusp_backend.weights import gguf_blocks
 
 pytestmark = [
@@ -99,8 +100,8 @@ def test_blocks_are_unpacked_as_the_reference_does(name, dtype):
         part = data[:, within]
         want, columns = gguf_blocks.unpack(part, name, torch.float32).cuda(), part.shape[1] // size * values
         out = torch.empty(77, columns, dtype=dtype, device="cuda")
-        packed.unpack(data.cuda()[:, within], name, values, size, out)
+        kernel.unpack(data.cuda()[:, within], name, values, size, out)
         assert torch.equal(out, want.to(dtype))
         if columns == 512:
-            packed.unpack(data.cuda()[:, within], name, values, size, out, added)
+            kernel.unpack(data.cuda()[:, within], name, values, size, out, added)
             assert torch.equal(out, (want + added.float()).to(dtype))

@@ -145,7 +145,7 @@ def test_the_end_of_the_stream_is_told(pair):
     pair.client.send(SENTINEL)
     pair.client.close()
     assert pair.worker.receive() == (SENTINEL, {})
-    assert pair.worker.poll(0)
+    assert pair.waits()
     with pytest.raises(EOFError):
         pair.worker.receive()
     with pytest.raises(OSError):

@@ -14,7 +14,7 @@ from fastusp_backend.comm.groups import OutOfMemoryTogether
 from fastusp_backend.config import Layout, ModelSpec, Settings
 from fastusp_backend.errors import CheckpointError
 from fastusp_backend.protocol import Done, Evaluate, Failed, Park, Shutdown
-from fastusp_backend.worker.memory import WAITING
+from fastusp_backend.worker.activity import WAITING
 from fastusp_backend.worker.runner import IDLE_SECONDS, Runner
 
 pytestmark = pytest.mark.unit

@@ -55,8 +55,8 @@ CHANGES = [
     (
         MEMORY,
         "Unload Models takes the weights of a pool that runs",
-        "if not pool.busy:\n                    _tried",
-        "if pool:\n                    _tried",
+        "if not pool.busy:\n                    _logged_failure",
+        "if pool:\n                    _logged_failure",
         "unit/test_nodes_memory.py",
     ),
     (

@@ -9,8 +9,8 @@ CHANGES = [
     (
         DEVICES,
         "every GPU of the machine counts as one of the pool's",
-        "any(g.index in devices.gpus and g.uuid",
-        "any(g.uuid",
+        "g.index in devices.gpus and g.uuid.lower()",
+        "g.uuid.lower()",
         "unit/test_devices.py",
     ),
     (
@@ -44,7 +44,7 @@ CHANGES = [
     (
         NVML,
         "NVLinks to any GPU count for each",
-        "count += _place(remote) == _place(nvml.nvmlDeviceGetPciInfo(other))",
+        "count += all(ends) and _place(ends[0]) == _place(ends[1])",
         "count += 1",
         "unit/test_nvml.py",
     ),
