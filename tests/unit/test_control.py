@@ -25,7 +25,7 @@ class Rank:
 
     def __init__(self, folder, monkeypatch):
         self.address, self.ends, self.deaths = str(folder / "control.sock"), [], []
-        self.channels = []
+        self.channels, self.greeted = [], False
         monkeypatch.setattr(control.os, "_exit", self._end)
         self.control = Control(self.address, KEY, READY, self.deaths.append)
 
@@ -46,7 +46,9 @@ class Rank:
         channel = self.connect()
         self.channels.append(channel)
         channel.send(message or Hello(version=VERSION))
-        return channel, channel.receive()[0]
+        reply, _ = channel.receive()
+        self.greeted |= reply == READY
+        return channel, reply
 
     def raw(self, data: bytes) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX)
@@ -61,8 +63,8 @@ def rank(tmp_path, monkeypatch):
     yield rank
     for channel in rank.channels:
         channel.close()
-    if rank.control._channel is not None:  # its thread must not end this process when os._exit is itself again
-        wait_until(lambda: rank.ends, 5)
+    if rank.greeted:  # its thread must not end this process when os._exit is itself again
+        wait_until(lambda: rank.ends, 30)
 
 
 def ends(channel) -> bool:
