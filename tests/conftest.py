@@ -8,9 +8,6 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-ORDER = ("dist", "host", "unit", "chaos", "mutations", "gpu")
-"""Of the folders. xdist gives each of two workers the first group that is left, and the next one at once: the two long
-ones come first, so that neither waits for the other."""
 
 
 def pytest_configure(config):
@@ -18,14 +15,9 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: ORDER.index(_folder(item)))
     for item in items:
-        folder = _folder(item)
+        folder, *_ = item.path.relative_to(HERE).parts
         item.add_marker(pytest.mark.xdist_group(item.path.stem if folder == "unit" else folder))
-
-
-def _folder(item) -> str:
-    return item.path.relative_to(HERE).parts[0]
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -75,7 +75,7 @@ def test_a_file_that_is_replaced_or_removed_between_prompts(pool, model, other, 
 
 def test_a_file_that_is_overwritten_while_a_prompt_runs(pool, model, other):
     """Half of it would be computed by other weights."""
-    before, want = pids(pool), sample(pool, other)
+    want, before = sample(pool, other), pids(pool)
 
     def step(event, tensors):
         if event.index == 1:
