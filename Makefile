@@ -15,11 +15,11 @@ demo: $(VENV)/ready
 	$(RUN) -m fastusp_backend demo
 
 test: $(VENV)/ready
-	OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 $(RUN) -m pytest -n 3 $(PYTEST_ARGS)
 
 # The unit tests that compute as another processor would run them: without vector instructions, on one thread.
 test-portable: $(VENV)/ready
-	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadgroup -m "unit and not any_processor" tests/unit
+	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m "unit and not any_processor" tests/unit
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

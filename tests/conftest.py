@@ -1,6 +1,5 @@
-"""What all tests share: `support` beside this file is importable. Where pytest-xdist runs tests side by side (as in
-`make test`, with --dist loadgroup), those of one folder stay together, since they share a ComfyUI, or pools; unit tests
-of one file do."""
+"""What all tests share: `support` beside this file is importable. Where pytest-xdist runs tests side by side, those of
+one folder stay together, since they share a ComfyUI, or pools; unit tests of one file do."""
 
 from collections import Counter
 from pathlib import Path
@@ -8,16 +7,26 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "xdist_group(name): tests that run in one process")
+ORDER = ("dist", "host", "unit", "chaos", "mutations", "gpu")
+"""Of the folders: each of xdist's processes takes the next group, and the longest begin first."""
 
 
 def pytest_collection_modifyitems(items):
-    for item in items:
-        folder, *_ = item.path.relative_to(HERE).parts
-        item.add_marker(pytest.mark.xdist_group(item.path.stem if folder == "unit" else folder))
+    items.sort(key=lambda item: ORDER.index(item.path.relative_to(HERE).parts[0]))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """One of our own: --dist loadgroup groups nothing with pytest 9.2, without a word (pytest-xdist 3.8)."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            path = nodeid.partition("::")[0]
+            return path if path.startswith("tests/unit/") else path.rpartition("/")[0]
+
+    config.option.loadscopereorder = False  # nothing before those that take longest
+    return Scheduler(config, log)
 
 
 def pytest_terminal_summary(terminalreporter):

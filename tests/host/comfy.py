@@ -58,6 +58,7 @@ class ComfyUI:
         python = os.environ.get("COMFYUI_PYTHON") or str(path / "venv/bin/python")
         command = [python, "main.py", *arguments, "--listen", "127.0.0.1", "--port", str(self.port)]
         command += ["--disable-auto-launch", "--base-directory", str(base), "--preview-method", "latent2rgb"]
+        command += ["--disable-api-nodes"]  # a third of its start, and nothing here has to do with them
         command += ["--database-url", f"sqlite:///{base}/user/comfyui.db"]
         self.log = base / "comfyui.log"
         # One thread: tensors are small here, and its workers and other tests want the cores.

@@ -84,7 +84,7 @@ def main() -> int:
         return 1
     tests = sorted({test for change in wanted for test in change.tests})
     with tempfile.TemporaryDirectory(prefix="fastusp-mutation-") as folder:
-        at_a_time = "-n", str(arguments.jobs), "--dist", "loadgroup"
+        at_a_time = "-n", str(arguments.jobs)
         passed, printed = run_tests(copy_tree(Path(folder)), tests, FIRST_SECONDS, *at_a_time)
     if not passed:
         print("The tests fail without any change:", *printed.splitlines()[-15:], sep="\n  ")
