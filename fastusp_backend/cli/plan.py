@@ -3,7 +3,7 @@
 import argparse
 
 from ..devices import Devices, gpu_states, local_devices
-from ..models.ownership import rank_bytes
+from ..models.placement import place_file
 from ..planner import legal_layouts, plan
 from .arguments import add_degrees, add_gpus
 from .inputs import describe
@@ -20,7 +20,7 @@ def run(arguments: argparse.Namespace) -> int:
     heads, nbytes = 24, None
     if arguments.model:
         header, config, spec = describe(arguments.model, devices)
-        heads, nbytes = config.heads, rank_bytes(header, spec, devices.ranks if devices.gpus else 1)
+        heads, nbytes = config.heads, place_file(header, spec, devices.ranks if devices.gpus else 1).device_bytes
     layout = plan(devices.ranks, heads, ulysses=arguments.ulysses, ring=arguments.ring)
     totals = {state.index: state.total for state in gpu_states()} if nbytes and devices.gpus else {}
     print(f"{devices}, {heads} heads: {layout}")

@@ -10,7 +10,7 @@ E width of the text.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -136,12 +136,43 @@ class FamilyConfig:
         )
 
 
+class Stream(Protocol):
+    """Where the weights of some blocks come from while the model is evaluated: see engine/block_stream.py."""
+
+    def prime(self) -> None:
+        """Has the weights of the first of them on the device. Ahead of an evaluation, not within a graph."""
+
+    def begin(self, block: int) -> None:
+        """Has the weights of block number `block` on the device, if it is one of them."""
+
+    def tokens_arrived(self) -> None:
+        """Says that a block's tokens have come from the other ranks: others' weights may travel."""
+
+    def end(self) -> None:
+        """Ends an evaluation."""
+
+
 class Transformer(nn.Module):
-    """A transformer over this rank's tokens."""
+    """A transformer over this rank's tokens. stream: brings weights that do not stay on the device."""
 
     def __init__(self, config: FamilyConfig):
         super().__init__()
         self.config = config
+        self.stream: Stream | None = None
+
+    def blocks(self) -> list[nn.Module]:
+        """The blocks, in the order in which they are evaluated."""
+        raise NotImplementedError
+
+    def begin_block(self, number: int) -> None:
+        """To be called by `forward` before it uses the weights of block `number` of `blocks`."""
+        if self.stream is not None:
+            self.stream.begin(number)
+
+    def tokens_arrived(self) -> None:
+        """To be called when a block attends."""
+        if self.stream is not None:
+            self.stream.tokens_arrived()
 
     @staticmethod
     def module_key(key: str) -> str:
