@@ -8,13 +8,13 @@ weights move row by row.
 """
 
 import argparse
+import functools
 import os
-import statistics
 
 import paths  # noqa: F401
 import torch
 import torch.distributed as dist
-from common import CONFIGS, MODELS, Case, measure, random_inputs, random_model
+from common import CONFIGS, MODELS, Case, Inputs, measure, random_inputs, random_model
 from ours import held_by_rows
 
 from fastusp_backend.comm.mesh import make_mesh, single_rank_mesh
@@ -33,10 +33,7 @@ from fastusp_backend.weights.tensor_info import TensorInfo
 
 def plans_of(model, spec):
     """As if the model came from a file of its own types."""
-    header = {
-        model.file_key(name): TensorInfo(tuple(p.shape), p.dtype)
-        for name, p in model.named_parameters()
-    }
+    header = {model.file_key(name): TensorInfo(tuple(p.shape), p.dtype) for name, p in model.named_parameters()}
     return storage_plans(model, header, spec)
 
 
@@ -51,6 +48,11 @@ def copies(stream: BlockStream) -> dict[str, Stored]:
             found[name] = Stored(data.clone(), None if scale is None else scale.clone(), stream._plans[name].packing)
     stream.meet()
     return found
+
+
+@torch.inference_mode()
+def step(denoiser: Denoiser, given: Inputs) -> torch.Tensor:
+    return torch.stack(denoiser(given.x, given.timestep, given.prompts, lambda: None))
 
 
 def main() -> None:
@@ -87,8 +89,10 @@ def main() -> None:
     given = random_inputs(config, Case(a.size, (a.text,), 1), device, dtype)
     if rank == 0:
         name = torch.cuda.get_device_name(device) if a.device == "cuda" else "CPU"
-        print(f"{a.model}, {a.size} pixels, {a.text} tokens, linear {a.linear}: {ranks} x {name}, {layout} over {transport}")
-        print(f"{'weights':12} {'ms':>8} {'x whole':>8} {'min':>8} {'max':>8} {'GB come':>8} {'GB/s':>6} {'used GB':>8} bits", flush=True)
+        what = f"{a.model}, {a.size} pixels, {a.text} tokens, linear {a.linear}"
+        print(f"{what}: {ranks} x {name}, {layout} over {transport}")
+        heads = ("ms", "x whole", "min", "max", "GB come", "GB/s", "used GB")
+        print(f"{'weights':12}" + "".join(f"{head:>9}" for head in heads) + "  same bits", flush=True)
     whole, expected, stream = None, None, None
     for row in a.rows.split(","):
         choice, _, count = row.partition(":")
@@ -114,12 +118,7 @@ def main() -> None:
         if a.device == "cuda":
             torch.cuda.empty_cache()
         denoiser = Denoiser(model, mesh, transport, Settings(linear=a.linear), dtype)
-        torch.cuda.synchronize() if a.device == "cuda" else None
-
-        @torch.inference_mode()
-        def run() -> torch.Tensor:
-            return torch.stack(denoiser(given.x, given.timestep, given.prompts, lambda: None))
-
+        run = functools.partial(step, denoiser, given)
         figures, out = measure(run, a.count, device)
         used = 0.0
         if a.device == "cuda":

@@ -1,11 +1,11 @@
 """Blocks' weights that come to the device as they are needed, into slots, while other blocks compute.
 
 The layers of a streamed block find their weights always at the same address: an owner where its store has them in
-place, the others in a slot. So one CUDA graph serves for all steps, with the copies as nodes of it. Blocks take two slots in
-turn. As one begins, all before it have been computed, in the order of the main stream: the other slot is free, and the
-next block is fetched into it, on a stream of its own. The last block fetches the first, for the next evaluation, into
-a slot that is not its own: of an odd number of blocks the last one has a third. Nothing is said to other ranks
-meanwhile: all read, and nobody writes.
+place, the others in a slot. So one CUDA graph serves for all steps, with the copies as nodes of it. Blocks take two
+slots in turn. As one begins, all before it have been computed, in the order of the main stream: the other slot is free,
+and the next block is fetched into it, on a stream of its own. The last block fetches the first, for the next
+evaluation, into a slot that is not its own: of an odd number of blocks the last one has a third. Nothing is said to
+other ranks meanwhile: all read, and nobody writes.
 
 Where tokens cross the same links, a fetch begins with the block's attention, when those of its queries, keys and values
 have arrived: copies of weights in front of them would delay the attention.
@@ -92,8 +92,7 @@ class BlockStream:
         count = len(self._slabs)
         size = max(map(self.store.size, range(count)))
         self._slots = [
-            torch.empty(size, dtype=torch.uint8, device=self._device)
-            for _ in range(min(count, 3 if count % 2 else 2))
+            torch.empty(size, dtype=torch.uint8, device=self._device) for _ in range(min(count, 3 if count % 2 else 2))
         ]
 
     def share(self) -> None:
@@ -211,8 +210,8 @@ class BlockStream:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
     def _views(self, name: str, memory: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """A weight's data and scale, as its plan has them, in `memory`, its owner's piece; where this rank computes from
-        by default."""
+        """A weight's data and scale, as its plan has them, in `memory`, its owner's piece; by default where this rank
+        computes from."""
         number, plan = self._number_of[name], self._plans[name]
         if memory is None:
             owner = self.owner(name)

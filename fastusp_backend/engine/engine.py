@@ -1,8 +1,9 @@
 """What a rank has from request to request: the resident model, and the meshes that it has made.
 
 A model is loaded in stages, between which the ranks agree: `describe` reads the file's header and changes nothing,
-`make_room` may fail on one rank alone, `share` and `load` may not. What was described waits in the engine, not in its callers'
-variables: those live on in the traceback of a refusal, and its memory with them, after `release` has given all back.
+`make_room` may fail on one rank alone, `share` and `load` may not. What was described waits in the engine, not in its
+callers' variables: those live on in the traceback of a refusal, and its memory with them, after `release` has given all
+back.
 """
 
 import logging

@@ -10,7 +10,7 @@ E width of the text.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from .layers import Linear
 from .patchify import patch_grid
 from .positions import METHODS, References
 from .segments import Segments
+from .stream import Stream
 
 HEAD_DIM = 128
 
@@ -134,22 +135,6 @@ class FamilyConfig:
             guidance=torch.full((batch,), guidance, device=context.device) if self.takes_guidance else None,
             concat=draw(batch, self.concat_channels, *size) if self.concat_channels else None,
         )
-
-
-class Stream(Protocol):
-    """Where the weights of some blocks come from while the model is evaluated: see engine/block_stream.py."""
-
-    def prime(self) -> None:
-        """Has the weights of the first of them on the device. Ahead of an evaluation, not within a graph."""
-
-    def begin(self, block: int) -> None:
-        """Has the weights of block number `block` on the device, if it is one of them."""
-
-    def tokens_arrived(self) -> None:
-        """Says that a block's tokens have come from the other ranks: others' weights may travel."""
-
-    def end(self) -> None:
-        """Ends an evaluation."""
 
 
 class Transformer(nn.Module):

@@ -124,7 +124,9 @@ def stream_count(
     """Streams so many blocks, evenly spread."""
     weights, ranks = _weights_of_blocks(model, plans), len(ownership.nbytes)
     owned = [0] * ranks
-    slabs = tuple(_slab(i * len(weights) // count, weights[i * len(weights) // count], plans, owned) for i in range(count))
+    slabs = tuple(
+        _slab(i * len(weights) // count, weights[i * len(weights) // count], plans, owned) for i in range(count)
+    )
     streamed = sum(plans[name].nbytes for slab in slabs for name in slab.offsets)
     if source == "host":
         come = [sum(slab.sizes) for slab in slabs]
