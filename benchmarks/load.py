@@ -20,7 +20,7 @@ from files import write_model
 
 from fastusp_backend.config import ModelSpec
 from fastusp_backend.engine.checkpoint import Checkpoint
-from fastusp_backend.engine.parking import HostShard, resident_bytes
+from fastusp_backend.engine.parking import HostShard, resident_bytes, tensors_of
 from fastusp_backend.models.synthetic import FLUX_DEV
 
 
@@ -39,7 +39,7 @@ def park(model: torch.nn.Module, device: torch.device, rank: int) -> None:
         for step in (shard.park, shard.reserve, shard.fetch):
             torch.cuda.synchronize()
             started = time.perf_counter()
-            step(*([model] if step == shard.park else []))
+            step(*([tensors_of(model)] if step == shard.park else []))
             torch.cuda.synchronize()
             seconds.append(time.perf_counter() - started)
         away, _, back = seconds

@@ -21,6 +21,7 @@ AttentionChoice = Literal["auto", "cudnn", "flash", "efficient", "math"]
 WireChoice = Literal["exact", "fp8", "auto", "int8"]
 LinearChoice = Literal["exact", "fp8"]
 Residency = Literal["keep", "park", "release"]
+WeightsChoice = Literal["auto", "whole", "shared", "host"]
 PatchKind = Literal["lora", "loha", "lokr", "glora", "oft", "boft", "diff", "set"]
 
 
@@ -68,6 +69,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ring_pipeline: the ring's next keys and values travel while the current ones are attended.
     linear: how the blocks' matrix products are computed; `fp8` with a scale per token and per row of the weights.
     residency: what becomes of the weights after a sampling run. The client sees to it; the ranks never read it.
+    weights: where those of the blocks lie: `whole` on every GPU, `shared` among GPUs that reach each other's memory,
+        `host` in memory of the host; `auto` takes the first that fits, for as few blocks as need be.
     """
 
     wire: WireChoice = "exact"
@@ -78,6 +81,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ring_pipeline: bool = True
     linear: LinearChoice = "exact"
     residency: Residency = "keep"
+    weights: WeightsChoice = "auto"
 
 
 @functools.lru_cache(maxsize=64)
@@ -125,6 +129,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     compute: the type of the activations.
     keep_quantised: whether weights that are fp8 or packed in the file stay so, whatever `storage` is for the others.
     linear: as in Settings: the products that the weights serve decide how they are stored.
+    weights: as in Settings.
     """
 
     path: str
@@ -133,6 +138,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     compute: DType
     keep_quantised: bool = False
     linear: LinearChoice = "exact"
+    weights: WeightsChoice = "auto"
 
     @classmethod
     def of_file(

@@ -12,7 +12,7 @@ import torch
 
 from ..fastusp_backend.errors import FastUSPError
 from ..fastusp_backend.models.detection import detect
-from ..fastusp_backend.models.ownership import rank_bytes
+from ..fastusp_backend.models.placement import place_file
 from ..fastusp_backend.pool import Session
 from ..fastusp_backend.weights.tensor_info import TensorInfo
 from . import memory
@@ -144,7 +144,7 @@ def remote_model(session: Session, header: dict[str, TensorInfo]) -> RemotePatch
     own_names = config.process_unet_state_dict(dict(header))
     model.diffusion_model = transformer(session, own_names, model.diffusion_model, family)
     model.fastusp_session = session
-    model.fastusp_nbytes = rank_bytes(header, session.spec, session.pool.devices.ranks)
+    model.fastusp_nbytes = place_file(header, session.spec, session.pool.devices.ranks).device_bytes
     model.state_dict_for_saving = _no_weights  # would be a file of meta tensors
     device = model_management.get_torch_device()
     # Where no worker has ComfyUI's GPU, an evaluation takes none of its memory. By a weak reference: ComfyUI expects a

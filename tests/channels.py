@@ -51,8 +51,8 @@ TO_WORKER = [
 TO_CLIENT = [
     Ready(version=VERSION, devices=["a", "b"], pids=[1, 2], torch="2.13", backend="gloo"),
     Phase(id=1, text="loading the model: größer"),
-    Held(id=1, model=WHAT["model"], state="parked", nbytes=1 << 40, transport="gloo"),
-    Held(id=1, model=None, state="none", nbytes=0, transport=""),
+    Held(id=1, model=WHAT["model"], state="parked", nbytes=1 << 40, transport="gloo", weights=""),
+    Held(id=1, model=None, state="none", nbytes=0, transport="", weights=""),
     Step(id=1, index=0, total=4, sigma=0.123456789, seconds=1e-9),
     Done(id=1),
     Failed(id=None, kind="protocol", rank=0, text="no"),

@@ -57,6 +57,7 @@ function poolView(pool) {
     if (pool.held) rows.push(["Weights", HELD[pool.held](`${(pool.nbytes / 1e9).toFixed(1)} GB`)]);
     rows.push(["Process group", pool.backend]);
     if (pool.transport) rows.push(["Exchanges", pool.transport]);
+    if (pool.weights) rows.push(["Weights", pool.weights]);
     rows.push(["PyTorch", pool.torch]);
   }
   rows.push(["Started", TIMES[pool.starts] ?? `${pool.starts} times`]);

@@ -8,6 +8,8 @@ Of L tokens with C values a rank sends 4 L C (U - 1) / U values a layer to its U
 the ring: Ulysses scales better, but its ranks must divide the heads; the ring divides any number of tokens.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from ..comm.links import K, Links, Q, V
@@ -31,13 +33,22 @@ class JointAttention:
 
     overlap: exchanges run while the layer computes what lies between these calls; else each is awaited where it starts.
     pipelined: the ring's next block travels while the current one is attended.
+    arrived: called as a layer attends, when nothing of Ulysses travels.
     """
 
     def __init__(
-        self, mesh: Mesh, attend: Attend, shards: SequenceShards, links: Links, *, overlap: bool, pipelined: bool
+        self,
+        mesh: Mesh,
+        attend: Attend,
+        shards: SequenceShards,
+        links: Links,
+        *,
+        overlap: bool,
+        pipelined: bool,
+        arrived: Callable[[], None] = lambda: None,
     ):
         self._attend, self._shards, self._ulysses, self._ring = attend, shards, links.ulysses, links.ring
-        self._overlap, self._pipelined = overlap, pipelined
+        self._overlap, self._pipelined, self._arrived = overlap, pipelined, arrived
         self._returned: torch.Tensor | None = None
         self._own_regions = shards.regions(self._ulysses.position)
         self._valid = [shards.valid(position) for position in range(mesh.layout.ring)]
@@ -80,6 +91,7 @@ class JointAttention:
     def attend(self) -> None:
         """Waits for what was projected, attends, and starts returning the tokens to their owners."""
         self._ulysses.wait()
+        self._arrived()
         q, k, v = self._ulysses.received.unbind(0)
         attended = self._over_ring(q, self._ulysses.received[K:]) if self._ring else self._over_own(q, k, v)
         self._ulysses.give_back(attended)

@@ -16,8 +16,11 @@ BOUNDS = {"float32": 2e-5, "bfloat16": 5e-2, "float16": 1e-2}
 """By how much the ranks may differ from one, by compute type: rounding in another order."""
 
 
-def describe(path: str, devices: Devices) -> tuple[dict[str, TensorInfo], FamilyConfig, ModelSpec]:
-    """Returns the tensors of a file's model, the model, and how USP Loader's default loads it on `devices`.
+def describe(
+    path: str, devices: Devices, *, bfloat16: bool | None = None
+) -> tuple[dict[str, TensorInfo], FamilyConfig, ModelSpec]:
+    """Returns the tensors of a file's model, the model, and how USP Loader's default loads it on `devices`. bfloat16:
+    whether they compute it, where they are not asked.
 
     Raises CheckpointError.
     """
@@ -28,7 +31,7 @@ def describe(path: str, devices: Devices) -> tuple[dict[str, TensorInfo], Family
         None,
         main_dtype(header),
         cpu=devices.type == "cpu",
-        bfloat16=supports_bfloat16(devices),
+        bfloat16=supports_bfloat16(devices) if bfloat16 is None else bfloat16,
         float16=config.float16,
     )
     return header, config, file.spec(**types)

@@ -1,33 +1,92 @@
-"""`plan`: which layout FastUSP would choose, which are legal, and the memory that a file's weights take."""
+"""`plan`: which layout FastUSP would choose, which are legal, what a file's weights take, and what travels where they
+do not fit."""
 
 import argparse
+import re
 
+import msgspec
+
+from ..config import ModelSpec
 from ..devices import Devices, gpu_states, local_devices
-from ..models.ownership import rank_bytes
+from ..engine.room import kept_free
+from ..errors import RequestError
+from ..models.family import FamilyConfig
+from ..models.placement import Placement, place_file
 from ..planner import legal_layouts, plan
+from ..weights.tensor_info import TensorInfo
 from .arguments import add_degrees, add_gpus
 from .inputs import describe
+
+LINKS = {"NVLink": 250, "PCIe 5": 50, "PCIe 4": 25}
+"""GB/s that a GPU receives beside computing: measured on H100, and what a slot of 16 lanes gives."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", help="a model file, for its head count and weights; without: FLUX.1's 24")
     add_gpus(parser)
     add_degrees(parser)
+    parser.add_argument(
+        "--free", type=float, metavar="GB", help="as if each GPU had so much free memory; --gpus 0,1 need not exist"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    devices = local_devices(arguments.gpus)
+    imagined = arguments.free is not None
+    devices = _imagine(arguments.gpus) if imagined else local_devices(arguments.gpus)
     heads, nbytes = 24, None
     if arguments.model:
-        header, config, spec = describe(arguments.model, devices)
-        heads, nbytes = config.heads, rank_bytes(header, spec, devices.ranks if devices.gpus else 1)
+        header, config, spec = describe(arguments.model, devices, bfloat16=True if imagined else None)
+        heads = config.heads
+        nbytes = place_file(header, _with(spec, "whole"), devices.ranks if devices.gpus else 1).device_bytes
     layout = plan(devices.ranks, heads, ulysses=arguments.ulysses, ring=arguments.ring)
-    totals = {state.index: state.total for state in gpu_states()} if nbytes and devices.gpus else {}
+    totals = {} if imagined else _totals(devices, nbytes)
     print(f"{devices}, {heads} heads: {layout}")
     print("legal: " + ", ".join(str(x) for x in legal_layouts(devices.ranks, heads)))
-    if nbytes is not None:
+    if nbytes is not None and imagined:
+        print("\n".join(fits(header, config, spec, devices.ranks, int(arguments.free * 1e9))))
+    elif nbytes is not None:
         print("\n".join(memory(nbytes, devices, totals)))
     return 0
+
+
+def _imagine(text: str) -> Devices:
+    """GPUs that need not exist, as `0,1`. Raises RequestError."""
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise RequestError(f"--gpus {text}: with --free, list the GPUs' numbers, as 0,1")
+    gpus = tuple(map(int, text.split(",")))
+    return Devices(ranks=len(gpus), gpus=gpus)
+
+
+def _totals(devices: Devices, nbytes: int | None) -> dict[int, int | None]:
+    return {state.index: state.total for state in gpu_states()} if nbytes and devices.gpus else {}
+
+
+def _with(spec: ModelSpec, weights: str) -> ModelSpec:
+    return msgspec.structs.replace(spec, weights=weights)
+
+
+def fits(header: dict[str, TensorInfo], config: FamilyConfig, spec: ModelSpec, ranks: int, free: int) -> list[str]:
+    """Says what `weights = auto` does on GPUs with so many bytes free, with peer access and without."""
+    kept = kept_free(config, ranks)
+    told = [f"of {free / 1e9:.1f} GB free on each GPU {kept / 1e9:.1f} GB are kept for all else"]
+    ways = {"GPUs that reach each other's memory": True, "GPUs that do not": False} if ranks > 1 else {"one GPU": False}
+    for name, peers in ways.items():
+        try:
+            found = place_file(header, _with(spec, "auto"), ranks, peers=peers, available=free - kept)
+            told.append(f"{name}: {found}{_journeys(found)}")
+        except RequestError as error:
+            told.append(f"{name}: {error}")
+    return told
+
+
+def _journeys(found: Placement) -> str:
+    """How long what travels takes a step, over links that allow for it."""
+    if not found.slabs:
+        return ""
+    links = LINKS if found.source == "shared" else {name: speed for name, speed in LINKS.items() if name != "NVLink"}
+    times = ", ".join(f"{found.streamed_bytes / 1e6 / speed:.0f} ms over {name}" for name, speed in links.items())
+    host = f", {found.host_bytes / 1e9:.1f} GB of host memory" if found.host_bytes else ""
+    return f"{host}; {found.streamed_bytes / 1e9:.1f} GB come to each in a step, beside the computing: {times}"
 
 
 def memory(nbytes: int, devices: Devices, totals: dict[int, int | None]) -> list[str]:

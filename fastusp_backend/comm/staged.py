@@ -10,16 +10,15 @@ to be woken for each message of each layer.
 """
 
 import ctypes
-import mmap
-import os
 import weakref
 
 import torch
 import torch.distributed as dist
 
-from ..pinning import driver, pin, unpin
+from ..pinning import driver
 from .arena import CHANNELS, Part
-from .groups import all_gather_single, allocate_together
+from .groups import allocate_together
+from .mapped import check, map_memory_of_all, unpin_all
 
 _WAIT_EQUAL = 1
 
@@ -36,7 +35,7 @@ class StagedArena:
         self._busy: set[torch.cuda.Stream] = set()  # those with work that the main stream has not waited for
         self._pinned: list[int] = []
         # Before the memory itself is freed; at the process' end CUDA is gone first.
-        weakref.finalize(self, _unpin, self._pinned).atexit = False
+        weakref.finalize(self, unpin_all, self._pinned).atexit = False
         self._signals = self._map(4 * CHANNELS * self.size)
         self._slots = [_device_address(signals) for signals in self._signals]
         self._mirrors: list[torch.Tensor] = []
@@ -50,7 +49,7 @@ class StagedArena:
         self._buffer = allocate_together(
             lambda: torch.empty(capacity, dtype=torch.uint8, device=self._device), self._group
         )
-        _unpin(self._pinned, keep=self.size)  # the signals'
+        unpin_all(self._pinned, keep=self.size)  # the signals'
         self._mirrors = self._map(capacity)
         self._capacity = capacity
         self.generation += 1
@@ -98,27 +97,10 @@ class StagedArena:
         return self._slots[receiver] + 4 * (sender * CHANNELS + channel)
 
     def _map(self, size: int) -> list[torch.Tensor]:
-        """Returns `size` zeroed bytes of every rank, pinned here. A rank opens the others' through their /proc: the
-        memory has no name and goes with its last user."""
-        descriptor = os.memfd_create("fastusp-arena")
-        os.ftruncate(descriptor, size)
-        owners = torch.empty(self.size, 2, dtype=torch.int64)
-        all_gather_single(owners.view(-1), torch.tensor([os.getpid(), descriptor]), group=self._group)
-        tensors = []
-        for process, number in owners.tolist():
-            with open(f"/proc/{process}/fd/{number}", "r+b", buffering=0) as file:
-                tensors.append(torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=torch.uint8))
-            _check(pin(tensors[-1]), "cuMemHostRegister")
-            self._pinned.append(tensors[-1].data_ptr())
-        dist.all_reduce(torch.zeros(1), group=self._group)  # until all have opened it
-        os.close(descriptor)
+        """Returns `size` zeroed bytes of every rank, pinned here."""
+        tensors = map_memory_of_all(size, self._group, pinned=True)
+        self._pinned += [tensor.data_ptr() for tensor in tensors]
         return tensors
-
-
-def _unpin(addresses: list[int], keep: int = 0) -> None:
-    """Unpins all but the first `keep`; memory that is freed while pinned cannot be pinned again at its address."""
-    while len(addresses) > keep:
-        _check(unpin(addresses.pop()), "cuMemHostUnregister")
 
 
 def _typed(memory: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> torch.Tensor:
@@ -128,7 +110,7 @@ def _typed(memory: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, off
 
 def _device_address(tensor: torch.Tensor) -> int:
     address = ctypes.c_uint64()
-    _check(
+    check(
         driver().cuMemHostGetDevicePointer_v2(ctypes.byref(address), ctypes.c_void_p(tensor.data_ptr()), 0),
         "cuMemHostGetDevicePointer",
     )
@@ -137,11 +119,6 @@ def _device_address(tensor: torch.Tensor) -> int:
 
 def _stream_operation(name: str, address: int, value: int, flags: int) -> None:
     stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-    _check(
+    check(
         getattr(driver(), name)(stream, ctypes.c_uint64(address), ctypes.c_uint32(value), ctypes.c_uint32(flags)), name
     )
-
-
-def _check(code, name: str) -> None:
-    if int(code) != 0:
-        raise RuntimeError(f"{name} failed with CUDA error {int(code)}")

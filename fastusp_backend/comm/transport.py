@@ -126,17 +126,22 @@ def _choose(mesh: Mesh) -> Kind:
         return "none"
     if mesh.device.type == "cpu":
         return "gloo"
-    return ("nccl", "host memory", "symmetric memory")[_closeness(mesh)]
+    return ("nccl", "host memory", "symmetric memory")[_closeness(mesh.sequence)]
 
 
-def _closeness(mesh: Mesh) -> int:
-    """Returns 2 where every rank of a sequence can write to every other's memory, 1 where they share a host, else 0;
-    the same on all of them. NCCL_P2P_DISABLE is respected."""
+def reach_each_other(group: dist.ProcessGroup) -> bool:
+    """Whether all GPUs of a group map each other's memory. Collective."""
+    return _closeness(group) == 2
+
+
+def _closeness(group: dist.ProcessGroup) -> int:
+    """Returns 2 where every rank of a group can write to every other's memory, 1 where they share a host, else 0; the
+    same on all of them. NCCL_P2P_DISABLE is respected."""
     host = zlib.crc32(socket.gethostname().encode())
     device, disabled = torch.cuda.current_device(), int(os.environ.get("NCCL_P2P_DISABLE", "0") == "1")
     mine = torch.tensor([host, device, disabled])
-    members = mine.new_empty(mesh.layout.sequence_ranks, 3)
-    all_gather_single(members.view(-1), mine, group=mesh.sequence)
+    members = mine.new_empty(dist.get_world_size(group), 3)
+    all_gather_single(members.view(-1), mine, group=group)
     closeness = 2
     for other, peer, off in members.tolist():
         if other != host:
@@ -144,5 +149,5 @@ def _closeness(mesh: Mesh) -> int:
         elif off or not (peer == device or torch.cuda.can_device_access_peer(device, peer)):
             closeness = min(closeness, 1)
     verdict = torch.tensor([closeness])
-    dist.all_reduce(verdict, dist.ReduceOp.MIN, group=mesh.sequence)  # access may be partial: all ranks choose alike
+    dist.all_reduce(verdict, dist.ReduceOp.MIN, group=group)  # access may be partial: all ranks choose alike
     return int(verdict)

@@ -12,14 +12,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..comm.block_store import BlockStore
 from ..config import ModelSpec
 from ..models.family import Transformer
 from ..models.files import read_model, storage_plans
 from ..models.ownership import Ownership
+from ..models.placement import Placement, place
 from ..pulse import beat
 from ..weights.reading import Shares, empty_bytes, map_tensors, read_tensors
 from ..weights.stored import Stored
 from ..weights.tensor_info import TensorInfo
+from .block_stream import BlockStream
 
 
 class Checkpoint:
@@ -29,6 +32,7 @@ class Checkpoint:
     model: the transformer.
     plans: in which form its tensors lie in memory, by the module's names.
     ownership: on which ranks they lie; this is `rank` of `ranks`.
+    stream: the blocks whose weights do not stay on the device, once it is known which.
 
     Raises CheckpointError when the file is unusable or was replaced after the client looked at it.
     """
@@ -39,9 +43,20 @@ class Checkpoint:
         self.source = file.source
         self.model, self.plans = file.model, storage_plans(file.model, file.header, spec)
         self.ownership, self._rank = Ownership(self.model, self.plans, ranks), rank
+        self.stream: BlockStream | None = None
         self._shares = Shares()
         self._device = torch.device("cpu")
         self._buffers: dict[str, torch.Tensor] = {}
+
+    def place(self, *, peers: bool, available: int | None = None) -> Placement:
+        """Where the weights will lie. Raises as `placement.place`."""
+        choice = self.spec.weights
+        return place(self.model, self.plans, self.ownership, choice, peers=peers, available=available)
+
+    def stream_blocks(self, placement: Placement, store: BlockStore, device: torch.device) -> None:
+        """Has blocks' weights come to the device as `placement` says, from `store`. Ahead of `allocate`."""
+        self.stream = BlockStream(self.model, placement, self.plans, store, device)
+        self.model.stream = self.stream
 
     def allocate(self, device: torch.device, group: dist.ProcessGroup | None = None) -> None:
         """Allocates the weights on a GPU; raises what torch raises where they do not fit. CPU ranks allocate nothing:
@@ -55,33 +70,41 @@ class Checkpoint:
         self._device, self._shares = device, Shares(group)
         if device.type != "cpu":
             plans = {name: plan for name, plan in self.plans.items() if self.is_local(name)}
-            for name, plan in plans.items():
+            staying = {name: plan for name, plan in plans.items() if not self.streams(name)}
+            for name, plan in staying.items():
                 if plan.unchanged:
                     self._buffers[name] = self._shares_of(name).allocate(plan.info, device)
-            probes = [empty_bytes(plan.nbytes, device) for plan in plans.values() if not plan.unchanged]
+            probes = [empty_bytes(plan.nbytes, device) for plan in staying.values() if not plan.unchanged]
             probes.append(empty_bytes(max((plan.conversion_bytes for plan in plans.values()), default=0), device))
             del probes
+        if self.stream is not None:
+            self.stream.allocate()
 
     def read(self) -> Transformer:
-        """Gives the model its weights. Collective over the group: a rank that fails here alone leaves the others
-        waiting.
+        """Gives the model its weights. Collective over the group, and over all ranks where blocks are streamed, which
+        have their memory then: a rank that fails here alone leaves the others waiting.
 
         Raises CheckpointError when the file cannot be read to its end.
         """
         shared, own = {}, {}
         for name, plan in self.plans.items():
-            owner = self.ownership.owner(name)
             if self.is_local(name):
-                (shared if owner is None else own)[name] = plan.info
-            else:
+                (shared if self._owner(name) is None else own)[name] = plan.info
+            elif not self.streams(name):
                 self.set_stored(name, plan.elsewhere())
         parts = [(shared, self._shares), (own, Shares())]
         if self._shares.ranks == 1:
             parts = [(shared | own, self._shares)]  # in one go
         for infos, shares in parts:
             for name, raw in self._read(infos, self._buffers, shares):
-                self.set_stored(name, self.plans[name].load(raw))
+                stored = self.plans[name].load(raw)
+                if self.streams(name):
+                    self.stream.load(name, stored)
+                else:
+                    self.set_stored(name, stored)
                 beat()
+        if self.stream is not None:
+            self.stream.meet()
         self._buffers = {}
         return self.model.eval()
 
@@ -91,8 +114,16 @@ class Checkpoint:
         self.source.check("since it was loaded")
 
     def is_local(self, name: str) -> bool:
-        """Whether a tensor lies on this rank."""
-        return self.ownership.owner(name) in (None, self._rank)
+        """Whether a tensor lies on this rank, where it is read and changed."""
+        return self._owner(name) in (None, self._rank)
+
+    def streams(self, name: str) -> bool:
+        """Whether a tensor is one of a block that is streamed."""
+        return self.stream is not None and name in self.stream
+
+    def _owner(self, name: str) -> int | None:
+        """The rank on which alone a tensor lies; None where it lies on all."""
+        return self.stream.owner(name) if self.streams(name) else self.ownership.owner(name)
 
     def reread(self, names: Iterable[str]) -> Iterator[tuple[str, Stored]]:
         """Reads some tensors, by the module's names, as `read` gave them to the model; those alone that lie on this
@@ -111,6 +142,19 @@ class Checkpoint:
         path, _, leaf = name.rpartition(".")
         module = self.model.get_submodule(path)
         return module.stored if self.plans[name].linear else Stored(getattr(module, leaf))
+
+    def open(self, name: str) -> Stored:
+        """Returns a tensor that lies on this rank, as `stored`, where it can be read and changed, between two calls of
+        `meet`: one that is streamed is brought first."""
+        if self.stream is not None:
+            self.stream.open(name)
+        return self.stored(name)
+
+    def meet(self) -> None:
+        """Has all ranks wait for each other where blocks are streamed: before weights are changed, and afterwards.
+        Collective."""
+        if self.stream is not None:
+            self.stream.meet()
 
     def set_stored(self, name: str, stored: Stored) -> None:
         """Makes this a tensor of the model, by the module's name."""
@@ -133,4 +177,4 @@ class Checkpoint:
         return self._read({name: self.plans[name].info for name in names if self.is_local(name)}, {}, Shares())
 
     def _shares_of(self, name: str) -> Shares:
-        return self._shares if self.ownership.owner(name) is None else Shares()
+        return self._shares if self._owner(name) is None else Shares()

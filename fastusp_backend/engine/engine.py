@@ -1,8 +1,9 @@
 """What a rank has from request to request: the resident model, and the meshes that it has made.
 
 A model is loaded in stages, between which the ranks agree: `describe` reads the file's header and changes nothing,
-`make_room` may fail on one rank alone, `load` may not. What was described waits in the engine, not in its callers'
-variables: those live on in the traceback of a refusal, and its memory with them, after `release` has given all back.
+`make_room` may fail on one rank alone, `share` and `load` may not. What was described waits in the engine, not in its
+callers' variables: those live on in the traceback of a refusal, and its memory with them, after `release` has given all
+back.
 """
 
 import logging
@@ -15,12 +16,15 @@ from ..comm.groups import world
 from ..comm.mesh import Mesh, make_mesh, single_rank_mesh
 from ..comm.transport import Transport
 from ..config import Layout, ModelSpec, Settings
+from ..errors import FastUSPError
 from ..kernels.fp8_product import check_fp8_products, check_fp8_sizes
 from ..models.family import FamilyConfig
+from ..models.placement import Placement
 from .checkpoint import Checkpoint
 from .denoiser import Denoiser
 from .patching import PatchedWeights, Patches
 from .resident import Resident
+from .room import check_host_room, make_store, measure_room
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +38,7 @@ class Engine:
         self._described: Checkpoint | None = None  # to be loaded
         self._meshes: dict[Layout, tuple[Mesh, Transport]] = {}
         self._transport: Transport | None = None  # of the last layout
+        self._placement: Placement | None = None  # of the resident model's weights
         self._rank, self._ranks = world()
 
     @property
@@ -49,6 +54,11 @@ class Engine:
     def transport(self) -> str:
         """How the ranks of the last layout exchange tokens; empty before the first."""
         return str(self._transport) if self._transport else ""
+
+    @property
+    def placement(self) -> str:
+        """Where the resident model's weights lie, for people; empty without one."""
+        return str(self._placement) if self._resident else ""
 
     @property
     def nbytes(self) -> int:
@@ -93,11 +103,27 @@ class Engine:
             self._resident.check_file()
 
     def make_room(self) -> None:
-        """Drops the resident model and makes room for the one that was described."""
+        """Drops the resident model, decides where the weights of the one that was described will lie, and allocates
+        what lies on this rank alone. Collective. Raises ValueError, on all ranks alike, where they do not fit, and what
+        torch raises."""
         described = self._described
         self.release()
+        room = measure_room(self.device, described.model.config)
+        placement = described.place(peers=room.peers, available=room.device_bytes)
+        check_host_room(placement, room)
+        if placement.slabs:
+            described.stream_blocks(placement, make_store(placement, self.device), self.device)
         described.allocate(self.device, self._reading_group())
-        self._described = described
+        self._described, self._placement = described, placement
+
+    def share(self) -> None:
+        """Allocates what the ranks have in common of the model's memory, behind `make_room` or `reserve`. Collective;
+        raises OutOfMemoryTogether."""
+        if self._described is not None:
+            if self._described.stream is not None:
+                self._described.stream.share()
+        else:
+            self._resident.share()
 
     def load(self) -> None:
         """Makes the described model the resident one. Collective where GPUs share the reading: an error there is a
@@ -107,7 +133,7 @@ class Engine:
         try:
             checkpoint.read()
         except Exception as error:
-            if self._reading_group() is None:
+            if self._reading_group() is None and checkpoint.stream is None:
                 raise
             raise RuntimeError(f"reading {checkpoint.spec.path} failed when the ranks had begun: {error}") from error
         checkpoint.check_file()
@@ -119,7 +145,15 @@ class Engine:
     def patch(self, weights: Patches, tensors: Mapping[str, torch.Tensor], *, base: int | None, number: int) -> None:
         """Changes the resident model's weights; nothing is compiled again, and captured only where the factors of
         packed weights change or a weight is widened. Raises as `PatchedWeights.change`."""
-        restored, patched = self._on_device().patch(weights, tensors, base=base, number=number)
+        resident = self._on_device()
+        try:
+            restored, patched = resident.patch(weights, tensors, base=base, number=number)
+        except FastUSPError:
+            raise
+        except Exception as error:
+            if resident.stream is None:
+                raise
+            raise RuntimeError(f"patching failed when the ranks had begun: {error}") from error  # the others wait
         log.info("patch set %d: %d weights restored, %d patched", number, restored, patched)
 
     def connect(self, layout: Layout, settings: Settings) -> None:
@@ -159,7 +193,7 @@ class Engine:
         self._resident.reserve()
 
     def fetch(self) -> None:
-        """Brings a parked model back, after `reserve`. Collective."""
+        """Brings a parked model back, after `share`. Collective."""
         self._resident.fetch()
 
     def drop_evaluations(self) -> None:

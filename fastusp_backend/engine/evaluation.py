@@ -93,7 +93,13 @@ class Evaluation:
         )
         self._gather = links.gather
         self._joint = JointAttention(
-            mesh, attend, shards, links, overlap=settings.overlap, pipelined=settings.ring_pipeline
+            mesh,
+            attend,
+            shards,
+            links,
+            overlap=settings.overlap,
+            pipelined=settings.ring_pipeline,
+            arrived=model.tokens_arrived,
         )
         text, image = model.rope(shards.text, self._grid, references, device)
         self._rope = (
@@ -156,6 +162,8 @@ class Evaluation:
         self._runs += 1
         known = self.captured if self._captures else self._runs > 1  # else it compiles, or is captured
         beat(self._pace.limit if known else self._pace.unknown)
+        if self._model.stream is not None:
+            self._model.stream.prime()
         with self._pace.measured() if known else contextlib.nullcontext():
             if not self._captures or self._runs == 1:
                 return self._evaluate()
@@ -176,6 +184,8 @@ class Evaluation:
         velocity = self._model(
             patches, self._text, self._modulations, self._rope, self._joint, self._segments, self._residuals
         )
+        if self._model.stream is not None:
+            self._model.stream.end()
         parts = self._gather.all_gather(velocity)() if self._gather else velocity[None]
         height, width = self._size
         image = shards.join_image(parts)[:, : self._tokens]

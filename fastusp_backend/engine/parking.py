@@ -55,24 +55,35 @@ class HostShard:
         self._sizes: list[int] = []  # bytes of this rank's shard of each range
         self._cuts: list[int] = []  # how many ranks have a shard of each range: all, or this one alone
         self._arriving: list[torch.Tensor] = []
+        self._apart = 0  # bytes that were apart
 
     @property
     def nbytes(self) -> int:
         """Bytes of host memory that this rank's shard takes."""
+        return self._end + self._apart
+
+    @property
+    def _end(self) -> int:
+        """Where the shards of tensors end."""
         return sum(self._sizes)
 
-    def park(self, model: nn.Module, own: Iterable[torch.Tensor] = ()) -> None:
-        """Copies this rank's shard to the host and empties the model's tensors. own: those that no other rank has.
-        Raises MemoryError, the model untouched, where the host has no room."""
+    def park(
+        self, tensors: Sequence[torch.Tensor], own: Iterable[torch.Tensor] = (), apart: torch.Tensor | None = None
+    ) -> None:
+        """Copies this rank's shard of a model's tensors to the host and empties them. own: those that no other rank
+        has. apart: further bytes of this rank alone, which the caller empties. Raises MemoryError, the model untouched,
+        where the host has no room."""
         alone = {id(tensor) for tensor in own}
-        tensors = _tensors(model)
         common, owned = (_ranges([t for t in tensors if (id(t) in alone) == whole]) for whole in (False, True))
         ranges, cuts = common + owned, [self._ranks] * len(common) + [1] * len(owned)
         sizes = [
             -(-len(whole) // (cut * _ALIGNMENT)) * _ALIGNMENT for (whole, _), cut in zip(ranges, cuts, strict=True)
         ]
-        self._make_room(sum(sizes))
-        self._sizes, self._cuts = sizes, cuts
+        size_apart = 0 if apart is None else len(apart)
+        self._make_room(sum(sizes) + size_apart)
+        self._sizes, self._cuts, self._apart = sizes, cuts, size_apart
+        if apart is not None:
+            self._memory[self._end : self._end + self._apart].copy_(apart, non_blocking=True)
         for (whole, _), shard, cut in zip(ranges, self._shards(), cuts, strict=True):
             mine = self._part(whole, len(shard), cut)
             shard[: len(mine)].copy_(mine, non_blocking=True)
@@ -97,9 +108,11 @@ class HostShard:
         else:
             self._arriving = [torch.empty(size, **like) for size in sizes]
 
-    def fetch(self) -> None:
-        """Brings the weights back. Collective."""
+    def fetch(self, apart: torch.Tensor | None = None) -> None:
+        """Brings the weights back, and what was apart to `apart`. Collective."""
         pending = []
+        if apart is not None:
+            apart.copy_(self._memory[self._end : self._end + self._apart], non_blocking=True)
         for whole, shard, cut in zip(self._arriving, self._shards(), self._cuts, strict=True):
             mine = self._part(whole, len(shard), cut)
             mine.copy_(shard, non_blocking=True)
@@ -124,6 +137,7 @@ class HostShard:
                 log.warning("parked weights' memory could not be unpinned (CUDA error %d)", code)
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._places, self._sizes, self._cuts, self._arriving = [], [], [], []
+        self._apart = 0
 
     def _make_room(self, wanted: int) -> None:
         """Allocates host memory. Raises MemoryError where there is not enough for all ranks: they ask at the same time,
@@ -145,7 +159,7 @@ class HostShard:
 
     def _shards(self) -> Sequence[torch.Tensor]:
         """This rank's shard of each range, in host memory."""
-        return self._memory[: self.nbytes].split(self._sizes)
+        return self._memory[: self._end].split(self._sizes)
 
     def _part(self, whole: torch.Tensor, size: int, cut: int) -> torch.Tensor:
         """Where this rank's shard lies in a range."""
@@ -155,10 +169,10 @@ class HostShard:
 def resident_bytes(model: nn.Module) -> int:
     """Bytes of a model's tensors on this rank. What lies beside them in their storages, as in a mapped file, does not
     count."""
-    return sum(len(whole) for whole, _ in _ranges(_tensors(model)))
+    return sum(len(whole) for whole, _ in _ranges(tensors_of(model)))
 
 
-def _tensors(model: nn.Module) -> list[torch.Tensor]:
+def tensors_of(model: nn.Module) -> list[torch.Tensor]:
     """A model's tensors; those on the meta device lie on other ranks."""
     return [tensor for tensor in chain(model.parameters(), model.buffers()) if not tensor.is_meta]
 

@@ -106,20 +106,24 @@ class PatchedWeights:
         to_widen = checkpoint.reread(_updated_by(updates, "widen"))
         self.number = None
         self._patched |= after  # so that all of it is undone if a part fails
+        checkpoint.meet()
         self._set_factors(_updated_by(updates, "factors"), wanted, tensors)
         for name, stored in restored:
+            checkpoint.open(name)
             self._place(name, stored.data.shape).restore(stored)
             beat()
         in_place = filter(checkpoint.is_local, _updated_by(updates, "in_place", "reapply"))
         for name, weight in chain(
-            ((name, checkpoint.stored(name).dequantise()) for name in in_place),
+            ((name, checkpoint.open(name).dequantise()) for name in in_place),
             from_file,
             ((name, stored.dequantise()) for name, stored in to_widen),
         ):
             for patch in wanted[name]:
                 weight = adapters.apply(weight, patch, tensors)
+            checkpoint.open(name)
             self._place(name, weight.shape).store(weight)
             beat()
+        checkpoint.meet()
         if _updated_by(updates, "restore", "reapply", "from_file", "widen"):
             checkpoint.check_file()
         self._patched -= before - after

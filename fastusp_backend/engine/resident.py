@@ -6,9 +6,10 @@ import torch
 
 from ..config import Layout, ModelSpec, Settings
 from ..models.family import Transformer
+from .block_stream import BlockStream
 from .checkpoint import Checkpoint
 from .denoiser import Denoiser
-from .parking import HostShard, resident_bytes
+from .parking import HostShard, resident_bytes, tensors_of
 from .patching import PatchedWeights, Patches
 
 
@@ -32,6 +33,11 @@ class Resident:
         self._device_bytes = resident_bytes(self.model)
 
     @property
+    def stream(self) -> BlockStream | None:
+        """The blocks whose weights do not stay on the device."""
+        return self.checkpoint.stream
+
+    @property
     def spec(self) -> ModelSpec:
         return self.checkpoint.spec
 
@@ -42,7 +48,9 @@ class Resident:
     @property
     def nbytes(self) -> int:
         """Bytes of the weights that this rank has: on the device, or parked in host memory."""
-        return self._host.nbytes if self.parked else self._device_bytes
+        if self.parked:
+            return self._host.nbytes
+        return self._device_bytes
 
     def check_file(self) -> None:
         """Raises CheckpointError where the weights lie in a mapped file that was written to: they may be anything."""
@@ -62,18 +70,37 @@ class Resident:
     def park(self) -> None:
         """Raises MemoryError, the weights where they were, where the host has no room."""
         own = [t for layer in self.model.modulations() for t in (*layer.parameters(), *layer.buffers())]
-        self._host.park(self.model, own)
+        if self.stream is None:
+            self._host.park(tensors_of(self.model), own)
+        else:
+            streamed = {id(tensor) for tensor in self.stream.tensors}
+            tensors = [t for t in tensors_of(self.model) if id(t) not in streamed]
+            self._host.park(tensors, own, self.stream.own_memory)
+            self.stream.leave()
         self.parked = True
 
     def reserve(self) -> None:
         """Allocates what the parked weights need to come back. Raises torch.OutOfMemoryError."""
         self._host.reserve()
+        if self.stream is not None:
+            self.stream.allocate()
+
+    def share(self) -> None:
+        """Allocates what the ranks have in common, after `reserve`. Collective; raises OutOfMemoryTogether."""
+        if self.stream is not None:
+            self.stream.share()
 
     def fetch(self) -> None:
-        """Brings parked weights back, after `reserve`. Collective."""
-        self._host.fetch()
+        """Brings parked weights back, after `share`. Collective."""
+        if self.stream is None:
+            self._host.fetch()
+        else:
+            self._host.fetch(self.stream.own_memory)
+            self.stream.meet()
         self.parked = False
 
     def close(self) -> None:
-        """Gives the host memory back; nothing may be asked of it afterwards."""
+        """Gives the host's memory back, and what the ranks share; nothing may be asked of it afterwards."""
         self._host.close()
+        if self.stream is not None:
+            self.stream.free()

@@ -23,6 +23,7 @@ from .layers import Linear
 from .patchify import patch_grid
 from .positions import METHODS, References
 from .segments import Segments
+from .stream import Stream
 
 HEAD_DIM = 128
 
@@ -137,11 +138,26 @@ class FamilyConfig:
 
 
 class Transformer(nn.Module):
-    """A transformer over this rank's tokens."""
+    """A transformer over this rank's tokens. stream: brings weights that do not stay on the device."""
 
     def __init__(self, config: FamilyConfig):
         super().__init__()
         self.config = config
+        self.stream: Stream | None = None
+
+    def blocks(self) -> list[nn.Module]:
+        """The blocks, in the order in which they are evaluated."""
+        raise NotImplementedError
+
+    def begin_block(self, number: int) -> None:
+        """To be called by `forward` before it uses the weights of block `number` of `blocks`."""
+        if self.stream is not None:
+            self.stream.begin(number)
+
+    def tokens_arrived(self) -> None:
+        """To be called when a block attends."""
+        if self.stream is not None:
+            self.stream.tokens_arrived()
 
     @staticmethod
     def module_key(key: str) -> str:

@@ -48,6 +48,9 @@ class FluxTransformer(Transformer):
         self.single_blocks = nn.ModuleList(SingleStreamBlock(blocks) for _ in range(config.single_blocks))
         self.final_layer = FinalLayer(hidden, width, bias=bias)
 
+    def blocks(self) -> list[nn.Module]:
+        return [*self.double_blocks, *self.single_blocks]
+
     @staticmethod
     def module_key(key: str) -> str:
         """The name in this module of a file's key: streams are submodules here, prefixes there; newer files say
@@ -102,6 +105,7 @@ class FluxTransformer(Transformer):
         img_normed = ops.norm(img, first_img.shift, first_img.scale)
         following = [*mods.double[1:], None]
         for i, (block, streams, after) in enumerate(zip(self.double_blocks, mods.double, following, strict=True)):
+            self.begin_block(i)
             txt, img, txt_mlp, img_mlp = block(txt, img, txt_normed, img_normed, streams, rope, joint, ops)
             if (residual := residuals.after_input(i)) is not None:
                 img = img + residual
@@ -119,6 +123,7 @@ class FluxTransformer(Transformer):
         ends = [(own.shift, own.scale) for own in mods.single] + [mods.final]
         normed = ops.norm(x, *ends[0])
         for i, (block, own, (shift, scale)) in enumerate(zip(self.single_blocks, mods.single, ends[1:], strict=True)):
+            self.begin_block(len(self.double_blocks) + i)
             if (residual := residuals.after_output(i)) is not None:
                 x[:, length:] += residual
             after = ops if block is not self.single_blocks[-1] else ops.exact

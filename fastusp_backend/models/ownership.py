@@ -7,14 +7,8 @@ patches and reading know nothing of it: a cut by rows would have to respect each
 
 from collections.abc import Sequence
 
-import torch
-
-from ..config import ModelSpec
 from ..weights.storage_plan import StoragePlan
-from ..weights.tensor_info import TensorInfo
-from .detection import detect
 from .family import Transformer
-from .files import storage_plans
 
 
 class Ownership:
@@ -48,11 +42,3 @@ def balanced(sizes: Sequence[int], ranks: int) -> list[int]:
         owners[i] = loads.index(min(loads))
         loads[owners[i]] += sizes[i]
     return owners
-
-
-def rank_bytes(header: dict[str, TensorInfo], spec: ModelSpec, ranks: int) -> int:
-    """Bytes of a file's weights, once they are loaded, on the one of `ranks` ranks that has most of them. header: the
-    tensors that the model needs, as `files.read_model` gives them."""
-    with torch.device("meta"):
-        model = detect(header, spec.path).build()
-    return max(Ownership(model, storage_plans(model, header, spec), ranks).nbytes)

@@ -106,6 +106,9 @@ class QwenImage(Transformer):
         if config.reference_method == "index_timestep_zero":
             self.register_parameter(TIMESTEP_ZERO_MARK, nn.Parameter(torch.empty(0), requires_grad=False))
 
+    def blocks(self) -> list[nn.Module]:
+        return list(self.transformer_blocks)
+
     def products(self) -> Iterator[Linear]:
         for block in self.transformer_blocks:
             for part in (block.attn, block.img_mlp, block.txt_mlp):
@@ -175,6 +178,7 @@ class QwenImage(Transformer):
         length, following = txt.shape[1], [*mods.blocks[1:], None]
         blocks = zip(self.transformer_blocks, mods.blocks, following, strict=True)
         for i, (block, (txt_own, img_own), after) in enumerate(blocks):
+            self.begin_block(i)
             attended = block.attn(txt_normed, img_normed, rope, joint)
             txt_end, img_end = (stream.attention[:2] for stream in after) if after else (None, mods.final)
             if txt_end:

@@ -180,7 +180,7 @@ class Pool:
             status |= {"pids": ready.pids, "names": ready.devices, "torch": ready.torch, "backend": ready.backend}
             status["layout"] = str(workers.layout) if workers.layout else None
         if held := self.held:
-            status |= {"held": held.state, "nbytes": held.nbytes, "transport": held.transport}
+            status |= {"held": held.state, "nbytes": held.nbytes, "transport": held.transport, "weights": held.weights}
             status["model"] = os.path.basename(held.model.path) if held.model else None
         if self._account.error is None and workers is not None and not alive:
             self._account.error = str(workers.failure("stopped"))  # nobody has asked them for anything since

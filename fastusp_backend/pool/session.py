@@ -152,7 +152,7 @@ class Session:
     @property
     def spec(self) -> ModelSpec:
         """The model as the workers load it."""
-        return msgspec.structs.replace(self.model, linear=self.settings.linear)
+        return msgspec.structs.replace(self.model, linear=self.settings.linear, weights=self.settings.weights)
 
     def _run(self, request: Callable[[Workers, int], Tensors], progress: Progress) -> torch.Tensor:
         """Gives the output of request(workers, patch set), with this session's patches in the workers' weights. Workers

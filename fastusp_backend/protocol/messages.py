@@ -10,7 +10,7 @@ import msgspec
 
 from ..config import Layout, ModelSpec, Settings, WeightPatch
 
-VERSION = 6
+VERSION = 7
 """Raised whenever a message or the framing changes: client and workers of different versions refuse each other."""
 
 
@@ -156,6 +156,7 @@ class Held(Message):
     state: `resident` on the devices, `parked` in host memory, or `none`.
     nbytes: the size of its weights, on the rank that has most.
     transport: how the ranks of the last layout exchange tokens, empty before the first.
+    weights: which blocks stay on the devices and which travel, for people; empty where there are none.
     """
 
     id: int
@@ -163,6 +164,7 @@ class Held(Message):
     state: Literal["resident", "parked", "none"]
     nbytes: int
     transport: str
+    weights: str
 
 
 class Step(Message):

@@ -57,7 +57,12 @@ class StoragePlan:
     def nbytes(self) -> int:
         """Bytes of data and scale in memory."""
         scale = 0 if self.scale is None else math.prod(self.scale) * torch.float32.itemsize
-        return math.prod(self.shape) * self.dtype.itemsize + scale
+        return self.data_bytes + scale
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of the data in memory, without a scale's."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def conversion_bytes(self) -> int:

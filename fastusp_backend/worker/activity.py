@@ -14,9 +14,9 @@ WAITING = "while it waited for a request"
 
 _ADVICE = {
     LOADING: "Free memory on its device (other programs; ComfyUI's models: Unload Models), or use a smaller file or "
-    "weight_dtype",
-    PREPARING: "Use a smaller image or batch, or more GPUs; cuda_graphs = off in USP Optimization Settings saves "
-    "a graph's memory",
+    "weight_dtype, or set weights to shared or host in USP Optimization Settings",
+    PREPARING: "Use a smaller image or batch, or more GPUs, or set weights to shared or host in USP Optimization "
+    "Settings; cuda_graphs = off there saves a graph's memory",
 }
 _ADVICE[PATCHING] = _ADVICE[LOADING]
 _ADVICE[PARKING] = "Set residency to keep or release in USP Optimization Settings"

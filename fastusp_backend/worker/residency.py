@@ -5,6 +5,8 @@ import logging
 import time
 from collections.abc import Callable
 
+import msgspec
+
 from ..engine import Engine
 from ..protocol import Held, Message, Patch, Phase
 from ..protocol.messages import Request
@@ -20,7 +22,7 @@ class Residency:
 
     def __init__(self, agreement: Agreement, crew: Crew, engine: Engine, reply: Callable[[Message], None]):
         self._agreement, self._crew, self._engine, self._reply = agreement, crew, engine, reply
-        self._told = Held(id=0, model=None, state="none", nbytes=0, transport="")
+        self._told = Held(id=0, model=None, state="none", nbytes=0, transport="", weights="")
 
     def bring(self, request: Request | Patch, check: Callable[[], object]) -> None:
         """Has the weights of the request's model on all devices, if check() passes, which describes the model."""
@@ -45,9 +47,16 @@ class Residency:
         state = "none" if engine.spec is None else "parked" if engine.parked else "resident"
         same = not patched and (engine.spec, state) == (told.model, told.state)  # on all ranks alike
         nbytes = told.nbytes if same else self._crew.maximum(engine.nbytes)
-        now = engine.spec, state, nbytes, engine.transport
-        if now != (told.model, told.state, told.nbytes, told.transport):
-            self._told = Held(id=request, model=now[0], state=now[1], nbytes=now[2], transport=now[3])
+        now = Held(
+            id=told.id,
+            model=engine.spec,
+            state=state,
+            nbytes=nbytes,
+            transport=engine.transport,
+            weights=engine.placement,
+        )
+        if now != told:
+            self._told = msgspec.structs.replace(now, id=request)
             self._reply(self._told)
 
     def _load_or_fetch(self, request: Request | Patch) -> None:
@@ -55,10 +64,13 @@ class Residency:
         if not engine.is_resident(request.model):
             self._reply(Phase(id=request.id, text="loading the model"))
             self._agreement.together(engine.make_room, LOADING)
+            self._agreement.together(engine.share, LOADING)
             self._agreement.together(engine.load, LOADING)
+            self._reply(Phase(id=request.id, text=f"loaded: {engine.placement}"))
         elif engine.parked:
             self._reply(Phase(id=request.id, text="bringing the weights back"))
             self._agreement.together(engine.reserve, LOADING)
+            self._agreement.together(engine.share, LOADING)
             engine.fetch()
         else:
             return

@@ -13,7 +13,7 @@ from support import REORDERED, SMALL, inputs, relative_difference, spec_of, wait
 from fastusp_backend.config import Layout
 from fastusp_backend.errors import Cancelled, RequestError
 from fastusp_backend.models.files import read_model
-from fastusp_backend.models.ownership import rank_bytes
+from fastusp_backend.models.placement import place_file
 from fastusp_backend.pool import Progress
 from fastusp_backend.pool import request as requests
 from fastusp_backend.prompt import Prompt
@@ -32,7 +32,7 @@ def test_parked_weights_come_back_as_they_were(shared_pool, park, dev, schnell, 
     mapped = evaluate(pool, dev, layout)
     loaded, header = pool.held, read_model(str(dev)).header
     assert (loaded.state, loaded.model.path) == ("resident", str(dev))
-    everything, most = (rank_bytes(header, spec_of(dev), n) for n in (1, ranks))
+    everything, most = (place_file(header, spec_of(dev), n).device_bytes for n in (1, ranks))
     modulations = sum(info.size for key, info in header.items() if "mod" in key)
     largest = max(info.size for key, info in header.items() if "mod" in key)
     assert everything == sum(info.size for info in header.values())

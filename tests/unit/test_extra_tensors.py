@@ -15,7 +15,7 @@ from support import SMALL_QWEN, load_model, spec_of
 
 from fastusp_backend.errors import CheckpointError
 from fastusp_backend.models.files import read_model
-from fastusp_backend.models.ownership import rank_bytes
+from fastusp_backend.models.placement import place_file
 from fastusp_backend.models.synthetic import TINY_FLUX2, write_checkpoint
 from fastusp_backend.weights.contents import own_prefix
 from fastusp_backend.weights.dtypes import main_dtype
@@ -69,7 +69,7 @@ def test_extra_tensors_are_counted_nowhere(mini, tmp_path):
     save_file(load_file(mini) | EXTRAS | {"huge": torch.zeros(9_000_000, dtype=torch.bfloat16)}, path)
     file, plain = read_model(str(path)), read_model(str(mini))
     assert main_dtype(file.header) == torch.float32
-    sizes = [rank_bytes(f.header, f.spec(storage=None, compute="float32"), 2) for f in (file, plain)]
+    sizes = [place_file(f.header, f.spec(storage=None, compute="float32"), 2).device_bytes for f in (file, plain)]
     assert sizes[0] == sizes[1]
 
 

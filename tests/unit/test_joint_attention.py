@@ -124,4 +124,4 @@ def test_the_settings_say_when(monkeypatch, overlap, pipelined):
     model = OneRank(TINY_FLUX.build(), Settings(overlap=overlap, ring_pipeline=pipelined))
     given = inputs(TINY_FLUX, text=2, size=(2, 2))
     model(given.x, given.timestep, Prompt(given.context, given.y, given.guidance))
-    assert made == [{"overlap": overlap, "pipelined": pipelined}]
+    assert [(how["overlap"], how["pipelined"]) for how in made] == [(overlap, pipelined)]

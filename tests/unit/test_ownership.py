@@ -18,7 +18,8 @@ from fastusp_backend.engine.patching import PatchedWeights
 from fastusp_backend.errors import RequestError
 from fastusp_backend.models.files import read_model, storage_plans
 from fastusp_backend.models.layers import Linear
-from fastusp_backend.models.ownership import Ownership, balanced, rank_bytes
+from fastusp_backend.models.ownership import Ownership, balanced
+from fastusp_backend.models.placement import place_file
 from fastusp_backend.models.synthetic import FLUX2_DEV, FLUX_DEV, QWEN_IMAGE, write_checkpoint
 from fastusp_backend.weights.stored import Stored
 from fastusp_backend.weights.tensor_info import TensorInfo
@@ -102,7 +103,7 @@ def test_together_ranks_hold_a_model_once_and_know_its_forms(files, name, change
     header = read_model(str(path)).header
     expected = checkpoints[0].ownership.nbytes
     assert [resident_bytes(checkpoint.model) for checkpoint in checkpoints] == expected
-    assert rank_bytes(header, checkpoints[0].spec, ranks) == max(expected)
+    assert place_file(header, checkpoints[0].spec, ranks).device_bytes == max(expected)
 
 
 def form(stored: Stored) -> tuple:

@@ -142,7 +142,7 @@ def test_parked_weights_take_their_factors_along(packed):
     PatchedWeights(checkpoint).change(PATCHES, TENSORS, base=0, number=1)
     before, shard = everything(checkpoint), parking.HostShard(CPU)
     assert parking.resident_bytes(model) == plain + 4 * (6 * (768 + 256) + 3 * (256 + 768))
-    shard.park(model)
+    shard.park(parking.tensors_of(model))
     assert not any(t.numel() for t in (*model.parameters(), *model.buffers()))
     shard.reserve()
     shard.fetch()

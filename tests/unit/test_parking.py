@@ -26,7 +26,7 @@ def test_only_the_tensors_bytes_are_parked(tmp_path):
     assert parking.resident_bytes(model) == size
     before = {name: p.clone() for name, p in model.named_parameters()}
     shard = parking.HostShard(CPU)
-    shard.park(model)
+    shard.park(parking.tensors_of(model))
     assert size <= shard.nbytes < size + 256 * len(before) and not any(p.numel() for p in model.parameters())
     shard.reserve()
     shard.fetch()
@@ -43,7 +43,7 @@ def test_tensors_that_overlap_or_are_strided_come_back_as_they_were():
     before = [b.clone() for b in model.buffers()]
     assert parking.resident_bytes(model) == 4 * (150 + 91)
     shard = parking.HostShard(CPU)
-    shard.park(model)
+    shard.park(parking.tensors_of(model))
     shard.reserve()
     shard.fetch()
     assert all(torch.equal(now, then) for now, then in zip(model.buffers(), before, strict=True))
@@ -79,9 +79,9 @@ def test_the_host_must_have_room_for_all_ranks_shards(monkeypatch, ranks, room, 
     shard._ranks = ranks
     monkeypatch.setattr(parking, "available", lambda: int(room * size))
     if parks:
-        shard.park(model)
+        shard.park(parking.tensors_of(model))
         assert shard.nbytes * ranks < 1.05 * size and not model.b.numel()
     else:
         with pytest.raises(MemoryError, match="0.0 GB of host memory are needed to park the weights"):
-            shard.park(model)
+            shard.park(parking.tensors_of(model))
         assert torch.equal(model.b, before) and not shard.nbytes

@@ -23,7 +23,9 @@ def test_the_page_reads_what_a_status_has(monkeypatch):
     spec = ModelSpec(path="/models/m", file=FileState(0, 0, 0, 0), storage=None, compute="float32")
     pool = Pool(Devices(ranks=1))
     assert pool.status()["state"] == "off"
-    pool.run(lambda workers: workers._hear(Held(id=1, model=spec, state="resident", nbytes=9, transport="gloo")))
+    pool.run(
+        lambda workers: workers._hear(Held(id=1, model=spec, state="resident", nbytes=9, transport="gloo", weights=""))
+    )
     status = pool.status()
     pool.close()
     read = set(re.findall(r"\bpool\.(\w+)", PAGE.read_text()))

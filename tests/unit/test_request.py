@@ -43,7 +43,7 @@ def test_late_replies_of_a_request_that_was_given_up_are_dropped():
         (Done(id=1), stale),
         (Failed(id=1, kind="cancelled", rank=0, text=""), {}),
         (step(2, 0), own),
-        (Held(id=2, model=None, state="none", nbytes=0, transport=""), {}),
+        (Held(id=2, model=None, state="none", nbytes=0, transport="", weights=""), {}),
         (Done(id=2), own),
     )
     steps, phases = [], []

@@ -64,7 +64,7 @@ class Control:
 
 class Engine:
     device, patches = torch.device("cpu"), 0
-    spec, parked, nbytes, transport = None, False, 0, ""
+    spec, parked, nbytes, transport, placement = None, False, 0, "", ""
 
     def __init__(self, describe=lambda: None, load=lambda: None):
         self._describe, self.load = describe, load
@@ -78,6 +78,9 @@ class Engine:
         return SimpleNamespace(heads=4)
 
     def make_room(self):
+        pass
+
+    def share(self):
         pass
 
     def release(self):

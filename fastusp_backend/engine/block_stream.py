@@ -1,0 +1,225 @@
+"""Blocks' weights that come to the device as they are needed, into slots, while other blocks compute.
+
+The layers of a streamed block find their weights always at the same address: an owner where its store has them in
+place, the others in a slot. So one CUDA graph serves for all steps, with the copies as nodes of it. Blocks take two
+slots in turn. As one begins, all before it have been computed, in the order of the main stream: the other slot is free,
+and the next block is fetched into it, on a stream of its own. The last block fetches the first, for the next
+evaluation, into a slot that is not its own: of an odd number of blocks the last one has a third. Nothing is said to
+other ranks meanwhile: all read, and nobody writes.
+
+Where tokens cross the same links, a fetch begins with the block's attention, when those of its queries, keys and values
+have arrived: copies of weights in front of them would delay the attention.
+
+Whoever changes weights (loading, patches) writes those of its own blocks. Before that all ranks wait for each other,
+and after it again: a block is changed only when nobody fetches it any more, and fetched again only when it is changed.
+Take either wait away and a rank computes with half of a change.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..comm.block_store import BlockStore, Wait
+from ..comm.groups import world
+from ..models.layers import Linear
+from ..models.placement import Placement
+from ..weights.storage_plan import StoragePlan
+from ..weights.stored import Stored
+
+
+class BlockStream:
+    """The streamed blocks of a model.
+
+    placement: which they are.
+    plans: the forms of the weights, by name.
+    store: where they come from.
+
+    Between evaluations the first block that comes to this rank is in its slot, unless weights were changed: `prime`
+    fetches it then.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        placement: Placement,
+        plans: dict[str, StoragePlan],
+        store: BlockStore,
+        device: torch.device,
+    ):
+        self.placement, self.store = placement, store
+        self._device, (self._rank, self._ranks) = device, world()
+        self._slabs = slabs = placement.slabs
+        self._number_of = {name: number for number, slab in enumerate(slabs) for name in slab.offsets}
+        self._layers: dict[str, Linear] = {
+            name: model.get_submodule(name.rpartition(".")[0]) for name in self._number_of
+        }
+        self._plans = {name: plans[name] for name in self._number_of}
+        self._turns = {slab.block: turn for turn, slab in enumerate(slabs)}
+        self._waits_for_tokens = placement.source == "shared"
+        self._slots: list[torch.Tensor] = []
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._next: int | None = None  # the turn of what is to be fetched as soon as tokens have arrived
+        self._pending: Wait | None = None
+        self._primed = False
+        self._open: int | None = None  # which one of this rank's is in its slot, to be changed
+
+    def __contains__(self, name: str) -> bool:
+        """Whether a tensor of the model, by its name, is streamed."""
+        return name in self._number_of
+
+    @property
+    def names(self) -> list[str]:
+        """The tensors that are streamed, block by block."""
+        return list(self._number_of)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The model's tensors whose values are streamed."""
+        found = (t for layer in self._layers.values() for t in (layer.weight, layer.scale))
+        return [tensor for tensor in found if tensor is not None]
+
+    @property
+    def own_memory(self) -> torch.Tensor | None:
+        """This rank's blocks, where they take memory of the device."""
+        return self.store.memory if self.store.on_device else None
+
+    def owner(self, name: str) -> int:
+        """The rank that changes a weight."""
+        return self._slabs[self._number_of[name]].owners[name]
+
+    def allocate(self) -> None:
+        """Allocates the slots. Raises what torch raises."""
+        count = len(self._slabs)
+        size = max(map(self.store.size, range(count)))
+        self._slots = [
+            torch.empty(size, dtype=torch.uint8, device=self._device) for _ in range(min(count, 3 if count % 2 else 2))
+        ]
+
+    def share(self) -> None:
+        """Allocates the blocks' memory, unless it is there, and has the layers find their weights. Collective; raises
+        OutOfMemoryTogether."""
+        if not len(self.store.memory):
+            self.store.allocate()
+        for name, layer in self._layers.items():
+            layer.stored = Stored(*self._views(name), self._plans[name].packing, layer.low_rank)
+
+    def leave(self) -> None:
+        """Gives the device's memory back."""
+        self._slots = []
+        for tensor in self.tensors:
+            tensor.data = torch.empty(0, dtype=tensor.dtype, device=self._device)
+        if self.store.on_device:
+            self.store.free()
+        self._primed = False
+
+    def free(self) -> None:
+        """Gives all memory back."""
+        self.leave()
+        self.store.free()
+
+    # What follows runs in every evaluation, on all ranks in the same order.
+
+    def prime(self) -> None:
+        """Has the first block that comes in its slot. Not within a graph."""
+        if not self._primed:
+            self._fetch(0)()
+            self._primed = True
+
+    def begin(self, block: int) -> None:
+        """Has a block's weights where it computes from, behind what the main stream was given."""
+        turn = self._turns.get(block)
+        if turn is None:
+            return
+        self._join()
+        if len(self._slabs) > 1:
+            self._next = (turn + 1) % len(self._slabs)
+            if not self._waits_for_tokens:
+                self._fetch_next()
+
+    def tokens_arrived(self) -> None:
+        """Says that the links are free while the main stream attends."""
+        if self._next is not None:
+            self._fetch_next()
+
+    def end(self) -> None:
+        """Has the main stream wait for the first block of the next evaluation."""
+        self._join()
+
+    # What follows changes weights, between evaluations.
+
+    def open(self, name: str) -> None:
+        """Has a weight that this rank owns where the layer finds it and it may be changed; all ranks have met before.
+        A tensor that is not streamed is where it always is."""
+        number = self._number_of.get(name)
+        if number is None or self.store.in_place or number == self._open:
+            return
+        self._store_open()
+        self._fetch(number)()
+        self._open = number
+
+    def meet(self) -> None:
+        """Waits until all ranks are here, and their devices done with what they were given. What was opened is stored.
+        Collective."""
+        self._store_open()
+        self._primed = False
+        if self._stream is not None:
+            torch.cuda.synchronize(self._device)
+        if self._ranks > 1:
+            dist.all_reduce(torch.zeros(1), group=dist.group.WORLD)
+
+    def load(self, name: str, stored: Stored) -> None:
+        """Takes a weight that this rank owns from its file; `meet` ends it."""
+        if self.owner(name) == self._rank:
+            data, scale = self._views(name, self.store.own(self._number_of[name]))
+            data.copy_(stored.data)
+            if scale is not None:
+                scale.copy_(stored.scale)
+
+    def _store_open(self) -> None:
+        if self._open is not None:
+            came = self._slot(self._open)[self.store.place(self._open, self._rank)]
+            self.store.own(self._open).copy_(came)
+            self._open = None
+
+    def _slot(self, number: int) -> torch.Tensor:
+        """Where a block comes."""
+        last = number == len(self._slabs) - 1
+        return self._slots[2 if last and number and number % 2 == 0 else number % 2]
+
+    def _fetch(self, number: int) -> Wait:
+        """On the current stream."""
+        return self.store.fetch(number, self._slot(number))
+
+    def _fetch_next(self) -> None:
+        turn, self._next = self._next, None
+        if self._stream is None:
+            self._pending = self._fetch(turn)
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            self._pending = self._fetch(turn)
+
+    def _join(self) -> None:
+        if self._next is not None:
+            self._fetch_next()
+        if self._pending is None:
+            return
+        self._pending()
+        self._pending = None
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+    def _views(self, name: str, memory: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A weight's data and scale, as its plan has them, in `memory`, its owner's piece; by default where this rank
+        computes from."""
+        number, plan = self._number_of[name], self._plans[name]
+        if memory is None:
+            owner = self.owner(name)
+            in_place = self.store.in_place and owner == self._rank
+            memory = self.store.own(number) if in_place else self._slot(number)[self.store.place(number, owner)]
+        start, start_of_scale = self._slabs[number].offsets[name]
+        data = memory[start : start + plan.data_bytes].view(plan.dtype).view(plan.shape)
+        if plan.scale is None:
+            return data, None
+        size = plan.nbytes - plan.data_bytes
+        return data, memory[start_of_scale : start_of_scale + size].view(torch.float32).view(plan.scale)

@@ -1,0 +1,76 @@
+"""How much room there is for weights, on all ranks alike, and the memory from which streamed blocks come."""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from ..comm.block_store import BlockStore, BroadcastStore, HostStore, PeerStore
+from ..comm.groups import world
+from ..comm.transport import reach_each_other
+from ..models.family import FamilyConfig
+from ..models.placement import Placement
+from .denoiser import WORKING_SET
+from .host_memory import available
+
+KEPT_FREE = 1 << 30
+"""Bytes of a GPU for what is not counted: libraries, exchanges' buffers, graphs, what reading a file takes."""
+KEPT_TOKENS = 9728
+"""An image of 1536 x 1536 pixels and 512 tokens of text: for an evaluation of so many there shall be room."""
+_UNKNOWN = 1 << 62
+
+
+class Room(NamedTuple):
+    """The least that any rank has.
+
+    peers: whether the devices reach each other's memory; CPU ranks do, by collectives.
+    device_bytes: what weights may take of a GPU; None where they need not count, on CPU ranks.
+    host_bytes: what they may take of the host's memory; None where the system does not tell.
+    """
+
+    peers: bool
+    device_bytes: int | None
+    host_bytes: int | None
+
+
+def kept_free(config: FamilyConfig, ranks: int) -> int:
+    """Bytes of each GPU that weights leave for all else."""
+    return KEPT_FREE + WORKING_SET * -(-KEPT_TOKENS // ranks) * config.hidden * torch.bfloat16.itemsize
+
+
+def measure_room(device: torch.device, config: FamilyConfig) -> Room:
+    """Asks all ranks. Collective: what others had is free when it returns."""
+    _, ranks = world()
+    cuda = device.type == "cuda"
+    if ranks > 1:
+        dist.all_reduce(torch.zeros(1))  # all have given back what they had
+    on_device, on_host = _free(device) - kept_free(config, ranks) if cuda else _UNKNOWN, available()
+    least = torch.tensor([on_device, _UNKNOWN if on_host is None else on_host])
+    if ranks > 1:
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+    device_bytes, host_bytes = (None if value == _UNKNOWN else value for value in least.tolist())
+    return Room(ranks > 1 and (not cuda or reach_each_other(dist.group.WORLD)), device_bytes, host_bytes)
+
+
+def _free(device: torch.device) -> int:
+    """Bytes that this process can still allocate on a GPU."""
+    free, total = torch.cuda.mem_get_info(device)
+    share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)(device)
+    return min(free, int(share * total) - torch.cuda.memory_reserved(device))
+
+
+def check_host_room(placement: Placement, room: Room) -> None:
+    """Raises MemoryError where the host's memory does not take what is to lie there."""
+    if room.host_bytes is not None and placement.host_bytes > room.host_bytes:
+        raise MemoryError(
+            f"{placement.host_bytes / 1e9:.1f} GB of host memory are needed for the blocks that travel, "
+            f"{room.host_bytes / 1e9:.1f} GB are available"
+        )
+
+
+def make_store(placement: Placement, device: torch.device) -> BlockStore:
+    """The memory from which a placement's blocks come, still to be allocated."""
+    sizes = [slab.sizes for slab in placement.slabs]
+    if placement.source == "host":
+        return HostStore(sizes, pinned=device.type == "cuda")
+    return PeerStore(sizes, device) if device.type == "cuda" else BroadcastStore(sizes)

@@ -1,0 +1,177 @@
+"""Which blocks' weights stay on a device, and which are streamed to it in every step: decided once, from sizes alone.
+
+A streamed block comes into one of two slots while other blocks compute: out of the host's memory (`host`), or of other
+GPUs' (`shared`), each of which owns about as much of it, whole layers. Blocks, not layers, take turns: a block's
+computing is what another's journey hides behind. As few as need be, since each costs a journey a step; spread evenly
+between those that stay, so that a journey has their time too.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ..config import ModelSpec, WeightsChoice
+from ..errors import RequestError
+from ..weights.storage_plan import StoragePlan
+from ..weights.tensor_info import TensorInfo
+from .detection import detect
+from .family import Transformer
+from .files import storage_plans
+from .ownership import Ownership
+
+Source = Literal["shared", "host"]
+
+_ALIGNMENT = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slab:
+    """A streamed block's weights, on each rank its own in one piece.
+
+    block: its number among the model's blocks.
+    owners: the rank that has each weight, by its name.
+    offsets: where its data and its scale lie in the piece, in bytes.
+    sizes: bytes of each rank's piece.
+    """
+
+    block: int
+    owners: dict[str, int]
+    offsets: dict[str, tuple[int, int]]
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Where the weights of a model lie.
+
+    source: where streamed blocks come from, None where all stay.
+    slabs: the streamed blocks, in the order in which they are evaluated.
+    blocks: how many blocks the model has.
+    device_bytes: what the weights take of a device: those that stay, slots, and of shared blocks its own.
+    streamed_bytes: what comes to a device in a step.
+    host_bytes: what they take of the host's memory.
+    """
+
+    source: Source | None
+    slabs: tuple[Slab, ...]
+    blocks: int
+    device_bytes: int
+    streamed_bytes: int = 0
+    host_bytes: int = 0
+
+    def __str__(self) -> str:
+        """Says, for people, where the weights are."""
+        size = f"{self.device_bytes / 1e9:.1f} GB a device"
+        if not self.slabs:
+            return f"whole, {size}"
+        stay = self.blocks - len(self.slabs)
+        where = "shared" if self.source == "shared" else "come from host memory"
+        return f"{stay} of {self.blocks} blocks stay, {len(self.slabs)} {where}: {size}"
+
+
+def place(
+    model: Transformer,
+    plans: dict[str, StoragePlan],
+    ownership: Ownership,
+    choice: WeightsChoice,
+    *,
+    peers: bool,
+    available: int | None = None,
+) -> Placement:
+    """Chooses the blocks that are streamed.
+
+    peers: whether the devices reach each other's memory.
+    available: bytes of each device that the weights may take; None for any number. `shared` and `host` stream every
+        block, whatever there is.
+
+    Raises RequestError for `shared` weights on devices that do not reach each other, and where even all blocks streamed
+    leave more than there is.
+    """
+    ranks = len(ownership.nbytes)
+    if choice == "shared" and not (peers and ranks > 1):
+        why = "they do not reach each other's memory" if ranks > 1 else "there is only one"
+        raise RequestError(f"Set weights to host or auto: the GPUs cannot share them, since {why}")
+    blocks = len(model.blocks())
+    source: Source = choice if choice in ("shared", "host") else "shared" if peers and ranks > 1 else "host"
+    if choice == "whole" or choice == "auto" and (available is None or max(ownership.nbytes) <= available):
+        return Placement(source=None, slabs=(), blocks=blocks, device_bytes=max(ownership.nbytes))
+    for count in (blocks,) if choice != "auto" else range(1, blocks + 1):
+        found = stream_count(model, plans, ownership, source, count)
+        if choice != "auto" or found.device_bytes <= available:
+            return found
+    raise RequestError(
+        f"Use a smaller file or weight_dtype, or more GPUs: with all blocks travelling the weights still take "
+        f"{found.device_bytes / 1e9:.1f} GB of each GPU, of which {available / 1e9:.1f} GB may be used"
+    )
+
+
+def place_file(
+    header: dict[str, TensorInfo], spec: ModelSpec, ranks: int, *, peers: bool = True, available: int | None = None
+) -> Placement:
+    """Says where a file's weights will lie on so many ranks. header: the tensors that the model needs, as
+    `files.read_model` gives them. Otherwise as `place`."""
+    with torch.device("meta"):
+        model = detect(header, spec.path).build()
+    plans = storage_plans(model, header, spec)
+    return place(model, plans, Ownership(model, plans, ranks), spec.weights, peers=peers, available=available)
+
+
+def stream_count(
+    model: Transformer, plans: dict[str, StoragePlan], ownership: Ownership, source: Source, count: int
+) -> Placement:
+    """Streams so many blocks, evenly spread."""
+    weights, ranks = _weights_of_blocks(model, plans), len(ownership.nbytes)
+    owned = [0] * ranks
+    slabs = tuple(
+        _slab(i * len(weights) // count, weights[i * len(weights) // count], plans, owned) for i in range(count)
+    )
+    streamed = sum(plans[name].nbytes for slab in slabs for name in slab.offsets)
+    if source == "host":
+        come = [sum(slab.sizes) for slab in slabs]
+    else:  # on the rank to which most comes
+        come = [max(sum(slab.sizes) - size for size in slab.sizes) for slab in slabs]
+    slots = min(count, 2 + count % 2) * max(come)
+    return Placement(
+        source=source,
+        slabs=slabs,
+        blocks=len(weights),
+        device_bytes=max(ownership.nbytes) - streamed + slots + (max(owned) if source == "shared" else 0),
+        streamed_bytes=sum(come),
+        host_bytes=max(owned) * ranks if source == "host" else 0,
+    )
+
+
+def _weights_of_blocks(model: Transformer, plans: dict[str, StoragePlan]) -> list[list[str]]:
+    """The names of each block's layers' weights, less those of modulations, which are no part of a step; biases, norms
+    and scales are small and stay."""
+    apart = {id(layer) for layer in model.modulations()}
+    numbers = {id(block): number for number, block in enumerate(model.blocks())}
+    names: list[list[str]] = [[] for _ in numbers]
+    for prefix, block in model.named_modules():
+        if (number := numbers.get(id(block))) is None:
+            continue
+        for inner, layer in block.named_modules():
+            name = f"{prefix}.{inner}.weight"
+            if name in plans and plans[name].linear and id(layer) not in apart:
+                names[number].append(name)
+    return names
+
+
+def _slab(block: int, names: Iterable[str], plans: dict[str, StoragePlan], owned: list[int]) -> Slab:
+    """Gives each weight of a block to the rank that has least of the block, then least of all. owned: bytes of each
+    rank, to which this adds."""
+    owners, offsets, ends = {}, {}, [0] * len(owned)
+    for name in sorted(names, key=lambda name: -plans[name].nbytes):
+        plan, rank = plans[name], min(range(len(owned)), key=lambda rank: (ends[rank], owned[rank]))
+        behind = ends[rank] + _aligned(plan.data_bytes)
+        owners[name], offsets[name] = rank, (ends[rank], behind)
+        ends[rank] = behind + _aligned(plan.nbytes - plan.data_bytes)
+    for rank, end in enumerate(ends):
+        owned[rank] += end
+    return Slab(block=block, owners=owners, offsets=offsets, sizes=tuple(ends))
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT

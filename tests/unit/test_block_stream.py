@@ -1,0 +1,94 @@
+"""The order in which blocks come to their slots: whether a copy is made at once or as late as it may be, every block
+computes with its own weights."""
+
+import pytest
+import torch
+from support import SMALL
+
+from fastusp_backend.comm.block_store import HostStore
+from fastusp_backend.config import FileState, ModelSpec
+from fastusp_backend.engine.block_stream import BlockStream
+from fastusp_backend.models.files import storage_plans
+from fastusp_backend.models.ownership import Ownership
+from fastusp_backend.models.placement import stream_count
+from fastusp_backend.weights.stored import Stored
+from fastusp_backend.weights.tensor_info import TensorInfo
+
+pytestmark = [pytest.mark.unit, pytest.mark.any_processor]
+CPU = torch.device("cpu")
+
+
+class Late(HostStore):
+    """Copies when it is waited for, and not before."""
+
+    def fetch(self, block, target):
+        return lambda: super(Late, self).fetch(block, target)
+
+
+def streaming(count, store=HostStore, gated=False):
+    """A stream over `count` of the 4 blocks; each weight is filled with its block's number."""
+    with torch.device("meta"):
+        model = SMALL.build()
+    header = {model.file_key(name): TensorInfo(tuple(p.shape), torch.float32) for name, p in model.named_parameters()}
+    spec = ModelSpec(path="", file=FileState(0, 0, 0, 0), storage=None, compute="float32")
+    plans = storage_plans(model, header, spec)
+    placement = stream_count(model, plans, Ownership(model, plans, 1), "host", count)
+    stream = BlockStream(model, placement, plans, store([s.sizes for s in placement.slabs], pinned=False), CPU)
+    stream._waits_for_tokens = gated
+    stream.allocate()
+    stream.share()
+    for slab in placement.slabs:
+        for name in slab.offsets:
+            stream.load(name, Stored(torch.full(plans[name].shape, float(slab.block))))
+    stream.meet()
+    return model, stream
+
+
+def values(model, slab):
+    return {model.get_submodule(name.rpartition(".")[0]).weight.unique().item() for name in slab.offsets}
+
+
+@pytest.mark.parametrize("store", [HostStore, Late])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_every_block_finds_its_weights(count, store, gated):
+    model, stream = streaming(count, store, gated)
+    slabs = {slab.block: slab for slab in stream.placement.slabs}
+    for _ in range(3):
+        stream.prime()
+        for block in range(4):
+            stream.begin(block)
+            if block in slabs:
+                assert values(model, slabs[block]) == {float(block)}
+            stream.tokens_arrived()
+            if block in slabs:  # the next one may come now, but not over these
+                assert values(model, slabs[block]) == {float(block)}
+        stream.end()
+
+
+def test_a_changed_weight_is_what_comes():
+    model, stream = streaming(4)
+    stream.prime()
+    name = next(iter(stream.placement.slabs[2].offsets))
+    stream.meet()
+    stream.open(name)
+    model.get_submodule(name.rpartition(".")[0]).weight.add_(0.5)
+    stream.meet()
+    stream.prime()
+    for block in range(4):
+        stream.begin(block)
+        expected = {float(block)} | ({2.5} if block == 2 else set())
+        assert values(model, stream.placement.slabs[block]) == expected
+    stream.end()
+
+
+def test_addresses_stay():
+    model, stream = streaming(4)
+    before = [tensor.data_ptr() for tensor in stream.tensors]
+    for _ in range(2):
+        stream.prime()
+        for block in range(4):
+            stream.begin(block)
+        stream.end()
+        stream.meet()
+    assert [tensor.data_ptr() for tensor in stream.tensors] == before
