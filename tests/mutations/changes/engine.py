@@ -4,9 +4,44 @@ DENOISER = "fastusp_backend/engine/denoiser.py"
 PATCHING = "fastusp_backend/engine/patching.py"
 PARKING = "fastusp_backend/engine/parking.py"
 MODULATIONS = "fastusp_backend/engine/modulations.py"
+BLOCK_STREAM = "fastusp_backend/engine/block_stream.py"
 HOST_MEMORY = "fastusp_backend/engine/host_memory.py"
 
 CHANGES = [
+    (
+        BLOCK_STREAM,
+        "a block does not wait for its weights",
+        """            return
+        self._join()
+        if len""",
+        """            return
+        if len""",
+        "unit/test_block_stream.py",
+    ),
+    (
+        BLOCK_STREAM,
+        "the last of an odd number of blocks takes the first one's slot",
+        "2 if last and number and number % 2 == 0 else number % 2",
+        "number % 2",
+        "unit/test_block_stream.py",
+    ),
+    (
+        BLOCK_STREAM,
+        "the first block is not fetched anew after a change",
+        """        self._store_open()
+        self._primed = False
+""",
+        """        self._store_open()
+""",
+        "dist/test_placements.py",
+    ),
+    (
+        BLOCK_STREAM,
+        "what was changed in a slot is not stored",
+        "self.store.own(self._open).copy_(came)",
+        "came.clone()",
+        "unit/test_block_stream.py",
+    ),
     (
         PATCHING,
         "a change relative to another patch set is made",

@@ -7,6 +7,20 @@ OWNERSHIP = "fastusp_backend/models/ownership.py"
 
 CHANGES = [
     (
+        "fastusp_backend/models/placement.py",
+        "modulations travel with their block",
+        "plans[name].linear and id(layer) not in apart",
+        "plans[name].linear",
+        "unit/test_placement.py dist/test_placements.py",
+    ),
+    (
+        "fastusp_backend/models/placement.py",
+        "slots are not counted",
+        "max(ownership.nbytes) - streamed + slots +",
+        "max(ownership.nbytes) - streamed +",
+        "unit/test_placement.py dist/test_placements.py",
+    ),
+    (
         POSITIONS,
         "references of method offset grow along the longer side",
         "beside = h + height > w + width",
