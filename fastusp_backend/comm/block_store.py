@@ -16,6 +16,7 @@ one waits for all ranks before and after it, see engine/block_stream.py. NCCL's 
 from the products, and a meeting of all ranks per block.
 """
 
+import weakref
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Protocol
@@ -24,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from .groups import allocate_together, world
-from .mapped import map_memory_of_all, unpin_all
+from .mapped import map_memory_of_all, pin_all, unpin_all
 
 PIECE = 64 << 20
 """Bytes of one copy. Each costs some 15 us of a copy engine, and exchanges of tokens may have to wait for one."""
@@ -135,15 +136,19 @@ class HostStore(_Store):
 
     def __init__(self, sizes: Sequence[Sequence[int]], *, pinned: bool):
         super().__init__(sizes)
-        self._pinned = pinned
+        self._pins, self._pinned = pinned, []
+        # Before the memory itself is freed; at the process' end CUDA is gone first.
+        weakref.finalize(self, unpin_all, self._pinned).atexit = False
 
     def allocate(self) -> None:
         group = dist.group.WORLD if self._ranks > 1 else None
-        self._of_ranks = map_memory_of_all(self._capacity, group, pinned=self._pinned)
+        memory = map_memory_of_all(self._capacity, group)
+        if self._pins:
+            self._pinned += pin_all(memory, group)
+        self._of_ranks = memory
 
     def free(self) -> None:
-        if self._pinned:
-            unpin_all([memory.data_ptr() for memory in self._of_ranks])
+        unpin_all(self._pinned)
         self._of_ranks = []
 
 

@@ -3,6 +3,7 @@
 Groups are made in mesh.py; collective.py moves tensors over them.
 """
 
+import re
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
@@ -21,6 +22,10 @@ all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_
 
 T = TypeVar("T")
 
+_PLAIN = re.compile(
+    r"CUDA error: out of memory|\[enforce fail.*can't allocate memory|unable to mmap.*Cannot allocate memory"
+)
+
 
 class OutOfMemoryTogether(torch.OutOfMemoryError):
     """Memory ran out on rank `rank` of the pool; all ranks of its group raise this alike."""
@@ -30,25 +35,33 @@ class OutOfMemoryTogether(torch.OutOfMemoryError):
         self.rank = rank
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Also where torch says it by a plain RuntimeError: for CPUs, mapped files, and CUDA beside its own allocator."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and _PLAIN.match(str(error)) is not None
+
+
 def world() -> tuple[int, int]:
     """Returns (this process's rank, how many ranks there are); (0, 1) without a process group."""
     there = dist.is_available() and dist.is_initialized()
     return (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
 
 
-def allocate_together(allocate: Callable[[], T], group: dist.ProcessGroup) -> T:
+def allocate_together(allocate: Callable[[], T], group: dist.ProcessGroup | None) -> T:
     """Returns what allocate() gives. Where memory ran out on any rank of the group, all of them raise
     OutOfMemoryTogether, so that none goes on alone into an exchange. allocate() may be collective if a rank fails in it
-    only after its last exchange. Collective."""
+    only after its last exchange. group: None for this rank alone. Collective."""
     made, problem = None, ""
     try:
         made = allocate()
     except (RuntimeError, MemoryError) as error:  # CUDA's driver says it by a plain RuntimeError
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "out of memory" not in str(error):
+        if not is_out_of_memory(error) and "out of memory" not in str(error):
             raise
         problem = str(error)
     failed = torch.tensor([world()[0] if problem else -1])
-    dist.all_reduce(failed, dist.ReduceOp.MAX, group=group)
+    if group is not None:
+        dist.all_reduce(failed, dist.ReduceOp.MAX, group=group)
     if (rank := int(failed)) >= 0:
         raise OutOfMemoryTogether(rank, problem or f"memory ran out on rank {rank}")
     return made

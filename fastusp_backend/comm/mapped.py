@@ -5,19 +5,18 @@ It has no name and goes with its last user: a rank opens the others' pieces thro
 
 import mmap
 import os
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
 from ..pinning import pin, unpin
-from .groups import all_gather_single
+from .groups import all_gather_single, allocate_together
 
 
-def map_memory_of_all(size: int, group: dist.ProcessGroup | None, *, pinned: bool) -> list[torch.Tensor]:
+def map_memory_of_all(size: int, group: dist.ProcessGroup | None) -> list[torch.Tensor]:
     """Returns `size` zeroed bytes (uint8) of every rank of a group, in its order; of this one alone where the group is
-    None. All ranks of a group give the same size. Collective.
-
-    Raises RuntimeError where they cannot be pinned.
+    None. All ranks of a group give the same size. Collective; raises OutOfMemoryTogether.
     """
     descriptor = os.memfd_create("fastusp")
     try:
@@ -26,17 +25,34 @@ def map_memory_of_all(size: int, group: dist.ProcessGroup | None, *, pinned: boo
         if group is not None:
             mine, owners = owners.view(-1), torch.empty(dist.get_world_size(group), 2, dtype=torch.int64)
             all_gather_single(owners.view(-1), mine, group=group)
-        tensors = []
-        for process, number in owners.tolist():
-            with open(f"/proc/{process}/fd/{number}", "r+b", buffering=0) as file:
-                tensors.append(torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=torch.uint8))
-            if pinned:
-                check(pin(tensors[-1]), "cuMemHostRegister")
-        if group is not None:
-            dist.all_reduce(torch.zeros(1), group=group)  # until all have opened it
+        places = owners.tolist()
+        return allocate_together(lambda: [_map(*place) for place in places], group)  # until all have opened it
     finally:
         os.close(descriptor)
-    return tensors
+
+
+def _map(process: int, descriptor: int) -> torch.Tensor:
+    try:
+        with open(f"/proc/{process}/fd/{descriptor}", "r+b", buffering=0) as file:
+            return torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=torch.uint8)
+    except OSError as error:
+        raise MemoryError(f"memory of process {process} cannot be mapped: {error}") from error
+
+
+def pin_all(tensors: Sequence[torch.Tensor], group: dist.ProcessGroup | None) -> list[int]:
+    """Pins memory on all ranks, or on none; returns the addresses, for `unpin_all`. Collective; raises
+    OutOfMemoryTogether."""
+
+    def pin_own() -> list[int]:
+        addresses: list[int] = []
+        for tensor in tensors:
+            if (code := int(pin(tensor))) != 0:
+                unpin_all(addresses)
+                raise MemoryError(f"{tensor.nbytes / 1e9:.1f} GB of host memory cannot be pinned (CUDA error {code})")
+            addresses.append(tensor.data_ptr())
+        return addresses
+
+    return allocate_together(pin_own, group)
 
 
 def unpin_all(addresses: list[int], keep: int = 0) -> None:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from ..pinning import driver
 from .arena import CHANNELS, Part
 from .groups import allocate_together
-from .mapped import check, map_memory_of_all, unpin_all
+from .mapped import check, map_memory_of_all, pin_all, unpin_all
 
 _WAIT_EQUAL = 1
 
@@ -98,8 +98,8 @@ class StagedArena:
 
     def _map(self, size: int) -> list[torch.Tensor]:
         """Returns `size` zeroed bytes of every rank, pinned here."""
-        tensors = map_memory_of_all(size, self._group, pinned=True)
-        self._pinned += [tensor.data_ptr() for tensor in tensors]
+        tensors = map_memory_of_all(size, self._group)
+        self._pinned += pin_all(tensors, self._group)
         return tensors
 
 

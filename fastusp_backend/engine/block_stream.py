@@ -15,6 +15,9 @@ and after it again: a block is changed only when nobody fetches it any more, and
 Take either wait away and a rank computes with half of a change.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -111,6 +114,7 @@ class BlockStream:
         if self.store.on_device:
             self.store.free()
         self._primed = False
+        self._open = self._next = self._pending = None
 
     def free(self) -> None:
         """Gives all memory back."""
@@ -147,9 +151,22 @@ class BlockStream:
 
     # What follows changes weights, between evaluations.
 
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[None]:
+        """Weights that this rank owns may be changed inside, behind `open`. A rank that fails there comes to the end
+        all the same, and raises then; what it had open is as it was before. Collective."""
+        self.meet()
+        try:
+            yield
+        except BaseException:
+            self._open = None
+            raise
+        finally:
+            self.meet()
+
     def open(self, name: str) -> None:
-        """Has a weight that this rank owns where the layer finds it and it may be changed; all ranks have met before.
-        A tensor that is not streamed is where it always is."""
+        """Has a weight that this rank owns where the layer finds it, within `changing`. One that is not streamed is
+        where it always is."""
         number = self._number_of.get(name)
         if number is None or self.store.in_place or number == self._open:
             return

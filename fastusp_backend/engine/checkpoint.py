@@ -6,6 +6,7 @@ that fails alone leaves the others in a collective, so that all that can fail fo
 Tensors that `models/ownership.py` gives to other ranks stay on the meta device, in the form that they have there.
 """
 
+import contextlib
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -80,6 +81,19 @@ class Checkpoint:
         if self.stream is not None:
             self.stream.allocate()
 
+    def share(self) -> None:
+        """Allocates what the ranks have in common, behind `allocate`, and probes what reading takes beside it.
+        Collective; raises OutOfMemoryTogether, or what torch raises where this rank alone lacks memory."""
+        if self.stream is None:
+            return
+        self.stream.share()
+        if self._device.type != "cpu":  # each is read, then converted, while the next one is read
+            plans = [self.plans[name] for name in self.stream.names if self.is_local(name)]
+            largest = sorted((plan.info.size for plan in plans), reverse=True)[:2]
+            probes = [empty_bytes(size, self._device) for size in largest]
+            probes.append(empty_bytes(max((plan.conversion_bytes for plan in plans), default=0), self._device))
+            del probes
+
     def read(self) -> Transformer:
         """Gives the model its weights. Collective over the group, and over all ranks where blocks are streamed, which
         have their memory then: a rank that fails here alone leaves the others waiting.
@@ -144,17 +158,15 @@ class Checkpoint:
         return module.stored if self.plans[name].linear else Stored(getattr(module, leaf))
 
     def open(self, name: str) -> Stored:
-        """Returns a tensor that lies on this rank, as `stored`, where it can be read and changed, between two calls of
-        `meet`: one that is streamed is brought first."""
+        """Returns a tensor that lies on this rank, as `stored`, where it can be read and changed, within `changing`:
+        one that is streamed is brought first."""
         if self.stream is not None:
             self.stream.open(name)
         return self.stored(name)
 
-    def meet(self) -> None:
-        """Has all ranks wait for each other where blocks are streamed: before weights are changed, and afterwards.
-        Collective."""
-        if self.stream is not None:
-            self.stream.meet()
+    def changing(self) -> contextlib.AbstractContextManager[None]:
+        """Weights may be changed inside: see `BlockStream.changing`."""
+        return contextlib.nullcontext() if self.stream is None else self.stream.changing()
 
     def set_stored(self, name: str, stored: Stored) -> None:
         """Makes this a tensor of the model, by the module's name."""

@@ -16,7 +16,6 @@ from ..comm.groups import world
 from ..comm.mesh import Mesh, make_mesh, single_rank_mesh
 from ..comm.transport import Transport
 from ..config import Layout, ModelSpec, Settings
-from ..errors import FastUSPError
 from ..kernels.fp8_product import check_fp8_products, check_fp8_sizes
 from ..models.family import FamilyConfig
 from ..models.placement import Placement
@@ -85,6 +84,7 @@ class Engine:
     def describe(self, spec: ModelSpec) -> FamilyConfig:
         """What the model of `spec` is, by its file's header alone. Raises CheckpointError, as `check_file` too, or
         ValueError for products that this device does not have; nothing has changed then."""
+        self._described = None  # of a request that was refused
         if self.is_resident(spec):
             self.check_file()
             return self._resident.model.config
@@ -120,8 +120,7 @@ class Engine:
         """Allocates what the ranks have in common of the model's memory, behind `make_room` or `reserve`. Collective;
         raises OutOfMemoryTogether."""
         if self._described is not None:
-            if self._described.stream is not None:
-                self._described.stream.share()
+            self._described.share()
         else:
             self._resident.share()
 
@@ -133,7 +132,7 @@ class Engine:
         try:
             checkpoint.read()
         except Exception as error:
-            if self._reading_group() is None and checkpoint.stream is None:
+            if self._ranks == 1 or (self._reading_group() is None and checkpoint.stream is None):
                 raise
             raise RuntimeError(f"reading {checkpoint.spec.path} failed when the ranks had begun: {error}") from error
         checkpoint.check_file()
@@ -145,15 +144,7 @@ class Engine:
     def patch(self, weights: Patches, tensors: Mapping[str, torch.Tensor], *, base: int | None, number: int) -> None:
         """Changes the resident model's weights; nothing is compiled again, and captured only where the factors of
         packed weights change or a weight is widened. Raises as `PatchedWeights.change`."""
-        resident = self._on_device()
-        try:
-            restored, patched = resident.patch(weights, tensors, base=base, number=number)
-        except FastUSPError:
-            raise
-        except Exception as error:
-            if resident.stream is None:
-                raise
-            raise RuntimeError(f"patching failed when the ranks had begun: {error}") from error  # the others wait
+        restored, patched = self._on_device().patch(weights, tensors, base=base, number=number)
         log.info("patch set %d: %d weights restored, %d patched", number, restored, patched)
 
     def connect(self, layout: Layout, settings: Settings) -> None:
@@ -215,9 +206,15 @@ class Engine:
         text = f"{weights / 1e9:.1f} GB of weights"
         if self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.device)
-            rest = torch.cuda.memory_allocated(self.device) - weights
+            rest = torch.cuda.memory_allocated(self.device) - (weights - self._symmetric_bytes())
             text += f" and {rest / 1e9:.1f} GB of other tensors; {free / 1e9:.1f} of {total / 1e9:.1f} GB were free"
         return text
+
+    def _symmetric_bytes(self) -> int:
+        """Bytes of the weights that torch's allocator does not count."""
+        stream = self._resident.stream if self._resident and not self.parked else None
+        own = None if stream is None else stream.own_memory
+        return 0 if own is None else own.nbytes
 
     def _on_device(self) -> Resident:
         """The resident model, whose weights can be used. Raises RuntimeError where there is none."""

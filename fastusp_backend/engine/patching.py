@@ -101,12 +101,20 @@ class PatchedWeights:
             for name, plan in checkpoint.plans.items()
             if name in before or name in after
         }
+        with checkpoint.changing():
+            self._change(updates, wanted, tensors, after)
+        self._patched -= before - after
+        self.number = number
+        return len(before), len(after)
+
+    def _change(self, updates: Mapping[str, Update], wanted: Patches, tensors, after: set[str]) -> None:
+        """Updates the weights that lie on this rank. after: those that are patched then."""
+        checkpoint = self._checkpoint
         restored = checkpoint.reread(_updated_by(updates, "restore", "reapply"))
         from_file = checkpoint.file_values(_updated_by(updates, "from_file"))
         to_widen = checkpoint.reread(_updated_by(updates, "widen"))
         self.number = None
         self._patched |= after  # so that all of it is undone if a part fails
-        checkpoint.meet()
         self._set_factors(_updated_by(updates, "factors"), wanted, tensors)
         for name, stored in restored:
             checkpoint.open(name)
@@ -123,12 +131,8 @@ class PatchedWeights:
             checkpoint.open(name)
             self._place(name, weight.shape).store(weight)
             beat()
-        checkpoint.meet()
         if _updated_by(updates, "restore", "reapply", "from_file", "widen"):
             checkpoint.check_file()
-        self._patched -= before - after
-        self.number = number
-        return len(before), len(after)
 
     def _check(self, name: str, patches: Sequence[WeightPatch], tensors: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
         """The shape that the patches give a weight."""

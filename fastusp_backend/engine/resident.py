@@ -49,7 +49,8 @@ class Resident:
     def nbytes(self) -> int:
         """Bytes of the weights that this rank has: on the device, or parked in host memory."""
         if self.parked:
-            return self._host.nbytes
+            in_host_memory = self.stream is not None and not self.stream.store.on_device
+            return self._host.nbytes + (self.stream.store.memory.nbytes if in_host_memory else 0)
         return self._device_bytes
 
     def check_file(self) -> None:

@@ -94,16 +94,19 @@ def place(
         why = "they do not reach each other's memory" if ranks > 1 else "there is only one"
         raise RequestError(f"Set weights to host or auto: the GPUs cannot share them, since {why}")
     blocks = len(model.blocks())
-    source: Source = choice if choice in ("shared", "host") else "shared" if peers and ranks > 1 else "host"
     if choice == "whole" or choice == "auto" and (available is None or max(ownership.nbytes) <= available):
         return Placement(source=None, slabs=(), blocks=blocks, device_bytes=max(ownership.nbytes))
-    for count in (blocks,) if choice != "auto" else range(1, blocks + 1):
-        found = stream_count(model, plans, ownership, source, count)
-        if choice != "auto" or found.device_bytes <= available:
-            return found
+    if choice != "auto":
+        return stream_count(model, plans, ownership, choice, blocks)
+    sources: tuple[Source, ...] = ("shared", "host") if peers and ranks > 1 else ("host",)
+    for source in sources:
+        for count in range(1, blocks + 1):
+            found = stream_count(model, plans, ownership, source, count)
+            if found.device_bytes <= available:
+                return found
     raise RequestError(
         f"Use a smaller file or weight_dtype, or more GPUs: with all blocks travelling the weights still take "
-        f"{found.device_bytes / 1e9:.1f} GB of each GPU, of which {available / 1e9:.1f} GB may be used"
+        f"{found.device_bytes / 1e9:.1f} GB of each GPU, of which {max(0, available) / 1e9:.1f} GB may be used"
     )
 
 

@@ -2,7 +2,7 @@
 
 import re
 
-import torch
+from ..comm.groups import is_out_of_memory
 
 LOADING = "while it loaded the model"
 PATCHING = "while it patched the weights"
@@ -21,18 +21,6 @@ _ADVICE = {
 _ADVICE[PATCHING] = _ADVICE[LOADING]
 _ADVICE[PARKING] = "Set residency to keep or release in USP Optimization Settings"
 _ADVICE[EVALUATING] = _ADVICE[RECEIVING] = _ADVICE[PREPARING]
-
-
-_PLAIN = re.compile(
-    r"CUDA error: out of memory|\[enforce fail.*can't allocate memory|unable to mmap.*Cannot allocate memory"
-)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Also where torch says it by a plain RuntimeError: for CPUs, mapped files, and CUDA beside its own allocator."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and _PLAIN.match(str(error)) is not None
 
 
 def out_of_memory_in(error: BaseException | None) -> BaseException | None:

@@ -4,12 +4,12 @@ import traceback
 from collections.abc import Callable
 from typing import TypeVar
 
-from ..comm.groups import OutOfMemoryTogether
+from ..comm.groups import OutOfMemoryTogether, is_out_of_memory
 from ..engine import Engine
 from ..errors import FastUSPError, PatchesLost
 from ..protocol.messages import Request
 from ..pulse import USUAL_SECONDS, beat, turn_to
-from .activity import EVALUATING, PREPARING, explain, is_out_of_memory
+from .activity import EVALUATING, PREPARING, explain
 from .crew import Crew
 
 T = TypeVar("T")

@@ -1,5 +1,7 @@
 """Weights that travel give the bits of weights that stay: for every family and format, layout, patch and parking."""
 
+import os
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -141,7 +143,32 @@ def test_one_rank_streams_from_host_memory_and_cannot_share(shared_pool, dev):
     assert torch.equal(evaluate(alone, dev, weights="host"), expected)
     with pytest.raises(RequestError, match="Set weights to host or auto: .* there is only one"):
         evaluate(alone, dev, weights="shared")
-    assert torch.equal(
-        replace(session(alone, dev, weights="host")).evaluate(GIVEN.x, GIVEN.timestep, PROMPT, Progress()), expected
-    )
     alone.release()
+
+
+@pytest.mark.parametrize("weights", TRAVELLING)
+def test_a_refused_request_for_another_file_harms_none_that_is_parked(pool, files, weights):
+    """Both are described by then; one has no such layout."""
+    before, alive = outcome(pool, files["flux"], LAYOUTS[0], weights=weights), pids(pool)
+    pool.park()
+    with pytest.raises(RequestError):
+        outcome(pool, files["qwen"], Layout(ulysses=1, ring=1), weights=weights)
+    assert torch.equal(outcome(pool, files["flux"], LAYOUTS[0], weights=weights), before)
+    assert pids(pool) == alive
+
+
+@pytest.mark.parametrize("weights", TRAVELLING)
+def test_a_patch_of_a_file_that_was_written_to_is_refused(pool, dev, tmp_path, weights):
+    path = tmp_path / "model.safetensors"
+    shutil.copy(dev, path)
+    first, second = (lora("single_blocks.0.linear2.weight", (512, 1536), seed) for seed in (31, 33))
+    over = Session(pool, spec_of(path), (LAYOUTS[0],), Settings(weights=weights), patches=first)
+    given = given_to(read_model(str(path)).config)
+    over.evaluate(*given, Progress())
+    alive = pids(pool)
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(RequestError, match="was changed since it was loaded"):
+        replace(over, patches=second).evaluate(*given, Progress())
+    assert pids(pool) == alive
+    again = Session(pool, spec_of(path), (LAYOUTS[0],), Settings(weights=weights), patches=second)
+    assert again.evaluate(*given, Progress()).isfinite().all() and pids(pool) == alive

@@ -70,15 +70,28 @@ def test_a_changed_weight_is_what_comes():
     model, stream = streaming(4)
     stream.prime()
     name = next(iter(stream.placement.slabs[2].offsets))
-    stream.meet()
-    stream.open(name)
-    model.get_submodule(name.rpartition(".")[0]).weight.add_(0.5)
-    stream.meet()
+    with stream.changing():
+        stream.open(name)
+        model.get_submodule(name.rpartition(".")[0]).weight.add_(0.5)
     stream.prime()
     for block in range(4):
         stream.begin(block)
         expected = {float(block)} | ({2.5} if block == 2 else set())
         assert values(model, stream.placement.slabs[block]) == expected
+    stream.end()
+
+
+def test_a_change_that_fails_leaves_what_was():
+    model, stream = streaming(4)
+    name = next(iter(stream.placement.slabs[1].offsets))
+    with pytest.raises(OSError, match="no file"), stream.changing():
+        stream.open(name)
+        model.get_submodule(name.rpartition(".")[0]).weight.add_(0.5)
+        raise OSError("no file")
+    stream.prime()
+    for block in range(4):
+        stream.begin(block)
+        assert values(model, stream.placement.slabs[block]) == {float(block)}
     stream.end()
 
 

@@ -43,6 +43,11 @@ def test_as_few_as_need_be_travel(available, peers, source):
     assert f"{57 - len(found.slabs)} of 57 blocks stay, {len(found.slabs)} " in str(found)
 
 
+def test_host_memory_takes_what_the_gpus_together_cannot():
+    found = placed(FLUX2_DEV, available=22 * GB)
+    assert found.source == "host" and found.device_bytes <= 22 * GB < placed(FLUX2_DEV, weights="shared").device_bytes
+
+
 def test_they_are_spread_evenly():
     found = placed(FLUX2_DEV, available=60 * GB)
     blocks = [slab.block for slab in found.slabs]
