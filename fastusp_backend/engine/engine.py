@@ -60,6 +60,11 @@ class Engine:
         return str(self._placement) if self._resident else ""
 
     @property
+    def streams(self) -> bool:
+        """Whether blocks of the resident model travel."""
+        return self._resident is not None and self._resident.stream is not None
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the weights that this rank has: on the device, or parked in host memory."""
         return self._resident.nbytes if self._resident else 0

@@ -66,7 +66,8 @@ class Residency:
             self._agreement.together(engine.make_room, LOADING)
             self._agreement.together(engine.share, LOADING)
             self._agreement.together(engine.load, LOADING)
-            self._reply(Phase(id=request.id, text=f"loaded: {engine.placement}"))
+            if engine.streams:
+                self._reply(Phase(id=request.id, text=f"loaded: {engine.placement}"))
         elif engine.parked:
             self._reply(Phase(id=request.id, text="bringing the weights back"))
             self._agreement.together(engine.reserve, LOADING)
