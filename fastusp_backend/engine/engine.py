@@ -137,7 +137,7 @@ class Engine:
         try:
             checkpoint.read()
         except Exception as error:
-            if self._ranks == 1 or (self._reading_group() is None and checkpoint.stream is None):
+            if self._reading_group() is None and (checkpoint.stream is None or self._ranks == 1):
                 raise
             raise RuntimeError(f"reading {checkpoint.spec.path} failed when the ranks had begun: {error}") from error
         checkpoint.check_file()
