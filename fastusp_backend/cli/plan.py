@@ -103,5 +103,5 @@ def memory(nbytes: int, devices: Devices, totals: dict[int, int | None]) -> list
             told.append(f"NVML reports no memory size for GPU {i}: check yourself whether they fit")
         elif totals[i] <= nbytes:
             has = f"GPU {i} has {totals[i] / 1e9:.2f} GB"
-            told.append(f"warning: {has}. Use a smaller weight_dtype or file, or other GPUs")
+            told.append(f"warning: {has}. Blocks travel, unless weights = whole: see --free {totals[i] // 10**9}")
     return told

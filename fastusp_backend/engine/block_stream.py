@@ -57,11 +57,11 @@ class BlockStream:
             name: model.get_submodule(name.rpartition(".")[0]) for name in self._number_of
         }
         self._plans = {name: plans[name] for name in self._number_of}
-        self._turns = {slab.block: turn for turn, slab in enumerate(slabs)}
+        self._number_of_block = {slab.block: number for number, slab in enumerate(slabs)}
         self._waits_for_tokens = placement.source == "shared"
         self._slots: list[torch.Tensor] = []
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._next: int | None = None  # the turn of what is to be fetched as soon as tokens have arrived
+        self._next: int | None = None  # what is to be fetched as soon as tokens have arrived
         self._pending: Wait | None = None
         self._primed = False
         self._open: int | None = None  # which one of this rank's is in its slot, to be changed
@@ -131,12 +131,12 @@ class BlockStream:
 
     def begin(self, block: int) -> None:
         """Has a block's weights where it computes from, behind what the main stream was given."""
-        turn = self._turns.get(block)
-        if turn is None:
+        number = self._number_of_block.get(block)
+        if number is None:
             return
         self._join()
         if len(self._slabs) > 1:
-            self._next = (turn + 1) % len(self._slabs)
+            self._next = (number + 1) % len(self._slabs)
             if not self._waits_for_tokens:
                 self._fetch_next()
 
@@ -208,13 +208,13 @@ class BlockStream:
         return self.store.fetch(number, self._slot(number))
 
     def _fetch_next(self) -> None:
-        turn, self._next = self._next, None
+        number, self._next = self._next, None
         if self._stream is None:
-            self._pending = self._fetch(turn)
+            self._pending = self._fetch(number)
             return
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            self._pending = self._fetch(turn)
+            self._pending = self._fetch(number)
 
     def _join(self) -> None:
         if self._next is not None:

@@ -55,6 +55,7 @@ def measure_room(device: torch.device, config: FamilyConfig) -> Room:
 def _free(device: torch.device) -> int:
     """Bytes that this process can still allocate on a GPU."""
     free, total = torch.cuda.mem_get_info(device)
+    # Older versions of torch cannot be asked for the limit that somebody has set.
     share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)(device)
     return min(free, int(share * total) - torch.cuda.memory_reserved(device))
 

@@ -111,6 +111,7 @@ def test_memory_of_a_plan():
         "warning: GPU 2 has 25",
         "warning: GPU 3 has 25",
     ]
+    assert all("Blocks travel, unless weights = whole: see --free 25" in line for line in said if "warning" in line)
     assert memory(10 << 30, FOUR, totals) == ["weights: 10.74 GB on each GPU"]
     assert "share" in memory(10 << 30, Devices(ranks=2), {})[0]
     assert memory(30 << 30, Devices(ranks=1, gpus=(3,)), {3: None})[1].startswith("NVML reports no memory size for ")
