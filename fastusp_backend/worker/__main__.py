@@ -2,11 +2,10 @@
 
 import logging
 import os
-import sys
 from pathlib import Path
 
 from ..pulse import turn_to
-from .process import PARENT_VARIABLE, RUN_DIR_VARIABLE, die_with_parent, log_to_pool, record_failure, show_pulse
+from .process import PARENT_VARIABLE, RUN_DIR_VARIABLE, die_with_parent, leave, log_to_pool, record_failure, show_pulse
 
 log = logging.getLogger(__name__)
 
@@ -36,4 +35,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from .process import PARENT_VARIABLE, RUN_DIR_VARIABLE, die_with_parent
+from .process import PARENT_VARIABLE, RUN_DIR_VARIABLE, die_with_parent, leave
 
 
 def main(arguments: list[str]) -> int:
@@ -17,4 +17,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))
