@@ -100,7 +100,7 @@ def main() -> None:
         read = time.perf_counter()
         after, peak = resident(), torch.cuda.max_memory_allocated()
         grown = {name: (after[name] - before[name]) / 2**20 for name in after}
-        loaded = resident_bytes(model)
+        loaded = resident_bytes(tensors_of(model))
         print(
             f"RESULT turn {turn} rank {rank}: {read - started:6.2f} s (header {described - started:.2f}, room "
             f"{allocated - described:.2f}), {size / (read - allocated) / 1e9:5.1f} GB/s; RSS {grown['VmRSS']:+.0f} "

@@ -37,16 +37,15 @@ def plans_of(model, spec):
     return storage_plans(model, header, spec)
 
 
-def copies(stream: BlockStream) -> dict[str, Stored]:
+def copies(model, stream: BlockStream) -> dict[str, Stored]:
     """All streamed weights."""
     found = {}
-    stream.meet()
-    for number, slab in enumerate(stream.placement.slabs):
-        stream._fetch(number)()
-        for name in slab.offsets:
-            data, scale = stream._views(name)
-            found[name] = Stored(data.clone(), None if scale is None else scale.clone(), stream._plans[name].packing)
-    stream.meet()
+    with stream.changing():
+        for name in stream.names:
+            stream.open(name)
+            stored = model.get_submodule(name.rpartition(".")[0]).stored
+            scale = None if stored.scale is None else stored.scale.clone()
+            found[name] = Stored(stored.data.clone(), scale, stored.packing)
     return found
 
 
@@ -97,7 +96,7 @@ def main() -> None:
     for row in a.rows.split(","):
         choice, _, count = row.partition(":")
         if stream is not None:
-            values = copies(stream)
+            values = copies(model, stream)
             stream.free()
             model.stream = stream = None
             for name, value in values.items():

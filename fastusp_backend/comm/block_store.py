@@ -1,15 +1,13 @@
-"""Memory from which streamed blocks come: each rank owns a piece of every block, and fetches the others'.
+"""Memory from which streamed blocks come to slots of the device: each rank owns a part of every block.
 
-| kind | pieces lie | fetched by |
+| kind | parts lie | fetched by |
 |---|---|---|
-| PeerStore | on the GPUs, in symmetric memory | a copy engine, out of the owners' memory |
+| PeerStore | on the devices of ranks that reach each other's memory | a copy engine, out of the owners' memory |
 | HostStore | in the host's memory, pinned, mapped by all ranks | a copy engine, over each GPU's own link |
-| BroadcastStore | on CPU ranks | broadcasts over gloo |
 
-A piece is whole layers, and its owner computes from where it lies. With blocks cut into equal bytes, each rank would
-have to copy its own part too, and that costs a step as much as what comes from the peer (power, and the memory's
-bandwidth); with whole blocks owned in turn the ranks would be slow at different blocks, and wait for each other at
-each (two H100: 1.27 times the step of weights that stay, for 1.09 of equal bytes).
+Parts are equal: as much comes to every rank, at the same time. A rank computes with its own part where it lies, since
+pages are mapped so that part and slot are one piece of memory: to copy it as well would cost a step as much as what
+comes from the peer (power, and the memory's bandwidth). docs/design/weights.md has what else was measured.
 
 A copy engine reads the owner's memory and tells nobody: blocks do not change while anybody computes. Whoever changes
 one waits for all ranks before and after it, see engine/block_stream.py. NCCL's broadcasts are kernels, which take SMs
@@ -17,17 +15,19 @@ from the products, and a meeting of all ranks per block.
 """
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
+from .descriptors import Mailbox, exchange_descriptors
 from .groups import allocate_together, world
 from .mapped import map_memory_of_all, pin_all, unpin_all
+from .pages import Pages, Piece
 
-PIECE = 64 << 20
+COPY = 64 << 20
 """Bytes of one copy. Each costs some 15 us of a copy engine, and exchanges of tokens may have to wait for one."""
 
 Wait = Callable[[], None]
@@ -35,98 +35,161 @@ Wait = Callable[[], None]
 
 
 class BlockStore(Protocol):
-    """Made with the sizes in bytes of all blocks' pieces: one of each rank per block.
+    """Made with the sizes in bytes of all blocks' parts, one of each rank per block, and with the slot of each block.
 
-    in_place: whether an owner computes from where its pieces lie.
-    on_device: whether pieces take memory of the device.
-    memory: this rank's pieces, uint8; empty before `allocate`.
+    on_device: whether parts take memory of the device.
+    own: this rank's parts, uint8; empty before `allocate`.
+    nbytes: bytes of this rank's parts.
+    slot_bytes: bytes of the device's slots.
     """
 
-    in_place: bool
     on_device: bool
-    memory: torch.Tensor
+    nbytes: int
+    slot_bytes: int
+
+    @property
+    def own(self) -> list[torch.Tensor]: ...
+
+    def allocate_slots(self) -> None:
+        """Allocates what is this rank's alone. Raises what torch raises."""
 
     def allocate(self) -> None:
-        """Allocates the memory. Collective; raises OutOfMemoryTogether."""
+        """Allocates the parts, unless they are there, and has blocks begin somewhere. Collective; raises
+        OutOfMemoryTogether."""
 
-    def own(self, block: int) -> torch.Tensor:
-        """Returns this rank's piece of a block."""
+    def block(self, number: int) -> torch.Tensor:
+        """Returns where a block is while it computes, uint8."""
 
-    def place(self, block: int, rank: int) -> slice:
-        """Returns where a rank's piece comes in what is fetched of a block."""
+    def fetch(self, number: int) -> Wait:
+        """Brings what a block lacks there, on the current stream."""
 
-    def size(self, block: int) -> int:
-        """Returns the bytes that are fetched of a block."""
+    def write(self, number: int, start: int, data: torch.Tensor) -> None:
+        """Writes bytes of a block, from `start` on, to the parts that they lie in."""
 
-    def fetch(self, block: int, target: torch.Tensor) -> Wait:
-        """Copies what comes of a block to `target`, on the current stream."""
+    def give_back(self, number: int, start: int, size: int) -> None:
+        """Writes bytes of a block that was fetched, and changed, to the parts that they came from."""
+
+    def leave(self) -> None:
+        """Gives the device's memory back."""
 
     def free(self) -> None:
-        """Gives the memory back."""
+        """Gives all memory back."""
 
 
 class _Store:
-    def __init__(self, sizes: Sequence[Sequence[int]]):
+    in_place: bool
+    """Whether an owner's part is where it computes."""
+
+    def __init__(self, parts: Sequence[Sequence[int]], slots: Sequence[int]):
         self._rank, self._ranks = world()
-        self._sizes = [list(pieces) for pieces in sizes]
-        ends = [list(accumulate(pieces)) for pieces in zip(*sizes, strict=True)]  # rank by rank
-        self._ends = list(zip(*ends, strict=True))
-        self._capacity = max(end[-1] for end in ends)  # the same on all ranks
-        self._of_ranks: list[torch.Tensor] = []
+        self._sizes, self._slot_of = [list(sizes) for sizes in parts], list(slots)
+        self._starts = [[0, *accumulate(sizes)][:-1] for sizes in parts]
+        self._parts: list[list[torch.Tensor]] = []  # of each block, rank by rank
+        self._blocks: list[torch.Tensor] = []
+        self.nbytes = sum(sizes[self._rank] for sizes in parts)
 
     @property
-    def memory(self) -> torch.Tensor:
-        return self._of_ranks[self._rank] if self._of_ranks else torch.empty(0, dtype=torch.uint8)
+    def own(self) -> list[torch.Tensor]:
+        return [parts[self._rank] for parts in self._parts]
 
-    def own(self, block: int) -> torch.Tensor:
-        return self._piece(block, self._rank)
+    def block(self, number: int) -> torch.Tensor:
+        return self._blocks[number]
 
-    def place(self, block: int, rank: int) -> slice:
-        start = sum(self._sizes[block][other] for other in self._fetched() if other < rank)
-        return slice(start, start + self._sizes[block][rank])
-
-    def size(self, block: int) -> int:
-        return sum(self._sizes[block][rank] for rank in self._fetched())
-
-    def fetch(self, block: int, target: torch.Tensor) -> Wait:
+    def fetch(self, number: int) -> Wait:
         for hop in range(1, self._ranks + 1):  # each rank begins with another one
             rank = (self._rank + hop) % self._ranks
-            if rank in self._fetched():
-                there = target[self.place(block, rank)]
-                for piece, source in zip(there.split(PIECE), self._piece(block, rank).split(PIECE), strict=True):
-                    piece.copy_(source, non_blocking=True)
+            if self._comes(rank):
+                start, part = self._starts[number][rank], self._parts[number][rank]
+                there = self._blocks[number][start : start + len(part)]
+                for target, source in zip(there.split(COPY), part.split(COPY), strict=True):
+                    target.copy_(source, non_blocking=True)
         return lambda: None
 
-    def _fetched(self) -> list[int]:
-        """The ranks whose pieces come."""
-        return [rank for rank in range(self._ranks) if rank != self._rank or not self.in_place]
+    def write(self, number: int, start: int, data: torch.Tensor) -> None:
+        for _, part, at in self._overlaps(number, start, len(data)):
+            part.copy_(data[at : at + len(part)], non_blocking=True)
 
-    def _piece(self, block: int, rank: int) -> torch.Tensor:
-        end = self._ends[block][rank]
-        return self._of_ranks[rank][end - self._sizes[block][rank] : end]
+    def give_back(self, number: int, start: int, size: int) -> None:
+        changed = self._blocks[number][start : start + size]
+        for rank, part, at in self._overlaps(number, start, size):
+            if self._comes(rank):
+                part.copy_(changed[at : at + len(part)], non_blocking=True)
+
+    def _comes(self, rank: int) -> bool:
+        return rank != self._rank or not self.in_place
+
+    def _overlaps(self, number: int, start: int, size: int) -> Iterator[tuple[int, torch.Tensor, int]]:
+        """For each rank that has some of the bytes: it, its part of them, and how many lie before."""
+        for rank, (first, part) in enumerate(zip(self._starts[number], self._parts[number], strict=True)):
+            begin, end = max(start, first), min(start + size, first + len(part))
+            if begin < end:
+                yield rank, part[begin - first : end - first], begin - start
 
 
 class PeerStore(_Store):
-    """See `BlockStore`. For GPUs that map each other's memory."""
+    """See `BlockStore`. For devices that reach each other's memory; parts are whole pages of it."""
 
     in_place = on_device = True
 
-    def __init__(self, sizes: Sequence[Sequence[int]], device: torch.device):
-        super().__init__(sizes)
-        self._device = device
+    def __init__(self, parts: Sequence[Sequence[int]], slots: Sequence[int], pages: Pages):
+        super().__init__(parts, slots)
+        self._pages = pages
+        # A slot has a row of pieces for each of the others' parts: the smallest part takes the first of them, a larger
+        # one more, since a piece can only be mapped whole.
+        self._steps: dict[tuple[int, int], list[int]] = {}
+        for slot in sorted(set(slots)):
+            for rank in filter(self._comes, range(self._ranks)):
+                sizes = sorted({part[rank] for part, of in zip(parts, slots, strict=True) if of == slot} | {0})
+                self._steps[slot, rank] = [b - a for a, b in zip(sizes, sizes[1:], strict=False)]
+        self._pieces: dict[tuple[int, int], list[Piece]] = {}
+        self.slot_bytes = sum(map(sum, self._steps.values()))
+
+    def allocate_slots(self) -> None:
+        self._pieces = {place: [self._pages.make(size) for size in steps] for place, steps in self._steps.items()}
 
     def allocate(self) -> None:
-        import torch.distributed._symmetric_memory as symmetric_memory
+        if self._parts:
+            return
+        group = dist.group.WORLD
+        own, descriptors, mailbox = allocate_together(self._make, group)
+        try:
+            allocate_together(lambda: self._map(own, exchange_descriptors(mailbox, descriptors, group)), group)
+        finally:
+            mailbox.close()
 
-        size, group = self._capacity, dist.group.WORLD
-        self._buffer = allocate_together(
-            lambda: symmetric_memory.empty(size, dtype=torch.uint8, device=self._device), group
-        )
-        self._handle = symmetric_memory.rendezvous(self._buffer, group)
-        self._of_ranks = [self._handle.get_buffer(rank, (size,), torch.uint8) for rank in range(self._ranks)]
+    def _make(self) -> tuple[list[Piece | None], list[int], Mailbox]:
+        """This rank's parts, descriptors of them for the others, and where theirs come in."""
+        own = [self._pages.make(sizes[self._rank]) if sizes[self._rank] else None for sizes in self._sizes]
+        try:
+            return own, [piece.descriptor() for piece in own if piece is not None], Mailbox()
+        except OSError as error:
+            raise MemoryError(str(error)) from error
 
-    def free(self) -> None:
-        self._of_ranks, self._handle, self._buffer = [], None, None
+    def _map(self, own: list[Piece | None], descriptors: list[list[int]]) -> None:
+        theirs = [iter(of_rank) for of_rank in descriptors]
+        for sizes, starts, slot, piece in zip(self._sizes, self._starts, self._slot_of, own, strict=True):
+            row: list[Piece] = []
+            for rank, size in enumerate(sizes):
+                if size:
+                    row += self._in_slot(slot, rank, size) if self._comes(rank) else [piece]
+            block = self._pages.map(row)
+            parts = [block[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+            for rank, size in enumerate(sizes):
+                if size and self._comes(rank):
+                    parts[rank] = self._pages.map([self._pages.open(next(theirs[rank]), size)])
+            self._blocks.append(block)
+            self._parts.append(parts)
+
+    def _in_slot(self, slot: int, rank: int, size: int) -> list[Piece]:
+        """The pieces of a slot that a part of another rank takes."""
+        place = slot, rank
+        reached = accumulate(self._steps[place])
+        return [piece for piece, end in zip(self._pieces[place], reached, strict=True) if end <= size]
+
+    def leave(self) -> None:
+        self._blocks, self._parts, self._pieces = [], [], {}
+
+    free = leave
 
 
 class HostStore(_Store):
@@ -134,45 +197,36 @@ class HostStore(_Store):
 
     in_place = on_device = False
 
-    def __init__(self, sizes: Sequence[Sequence[int]], *, pinned: bool):
-        super().__init__(sizes)
-        self._pins, self._pinned = pinned, []
+    def __init__(self, parts: Sequence[Sequence[int]], slots: Sequence[int], device: torch.device):
+        super().__init__(parts, slots)
+        self._device, self._pinned = device, []
+        self._capacity = max(sum(sizes) for sizes in zip(*parts, strict=True))  # the same on all ranks
+        self._slot_sizes = [
+            max(sum(sizes) for sizes, of in zip(parts, slots, strict=True) if of == slot) for slot in sorted(set(slots))
+        ]
+        self.slot_bytes = sum(self._slot_sizes)
         # Before the memory itself is freed; at the process' end CUDA is gone first.
         weakref.finalize(self, unpin_all, self._pinned).atexit = False
 
+    def allocate_slots(self) -> None:
+        slots = [torch.empty(size, dtype=torch.uint8, device=self._device) for size in self._slot_sizes]
+        self._blocks = [slots[slot][: sum(sizes)] for slot, sizes in zip(self._slot_of, self._sizes, strict=True)]
+
     def allocate(self) -> None:
+        if self._parts:
+            return
         group = dist.group.WORLD if self._ranks > 1 else None
         memory = map_memory_of_all(self._capacity, group)
-        if self._pins:
+        if self._device.type == "cuda":
             self._pinned += pin_all(memory, group)
-        self._of_ranks = memory
+        by_rank = zip(memory, zip(*self._sizes, strict=True), strict=True)
+        rows = [whole[: sum(sizes)].split(list(sizes)) for whole, sizes in by_rank]
+        self._parts = [list(parts) for parts in zip(*rows, strict=True)]
+
+    def leave(self) -> None:
+        self._blocks = []
 
     def free(self) -> None:
+        self.leave()
         unpin_all(self._pinned)
-        self._of_ranks = []
-
-
-class BroadcastStore(_Store):
-    """See `BlockStore`. For CPU ranks, which evaluate the same blocks in the same order: each fetch is a meeting of all
-    of them."""
-
-    in_place = on_device = True
-
-    def allocate(self) -> None:
-        memory = allocate_together(lambda: torch.empty(self._capacity, dtype=torch.uint8), dist.group.WORLD)
-        self._of_ranks = [memory] * self._ranks
-
-    def fetch(self, block: int, target: torch.Tensor) -> Wait:
-        pieces = [
-            self.own(block) if rank == self._rank else target[self.place(block, rank)] for rank in range(self._ranks)
-        ]
-        pending = [dist.broadcast(piece, rank, async_op=True) for rank, piece in enumerate(pieces) if len(piece)]
-
-        def wait() -> None:
-            for work in pending:
-                work.wait()
-
-        return wait
-
-    def free(self) -> None:
-        self._of_ranks = []
+        self._parts = []

@@ -1,18 +1,17 @@
 """Blocks' weights that come to the device as they are needed, into slots, while other blocks compute.
 
-The layers of a streamed block find their weights always at the same address: an owner where its store has them in
-place, the others in a slot. So one CUDA graph serves for all steps, with the copies as nodes of it. Blocks take two
-slots in turn. As one begins, all before it have been computed, in the order of the main stream: the other slot is free,
-and the next block is fetched into it, on a stream of its own. The last block fetches the first, for the next
-evaluation, into a slot that is not its own: of an odd number of blocks the last one has a third. Nothing is said to
-other ranks meanwhile: all read, and nobody writes.
+The layers of a streamed block find their weights always at the same address. So one CUDA graph serves for all steps,
+with the copies as nodes of it. Blocks take two slots in turn. As one begins, all before it have been computed, in the
+order of the main stream: the other slot is free, and the next block is fetched into it, on a stream of its own. The
+last block fetches the first, for the next evaluation, into a slot that is not its own: of an odd number of blocks the
+last one has a third. Nothing is said to other ranks meanwhile: all read, and nobody writes.
 
 Where tokens cross the same links, a fetch begins with the block's attention, when those of its queries, keys and values
 have arrived: copies of weights in front of them would delay the attention.
 
-Whoever changes weights (loading, patches) writes those of its own blocks. Before that all ranks wait for each other,
-and after it again: a block is changed only when nobody fetches it any more, and fetched again only when it is changed.
-Take either wait away and a rank computes with half of a change.
+Each weight is changed (loading, patches) by the rank that owns most of it, in all ranks' memory that it lies in. Before
+that all ranks wait for each other, and after it again: a block is changed only when nobody fetches it any more, and
+fetched again only when it is changed. Take either wait away and a rank computes with half of a change.
 """
 
 import contextlib
@@ -59,12 +58,11 @@ class BlockStream:
         self._plans = {name: plans[name] for name in self._number_of}
         self._number_of_block = {slab.block: number for number, slab in enumerate(slabs)}
         self._waits_for_tokens = placement.source == "shared"
-        self._slots: list[torch.Tensor] = []
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._next: int | None = None  # what is to be fetched as soon as tokens have arrived
         self._pending: Wait | None = None
         self._primed = False
-        self._open: int | None = None  # which one of this rank's is in its slot, to be changed
+        self._open: int | None = None  # which one is in its slot, to be changed
 
     def __contains__(self, name: str) -> bool:
         """Whether a tensor of the model, by its name, is streamed."""
@@ -81,38 +79,26 @@ class BlockStream:
         found = (t for layer in self._layers.values() for t in (layer.weight, layer.scale))
         return [tensor for tensor in found if tensor is not None]
 
-    @property
-    def own_memory(self) -> torch.Tensor | None:
-        """This rank's blocks, where they take memory of the device."""
-        return self.store.memory if self.store.on_device else None
-
     def owner(self, name: str) -> int:
         """The rank that changes a weight."""
         return self._slabs[self._number_of[name]].owners[name]
 
     def allocate(self) -> None:
         """Allocates the slots. Raises what torch raises."""
-        count = len(self._slabs)
-        size = max(map(self.store.size, range(count)))
-        self._slots = [
-            torch.empty(size, dtype=torch.uint8, device=self._device) for _ in range(min(count, 3 if count % 2 else 2))
-        ]
+        self.store.allocate_slots()
 
     def share(self) -> None:
         """Allocates the blocks' memory, unless it is there, and has the layers find their weights. Collective; raises
         OutOfMemoryTogether."""
-        if not len(self.store.memory):
-            self.store.allocate()
+        self.store.allocate()
         for name, layer in self._layers.items():
             layer.stored = Stored(*self._views(name), self._plans[name].packing, layer.low_rank)
 
     def leave(self) -> None:
         """Gives the device's memory back."""
-        self._slots = []
         for tensor in self.tensors:
             tensor.data = torch.empty(0, dtype=tensor.dtype, device=self._device)
-        if self.store.on_device:
-            self.store.free()
+        self.store.leave()
         self._primed = False
         self._open = self._next = self._pending = None
 
@@ -126,7 +112,7 @@ class BlockStream:
     def prime(self) -> None:
         """Has the first block that comes in its slot. Not within a graph."""
         if not self._primed:
-            self._fetch(0)()
+            self.store.fetch(0)()
             self._primed = True
 
     def begin(self, block: int) -> None:
@@ -154,30 +140,26 @@ class BlockStream:
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
         """Weights that this rank owns may be changed inside, behind `open`. A rank that fails there comes to the end
-        all the same, and raises then; what it had open is as it was before. Collective."""
+        all the same, and raises then. Collective."""
         self.meet()
         try:
             yield
-        except BaseException:
-            self._open = None
-            raise
         finally:
             self.meet()
 
     def open(self, name: str) -> None:
-        """Has a weight that this rank owns where the layer finds it, within `changing`. One that is not streamed is
-        where it always is."""
+        """Has a weight where its layer finds it, within `changing`. One that is not streamed is where it always is."""
         number = self._number_of.get(name)
-        if number is None or self.store.in_place or number == self._open:
+        if number is None or number == self._open:
             return
-        self._store_open()
-        self._fetch(number)()
+        self._close()
+        self.store.fetch(number)()
         self._open = number
 
     def meet(self) -> None:
-        """Waits until all ranks are here, and their devices done with what they were given. What was opened is stored.
-        Collective."""
-        self._store_open()
+        """Waits until all ranks are here, and their devices done with what they were given. What was changed is where
+        all fetch it. Collective."""
+        self._close()
         self._primed = False
         if self._stream is not None:
             torch.cuda.synchronize(self._device)
@@ -187,34 +169,28 @@ class BlockStream:
     def load(self, name: str, stored: Stored) -> None:
         """Takes a weight that this rank owns from its file; `meet` ends it."""
         if self.owner(name) == self._rank:
-            data, scale = self._views(name, self.store.own(self._number_of[name]))
-            data.copy_(stored.data)
-            if scale is not None:
-                scale.copy_(stored.scale)
+            number = self._number_of[name]
+            for start, values in zip(self._slabs[number].offsets[name], (stored.data, stored.scale), strict=True):
+                if values is not None:
+                    self.store.write(number, start, values.contiguous().view(-1).view(torch.uint8))
 
-    def _store_open(self) -> None:
-        if self._open is not None:
-            came = self._slot(self._open)[self.store.place(self._open, self._rank)]
-            self.store.own(self._open).copy_(came)
-            self._open = None
-
-    def _slot(self, number: int) -> torch.Tensor:
-        """Where a block comes."""
-        last = number == len(self._slabs) - 1
-        return self._slots[2 if last and number and number % 2 == 0 else number % 2]
-
-    def _fetch(self, number: int) -> Wait:
-        """On the current stream."""
-        return self.store.fetch(number, self._slot(number))
+    def _close(self) -> None:
+        """Writes what this rank may have changed to where it came from."""
+        number, self._open = self._open, None
+        if number is not None:
+            for name, (start, start_of_scale) in self._slabs[number].offsets.items():
+                if self.owner(name) == self._rank:
+                    end = start_of_scale + self._plans[name].nbytes - self._plans[name].data_bytes
+                    self.store.give_back(number, start, end - start)
 
     def _fetch_next(self) -> None:
         number, self._next = self._next, None
         if self._stream is None:
-            self._pending = self._fetch(number)
+            self._pending = self.store.fetch(number)
             return
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            self._pending = self._fetch(number)
+            self._pending = self.store.fetch(number)
 
     def _join(self) -> None:
         if self._next is not None:
@@ -226,17 +202,12 @@ class BlockStream:
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
-    def _views(self, name: str, memory: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """A weight's data and scale, as its plan has them, in `memory`, its owner's piece; by default where this rank
-        computes from."""
+    def _views(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A weight's data and scale, as its plan has them, where the layer computes from."""
         number, plan = self._number_of[name], self._plans[name]
-        if memory is None:
-            owner = self.owner(name)
-            in_place = self.store.in_place and owner == self._rank
-            memory = self.store.own(number) if in_place else self._slot(number)[self.store.place(number, owner)]
-        start, start_of_scale = self._slabs[number].offsets[name]
-        data = memory[start : start + plan.data_bytes].view(plan.dtype).view(plan.shape)
+        block, (start, start_of_scale) = self.store.block(number), self._slabs[number].offsets[name]
+        data = block[start : start + plan.data_bytes].view(plan.dtype).view(plan.shape)
         if plan.scale is None:
             return data, None
         size = plan.nbytes - plan.data_bytes
-        return data, memory[start_of_scale : start_of_scale + size].view(torch.float32).view(plan.scale)
+        return data, block[start_of_scale : start_of_scale + size].view(torch.float32).view(plan.scale)

@@ -211,15 +211,14 @@ class Engine:
         text = f"{weights / 1e9:.1f} GB of weights"
         if self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.device)
-            rest = torch.cuda.memory_allocated(self.device) - (weights - self._symmetric_bytes())
+            rest = torch.cuda.memory_allocated(self.device) - (weights - self._mapped_bytes())
             text += f" and {rest / 1e9:.1f} GB of other tensors; {free / 1e9:.1f} of {total / 1e9:.1f} GB were free"
         return text
 
-    def _symmetric_bytes(self) -> int:
+    def _mapped_bytes(self) -> int:
         """Bytes of the weights that torch's allocator does not count."""
-        stream = self._resident.stream if self._resident and not self.parked else None
-        own = None if stream is None else stream.own_memory
-        return 0 if own is None else own.nbytes
+        store = self._resident.stream.store if self.streams and not self.parked else None
+        return store.nbytes + store.slot_bytes if store is not None and store.on_device else 0
 
     def _on_device(self) -> Resident:
         """The resident model, whose weights can be used. Raises RuntimeError where there is none."""

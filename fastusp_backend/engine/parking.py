@@ -68,22 +68,22 @@ class HostShard:
         return sum(self._sizes)
 
     def park(
-        self, tensors: Sequence[torch.Tensor], own: Iterable[torch.Tensor] = (), apart: torch.Tensor | None = None
+        self, tensors: Sequence[torch.Tensor], own: Iterable[torch.Tensor] = (), apart: Sequence[torch.Tensor] = ()
     ) -> None:
         """Copies this rank's shard of a model's tensors to the host and empties them. own: those that no other rank
-        has. apart: further bytes of this rank alone, which the caller empties. Raises MemoryError, the model untouched,
-        where the host has no room."""
+        has. apart: further memory of this rank alone, in pieces of uint8, which the caller empties. Raises MemoryError,
+        the model untouched, where the host has no room."""
         alone = {id(tensor) for tensor in own}
         common, owned = (_ranges([t for t in tensors if (id(t) in alone) == whole]) for whole in (False, True))
         ranges, cuts = common + owned, [self._ranks] * len(common) + [1] * len(owned)
         sizes = [
             -(-len(whole) // (cut * _ALIGNMENT)) * _ALIGNMENT for (whole, _), cut in zip(ranges, cuts, strict=True)
         ]
-        size_apart = 0 if apart is None else len(apart)
+        size_apart = sum(map(len, apart))
         self._make_room(sum(sizes) + size_apart)
         self._sizes, self._cuts, self._apart = sizes, cuts, size_apart
-        if apart is not None:
-            self._memory[self._end : self._end + self._apart].copy_(apart, non_blocking=True)
+        for piece, copy in self._beside(apart):
+            copy.copy_(piece, non_blocking=True)
         for (whole, _), shard, cut in zip(ranges, self._shards(), cuts, strict=True):
             mine = self._part(whole, len(shard), cut)
             shard[: len(mine)].copy_(mine, non_blocking=True)
@@ -108,11 +108,11 @@ class HostShard:
         else:
             self._arriving = [torch.empty(size, **like) for size in sizes]
 
-    def fetch(self, apart: torch.Tensor | None = None) -> None:
+    def fetch(self, apart: Sequence[torch.Tensor] = ()) -> None:
         """Brings the weights back, and what was apart to `apart`. Collective."""
         pending = []
-        if apart is not None:
-            apart.copy_(self._memory[self._end : self._end + self._apart], non_blocking=True)
+        for piece, copy in self._beside(apart):
+            piece.copy_(copy, non_blocking=True)
         for whole, shard, cut in zip(self._arriving, self._shards(), self._cuts, strict=True):
             mine = self._part(whole, len(shard), cut)
             mine.copy_(shard, non_blocking=True)
@@ -161,15 +161,19 @@ class HostShard:
         """This rank's shard of each range, in host memory."""
         return self._memory[: self._end].split(self._sizes)
 
+    def _beside(self, apart: Sequence[torch.Tensor]) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+        """What is apart, with its place in host memory."""
+        places = self._memory[self._end : self._end + self._apart].split([len(piece) for piece in apart])
+        return zip(apart, places, strict=True)
+
     def _part(self, whole: torch.Tensor, size: int, cut: int) -> torch.Tensor:
         """Where this rank's shard lies in a range."""
         return whole[self._rank * size : (self._rank + 1) * size] if cut > 1 else whole
 
 
-def resident_bytes(model: nn.Module) -> int:
-    """Bytes of a model's tensors on this rank. What lies beside them in their storages, as in a mapped file, does not
-    count."""
-    return sum(len(whole) for whole, _ in _ranges(tensors_of(model)))
+def resident_bytes(tensors: Sequence[torch.Tensor]) -> int:
+    """Bytes of tensors on this rank. What lies beside them in their storages, as in a mapped file, does not count."""
+    return sum(len(whole) for whole, _ in _ranges(list(tensors)))
 
 
 def tensors_of(model: nn.Module) -> list[torch.Tensor]:

@@ -30,7 +30,7 @@ class Resident:
         self.denoiser: tuple[Layout, Settings, Denoiser] | None = None
         self._mapped = device.type == "cpu"  # CPU ranks compute from the file's mapping
         self._host = HostShard(device)
-        self._device_bytes = resident_bytes(self.model)
+        self._device_bytes = self._measure()
 
     @property
     def stream(self) -> BlockStream | None:
@@ -50,7 +50,7 @@ class Resident:
         """Bytes of the weights that this rank has: on the device, or parked in host memory."""
         if self.parked:
             in_host_memory = self.stream is not None and not self.stream.store.on_device
-            return self._host.nbytes + (self.stream.store.memory.nbytes if in_host_memory else 0)
+            return self._host.nbytes + (self.stream.store.nbytes if in_host_memory else 0)
         return self._device_bytes
 
     def check_file(self) -> None:
@@ -63,7 +63,7 @@ class Resident:
     ) -> tuple[int, int]:
         """Returns how many weights were restored and how many patched. Raises as `PatchedWeights.change`."""
         changed = self.patched.change(weights, tensors, base=base, number=number)
-        self._device_bytes = resident_bytes(self.model)
+        self._device_bytes = self._measure()
         if self.denoiser is not None:
             self.denoiser[2].forget_prompts()
         return changed
@@ -71,12 +71,8 @@ class Resident:
     def park(self) -> None:
         """Raises MemoryError, the weights where they were, where the host has no room."""
         own = [t for layer in self.model.modulations() for t in (*layer.parameters(), *layer.buffers())]
-        if self.stream is None:
-            self._host.park(tensors_of(self.model), own)
-        else:
-            streamed = {id(tensor) for tensor in self.stream.tensors}
-            tensors = [t for t in tensors_of(self.model) if id(t) not in streamed]
-            self._host.park(tensors, own, self.stream.own_memory)
+        self._host.park(self._staying(), own, self._apart())
+        if self.stream is not None:
             self.stream.leave()
         self.parked = True
 
@@ -93,10 +89,8 @@ class Resident:
 
     def fetch(self) -> None:
         """Brings parked weights back, after `share`. Collective."""
-        if self.stream is None:
-            self._host.fetch()
-        else:
-            self._host.fetch(self.stream.own_memory)
+        self._host.fetch(self._apart())
+        if self.stream is not None:
             self.stream.meet()
         self.parked = False
 
@@ -105,3 +99,20 @@ class Resident:
         self._host.close()
         if self.stream is not None:
             self.stream.free()
+
+    def _staying(self) -> list[torch.Tensor]:
+        """The tensors that are not streamed."""
+        streamed = set() if self.stream is None else {id(tensor) for tensor in self.stream.tensors}
+        return [tensor for tensor in tensors_of(self.model) if id(tensor) not in streamed]
+
+    def _apart(self) -> list[torch.Tensor]:
+        """This rank's parts of streamed blocks, where they lie on the device."""
+        return self.stream.store.own if self.stream is not None and self.stream.store.on_device else []
+
+    def _measure(self) -> int:
+        """Bytes of the device that the weights take."""
+        streamed = 0
+        if self.stream is not None:
+            store = self.stream.store
+            streamed = store.slot_bytes + (store.nbytes if store.on_device else 0)
+        return resident_bytes(self._staying()) + streamed

@@ -5,8 +5,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from ..comm.block_store import BlockStore, BroadcastStore, HostStore, PeerStore
+from ..comm.block_store import BlockStore, HostStore, PeerStore
 from ..comm.groups import world
+from ..comm.pages import DevicePages, HostPages
 from ..comm.transport import reach_each_other
 from ..models.family import FamilyConfig
 from ..models.placement import Placement
@@ -23,7 +24,7 @@ _UNKNOWN = 1 << 62
 class Room(NamedTuple):
     """The least that any rank has.
 
-    peers: whether the devices reach each other's memory; CPU ranks do, by collectives.
+    peers: whether the devices reach each other's memory; CPU ranks do.
     device_bytes: what weights may take of a GPU; None where they need not count, on CPU ranks.
     host_bytes: what they may take of the host's memory; None where the system does not tell.
     """
@@ -71,7 +72,7 @@ def check_host_room(placement: Placement, room: Room) -> None:
 
 def make_store(placement: Placement, device: torch.device) -> BlockStore:
     """The memory from which a placement's blocks come, still to be allocated."""
-    sizes = [slab.sizes for slab in placement.slabs]
+    parts, slots = [slab.parts for slab in placement.slabs], [slab.slot for slab in placement.slabs]
     if placement.source == "host":
-        return HostStore(sizes, pinned=device.type == "cuda")
-    return PeerStore(sizes, device) if device.type == "cuda" else BroadcastStore(sizes)
+        return HostStore(parts, slots, device)
+    return PeerStore(parts, slots, DevicePages(device) if device.type == "cuda" else HostPages())

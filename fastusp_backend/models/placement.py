@@ -1,13 +1,14 @@
 """Which blocks' weights stay on a device, and which are streamed to it in every step: decided once, from sizes alone.
 
 A streamed block comes into one of two slots while other blocks compute: out of the host's memory (`host`), or of other
-GPUs' (`shared`), each of which owns about as much of it, whole layers. Blocks, not layers, take turns: a block's
-computing is what another's journey hides behind. As few as need be, since each costs a journey a step; spread evenly
-between those that stay, so that a journey has their time too.
+GPUs' (`shared`), each of which owns an equal part of it. Blocks, not layers, take turns: a block's computing is what
+another's journey hides behind. As few as need be, since each costs a journey a step; spread evenly between those that
+stay, so that a journey has their time too.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -23,23 +24,27 @@ from .ownership import Ownership
 
 Source = Literal["shared", "host"]
 
+PAGE = 2 << 20
+"""Bytes, of which blocks are cut in whole numbers: the least that a GPU maps."""
 _ALIGNMENT = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slab:
-    """A streamed block's weights, on each rank its own in one piece.
+    """A streamed block's weights, one behind the other in one piece, which is cut into a part of each rank.
 
     block: its number among the model's blocks.
-    owners: the rank that has each weight, by its name.
-    offsets: where its data and its scale lie in the piece, in bytes.
-    sizes: bytes of each rank's piece.
+    slot: the number of the slot that it comes to.
+    parts: bytes of each rank's part.
+    offsets: where each weight's data and scale lie in the piece, in bytes, by its name.
+    owners: the rank that reads and changes each weight: the one that has most of it.
     """
 
     block: int
-    owners: dict[str, int]
+    slot: int
+    parts: tuple[int, ...]
     offsets: dict[str, tuple[int, int]]
-    sizes: tuple[int, ...]
+    owners: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,12 +101,13 @@ def place(
     blocks = len(model.blocks())
     if choice == "whole" or choice == "auto" and (available is None or max(ownership.nbytes) <= available):
         return Placement(source=None, slabs=(), blocks=blocks, device_bytes=max(ownership.nbytes))
+    weights = _weights_of_blocks(model, plans)
     if choice != "auto":
-        return stream_count(model, plans, ownership, choice, blocks)
+        return _stream(weights, plans, ownership, choice, blocks)
     sources: tuple[Source, ...] = ("shared", "host") if peers and ranks > 1 else ("host",)
     for source in sources:
         for count in range(1, blocks + 1):
-            found = stream_count(model, plans, ownership, source, count)
+            found = _stream(weights, plans, ownership, source, count)
             if found.device_bytes <= available:
                 return found
     raise RequestError(
@@ -125,25 +131,43 @@ def stream_count(
     model: Transformer, plans: dict[str, StoragePlan], ownership: Ownership, source: Source, count: int
 ) -> Placement:
     """Streams so many blocks, evenly spread."""
-    weights, ranks = _weights_of_blocks(model, plans), len(ownership.nbytes)
+    return _stream(_weights_of_blocks(model, plans), plans, ownership, source, count)
+
+
+def _stream(
+    weights: list[list[str]], plans: dict[str, StoragePlan], ownership: Ownership, source: Source, count: int
+) -> Placement:
+    """weights: names, block by block."""
+    ranks = len(ownership.nbytes)
     owned = [0] * ranks
-    slabs = tuple(
-        _slab(i * len(weights) // count, weights[i * len(weights) // count], plans, owned) for i in range(count)
-    )
+    slabs = []
+    for i in range(count):
+        block = i * len(weights) // count
+        # The last block fetches the first: of an odd number, into a slot that is not its own.
+        slot = 2 if i == count - 1 and i and i % 2 == 0 else i % 2
+        slabs.append(_slab(block, slot, weights[block], plans, owned))
     streamed = sum(plans[name].nbytes for slab in slabs for name in slab.offsets)
     if source == "host":
-        come = [sum(slab.sizes) for slab in slabs]
+        slots, come = [sum(most) for most in _largest(slabs)], sum(owned)
     else:  # on the rank to which most comes
-        come = [max(sum(slab.sizes) - size for size in slab.sizes) for slab in slabs]
-    slots = min(count, 2 + count % 2) * max(come)
+        slots = [sum(most) - min(most) for most in _largest(slabs)]
+        come = sum(owned) - min(owned)
     return Placement(
         source=source,
-        slabs=slabs,
+        slabs=tuple(slabs),
         blocks=len(weights),
-        device_bytes=max(ownership.nbytes) - streamed + slots + (max(owned) if source == "shared" else 0),
-        streamed_bytes=sum(come),
+        device_bytes=max(ownership.nbytes) - streamed + sum(slots) + (max(owned) if source == "shared" else 0),
+        streamed_bytes=come,
         host_bytes=max(owned) * ranks if source == "host" else 0,
     )
+
+
+def _largest(slabs: list[Slab]) -> list[list[int]]:
+    """For each slot the bytes of each rank's largest part."""
+    return [
+        [max(sizes) for sizes in zip(*(slab.parts for slab in slabs if slab.slot == slot), strict=True)]
+        for slot in sorted({slab.slot for slab in slabs})
+    ]
 
 
 def _weights_of_blocks(model: Transformer, plans: dict[str, StoragePlan]) -> list[list[str]]:
@@ -162,18 +186,33 @@ def _weights_of_blocks(model: Transformer, plans: dict[str, StoragePlan]) -> lis
     return names
 
 
-def _slab(block: int, names: Iterable[str], plans: dict[str, StoragePlan], owned: list[int]) -> Slab:
-    """Gives each weight of a block to the rank that has least of the block, then least of all. owned: bytes of each
-    rank, to which this adds."""
-    owners, offsets, ends = {}, {}, [0] * len(owned)
-    for name in sorted(names, key=lambda name: -plans[name].nbytes):
-        plan, rank = plans[name], min(range(len(owned)), key=lambda rank: (ends[rank], owned[rank]))
-        behind = ends[rank] + _aligned(plan.data_bytes)
-        owners[name], offsets[name] = rank, (ends[rank], behind)
-        ends[rank] = behind + _aligned(plan.nbytes - plan.data_bytes)
-    for rank, end in enumerate(ends):
-        owned[rank] += end
-    return Slab(block=block, owners=owners, offsets=offsets, sizes=tuple(ends))
+def _slab(block: int, slot: int, names: Iterable[str], plans: dict[str, StoragePlan], owned: list[int]) -> Slab:
+    """owned: bytes of each rank, to which this adds."""
+    offsets, end = {}, 0
+    for name in names:
+        plan = plans[name]
+        behind = end + _aligned(plan.data_bytes)
+        offsets[name] = end, behind
+        end = behind + _aligned(plan.nbytes - plan.data_bytes)
+    pages, ranks = -(-end // PAGE), len(owned)
+    fewest = sorted(range(ranks), key=lambda rank: (owned[rank], rank))[: pages % ranks]  # they take one more
+    parts = [(pages // ranks + (rank in fewest)) * PAGE for rank in range(ranks)]
+    for rank, size in enumerate(parts):
+        owned[rank] += size
+    ends = list(accumulate(parts))
+    return Slab(
+        block=block,
+        slot=slot,
+        parts=tuple(parts),
+        offsets=offsets,
+        owners={name: _owner(start, start + plans[name].nbytes, ends) for name, (start, _) in offsets.items()},
+    )
+
+
+def _owner(start: int, stop: int, ends: list[int]) -> int:
+    """The rank that has most of some bytes. ends: where the ranks' parts end."""
+    starts = [0, *ends[:-1]]
+    return max(range(len(ends)), key=lambda rank: min(stop, ends[rank]) - max(start, starts[rank]))
 
 
 def _aligned(size: int) -> int:

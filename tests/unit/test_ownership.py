@@ -13,7 +13,7 @@ from support import SMALL, SMALL_FLUX2, SMALL_QWEN, randn, spec_of
 
 from fastusp_backend.config import WeightPatch
 from fastusp_backend.engine.checkpoint import Checkpoint
-from fastusp_backend.engine.parking import resident_bytes
+from fastusp_backend.engine.parking import resident_bytes, tensors_of
 from fastusp_backend.engine.patching import PatchedWeights
 from fastusp_backend.errors import RequestError
 from fastusp_backend.models.files import read_model, storage_plans
@@ -102,7 +102,7 @@ def test_together_ranks_hold_a_model_once_and_know_its_forms(files, name, change
             assert form(mine.stored) == form(module.stored)
     header = read_model(str(path)).header
     expected = checkpoints[0].ownership.nbytes
-    assert [resident_bytes(checkpoint.model) for checkpoint in checkpoints] == expected
+    assert [resident_bytes(tensors_of(checkpoint.model)) for checkpoint in checkpoints] == expected
     assert place_file(header, checkpoints[0].spec, ranks).device_bytes == max(expected)
 
 
@@ -147,17 +147,20 @@ def test_a_patch_is_its_owners(files, changes):
 def test_factors_beside_packed_weights_are_their_owners(files):
     tensors = {"up": randn(1536, 4, seed=1), "down": randn(4, 256, seed=2)}
     whole, *ranks = [loaded(files / "gguf_Q8_0", rank, of) for rank, of in ((0, 1), (0, 2), (1, 2))]
-    patched, sizes = [PatchedWeights(c) for c in (whole, *ranks)], [resident_bytes(c.model) for c in (whole, *ranks)]
+    patched, sizes = (
+        [PatchedWeights(c) for c in (whole, *ranks)],
+        [resident_bytes(tensors_of(c.model)) for c in (whole, *ranks)],
+    )
     plain = values(whole)
     assert {p.change(loras(*LAYERS[:2]), tensors, base=0, number=1) for p in patched} == {(0, 2)}
     expected = values(whole)
     assert sum(not torch.equal(value, plain[name]) for name, value in expected.items()) == 2
     for part in map(values, ranks):
         assert all(torch.equal(value, expected[name]) for name, value in part.items())
-    grown = [resident_bytes(c.model) - size for c, size in zip((whole, *ranks), sizes, strict=True)]
+    grown = [resident_bytes(tensors_of(c.model)) - size for c, size in zip((whole, *ranks), sizes, strict=True)]
     assert grown[0] == grown[1] + grown[2] > 0
     assert {p.change({}, tensors, base=None, number=2) for p in patched} == {(2, 0)}
-    assert [resident_bytes(c.model) for c in (whole, *ranks)] == sizes
+    assert [resident_bytes(tensors_of(c.model)) for c in (whole, *ranks)] == sizes
 
 
 def test_a_patch_that_does_not_fit_is_refused_by_all(files):

@@ -138,10 +138,10 @@ def test_what_cannot_be_factored_is_refused_before_anything_changes(packed):
 
 def test_parked_weights_take_their_factors_along(packed):
     checkpoint = loaded(packed[0])
-    model, plain = checkpoint.model, parking.resident_bytes(checkpoint.model)
+    model, plain = checkpoint.model, parking.resident_bytes(parking.tensors_of(checkpoint.model))
     PatchedWeights(checkpoint).change(PATCHES, TENSORS, base=0, number=1)
     before, shard = everything(checkpoint), parking.HostShard(CPU)
-    assert parking.resident_bytes(model) == plain + 4 * (6 * (768 + 256) + 3 * (256 + 768))
+    assert parking.resident_bytes(parking.tensors_of(model)) == plain + 4 * (6 * (768 + 256) + 3 * (256 + 768))
     shard.park(parking.tensors_of(model))
     assert not any(t.numel() for t in (*model.parameters(), *model.buffers()))
     shard.reserve()

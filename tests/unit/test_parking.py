@@ -23,7 +23,7 @@ def test_only_the_tensors_bytes_are_parked(tmp_path):
         file.truncate(10 * plain.stat().st_size)
     model = load_model(spec_of(plain), CPU)
     size = sum(p.nbytes for p in model.parameters())
-    assert parking.resident_bytes(model) == size
+    assert parking.resident_bytes(parking.tensors_of(model)) == size
     before = {name: p.clone() for name, p in model.named_parameters()}
     shard = parking.HostShard(CPU)
     shard.park(parking.tensors_of(model))
@@ -31,7 +31,7 @@ def test_only_the_tensors_bytes_are_parked(tmp_path):
     shard.reserve()
     shard.fetch()
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    assert parking.resident_bytes(model) == size
+    assert parking.resident_bytes(parking.tensors_of(model)) == size
 
 
 def test_tensors_that_overlap_or_are_strided_come_back_as_they_were():
@@ -41,7 +41,7 @@ def test_tensors_that_overlap_or_are_strided_come_back_as_they_were():
     for i, part in enumerate([*parts, memory[10:110]]):
         model.register_buffer(f"b{i}", part)
     before = [b.clone() for b in model.buffers()]
-    assert parking.resident_bytes(model) == 4 * (150 + 91)
+    assert parking.resident_bytes(parking.tensors_of(model)) == 4 * (150 + 91)
     shard = parking.HostShard(CPU)
     shard.park(parking.tensors_of(model))
     shard.reserve()

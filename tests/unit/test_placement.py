@@ -7,7 +7,9 @@ from fastusp_backend.__main__ import main
 from fastusp_backend.config import FileState, ModelSpec
 from fastusp_backend.engine.room import kept_free
 from fastusp_backend.errors import RequestError
-from fastusp_backend.models.placement import place_file
+from fastusp_backend.models.files import storage_plans
+from fastusp_backend.models.ownership import Ownership
+from fastusp_backend.models.placement import PAGE, place_file, stream_count
 from fastusp_backend.models.synthetic import FLUX2_DEV, FLUX_DEV, QWEN_IMAGE, TINY_FLUX, write_checkpoint
 from fastusp_backend.weights.tensor_info import TensorInfo
 
@@ -60,14 +62,32 @@ def test_they_are_spread_evenly():
 def test_ranks_own_alike(config, ranks):
     found = placed(config, ranks, weights="shared")
     assert [slab.block for slab in found.slabs] == list(range(found.blocks))
-    owned = [sum(slab.sizes[rank] for slab in found.slabs) for rank in range(ranks)]
-    assert max(owned) < 1.1 * min(owned)
+    owned = [sum(slab.parts[rank] for slab in found.slabs) for rank in range(ranks)]
+    assert max(owned) - min(owned) <= PAGE
     for slab in found.slabs:
+        assert all(size % PAGE == 0 for size in slab.parts) and max(slab.parts) - min(slab.parts) <= PAGE
         assert set(slab.owners) == set(slab.offsets)
-        for rank in range(ranks):
-            places = sorted(slab.offsets[name] for name, owner in slab.owners.items() if owner == rank)
-            assert all(a % 256 == 0 and b % 256 == 0 for a, b in places)
-            assert all(first[1] <= second[0] for first, second in zip(places, places[1:], strict=False))
+        places = sorted(slab.offsets.values())
+        assert all(a % 256 == 0 and b % 256 == 0 for a, b in places) and places[-1][1] <= sum(slab.parts)
+        assert all(first[1] <= second[0] for first, second in zip(places, places[1:], strict=False))
+        for name, owner in slab.owners.items():  # it has most of it
+            start, stop = slab.offsets[name]
+            shares = []
+            for rank in range(ranks):
+                first = sum(slab.parts[:rank])
+                shares.append(max(0, min(stop, first + slab.parts[rank]) - max(start, first)))
+            assert shares[owner] == max(shares)
+
+
+@pytest.mark.parametrize("count", range(1, 6))
+def test_no_block_comes_over_the_one_that_computes(count):
+    model_header = header(FLUX_DEV)
+    spec = ModelSpec(path="x", file=FileState(0, 0, 0, 0), storage=None, compute="bfloat16")
+    with torch.device("meta"):
+        model = FLUX_DEV.build()
+    plans = storage_plans(model, model_header, spec)
+    slots = [slab.slot for slab in stream_count(model, plans, Ownership(model, plans, 2), "shared", count).slabs]
+    assert all(slots[i] != slots[(i + 1) % count] for i in range(count)) or count == 1
 
 
 def test_a_model_of_64_gb_on_two_cards_of_40_and_in_fp8_of_24():
