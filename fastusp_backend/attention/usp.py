@@ -33,7 +33,7 @@ class JointAttention:
 
     overlap: exchanges run while the layer computes what lies between these calls; else each is awaited where it starts.
     pipelined: the ring's next block travels while the current one is attended.
-    arrived: called as a layer attends, when nothing of Ulysses travels.
+    arrived, returned: called as a layer attends and when its tokens are back: nothing of Ulysses travels then.
     """
 
     def __init__(
@@ -46,9 +46,11 @@ class JointAttention:
         overlap: bool,
         pipelined: bool,
         arrived: Callable[[], None] = lambda: None,
+        returned: Callable[[], None] = lambda: None,
     ):
         self._attend, self._shards, self._ulysses, self._ring = attend, shards, links.ulysses, links.ring
-        self._overlap, self._pipelined, self._arrived = overlap, pipelined, arrived
+        self._overlap, self._pipelined = overlap, pipelined
+        self._tokens_arrived, self._tokens_returned = arrived, returned
         self._returned: torch.Tensor | None = None
         self._own_regions = shards.regions(self._ulysses.position)
         self._valid = [shards.valid(position) for position in range(mesh.layout.ring)]
@@ -91,7 +93,7 @@ class JointAttention:
     def attend(self) -> None:
         """Waits for what was projected, attends, and starts returning the tokens to their owners."""
         self._ulysses.wait()
-        self._arrived()
+        self._tokens_arrived()
         q, k, v = self._ulysses.received.unbind(0)
         attended = self._over_ring(q, self._ulysses.received[K:]) if self._ring else self._over_own(q, k, v)
         self._ulysses.give_back(attended)
@@ -100,7 +102,9 @@ class JointAttention:
 
     def collect(self) -> torch.Tensor:
         """Returns the attended tokens of this rank (B, L, C), text first."""
-        return self._ulysses.take_back() if self._overlap else self._returned
+        attended = self._ulysses.take_back() if self._overlap else self._returned
+        self._tokens_returned()
+        return attended
 
     def _over_own(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         valid = self._valid[0]

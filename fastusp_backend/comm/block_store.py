@@ -15,7 +15,7 @@ from the products, and a meeting of all ranks per block.
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Protocol
 
@@ -29,9 +29,6 @@ from .pages import Pages, Piece
 
 COPY = 64 << 20
 """Bytes of one copy. Each costs some 15 us of a copy engine, and exchanges of tokens may have to wait for one."""
-
-Wait = Callable[[], None]
-"""Waits for what no stream waits for."""
 
 
 class BlockStore(Protocol):
@@ -60,8 +57,8 @@ class BlockStore(Protocol):
     def block(self, number: int) -> torch.Tensor:
         """Returns where a block is while it computes, uint8."""
 
-    def fetch(self, number: int) -> Wait:
-        """Brings what a block lacks there, on the current stream."""
+    def missing(self, number: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Returns what is to be copied before a block can compute: (target, source) pairs."""
 
     def write(self, number: int, start: int, data: torch.Tensor) -> None:
         """Writes bytes of a block, from `start` on, to the parts that they lie in."""
@@ -95,15 +92,15 @@ class _Store:
     def block(self, number: int) -> torch.Tensor:
         return self._blocks[number]
 
-    def fetch(self, number: int) -> Wait:
+    def missing(self, number: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         for hop in range(1, self._ranks + 1):  # each rank begins with another one
             rank = (self._rank + hop) % self._ranks
             if self._comes(rank):
                 start, part = self._starts[number][rank], self._parts[number][rank]
                 there = self._blocks[number][start : start + len(part)]
-                for target, source in zip(there.split(COPY), part.split(COPY), strict=True):
-                    target.copy_(source, non_blocking=True)
-        return lambda: None
+                pairs += zip(there.split(COPY), part.split(COPY), strict=True)
+        return pairs
 
     def write(self, number: int, start: int, data: torch.Tensor) -> None:
         for _, part, at in self._overlaps(number, start, len(data)):

@@ -6,8 +6,9 @@ order of the main stream: the other slot is free, and the next block is fetched 
 last block fetches the first, for the next evaluation, into a slot that is not its own: of an odd number of blocks the
 last one has a third. Nothing is said to other ranks meanwhile: all read, and nobody writes.
 
-Where tokens cross the same links, a fetch begins with the block's attention, when those of its queries, keys and values
-have arrived: copies of weights in front of them would delay the attention.
+Where tokens cross the same links, copies of weights in front of them would delay the attention. A fetch begins with the
+block's attention, when those of its queries, keys and values have arrived; of a large block only half of it, which is
+there when the attention is done, and the rest when the attended tokens are back.
 
 Each weight is changed (loading, patches) by the rank that owns most of it, in all ranks' memory that it lies in. Before
 that all ranks wait for each other, and after it again: a block is changed only when nobody fetches it any more, and
@@ -21,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..comm.block_store import BlockStore, Wait
+from ..comm.block_store import BlockStore
 from ..comm.groups import world
 from ..models.layers import Linear
 from ..models.placement import Placement
@@ -59,8 +60,9 @@ class BlockStream:
         self._number_of_block = {slab.block: number for number, slab in enumerate(slabs)}
         self._waits_for_tokens = placement.source == "shared"
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._next: int | None = None  # what is to be fetched as soon as tokens have arrived
-        self._pending: Wait | None = None
+        self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []  # copies of the next block that were not begun
+        self._half = 0  # bytes of the largest block's
+        self._fetching = False  # what the main stream has not waited for
         self._primed = False
         self._open: int | None = None  # which one is in its slot, to be changed
 
@@ -91,6 +93,7 @@ class BlockStream:
         """Allocates the blocks' memory, unless it is there, and has the layers find their weights. Collective; raises
         OutOfMemoryTogether."""
         self.store.allocate()
+        self._half = max(_size(self.store.missing(number)) for number in range(len(self._slabs))) // 2
         for name, layer in self._layers.items():
             layer.stored = Stored(*self._views(name), self._plans[name].packing, layer.low_rank)
 
@@ -99,8 +102,7 @@ class BlockStream:
         for tensor in self.tensors:
             tensor.data = torch.empty(0, dtype=tensor.dtype, device=self._device)
         self.store.leave()
-        self._primed = False
-        self._open = self._next = self._pending = None
+        self._primed, self._fetching, self._open, self._waiting = False, False, None, []
 
     def free(self) -> None:
         """Gives all memory back."""
@@ -112,7 +114,7 @@ class BlockStream:
     def prime(self) -> None:
         """Has the first block that comes in its slot. Not within a graph."""
         if not self._primed:
-            self.store.fetch(0)()
+            _copy(self.store.missing(0))
             self._primed = True
 
     def begin(self, block: int) -> None:
@@ -122,14 +124,17 @@ class BlockStream:
             return
         self._join()
         if len(self._slabs) > 1:
-            self._next = (number + 1) % len(self._slabs)
+            self._waiting = self.store.missing((number + 1) % len(self._slabs))
             if not self._waits_for_tokens:
-                self._fetch_next()
+                self._fetch()
 
     def tokens_arrived(self) -> None:
         """Says that the links are free while the main stream attends."""
-        if self._next is not None:
-            self._fetch_next()
+        self._fetch(self._half)
+
+    def tokens_returned(self) -> None:
+        """Says that they are free until the next block's tokens travel."""
+        self._fetch()
 
     def end(self) -> None:
         """Has the main stream wait for the first block of the next evaluation."""
@@ -153,7 +158,7 @@ class BlockStream:
         if number is None or number == self._open:
             return
         self._close()
-        self.store.fetch(number)()
+        _copy(self.store.missing(number))
         self._open = number
 
     def meet(self) -> None:
@@ -183,23 +188,26 @@ class BlockStream:
                     end = start_of_scale + self._plans[name].nbytes - self._plans[name].data_bytes
                     self.store.give_back(number, start, end - start)
 
-    def _fetch_next(self) -> None:
-        number, self._next = self._next, None
-        if self._stream is None:
-            self._pending = self.store.fetch(number)
+    def _fetch(self, size: int | None = None) -> None:
+        """Begins copies of the next block: all that wait, or as many as `size` bytes need."""
+        count = len(self._waiting)
+        if size is not None:
+            count = next((i for i in range(count) if _size(self._waiting[:i]) >= size), count)
+        begun, self._waiting = self._waiting[:count], self._waiting[count:]
+        if not begun:
             return
+        if self._stream is None:
+            _copy(begun)
+            return
+        self._fetching = True
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            self._pending = self.store.fetch(number)
+            _copy(begun)
 
     def _join(self) -> None:
-        if self._next is not None:
-            self._fetch_next()
-        if self._pending is None:
-            return
-        self._pending()
-        self._pending = None
-        if self._stream is not None:
+        self._fetch()
+        if self._fetching:
+            self._fetching = False
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
     def _views(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -211,3 +219,13 @@ class BlockStream:
             return data, None
         size = plan.nbytes - plan.data_bytes
         return data, block[start_of_scale : start_of_scale + size].view(torch.float32).view(plan.scale)
+
+
+def _copy(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """On the current stream."""
+    for target, source in pairs:
+        target.copy_(source, non_blocking=True)
+
+
+def _size(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> int:
+    return sum(len(target) for target, _ in pairs)

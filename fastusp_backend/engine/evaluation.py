@@ -100,6 +100,7 @@ class Evaluation:
             overlap=settings.overlap,
             pipelined=settings.ring_pipeline,
             arrived=model.tokens_arrived,
+            returned=model.tokens_returned,
         )
         text, image = model.rope(shards.text, self._grid, references, device)
         self._rope = (

@@ -159,6 +159,11 @@ class Transformer(nn.Module):
         if self.stream is not None:
             self.stream.tokens_arrived()
 
+    def tokens_returned(self) -> None:
+        """To be called when a block's attended tokens are back."""
+        if self.stream is not None:
+            self.stream.tokens_returned()
+
     @staticmethod
     def module_key(key: str) -> str:
         """The name in this module of a file's tensor."""

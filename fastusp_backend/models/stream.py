@@ -13,7 +13,10 @@ class Stream(Protocol):
         """Has the weights of block number `block` on the device, if it is one of them."""
 
     def tokens_arrived(self) -> None:
-        """Says that a block's tokens have come from the other ranks: others' weights may travel."""
+        """Says that a block's tokens have come from the other ranks, and it attends: weights may travel."""
+
+    def tokens_returned(self) -> None:
+        """Says that its attended tokens are back."""
 
     def end(self) -> None:
         """Ends an evaluation."""

@@ -1,12 +1,16 @@
 """The order in which blocks come to their slots: whether a copy is made at once or as late as it may be, every block
 computes with its own weights."""
 
+import unittest.mock
+
 import pytest
 import torch
 from support import SMALL
 
+from fastusp_backend.comm import block_store
 from fastusp_backend.comm.block_store import HostStore
 from fastusp_backend.config import FileState, ModelSpec
+from fastusp_backend.engine import block_stream
 from fastusp_backend.engine.block_stream import BlockStream
 from fastusp_backend.models.files import storage_plans
 from fastusp_backend.models.ownership import Ownership
@@ -18,14 +22,27 @@ pytestmark = [pytest.mark.unit, pytest.mark.any_processor]
 CPU = torch.device("cpu")
 
 
-class Late(HostStore):
+class Late(BlockStream):
     """Copies when it is waited for, and not before."""
 
-    def fetch(self, number):
-        return lambda: super(Late, self).fetch(number)
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self._begun = []
+
+    def _fetch(self, size=None):
+        waiting = list(self._waiting)
+        with unittest.mock.patch.object(block_stream, "_copy", self._begun.extend):
+            super()._fetch(size)
+        assert self._begun or not waiting
+
+    def _join(self):
+        super()._join()
+        for target, source in self._begun:
+            target.copy_(source)
+        self._begun.clear()
 
 
-def streaming(count, store=HostStore, gated=False):
+def streaming(count, kind=BlockStream, gated=False):
     """A stream over `count` of the 4 blocks; each weight is filled with its block's number."""
     with torch.device("meta"):
         model = SMALL.build()
@@ -33,8 +50,8 @@ def streaming(count, store=HostStore, gated=False):
     spec = ModelSpec(path="", file=FileState(0, 0, 0, 0), storage=None, compute="float32")
     plans = storage_plans(model, header, spec)
     placement = stream_count(model, plans, Ownership(model, plans, 1), "host", count)
-    where = store([slab.parts for slab in placement.slabs], [slab.slot for slab in placement.slabs], CPU)
-    stream = BlockStream(model, placement, plans, where, CPU)
+    store = HostStore([slab.parts for slab in placement.slabs], [slab.slot for slab in placement.slabs], CPU)
+    stream = kind(model, placement, plans, store, CPU)
     stream._waits_for_tokens = gated
     stream.allocate()
     stream.share()
@@ -49,11 +66,11 @@ def values(model, slab):
     return {model.get_submodule(name.rpartition(".")[0]).weight.unique().item() for name in slab.offsets}
 
 
-@pytest.mark.parametrize("store", [HostStore, Late])
+@pytest.mark.parametrize("kind", [BlockStream, Late])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
-def test_every_block_finds_its_weights(count, store, gated):
-    model, stream = streaming(count, store, gated)
+def test_every_block_finds_its_weights(count, kind, gated):
+    model, stream = streaming(count, kind, gated)
     slabs = {slab.block: slab for slab in stream.placement.slabs}
     for _ in range(3):
         stream.prime()
@@ -61,9 +78,10 @@ def test_every_block_finds_its_weights(count, store, gated):
             stream.begin(block)
             if block in slabs:
                 assert values(model, slabs[block]) == {float(block)}
-            stream.tokens_arrived()
-            if block in slabs:  # the next one may come now, but not over these
-                assert values(model, slabs[block]) == {float(block)}
+            for say in (stream.tokens_arrived, stream.tokens_returned):
+                say()
+                if block in slabs:  # the next one may come now, but not over these
+                    assert values(model, slabs[block]) == {float(block)}
         stream.end()
 
 
@@ -107,3 +125,19 @@ def test_addresses_stay():
         stream.end()
         stream.meet()
     assert [tensor.data_ptr() for tensor in stream.tensors] == before
+
+
+def test_half_of_a_large_block_waits_for_the_attended_tokens():
+    """Those of queries, keys and values are not held up by any, those that return by half of the largest block's."""
+    _, stream = streaming(4, gated=True)
+    slabs = stream.placement.slabs
+    stream.prime()
+    with unittest.mock.patch.object(block_store, "COPY", 1 << 16):
+        for block in range(4):
+            coming = sum(slabs[(block + 1) % 4].parts)
+            left = [coming]
+            for say in (lambda block=block: stream.begin(block), stream.tokens_arrived, stream.tokens_returned):
+                say()
+                left.append(block_stream._size(stream._waiting))
+            largest = max(sum(slab.parts) for slab in slabs)
+            assert left == [coming, coming, max(0, coming - -(-largest // 2 // (1 << 16)) * (1 << 16)), 0]
