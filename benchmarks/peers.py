@@ -72,6 +72,19 @@ def _diffusers(kind: str):
     return setup
 
 
+def _fsdp(model, task: Task):
+    """Weights shared by FSDP2, block by block, each gathered while the one before computes."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = _diffusers("ulysses")(model, task)
+    blocks = [*model.transformer_blocks, *getattr(model, "single_transformer_blocks", ())]
+    for block in blocks:
+        fully_shard(block)
+    for block, following in zip(blocks, blocks[1:], strict=False):
+        block.set_modules_to_forward_prefetch([following])
+    return fully_shard(model)
+
+
 def _paraattention(ring: bool):
     def setup(model, task: Task):
         import para_attn.para_attn_interface as interface
@@ -134,6 +147,7 @@ PEERS = {
     "diffusers-1gpu": Peer(module="diffusers", setup=_one_gpu, alone=True, models=MODELS),
     "diffusers-ulysses": Peer(module="diffusers", setup=_diffusers("ulysses"), models=MODELS),
     "diffusers-ring": Peer(module="diffusers", setup=_diffusers("ring"), models=MODELS),
+    "diffusers-fsdp": Peer(module="diffusers", setup=_fsdp, compile="broken blocks", models=MODELS),
     "paraattention-ulysses": Peer(module="para_attn", setup=_paraattention(ring=False), models=("flux",)),
     "paraattention-ring": Peer(module="para_attn", setup=_paraattention(ring=True), models=("flux",)),
     "xdit-ulysses": Peer(module="xfuser", setup=_xdit(ring=False), compile="whole", models=("flux",)),

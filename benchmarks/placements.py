@@ -10,6 +10,7 @@ weights move row by row.
 import argparse
 import functools
 import os
+import time
 
 import paths  # noqa: F401
 import torch
@@ -54,6 +55,20 @@ def step(denoiser: Denoiser, given: Inputs) -> torch.Tensor:
     return torch.stack(denoiser(given.x, given.timestep, given.prompts, lambda: None))
 
 
+WARM_SECONDS = 4
+"""A GPU that was idle computes its first steps faster than all that follow."""
+
+
+def warm(run) -> None:
+    """As many times on all ranks."""
+    started, go_on = time.perf_counter(), torch.ones(1)
+    while go_on:
+        for _ in range(8):
+            run()
+        go_on = torch.tensor([float(time.perf_counter() - started < WARM_SECONDS)])
+        dist.broadcast(go_on, 0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="flux")
@@ -92,6 +107,7 @@ def main() -> None:
         print(f"{what}: {ranks} x {name}, {layout} over {transport}")
         heads = ("ms", "x whole", "min", "max", "GB come", "GB/s", "used GB")
         print(f"{'weights':12}" + "".join(f"{head:>9}" for head in heads) + "  same bits", flush=True)
+    warm(functools.partial(step, Denoiser(model, mesh, transport, Settings(linear=a.linear), dtype), given))
     whole, expected, stream = None, None, None
     for row in a.rows.split(","):
         choice, _, count = row.partition(":")
