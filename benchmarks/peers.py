@@ -46,8 +46,8 @@ class Peer:
     """(diffusers' model, task) -> the parallel model."""
     alone: bool = False
     """Whether it runs on one rank."""
-    compile: Literal["blocks", "broken blocks", "whole"] = "blocks"
-    """What is compiled: each block without graph breaks, each with them, or the whole model."""
+    compile: Literal["blocks", "broken blocks", "wrapped blocks", "whole"] = "blocks"
+    """What is compiled: each block without graph breaks, each with them and whatever wraps it, or the whole model."""
     lossy: bool = False
     """Whether it sends less exactly than it computes."""
     models: tuple[str, ...] = ("flux", "qwen")
@@ -147,7 +147,7 @@ PEERS = {
     "diffusers-1gpu": Peer(module="diffusers", setup=_one_gpu, alone=True, models=MODELS),
     "diffusers-ulysses": Peer(module="diffusers", setup=_diffusers("ulysses"), models=MODELS),
     "diffusers-ring": Peer(module="diffusers", setup=_diffusers("ring"), models=MODELS),
-    "diffusers-fsdp": Peer(module="diffusers", setup=_fsdp, compile="broken blocks", models=MODELS),
+    "diffusers-fsdp": Peer(module="diffusers", setup=_fsdp, compile="wrapped blocks", models=MODELS),
     "paraattention-ulysses": Peer(module="para_attn", setup=_paraattention(ring=False), models=("flux",)),
     "paraattention-ring": Peer(module="para_attn", setup=_paraattention(ring=True), models=("flux",)),
     "xdit-ulysses": Peer(module="xfuser", setup=_xdit(ring=False), compile="whole", models=("flux",)),
@@ -283,6 +283,10 @@ def runs(job: dict, ours: Transformer, dtype, device) -> Iterator[tuple[dict, Ca
     torch._dynamo.config.automatic_dynamic_shapes = False  # each shape gets kernels of its own
     if peer.compile == "whole":
         model = torch.compile(model)
+    elif peer.compile == "wrapped blocks":  # under other names
+        for module in model.modules():
+            if any(type(module).__name__.endswith(name) for name in model._repeated_blocks):
+                module.compile()
     else:
         model.compile_repeated_blocks(fullgraph=peer.compile == "blocks")
     for case in cases:
