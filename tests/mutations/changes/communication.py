@@ -9,6 +9,20 @@ MESH = "fastusp_backend/comm/mesh.py"
 
 CHANGES = [
     (
+        "fastusp_backend/comm/block_store.py",
+        "what was changed stays out of the other ranks' parts",
+        "if self._comes(rank):\n                part.copy_(changed",
+        "if not self._comes(rank):\n                part.copy_(changed",
+        "unit/test_block_waits.py",
+    ),
+    (
+        "fastusp_backend/comm/pages.py",
+        "all pieces lie at the first one's place",
+        "            start += piece.size\n        return torch.frombuffer",
+        "        return torch.frombuffer",
+        "unit/test_block_waits.py",
+    ),
+    (
         SHARDS,
         "a token of padding also where the ranks divide the image",
         "return -(-self.image // self.layout.sequence_ranks)",

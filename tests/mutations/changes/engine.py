@@ -20,26 +20,50 @@ CHANGES = [
     ),
     (
         BLOCK_STREAM,
-        "the last of an odd number of blocks takes the first one's slot",
-        "2 if last and number and number % 2 == 0 else number % 2",
-        "number % 2",
+        "the first block is not fetched anew after a change",
+        """        self._close()
+        self._primed = False
+""",
+        """        self._close()
+""",
+        "unit/test_block_waits.py",
+    ),
+    (
+        BLOCK_STREAM,
+        "what was changed in a slot is not given back",
+        "self.store.give_back(number, start, end - start)",
+        "pass",
         "unit/test_block_stream.py",
     ),
     (
         BLOCK_STREAM,
-        "the first block is not fetched anew after a change",
-        """        self._store_open()
-        self._primed = False
+        "weights are changed while other ranks compute",
+        """        self.meet()
+        try:
+            yield
 """,
-        """        self._store_open()
+        """        try:
+            yield
 """,
-        "dist/test_placements.py",
+        "unit/test_block_waits.py",
     ),
     (
         BLOCK_STREAM,
-        "what was changed in a slot is not stored",
-        "self.store.own(self._open).copy_(came)",
-        "came.clone()",
+        "weights are fetched while other ranks change them",
+        """        finally:
+            self.meet()
+""",
+        """        finally:
+            self._close()
+            self._primed = False
+""",
+        "unit/test_block_waits.py",
+    ),
+    (
+        BLOCK_STREAM,
+        "all of a large block comes while its tokens return",
+        "self._fetch(self._half)",
+        "self._fetch()",
         "unit/test_block_stream.py",
     ),
     (

@@ -16,9 +16,16 @@ CHANGES = [
     (
         "fastusp_backend/models/placement.py",
         "slots are not counted",
-        "max(ownership.nbytes) - streamed + slots +",
+        "max(ownership.nbytes) - streamed + sum(slots) +",
         "max(ownership.nbytes) - streamed +",
         "unit/test_placement.py dist/test_placements.py",
+    ),
+    (
+        "fastusp_backend/models/placement.py",
+        "the last of an odd number of blocks takes the first one's slot",
+        "slot = 2 if i == count - 1 and i and i % 2 == 0 else i % 2",
+        "slot = i % 2",
+        "unit/test_placement.py",
     ),
     (
         POSITIONS,
