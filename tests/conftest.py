@@ -1,5 +1,6 @@
 """What all tests share: `support` beside this file is importable. Where pytest-xdist runs tests side by side, those of
-one folder stay together, since they share a ComfyUI, or pools; unit tests of one file do."""
+one folder stay together, since they share a ComfyUI, or pools (two groups of them: pools' lives, and what they
+compute); unit tests of one file do."""
 
 from collections import Counter
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 HERE = Path(__file__).parent
 ORDER = ("dist", "host", "unit", "chaos", "mutations", "gpu")
 """Of the folders: each of xdist's processes takes the next group, and the longest begin first."""
+LIVES = ("tests/dist/test_pool_", "tests/dist/test_ch", "tests/dist/test_cli", "tests/dist/test_benchmarks")
 
 
 def pytest_collection_modifyitems(items):
@@ -23,7 +25,9 @@ def pytest_xdist_make_scheduler(config, log):
     class Scheduler(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             path = nodeid.partition("::")[0]
-            return path if path.startswith("tests/unit/") else path.rpartition("/")[0]
+            if path.startswith("tests/unit/"):
+                return path
+            return path.rpartition("/")[0] + "/lives" * path.startswith(LIVES)
 
     config.option.loadscopereorder = False  # nothing before those that take longest
     return Scheduler(config, log)

@@ -78,6 +78,22 @@ def test_products_in_fp8(pool, park, files):
         assert torch.equal(outcome(pool, files["flux"], LAYOUTS[0], weights=weights, linear="fp8"), expected), weights
 
 
+def test_controlnets(pool, park, files):
+    """Their residuals come between the blocks."""
+    x, timestep, prompt = given_to(read_model(str(files["flux"])).config)
+    residual = randn(2, 12, 512, seed=9)
+    control = {"input": [residual, None], "output": [None, residual]}
+
+    def controlled(weights):
+        over = Session(pool, spec_of(files["flux"]), (LAYOUTS[0],), Settings(weights=weights))
+        return over.evaluate(x, timestep, prompt, Progress(), control)
+
+    plain = whole(pool, park, files["flux"], LAYOUTS[0])
+    expected = controlled("whole")
+    assert not torch.equal(expected, plain)
+    assert all(torch.equal(controlled(weights), expected) for weights in TRAVELLING)
+
+
 def lora(key: str, shape: tuple[int, int], seed: int) -> WeightPatches:
     up, down = randn(shape[0], 4, seed=seed) * 0.05, randn(4, shape[1], seed=seed + 1)
     patch = WeightPatch(kind="lora", tensors={"up": name_of(up), "down": name_of(down)}, strength=0.8, alpha=4.0)

@@ -45,6 +45,21 @@ def test_unloading_all_models_reaches_the_workers(host, what):
     assert after["held"] == "resident" and after["pids"] == before["pids"]
 
 
+@pytest.mark.parametrize("weights", ["shared", "host"])
+def test_blocks_that_travel(host, weights):
+    """The same picture, and the node and the panel tell where the weights are."""
+    want = sampled(host, "keep", "euler", 135)[0]
+    graph = Graph()
+    settings = graph.node("FastUSPSettings", wire="exact", attention="auto", weights=weights)
+    sample = graph.sample(graph.usp(settings=settings), steps=2, seed=135, sampler_name="euler")
+    saved = graph.save(sample)
+    outcome = host.run(graph)
+    assert difference(outcome.latents[saved], want) <= REORDERED
+    told = host.pool("cpu:2")["weights"]
+    assert told.startswith("0 of 4 blocks stay, 4 ")
+    assert any(f"loaded: {told}" in text for text in outcome.texts_of(sample[0]))
+
+
 @pytest.mark.parametrize(("sampler", "where"), [("euler", IN_WORKERS), ("uni_pc", STEPPING)])
 def test_residency(host, sampler, where):
     """The pictures stay the same, to the bit where the weights are a mapped file's and not those that come back from

@@ -1,0 +1,90 @@
+"""diffusers' transformers on our weights, and what their forward takes."""
+
+import torch
+from common import Inputs
+from diffusers_weights import to_diffusers
+
+from fastusp_backend.models.family import FamilyConfig, Transformer
+from fastusp_backend.models.flux import FluxConfig
+from fastusp_backend.models.flux2 import Flux2Config
+from fastusp_backend.models.patchify import patch_grid, patchify
+
+
+def diffusers_model(ours: Transformer) -> torch.nn.Module:
+    """Makes diffusers' transformer on the same weights: its parameters are views of ours."""
+    import diffusers
+
+    config = ours.config
+    state = ours.state_dict()
+    if isinstance(config, FluxConfig):
+        with torch.device("meta"):
+            theirs = diffusers.FluxTransformer2DModel(**flux_sizes(config))
+        state = to_diffusers({ours.file_key(name): t for name, t in state.items()}, config.hidden)
+    elif isinstance(config, Flux2Config):
+        from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers
+
+        with torch.device("meta"):
+            theirs = diffusers.Flux2Transformer2DModel(
+                num_layers=config.double_blocks,
+                num_single_layers=config.single_blocks,
+                num_attention_heads=config.heads,
+                joint_attention_dim=config.context,
+                mlp_ratio=config.mlp / config.hidden,
+                guidance_embeds=config.guidance,
+            )
+        state = {ours.file_key(name): t for name, t in state.items()}
+        state = convert_flux2_transformer_checkpoint_to_diffusers(state)
+    else:
+        from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
+
+        with torch.device("meta"):
+            theirs = diffusers.QwenImageTransformer2DModel(
+                in_channels=4 * config.channels,
+                out_channels=config.channels,
+                num_layers=config.blocks,
+                num_attention_heads=config.heads,
+                joint_attention_dim=config.context,
+            )
+        theirs.pos_embed = QwenEmbedRope(theta=10_000, axes_dim=[16, 56, 56], scale_rope=True)  # holds no parameters
+    theirs.load_state_dict(state, assign=True)
+    return theirs.eval().requires_grad_(False)
+
+
+def flux_sizes(config: FamilyConfig) -> dict:
+    """Returns the sizes of diffusers' FLUX.1."""
+    return {
+        "patch_size": 1,
+        "in_channels": 4 * config.channels,
+        "num_layers": config.double_blocks,
+        "num_single_layers": config.single_blocks,
+        "attention_head_dim": config.hidden // config.heads,
+        "num_attention_heads": config.heads,
+        "joint_attention_dim": config.context,
+        "pooled_projection_dim": config.pooled,
+        "guidance_embeds": config.guidance,
+    }
+
+
+def arguments(config: FamilyConfig, given: Inputs, dtype: torch.dtype) -> list[dict]:
+    """Returns what diffusers' forward takes for each prompt."""
+    x, b = given.x, given.x.shape[0]
+    grid = patch_grid(*x.shape[-2:], config.patch)
+    shared = {"hidden_states": patchify(x, config.patch).to(dtype), "timestep": given.timestep.to(x.device, dtype)}
+    axes = {FluxConfig: 3, Flux2Config: 4}.get(type(config))
+    if axes:
+        shared["img_ids"] = torch.zeros(grid[0] * grid[1], axes, device=x.device)
+        shared["img_ids"][:, 1:3] = torch.cartesian_prod(*(torch.arange(n, device=x.device) for n in grid))
+    else:
+        shared["img_shapes"] = [[(1, *grid)]] * b
+    found = []
+    for prompt in given.prompts:
+        own = {"encoder_hidden_states": prompt.context, "return_dict": False}
+        if axes:
+            own["guidance"], text = prompt.guidance, prompt.context.shape[1]
+            own["txt_ids"] = torch.zeros(text, axes, device=x.device)
+        if axes == 3:
+            own["pooled_projections"] = prompt.y
+        elif axes == 4:
+            own["txt_ids"][:, 3] = torch.arange(text)
+        found.append(shared | own)
+    return found
