@@ -10,6 +10,7 @@ from ..config import ModelSpec
 from ..devices import Devices, gpu_states, local_devices
 from ..engine.room import kept_free
 from ..errors import RequestError
+from ..models.cost import step_cost
 from ..models.family import FamilyConfig
 from ..models.placement import Placement, place_file
 from ..planner import legal_layouts, plan
@@ -17,8 +18,16 @@ from ..weights.tensor_info import TensorInfo
 from .arguments import add_degrees, add_gpus
 from .inputs import describe
 
-LINKS = {"NVLink": 250, "PCIe 5": 50, "PCIe 4": 25}
+LINKS = {"NVLink": 360, "PCIe 5": 50, "PCIe 4": 25}
 """GB/s that a GPU receives beside computing: measured on H100, and what a slot of 16 lanes gives."""
+H100_TFLOPS = 989
+SUSTAINED = 0.57
+"""Share of a data sheet's rate that steps had on H100: FLUX.1 0.55, FLUX.2 0.61, Qwen-Image 0.57."""
+UNPACKING = {"packed": 1.12, "fp8": 1.33}
+"""A step with such weights, of one in 16 bits; measured."""
+SHARING = 0.05
+"""How much longer a step takes at most with blocks that all come from other GPUs in time; measured 0.04 and 0.06."""
+SIZE, TEXT = (1024, 1024), 512
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +37,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--free", type=float, metavar="GB", help="as if each GPU had so much free memory; --gpus 0,1 need not exist"
     )
+
+    parser.add_argument(
+        "--tflops",
+        type=float,
+        default=H100_TFLOPS,
+        help=f"with --free, a GPU's dense bf16 TFLOP/s by its data sheet (default: {H100_TFLOPS}, an H100)",
+    )
+
+
+class Step:
+    """Predicts what a step takes on GPUs that need not be there, at SIZE pixels with TEXT tokens.
+
+    tflops: a GPU's rate by its data sheet, dense, in bf16.
+    """
+
+    def __init__(self, header: dict[str, TensorInfo], config: FamilyConfig, spec: ModelSpec, ranks: int, tflops: float):
+        cost = step_cost(config, ranks, size=SIZE, text=TEXT)
+        stored = "packed" if any(info.packing for info in header.values()) else ""
+        stored = stored or ("fp8" if (spec.storage or "").startswith("float8") else "")
+        self._computing = cost.flops / ranks / (SUSTAINED * tflops * 1e12) * UNPACKING.get(stored, 1)
+        self._sent, self.tflops = cost.sent_bytes, tflops
+
+    def seconds(self, found: Placement, link: str, *, peers: bool) -> float:
+        """What travels and what computes hide each other, but where the link to the host carries both tokens and
+        weights."""
+        journeys = found.streamed_bytes / (LINKS[link] * 1e9)
+        if peers or not self._sent:
+            return max(self._computing * (1 + SHARING * len(found.slabs) / found.blocks), journeys)
+        return self._computing + self._sent / (LINKS[link] * 1e9) + journeys
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -43,7 +81,8 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"{devices}, {heads} heads: {layout}")
     print("legal: " + ", ".join(str(x) for x in legal_layouts(devices.ranks, heads)))
     if nbytes is not None and imagined:
-        print("\n".join(fits(header, config, spec, devices.ranks, int(arguments.free * 1e9))))
+        step = Step(header, config, spec, devices.ranks, arguments.tflops)
+        print("\n".join(fits(header, config, spec, devices.ranks, int(arguments.free * 1e9), step)))
     elif nbytes is not None:
         print("\n".join(memory(nbytes, devices, totals)))
     return 0
@@ -65,7 +104,9 @@ def _with(spec: ModelSpec, weights: str) -> ModelSpec:
     return msgspec.structs.replace(spec, weights=weights)
 
 
-def fits(header: dict[str, TensorInfo], config: FamilyConfig, spec: ModelSpec, ranks: int, free: int) -> list[str]:
+def fits(
+    header: dict[str, TensorInfo], config: FamilyConfig, spec: ModelSpec, ranks: int, free: int, step: Step
+) -> list[str]:
     """Says what `weights = auto` does on GPUs with so many bytes free, with peer access and without."""
     kept = kept_free(config, ranks)
     told = [f"of {free / 1e9:.1f} GB free on each GPU {kept / 1e9:.1f} GB are kept for all else"]
@@ -73,20 +114,25 @@ def fits(header: dict[str, TensorInfo], config: FamilyConfig, spec: ModelSpec, r
     for name, peers in ways.items():
         try:
             found = place_file(header, _with(spec, "auto"), ranks, peers=peers, available=free - kept)
-            told.append(f"{name}: {found}{_journeys(found)}")
+            links = ["NVLink"] if peers else []
+            times = ", ".join(
+                f"{step.seconds(found, link, peers=peers) * 1000:.0f} ms a step over {link}"
+                for link in [*links, "PCIe 5", "PCIe 4"]
+            )
+            told.append(f"{name}: {found}{_journeys(found)}; predicted {times}")
         except RequestError as error:
             told.append(f"{name}: {error}")
+    width, height = SIZE
+    told.append(f"predictions: {width} x {height}, GPUs of {step.tflops:g} TFLOP/s (--tflops), to about a fifth")
     return told
 
 
 def _journeys(found: Placement) -> str:
-    """How long what travels takes a step, over links that allow for it."""
+    """What travels in a step."""
     if not found.slabs:
         return ""
-    links = LINKS if found.source == "shared" else {name: speed for name, speed in LINKS.items() if name != "NVLink"}
-    times = ", ".join(f"{found.streamed_bytes / 1e6 / speed:.0f} ms over {name}" for name, speed in links.items())
     host = f", {found.host_bytes / 1e9:.1f} GB of host memory" if found.host_bytes else ""
-    return f"{host}; {found.streamed_bytes / 1e9:.1f} GB come to each in a step, beside the computing: {times}"
+    return f"{host}, {found.streamed_bytes / 1e9:.1f} GB come to each in a step"
 
 
 def memory(nbytes: int, devices: Devices, totals: dict[int, int | None]) -> list[str]:

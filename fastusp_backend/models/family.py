@@ -108,6 +108,11 @@ class FamilyConfig:
         """Raises CheckpointError for a file that is incomplete or of a variant that FastUSP does not run."""
         raise NotImplementedError
 
+    @property
+    def two_stream_blocks(self) -> int:
+        """How many blocks, the first ones, have weights of their own for text and for the image."""
+        raise NotImplementedError
+
     def build(self) -> "Transformer":
         """The transformer, with parameters as torch's default device and type have them."""
         raise NotImplementedError
@@ -118,13 +123,7 @@ class FamilyConfig:
         return None
 
     def example_prompt(
-        self,
-        draw: Callable[..., torch.Tensor],
-        *,
-        text: int,
-        size: tuple[int, int],
-        batch: int = 1,
-        guidance: float = 3.5,
+        self, draw: Callable[..., torch.Tensor], *, text: int, size: tuple[int, int], batch: int = 1, guidance=3.5
     ) -> Prompt:
         """A prompt as ComfyUI would give one for latents (B, C, *size), of `text` tokens and without references;
         draw(*shape) gives its values: of the text, then the pooled text, then further channels."""

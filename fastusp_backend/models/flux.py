@@ -55,6 +55,10 @@ class FluxConfig(FamilyConfig):
     single_blocks: int
     guidance: bool
 
+    @property
+    def two_stream_blocks(self) -> int:
+        return self.double_blocks
+
     @classmethod
     def from_sizes(cls, sizes: Sizes) -> "FluxConfig":
         """Raises CheckpointError for a model that takes what ComfyUI would not give it."""

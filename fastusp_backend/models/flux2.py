@@ -56,6 +56,11 @@ class Flux2Config(FamilyConfig):
     double_blocks: int
     single_blocks: int
     guidance: bool
+
+    @property
+    def two_stream_blocks(self) -> int:
+        return self.double_blocks
+
     reference_method: str = "index"
 
     @classmethod

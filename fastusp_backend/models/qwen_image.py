@@ -53,6 +53,10 @@ class QwenImageConfig(FamilyConfig):
     blocks: int
     reference_method: str = "index"
 
+    @property
+    def two_stream_blocks(self) -> int:
+        return self.blocks
+
     @classmethod
     def from_sizes(cls, sizes: Sizes) -> "QwenImageConfig":
         """Raises CheckpointError for Mage-Flow, which has the same keys."""

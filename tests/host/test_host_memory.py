@@ -56,7 +56,7 @@ def test_blocks_that_travel(host, weights):
     outcome = host.run(graph)
     assert difference(outcome.latents[saved], want) <= REORDERED
     told = host.pool("cpu:2")["weights"]
-    assert told.startswith("0 of 4 blocks stay, 4 ")
+    assert told.startswith("0 of 2 blocks stay, 2 ")
     assert any(f"loaded: {told}" in text for text in outcome.texts_of(sample[0]))
 
 

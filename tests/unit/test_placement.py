@@ -126,7 +126,8 @@ def test_plan_answers_for_cards_that_are_not_there(monkeypatch, capsys, tmp_path
     code, said, _ = plan_says(
         monkeypatch, capsys, path, "--gpus", "0,1", "--free", f"{(kept + whole) / 1e9 - 1e-3:.4f}"
     )
-    assert code == 0 and "of 4 blocks stay" in said and "ms over NVLink" in said and "GB of host memory" in said
+    assert code == 0 and "of 4 blocks stay" in said and "GB of host memory" in said
+    assert "ms a step over NVLink" in said and "989 TFLOP/s (--tflops)" in said
     code, said, _ = plan_says(monkeypatch, capsys, path, "--gpus", "0,1", "--free", f"{kept / 1e9 + 1e-3:.4f}")
     assert code == 0 and said.count("Use a smaller file or weight_dtype, or more GPUs") == 2
     code, _, errors = plan_says(monkeypatch, capsys, path, "--gpus", "auto", "--free", "24")

@@ -1,0 +1,42 @@
+"""What a step computes and sends, from a model's sizes alone.
+
+A product of L tokens takes 2 L K N floating-point operations, attention over N tokens of C values 4 N^2 C. Under
+Ulysses a rank sends 4 L C (U - 1) / U values a block (arXiv 2405.07719).
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from .family import FamilyConfig
+from .patchify import patch_grid
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """Of one prompt.
+
+    flops: floating-point operations of all blocks, over all ranks.
+    sent_bytes: what a rank of a Ulysses group over all ranks sends, in 16 bits, and receives as well.
+    """
+
+    flops: float
+    sent_bytes: float
+
+
+def step_cost(config: FamilyConfig, ranks: int, *, size: tuple[int, int], text: int) -> StepCost:
+    """size: pixels (width, height). text: tokens."""
+    width, height = (edge // config.downscale for edge in size)
+    rows, columns = patch_grid(height, width, config.patch)
+    tokens = text + rows * columns
+    with torch.device("meta"):
+        model = config.build()
+    large = {id(layer) for layer in model.products()}
+    flops, blocks = 0.0, model.blocks()
+    for number, block in enumerate(blocks):
+        parameters = sum(layer.weight.numel() for layer in block.modules() if id(layer) in large)
+        # Each of two streams' layers see that stream's tokens alone.
+        flops += (1 if number < config.two_stream_blocks else 2) * parameters * tokens
+        flops += 4 * tokens**2 * config.hidden
+    sent = 4 * tokens / ranks * config.hidden * (ranks - 1) / ranks * torch.bfloat16.itemsize
+    return StepCost(flops, sent * len(blocks))
