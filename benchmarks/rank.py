@@ -21,7 +21,7 @@ from breakdown import breakdown
 from common import CONFIGS, measure, random_model
 from process_sets import MARK
 
-from fastusp_backend.worker.process import die_with_parent
+from fastusp_backend.worker.process import die_with_parent, leave
 
 
 def main() -> None:
@@ -68,6 +68,7 @@ def main() -> None:
         if device.type == "cuda":
             torch.cuda.empty_cache()
     dist.destroy_process_group()
+    leave(0)
 
 
 def _name(device: torch.device) -> str:

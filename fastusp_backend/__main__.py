@@ -5,6 +5,7 @@ import importlib
 import sys
 
 from .errors import FastUSPError
+from .worker.process import leave
 
 COMMANDS = {
     "bench": "how fast your own file is on 1, 2, ... all GPUs, and which settings are best",
@@ -32,4 +33,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-ORDER = ("dist", "host", "unit", "chaos", "mutations", "gpu")
+ORDER = ("host", "dist", "unit", "chaos", "mutations", "gpu")
 """Of the folders: each of xdist's processes takes the next group, and the longest begin first."""
 LIVES = ("tests/dist/test_pool_", "tests/dist/test_ch", "tests/dist/test_cli", "tests/dist/test_benchmarks")
 

@@ -14,7 +14,8 @@ from ..models.cost import step_cost
 from ..models.family import FamilyConfig
 from ..models.placement import Placement, place_file
 from ..planner import legal_layouts, plan
-from ..weights.tensor_info import TensorInfo
+from ..weights.dtypes import main_dtype
+from ..weights.tensor_info import FP8, TensorInfo
 from .arguments import add_degrees, add_gpus
 from .inputs import describe
 
@@ -26,7 +27,7 @@ SUSTAINED = 0.57
 UNPACKING = {"packed": 1.12, "fp8": 1.33}
 """A step with such weights, of one in 16 bits; measured."""
 SHARING = 0.05
-"""How much longer a step takes at most with blocks that all come from other GPUs in time; measured 0.04 and 0.06."""
+"""How much longer a step takes with blocks that all come from other GPUs in time; measured 0.04 and 0.06."""
 SIZE, TEXT = (1024, 1024), 512
 
 
@@ -52,18 +53,27 @@ class Step:
     tflops: a GPU's rate by its data sheet, dense, in bf16.
     """
 
-    def __init__(self, header: dict[str, TensorInfo], config: FamilyConfig, spec: ModelSpec, ranks: int, tflops: float):
+    def __init__(self, header: dict[str, TensorInfo], config: FamilyConfig, ranks: int, tflops: float):
         cost = step_cost(config, ranks, size=SIZE, text=TEXT)
-        stored = "packed" if any(info.packing for info in header.values()) else ""
-        stored = stored or ("fp8" if (spec.storage or "").startswith("float8") else "")
+        packed = any(info.packing for info in header.values())
+        stored = "packed" if packed else "fp8" if main_dtype(header) in FP8 else ""
         self._computing = cost.flops / ranks / (SUSTAINED * tflops * 1e12) * UNPACKING.get(stored, 1)
         self._sent, self.tflops = cost.sent_bytes, tflops
 
-    def seconds(self, found: Placement, link: str, *, peers: bool) -> float:
-        """What travels and what computes hide each other, but where the link to the host carries both tokens and
-        weights."""
-        journeys = found.streamed_bytes / (LINKS[link] * 1e9)
-        if peers or not self._sent:
+    def predict(self, found: Placement, *, peers: bool) -> str:
+        """Says it, for the links that there may be."""
+        if not (found.slabs or self._sent):
+            return f"predicted {self._computing * 1000:.0f} ms a step"
+        links = ["NVLink"] * peers + ["PCIe 5", "PCIe 4"]
+        return "predicted " + ", ".join(f"{self.seconds(found, x) * 1000:.0f} ms a step over {x}" for x in links)
+
+    def seconds(self, found: Placement, link: str) -> float:
+        """link: by which tokens travel, and weights too, but from the host's memory over PCIe 5 beside NVLink. What
+        travels and what computes hide each other, but where one link carries both tokens and weights to a GPU."""
+        apart = link == "NVLink"
+        weights_link = "PCIe 5" if apart and found.source == "host" else link
+        journeys = found.streamed_bytes / (LINKS[weights_link] * 1e9)
+        if apart or not self._sent:
             return max(self._computing * (1 + SHARING * len(found.slabs) / found.blocks), journeys)
         return self._computing + self._sent / (LINKS[link] * 1e9) + journeys
 
@@ -81,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"{devices}, {heads} heads: {layout}")
     print("legal: " + ", ".join(str(x) for x in legal_layouts(devices.ranks, heads)))
     if nbytes is not None and imagined:
-        step = Step(header, config, spec, devices.ranks, arguments.tflops)
+        step = Step(header, config, devices.ranks, arguments.tflops)
         print("\n".join(fits(header, config, spec, devices.ranks, int(arguments.free * 1e9), step)))
     elif nbytes is not None:
         print("\n".join(memory(nbytes, devices, totals)))
@@ -114,12 +124,7 @@ def fits(
     for name, peers in ways.items():
         try:
             found = place_file(header, _with(spec, "auto"), ranks, peers=peers, available=free - kept)
-            links = ["NVLink"] if peers else []
-            times = ", ".join(
-                f"{step.seconds(found, link, peers=peers) * 1000:.0f} ms a step over {link}"
-                for link in [*links, "PCIe 5", "PCIe 4"]
-            )
-            told.append(f"{name}: {found}{_journeys(found)}; predicted {times}")
+            told.append(f"{name}: {found}{_journeys(found)}; {step.predict(found, peers=peers)}")
         except RequestError as error:
             told.append(f"{name}: {error}")
     width, height = SIZE

@@ -14,6 +14,8 @@ one waits for all ranks before and after it, see engine/block_stream.py. NCCL's 
 from the products, and a meeting of all ranks per block.
 """
 
+import contextlib
+import os
 import weakref
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
@@ -148,17 +150,20 @@ class PeerStore(_Store):
         if self._parts:
             return
         group = dist.group.WORLD
-        own, descriptors, mailbox = allocate_together(self._make, group)
-        try:
-            allocate_together(lambda: self._map(own, exchange_descriptors(mailbox, descriptors, group)), group)
-        finally:
-            mailbox.close()
+        with contextlib.ExitStack() as held:  # a descriptor that stays open keeps memory, whoever refuses
+            own, descriptors, mailbox = allocate_together(lambda: self._make(held), group)
+            allocate_together(lambda: self._map(own, exchange_descriptors(mailbox, descriptors, group, held)), group)
 
-    def _make(self) -> tuple[list[Piece | None], list[int], Mailbox]:
+    def _make(self, held: contextlib.ExitStack) -> tuple[list[Piece | None], list[int], Mailbox]:
         """This rank's parts, descriptors of them for the others, and where theirs come in."""
         own = [self._pages.make(sizes[self._rank]) if sizes[self._rank] else None for sizes in self._sizes]
+        descriptors = []
         try:
-            return own, [piece.descriptor() for piece in own if piece is not None], Mailbox()
+            for piece in own:
+                if piece is not None:
+                    descriptors.append(piece.descriptor())
+                    held.callback(os.close, descriptors[-1])
+            return own, descriptors, held.enter_context(contextlib.closing(Mailbox()))
         except OSError as error:
             raise MemoryError(str(error)) from error
 

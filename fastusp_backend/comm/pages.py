@@ -41,10 +41,10 @@ class Pages(Protocol):
         """Returns `size` bytes, whole pages. Raises torch.OutOfMemoryError or MemoryError."""
 
     def open(self, descriptor: int, size: int) -> Piece:
-        """Returns a piece of another process and closes its descriptor. Raises RuntimeError."""
+        """Returns the piece of another process that a descriptor is of. Raises as `make`."""
 
     def map(self, pieces: Sequence[Piece]) -> torch.Tensor:
-        """Returns pieces, one behind the other, as (n,) uint8."""
+        """Returns pieces, one behind the other, as (n,) uint8. Raises as `make`."""
 
 
 class _HostPiece:
@@ -60,12 +60,18 @@ class HostPages:
     """See `Pages`. For CPU ranks, which do the same as GPUs do."""
 
     def make(self, size: int) -> _HostPiece:
-        piece = _HostPiece(os.memfd_create("fastusp"), size)
-        os.ftruncate(piece.file, size)
+        try:
+            piece = _HostPiece(os.memfd_create("fastusp"), size)
+            os.ftruncate(piece.file, size)
+        except OSError as error:
+            raise MemoryError(f"{size} bytes cannot be had: {error}") from error
         return piece
 
     def open(self, descriptor: int, size: int) -> _HostPiece:
-        return _HostPiece(descriptor, size)
+        try:
+            return _HostPiece(os.dup(descriptor), size)
+        except OSError as error:
+            raise MemoryError(str(error)) from error
 
     def map(self, pieces: Sequence[_HostPiece]) -> torch.Tensor:
         total = sum(piece.size for piece in pieces)
@@ -149,37 +155,43 @@ class DevicePages:
         code = driver().cuMemCreate(
             ctypes.byref(handle), ctypes.c_size_t(size), ctypes.byref(wanted), ctypes.c_uint64(0)
         )
-        if code == _OUT_OF_MEMORY:
-            raise torch.OutOfMemoryError(f"CUDA out of memory: tried to allocate {size / 1e6:.0f} MB")
-        check(code, "cuMemCreate")
+        _check(code, "cuMemCreate", size)
         return _DevicePiece(handle.value, size)
 
     def open(self, descriptor: int, size: int) -> _DevicePiece:
         handle = ctypes.c_uint64()
-        try:
-            code = driver().cuMemImportFromShareableHandle(
-                ctypes.byref(handle), ctypes.c_void_p(descriptor), ctypes.c_int(_POSIX)
-            )
-        finally:
-            os.close(descriptor)
-        check(code, "cuMemImportFromShareableHandle")
+        code = driver().cuMemImportFromShareableHandle(
+            ctypes.byref(handle), ctypes.c_void_p(descriptor), ctypes.c_int(_POSIX)
+        )
+        _check(code, "cuMemImportFromShareableHandle", size)
         return _DevicePiece(handle.value, size)
 
     def map(self, pieces: Sequence[_DevicePiece]) -> torch.Tensor:
         total = ctypes.c_size_t(sum(piece.size for piece in pieces))
         start, none = ctypes.c_uint64(), ctypes.c_size_t(0)
         code = driver().cuMemAddressReserve(ctypes.byref(start), total, none, ctypes.c_uint64(0), ctypes.c_uint64(0))
-        check(code, "cuMemAddressReserve")
+        _check(code, "cuMemAddressReserve", total.value)
         memory = _DeviceMemory(start.value, total.value)
         for piece in pieces:
             size = ctypes.c_size_t(piece.size)
-            check(driver().cuMemMap(start, size, none, piece.handle, ctypes.c_uint64(0)), "cuMemMap")
+            code = driver().cuMemMap(start, size, none, piece.handle, ctypes.c_uint64(0))
+            _check(code, "cuMemMap", piece.size)
             memory.mapped.append((start.value, piece.size))
             start = ctypes.c_uint64(start.value + piece.size)
         access = _Access(self._location, _READ_WRITE)
         code = driver().cuMemSetAccess(ctypes.c_uint64(memory.start), total, ctypes.byref(access), ctypes.c_size_t(1))
-        check(code, "cuMemSetAccess")
-        return torch.as_tensor(memory, device=self._device)
+        _check(code, "cuMemSetAccess", total.value)
+        tensor = torch.as_tensor(memory, device=self._device)
+        if tensor.data_ptr() != memory.start:  # what is written to a copy reaches nobody
+            raise RuntimeError("torch copies memory that is another GPU's")
+        return tensor
+
+
+def _check(code: int, name: str, size: int) -> None:
+    """Raises torch.OutOfMemoryError or RuntimeError where a call of the driver failed."""
+    if code == _OUT_OF_MEMORY:
+        raise torch.OutOfMemoryError(f"CUDA out of memory: {name} of {size / 1e6:.0f} MB")
+    check(code, name)
 
 
 class _DeviceMemory:

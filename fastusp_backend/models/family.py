@@ -26,6 +26,7 @@ from .segments import Segments
 from .stream import Stream
 
 HEAD_DIM = 128
+Grid = tuple[int, int]
 
 
 class Residuals(NamedTuple):
@@ -123,7 +124,7 @@ class FamilyConfig:
         return None
 
     def example_prompt(
-        self, draw: Callable[..., torch.Tensor], *, text: int, size: tuple[int, int], batch: int = 1, guidance=3.5
+        self, draw: Callable[..., torch.Tensor], *, text: int, size: Grid, batch: int = 1, guidance: float = 3.5
     ) -> Prompt:
         """A prompt as ComfyUI would give one for latents (B, C, *size), of `text` tokens and without references;
         draw(*shape) gives its values: of the text, then the pooled text, then further channels."""
@@ -193,7 +194,7 @@ class Transformer(nn.Module):
         """context (B, Lt, E) -> (B, Lt, hidden); computed once per prompt."""
         raise NotImplementedError
 
-    def rope(self, text: int, grid: tuple[int, int], references: References, device: torch.device) -> tuple[Rope, Rope]:
+    def rope(self, text: int, grid: Grid, references: References, device: torch.device) -> tuple[Rope, Rope]:
         """Rotary tables (cos, sin) of all T text tokens, and of all S of the image and R of its references."""
         raise NotImplementedError
 

@@ -56,12 +56,11 @@ class Flux2Config(FamilyConfig):
     double_blocks: int
     single_blocks: int
     guidance: bool
+    reference_method: str = "index"
 
     @property
     def two_stream_blocks(self) -> int:
         return self.double_blocks
-
-    reference_method: str = "index"
 
     @classmethod
     def from_sizes(cls, sizes: Sizes) -> "Flux2Config":

@@ -1,6 +1,6 @@
 """Which blocks' weights stay on a device, and which are streamed to it in every step: decided once, from sizes alone.
 
-A streamed block comes into one of two slots while other blocks compute: out of the host's memory (`host`), or of other
+A streamed block comes into a slot while other blocks compute: out of the host's memory (`host`), or of other
 GPUs' (`shared`), each of which owns an equal part of it. Blocks, not layers, take turns: a block's computing is what
 another's journey hides behind. As few as need be, since each costs a journey a step; spread evenly between those that
 stay, so that a journey has their time too.

@@ -50,8 +50,9 @@ def reference(session_of):
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("ulysses, ring", LAYOUTS)
 def test_an_evaluation(session_of, reference, ulysses, ring, text):
-    session = session_of(ulysses, ring)
-    for size, batch in SIZES:
+    """Each length with three sizes, each size with three lengths."""
+    session, first = session_of(ulysses, ring), TEXTS.index(text)
+    for size, batch in (SIZES + SIZES)[first : first + 3]:
         given, expected = reference(text, size, batch)
         got = evaluate(session, given)
         assert got.dtype == torch.float32 and torch.isfinite(got).all()

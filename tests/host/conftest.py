@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from comfy import ComfyUI
+from ending import wait_for_the_end
 from safetensors.torch import save_file
 from workflows import DEV, QWEN_IMAGE, SCHNELL
 
@@ -63,8 +64,10 @@ def host(request, tmp_path_factory):
             write_checkpoint(str(models / DEV), FULL_SIZE, dtype=torch.bfloat16)
         comfyui.wait_until_ready()
         yield comfyui
+        pids = [pid for pool in comfyui.get("/fastusp/status")["pools"] for pid in pool.get("pids", ())]
     finally:
         comfyui.stop()
+    assert not wait_for_the_end(pids, 5), "workers outlive their host"
 
 
 @pytest.fixture(scope="session")

@@ -63,7 +63,8 @@ def streaming(count, kind=BlockStream, gated=False):
 
 
 def values(model, slab):
-    return {model.get_submodule(name.rpartition(".")[0]).weight.unique().item() for name in slab.offsets}
+    weights = [model.get_submodule(name.rpartition(".")[0]).weight for name in slab.offsets]
+    return {value.item() for weight in weights for value in weight.aminmax()}
 
 
 @pytest.mark.parametrize("kind", [BlockStream, Late])
@@ -112,7 +113,7 @@ def test_a_change_that_fails_keeps_what_was_changed_before():
     stream.prime()
     for block in range(2):
         stream.begin(block)
-    assert layer.weight.unique().item() == 1.5
+    assert layer.weight.eq(1.5).all()
 
 
 def test_addresses_stay():

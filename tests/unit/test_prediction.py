@@ -13,14 +13,13 @@ from fastusp_backend.weights.tensor_info import TensorInfo
 pytestmark = [pytest.mark.unit, pytest.mark.any_processor]
 
 
-def predicted(config, ranks, link, *, dtype=torch.bfloat16, peers=True, **room):
+def predicted(config, ranks, link, *, dtype=torch.bfloat16, **room):
     with torch.device("meta"):
         model = config.build()
     header = {model.file_key(name): TensorInfo(tuple(p.shape), dtype) for name, p in model.named_parameters()}
-    storage = None if dtype == torch.bfloat16 else "float8_e4m3fn"
-    spec = ModelSpec(path="x", file=FileState(0, 0, 0, 0), storage=storage, compute="bfloat16")
-    found = place_file(header, spec, ranks, peers=peers, **room)
-    return found, Step(header, config, spec, ranks, H100_TFLOPS).seconds(found, link, peers=peers) * 1000
+    spec = ModelSpec(path="x", file=FileState(0, 0, 0, 0), storage=None, compute="bfloat16")
+    found = place_file(header, spec, ranks, **room)
+    return found, Step(header, config, ranks, H100_TFLOPS).seconds(found, link) * 1000
 
 
 @pytest.mark.parametrize(
@@ -53,3 +52,15 @@ def test_operations_are_those_of_the_papers_formulas():
     assert cost.flops == pytest.approx(products + attention, rel=1e-6)
     assert cost.sent_bytes == 57 * 2 * 4 * (tokens / 2) * c / 2
     assert step_cost(QWEN_IMAGE, 1, size=(1024, 1024), text=35).sent_bytes == 0
+
+
+def test_weights_from_the_host_come_over_its_own_link():
+    room = {"peers": False, "available": 12_000_000_000}
+    found, ms = predicted(FLUX_DEV, 2, "NVLink", **room)
+    assert found.source == "host" and ms == pytest.approx(found.streamed_bytes / 50e6)
+    assert predicted(FLUX_DEV, 2, "PCIe 5", **room)[1] > ms + 60  # tokens too
+
+
+def test_one_gpu_sends_nothing():
+    found, ms = predicted(FLUX_DEV, 1, "PCIe 4")
+    assert ms == predicted(FLUX_DEV, 1, "NVLink")[1]
