@@ -39,7 +39,9 @@ def test_hosts_do_not_meet_and_leave_nothing(host, second_host):
     assert not wait_for_the_end(doomed, 5)
 
     assert short_run(host, 82)["pids"] == first["pids"]
-    for pid in with_torchrun(first["pids"]):
+    pids = with_torchrun(first["pids"])
+    for pid in pids:
         os.kill(pid, signal.SIGKILL)
+    assert not wait_for_the_end(pids, 5)
     assert short_run(host, 83)["pids"] != first["pids"]
     assert not directory.exists(), "a pool that starts sweeps what killed ones left"
