@@ -5,7 +5,7 @@ import importlib
 import sys
 
 from .errors import FastUSPError
-from .worker.process import leave
+from .worker.process import importing, leave
 
 COMMANDS = {
     "bench": "how fast your own file is on 1, 2, ... all GPUs, and which settings are best",
@@ -22,7 +22,8 @@ def main() -> int:
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text)
         if name in sys.argv[1:2]:  # it alone is imported: `doctor` runs where the others' imports fail
-            module = importlib.import_module(f".cli.{name}", __package__)
+            with importing():
+                module = importlib.import_module(f".cli.{name}", __package__)
             module.add_arguments(command)
     arguments = parser.parse_args()
     try:

@@ -5,7 +5,16 @@ import os
 from pathlib import Path
 
 from ..pulse import turn_to
-from .process import PARENT_VARIABLE, RUN_DIR_VARIABLE, die_with_parent, leave, log_to_pool, record_failure, show_pulse
+from .process import (
+    PARENT_VARIABLE,
+    RUN_DIR_VARIABLE,
+    die_with_parent,
+    importing,
+    leave,
+    log_to_pool,
+    record_failure,
+    show_pulse,
+)
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +29,8 @@ def main() -> int:
         show_pulse(run_dir, rank)
         turn_to(STARTING)
         # Not above: importing torch takes seconds, in which this process would outlive its parent and show no pulse.
-        from .rank import work
+        with importing():
+            from .rank import work
 
         work(run_dir)
     except BaseException as error:

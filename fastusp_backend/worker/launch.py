@@ -4,14 +4,15 @@ import os
 import sys
 from pathlib import Path
 
-from .process import PARENT_VARIABLE, RUN_DIR_VARIABLE, die_with_parent, leave
+from .process import PARENT_VARIABLE, RUN_DIR_VARIABLE, die_with_parent, importing, leave
 
 
 def main(arguments: list[str]) -> int:
     die_with_parent(int(os.environ[PARENT_VARIABLE]))
     os.environ[PARENT_VARIABLE] = str(os.getpid())  # for the ranks
     # Not above: importing torch takes seconds, in which this process would outlive its parent.
-    from .torchrun import run
+    with importing():
+        from .torchrun import run
 
     return run(arguments, Path(os.environ[RUN_DIR_VARIABLE]))
 

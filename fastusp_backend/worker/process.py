@@ -1,9 +1,11 @@
 """What a worker process needs of its operating system: to die with its parent, and to leave a trace when it fails."""
 
 import atexit
+import contextlib
 import ctypes
 import faulthandler
 import fcntl
+import gc
 import json
 import logging.handlers
 import os
@@ -12,6 +14,7 @@ import signal
 import stat
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -51,6 +54,18 @@ def die_with_parent(parent: int) -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if os.getppid() != parent:
         os._exit(1)
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Around the import of torch: Python's collector looks again and again at what is made there, and finds nothing.
+    That is a fifth of the time. What there is then stays, and is not looked at later either."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def leave(code: int) -> NoReturn:

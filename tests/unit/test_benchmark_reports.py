@@ -23,7 +23,11 @@ for script in scripts:
     if not (child := os.fork()):
         sys.path.insert(0, folder)
         sys.argv = [f"{folder}/{script}.py", "--help"]
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as end:
+            sys.stdout.flush()
+            os._exit(end.code or 0)  # to take torch apart takes longer than all else
     if os.waitpid(child, 0)[1]:
         sys.exit(f"{script}.py --help failed")
 """
