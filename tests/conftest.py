@@ -10,7 +10,13 @@ import pytest
 HERE = Path(__file__).parent
 ORDER = ("host", "dist", "unit", "chaos", "mutations", "gpu")
 """Of the folders: each of xdist's processes takes the next group, and the longest begin first."""
-LIVES = ("tests/dist/test_pool_", "tests/dist/test_ch", "tests/dist/test_cli", "tests/dist/test_benchmarks")
+LIVES = (
+    "tests/dist/test_pool_",
+    "tests/dist/test_chaos",
+    "tests/dist/test_changing_files",
+    "tests/dist/test_cli",
+    "tests/dist/test_benchmarks",
+)
 
 
 def pytest_collection_modifyitems(items):

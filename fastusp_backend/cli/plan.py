@@ -38,11 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--free", type=float, metavar="GB", help="as if each GPU had so much free memory; --gpus 0,1 need not exist"
     )
-
     parser.add_argument(
         "--tflops",
         type=float,
-        default=H100_TFLOPS,
+        metavar="RATE",
         help=f"with --free, a GPU's dense bf16 TFLOP/s by its data sheet (default: {H100_TFLOPS}, an H100)",
     )
 
@@ -79,7 +78,9 @@ class Step:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    imagined = arguments.free is not None
+    imagined, tflops = arguments.free is not None, arguments.tflops
+    if tflops is not None and not (imagined and tflops > 0):
+        raise RequestError(f"--tflops {tflops:g}: add --free, and take a rate above 0, as {H100_TFLOPS} for an H100")
     devices = _imagine(arguments.gpus) if imagined else local_devices(arguments.gpus)
     heads, nbytes = 24, None
     if arguments.model:
@@ -91,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"{devices}, {heads} heads: {layout}")
     print("legal: " + ", ".join(str(x) for x in legal_layouts(devices.ranks, heads)))
     if nbytes is not None and imagined:
-        step = Step(header, config, devices.ranks, arguments.tflops)
+        step = Step(header, config, devices.ranks, tflops or H100_TFLOPS)
         print("\n".join(fits(header, config, spec, devices.ranks, int(arguments.free * 1e9), step)))
     elif nbytes is not None:
         print("\n".join(memory(nbytes, devices, totals)))
@@ -128,7 +129,10 @@ def fits(
         except RequestError as error:
             told.append(f"{name}: {error}")
     width, height = SIZE
-    told.append(f"predictions: {width} x {height}, GPUs of {step.tflops:g} TFLOP/s (--tflops), to about a fifth")
+    told.append(
+        f"predictions: {width} x {height}, GPUs of {step.tflops:g} TFLOP/s (--tflops); right to about a fifth on H100 "
+        "and H200, not measured on others"
+    )
     return told
 
 

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from .descriptors import Mailbox, exchange_descriptors
-from .groups import allocate_together, world
+from .groups import OutOfMemoryTogether, allocate_together, world
 from .mapped import map_memory_of_all, pin_all, unpin_all
 from .pages import Pages, Piece
 
@@ -152,7 +152,16 @@ class PeerStore(_Store):
         group = dist.group.WORLD
         with contextlib.ExitStack() as held:  # a descriptor that stays open keeps memory, whoever refuses
             own, descriptors, mailbox = allocate_together(lambda: self._make(held), group)
-            allocate_together(lambda: self._map(own, exchange_descriptors(mailbox, descriptors, group, held)), group)
+            try:
+                allocate_together(
+                    lambda: self._map(own, exchange_descriptors(mailbox, descriptors, group, held)), group
+                )
+            except OutOfMemoryTogether:
+                self._blocks, self._parts = (
+                    [],
+                    [],
+                )  # also where all could be mapped: else the next call is no collective
+                raise
 
     def _make(self, held: contextlib.ExitStack) -> tuple[list[Piece | None], list[int], Mailbox]:
         """This rank's parts, descriptors of them for the others, and where theirs come in."""

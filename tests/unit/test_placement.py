@@ -130,5 +130,8 @@ def test_plan_answers_for_cards_that_are_not_there(monkeypatch, capsys, tmp_path
     assert "ms a step over NVLink" in said and "989 TFLOP/s (--tflops)" in said
     code, said, _ = plan_says(monkeypatch, capsys, path, "--gpus", "0,1", "--free", f"{kept / 1e9 + 1e-3:.4f}")
     assert code == 0 and said.count("Use a smaller file or weight_dtype, or more GPUs") == 2
+    for more in (["--tflops", "165"], ["--free", "24", "--tflops", "0"]):
+        code, _, errors = plan_says(monkeypatch, capsys, path, "--gpus", "0,1", *more)
+        assert code == 2 and "add --free, and take a rate above 0" in errors
     code, _, errors = plan_says(monkeypatch, capsys, path, "--gpus", "auto", "--free", "24")
     assert code == 2 and "list the GPUs' numbers, as 0,1" in errors
