@@ -1,6 +1,6 @@
 """What all tests share: `support` beside this file is importable. Where pytest-xdist runs tests side by side, those of
 one folder stay together, since they share a ComfyUI, or pools (two groups of them: pools' lives, and what they
-compute); unit tests of one file do."""
+compute); unit tests of one file do, and commands that start all that they need."""
 
 from collections import Counter
 from pathlib import Path
@@ -10,13 +10,8 @@ import pytest
 HERE = Path(__file__).parent
 ORDER = ("host", "dist", "unit", "chaos", "mutations", "gpu")
 """Of the folders: each of xdist's processes takes the next group, and the longest begin first."""
-LIVES = (
-    "tests/dist/test_pool_",
-    "tests/dist/test_chaos",
-    "tests/dist/test_changing_files",
-    "tests/dist/test_cli",
-    "tests/dist/test_benchmarks",
-)
+LIVES = ("tests/dist/test_pool_", "tests/dist/test_changing_files")
+BY_FILE = ("tests/unit/", "tests/dist/test_chaos", "tests/dist/test_cli", "tests/dist/test_benchmarks")
 
 
 def pytest_collection_modifyitems(items):
@@ -31,7 +26,7 @@ def pytest_xdist_make_scheduler(config, log):
     class Scheduler(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             path = nodeid.partition("::")[0]
-            if path.startswith("tests/unit/"):
+            if path.startswith(BY_FILE):
                 return path
             return path.rpartition("/")[0] + "/lives" * path.startswith(LIVES)
 

@@ -28,9 +28,6 @@ def run_dirs(tmp_path_factory):
         patch.setattr(tempfile, "tempdir", str(base))
         patch.setenv("TMPDIR", str(base))
         patch.setenv("OMP_NUM_THREADS", "1")  # ranks of several pools share few cores
-        # Large tensors go back to the system at once: glibc would keep what an evaluation has freed, and let it go in
-        # the middle of a test that limits a rank's memory.
-        patch.setenv("MALLOC_MMAP_THRESHOLD_", str(1 << 20))
         yield base / f"fastusp-{os.getuid()}"
     shutil.rmtree(base)
 
@@ -107,12 +104,15 @@ def site(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def mortal(run_dirs, site):
-    """A pool of two ranks whose processes tests end or halt; the next request starts new ones. It is the same for all
-    modules: processes are what costs."""
+    """A pool of two ranks whose processes tests end, halt or limit; the next request starts new ones. It is the same
+    for all modules: processes are what costs."""
     if "mortal" not in _warm:
         _warm["mortal"] = Pool(Devices(ranks=2))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(site))
+        # Large tensors go back to the system at once: glibc would keep what an evaluation has freed, and let it go in
+        # the middle of a test that limits a rank's memory.
+        patch.setenv("MALLOC_MMAP_THRESHOLD_", str(1 << 20))
         yield _warm["mortal"]
 
 

@@ -22,8 +22,8 @@ pytestmark = pytest.mark.dist
 
 
 @pytest.fixture(scope="module")
-def pool(shared_pool):
-    return shared_pool(2)
+def pool(mortal):
+    return mortal
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

@@ -13,11 +13,10 @@ import torch
 from comfy import ComfyUI
 from ending import wait_for_the_end
 from safetensors.torch import save_file
-from workflows import DEV, QWEN_IMAGE, SCHNELL
+from workflows import DEV, QWEN_IMAGE, SCHNELL, SMALL, SMALL_FLUX2
 
-from fastusp_backend.models.synthetic import TINY_FLUX, TINY_FLUX2, write_checkpoint
+from fastusp_backend.models.synthetic import write_checkpoint
 
-SMALL = replace(TINY_FLUX, double_blocks=1, single_blocks=1)
 FULL_SIZE = replace(SMALL, hidden=3072, heads=24, mlp=12288)
 
 
@@ -94,7 +93,7 @@ def second_host(host, second_hosts, tmp_path_factory):
 def flux2(host):
     """A FLUX.2 file, as of dev."""
     path = host.base / "models/diffusion_models/flux2_dev.safetensors"
-    write_checkpoint(str(path), TINY_FLUX2)
+    write_checkpoint(str(path), SMALL_FLUX2)
     yield path.name
     path.unlink()
 
@@ -111,7 +110,7 @@ def qwen(host):
 @pytest.fixture
 def lora(host):
     """The name of a small LoRA in BFL's names."""
-    rank, hidden, name = 2, 512, "lora_unet_double_blocks_0_img_attn_qkv"
+    rank, hidden, name = 2, SMALL.hidden, "lora_unet_double_blocks_0_img_attn_qkv"
     folder = host.base / "models/loras"
     folder.mkdir(exist_ok=True)
     down, up = torch.randn(rank, hidden), torch.randn(3 * hidden, rank)

@@ -4,15 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from conftest import SMALL
 from diffusers import FluxControlNetModel, QwenImageControlNetModel
 from safetensors.torch import load_file, save_file
-from workflows import Graph, Link
+from workflows import SMALL, Graph, Link
 
 from fastusp_backend.models.flux import Flux
 from fastusp_backend.models.synthetic import random_state
 
-NARROW = replace(SMALL, hidden=256, heads=2, mlp=1024, double_blocks=3, single_blocks=3)
+DEEP = replace(SMALL, double_blocks=3, single_blocks=3)
 """A FLUX with enough blocks for residuals that differ from block to block."""
 
 
@@ -37,15 +36,15 @@ def write_xlabs(folder: Path) -> str:
 
 
 def write_union(folder: Path) -> str:
-    """InstantX's kind for `NARROW`, with modes: ComfyUI gives each of ten residuals to two double blocks in a row, and
+    """InstantX's kind for `DEEP`, with modes: ComfyUI gives each of ten residuals to two double blocks in a row, and
     one to all single blocks."""
     with torch.device("meta"):
         model = FluxControlNetModel(
             num_layers=10,
             num_single_layers=1,
-            num_attention_heads=NARROW.heads,
-            joint_attention_dim=NARROW.context,
-            pooled_projection_dim=NARROW.pooled,
+            num_attention_heads=DEEP.heads,
+            joint_attention_dim=DEEP.context,
+            pooled_projection_dim=DEEP.pooled,
             guidance_embeds=True,
             num_mode=4,
         )

@@ -3,9 +3,8 @@
 from dataclasses import replace
 
 import pytest
-from conftest import SMALL
-from controlnets import NARROW, applied, write_union, write_xlabs
-from workflows import DEV, STEPPING, Comparison, difference
+from controlnets import DEEP, applied, write_union, write_xlabs
+from workflows import DEV, SMALL, STEPPING, Comparison, difference
 
 from fastusp_backend.models.synthetic import write_checkpoint
 
@@ -111,7 +110,7 @@ def test_control_net(host, control_net):
 def test_union_control_nets(host):
     """Several residuals, each for some blocks; on a part of the steps alone; two ControlNets on one prompt."""
     models = host.base / "models"
-    write_checkpoint(str(models / "diffusion_models/narrow.safetensors"), NARROW, seed=2)
+    write_checkpoint(str(models / "diffusion_models/deep.safetensors"), DEEP, seed=2)
     union = write_union(models / "controlnet")
     control = Both()
     graph = control.graph
@@ -126,14 +125,14 @@ def test_union_control_nets(host):
         ("late", {"positive": late}),
         ("two", {"positive": two[0], "negative": two[1]}),
     ):
-        control.both(label, file="narrow.safetensors", **inputs, latent_image=latent, where=STEPPING)
-    stock = graph.stock("narrow.safetensors")
+        control.both(label, file="deep.safetensors", **inputs, latent_image=latent, where=STEPPING)
+    stock = graph.stock("deep.safetensors")
     runs = [graph.sample(stock, steps=4, positive=p, latent_image=latent) for p in (plain, late, positive, two[0])]
     saved = [graph.save(run) for run in runs]
     latents = control.check(host).latents
     for one, another in zip(saved, saved[1:], strict=False):
         assert difference(latents[one], latents[another]) > 1e-2  # they all count
-    (models / "diffusion_models/narrow.safetensors").unlink()
+    (models / "diffusion_models/deep.safetensors").unlink()
 
 
 def test_control_after_single_blocks_and_other_parts(host):

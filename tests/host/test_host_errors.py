@@ -7,7 +7,7 @@ import pytest
 import torch
 from comfy import PromptFailed
 from safetensors.torch import load_file, save_file
-from workflows import DEV, Graph
+from workflows import DEV, SMALL, Graph
 
 pytestmark = pytest.mark.host
 
@@ -109,15 +109,16 @@ def test_linked_inputs_are_checked_when_the_loader_runs(host):
 )
 def test_a_lora_that_widens_what_the_workers_do_not(host, layer, had, wide):
     parts = {
-        "lora_up.weight": torch.zeros(512, 2),
+        "lora_up.weight": torch.zeros(SMALL.hidden, 2),
         "lora_down.weight": torch.zeros(2, wide),
-        "reshape_weight": torch.tensor([512, wide]),
+        "reshape_weight": torch.tensor([SMALL.hidden, wide]),
     }
     tensors = {f"diffusion_model.{layer}.{part}": t for part, t in parts.items()}
     name = loras.write(host.base / "models/loras", f"{layer}_{wide}", tensors)
     graph = Graph()
     model = graph.node("LoraLoaderModelOnly", model=graph.usp(), lora_name=name, strength_model=1.0)
-    assert f"turns diffusion_model.{layer}.weight from (512, {had}) into (512, {wide})" in failure(host, graph, model)
+    turns = f"turns diffusion_model.{layer}.weight from ({SMALL.hidden}, {had}) into ({SMALL.hidden}, {wide})"
+    assert turns in failure(host, graph, model)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +129,7 @@ def test_a_lora_that_widens_what_the_workers_do_not(host, layer, had, wide):
 def test_a_lora_that_means_nothing(host, rank, alpha, odd):
     """It is left out with a warning, as ComfyUI leaves out what it cannot compute; nothing dies of it."""
     name = "lora_unet_double_blocks_0_img_attn_qkv"
-    parts = {"lora_up.weight": torch.ones(1536, rank), "lora_down.weight": torch.ones(rank, 512)}
+    parts = {"lora_up.weight": torch.ones(3 * SMALL.hidden, rank), "lora_down.weight": torch.ones(rank, SMALL.hidden)}
     parts |= {"alpha": torch.tensor(alpha)} | {part: torch.ones([2] * n) if n == 5 else n for part, n in odd.items()}
     file = loras.write(
         host.base / "models/loras", f"odd {rank} {alpha} {[*odd]}", {f"{name}.{part}": t for part, t in parts.items()}
@@ -142,9 +143,9 @@ def test_a_lora_that_means_nothing(host, rank, alpha, odd):
     assert "FastUSP leaves a weight patch out: diffusion_model.double_blocks.0.img_attn.qkv" in host.log_text()[before:]
 
 
-@pytest.mark.parametrize("shape", [torch.tensor(5), torch.tensor([512.0, 100.0]), torch.tensor([512, -1])], ids=str)
+@pytest.mark.parametrize("shape", [torch.tensor(5), torch.tensor([256.0, 100.0]), torch.tensor([256, -1])], ids=str)
 def test_a_lora_that_widens_to_no_shape(host, shape):
-    parts = {"lora_up.weight": torch.zeros(512, 2), "lora_down.weight": torch.zeros(2, 100), "reshape_weight": shape}
+    parts = {"lora_up.weight": torch.zeros(256, 2), "lora_down.weight": torch.zeros(2, 100), "reshape_weight": shape}
     tensors = {f"diffusion_model.img_in.{part}": t for part, t in parts.items()}
     name = loras.write(host.base / "models/loras", f"shapeless {shape.tolist()}", tensors)
     graph = Graph()
@@ -180,7 +181,7 @@ def test_references_at_timestep_zero(host):
 
 def test_a_control_net_of_another_width(host):
     graph = Graph()
-    positive = graph.node("TestAppliedControl", conditioning=graph.prompt(), hidden=256, blocks=0)
+    positive = graph.node("TestAppliedControl", conditioning=graph.prompt(), hidden=512, blocks=0)
     assert "made for another model" in failure(host, graph, graph.usp(), positive=positive)
 
 

@@ -7,9 +7,9 @@ import pytest
 from comfy import PromptFailed
 from formats import write
 from safetensors.torch import save_file
-from workflows import IN_WORKERS, STEPPING, Comparison, Graph, Link
+from workflows import IN_WORKERS, SMALL_FLUX2, STEPPING, Comparison, Graph, Link
 
-from fastusp_backend.models.synthetic import TINY_FLUX2, write_checkpoint
+from fastusp_backend.models.synthetic import write_checkpoint
 
 pytestmark = pytest.mark.host
 
@@ -22,7 +22,7 @@ def folder(host, flux2):
     """With a dev and a klein file."""
     assert flux2 == DEV
     path = host.base / "models/diffusion_models"
-    write_checkpoint(str(path / KLEIN), replace(TINY_FLUX2, guidance=False), seed=1)
+    write_checkpoint(str(path / KLEIN), replace(SMALL_FLUX2, guidance=False), seed=1)
     before = set(path.iterdir())
     yield path
     for file in {path / KLEIN} | (set(path.iterdir()) - before):
@@ -31,7 +31,7 @@ def folder(host, flux2):
 
 def prompt(graph: Graph, tokens: int, guidance: float = 4.0) -> Link:
     """With the mask that FLUX.2's text encoders give, and ComfyUI leaves without effect."""
-    plain = graph.prompt(tokens, tokens, guidance, TINY_FLUX2.context)
+    plain = graph.prompt(tokens, tokens, guidance, SMALL_FLUX2.context)
     return graph.node("TestMaskedConditioning", conditioning=plain, effective=False)
 
 
@@ -136,7 +136,7 @@ def test_the_templates_nodes(host, folder):
 def test_formats_and_loras(host, folder):
     """A LoRA in both ways of naming; scaled fp8; GGUF against a plain file of its values."""
     lora = loras.write(
-        host.base / "models/loras", "flux2", loras.flux2_names(TINY_FLUX2.hidden, TINY_FLUX2.mlp, seed=0)
+        host.base / "models/loras", "flux2", loras.flux2_names(SMALL_FLUX2.hidden, SMALL_FLUX2.mlp, seed=0)
     )
     both = Comparison()
     graph = both.graph
@@ -162,4 +162,4 @@ def test_a_comfyui_that_does_not_know_it(host, folder):
     graph.save(graph.sample(graph.usp(file=DEV)))
     with pytest.raises(PromptFailed) as refused:
         host.run(graph)
-    assert "this ComfyUI does not know FLUX.2 of hidden size 512; update it" in refused.value.text
+    assert "this ComfyUI does not know FLUX.2 of hidden size 256; update it" in refused.value.text

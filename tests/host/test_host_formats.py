@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from conftest import SMALL
 from formats import write
 from safetensors.torch import load_file, save_file
 from support import REORDERED
-from workflows import DEV, SCHNELL, Comparison, Graph, difference
+from workflows import DEV, SCHNELL, SMALL, Comparison, Graph, difference
 
 from fastusp_backend.models.synthetic import write_checkpoint
 

