@@ -34,7 +34,7 @@ def queue(page: Page, graph: Graph) -> None:
 def test_a_reload_in_the_middle_of_a_run(host, page):
     graph = Graph()
     inputs = {"latent_image": graph.empty(384, 384), "positive": graph.prompt(1, 256)}
-    graph.save(graph.sample(graph.usp("cpu:1"), steps=400, seed=320, **inputs))  # one core; the page wants the other
+    graph.save(graph.sample(graph.usp("cpu:1"), steps=4000, seed=320, **inputs))  # one core; the page wants the other
     queue(page, graph)
     page.wait_for(has(TEXTS, IN_WORKERS), 60)
     try:

@@ -24,17 +24,17 @@ def run(host, *args, seed, steps=2, **loader):
     return host.run(graph)
 
 
-def slow_run(host, on_progress, *, seed, gpus="cpu:2", sampler_name="euler"):
+def slow_run(host, on_progress=None, *, seed, steps=4000, gpus="cpu:2", sampler_name="euler"):
     """Steps long enough to be told apart, and more of them than anybody waits for."""
     graph = Graph()
     inputs = {"latent_image": graph.empty(384, 384), "positive": graph.prompt(1, 256), "sampler_name": sampler_name}
-    graph.save(graph.sample(graph.usp(gpus), steps=400, seed=seed, **inputs))
+    graph.save(graph.sample(graph.usp(gpus), steps=steps, seed=seed, **inputs))
     return host.run(graph, on_progress=on_progress)
 
 
 @pytest.mark.any_host
 def test_progress_and_previews_arrive_one_by_one(host):
-    outcome = run(host, steps=8, seed=31)
+    outcome = slow_run(host, steps=8, seed=31)
     values = [value for value, *_ in outcome.progress]
     assert values == sorted(values) and values[-1] == 8 and len(values) >= 7
     assert len({round(at, 3) for *_, at in outcome.progress}) >= 6, "they came together"
