@@ -19,7 +19,7 @@ from common import CONFIGS, MODELS, Case, Inputs, measure, random_inputs, random
 from ours import held_by_rows
 
 from fastusp_backend.comm.mesh import make_mesh, single_rank_mesh
-from fastusp_backend.comm.transport import Transport
+from fastusp_backend.comm.transport import Transport, reach_each_other
 from fastusp_backend.config import FileState, ModelSpec, Settings
 from fastusp_backend.engine import Denoiser
 from fastusp_backend.engine.block_stream import BlockStream
@@ -97,6 +97,7 @@ def main() -> None:
         spec = ModelSpec(path="", file=spec.file, storage=None, compute=spec.compute, linear="fp8")
     plans = plans_of(model, spec)
     ownership = Ownership(model, plans, ranks)
+    peers = ranks > 1 and (a.device == "cpu" or reach_each_other(dist.group.WORLD))
     layout = plan(ranks, config.heads)
     mesh = make_mesh(layout, device) if ranks > 1 else single_rank_mesh(device)
     transport = Transport(mesh)
@@ -119,9 +120,9 @@ def main() -> None:
                 model.get_submodule(name.rpartition(".")[0]).stored = value
             del values
         if choice != "whole":
-            placement = place(model, plans, ownership, choice, peers=True)
+            placement = place(model, plans, ownership, choice, peers=peers)
             if count:
-                placement = stream_count(model, plans, ownership, placement.source, int(count))
+                placement = stream_count(model, plans, ownership, placement.source, int(count), peers=peers)
             stream = BlockStream(model, placement, plans, make_store(placement, device), device)
             values = {name: model.get_submodule(name.rpartition(".")[0]).stored for name in stream.names}
             stream.allocate()

@@ -42,12 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tflops",
         type=float,
         metavar="RATE",
-        help=f"with --free, a GPU's dense bf16 TFLOP/s by its data sheet (default: {H100_TFLOPS}, an H100)",
+        help=f"a GPU's dense bf16 TFLOP/s by its data sheet, to predict a step (default: {H100_TFLOPS}, an H100)",
     )
 
 
 class Step:
-    """Predicts what a step takes on GPUs that need not be there, at SIZE pixels with TEXT tokens.
+    """Predicts what a step takes, at SIZE pixels with TEXT tokens.
 
     tflops: a GPU's rate by its data sheet, dense, in bf16.
     """
@@ -79,9 +79,10 @@ class Step:
 
 def run(arguments: argparse.Namespace) -> int:
     imagined, tflops = arguments.free is not None, arguments.tflops
-    if tflops is not None and not (imagined and tflops > 0):
-        raise RequestError(f"--tflops {tflops:g}: add --free, and take a rate above 0, as {H100_TFLOPS} for an H100")
     devices = _imagine(arguments.gpus) if imagined else local_devices(arguments.gpus)
+    if tflops is not None and not (tflops > 0 and arguments.model and devices.gpus):
+        needed = f"a model file, GPUs, and a rate above 0, as {H100_TFLOPS} of an H100"
+        raise RequestError(f"--tflops {tflops:g} is for {needed}")
     heads, nbytes = 24, None
     if arguments.model:
         header, config, spec = describe(arguments.model, devices, bfloat16=True if imagined else None)
@@ -91,11 +92,14 @@ def run(arguments: argparse.Namespace) -> int:
     totals = {} if imagined else _totals(devices, nbytes)
     print(f"{devices}, {heads} heads: {layout}")
     print("legal: " + ", ".join(str(x) for x in legal_layouts(devices.ranks, heads)))
-    if nbytes is not None and imagined:
+    if nbytes is None:
+        return 0
+    told = [] if imagined else memory(nbytes, devices, totals)
+    free = int(arguments.free * 1e9) if imagined else min((x for x in totals.values() if x is not None), default=None)
+    if free is not None:
         step = Step(header, config, devices.ranks, tflops or H100_TFLOPS)
-        print("\n".join(fits(header, config, spec, devices.ranks, int(arguments.free * 1e9), step)))
-    elif nbytes is not None:
-        print("\n".join(memory(nbytes, devices, totals)))
+        told += fits(header, config, spec, devices.ranks, free, step)
+    print("\n".join(told))
     return 0
 
 
@@ -108,7 +112,7 @@ def _imagine(text: str) -> Devices:
 
 
 def _totals(devices: Devices, nbytes: int | None) -> dict[int, int | None]:
-    return {state.index: state.total for state in gpu_states()} if nbytes and devices.gpus else {}
+    return {x.index: x.total for x in gpu_states() if x.index in devices.gpus} if nbytes and devices.gpus else {}
 
 
 def _with(spec: ModelSpec, weights: str) -> ModelSpec:
@@ -118,9 +122,9 @@ def _with(spec: ModelSpec, weights: str) -> ModelSpec:
 def fits(
     header: dict[str, TensorInfo], config: FamilyConfig, spec: ModelSpec, ranks: int, free: int, step: Step
 ) -> list[str]:
-    """Says what `weights = auto` does on GPUs with so many bytes free, with peer access and without."""
+    """Says what `weights = auto` does where nobody else has any of so many bytes, with peer access and without."""
     kept = kept_free(config, ranks)
-    told = [f"of {free / 1e9:.1f} GB free on each GPU {kept / 1e9:.1f} GB are kept for all else"]
+    told = [f"of {free / 1e9:.1f} GB of each GPU {kept / 1e9:.1f} GB are kept for all else"]
     ways = {"GPUs that reach each other's memory": True, "GPUs that do not": False} if ranks > 1 else {"one GPU": False}
     for name, peers in ways.items():
         try:
@@ -145,7 +149,7 @@ def _journeys(found: Placement) -> str:
 
 
 def memory(nbytes: int, devices: Devices, totals: dict[int, int | None]) -> list[str]:
-    """Says what the weights take, and which GPUs are too small.
+    """Says what the weights take.
 
     nbytes: bytes of the weights on the GPU that has most of them; for CPU ranks, of all weights.
     totals: bytes of GPUs' memory, by index; None where it is not told.
@@ -156,7 +160,4 @@ def memory(nbytes: int, devices: Devices, totals: dict[int, int | None]) -> list
     for i in devices.gpus:
         if totals[i] is None:
             told.append(f"NVML reports no memory size for GPU {i}: check yourself whether they fit")
-        elif totals[i] <= nbytes:
-            has = f"GPU {i} has {totals[i] / 1e9:.2f} GB"
-            told.append(f"warning: {has}. Blocks travel, unless weights = whole: see --free {totals[i] // 10**9}")
     return told

@@ -160,7 +160,7 @@ class PeerStore(_Store):
                 self._blocks, self._parts = (
                     [],
                     [],
-                )  # also where all could be mapped: else the next call is no collective
+                )  # where all could be mapped, too: else the next call is no collective
                 raise
 
     def _make(self, held: contextlib.ExitStack) -> tuple[list[Piece | None], list[int], Mailbox]:

@@ -6,9 +6,15 @@ order of the main stream: the other slot is free, and the next block is fetched 
 last block fetches the first, for the next evaluation, into a slot that is not its own: of an odd number of blocks the
 last one has a third. Nothing is said to other ranks meanwhile: all read, and nobody writes.
 
-Where tokens cross the same links, copies of weights in front of them would delay the attention. A fetch begins with the
-block's attention, when those of its queries, keys and values have arrived; of a large block only half of it, which is
-there when the attention is done, and the rest when the attended tokens are back.
+Where tokens cross the same links, copies of weights in front of them delay the attention: a copy engine takes what it
+was given first. So weights are given to it bit by bit.
+
+Other GPUs' weights come faster than a block computes. A fetch begins with the block's attention, when the tokens of its
+queries, keys and values have arrived; of a large block only half of it, which is there when the attention is done, and
+the rest when the attended tokens are back.
+
+From the host they come more slowly, and the link must not rest: equal shares of a fetch begin with each block that
+computes until it is needed, with that one's attention, and when its tokens are back. Tokens wait for one share at most.
 
 Each weight is changed (loading, patches) by the rank that owns most of it, in all ranks' memory that it lies in. Before
 that all ranks wait for each other, and after it again: a block is changed only when nobody fetches it any more, and
@@ -58,10 +64,10 @@ class BlockStream:
         }
         self._plans = {name: plans[name] for name in self._number_of}
         self._number_of_block = {slab.block: number for number, slab in enumerate(slabs)}
-        self._waits_for_tokens = placement.source == "shared"
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []  # copies of the next block that were not begun
         self._half = 0  # bytes of the largest block's
+        self._share = 0  # bytes that may be fetched in front of tokens, of the next block that comes from the host
         self._fetching = False  # what the main stream has not waited for
         self._primed = False
         self._open: int | None = None  # which one is in its slot, to be changed
@@ -120,21 +126,21 @@ class BlockStream:
     def begin(self, block: int) -> None:
         """Has a block's weights where it computes from, behind what the main stream was given."""
         number = self._number_of_block.get(block)
-        if number is None:
-            return
-        self._join()
-        if len(self._slabs) > 1:
-            self._waiting = self.store.missing((number + 1) % len(self._slabs))
-            if not self._waits_for_tokens:
-                self._fetch()
+        if number is not None:
+            self._join()
+            self._await_next(number)
+        if not self.placement.beside_tokens:
+            self._fetch()
+        elif self.placement.source == "host":
+            self._fetch(self._share)
 
     def tokens_arrived(self) -> None:
         """Says that the links are free while the main stream attends."""
-        self._fetch(self._half)
+        self._fetch(self._half if self.placement.source == "shared" else self._share)
 
     def tokens_returned(self) -> None:
         """Says that they are free until the next block's tokens travel."""
-        self._fetch()
+        self._fetch(None if self.placement.source == "shared" else self._share)
 
     def end(self) -> None:
         """Has the main stream wait for the first block of the next evaluation."""
@@ -188,12 +194,17 @@ class BlockStream:
                     end = start_of_scale + self._plans[name].nbytes - self._plans[name].data_bytes
                     self.store.give_back(number, start, end - start)
 
+    def _await_next(self, number: int) -> None:
+        """Has the fetch of the streamed block behind number `number` wait to be begun."""
+        if len(self._slabs) > 1:
+            self._waiting = self.store.missing((number + 1) % len(self._slabs))
+            next_block = self._slabs[number + 1].block if number + 1 < len(self._slabs) else self.placement.blocks
+            occasions = 3 * (next_block - self._slabs[number].block)
+            self._share = -(-_size(self._waiting) // occasions)
+
     def _fetch(self, size: int | None = None) -> None:
-        """Begins copies of the next block: all that wait, or as many as `size` bytes need."""
-        count = len(self._waiting)
-        if size is not None:
-            count = next((i for i in range(count) if _size(self._waiting[:i]) >= size), count)
-        begun, self._waiting = self._waiting[:count], self._waiting[count:]
+        """Begins copies of the next block: of all that waits, or of `size` bytes at most."""
+        begun, self._waiting = _split(self._waiting, size)
         if not begun:
             return
         if self._stream is None:
@@ -229,3 +240,16 @@ def _copy(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
 
 def _size(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> int:
     return sum(len(target) for target, _ in pairs)
+
+
+def _split(pairs: list[tuple[torch.Tensor, torch.Tensor]], size: int | None) -> tuple[list, list]:
+    """The first `size` bytes of copies, None for all, and the rest."""
+    first, rest, left = [], [], _size(pairs) if size is None else size
+    for target, source in pairs:
+        count = min(left, len(target))
+        left -= count
+        if count:
+            first.append((target[:count], source[:count]))
+        if count < len(target):
+            rest.append((target[count:], source[count:]))
+    return first, rest

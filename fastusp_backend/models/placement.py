@@ -53,6 +53,7 @@ class Placement:
 
     source: where streamed blocks come from, None where all stay.
     slabs: the streamed blocks, in the order in which they are evaluated.
+    beside_tokens: whether they come by the same links, and copy engines, as the tokens that ranks exchange.
     blocks: how many blocks the model has.
     device_bytes: what the weights take of a device: those that stay, slots, and of shared blocks its own.
     streamed_bytes: what comes to a device in a step.
@@ -63,6 +64,7 @@ class Placement:
     slabs: tuple[Slab, ...]
     blocks: int
     device_bytes: int
+    beside_tokens: bool = False
     streamed_bytes: int = 0
     host_bytes: int = 0
 
@@ -103,11 +105,11 @@ def place(
         return Placement(source=None, slabs=(), blocks=blocks, device_bytes=max(ownership.nbytes))
     weights = _weights_of_blocks(model, plans)
     if choice != "auto":
-        return _stream(weights, plans, ownership, choice, blocks)
+        return _stream(weights, plans, ownership, choice, blocks, peers)
     sources: tuple[Source, ...] = ("shared", "host") if peers and ranks > 1 else ("host",)
     for source in sources:
         for count in range(1, blocks + 1):
-            found = _stream(weights, plans, ownership, source, count)
+            found = _stream(weights, plans, ownership, source, count, peers)
             if found.device_bytes <= available:
                 return found
     raise RequestError(
@@ -128,14 +130,25 @@ def place_file(
 
 
 def stream_count(
-    model: Transformer, plans: dict[str, StoragePlan], ownership: Ownership, source: Source, count: int
+    model: Transformer,
+    plans: dict[str, StoragePlan],
+    ownership: Ownership,
+    source: Source,
+    count: int,
+    *,
+    peers: bool = True,
 ) -> Placement:
-    """Streams so many blocks, evenly spread."""
-    return _stream(_weights_of_blocks(model, plans), plans, ownership, source, count)
+    """Streams so many blocks, evenly spread. peers: as in `place`."""
+    return _stream(_weights_of_blocks(model, plans), plans, ownership, source, count, peers)
 
 
 def _stream(
-    weights: list[list[str]], plans: dict[str, StoragePlan], ownership: Ownership, source: Source, count: int
+    weights: list[list[str]],
+    plans: dict[str, StoragePlan],
+    ownership: Ownership,
+    source: Source,
+    count: int,
+    peers: bool,
 ) -> Placement:
     """weights: names, block by block."""
     ranks = len(ownership.nbytes)
@@ -155,6 +168,7 @@ def _stream(
     return Placement(
         source=source,
         slabs=tuple(slabs),
+        beside_tokens=ranks > 1 and (source == "shared" or not peers),
         blocks=len(weights),
         device_bytes=max(ownership.nbytes) - streamed + sum(slots) + (max(owned) if source == "shared" else 0),
         streamed_bytes=come,

@@ -2,6 +2,7 @@
 computes with its own weights."""
 
 import unittest.mock
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,6 +21,12 @@ from fastusp_backend.weights.tensor_info import TensorInfo
 
 pytestmark = [pytest.mark.unit, pytest.mark.any_processor]
 CPU = torch.device("cpu")
+WAYS = {
+    "at once": {"source": "host", "beside_tokens": False},
+    "halves": {"source": "shared", "beside_tokens": True},
+    "shares": {"source": "host", "beside_tokens": True},
+}
+"""In which the next block is fetched, whatever memory it comes from."""
 
 
 class Late(BlockStream):
@@ -42,7 +49,7 @@ class Late(BlockStream):
         self._begun.clear()
 
 
-def streaming(count, kind=BlockStream, gated=False):
+def streaming(count, kind=BlockStream, way="at once"):
     """A stream over `count` of the 4 blocks; each weight is filled with its block's number."""
     with torch.device("meta"):
         model = SMALL.build()
@@ -51,8 +58,7 @@ def streaming(count, kind=BlockStream, gated=False):
     plans = storage_plans(model, header, spec)
     placement = stream_count(model, plans, Ownership(model, plans, 1), "host", count)
     store = HostStore([slab.parts for slab in placement.slabs], [slab.slot for slab in placement.slabs], CPU)
-    stream = kind(model, placement, plans, store, CPU)
-    stream._waits_for_tokens = gated
+    stream = kind(model, replace(placement, **WAYS[way]), plans, store, CPU)
     stream.allocate()
     stream.share()
     for slab in placement.slabs:
@@ -68,10 +74,10 @@ def values(model, slab):
 
 
 @pytest.mark.parametrize("kind", [BlockStream, Late])
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
-def test_every_block_finds_its_weights(count, kind, gated):
-    model, stream = streaming(count, kind, gated)
+def test_every_block_finds_its_weights(count, kind, way):
+    model, stream = streaming(count, kind, way)
     slabs = {slab.block: slab for slab in stream.placement.slabs}
     for _ in range(3):
         stream.prime()
@@ -130,15 +136,36 @@ def test_addresses_stay():
 
 def test_half_of_a_large_block_waits_for_the_attended_tokens():
     """Those of queries, keys and values are not held up by any, those that return by half of the largest block's."""
-    _, stream = streaming(4, gated=True)
+    _, stream = streaming(4, way="halves")
     slabs = stream.placement.slabs
+    largest = max(sum(slab.parts) for slab in slabs)
+    for block, *left in waiting(stream):
+        coming = sum(slabs[(block + 1) % 4].parts)
+        assert left == [coming, max(0, coming - largest // 2), 0]
+
+
+def waiting(stream):
+    """Of each block the bytes of the next one that were not begun when it began, attended, and had its tokens back."""
     stream.prime()
     with unittest.mock.patch.object(block_store, "COPY", 1 << 16):
         for block in range(4):
-            coming = sum(slabs[(block + 1) % 4].parts)
-            left = [coming]
+            left = [block]
             for say in (lambda block=block: stream.begin(block), stream.tokens_arrived, stream.tokens_returned):
                 say()
                 left.append(block_stream._size(stream._waiting))
-            largest = max(sum(slab.parts) for slab in slabs)
-            assert left == [coming, coming, max(0, coming - -(-largest // 2 // (1 << 16)) * (1 << 16)), 0]
+            yield left
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_equal_shares_from_the_host_between_tokens(count):
+    """Until the next block that comes: of two of four blocks over two blocks each, of three over one, one and two."""
+    _, stream = streaming(count, way="shares")
+    slabs = stream.placement.slabs
+    begins = [*(slab.block for slab in slabs), 4]
+    for block, *left in waiting(stream):
+        number = max(n for n, begin in enumerate(begins[:-1]) if begin <= block)
+        coming = sum(slabs[(number + 1) % count].parts) if count > 1 else 0
+        blocks = begins[number + 1] - begins[number]
+        begun = 3 * (block - begins[number])
+        expected = [coming * (1 - (begun + n) / (3 * blocks)) for n in (1, 2, 3)]
+        assert left == pytest.approx(expected, abs=3 * blocks)

@@ -1,10 +1,14 @@
 """Which blocks stay and which travel, by the room that there is."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from fastusp_backend.__main__ import main
+from fastusp_backend.cli import inputs, plan
 from fastusp_backend.config import FileState, ModelSpec
+from fastusp_backend.devices import Devices
 from fastusp_backend.engine.room import kept_free
 from fastusp_backend.errors import RequestError
 from fastusp_backend.models.files import storage_plans
@@ -130,8 +134,24 @@ def test_plan_answers_for_cards_that_are_not_there(monkeypatch, capsys, tmp_path
     assert "ms a step over NVLink" in said and "989 TFLOP/s (--tflops)" in said
     code, said, _ = plan_says(monkeypatch, capsys, path, "--gpus", "0,1", "--free", f"{kept / 1e9 + 1e-3:.4f}")
     assert code == 0 and said.count("Use a smaller file or weight_dtype, or more GPUs") == 2
-    for more in (["--tflops", "165"], ["--free", "24", "--tflops", "0"]):
-        code, _, errors = plan_says(monkeypatch, capsys, path, "--gpus", "0,1", *more)
-        assert code == 2 and "add --free, and take a rate above 0" in errors
+    code, _, errors = plan_says(monkeypatch, capsys, path, "--gpus", "0,1", "--free", "24", "--tflops", "0")
+    assert code == 2 and "--tflops 0 is for a model file, GPUs, and a rate above 0" in errors
+    code, _, errors = plan_says(monkeypatch, capsys, path, "--gpus", "cpu:2", "--tflops", "165")
+    assert code == 2 and "--tflops 165 is for a model file, GPUs" in errors
     code, _, errors = plan_says(monkeypatch, capsys, path, "--gpus", "auto", "--free", "24")
     assert code == 2 and "list the GPUs' numbers, as 0,1" in errors
+
+
+@pytest.mark.parametrize(("total", "words"), [(80, "whole, 0."), (None, "NVML reports no memory size for GPU 3")])
+def test_plan_answers_for_the_gpus_that_are_there(monkeypatch, capsys, tmp_path, total, words):
+    """As if all memory of the smallest were free."""
+    path = tmp_path / "flux.safetensors"
+    write_checkpoint(str(path), TINY_FLUX, seed=1)
+    sizes = {0: 4 * GB, 2: 96 * GB, 3: total and total * GB}
+    states = [SimpleNamespace(index=index, total=size) for index, size in sizes.items()]
+    monkeypatch.setattr(plan, "local_devices", lambda _: Devices(ranks=2, gpus=(2, 3)))
+    monkeypatch.setattr(inputs, "supports_bfloat16", lambda _: True)
+    monkeypatch.setattr(plan, "gpu_states", lambda: states)
+    code, said, errors = plan_says(monkeypatch, capsys, path)
+    assert code == 0 and not errors and words in said and "ms a step over NVLink" in said
+    assert f"of {total or 96}.0 GB of each GPU" in said

@@ -11,11 +11,11 @@ CHANGES = [
     (
         BLOCK_STREAM,
         "a block does not wait for its weights",
-        """            return
-        self._join()
-        if len""",
-        """            return
-        if len""",
+        """            self._join()
+            self._await_next(number)
+""",
+        """            self._await_next(number)
+""",
         "unit/test_block_stream.py",
     ),
     (
@@ -62,8 +62,15 @@ CHANGES = [
     (
         BLOCK_STREAM,
         "all of a large block comes while its tokens return",
-        "self._fetch(self._half)",
-        "self._fetch()",
+        "self._fetch(self._half if",
+        "self._fetch(None if",
+        "unit/test_block_stream.py",
+    ),
+    (
+        BLOCK_STREAM,
+        "a block comes from the host all at once, in front of tokens",
+        "if not self.placement.beside_tokens:",
+        "if True:",
         "unit/test_block_stream.py",
     ),
     (
