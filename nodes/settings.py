@@ -29,8 +29,9 @@ TOOLTIPS = {
     "host memory, shared out over the ranks, and back in the time of a copy. release: nowhere; the next run reads the "
     "file again.",
     "weights": "Where the blocks' weights lie. whole: on every GPU. shared: a part on each, for GPUs that reach each "
-    "other's memory; a block comes while the one before it computes. host: in the host's memory, once for all GPUs. "
-    "auto: whole where that fits, else as few blocks as need be travel. The picture is the same.",
+    "other's memory; a block comes while the one before it computes, nearly for free over NVLink. host: in the host's "
+    "memory, once for all GPUs; several times slower where all come from there. auto: whole where that fits, else as "
+    "few blocks as must are fetched in every step. The picture is the same.",
 }
 _REQUIRED = {"wire", "attention"}
 """What every saved workflow has; those that came later may lack in one."""

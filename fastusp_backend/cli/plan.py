@@ -1,34 +1,26 @@
-"""`plan`: which layout FastUSP would choose, which are legal, what a file's weights take, and what travels where they
-do not fit."""
+"""`plan`: which layout FastUSP would choose, which are legal, what a file's weights take, what travels where they do
+not fit, and how long a step takes then."""
 
 import argparse
+import math
 import re
+from dataclasses import dataclass
 
 import msgspec
 
 from ..config import ModelSpec
-from ..devices import Devices, gpu_states, local_devices
+from ..devices import Devices, gpu_states, list_gpus, local_devices
+from ..engine import host_memory
 from ..engine.room import kept_free
-from ..errors import RequestError
-from ..models.cost import step_cost
+from ..errors import DeviceError, RequestError
 from ..models.family import FamilyConfig
 from ..models.placement import Placement, place_file
 from ..planner import legal_layouts, plan
-from ..weights.dtypes import main_dtype
-from ..weights.tensor_info import FP8, TensorInfo
+from ..weights.tensor_info import TensorInfo
 from .arguments import add_degrees, add_gpus
 from .inputs import describe
-
-LINKS = {"NVLink": 360, "PCIe 5": 50, "PCIe 4": 25}
-"""GB/s that a GPU receives beside computing: measured on H100, and what a slot of 16 lanes gives."""
-H100_TFLOPS = 989
-SUSTAINED = 0.57
-"""Share of a data sheet's rate that steps had on H100: FLUX.1 0.55, FLUX.2 0.61, Qwen-Image 0.57."""
-UNPACKING = {"packed": 1.12, "fp8": 1.33}
-"""A step with such weights, of one in 16 bits; measured."""
-SHARING = 0.05
-"""How much longer a step takes with blocks that all come from other GPUs in time; measured 0.04 and 0.06."""
-SIZE, TEXT = (1024, 1024), 512
+from .prediction import CARDS, NVLINK, PCIE, SIZE, TEXT, Prediction, known_card
+from .table import Column, fitted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,128 +28,183 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_gpus(parser)
     add_degrees(parser)
     parser.add_argument(
-        "--free", type=float, metavar="GB", help="as if each GPU had so much free memory; --gpus 0,1 need not exist"
+        "--free",
+        type=_gigabytes,
+        metavar="GB",
+        help="as if each GPU had so much free memory, in 10^9 bytes (a 24 GB card has about 25 in all); the GPUs of "
+        "--gpus 0,1 need not exist then",
     )
     parser.add_argument(
-        "--tflops",
-        type=float,
-        metavar="RATE",
-        help=f"a GPU's dense bf16 TFLOP/s by its data sheet, to predict a step (default: {H100_TFLOPS}, an H100)",
+        "--card",
+        type=_card,
+        metavar="NAME",
+        help=f"whose times to predict, of: {', '.join(CARDS)} (default: the GPUs that are there; with --free an H100)",
     )
+    parser.add_argument("--linear", choices=("exact", "fp8"), default="exact", help="as USP Optimization Settings'")
 
 
-class Step:
-    """Predicts what a step takes, at SIZE pixels with TEXT tokens.
+def _gigabytes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"give a number of GB above 0, as 24: got {text}")
+    return value
 
-    tflops: a GPU's rate by its data sheet, dense, in bf16.
-    """
 
-    def __init__(self, header: dict[str, TensorInfo], config: FamilyConfig, ranks: int, tflops: float):
-        cost = step_cost(config, ranks, size=SIZE, text=TEXT)
-        packed = any(info.packing for info in header.values())
-        stored = "packed" if packed else "fp8" if main_dtype(header) in FP8 else ""
-        self._computing = cost.flops / ranks / (SUSTAINED * tflops * 1e12) * UNPACKING.get(stored, 1)
-        self._sent, self.tflops = cost.sent_bytes, tflops
+def _card(text: str) -> str:
+    for name in CARDS:
+        if name.lower().replace(" ", "") == text.lower().replace(" ", ""):
+            return name
+    raise argparse.ArgumentTypeError(f"choose the card that is most like yours, of {', '.join(CARDS)}: got {text!r}")
 
-    def predict(self, found: Placement, *, peers: bool) -> str:
-        """Says it, for the links that there may be."""
-        if not (found.slabs or self._sent):
-            return f"predicted {self._computing * 1000:.0f} ms a step"
-        links = ["NVLink"] * peers + ["PCIe 5", "PCIe 4"]
-        return "predicted " + ", ".join(f"{self.seconds(found, x) * 1000:.0f} ms a step over {x}" for x in links)
 
-    def seconds(self, found: Placement, link: str) -> float:
-        """link: by which tokens travel, and weights too, but from the host's memory over PCIe 5 beside NVLink. What
-        travels and what computes hide each other, but where one link carries both tokens and weights to a GPU."""
-        apart = link == "NVLink"
-        weights_link = "PCIe 5" if apart and found.source == "host" else link
-        journeys = found.streamed_bytes / (LINKS[weights_link] * 1e9)
-        if apart or not self._sent:
-            return max(self._computing * (1 + SHARING * len(found.slabs) / found.blocks), journeys)
-        return self._computing + self._sent / (LINKS[link] * 1e9) + journeys
+@dataclass(frozen=True, slots=True)
+class File:
+    """What a file holds, and how it would be loaded."""
+
+    header: dict[str, TensorInfo]
+    config: FamilyConfig
+    spec: ModelSpec
+
+    def place(self, ranks: int, weights: str, linear: str, **room) -> Placement:
+        """room: as `place_file`'s. Raises as it does."""
+        spec = msgspec.structs.replace(self.spec, weights=weights, linear=linear)
+        return place_file(self.header, spec, ranks, **room)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    imagined, tflops = arguments.free is not None, arguments.tflops
-    devices = _imagine(arguments.gpus) if imagined else local_devices(arguments.gpus)
-    if tflops is not None and not (tflops > 0 and arguments.model and devices.gpus):
-        needed = f"a model file, GPUs, and a rate above 0, as {H100_TFLOPS} of an H100"
-        raise RequestError(f"--tflops {tflops:g} is for {needed}")
-    heads, nbytes = 24, None
-    if arguments.model:
-        header, config, spec = describe(arguments.model, devices, bfloat16=True if imagined else None)
-        heads = config.heads
-        nbytes = place_file(header, _with(spec, "whole"), devices.ranks if devices.gpus else 1).device_bytes
+    imagined = arguments.free is not None
+    if imagined and not arguments.model:
+        raise RequestError(f"Name a model file: --free {arguments.free:g} says what becomes of its weights")
+    devices = _imagine(arguments.gpus) if imagined else _here(arguments.gpus)
+    if arguments.card and not (arguments.model and devices.gpus):
+        raise RequestError(f"Name a model file, and GPUs: --card {arguments.card} predicts its steps on them")
+    if arguments.linear == "fp8" and arguments.card and not CARDS[arguments.card].fp8:
+        raise RequestError(f"Leave out --linear fp8: a card like the {arguments.card} has no products in fp8")
+    file = File(*describe(arguments.model, devices, bfloat16=True if imagined else None)) if arguments.model else None
+    heads = file.config.heads if file else 24
     layout = plan(devices.ranks, heads, ulysses=arguments.ulysses, ring=arguments.ring)
-    totals = {} if imagined else _totals(devices, nbytes)
     print(f"{devices}, {heads} heads: {layout}")
     print("legal: " + ", ".join(str(x) for x in legal_layouts(devices.ranks, heads)))
-    if nbytes is None:
+    if file is None:
         return 0
-    told = [] if imagined else memory(nbytes, devices, totals)
-    free = int(arguments.free * 1e9) if imagined else min((x for x in totals.values() if x is not None), default=None)
-    if free is not None:
-        step = Step(header, config, devices.ranks, tflops or H100_TFLOPS)
-        told += fits(header, config, spec, devices.ranks, free, step)
-    print("\n".join(told))
+    whole = file.place(devices.ranks if devices.gpus else 1, "whole", arguments.linear).device_bytes / 1e9
+    if not devices.gpus:
+        print(f"weights: {whole:.2f} GB, in pages of the file that the ranks share")
+        return 0
+    print(f"weights: {whole:.2f} GB on each GPU if they stay whole")
+    if imagined:
+        free, card, host = int(arguments.free * 1e9), arguments.card or "H100", None
+        if not arguments.card:
+            print("times are an H100's: --card names another, as '--card RTX 4090'")
+    else:
+        free, card, host = _least_memory(devices), arguments.card or _slowest(devices), host_memory.available()
+        if free is None:
+            print("NVML reports no size of these GPUs' memory: --free 24 says what fits in 24 GB")
+            return 0
+        if card is None:
+            print(f"no times: choose the card that is most like yours with --card, of {', '.join(CARDS)}")
+    print("\n".join(fits(file, devices.ranks, free, host, arguments.linear, card)))
     return 0
+
+
+def _here(text: str) -> Devices:
+    """Raises DeviceError."""
+    try:
+        return local_devices(text)
+    except DeviceError as error:
+        raise DeviceError(f"{error}; or add --free 24 for GPUs of 24 GB that need not exist") from error
 
 
 def _imagine(text: str) -> Devices:
     """GPUs that need not exist, as `0,1`. Raises RequestError."""
-    if not re.fullmatch(r"\d+(,\d+)*", text):
-        raise RequestError(f"--gpus {text}: with --free, list the GPUs' numbers, as 0,1")
-    gpus = tuple(map(int, text.split(",")))
+    gpus = tuple(map(int, text.split(","))) if re.fullmatch(r"\d+(,\d+)*", text) else ()
+    if not gpus or len({*gpus}) < len(gpus):
+        raise RequestError(f"Give --gpus a number for each GPU, as 0,1, where --free says what they have: got {text}")
     return Devices(ranks=len(gpus), gpus=gpus)
 
 
-def _totals(devices: Devices, nbytes: int | None) -> dict[int, int | None]:
-    return {x.index: x.total for x in gpu_states() if x.index in devices.gpus} if nbytes and devices.gpus else {}
+def _least_memory(devices: Devices) -> int | None:
+    """Bytes of the smallest GPU, whoever uses them now; None where NVML tells none."""
+    totals = [state.total for state in gpu_states() if state.index in devices.gpus]
+    return min((total for total in totals if total is not None), default=None)
 
 
-def _with(spec: ModelSpec, weights: str) -> ModelSpec:
-    return msgspec.structs.replace(spec, weights=weights)
+def _slowest(devices: Devices) -> str | None:
+    """The card of `CARDS` that the GPUs are, the slowest of several; None where one is none of them."""
+    cards = [known_card(gpu.name) for gpu in list_gpus() if gpu.index in devices.gpus]
+    return None if None in cards else min(cards, key=lambda card: CARDS[card].tflops)
 
 
-def fits(
-    header: dict[str, TensorInfo], config: FamilyConfig, spec: ModelSpec, ranks: int, free: int, step: Step
-) -> list[str]:
-    """Says what `weights = auto` does where nobody else has any of so many bytes, with peer access and without."""
-    kept = kept_free(config, ranks)
-    told = [f"of {free / 1e9:.1f} GB of each GPU {kept / 1e9:.1f} GB are kept for all else"]
-    ways = {"GPUs that reach each other's memory": True, "GPUs that do not": False} if ranks > 1 else {"one GPU": False}
-    for name, peers in ways.items():
+def fits(file: File, ranks: int, free: int, host: int | None, linear: str, card: str | None) -> list[str]:
+    """Says what `weights = auto` does where a worker has so many bytes of each GPU, with peer access and without.
+
+    host: bytes of host memory that are available; None for any number.
+    card: of `CARDS`, whose times to predict; None for none.
+
+    Raises RequestError where the weights fit neither way.
+    """
+    kept = kept_free(file.config, ranks)
+    told = [f"of {free / 1e9:.1f} GB of each GPU {kept / 1e9:.1f} GB are kept for all else", ""]
+    placed: dict[bool, Placement | RequestError] = {}
+    for peers in (True, False) if ranks > 1 else (False,):
         try:
-            found = place_file(header, _with(spec, "auto"), ranks, peers=peers, available=free - kept)
-            told.append(f"{name}: {found}{_journeys(found)}; {step.predict(found, peers=peers)}")
+            placed[peers] = file.place(ranks, "auto", linear, peers=peers, available=free - kept)
         except RequestError as error:
-            told.append(f"{name}: {error}")
-    width, height = SIZE
-    told.append(
-        f"predictions: {width} x {height}, GPUs of {step.tflops:g} TFLOP/s (--tflops); right to about a fifth on H100 "
-        "and H200, not measured on others"
-    )
+            placed[peers] = error
+    if all(isinstance(found, RequestError) for found in placed.values()):
+        raise placed[False]
+    alike = len(placed) > 1 and str(placed[True]) == str(placed[False])
+    for peers, found in placed.items():
+        links = (*NVLINK * peers, *PCIE)
+        if alike and not peers:
+            continue
+        name = "one GPU" if ranks == 1 else "any GPUs" if alike else f"GPUs {WITH if peers else WITHOUT}"
+        told.append(f"{name}: {found}")
+        if isinstance(found, RequestError):
+            continue
+        told += _journeys(found, host)
+        if found.slabs and linear == "exact" and (card is None or CARDS[card].fp8):
+            told += _in_fp8(file, ranks, peers, free - kept, found)
+        if card is not None:
+            told += _times(Prediction(file.header, file.config, ranks, CARDS[card], linear), found, links, ranks)
+    if card is not None:
+        told.append(f"times: predicted for {card}, {SIZE[0]} x {SIZE[1]}, {TEXT} tokens. {CLAIM}")
     return told
 
 
-def _journeys(found: Placement) -> str:
+WITH, WITHOUT = "with access to each other's memory (doctor tells)", "without (as GeForce 40 and 50)"
+CLAIM = (
+    "Measured on one and two H100 and H200, where they\nwere right to about a fifth; not on other cards, nor on more."
+)
+
+
+def _journeys(found: Placement, host: int | None) -> list[str]:
     """What travels in a step."""
     if not found.slabs:
-        return ""
-    host = f", {found.host_bytes / 1e9:.1f} GB of host memory" if found.host_bytes else ""
-    return f"{host}, {found.streamed_bytes / 1e9:.1f} GB come to each in a step"
-
-
-def memory(nbytes: int, devices: Devices, totals: dict[int, int | None]) -> list[str]:
-    """Says what the weights take.
-
-    nbytes: bytes of the weights on the GPU that has most of them; for CPU ranks, of all weights.
-    totals: bytes of GPUs' memory, by index; None where it is not told.
-    """
-    if not devices.gpus:
-        return [f"weights: {nbytes / 1e9:.2f} GB, in pages of the file that the ranks share"]
-    told = [f"weights: {nbytes / 1e9:.2f} GB on each GPU"]
-    for i in devices.gpus:
-        if totals[i] is None:
-            told.append(f"NVML reports no memory size for GPU {i}: check yourself whether they fit")
+        return []
+    told = [f"  {found.streamed_bytes / 1e9:.1f} GB come to each GPU in every step"]
+    if found.host_bytes:
+        told.append(f"  {found.host_bytes / 1e9:.1f} GB of host memory are needed")
+        if host is not None and host < found.host_bytes:
+            told[-1] += f", {host / 1e9:.1f} GB are available"
     return told
+
+
+def _in_fp8(file: File, ranks: int, peers: bool, available: int, exact: Placement) -> list[str]:
+    """What `linear = fp8` would make of a placement, where much less would travel."""
+    found = file.place(ranks, "auto", "fp8", peers=peers, available=available)
+    if found.streamed_bytes > 0.8 * exact.streamed_bytes:
+        return []
+    return [f"  with --linear fp8 (the picture changes a little): {found}"]
+
+
+def _times(prediction: Prediction, found: Placement, links: tuple, ranks: int) -> list[str]:
+    """A row per link; one where nothing crosses any."""
+    rows = [(link, *(1000 * prediction.seconds(found, link, prompts=n) for n in (1, 2))) for link in links]
+    if ranks == 1 and not found.slabs:
+        rows = [("any", *rows[0][1:])]
+    columns = Column("link"), Column("ms a step", format=".0f"), Column("with cfg", format=".0f")
+    return ["  " + line for line in fitted(columns, [(str(link), *ms) for link, *ms in rows]).splitlines()] + [""]

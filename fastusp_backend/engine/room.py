@@ -9,6 +9,7 @@ from ..comm.block_store import BlockStore, HostStore, PeerStore
 from ..comm.groups import world
 from ..comm.pages import DevicePages, HostPages
 from ..comm.transport import reach_each_other
+from ..errors import RequestError
 from ..models.family import FamilyConfig
 from ..models.placement import Placement
 from .denoiser import WORKING_SET
@@ -37,7 +38,9 @@ class Room(NamedTuple):
 
 def kept_free(config: FamilyConfig, ranks: int) -> int:
     """Bytes of each GPU that weights leave for all else."""
-    return KEPT_FREE + WORKING_SET * -(-KEPT_TOKENS // ranks) * config.hidden * torch.bfloat16.itemsize
+    # Without embedded guidance two prompts are evaluated, each by half of the ranks.
+    sharing = ranks if config.takes_guidance or ranks % 2 else ranks // 2
+    return KEPT_FREE + WORKING_SET * -(-KEPT_TOKENS // sharing) * config.hidden * torch.bfloat16.itemsize
 
 
 def measure_room(device: torch.device, config: FamilyConfig) -> Room:
@@ -63,11 +66,11 @@ def _free(device: torch.device) -> int:
 
 
 def check_host_room(placement: Placement, room: Room) -> None:
-    """Raises MemoryError where the host's memory does not take what is to lie there."""
+    """Raises RequestError where the host's memory does not take what is to lie there."""
     if room.host_bytes is not None and placement.host_bytes > room.host_bytes:
-        raise MemoryError(
-            f"{placement.host_bytes / 1e9:.1f} GB of host memory are needed for the blocks that travel, "
-            f"{room.host_bytes / 1e9:.1f} GB are available"
+        raise RequestError(
+            "Free host memory, or use linear = fp8, a smaller file or weight_dtype, or more GPUs: the blocks that come "
+            f"from there take {placement.host_bytes / 1e9:.1f} GB of it, {room.host_bytes / 1e9:.1f} GB are available"
         )
 
 

@@ -16,10 +16,12 @@ from .patchify import patch_grid
 class StepCost:
     """Of one prompt.
 
+    parameters: of all blocks' products.
     flops: floating-point operations of all blocks, over all ranks.
     sent_bytes: what a rank of a Ulysses group over all ranks sends, in 16 bits, and receives as well.
     """
 
+    parameters: int
     flops: float
     sent_bytes: float
 
@@ -32,11 +34,12 @@ def step_cost(config: FamilyConfig, ranks: int, *, size: tuple[int, int], text: 
     with torch.device("meta"):
         model = config.build()
     large = {id(layer) for layer in model.products()}
-    flops, blocks = 0.0, model.blocks()
+    flops, parameters, blocks = 0.0, 0, model.blocks()
     for number, block in enumerate(blocks):
-        parameters = sum(layer.weight.numel() for layer in block.modules() if id(layer) in large)
+        of_block = sum(layer.weight.numel() for layer in block.modules() if id(layer) in large)
+        parameters += of_block
         # Each of two streams' layers see that stream's tokens alone.
-        flops += (1 if number < config.two_stream_blocks else 2) * parameters * tokens
+        flops += (1 if number < config.two_stream_blocks else 2) * of_block * tokens
         flops += 4 * tokens**2 * config.hidden
     sent = 4 * tokens / ranks * config.hidden * (ranks - 1) / ranks * torch.bfloat16.itemsize
-    return StepCost(flops, sent * len(blocks))
+    return StepCost(parameters, flops, sent * len(blocks))

@@ -113,8 +113,9 @@ def place(
             if found.device_bytes <= available:
                 return found
     raise RequestError(
-        f"Use a smaller file or weight_dtype, or more GPUs: with all blocks travelling the weights still take "
-        f"{found.device_bytes / 1e9:.1f} GB of each GPU, of which {max(0, available) / 1e9:.1f} GB may be used"
+        "Free memory of the GPUs (Unload Models, other programs), or use linear = fp8, a smaller file or weight_dtype, "
+        f"or more GPUs: though all blocks travel, the weights take {found.device_bytes / 1e9:.1f} GB of each GPU, "
+        f"{(found.device_bytes - available) / 1e9:.1f} GB more than are left for them"
     )
 
 

@@ -9,7 +9,6 @@ import pytest
 from fastusp_backend.cli import bench
 from fastusp_backend.cli.arguments import pixels
 from fastusp_backend.cli.bench import Row, options, rank_counts, recommend
-from fastusp_backend.cli.plan import memory
 from fastusp_backend.config import Layout, Settings
 from fastusp_backend.devices import Devices
 
@@ -102,13 +101,6 @@ def test_sizes():
     for text in ("8", "1024x", "wide", "1024x8"):
         with pytest.raises(argparse.ArgumentTypeError, match="1280x720"):
             pixels(text)
-
-
-def test_memory_of_a_plan():
-    totals = {2: 24 << 30, 3: 24 << 30, 5: 48 << 30, 7: 48 << 30}
-    assert memory(10 << 30, FOUR, totals) == ["weights: 10.74 GB on each GPU"]
-    assert "share" in memory(10 << 30, Devices(ranks=2), {})[0]
-    assert memory(30 << 30, Devices(ranks=1, gpus=(3,)), {3: None})[1].startswith("NVML reports no memory size for ")
 
 
 @pytest.mark.parametrize("fits", [True, False])

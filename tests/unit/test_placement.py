@@ -9,7 +9,7 @@ from fastusp_backend.__main__ import main
 from fastusp_backend.cli import inputs, plan
 from fastusp_backend.config import FileState, ModelSpec
 from fastusp_backend.devices import Devices
-from fastusp_backend.engine.room import kept_free
+from fastusp_backend.engine.room import Room, check_host_room, kept_free
 from fastusp_backend.errors import RequestError
 from fastusp_backend.models.files import storage_plans
 from fastusp_backend.models.ownership import Ownership
@@ -106,7 +106,7 @@ def test_host_memory_is_counted_once():
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(RequestError, match="with all blocks travelling the weights still take .* of which 3.0 GB may"):
+    with pytest.raises(RequestError, match="though all blocks travel, the weights take .* GB more than are left"):
         placed(FLUX2_DEV, available=3 * GB)
     for ranks, peers in ((1, True), (2, False)):
         with pytest.raises(RequestError, match="Set weights to host or auto"):
@@ -119,39 +119,94 @@ def plan_says(monkeypatch, capsys, path, *arguments):
     return code, *capsys.readouterr()
 
 
-def test_plan_answers_for_cards_that_are_not_there(monkeypatch, capsys, tmp_path):
-    path = tmp_path / "flux.safetensors"
-    write_checkpoint(str(path), TINY_FLUX, seed=1)
+@pytest.fixture
+def path(tmp_path):
+    write_checkpoint(str(tmp_path / "flux.safetensors"), TINY_FLUX, seed=1)
+    return tmp_path / "flux.safetensors"
+
+
+def test_plan_answers_for_cards_that_are_not_there(monkeypatch, capsys, path):
     code, said, errors = plan_says(monkeypatch, capsys, path, "--gpus", "0,1", "--free", "24")
     assert code == 0 and not errors
-    assert "ulysses 2 x ring 1" in said and said.count("whole, 0.") == 2
+    assert "ulysses 2 x ring 1" in said and "any GPUs: whole, 0." in said and "times are an H100's" in said
     kept = kept_free(TINY_FLUX, 2)
     whole = placed(TINY_FLUX, dtype=torch.bfloat16).device_bytes
-    code, said, _ = plan_says(
-        monkeypatch, capsys, path, "--gpus", "0,1", "--free", f"{(kept + whole) / 1e9 - 1e-3:.4f}"
-    )
-    assert code == 0 and "of 4 blocks stay" in said and "GB of host memory" in said
-    assert "ms a step over NVLink" in said and "989 TFLOP/s (--tflops)" in said
-    code, said, _ = plan_says(monkeypatch, capsys, path, "--gpus", "0,1", "--free", f"{kept / 1e9 + 1e-3:.4f}")
-    assert code == 0 and said.count("Use a smaller file or weight_dtype, or more GPUs") == 2
-    code, _, errors = plan_says(monkeypatch, capsys, path, "--gpus", "0,1", "--free", "24", "--tflops", "0")
-    assert code == 2 and "--tflops 0 is for a model file, GPUs, and a rate above 0" in errors
-    code, _, errors = plan_says(monkeypatch, capsys, path, "--gpus", "cpu:2", "--tflops", "165")
-    assert code == 2 and "--tflops 165 is for a model file, GPUs" in errors
-    code, _, errors = plan_says(monkeypatch, capsys, path, "--gpus", "auto", "--free", "24")
-    assert code == 2 and "list the GPUs' numbers, as 0,1" in errors
+    free = f"{(kept + whole) / 1e9 - 1e-3:.4f}"
+    code, said, _ = plan_says(monkeypatch, capsys, path, "--gpus", "0,1", "--free", free, "--card", "rtx4090")
+    assert code == 0 and said.count("of 4 blocks stay") >= 2 and "GB of host memory are needed" in said
+    assert "NVLink bridge" in said and said.count("PCIe 4 x8") == 2 and "predicted for RTX 4090" in said
+    assert "with --linear fp8" in said and "times are an H100's" not in said
+    code, said, _ = plan_says(monkeypatch, capsys, path, "--gpus", "0,1", "--free", free, "--card", "RTX 3090")
+    assert code == 0 and "--linear fp8" not in said
+    code, said, _ = plan_says(monkeypatch, capsys, path, "--gpus", "0", "--free", "24", "--linear", "fp8")
+    assert code == 0 and "one GPU: whole" in said and said.splitlines()[-4].split()[0] == "any"
 
 
-@pytest.mark.parametrize(("total", "words"), [(80, "whole, 0."), (None, "NVML reports no memory size for GPU 3")])
-def test_plan_answers_for_the_gpus_that_are_there(monkeypatch, capsys, tmp_path, total, words):
-    """As if all memory of the smallest were free."""
-    path = tmp_path / "flux.safetensors"
-    write_checkpoint(str(path), TINY_FLUX, seed=1)
-    sizes = {0: 4 * GB, 2: 96 * GB, 3: total and total * GB}
-    states = [SimpleNamespace(index=index, total=size) for index, size in sizes.items()]
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--gpus", "0,1", "--free", f"{kept_free(TINY_FLUX, 2) / 1e9 + 1e-3:.4f}"), "Free memory of the GPUs"),
+        (("--gpus", "nonsense"), "or add --free 24 for GPUs of 24 GB that need not exist"),
+        (("--gpus", "auto", "--free", "24"), "Give --gpus a number for each GPU, as 0,1"),
+        (("--gpus", "0,0", "--free", "24"), "Give --gpus a number for each GPU, as 0,1"),
+        (("--gpus", "cpu:2", "--card", "H100"), "Name a model file, and GPUs: --card H100"),
+        (("--gpus", "0", "--free", "24", "--linear", "fp8", "--card", "A100"), "Leave out --linear fp8"),
+    ],
+)
+def test_what_plan_refuses(monkeypatch, capsys, path, arguments, words):
+    code, _, errors = plan_says(monkeypatch, capsys, path, *arguments)
+    assert code == 2 and words in errors and "Traceback" not in errors
+
+
+@pytest.mark.parametrize("free", ["nan", "inf", "-3", "0", "much"])
+def test_sizes_that_are_none(monkeypatch, capsys, path, free):
+    with pytest.raises(SystemExit) as ended:
+        plan_says(monkeypatch, capsys, path, "--gpus", "0,1", f"--free={free}")
+    assert ended.value.code == 2 and f"give a number of GB above 0, as 24: got {free}" in capsys.readouterr().err
+
+
+def test_cards_that_are_none(monkeypatch, capsys, path):
+    with pytest.raises(SystemExit):
+        plan_says(monkeypatch, capsys, path, "--card", "RTX 1")
+    assert "choose the card that is most like yours, of H100, H200" in capsys.readouterr().err
+
+
+def test_room_without_a_file(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["fastusp_backend", "plan", "--gpus", "0,1", "--free", "24"])
+    assert main() == 2 and "Name a model file: --free 24" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("sizes", "names", "words"),
+    [
+        ((96, 80), ("NVIDIA H100 80GB HBM3", "NVIDIA H200"), "of 80.0 GB of each GPU"),
+        ((96, 80), ("NVIDIA H100 80GB HBM3", "NVIDIA GeForce RTX 3090"), "predicted for RTX 3090"),
+        ((96, 80), ("NVIDIA H100 80GB HBM3", "Tesla T4"), "no times: choose the card"),
+        ((96, None), ("NVIDIA H100 80GB HBM3", "NVIDIA H200"), "of 96.0 GB of each GPU"),
+        ((None, None), ("NVIDIA H100 80GB HBM3", "NVIDIA H200"), "NVML reports no size"),
+    ],
+)
+def test_plan_answers_for_the_gpus_that_are_there(monkeypatch, capsys, path, sizes, names, words):
+    """As if all memory of the smallest were free; with the times of the slowest, if it is known."""
+    totals = {0: 4 * GB, **{number: size and size * GB for number, size in zip((2, 3), sizes, strict=True)}}
     monkeypatch.setattr(plan, "local_devices", lambda _: Devices(ranks=2, gpus=(2, 3)))
     monkeypatch.setattr(inputs, "supports_bfloat16", lambda _: True)
+    states = [SimpleNamespace(index=index, total=size) for index, size in totals.items()]
     monkeypatch.setattr(plan, "gpu_states", lambda: states)
+    gpus = [SimpleNamespace(index=index, name=name) for index, name in zip((2, 3), names, strict=True)]
+    monkeypatch.setattr(plan, "list_gpus", lambda: gpus)
     code, said, errors = plan_says(monkeypatch, capsys, path)
-    assert code == 0 and not errors and words in said and "ms a step over NVLink" in said
-    assert f"of {total or 96}.0 GB of each GPU" in said
+    assert code == 0 and not errors and words in said and "weights: 0." in said
+
+
+def test_host_memory_that_does_not_suffice():
+    found = placed(FLUX_DEV, weights="host")
+    with pytest.raises(RequestError, match=r"^Free host memory, or .* take 17.\d GB of it, 16.0 GB are available"):
+        check_host_room(found, Room(False, None, 16 * GB))
+    check_host_room(found, Room(False, None, None))
+
+
+def test_guided_models_leave_room_for_a_prompt_on_half_of_the_ranks():
+    assert [kept_free(QWEN_IMAGE, n) for n in (2, 4)] == [kept_free(QWEN_IMAGE, n) for n in (1, 2)][:1] + [
+        kept_free(FLUX_DEV, 2)
+    ]

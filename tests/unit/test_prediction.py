@@ -1,9 +1,9 @@
-"""What `plan --free` predicts, beside what was measured (benchmarks/results)."""
+"""What `plan` predicts, beside what was measured (benchmarks/results)."""
 
 import pytest
 import torch
 
-from fastusp_backend.cli.plan import H100_TFLOPS, Step
+from fastusp_backend.cli.prediction import CARDS, NVLINK, PCIE, Prediction, known_card
 from fastusp_backend.config import FileState, ModelSpec
 from fastusp_backend.models.cost import step_cost
 from fastusp_backend.models.placement import place_file
@@ -13,34 +13,65 @@ from fastusp_backend.weights.tensor_info import TensorInfo
 pytestmark = [pytest.mark.unit, pytest.mark.any_processor]
 
 
-def predicted(config, ranks, link, *, dtype=torch.bfloat16, **room):
+def predicted(config, ranks, link=NVLINK[0], *, dtype=torch.bfloat16, linear="exact", prompts=1, **room):
     with torch.device("meta"):
         model = config.build()
     header = {model.file_key(name): TensorInfo(tuple(p.shape), dtype) for name, p in model.named_parameters()}
-    spec = ModelSpec(path="x", file=FileState(0, 0, 0, 0), storage=None, compute="bfloat16")
+    spec = ModelSpec(path="x", file=FileState(0, 0, 0, 0), storage=None, compute="bfloat16", linear=linear)
     found = place_file(header, spec, ranks, **room)
-    return found, Step(header, config, ranks, H100_TFLOPS).seconds(found, link) * 1000
+    made = Prediction(header, config, ranks, CARDS["H100"], linear)
+    return found, made.seconds(found, link, prompts=prompts) * 1000
+
+
+FP8 = torch.float8_e4m3fn
 
 
 @pytest.mark.parametrize(
-    "config, link, room, blocks, measured",
+    "config, ranks, given, blocks, measured",
     [
-        (FLUX_DEV, "NVLink", {}, 0, 68.5),
-        (FLUX_DEV, "NVLink", {"available": 13_100_000_000}, 52, 70.8),
-        (FLUX2_DEV, "NVLink", {}, 0, 238),
-        (FLUX2_DEV, "NVLink", {"available": 36_000_000_000}, 54, 251.6),
-        (FLUX_DEV, "PCIe 5", {"peers": False}, 0, 103.5),
-        (FLUX_DEV, "PCIe 5", {"peers": False, "available": 13_000_000_000}, 28, 254),
+        (FLUX_DEV, 1, {}, 0, 119.8),
+        (FLUX_DEV, 2, {}, 0, 68.5),
+        (FLUX_DEV, 2, {"available": 13_100_000_000}, 52, 70.8),
+        (FLUX_DEV, 2, {"linear": "fp8"}, 0, 52.0),
+        (FLUX_DEV, 1, {"dtype": FP8}, 0, 138.8),
+        (FLUX_DEV, 1, {"dtype": FP8, "peers": False, "available": 10_300_000_000}, 14, 138.8),
+        (FLUX_DEV, 2, {"dtype": FP8}, 0, 91.1),
+        (FLUX_DEV, 2, {"link": PCIE[0], "peers": False}, 0, 103.5),
+        (FLUX_DEV, 2, {"link": PCIE[0], "peers": False, "available": 13_000_000_000}, 28, 254),
+        (FLUX2_DEV, 2, {}, 0, 238),
+        (FLUX2_DEV, 2, {"available": 36_000_000_000}, 54, 251.6),
+        (QWEN_IMAGE, 2, {"prompts": 2}, 0, 121.2),
     ],
 )
-def test_within_a_fifth_of_what_was_measured(config, link, room, blocks, measured):
-    found, ms = predicted(config, 2, link, **room)
+def test_within_a_fifth_of_what_was_measured(config, ranks, given, blocks, measured):
+    found, ms = predicted(config, ranks, **given)
     assert abs(len(found.slabs) - blocks) <= 2 and ms == pytest.approx(measured, rel=0.2)
 
 
-def test_a_file_in_fp8_takes_longer():
-    slow, quick = (predicted(FLUX_DEV, 2, "NVLink", dtype=t)[1] for t in (torch.float8_e4m3fn, torch.bfloat16))
-    assert slow / quick == pytest.approx(1.33)
+def test_two_prompts_side_by_side_or_one_behind_the_other():
+    """Beside each other no tokens travel, whatever the link; of three ranks none are left over."""
+    (_, slow), (_, quick) = (predicted(FLUX_DEV, 2, link, prompts=2) for link in (PCIE[-1], NVLINK[0]))
+    assert slow == quick == pytest.approx(predicted(FLUX_DEV, 1)[1])
+    assert predicted(FLUX_DEV, 3, prompts=2)[1] == pytest.approx(2 * predicted(FLUX_DEV, 3)[1])
+
+
+def test_a_slow_bridge_decides():
+    room = {"available": 21_000_000_000}
+    found, ms = predicted(QWEN_IMAGE, 2, NVLINK[1], **room)
+    assert found.source == "shared" and ms > found.streamed_bytes / 45e6 > 2 * predicted(QWEN_IMAGE, 2, **room)[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "card"),
+    [
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("Tesla T4", None),
+    ],
+)
+def test_cards_by_the_names_that_nvml_gives(name, card):
+    assert known_card(name) == card
 
 
 def test_operations_are_those_of_the_papers_formulas():
@@ -56,11 +87,11 @@ def test_operations_are_those_of_the_papers_formulas():
 
 def test_weights_from_the_host_come_over_its_own_link():
     room = {"peers": False, "available": 12_000_000_000}
-    found, ms = predicted(FLUX_DEV, 2, "NVLink", **room)
+    found, ms = predicted(FLUX_DEV, 2, **room)
     assert found.source == "host" and ms == pytest.approx(found.streamed_bytes / 50e6)
-    assert predicted(FLUX_DEV, 2, "PCIe 5", **room)[1] > ms + 60  # tokens too
+    assert predicted(FLUX_DEV, 2, PCIE[0], **room)[1] > ms + 60  # tokens too
 
 
 def test_one_gpu_sends_nothing():
-    found, ms = predicted(FLUX_DEV, 1, "PCIe 4")
-    assert ms == predicted(FLUX_DEV, 1, "NVLink")[1]
+    found, ms = predicted(FLUX_DEV, 1, PCIE[1])
+    assert ms == predicted(FLUX_DEV, 1)[1]
