@@ -62,9 +62,9 @@ def ballast(free: str, gpus: int) -> Iterator[None]:
             process.stdin.close()
 
 
-def left(gpus: tuple[int, ...]) -> float:
-    """Free GB of the GPU that has least."""
-    return min(state["free"] for state in nvml.ask("states") if state["index"] in gpus) / 1e9
+def left(gpus: tuple[int, ...]) -> list[float]:
+    """Free GB of each GPU."""
+    return [state["free"] / 1e9 for state in nvml.ask("states") if state["index"] in gpus]
 
 
 def main() -> None:
@@ -92,6 +92,7 @@ def main() -> None:
     for free in a.free.split(","):
         phases, seconds = [], []
         with ballast(free, len(gpus)), contextlib.closing(Pool(Devices(ranks=len(gpus), gpus=gpus))) as pool:
+            before = left(gpus)  # the pool's processes start with the first request
             session = Session(pool, spec, (plan(len(gpus), config.heads),), settings)
             sigmas = torch.linspace(1, 0, a.steps + 1)
 
@@ -111,10 +112,12 @@ def main() -> None:
             began = next(i for i, (_, text) in enumerate(phases) if text == "loading the model")
             loading, median = phases[began + 1][0] - phases[began][0], statistics.median(seconds[3:]) * 1000
             expected = out if expected is None else expected
+            after = left(gpus)
+            used = max(b - a for b, a in zip(before, after, strict=True))
             print(
                 f"{free} GB free, {a.storage}, linear {a.linear}: {pool.held.weights}; loaded in {loading:.1f} s, "
-                f"{median:.1f} ms a step, {left(gpus):.1f} GB left, {pool.held.transport}, "
-                f"same latents {torch.equal(out, expected)}",
+                f"{median:.1f} ms a step, {used:.1f} GB used of each GPU, {min(after):.1f} left, "
+                f"{pool.held.transport}, same latents {torch.equal(out, expected)}",
                 flush=True,
             )
 
