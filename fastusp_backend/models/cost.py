@@ -4,6 +4,7 @@ A product of L tokens takes 2 L K N floating-point operations, attention over N 
 Ulysses a rank sends 4 L C (U - 1) / U values a block (arXiv 2405.07719).
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,7 @@ class StepCost:
     sent_bytes: float
 
 
+@functools.cache
 def step_cost(config: FamilyConfig, ranks: int, *, size: tuple[int, int], text: int) -> StepCost:
     """size: pixels (width, height). text: tokens."""
     width, height = (edge // config.downscale for edge in size)

@@ -106,9 +106,14 @@ def place(
     weights = _weights_of_blocks(model, plans)
     if choice != "auto":
         return _stream(weights, plans, ownership, choice, blocks, peers)
+    sizes = [sum(plans[name].nbytes for name in names) for names in weights]
     sources: tuple[Source, ...] = ("shared", "host") if peers and ranks > 1 else ("host",)
     for source in sources:
+        leaves = 1 - 1 / ranks if source == "shared" else 1  # a device, of what is streamed, less the slots
         for count in range(1, blocks + 1):
+            most = leaves * sum(sizes[number] for number in _spread(count, blocks))
+            if max(ownership.nbytes) - most > available and count < blocks:
+                continue
             found = _stream(weights, plans, ownership, source, count, peers)
             if found.device_bytes <= available:
                 return found
@@ -155,8 +160,7 @@ def _stream(
     ranks = len(ownership.nbytes)
     owned = [0] * ranks
     slabs = []
-    for i in range(count):
-        block = i * len(weights) // count
+    for i, block in enumerate(_spread(count, len(weights))):
         # The last block fetches the first: of an odd number, into a slot that is not its own.
         slot = 2 if i == count - 1 and i and i % 2 == 0 else i % 2
         slabs.append(_slab(block, slot, weights[block], plans, owned))
@@ -175,6 +179,11 @@ def _stream(
         streamed_bytes=come,
         host_bytes=max(owned) * ranks if source == "host" else 0,
     )
+
+
+def _spread(count: int, blocks: int) -> list[int]:
+    """The numbers of so many blocks, evenly spread."""
+    return [i * blocks // count for i in range(count)]
 
 
 def _largest(slabs: list[Slab]) -> list[list[int]]:

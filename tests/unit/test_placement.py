@@ -1,5 +1,6 @@
 """Which blocks stay and which travel, by the room that there is."""
 
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +22,7 @@ pytestmark = [pytest.mark.unit, pytest.mark.any_processor]
 GB = 10**9
 
 
+@functools.cache
 def header(config, dtype=torch.bfloat16):
     with torch.device("meta"):
         model = config.build()
@@ -119,10 +121,11 @@ def plan_says(monkeypatch, capsys, path, *arguments):
     return code, *capsys.readouterr()
 
 
-@pytest.fixture
-def path(tmp_path):
-    write_checkpoint(str(tmp_path / "flux.safetensors"), TINY_FLUX, seed=1)
-    return tmp_path / "flux.safetensors"
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    found = tmp_path_factory.mktemp("plan") / "flux.safetensors"
+    write_checkpoint(str(found), TINY_FLUX, seed=1)
+    return found
 
 
 def test_plan_answers_for_cards_that_are_not_there(monkeypatch, capsys, path):
