@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 import msgspec
 
-from ..config import ModelSpec
+from ..config import Layout, ModelSpec
 from ..devices import Devices, gpu_states, list_gpus, local_devices
 from ..engine import host_memory
 from ..engine.room import kept_free
 from ..errors import DeviceError, RequestError
 from ..models.family import FamilyConfig
 from ..models.placement import Placement, place_file
-from ..planner import legal_layouts, plan
+from ..planner import legal_layouts, plan_batches
 from ..weights.tensor_info import TensorInfo
 from .arguments import add_degrees, add_gpus
 from .inputs import describe
@@ -81,12 +81,12 @@ def run(arguments: argparse.Namespace) -> int:
     devices = _imagine(arguments.gpus) if imagined else _here(arguments.gpus)
     if arguments.card and not (arguments.model and devices.gpus):
         raise RequestError(f"Name a model file, and GPUs: --card {arguments.card} predicts its steps on them")
-    if arguments.linear == "fp8" and arguments.card and not CARDS[arguments.card].fp8:
-        raise RequestError(f"Leave out --linear fp8: a card like the {arguments.card} has no products in fp8")
+    if arguments.linear == "fp8" and not _has_fp8(devices, arguments.card):
+        raise RequestError("Leave out --linear fp8: only GPUs from Ada on (RTX 40, L40, H100) have products in fp8")
     file = File(*describe(arguments.model, devices, bfloat16=True if imagined else None)) if arguments.model else None
     heads = file.config.heads if file else 24
-    layout = plan(devices.ranks, heads, ulysses=arguments.ulysses, ring=arguments.ring)
-    print(f"{devices}, {heads} heads: {layout}")
+    layouts = plan_batches(devices.ranks, heads, ulysses=arguments.ulysses, ring=arguments.ring)
+    print(f"{devices}, {heads} heads: {layouts[-1]}")
     print("legal: " + ", ".join(str(x) for x in legal_layouts(devices.ranks, heads)))
     if file is None:
         return 0
@@ -106,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
             return 0
         if card is None:
             print(f"no times: choose the card that is most like yours with --card, of {', '.join(CARDS)}")
-    print("\n".join(fits(file, devices.ranks, free, host, arguments.linear, card)))
+    print("\n".join(fits(file, layouts, free, host, arguments.linear, card)))
     return 0
 
 
@@ -135,17 +135,28 @@ def _least_memory(devices: Devices) -> int | None:
 def _slowest(devices: Devices) -> str | None:
     """The card of `CARDS` that the GPUs are, the slowest of several; None where one is none of them."""
     cards = [known_card(gpu.name) for gpu in list_gpus() if gpu.index in devices.gpus]
-    return None if None in cards else min(cards, key=lambda card: CARDS[card].tflops)
+    return None if None in cards else min(cards, key=lambda card: (CARDS[card].tflops, CARDS[card].memory))
 
 
-def fits(file: File, ranks: int, free: int, host: int | None, linear: str, card: str | None) -> list[str]:
+def _has_fp8(devices: Devices, card: str | None) -> bool:
+    """Whether the card, if one is named, or the GPUs that are there, have products in fp8."""
+    if card is not None:
+        return CARDS[card].fp8
+    return all(gpu.compute_capability >= (8, 9) for gpu in list_gpus() if gpu.index in devices.gpus)
+
+
+def fits(
+    file: File, layouts: tuple[Layout, ...], free: int, host: int | None, linear: str, card: str | None
+) -> list[str]:
     """Says what `weights = auto` does where a worker has so many bytes of each GPU, with peer access and without.
 
+    layouts: as `plan_batches` gives them.
     host: bytes of host memory that are available; None for any number.
     card: of `CARDS`, whose times to predict; None for none.
 
     Raises RequestError where the weights fit neither way.
     """
+    ranks = layouts[-1].ranks
     kept = kept_free(file.config, ranks)
     told = [f"of {free / 1e9:.1f} GB of each GPU {kept / 1e9:.1f} GB are kept for all else", ""]
     placed: dict[bool, Placement | RequestError] = {}
@@ -169,7 +180,7 @@ def fits(file: File, ranks: int, free: int, host: int | None, linear: str, card:
         if found.slabs and linear == "exact" and (card is None or CARDS[card].fp8):
             told += _in_fp8(file, ranks, peers, free - kept, found)
         if card is not None:
-            told += _times(Prediction(file.header, file.config, ranks, CARDS[card], linear), found, links, ranks)
+            told += _times(Prediction(file.header, file.config, layouts, CARDS[card], linear), found, links, ranks)
     if card is not None:
         told.append(f"times: predicted for {card}, {SIZE[0]} x {SIZE[1]}, {TEXT} tokens. {CLAIM}")
     return told
@@ -195,7 +206,10 @@ def _journeys(found: Placement, host: int | None) -> list[str]:
 
 def _in_fp8(file: File, ranks: int, peers: bool, available: int, exact: Placement) -> list[str]:
     """What `linear = fp8` would make of a placement, where much less would travel."""
-    found = file.place(ranks, "auto", "fp8", peers=peers, available=available)
+    try:
+        found = file.place(ranks, "auto", "fp8", peers=peers, available=available)
+    except RequestError:  # packed weights may take less
+        return []
     if found.streamed_bytes > 0.8 * exact.streamed_bytes:
         return []
     return [f"  with --linear fp8 (the picture changes a little): {found}"]

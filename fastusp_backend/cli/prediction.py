@@ -1,8 +1,10 @@
 """What a step takes on GPUs that need not be there: predicted from the operations of a model, the bytes that travel,
 data sheets, and the shares of them that were reached where it was measured (H100 and H200, see benchmarks/results)."""
 
+import re
 from dataclasses import dataclass
 
+from ..config import Layout
 from ..models.cost import step_cost
 from ..models.family import FamilyConfig
 from ..models.placement import Placement
@@ -15,9 +17,9 @@ SUSTAINED = 0.57
 """Share of a card's rate that steps had on H100: FLUX.1 0.55, FLUX.2 0.61, Qwen-Image 0.57."""
 FP8_PRODUCTS = 0.75
 """A step with `linear = fp8`, of one in 16 bits; measured 0.74 and 0.75."""
-UNPACKING = {"packed": 2.3, "fp8": 5.6}
-"""Bytes of memory traffic for each weight that is stored so, in each evaluation: measured 8 ms and 19 to 23 ms for
-FLUX.1's 11.9e9 on H100s."""
+UNPACKING = {"packed": 3.1, "fp8": 8.0}
+"""Bytes of memory traffic for each weight of the blocks' products that is stored so, in each evaluation: measured 8 ms,
+and 19 to 23 ms, for FLUX.1's 8.6e9 on H100s."""
 SHARING = 0.05
 """How much longer a step takes with blocks that all come from other GPUs in time; measured 0.04 and 0.06."""
 
@@ -72,27 +74,36 @@ NVLINK = (
 
 def known_card(name: str) -> str | None:
     """The card of `CARDS` that a GPU is, by the name that NVML gives it."""
-    return next((known for known in CARDS if known in name and "Laptop" not in name), None)
+    if re.search(r"Laptop|Max-Q|PCIe|NVL| D\b", name):  # slower ones
+        return None
+    return next((known for known in CARDS if re.search(rf"\b{known}\b", name)), None)
 
 
 class Prediction:
     """Predicts steps of a file's model at SIZE pixels with TEXT tokens.
 
+    layouts: as `plan_batches` gives them.
     linear: as the option.
     """
 
-    def __init__(self, header: dict[str, TensorInfo], config: FamilyConfig, ranks: int, card: Card, linear: str):
-        self._config, self._ranks, self._card, self._linear = config, ranks, card, linear
+    def __init__(
+        self,
+        header: dict[str, TensorInfo],
+        config: FamilyConfig,
+        layouts: tuple[Layout, ...],
+        card: Card,
+        linear: str,
+    ):
+        self._config, self._layouts, self._card, self._linear = config, layouts, card, linear
         packed = any(info.packing for info in header.values())
         self._stored = "packed" if packed else "fp8" if main_dtype(header) in FP8 else ""
 
     def seconds(self, found: Placement, link: Link, *, prompts: int = 1) -> float:
-        """Of a step that evaluates so many prompts, side by side where the ranks are even. What travels and what
+        """Of a step that evaluates so many prompts, side by side where the layouts say so. What travels and what
         computes hide each other, but where one link carries both tokens and weights to a GPU."""
-        groups = prompts if self._ranks % prompts == 0 else 1
-        ranks = self._ranks // groups
-        cost = step_cost(self._config, ranks, size=SIZE, text=TEXT)
-        computing = cost.flops / ranks / (SUSTAINED * self._card.tflops * 1e12)
+        layout = next(layout for layout in self._layouts if prompts % layout.batch == 0)
+        cost = step_cost(self._config, layout, size=SIZE, text=TEXT)
+        computing = cost.flops / layout.sequence_ranks / (SUSTAINED * self._card.tflops * 1e12)
         if self._linear == "fp8":
             computing *= FP8_PRODUCTS
         else:
@@ -102,5 +113,5 @@ class Prediction:
         if not tokens or link.apart:
             shared = SHARING * len(found.slabs) / found.blocks if found.source == "shared" else 0
             together = tokens + (weights if found.source == "shared" else 0)
-            return prompts / groups * max(computing * (1 + shared), together, weights)
-        return prompts / groups * (computing + tokens + weights)
+            return prompts / layout.batch * max(computing * (1 + shared), together, weights)
+        return prompts / layout.batch * (computing + tokens + weights)

@@ -70,6 +70,7 @@ class BlockStream:
         self._share = 0  # bytes that may be fetched in front of tokens, of the next block that comes from the host
         self._fetching = False  # what the main stream has not waited for
         self._primed = False
+        self._beside_tokens = placement.beside_tokens
         self._open: int | None = None  # which one is in its slot, to be changed
 
     def __contains__(self, name: str) -> bool:
@@ -117,8 +118,10 @@ class BlockStream:
 
     # What follows runs in every evaluation, on all ranks in the same order.
 
-    def prime(self) -> None:
-        """Has the first block that comes in its slot. Not within a graph."""
+    def prime(self, tokens: bool) -> None:
+        """Has the first block that comes in its slot. Not within a graph. tokens: whether the evaluation that follows
+        exchanges any."""
+        self._beside_tokens = tokens and self.placement.beside_tokens
         if not self._primed:
             _copy(self.store.missing(0))
             self._primed = True
@@ -129,7 +132,7 @@ class BlockStream:
         if number is not None:
             self._join()
             self._await_next(number)
-        if not self.placement.beside_tokens:
+        if not self._beside_tokens:
             self._fetch()
         elif self.placement.source == "host":
             self._fetch(self._share)
@@ -171,7 +174,7 @@ class BlockStream:
         """Waits until all ranks are here, and their devices done with what they were given. What was changed is where
         all fetch it. Collective."""
         self._close()
-        self._primed = False
+        self._primed, self._waiting = False, []
         if self._stream is not None:
             torch.cuda.synchronize(self._device)
         if self._ranks > 1:

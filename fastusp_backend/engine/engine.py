@@ -109,8 +109,8 @@ class Engine:
 
     def make_room(self) -> None:
         """Drops the resident model, decides where the weights of the one that was described will lie, and allocates
-        what lies on this rank alone. Collective. Raises ValueError, on all ranks alike, where they do not fit, and what
-        torch raises."""
+        what lies on this rank alone. Collective. Raises RequestError, on all ranks alike, where they do not fit, and
+        what torch raises."""
         described = self._described
         self.release()
         room = measure_room(self.device, described.model.config)

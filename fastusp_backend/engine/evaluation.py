@@ -164,7 +164,7 @@ class Evaluation:
         known = self.captured if self._captures else self._runs > 1  # else it compiles, or is captured
         beat(self._pace.limit if known else self._pace.unknown)
         if self._model.stream is not None:
-            self._model.stream.prime()
+            self._model.stream.prime(tokens=self._mesh.layout.sequence_ranks > 1)
         with self._pace.measured() if known else contextlib.nullcontext():
             if not self._captures or self._runs == 1:
                 return self._evaluate()

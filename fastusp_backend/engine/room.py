@@ -38,8 +38,9 @@ class Room(NamedTuple):
 
 def kept_free(config: FamilyConfig, ranks: int) -> int:
     """Bytes of each GPU that weights leave for all else."""
-    # Without embedded guidance two prompts are evaluated, each by half of the ranks.
-    sharing = ranks if config.takes_guidance or ranks % 2 else ranks // 2
+    # Without embedded guidance two prompts may be evaluated, each by half of the ranks.
+    guided = getattr(config, "guidance", config.takes_guidance)
+    sharing = ranks if guided or ranks % 2 else ranks // 2
     return KEPT_FREE + WORKING_SET * -(-KEPT_TOKENS // sharing) * config.hidden * torch.bfloat16.itemsize
 
 
@@ -69,8 +70,8 @@ def check_host_room(placement: Placement, room: Room) -> None:
     """Raises RequestError where the host's memory does not take what is to lie there."""
     if room.host_bytes is not None and placement.host_bytes > room.host_bytes:
         raise RequestError(
-            "Free host memory, or use linear = fp8, a smaller file or weight_dtype, or more GPUs: the blocks that come "
-            f"from there take {placement.host_bytes / 1e9:.1f} GB of it, {room.host_bytes / 1e9:.1f} GB are available"
+            "Free host memory, or use linear = fp8, a smaller file or weight_dtype: the blocks that come from there "
+            f"take {placement.host_bytes / 1e9:.1f} GB of it, {room.host_bytes / 1e9:.1f} GB are available"
         )
 
 

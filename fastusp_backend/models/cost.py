@@ -1,7 +1,7 @@
 """What a step computes and sends, from a model's sizes alone.
 
-A product of L tokens takes 2 L K N floating-point operations, attention over N tokens of C values 4 N^2 C. Under
-Ulysses a rank sends 4 L C (U - 1) / U values a block (arXiv 2405.07719).
+A product of L tokens takes 2 L K N floating-point operations, attention over N tokens of C values 4 N^2 C. A rank sends
+4 L C (U - 1) / U values a block under Ulysses, and 2 L C (R - 1) around a ring (arXiv 2405.07719).
 """
 
 import functools
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..config import Layout
 from .family import FamilyConfig
 from .patchify import patch_grid
 
@@ -19,7 +20,7 @@ class StepCost:
 
     parameters: of all blocks' products.
     flops: floating-point operations of all blocks, over all ranks.
-    sent_bytes: what a rank of a Ulysses group over all ranks sends, in 16 bits, and receives as well.
+    sent_bytes: what a rank sends, in 16 bits, and receives as well.
     """
 
     parameters: int
@@ -28,8 +29,8 @@ class StepCost:
 
 
 @functools.cache
-def step_cost(config: FamilyConfig, ranks: int, *, size: tuple[int, int], text: int) -> StepCost:
-    """size: pixels (width, height). text: tokens."""
+def step_cost(config: FamilyConfig, layout: Layout, *, size: tuple[int, int], text: int) -> StepCost:
+    """layout: of whose groups one evaluates the prompt. size: pixels (width, height). text: tokens."""
     width, height = (edge // config.downscale for edge in size)
     rows, columns = patch_grid(height, width, config.patch)
     tokens = text + rows * columns
@@ -43,5 +44,7 @@ def step_cost(config: FamilyConfig, ranks: int, *, size: tuple[int, int], text: 
         # Each of two streams' layers see that stream's tokens alone.
         flops += (1 if number < config.two_stream_blocks else 2) * of_block * tokens
         flops += 4 * tokens**2 * config.hidden
-    sent = 4 * tokens / ranks * config.hidden * (ranks - 1) / ranks * torch.bfloat16.itemsize
+    ulysses, ring = layout.ulysses, layout.ring
+    values = tokens / layout.sequence_ranks * config.hidden * (4 * (ulysses - 1) / ulysses + 2 * (ring - 1))
+    sent = values * torch.bfloat16.itemsize
     return StepCost(parameters, flops, sent * len(blocks))

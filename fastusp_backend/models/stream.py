@@ -6,8 +6,9 @@ from typing import Protocol
 class Stream(Protocol):
     """Where the weights of some blocks come from while the model is evaluated: see engine/block_stream.py."""
 
-    def prime(self) -> None:
-        """Has the weights of the first of them on the device. Ahead of an evaluation, not within a graph."""
+    def prime(self, tokens: bool) -> None:
+        """Has the weights of the first of them on the device. Ahead of an evaluation, not within a graph. tokens:
+        whether ranks exchange any in it."""
 
     def begin(self, block: int) -> None:
         """Has the weights of block number `block` on the device, if it is one of them."""

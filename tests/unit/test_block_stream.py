@@ -80,7 +80,7 @@ def test_every_block_finds_its_weights(count, kind, way):
     model, stream = streaming(count, kind, way)
     slabs = {slab.block: slab for slab in stream.placement.slabs}
     for _ in range(3):
-        stream.prime()
+        stream.prime(tokens=True)
         for block in range(4):
             stream.begin(block)
             if block in slabs:
@@ -94,12 +94,12 @@ def test_every_block_finds_its_weights(count, kind, way):
 
 def test_a_changed_weight_is_what_comes():
     model, stream = streaming(4)
-    stream.prime()
+    stream.prime(tokens=True)
     name = next(iter(stream.placement.slabs[2].offsets))
     with stream.changing():
         stream.open(name)
         model.get_submodule(name.rpartition(".")[0]).weight.add_(0.5)
-    stream.prime()
+    stream.prime(tokens=True)
     for block in range(4):
         stream.begin(block)
         expected = {float(block)} | ({2.5} if block == 2 else set())
@@ -116,7 +116,7 @@ def test_a_change_that_fails_keeps_what_was_changed_before():
         stream.open(name)
         layer.weight.add_(0.5)
         raise OSError("no file")
-    stream.prime()
+    stream.prime(tokens=True)
     for block in range(2):
         stream.begin(block)
     assert layer.weight.eq(1.5).all()
@@ -126,7 +126,7 @@ def test_addresses_stay():
     model, stream = streaming(4)
     before = [tensor.data_ptr() for tensor in stream.tensors]
     for _ in range(2):
-        stream.prime()
+        stream.prime(tokens=True)
         for block in range(4):
             stream.begin(block)
         stream.end()
@@ -144,9 +144,9 @@ def test_half_of_a_large_block_waits_for_the_attended_tokens():
         assert left == [coming, max(0, coming - largest // 2), 0]
 
 
-def waiting(stream):
+def waiting(stream, tokens=True):
     """Of each block the bytes of the next one that were not begun when it began, attended, and had its tokens back."""
-    stream.prime()
+    stream.prime(tokens)
     with unittest.mock.patch.object(block_store, "COPY", 1 << 16):
         for block in range(4):
             left = [block]
@@ -169,3 +169,9 @@ def test_equal_shares_from_the_host_between_tokens(count):
         begun = 3 * (block - begins[number])
         expected = [coming * (1 - (begun + n) / (3 * blocks)) for n in (1, 2, 3)]
         assert left == pytest.approx(expected, abs=3 * blocks)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_prompt_of_one_rank_exchanges_no_tokens_to_wait_for(way):
+    _, stream = streaming(4, way=way)
+    assert all(left == [0, 0, 0] for _, *left in waiting(stream, tokens=False))

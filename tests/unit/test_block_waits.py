@@ -110,7 +110,7 @@ def _life(ground, rank):
     layers = {name: model.get_submodule(name.rpartition(".")[0]) for name in stream.names}
     for version in range(EVALUATIONS):
         ground.turn()
-        stream.prime()
+        stream.prime(tokens=True)
         for block in range(4):
             stream.begin(block)
             for say in (stream.tokens_arrived, stream.tokens_returned):

@@ -8,7 +8,7 @@ import torch
 
 from fastusp_backend.__main__ import main
 from fastusp_backend.cli import inputs, plan
-from fastusp_backend.config import FileState, ModelSpec
+from fastusp_backend.config import FileState, Layout, ModelSpec
 from fastusp_backend.devices import Devices
 from fastusp_backend.engine.room import Room, check_host_room, kept_free
 from fastusp_backend.errors import RequestError
@@ -29,15 +29,29 @@ def header(config, dtype=torch.bfloat16):
     return {model.file_key(name): TensorInfo(tuple(p.shape), dtype) for name, p in model.named_parameters()}
 
 
+def spec_with(weights):
+    return ModelSpec(path="x", file=FileState(0, 0, 0, 0), storage=None, compute="bfloat16", weights=weights)
+
+
 def placed(config, ranks=2, *, dtype=torch.bfloat16, weights="auto", **room):
-    spec = ModelSpec(path="x", file=FileState(0, 0, 0, 0), storage=None, compute="bfloat16", weights=weights)
-    return place_file(header(config, dtype), spec, ranks, **room)
+    return place_file(header(config, dtype), spec_with(weights), ranks, **room)
 
 
 def test_what_fits_stays():
     found = placed(FLUX_DEV, available=24 * GB)
     assert not found.slabs and found.source is None and found.streamed_bytes == 0
     assert str(found) == "whole, 20.6 GB a device"
+
+
+def test_no_more_of_three_ranks_blocks_travel_than_need_be():
+    """Each fetches two thirds of a shared block."""
+    with torch.device("meta"):
+        model = FLUX_DEV.build()
+    plans = storage_plans(model, header(FLUX_DEV), spec_with("auto"))
+    for available in (18 * GB, 14 * GB, 11 * GB):
+        found = placed(FLUX_DEV, 3, available=available)
+        fewer = stream_count(model, plans, Ownership(model, plans, 3), "shared", len(found.slabs) - 1)
+        assert found.device_bytes <= available < fewer.device_bytes
 
 
 @pytest.mark.parametrize("available", [20, 18, 16, 13])
@@ -196,10 +210,48 @@ def test_plan_answers_for_the_gpus_that_are_there(monkeypatch, capsys, path, siz
     monkeypatch.setattr(inputs, "supports_bfloat16", lambda _: True)
     states = [SimpleNamespace(index=index, total=size) for index, size in totals.items()]
     monkeypatch.setattr(plan, "gpu_states", lambda: states)
-    gpus = [SimpleNamespace(index=index, name=name) for index, name in zip((2, 3), names, strict=True)]
+    gpus = [
+        SimpleNamespace(index=index, name=name, compute_capability=(9, 0) if "H" in name else (8, 0))
+        for index, name in zip((2, 3), names, strict=True)
+    ]
     monkeypatch.setattr(plan, "list_gpus", lambda: gpus)
     code, said, errors = plan_says(monkeypatch, capsys, path)
     assert code == 0 and not errors and words in said and "weights: 0." in said
+    code, _, errors = plan_says(monkeypatch, capsys, path, "--linear", "fp8")
+    assert (code == 2 and "Leave out --linear fp8" in errors) == any("H" not in name for name in names)
+
+
+def test_whether_tokens_come_by_the_same_links():
+    def beside(ranks, weights, **room):
+        return placed(TINY_FLUX, ranks, weights=weights, **room).beside_tokens
+
+    assert beside(2, "shared") and beside(2, "host", peers=False)
+    assert not beside(2, "host", peers=True) and not beside(1, "host", peers=False) and not beside(2, "whole")
+
+
+def plan_of_flux2(host=None, free=24 * GB, tensors=None):
+    """What `fits` says of FLUX.2 on two GPUs."""
+    file = plan.File(tensors or header(FLUX2_DEV), FLUX2_DEV, spec_with("auto"))
+    return "\n".join(plan.fits(file, (Layout(ulysses=2, ring=1),), free, host, "exact", None))
+
+
+@pytest.mark.parametrize("host", [None, 32 * GB, 64 * GB])
+def test_plan_says_how_much_host_memory_it_takes(host):
+    said = plan_of_flux2(host)
+    assert "49.1 GB of host memory are needed" in said and "48 shared" in said  # with fp8
+    assert ("needed, 32.0 GB are available" in said) == (host == 32 * GB) and "64.0" not in said
+
+
+def test_plan_of_a_packed_file_whose_products_in_fp8_would_take_more():
+    """And no word of them where they would help little."""
+    small = {name: TensorInfo(info.shape, torch.float8_e4m3fn) for name, info in header(FLUX2_DEV).items()}
+    assert "--linear" not in plan_of_flux2(tensors=small)
+    packed = {
+        name: TensorInfo(info.shape, torch.uint8, packing="Q4_0") if len(info.shape) == 2 else info
+        for name, info in small.items()
+    }
+    kept, need = kept_free(FLUX2_DEV, 2), place_file(packed, spec_with("host"), 2, peers=False).device_bytes
+    assert "come from host memory" in plan_of_flux2(free=kept + need + GB // 9, tensors=packed)
 
 
 def test_host_memory_that_does_not_suffice():

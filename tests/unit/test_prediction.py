@@ -4,22 +4,23 @@ import pytest
 import torch
 
 from fastusp_backend.cli.prediction import CARDS, NVLINK, PCIE, Prediction, known_card
-from fastusp_backend.config import FileState, ModelSpec
+from fastusp_backend.config import FileState, Layout, ModelSpec
 from fastusp_backend.models.cost import step_cost
 from fastusp_backend.models.placement import place_file
 from fastusp_backend.models.synthetic import FLUX2_DEV, FLUX_DEV, QWEN_IMAGE
+from fastusp_backend.planner import plan_batches
 from fastusp_backend.weights.tensor_info import TensorInfo
 
 pytestmark = [pytest.mark.unit, pytest.mark.any_processor]
 
 
-def predicted(config, ranks, link=NVLINK[0], *, dtype=torch.bfloat16, linear="exact", prompts=1, **room):
+def predicted(config, ranks, link=NVLINK[0], *, dtype=torch.bfloat16, linear="exact", prompts=1, ring=0, **room):
     with torch.device("meta"):
         model = config.build()
     header = {model.file_key(name): TensorInfo(tuple(p.shape), dtype) for name, p in model.named_parameters()}
     spec = ModelSpec(path="x", file=FileState(0, 0, 0, 0), storage=None, compute="bfloat16", linear=linear)
     found = place_file(header, spec, ranks, **room)
-    made = Prediction(header, config, ranks, CARDS["H100"], linear)
+    made = Prediction(header, config, plan_batches(ranks, config.heads, ring=ring), CARDS["H100"], linear)
     return found, made.seconds(found, link, prompts=prompts) * 1000
 
 
@@ -52,7 +53,10 @@ def test_two_prompts_side_by_side_or_one_behind_the_other():
     """Beside each other no tokens travel, whatever the link; of three ranks none are left over."""
     (_, slow), (_, quick) = (predicted(FLUX_DEV, 2, link, prompts=2) for link in (PCIE[-1], NVLINK[0]))
     assert slow == quick == pytest.approx(predicted(FLUX_DEV, 1)[1])
-    assert predicted(FLUX_DEV, 3, prompts=2)[1] == pytest.approx(2 * predicted(FLUX_DEV, 3)[1])
+    for more in ({"link": PCIE[0]}, {}):
+        assert predicted(FLUX_DEV, 3, prompts=2, **more)[1] == pytest.approx(2 * predicted(FLUX_DEV, 3, **more)[1])
+    ring = {"ring": 2, "link": PCIE[-1]}  # of both ranks, so that no batch groups are left
+    assert predicted(FLUX_DEV, 2, prompts=2, **ring)[1] == pytest.approx(2 * predicted(FLUX_DEV, 2, **ring)[1])
 
 
 def test_a_slow_bridge_decides():
@@ -67,6 +71,10 @@ def test_a_slow_bridge_decides():
         ("NVIDIA GeForce RTX 4090", "RTX 4090"),
         ("NVIDIA H100 80GB HBM3", "H100"),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
         ("Tesla T4", None),
     ],
 )
@@ -79,10 +87,13 @@ def test_operations_are_those_of_the_papers_formulas():
     tokens, c = 4096 + 512, 3072
     products = 2 * 12 * c * c * tokens * (19 + 38)
     attention = 4 * tokens**2 * c * 57
-    cost = step_cost(FLUX_DEV, 2, size=(1024, 1024), text=512)
+    cost = step_cost(FLUX_DEV, Layout(ulysses=2, ring=1), size=(1024, 1024), text=512)
     assert cost.flops == pytest.approx(products + attention, rel=1e-6)
     assert cost.sent_bytes == 57 * 2 * 4 * (tokens / 2) * c / 2
-    assert step_cost(QWEN_IMAGE, 1, size=(1024, 1024), text=35).sent_bytes == 0
+    assert cost.parameters == 2 * 12 * c * c * 19 + 12 * c * c * 38
+    around = step_cost(FLUX_DEV, Layout(ulysses=1, ring=4), size=(1024, 1024), text=512)
+    assert around.sent_bytes == 57 * 2 * 2 * (tokens / 4) * c * 3
+    assert step_cost(QWEN_IMAGE, Layout(ulysses=1, ring=1), size=(1024, 1024), text=35).sent_bytes == 0
 
 
 def test_weights_from_the_host_come_over_its_own_link():

@@ -22,7 +22,7 @@ CHANGES = [
         BLOCK_STREAM,
         "the first block is not fetched anew after a change",
         """        self._close()
-        self._primed = False
+        self._primed, self._waiting = False, []
 """,
         """        self._close()
 """,
@@ -69,7 +69,7 @@ CHANGES = [
     (
         BLOCK_STREAM,
         "a block comes from the host all at once, in front of tokens",
-        "if not self.placement.beside_tokens:",
+        "if not self._beside_tokens:",
         "if True:",
         "unit/test_block_stream.py",
     ),
