@@ -158,37 +158,40 @@ def fits(
     """
     ranks = layouts[-1].ranks
     kept = kept_free(file.config, ranks)
-    told = [f"of {free / 1e9:.1f} GB of each GPU {kept / 1e9:.1f} GB are kept for all else", ""]
+    hints = linear == "exact" and (card is None or CARDS[card].fp8)
+    made = Prediction(file.header, file.config, layouts, CARDS[card], linear) if card is not None else None
     placed: dict[bool, Placement | RequestError] = {}
+    said: dict[bool, list[str]] = {}
     for peers in (True, False) if ranks > 1 else (False,):
         try:
-            placed[peers] = file.place(ranks, "auto", linear, peers=peers, available=free - kept)
+            placed[peers] = found = file.place(ranks, "auto", linear, peers=peers, available=free - kept)
+            said[peers] = [str(found), *_journeys(found, host)]
+            if found.slabs and hints:
+                said[peers] += _in_fp8(file, ranks, peers, free - kept, found)
         except RequestError as error:
-            placed[peers] = error
+            placed[peers], said[peers] = error, [str(error)]
     if all(isinstance(found, RequestError) for found in placed.values()):
         raise placed[False]
-    alike = len(placed) > 1 and str(placed[True]) == str(placed[False])
-    for peers, found in placed.items():
-        links = (*NVLINK * peers, *PCIE)
-        if alike and not peers:
-            continue
-        name = "one GPU" if ranks == 1 else "any GPUs" if alike else f"GPUs {WITH if peers else WITHOUT}"
-        told.append(f"{name}: {found}")
-        if isinstance(found, RequestError):
-            continue
-        told += _journeys(found, host)
-        if found.slabs and linear == "exact" and (card is None or CARDS[card].fp8):
-            told += _in_fp8(file, ranks, peers, free - kept, found)
-        if card is not None:
-            told += _times(Prediction(file.header, file.config, layouts, CARDS[card], linear), found, links, ranks)
-    if card is not None:
+    if ranks == 1:
+        names = {False: "one GPU"}
+    elif said[True] == said[False]:
+        names = {True: "any GPUs"}
+    else:
+        names = {True: f"GPUs {WITH}", False: f"GPUs {WITHOUT}"}
+    told = [f"of {free / 1e9:.1f} GB of each GPU {kept / 1e9:.1f} GB are kept for all else", ""]
+    for peers, name in names.items():
+        first, *more = said[peers]
+        told += [f"{name}: {first}", *more]
+        if made is not None and isinstance(placed[peers], Placement):
+            told += _times(made, placed[peers], (*NVLINK * peers, *PCIE), ranks)
+    if made is not None:
         told.append(f"times: predicted for {card}, {SIZE[0]} x {SIZE[1]}, {TEXT} tokens. {CLAIM}")
     return told
 
 
 WITH, WITHOUT = "with access to each other's memory (doctor tells)", "without (as GeForce 40 and 50)"
 CLAIM = (
-    "Measured on one and two H100 and H200, where they\nwere right to about a fifth; not on other cards, nor on more."
+    "Measured on one and two H100 and H200,\nwhere they were right to about a fifth; not on other cards, nor on more."
 )
 
 
