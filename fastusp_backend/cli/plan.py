@@ -19,8 +19,12 @@ from ..planner import legal_layouts, plan_batches
 from ..weights.tensor_info import TensorInfo
 from .arguments import add_degrees, add_gpus
 from .inputs import describe
-from .prediction import CARDS, NVLINK, PCIE, SIZE, TEXT, Prediction, known_card
+from .prediction import CARDS, NVLINK, PCIE, SIZE, TEXT, Link, Prediction, known_card
 from .table import Column, fitted
+
+WITH, WITHOUT = "with access to each other's memory (doctor tells)", "without (as GeForce 40 and 50)"
+CLAIM = """Measured on one and two H100 and H200,
+where they were right to about a fifth; not on other cards, nor on more."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,7 +85,10 @@ def run(arguments: argparse.Namespace) -> int:
     devices = _imagine(arguments.gpus) if imagined else _here(arguments.gpus)
     if arguments.card and not (arguments.model and devices.gpus):
         raise RequestError(f"Name a model file, and GPUs: --card {arguments.card} predicts its steps on them")
-    if arguments.linear == "fp8" and not _has_fp8(devices, arguments.card):
+    card = arguments.card or ("H100" if imagined else None)
+    if arguments.linear == "fp8" and not arguments.model:
+        raise RequestError("Name a model file: --linear fp8 halves the weights of its blocks")
+    if arguments.linear == "fp8" and not _has_fp8(devices, card):
         raise RequestError("Leave out --linear fp8: only GPUs from Ada on (RTX 40, L40, H100) have products in fp8")
     file = File(*describe(arguments.model, devices, bfloat16=True if imagined else None)) if arguments.model else None
     heads = file.config.heads if file else 24
@@ -95,18 +102,19 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"weights: {whole:.2f} GB, in pages of the file that the ranks share")
         return 0
     print(f"weights: {whole:.2f} GB on each GPU if they stay whole")
+    hint = arguments.linear == "exact" and _has_fp8(devices, card)
     if imagined:
-        free, card, host = int(arguments.free * 1e9), arguments.card or "H100", None
+        free, host = int(arguments.free * 1e9), None
         if not arguments.card:
-            print("times are an H100's: --card names another, as '--card RTX 4090'")
+            print('times are an H100\'s: --card names another, as --card "RTX 4090"')
     else:
-        free, card, host = _least_memory(devices), arguments.card or _slowest(devices), host_memory.available()
+        free, card, host = _least_memory(devices), card or _slowest(devices), host_memory.available()
         if free is None:
             print("NVML reports no size of these GPUs' memory: --free 24 says what fits in 24 GB")
             return 0
         if card is None:
             print(f"no times: choose the card that is most like yours with --card, of {', '.join(CARDS)}")
-    print("\n".join(fits(file, layouts, free, host, arguments.linear, card)))
+    print("\n".join(fits(file, layouts, free, host, linear=arguments.linear, card=card, hint=hint)))
     return 0
 
 
@@ -139,26 +147,33 @@ def _slowest(devices: Devices) -> str | None:
 
 
 def _has_fp8(devices: Devices, card: str | None) -> bool:
-    """Whether the card, if one is named, or the GPUs that are there, have products in fp8."""
+    """Whether the card, if one is meant, or else the devices have products in fp8, as CPU ranks do."""
     if card is not None:
         return CARDS[card].fp8
-    return all(gpu.compute_capability >= (8, 9) for gpu in list_gpus() if gpu.index in devices.gpus)
+    return not devices.gpus or all(gpu.compute_capability >= (8, 9) for gpu in list_gpus() if gpu.index in devices.gpus)
 
 
 def fits(
-    file: File, layouts: tuple[Layout, ...], free: int, host: int | None, linear: str, card: str | None
+    file: File,
+    layouts: tuple[Layout, ...],
+    free: int,
+    host: int | None,
+    *,
+    linear: str,
+    card: str | None,
+    hint: bool,
 ) -> list[str]:
     """Says what `weights = auto` does where a worker has so many bytes of each GPU, with peer access and without.
 
     layouts: as `plan_batches` gives them.
     host: bytes of host memory that are available; None for any number.
     card: of `CARDS`, whose times to predict; None for none.
+    hint: whether to say what `linear = fp8` would change.
 
     Raises RequestError where the weights fit neither way.
     """
     ranks = layouts[-1].ranks
     kept = kept_free(file.config, ranks)
-    hints = linear == "exact" and (card is None or CARDS[card].fp8)
     made = Prediction(file.header, file.config, layouts, CARDS[card], linear) if card is not None else None
     placed: dict[bool, Placement | RequestError] = {}
     said: dict[bool, list[str]] = {}
@@ -166,7 +181,7 @@ def fits(
         try:
             placed[peers] = found = file.place(ranks, "auto", linear, peers=peers, available=free - kept)
             said[peers] = [str(found), *_journeys(found, host)]
-            if found.slabs and hints:
+            if found.slabs and hint:
                 said[peers] += _in_fp8(file, ranks, peers, free - kept, found)
         except RequestError as error:
             placed[peers], said[peers] = error, [str(error)]
@@ -187,12 +202,6 @@ def fits(
     if made is not None:
         told.append(f"times: predicted for {card}, {SIZE[0]} x {SIZE[1]}, {TEXT} tokens. {CLAIM}")
     return told
-
-
-WITH, WITHOUT = "with access to each other's memory (doctor tells)", "without (as GeForce 40 and 50)"
-CLAIM = (
-    "Measured on one and two H100 and H200,\nwhere they were right to about a fifth; not on other cards, nor on more."
-)
 
 
 def _journeys(found: Placement, host: int | None) -> list[str]:
@@ -218,7 +227,7 @@ def _in_fp8(file: File, ranks: int, peers: bool, available: int, exact: Placemen
     return [f"  with --linear fp8 (the picture changes a little): {found}"]
 
 
-def _times(prediction: Prediction, found: Placement, links: tuple, ranks: int) -> list[str]:
+def _times(prediction: Prediction, found: Placement, links: tuple[Link, ...], ranks: int) -> list[str]:
     """A row per link; one where nothing crosses any."""
     rows = [(link, *(1000 * prediction.seconds(found, link, prompts=n) for n in (1, 2))) for link in links]
     if ranks == 1 and not found.slabs:

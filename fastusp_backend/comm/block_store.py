@@ -157,10 +157,8 @@ class PeerStore(_Store):
                     lambda: self._map(own, exchange_descriptors(mailbox, descriptors, group, held)), group
                 )
             except OutOfMemoryTogether:
-                self._blocks, self._parts = (
-                    [],
-                    [],
-                )  # where all could be mapped, too: else the next call is no collective
+                # Where all could be mapped, too: else the next call is no collective.
+                self._blocks, self._parts = [], []
                 raise
 
     def _make(self, held: contextlib.ExitStack) -> tuple[list[Piece | None], list[int], Mailbox]:

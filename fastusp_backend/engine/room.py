@@ -38,9 +38,8 @@ class Room(NamedTuple):
 
 def kept_free(config: FamilyConfig, ranks: int) -> int:
     """Bytes of each GPU that weights leave for all else."""
-    # Without embedded guidance two prompts may be evaluated, each by half of the ranks.
-    guided = getattr(config, "guidance", config.takes_guidance)
-    sharing = ranks if guided or ranks % 2 else ranks // 2
+    # Two prompts are evaluated side by side, each by half of the ranks.
+    sharing = ranks if config.guidance or ranks % 2 else ranks // 2
     return KEPT_FREE + WORKING_SET * -(-KEPT_TOKENS // sharing) * config.hidden * torch.bfloat16.itemsize
 
 

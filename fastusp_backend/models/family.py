@@ -82,6 +82,7 @@ class FamilyConfig:
     context: width of the text.
     pooled: width of the pooled text; 0 where there is none.
     concat_channels: channels of further input beside the latents.
+    guidance: whether it is embedded; without, two prompts may be evaluated in a step.
     reference_method: how references are placed where the prompt says nothing.
     """
 
@@ -102,6 +103,7 @@ class FamilyConfig:
     context: int
     pooled: int = 0
     concat_channels: int = 0
+    guidance: bool = False
     reference_method: str = "offset"
 
     @classmethod

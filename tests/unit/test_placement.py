@@ -1,6 +1,7 @@
 """Which blocks stay and which travel, by the room that there is."""
 
 import functools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -191,6 +192,16 @@ def test_cards_that_are_none(monkeypatch, capsys, path):
 def test_room_without_a_file(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["fastusp_backend", "plan", "--gpus", "0,1", "--free", "24"])
     assert main() == 2 and "Name a model file: --free 24" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["fastusp_backend", "plan", "--gpus", "cpu:2", "--linear", "fp8"])
+    assert main() == 2 and "Name a model file: --linear fp8" in capsys.readouterr().err
+
+
+def test_products_in_fp8_are_not_asked_of_gpus_that_are_not_meant(monkeypatch, capsys, path):
+    """CPU ranks have them, and imagined GPUs are not those that are there."""
+    monkeypatch.setattr(plan, "list_gpus", lambda: pytest.fail("NVML was asked"))
+    for devices in (("--gpus", "cpu:2"), ("--gpus", "0,1", "--free", "24")):
+        code, said, errors = plan_says(monkeypatch, capsys, path, *devices, "--linear", "fp8")
+        assert code == 0 and not errors and "weights: 0." in said
 
 
 @pytest.mark.parametrize(
@@ -232,7 +243,7 @@ def test_whether_tokens_come_by_the_same_links():
 def plan_of_flux2(host=None, free=24 * GB, tensors=None):
     """What `fits` says of FLUX.2 on two GPUs."""
     file = plan.File(tensors or header(FLUX2_DEV), FLUX2_DEV, spec_with("auto"))
-    return "\n".join(plan.fits(file, (Layout(ulysses=2, ring=1),), free, host, "exact", None))
+    return "\n".join(plan.fits(file, (Layout(ulysses=2, ring=1),), free, host, linear="exact", card=None, hint=True))
 
 
 @pytest.mark.parametrize("host", [None, 32 * GB, 64 * GB])
@@ -262,6 +273,6 @@ def test_host_memory_that_does_not_suffice():
 
 
 def test_guided_models_leave_room_for_a_prompt_on_half_of_the_ranks():
-    assert [kept_free(QWEN_IMAGE, n) for n in (2, 4)] == [kept_free(QWEN_IMAGE, n) for n in (1, 2)][:1] + [
-        kept_free(FLUX_DEV, 2)
-    ]
+    schnell = replace(FLUX_DEV, guidance=False)
+    for config in (QWEN_IMAGE, schnell):  # as wide as FLUX_DEV
+        assert [kept_free(config, n) for n in (1, 2, 3, 4)] == [kept_free(FLUX_DEV, n) for n in (1, 1, 3, 2)]
