@@ -11,9 +11,10 @@ import msgspec
 from ..config import Layout, ModelSpec
 from ..devices import Devices, gpu_states, list_gpus, local_devices
 from ..engine import host_memory
-from ..engine.room import kept_free
+from ..engine.room import CONTEXT, Kept, kept_free
 from ..errors import DeviceError, RequestError
 from ..models.family import FamilyConfig
+from ..models.files import model_and_plans
 from ..models.placement import Placement, place_file
 from ..planner import legal_layouts, plan_batches
 from ..weights.tensor_info import TensorInfo
@@ -74,8 +75,16 @@ class File:
 
     def place(self, ranks: int, weights: str, linear: str, **room) -> Placement:
         """room: as `place_file`'s. Raises as it does."""
-        spec = msgspec.structs.replace(self.spec, weights=weights, linear=linear)
-        return place_file(self.header, spec, ranks, **room)
+        return place_file(self.header, self._loaded(weights, linear), ranks, **room)
+
+    def kept_free(self, ranks: int, linear: str) -> Kept:
+        """What a worker leaves of each GPU, and has taken when it comes to that."""
+        _, plans = model_and_plans(self.header, self._loaded("auto", linear))
+        kept = kept_free(self.config, plans.values(), ranks)
+        return Kept(kept.usual + CONTEXT, kept.least + CONTEXT)
+
+    def _loaded(self, weights: str, linear: str) -> ModelSpec:
+        return msgspec.structs.replace(self.spec, weights=weights, linear=linear)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -173,16 +182,19 @@ def fits(
     Raises RequestError where the weights fit neither way.
     """
     ranks = layouts[-1].ranks
-    kept = kept_free(file.config, ranks)
+    kept = file.kept_free(ranks, linear)
     made = Prediction(file.header, file.config, layouts, CARDS[card], linear) if card is not None else None
     placed: dict[bool, Placement | RequestError] = {}
     said: dict[bool, list[str]] = {}
     for peers in (True, False) if ranks > 1 else (False,):
         try:
-            placed[peers] = found = file.place(ranks, "auto", linear, peers=peers, available=free - kept)
+            room = {"available": free - kept.usual, "spare": kept.usual - kept.least}
+            placed[peers] = found = file.place(ranks, "auto", linear, peers=peers, **room)
             said[peers] = [str(found), *_journeys(found, host)]
+            if found.device_bytes > free - kept.usual:
+                said[peers].append("  little room is left: images above 1024 x 1024 may be refused")
             if found.slabs and hint:
-                said[peers] += _in_fp8(file, ranks, peers, free - kept, found)
+                said[peers] += _in_fp8(file, ranks, peers, free, found)
         except RequestError as error:
             placed[peers], said[peers] = error, [str(error)]
     if all(isinstance(found, RequestError) for found in placed.values()):
@@ -193,7 +205,7 @@ def fits(
         names = {True: "any GPUs"}
     else:
         names = {True: f"GPUs {WITH}", False: f"GPUs {WITHOUT}"}
-    told = [f"of {free / 1e9:.1f} GB of each GPU {kept / 1e9:.1f} GB are kept for all else", ""]
+    told = [f"of {free / 1e9:.1f} GB of each GPU {kept.usual / 1e9:.1f} GB are kept for all else", ""]
     for peers, name in names.items():
         first, *more = said[peers]
         told += [f"{name}: {first}", *more]
@@ -216,8 +228,9 @@ def _journeys(found: Placement, host: int | None) -> list[str]:
     return told
 
 
-def _in_fp8(file: File, ranks: int, peers: bool, available: int, exact: Placement) -> list[str]:
+def _in_fp8(file: File, ranks: int, peers: bool, free: int, exact: Placement) -> list[str]:
     """What `linear = fp8` would make of a placement, where much less would travel."""
+    available = free - file.kept_free(ranks, "fp8").usual
     try:
         found = file.place(ranks, "auto", "fp8", peers=peers, available=available)
     except RequestError:  # packed weights may take less

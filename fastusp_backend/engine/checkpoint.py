@@ -49,10 +49,9 @@ class Checkpoint:
         self._device = torch.device("cpu")
         self._buffers: dict[str, torch.Tensor] = {}
 
-    def place(self, *, peers: bool, available: int | None = None) -> Placement:
-        """Where the weights will lie. Raises as `placement.place`."""
-        choice = self.spec.weights
-        return place(self.model, self.plans, self.ownership, choice, peers=peers, available=available)
+    def place(self, **room) -> Placement:
+        """Where the weights will lie. room: as `placement.place`'s; raises as it does."""
+        return place(self.model, self.plans, self.ownership, self.spec.weights, **room)
 
     def stream_blocks(self, placement: Placement, store: BlockStore, device: torch.device) -> None:
         """Has blocks' weights come to the device as `placement` says, from `store`. Ahead of `allocate`."""
@@ -76,7 +75,8 @@ class Checkpoint:
                 if plan.unchanged:
                     self._buffers[name] = self._shares_of(name).allocate(plan.info, device)
             probes = [empty_bytes(plan.nbytes, device) for plan in staying.values() if not plan.unchanged]
-            probes.append(empty_bytes(max((plan.conversion_bytes for plan in plans.values()), default=0), device))
+            changed = (plan.reading_bytes for plan in plans.values() if not plan.unchanged)
+            probes.append(empty_bytes(max(changed, default=0), device))
             del probes
         if self.stream is not None:
             self.stream.allocate()
@@ -89,10 +89,8 @@ class Checkpoint:
         self.stream.share()
         if self._device.type != "cpu":  # each is read, then converted, while the next one is read
             plans = [self.plans[name] for name in self.stream.names if self.is_local(name)]
-            largest = sorted((plan.info.size for plan in plans), reverse=True)[:2]
-            probes = [empty_bytes(size, self._device) for size in largest]
-            probes.append(empty_bytes(max((plan.conversion_bytes for plan in plans), default=0), self._device))
-            del probes
+            taken = (plan.reading_bytes + (0 if plan.unchanged else plan.nbytes) for plan in plans)
+            empty_bytes(max(taken, default=0), self._device)  # and free it
 
     def read(self) -> Transformer:
         """Gives the model its weights. Collective over the group, and over all ranks where blocks are streamed, which

@@ -113,8 +113,8 @@ class Engine:
         what torch raises."""
         described = self._described
         self.release()
-        room = measure_room(self.device, described.model.config)
-        placement = described.place(peers=room.peers, available=room.device_bytes)
+        room = measure_room(self.device, described.model.config, described.plans.values())
+        placement = described.place(peers=room.peers, available=room.device_bytes, spare=room.spare)
         check_host_room(placement, room)
         if placement.slabs:
             described.stream_blocks(placement, make_store(placement, self.device), self.device)

@@ -1,5 +1,6 @@
 """How much room there is for weights, on all ranks alike, and the memory from which streamed blocks come."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -12,15 +13,30 @@ from ..comm.transport import reach_each_other
 from ..errors import RequestError
 from ..models.family import FamilyConfig
 from ..models.placement import Placement
+from ..weights.storage_plan import StoragePlan
 from .denoiser import WORKING_SET
 from .host_memory import available
 
-KEPT_FREE = 2200 << 20
-"""Bytes of a GPU for what is not counted: libraries, exchanges' buffers, graphs, what reading a file takes. Measured on
-two H200: FLUX.1 took 2.6 GB beside its weights, 0.3 of them for its tokens."""
-KEPT_TOKENS = 9728
-"""An image of 1536 x 1536 pixels and 512 tokens of text: for an evaluation of so many there shall be room."""
+KEPT_FREE, LEAST_FREE = 2200 << 20, 1800 << 20
+"""Bytes of a GPU for what is not counted: libraries, exchanges' buffers, graphs. Less than the second was measured with
+FLUX.1 and FLUX.2 on two H100 and H200."""
+KEPT_TOKENS, LEAST_TOKENS = 9728, 4608
+"""Images of 1536 x 1536 pixels, and 1024 x 1024, with 512 tokens of text: for an evaluation of so many there shall be
+room."""
+CONTEXT = 550 << 20
+"""Bytes of a GPU that a process has taken when it asks how much is free."""
 _UNKNOWN = 1 << 62
+
+
+class Kept(NamedTuple):
+    """Bytes of each GPU that weights leave for all else.
+
+    usual: for larger images.
+    least: what they leave where not all blocks could be placed otherwise.
+    """
+
+    usual: int
+    least: int
 
 
 class Room(NamedTuple):
@@ -28,33 +44,44 @@ class Room(NamedTuple):
 
     peers: whether the devices reach each other's memory; CPU ranks do.
     device_bytes: what weights may take of a GPU; None where they need not count, on CPU ranks.
+    spare: what they may take more before they are refused.
     host_bytes: what they may take of the host's memory; None where the system does not tell.
     """
 
     peers: bool
     device_bytes: int | None
+    spare: int
     host_bytes: int | None
 
 
-def kept_free(config: FamilyConfig, ranks: int) -> int:
-    """Bytes of each GPU that weights leave for all else."""
+def kept_free(config: FamilyConfig, plans: Iterable[StoragePlan], ranks: int) -> Kept:
+    """plans: the forms of the model's weights."""
+    plans = list(plans)
     # Two prompts are evaluated side by side, each by half of the ranks.
     sharing = ranks if config.guidance or ranks % 2 else ranks // 2
-    return KEPT_FREE + WORKING_SET * -(-KEPT_TOKENS // sharing) * config.hidden * torch.bfloat16.itemsize
+    reading = max(plan.reading_bytes + (0 if plan.unchanged else plan.nbytes) for plan in plans)
+    unpacked = 2 * max(plan.unpacked_bytes for plan in plans)  # measured: of the largest, as if two were there
+
+    def kept(uncounted: int, tokens: int) -> int:
+        evaluating = WORKING_SET * -(-tokens // sharing) * config.hidden * torch.bfloat16.itemsize
+        return uncounted + max(reading, evaluating + unpacked)
+
+    return Kept(kept(KEPT_FREE, KEPT_TOKENS), kept(LEAST_FREE, LEAST_TOKENS))
 
 
-def measure_room(device: torch.device, config: FamilyConfig) -> Room:
-    """Asks all ranks. Collective: what others had is free when it returns."""
+def measure_room(device: torch.device, config: FamilyConfig, plans: Iterable[StoragePlan]) -> Room:
+    """Asks all ranks. Collective: what others had is free when it returns. Otherwise as `kept_free`."""
     _, ranks = world()
-    cuda = device.type == "cuda"
+    cuda, kept = device.type == "cuda", kept_free(config, plans, ranks)
     if ranks > 1:
         dist.all_reduce(torch.zeros(1))  # all have given back what they had
-    on_device, on_host = _free(device) - kept_free(config, ranks) if cuda else _UNKNOWN, available()
+    on_device, on_host = _free(device) - kept.usual if cuda else _UNKNOWN, available()
     least = torch.tensor([on_device, _UNKNOWN if on_host is None else on_host])
     if ranks > 1:
         dist.all_reduce(least, dist.ReduceOp.MIN)
     device_bytes, host_bytes = (None if value == _UNKNOWN else value for value in least.tolist())
-    return Room(ranks > 1 and (not cuda or reach_each_other(dist.group.WORLD)), device_bytes, host_bytes)
+    peers = ranks > 1 and (not cuda or reach_each_other(dist.group.WORLD))
+    return Room(peers, device_bytes, kept.usual - kept.least, host_bytes)
 
 
 def _free(device: torch.device) -> int:

@@ -15,7 +15,7 @@ from ..weights.sizes import Sizes
 from ..weights.source import Source, changed
 from ..weights.storage_plan import StoragePlan, Use, plan_storage
 from ..weights.tensor_info import TensorInfo
-from .detection import FAMILIES, Incomplete, family_of, first_of, needed_tensors
+from .detection import FAMILIES, Incomplete, detect, family_of, first_of, needed_tensors
 from .family import FamilyConfig, Transformer
 from .layers import Linear
 
@@ -108,6 +108,13 @@ def _check_shapes(model: Transformer, header: dict[str, TensorInfo], path: str, 
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise CheckpointError(f"{path} is not a {family} file: {'; '.join(problems[:3])}{more}")
+
+
+def model_and_plans(header: dict[str, TensorInfo], spec: ModelSpec) -> tuple[Transformer, dict[str, StoragePlan]]:
+    """The model of a file's tensors, on the meta device, and in which form they lie in memory, as `storage_plans`."""
+    with torch.device("meta"):
+        model = detect(header, spec.path).build()
+    return model, storage_plans(model, header, spec)
 
 
 def storage_plans(model: Transformer, header: dict[str, TensorInfo], spec: ModelSpec) -> dict[str, StoragePlan]:

@@ -11,15 +11,12 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
 
-import torch
-
 from ..config import ModelSpec, WeightsChoice
 from ..errors import RequestError
 from ..weights.storage_plan import StoragePlan
 from ..weights.tensor_info import TensorInfo
-from .detection import detect
 from .family import Transformer
-from .files import storage_plans
+from .files import model_and_plans
 from .ownership import Ownership
 
 Source = Literal["shared", "host"]
@@ -86,12 +83,14 @@ def place(
     *,
     peers: bool,
     available: int | None = None,
+    spare: int = 0,
 ) -> Placement:
     """Chooses the blocks that are streamed.
 
     peers: whether the devices reach each other's memory.
     available: bytes of each device that the weights may take; None for any number. `shared` and `host` stream every
         block, whatever there is.
+    spare: bytes that they may take more before they come from the host, or are refused.
 
     Raises RequestError for `shared` weights on devices that do not reach each other, and where even all blocks streamed
     leave more than there is.
@@ -115,24 +114,22 @@ def place(
             if max(ownership.nbytes) - most > available and count < blocks:
                 continue
             found = _stream(weights, plans, ownership, source, count, peers)
-            if found.device_bytes <= available:
+            if found.device_bytes <= available + (spare if count == blocks else 0):
                 return found
     raise RequestError(
         "Free memory of the GPUs (Unload Models, other programs), or use linear = fp8, a smaller file or weight_dtype, "
         f"or more GPUs: though all blocks travel, the weights take {found.device_bytes / 1e9:.1f} GB of each GPU, "
-        f"{(found.device_bytes - available) / 1e9:.1f} GB more than are left for them"
+        f"{(found.device_bytes - available - spare) / 1e9:.1f} GB more than are left for them"
     )
 
 
 def place_file(
-    header: dict[str, TensorInfo], spec: ModelSpec, ranks: int, *, peers: bool = True, available: int | None = None
+    header: dict[str, TensorInfo], spec: ModelSpec, ranks: int, *, peers: bool = True, **room: int | None
 ) -> Placement:
     """Says where a file's weights will lie on so many ranks. header: the tensors that the model needs, as
     `files.read_model` gives them. Otherwise as `place`."""
-    with torch.device("meta"):
-        model = detect(header, spec.path).build()
-    plans = storage_plans(model, header, spec)
-    return place(model, plans, Ownership(model, plans, ranks), spec.weights, peers=peers, available=available)
+    model, plans = model_and_plans(header, spec)
+    return place(model, plans, Ownership(model, plans, ranks), spec.weights, peers=peers, **room)
 
 
 def stream_count(

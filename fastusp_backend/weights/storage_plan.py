@@ -20,6 +20,9 @@ Use = Literal["linear", "fp8_product", "other"]
 """How a model uses a tensor: as the weight of a linear layer, as one whose products may be computed in fp8, or else.
 Others are small and read by kernels that know no fp8."""
 
+PIECE = 16 << 20
+"""Values that are converted at a time: in float32 those of a whole tensor may be more than a GPU has left."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoragePlan:
@@ -65,22 +68,53 @@ class StoragePlan:
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
-    def conversion_bytes(self) -> int:
-        """About what converting takes beside `nbytes`, 0 where nothing is converted: the file's bytes, with the next
-        tensor's, and the values in float32, of which quantising by rows makes three."""
+    def reading_bytes(self) -> int:
+        """About what reading takes beside `nbytes`: the file's bytes, with the next tensor's, and where they are
+        converted a piece's values in float32, of which quantising by rows makes three."""
         if self.unchanged:
-            return 0
-        return 2 * self.info.size + (12 if self.by_rows else 4) * math.prod(self.info.shape)
+            return 2 * self.info.size
+        return 2 * self.info.size + (12 if self.by_rows else 4) * self._rows_of_piece * self._row
+
+    @property
+    def unpacked_bytes(self) -> int:
+        """Bytes of the values in 16 bits that a layer makes at each use of this weight, 0 where it computes with what
+        is stored."""
+        small = self.linear and not self.by_rows and (self.packing or self.dtype in FP8)
+        return 2 * math.prod(self.info.shape) if small else 0
 
     def load(self, raw: torch.Tensor) -> Stored:
         """The tensor in this form, from its bytes in the file, (n,) uint8; over their memory where it is unchanged."""
         stored = Stored.in_file(raw, self.info)
-        if self.cast is not None:
+        if self.unchanged:
+            return stored.by_rows() if self.by_rows else stored
+        data = torch.empty(self.shape, dtype=self.dtype, device=raw.device)
+        scale = None if self.scale is None else torch.empty(self.scale, dtype=torch.float32, device=raw.device)
+        for first in range(0, len(data), self._rows_of_piece):
+            rows = slice(first, first + self._rows_of_piece)
+            piece = self._convert(stored, rows)
+            data[rows] = piece.data
+            if scale is not None:
+                scale[rows] = piece.scale
+        return Stored(data, scale)
+
+    def _convert(self, stored: Stored, rows: slice) -> Stored:
+        """Some rows in this form."""
+        if self.cast is None:
+            values = stored.values(torch.float32, rows)
+        else:
             scaled = self.info.scale is not None and self.info.dtype not in FP8
             through = torch.float32 if scaled or self.cast in FP8 else self.cast  # rounded once
-            values = stored.values(through).to(self.cast)
-            stored = Stored(values if self.by_rows else values.to(self.dtype))
-        return stored.by_rows() if self.by_rows else stored
+            values = stored.values(through, rows).to(self.cast)
+        return Stored(values).by_rows() if self.by_rows else Stored(values.to(self.dtype))
+
+    @property
+    def _row(self) -> int:
+        return math.prod(self.info.shape[1:])
+
+    @property
+    def _rows_of_piece(self) -> int:
+        """How many rows are converted at a time."""
+        return max(1, min(self.info.shape[0], PIECE // self._row))
 
     def elsewhere(self) -> Stored:
         """The tensor in this form, without memory: on the meta device."""

@@ -10,6 +10,7 @@ from formats import random_blocks
 from support import randn, spec_of
 
 from fastusp_backend.config import ModelSpec
+from fastusp_backend.weights import storage_plan
 from fastusp_backend.weights.storage_plan import plan_storage
 from fastusp_backend.weights.tensor_info import FP8, TensorInfo
 
@@ -63,10 +64,26 @@ def test_what_is_loaded_has_the_planned_form(file, types, use):
         assert (here is None) == (there is None)
         assert here is None or there.is_meta and (here.dtype, here.shape) == (there.dtype, there.shape)
     assert elsewhere.packing == loaded.packing
-    assert plan.unchanged == (plan.conversion_bytes == 0)
     assert not plan.unchanged or loaded.data.data_ptr() == raw.data_ptr()
+    copies = 0 if plan.unchanged else 3 if use == "fp8_product" else 1
+    assert plan.reading_bytes == 2 * info.size + copies * 4 * math.prod(SHAPE)
+    assert plan.unpacked_bytes == (2 * math.prod(SHAPE) if use == "linear" and plan.nbytes < 512 * 8 else 0)
+
+
+@pytest.mark.parametrize("values, rows", [(1, 1), (700, 2), (2047, 7)])
+@pytest.mark.parametrize("file, types, use", [("bf16", "e4m3", "linear"), ("Q8_0", "bf16", "other")] + [
+    (file, "as in the file", "fp8_product") for file in FILES
+])  # fmt: skip
+def test_converting_takes_a_few_rows_at_a_time(monkeypatch, file, types, use, values, rows):
+    """And gives the same bits: a whole tensor's values in float32 may be more than there is room for."""
+    plan, raw = plan_storage(FILES[file], spec(types), use), raw_of(FILES[file])
+    whole, before = plan.load(raw), plan.reading_bytes
+    monkeypatch.setattr(storage_plan, "PIECE", values)
+    loaded = plan.load(raw)
+    assert torch.equal(loaded.data.view(torch.uint8), whole.data.view(torch.uint8))
+    assert (whole.scale is None) == (loaded.scale is None) and (whole.scale is None or whole.scale.equal(loaded.scale))
     copies = 3 if use == "fp8_product" else 1
-    assert plan.unchanged or plan.conversion_bytes == 2 * info.size + copies * 4 * math.prod(SHAPE)
+    assert plan.unchanged or before - plan.reading_bytes == copies * 4 * 256 * (8 - rows)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,170 @@
+"""`plan`: what it says of GPUs that are there, and of some that are not."""
+
+from types import SimpleNamespace
+
+import msgspec
+import pytest
+import torch
+from placing import header, placed, spec_with
+
+from fastusp_backend.__main__ import main
+from fastusp_backend.cli import inputs, plan
+from fastusp_backend.config import Layout
+from fastusp_backend.devices import Devices
+from fastusp_backend.models.placement import place_file
+from fastusp_backend.models.synthetic import FLUX2_DEV, TINY_FLUX, write_checkpoint
+from fastusp_backend.weights.tensor_info import TensorInfo
+
+pytestmark = [pytest.mark.unit, pytest.mark.any_processor]
+GB = 10**9
+
+
+def plan_says(monkeypatch, capsys, path, *arguments):
+    monkeypatch.setattr("sys.argv", ["fastusp_backend", "plan", str(path), *arguments])
+    code = main()
+    return code, *capsys.readouterr()
+
+
+def kept_free_of(config, tensors=None, ranks=2, *, least=False):
+    """As `plan` says it."""
+    tensors = tensors or header(config, torch.bfloat16)
+    kept = plan.File(tensors, config, spec_with("auto")).kept_free(ranks, "exact")
+    return kept.least if least else kept.usual
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    found = tmp_path_factory.mktemp("plan") / "flux.safetensors"
+    write_checkpoint(str(found), TINY_FLUX, seed=1)
+    return found
+
+
+def test_plan_answers_for_cards_that_are_not_there(monkeypatch, capsys, path):
+    code, said, errors = plan_says(monkeypatch, capsys, path, "--gpus", "0,1", "--free", "24")
+    assert code == 0 and not errors
+    assert "ulysses 2 x ring 1" in said and "any GPUs: whole, 0." in said and "times are an H100's" in said
+    kept = kept_free_of(TINY_FLUX)
+    whole = placed(TINY_FLUX, dtype=torch.bfloat16).device_bytes
+    free = f"{(kept + whole) / 1e9 - 1e-3:.4f}"
+    code, said, _ = plan_says(monkeypatch, capsys, path, "--gpus", "0,1", "--free", free, "--card", "rtx4090")
+    assert code == 0 and said.count("of 4 blocks stay") >= 2 and "GB of host memory are needed" in said
+    assert "NVLink bridge" in said and said.count("PCIe 4 x8") == 2 and "predicted for RTX 4090" in said
+    assert "with --linear fp8" in said and "times are an H100's" not in said
+    code, said, _ = plan_says(monkeypatch, capsys, path, "--gpus", "0,1", "--free", free, "--card", "RTX 3090")
+    assert code == 0 and "--linear fp8" not in said
+    code, said, _ = plan_says(monkeypatch, capsys, path, "--gpus", "0", "--free", "24", "--linear", "fp8")
+    assert code == 0 and "one GPU: whole" in said and said.splitlines()[-4].split()[0] == "any"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ("--gpus", "0,1", "--free", f"{kept_free_of(TINY_FLUX, least=True) / 1e9 + 1e-3:.4f}"),
+            "Free memory of the GPUs",
+        ),
+        (("--gpus", "nonsense"), "or add --free 24 for GPUs of 24 GB that need not exist"),
+        (("--gpus", "auto", "--free", "24"), "Give --gpus a number for each GPU, as 0,1"),
+        (("--gpus", "0,0", "--free", "24"), "Give --gpus a number for each GPU, as 0,1"),
+        (("--gpus", "cpu:2", "--card", "H100"), "Name a model file, and GPUs: --card H100"),
+        (("--gpus", "0", "--free", "24", "--linear", "fp8", "--card", "A100"), "Leave out --linear fp8"),
+    ],
+)
+def test_what_plan_refuses(monkeypatch, capsys, path, arguments, words):
+    code, _, errors = plan_says(monkeypatch, capsys, path, *arguments)
+    assert code == 2 and words in errors and "Traceback" not in errors
+
+
+@pytest.mark.parametrize("free", ["nan", "inf", "-3", "0", "much"])
+def test_sizes_that_are_none(monkeypatch, capsys, path, free):
+    with pytest.raises(SystemExit) as ended:
+        plan_says(monkeypatch, capsys, path, "--gpus", "0,1", f"--free={free}")
+    assert ended.value.code == 2 and f"give a number of GB above 0, as 24: got {free}" in capsys.readouterr().err
+
+
+def test_cards_that_are_none(monkeypatch, capsys, path):
+    with pytest.raises(SystemExit):
+        plan_says(monkeypatch, capsys, path, "--card", "RTX 1")
+    assert "choose the card that is most like yours, of H100, H200" in capsys.readouterr().err
+
+
+def test_room_without_a_file(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["fastusp_backend", "plan", "--gpus", "0,1", "--free", "24"])
+    assert main() == 2 and "Name a model file: --free 24" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["fastusp_backend", "plan", "--gpus", "cpu:2", "--linear", "fp8"])
+    assert main() == 2 and "Name a model file: --linear fp8" in capsys.readouterr().err
+
+
+def test_products_in_fp8_are_not_asked_of_gpus_that_are_not_meant(monkeypatch, capsys, path):
+    """CPU ranks have them, and imagined GPUs are not those that are there."""
+    monkeypatch.setattr(plan, "list_gpus", lambda: pytest.fail("NVML was asked"))
+    for devices in (("--gpus", "cpu:2"), ("--gpus", "0,1", "--free", "24")):
+        code, said, errors = plan_says(monkeypatch, capsys, path, *devices, "--linear", "fp8")
+        assert code == 0 and not errors and "weights: 0." in said
+
+
+@pytest.mark.parametrize(
+    ("sizes", "names", "words"),
+    [
+        ((96, 80), ("NVIDIA H100 80GB HBM3", "NVIDIA H200"), "of 80.0 GB of each GPU"),
+        ((96, 80), ("NVIDIA H100 80GB HBM3", "NVIDIA GeForce RTX 3090"), "predicted for RTX 3090"),
+        ((96, 80), ("NVIDIA H100 80GB HBM3", "Tesla T4"), "no times: choose the card"),
+        ((96, None), ("NVIDIA H100 80GB HBM3", "NVIDIA H200"), "of 96.0 GB of each GPU"),
+        ((None, None), ("NVIDIA H100 80GB HBM3", "NVIDIA H200"), "NVML reports no size"),
+    ],
+)
+def test_plan_answers_for_the_gpus_that_are_there(monkeypatch, capsys, path, sizes, names, words):
+    """As if all memory of the smallest were free; with the times of the slowest, if it is known."""
+    totals = {0: 4 * GB, **{number: size and size * GB for number, size in zip((2, 3), sizes, strict=True)}}
+    monkeypatch.setattr(plan, "local_devices", lambda _: Devices(ranks=2, gpus=(2, 3)))
+    monkeypatch.setattr(inputs, "supports_bfloat16", lambda _: True)
+    states = [SimpleNamespace(index=index, total=size) for index, size in totals.items()]
+    monkeypatch.setattr(plan, "gpu_states", lambda: states)
+    gpus = [
+        SimpleNamespace(index=index, name=name, compute_capability=(9, 0) if "H" in name else (8, 0))
+        for index, name in zip((2, 3), names, strict=True)
+    ]
+    monkeypatch.setattr(plan, "list_gpus", lambda: gpus)
+    code, said, errors = plan_says(monkeypatch, capsys, path)
+    assert code == 0 and not errors and words in said and "weights: 0." in said
+    code, _, errors = plan_says(monkeypatch, capsys, path, "--linear", "fp8")
+    assert (code == 2 and "Leave out --linear fp8" in errors) == any("H" not in name for name in names)
+
+
+def plan_of_flux2(host=None, free=24 * GB, tensors=None):
+    """What `fits` says of FLUX.2 on two GPUs."""
+    file = plan.File(tensors or header(FLUX2_DEV), FLUX2_DEV, spec_with("auto"))
+    return "\n".join(plan.fits(file, (Layout(ulysses=2, ring=1),), free, host, linear="exact", card=None, hint=True))
+
+
+@pytest.mark.parametrize("host", [None, 32 * GB, 64 * GB])
+def test_plan_says_how_much_host_memory_it_takes(host):
+    said = plan_of_flux2(host)
+    assert "49.1 GB of host memory are needed" in said and "52 shared" in said  # with fp8
+    assert ("needed, 32.0 GB are available" in said) == (host == 32 * GB) and "64.0" not in said
+
+
+def test_plan_of_a_packed_file_whose_products_in_fp8_would_take_more():
+    """And no word of them where they would help little."""
+    small = {name: TensorInfo(info.shape, torch.float8_e4m3fn) for name, info in header(FLUX2_DEV).items()}
+    assert "--linear" not in plan_of_flux2(tensors=small)
+    packed = {
+        name: TensorInfo(info.shape, torch.uint8, packing="Q4_0") if len(info.shape) == 2 else info
+        for name, info in small.items()
+    }
+    kept, need = kept_free_of(FLUX2_DEV, packed), place_file(packed, spec_with("host"), 2, peers=False).device_bytes
+    assert "come from host memory" in plan_of_flux2(free=kept + need + GB // 9, tensors=packed)
+
+
+def test_room_for_larger_images_is_given_up_before_blocks_come_from_the_host():
+    """FLUX.2 in fp8 on two GPUs of 22 GB."""
+    spec = msgspec.structs.replace(spec_with("auto"), storage="float8_e4m3fn", compute="bfloat16")
+    said = {}
+    for free in (20, 22, 23):
+        file = plan.File(header(FLUX2_DEV), FLUX2_DEV, spec)
+        layouts = (Layout(ulysses=2, ring=1),)
+        said[free] = plan.fits(file, layouts, free * 10**9, None, linear="exact", card=None, hint=False)[2:]
+    little = "  little room is left: images above 1024 x 1024 may be refused"
+    assert "0 of 56 blocks stay, 56 shared" in said[22][0] and said[22].count(little) == 1
+    assert "56 shared" in said[23][0] and little not in said[23]
+    assert "come from host memory" in said[20][0] and little not in said[20]
