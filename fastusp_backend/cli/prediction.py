@@ -114,4 +114,6 @@ class Prediction:
             shared = SHARING * len(found.slabs) / found.blocks if found.source == "shared" else 0
             together = tokens + (weights if found.source == "shared" else 0)
             return prompts / layout.batch * max(computing * (1 + shared), together, weights)
+        if found.source == "host":  # which fills what tokens leave of the link
+            return prompts / layout.batch * (tokens + max(computing, weights))
         return prompts / layout.batch * (computing + tokens + weights)
