@@ -40,8 +40,11 @@ def _map(process: int, descriptor: int) -> torch.Tensor:
 
 
 def pin_all(tensors: Sequence[torch.Tensor], group: dist.ProcessGroup | None) -> list[int]:
-    """Pins memory on all ranks, or on none; returns the addresses, for `unpin_all`. Collective; raises
-    OutOfMemoryTogether."""
+    """Pins memory of `map_memory_of_all` on all ranks, or on none; returns the addresses, for `unpin_all`. Collective;
+    raises OutOfMemoryTogether."""
+    own = tensors[0 if group is None else dist.get_rank(group)]
+    # Pinning makes pages that nobody has touched one by one, at 1.5 GB/s; all threads together make them at 5.
+    allocate_together(own[:: mmap.PAGESIZE].zero_, group)  # until all are there, or two ranks make the same ones
 
     def pin_own() -> list[int]:
         addresses: list[int] = []

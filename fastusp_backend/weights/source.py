@@ -30,7 +30,7 @@ class Source:
             # A pipe of that name would have this wait for whoever writes to it.
             file = open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
         except FileNotFoundError as error:
-            raise CheckpointError(f"there is no model file {path}") from error
+            raise CheckpointError(f"Give the path of a file that exists: there is no model file {path}") from error
         except OSError as error:
             raise self._unreadable(error) from error
         weakref.finalize(self, file.close)

@@ -74,7 +74,7 @@ def test_a_file_that_is_none_is_named(run, command):
     assert run(command, "/nowhere.safetensors", "--gpus", "cpu:1") == (
         2,
         "",
-        "there is no model file /nowhere.safetensors\n",
+        "Give the path of a file that exists: there is no model file /nowhere.safetensors\n",
         [],
     )
 
