@@ -17,7 +17,7 @@ DTYPES: tuple[DType, ...] = ("bfloat16", "float16", "float32")
 Storage = Literal["bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m2"]
 
 BatchParallel = Literal["auto", "on", "off"]
-AttentionChoice = Literal["auto", "cudnn", "flash", "efficient", "math"]
+AttentionChoice = Literal["auto", "cudnn", "flash", "efficient", "math", "flash3"]
 WireChoice = Literal["exact", "fp8", "auto", "int8"]
 LinearChoice = Literal["exact", "fp8"]
 Residency = Literal["keep", "park", "release"]

@@ -17,7 +17,8 @@ TOOLTIPS = {
     "and a scale per token and head, for slow links (PCIe) and long sequences; int8 is mostly the closer one. auto: "
     "int8 where the measured link is slow.",
     "attention": "Attention kernel on each rank. auto: the fastest for the device. cudnn, flash (16-bit) and efficient "
-    "run on GPUs, flash also on CPU ranks; math is the slow reference and runs everywhere.",
+    "run on GPUs, flash also on CPU ranks; math is the slow reference and runs everywhere. flash3: on H100 and H200, "
+    "with the package fa3-fwd, which auto uses too where it is faster.",
     "compile": "Fuse the element-wise parts, by kernels of our own and torch.compile. GPUs only; CPU ranks run them as "
     "they are.",
     "cuda_graphs": "Replay a whole evaluation as one CUDA graph, so that no GPU waits for its CPU. GPUs only.",

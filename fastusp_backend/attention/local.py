@@ -4,8 +4,8 @@ Every back end is f(q, k, v, scale) -> (out, lse) with q, out (B, Lq, h, D), k, 
 float32, the natural logarithm of the softmax denominators, by which kernels/merge.py joins results over parts of the
 keys.
 
-These are torch's own kernels, called by their operator names because `scaled_dot_product_attention` hides the LSE. A
-package of attention kernels would be another thing to build for each torch and GPU.
+These are torch's own kernels, called by their operator names because `scaled_dot_product_attention` hides the LSE, and
+FlashAttention-3 where its package is installed.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 
 from ..config import AttentionChoice
+from . import flash3
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]]
 
@@ -57,6 +58,11 @@ def efficient(q, k, v, scale):
     return out.transpose(1, 2), lse[..., : q.shape[1]]
 
 
+def hopper(q, k, v, scale):
+    """The faster one for the shape of cuDNN's and FlashAttention-3's."""
+    return (flash3.flash3 if flash3.leads(q) else cudnn)(q, k, v, scale)
+
+
 _BACKENDS: dict[tuple[str, AttentionChoice], tuple[Attend, frozenset[torch.dtype]]] = {}
 _HALF = frozenset((torch.bfloat16, torch.float16))
 _ALL = _HALF | {torch.float32}
@@ -64,6 +70,7 @@ _BACKENDS["cuda", "cudnn"] = cudnn, _HALF
 _BACKENDS["cuda", "flash"] = flash_cuda, _HALF
 _BACKENDS["cuda", "efficient"] = efficient, _ALL
 _BACKENDS["cuda", "math"] = math, _ALL
+_BACKENDS["cuda", "flash3"] = flash3.flash3, frozenset((torch.bfloat16,))  # all that fa3-fwd has
 _BACKENDS["cpu", "flash"] = flash_cpu, _ALL
 _BACKENDS["cpu", "math"] = math, _ALL
 
@@ -73,27 +80,34 @@ _MIN_FLASH_CAPABILITY = (8, 0)
 """torch's flash and cuDNN kernels refuse GPUs before Ampere."""
 
 
-def choose(choice: AttentionChoice, device: torch.device, dtype: torch.dtype) -> tuple[AttentionChoice, Attend]:
-    """Returns the back end for a choice; `auto` takes the fastest that the device and type allow.
+def choose(choice: AttentionChoice, device: torch.device, dtype: torch.dtype) -> tuple[str, Attend]:
+    """Returns the back end for a choice, and its name; `auto` takes the fastest that the device, the type and the shape
+    allow.
 
     Raises ValueError when the device or type does not have the chosen one.
     """
     have = [name for (kind, name), (_, types) in _BACKENDS.items() if kind == device.type and dtype in types]
-    where = f"{device.type} ranks"
+    where, hint, capability = f"{device.type} ranks", "", None
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if capability < _MIN_FLASH_CAPABILITY:
             have = [name for name in have if name not in ("cudnn", "flash")]
             where += f" of compute capability {capability[0]}.{capability[1]}"
+        if capability != flash3.CAPABILITY or not flash3.installed():
+            have = [name for name in have if name != "flash3"]
+    if choice == "flash3" and capability == flash3.CAPABILITY and dtype == torch.bfloat16:
+        hint = "install the package fa3-fwd with the Python of ComfyUI, or "
     if choice == "auto":
-        if device.type == "cuda" and "cudnn" in have and capability >= _MIN_CUDNN_CAPABILITY:
+        if capability is not None and "cudnn" in have and capability >= _MIN_CUDNN_CAPABILITY:
+            if "flash3" in have:
+                return "cudnn and flash3", hopper
             choice = "cudnn"
         else:
             choice = "flash" if "flash" in have else "efficient"
     if choice not in have:
         type_name = str(dtype).removeprefix("torch.")
         raise ValueError(
-            f"attention = {choice!r} does not exist for {type_name} on {where}; choose 'auto' or one of: "
+            f"attention = {choice!r} does not exist for {type_name} on {where}; {hint}choose 'auto' or one of: "
             + ", ".join(have)
         )
     return choice, _BACKENDS[device.type, choice][0]

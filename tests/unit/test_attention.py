@@ -1,10 +1,12 @@
 """Attention back ends against float64, and the merge of parts."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from support import randn, relative_difference
 
-from fastusp_backend.attention import local
+from fastusp_backend.attention import flash3, local
 from fastusp_backend.kernels.merge import merge
 
 pytestmark = pytest.mark.unit
@@ -84,6 +86,7 @@ def test_what_the_device_lacks_is_refused_with_the_choices(name):
 def test_gpus_get_what_they_have(monkeypatch, capability, dtype):
     """torch's flash and cuDNN kernels begin with Ampere and take no float32."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(flash3, "installed", lambda: False)
     device = torch.device("cuda", 0)
     half, ampere = dtype != torch.float32, capability >= (8, 0)
     expected = "efficient" if not half or not ampere else "flash" if capability < (9, 0) else "cudnn"
@@ -94,3 +97,48 @@ def test_gpus_get_what_they_have(monkeypatch, capability, dtype):
         else:
             with pytest.raises(ValueError, match=f"'{name}' does not exist .* on cuda ranks.*: efficient, math$"):
                 local.choose(name, device, dtype)
+
+
+@pytest.mark.parametrize("capability", [(8, 9), (9, 0), (10, 0)], ids=str)
+@pytest.mark.parametrize("installed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_flash_attention_3_is_for_hopper_with_its_package(monkeypatch, capability, installed, dtype):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(flash3, "installed", lambda: installed)
+    device = torch.device("cuda", 0)
+    there = capability == (9, 0) and dtype == torch.bfloat16
+    if there and installed:
+        assert local.choose("flash3", device, dtype) == ("flash3", flash3.flash3)
+        assert local.choose("auto", device, dtype) == ("cudnn and flash3", local.hopper)
+        return
+    with pytest.raises(ValueError, match="'flash3' does not exist") as refused:
+        local.choose("flash3", device, dtype)
+    assert ("install the package fa3-fwd" in str(refused.value)) == there
+    assert "flash3" not in local.choose("auto", device, dtype)[0]
+
+
+@pytest.mark.parametrize(
+    ("shape", "leads"),  # as measured on an H100: docs of attention/flash3.py
+    [((4608, 24), True), ((4608, 12), True), ((4608, 6), False), ((4608, 3), False), ((16896, 6), True)],
+)
+def test_the_faster_kernel_for_a_shape_is_taken(monkeypatch, shape, leads):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    q = torch.empty(1, *shape, 128, device="meta")
+    called = []
+    monkeypatch.setattr(flash3, "flash3", lambda *_: called.append("flash3"))
+    monkeypatch.setattr(local, "cudnn", lambda *_: called.append("cudnn"))
+    local.hopper(q, q, q, 1.0)
+    assert called == ["flash3" if leads else "cudnn"]
+
+
+def test_a_package_that_does_not_load_is_told_and_left_alone(monkeypatch, tmp_path, caplog):
+    (tmp_path / "fa3_fwd_interface.py").write_text("raise ImportError('undefined symbol: of another torch')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for function in (flash3._function, flash3.installed):
+        function.cache_clear()
+    try:
+        assert not flash3.installed() and not flash3.installed()
+        assert caplog.text.count("does not load") == 1 and "of another torch" in caplog.text
+    finally:
+        for function in (flash3._function, flash3.installed):
+            function.cache_clear()

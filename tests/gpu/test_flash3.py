@@ -1,0 +1,45 @@
+"""FlashAttention-3 against the reference, on Hopper with its package."""
+
+import pytest
+import torch
+
+from fastusp_backend.attention import flash3, local
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available()
+        or torch.cuda.get_device_capability() != flash3.CAPABILITY
+        or not flash3.installed(),
+        reason="needs an H100 or H200, and the package fa3-fwd",
+    ),
+]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("lengths", [(1, 9), (300, 300), (77, 1031), (4608, 4608)], ids=str)
+def test_out_and_lse(lengths, batch):
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (
+        torch.randn(batch, n, 12, 128, device="cuda", generator=generator).bfloat16()
+        for n in (lengths[0],) + lengths[1:] * 2
+    )
+    k, v = k[:, : lengths[1] - 3], v[:, : lengths[1] - 3]  # as where a rank's last keys are padding
+    out, lse = flash3.flash3(q, k, v, 0.1)
+    expected, expected_lse = local.math(q.float(), k.float(), v.float(), 0.1)
+    assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32
+    assert (out - expected).norm() / expected.norm() < 5e-3
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-4, atol=1e-3)
+
+
+def test_it_is_captured_in_a_graph():
+    q = torch.randn(1, 4608, 12, 128, device="cuda").bfloat16()
+    name, attend = local.choose("auto", q.device, q.dtype)
+    assert name == "cudnn and flash3"
+    with torch.inference_mode():
+        expected = attend(q, q, q, 0.1)[0].clone()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out, _ = attend(q, q, q, 0.1)
+        graph.replay()
+    assert torch.equal(out, expected)
