@@ -188,7 +188,7 @@ def fits(
     said: dict[bool, list[str]] = {}
     for peers in (True, False) if ranks > 1 else (False,):
         try:
-            room = {"available": free - kept.usual, "spare": kept.usual - kept.least}
+            room = _room(file, ranks, linear, free)
             placed[peers] = found = file.place(ranks, "auto", linear, peers=peers, **room)
             said[peers] = [str(found), *_journeys(found, host)]
             if found.device_bytes > free - kept.usual:
@@ -216,6 +216,12 @@ def fits(
     return told
 
 
+def _room(file: File, ranks: int, linear: str, free: int) -> dict[str, int]:
+    """What weights may take of so many bytes of each GPU, as `placement.place` is told."""
+    kept = file.kept_free(ranks, linear)
+    return {"available": free - kept.usual, "spare": kept.usual - kept.least}
+
+
 def _journeys(found: Placement, host: int | None) -> list[str]:
     """What travels in a step."""
     if not found.slabs:
@@ -230,9 +236,8 @@ def _journeys(found: Placement, host: int | None) -> list[str]:
 
 def _in_fp8(file: File, ranks: int, peers: bool, free: int, exact: Placement) -> list[str]:
     """What `linear = fp8` would make of a placement, where much less would travel."""
-    available = free - file.kept_free(ranks, "fp8").usual
     try:
-        found = file.place(ranks, "auto", "fp8", peers=peers, available=available)
+        found = file.place(ranks, "auto", "fp8", peers=peers, **_room(file, ranks, "fp8", free))
     except RequestError:  # packed weights may take less
         return []
     if found.streamed_bytes > 0.8 * exact.streamed_bytes:

@@ -100,7 +100,8 @@ class Prediction:
 
     def seconds(self, found: Placement, link: Link, *, prompts: int = 1) -> float:
         """Of a step that evaluates so many prompts, side by side where the layouts say so. What travels and what
-        computes hide each other, but where one link carries both tokens and weights to a GPU."""
+        computes hide each other; but tokens that come by the link of the weights hide nothing, nor do other GPUs'
+        weights on such a link."""
         layout = next(layout for layout in self._layouts if prompts % layout.batch == 0)
         cost = step_cost(self._config, layout, size=SIZE, text=TEXT)
         computing = cost.flops / layout.sequence_ranks / (SUSTAINED * self._card.tflops * 1e12)

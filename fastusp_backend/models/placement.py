@@ -90,7 +90,7 @@ def place(
     peers: whether the devices reach each other's memory.
     available: bytes of each device that the weights may take; None for any number. `shared` and `host` stream every
         block, whatever there is.
-    spare: bytes that they may take more before they come from the host, or are refused.
+    spare: bytes that they may take more before blocks come from the host, or are refused.
 
     Raises RequestError for `shared` weights on devices that do not reach each other, and where even all blocks streamed
     leave more than there is.
@@ -108,6 +108,8 @@ def place(
     sizes = [sum(plans[name].nbytes for name in names) for names in weights]
     sources: tuple[Source, ...] = ("shared", "host") if peers and ranks > 1 else ("host",)
     for source in sources:
+        if source == "host" and max(ownership.nbytes) <= available + spare:
+            return Placement(source=None, slabs=(), blocks=blocks, device_bytes=max(ownership.nbytes))
         leaves = 1 - 1 / ranks if source == "shared" else 1  # a device, of what is streamed, less the slots
         for count in range(1, blocks + 1):
             most = leaves * sum(sizes[number] for number in _spread(count, blocks))

@@ -73,7 +73,8 @@ class StoragePlan:
         converted a piece's values in float32, of which quantising by rows makes three."""
         if self.unchanged:
             return 2 * self.info.size
-        return 2 * self.info.size + (12 if self.by_rows else 4) * self._rows_of_piece * self._row
+        piece = min(self._rows_of_piece * self._row, math.prod(self.info.shape))
+        return 2 * self.info.size + (12 if self.by_rows else 4) * piece
 
     @property
     def unpacked_bytes(self) -> int:
@@ -87,6 +88,8 @@ class StoragePlan:
         stored = Stored.in_file(raw, self.info)
         if self.unchanged:
             return stored.by_rows() if self.by_rows else stored
+        if len(self.info.shape) < 2 or self._rows_of_piece >= len(stored.data):
+            return self._convert(stored, ...)  # all, of a tensor without dimensions as well
         data = torch.empty(self.shape, dtype=self.dtype, device=raw.device)
         scale = None if self.scale is None else torch.empty(self.scale, dtype=torch.float32, device=raw.device)
         for first in range(0, len(data), self._rows_of_piece):
@@ -97,8 +100,8 @@ class StoragePlan:
                 scale[rows] = piece.scale
         return Stored(data, scale)
 
-    def _convert(self, stored: Stored, rows: slice) -> Stored:
-        """Some rows in this form."""
+    def _convert(self, stored: Stored, rows) -> Stored:
+        """Some rows in this form, by an index."""
         if self.cast is None:
             values = stored.values(torch.float32, rows)
         else:
@@ -109,12 +112,13 @@ class StoragePlan:
 
     @property
     def _row(self) -> int:
-        return math.prod(self.info.shape[1:])
+        """Values of a row; of a vector all, whose packed form cannot be cut by values."""
+        return math.prod(self.info.shape[1:] if len(self.info.shape) > 1 else self.info.shape)
 
     @property
     def _rows_of_piece(self) -> int:
         """How many rows are converted at a time."""
-        return max(1, min(self.info.shape[0], PIECE // self._row))
+        return max(1, PIECE // max(1, self._row))
 
     def elsewhere(self) -> Stored:
         """The tensor in this form, without memory: on the meta device."""

@@ -49,6 +49,15 @@ def test_as_few_as_need_be_travel(available, peers, source):
     assert f"{57 - len(found.slabs)} of 57 blocks stay, {len(found.slabs)} " in str(found)
 
 
+@pytest.mark.parametrize(("peers", "ranks"), [(False, 2), (True, 1), (True, 2)])
+def test_room_for_larger_images_is_given_up_before_blocks_come_from_the_host(peers, ranks):
+    whole = placed(FLUX_DEV, ranks, weights="whole").device_bytes
+    found = placed(FLUX_DEV, ranks, peers=peers, available=whole - GB, spare=GB)
+    assert bool(found.slabs) == (peers and ranks > 1) and found.source != "host"
+    found = placed(FLUX_DEV, ranks, peers=peers, available=whole - GB - 1, spare=GB)
+    assert found.source == ("shared" if peers and ranks > 1 else "host")
+
+
 def test_host_memory_takes_what_the_gpus_together_cannot():
     found = placed(FLUX2_DEV, available=22 * GB)
     assert found.source == "host" and found.device_bytes <= 22 * GB < placed(FLUX2_DEV, weights="shared").device_bytes
@@ -134,7 +143,8 @@ def test_what_a_gpu_keeps_for_all_else():
     assert kept["bf16"].usual == room.KEPT_FREE + tokens
     assert kept["fp8"].usual == kept["bf16"].usual + 2 * 2 * largest
     piece = 12 * (storage_plan.PIECE // 6144) * 6144
-    assert kept["products"].usual == room.KEPT_FREE + 2 * 2 * largest + piece + largest + 4 * 55296
+    reading = 2 * 2 * largest + piece + largest + 4 * 55296
+    assert kept["products"].usual == max(room.LOADING_FREE + reading, kept["bf16"].usual)
     assert all(found.least < found.usual for found in kept.values())
 
 

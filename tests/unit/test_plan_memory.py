@@ -43,7 +43,7 @@ def test_plan_answers_for_cards_that_are_not_there(monkeypatch, capsys, path):
     code, said, errors = plan_says(monkeypatch, capsys, path, "--gpus", "0,1", "--free", "24")
     assert code == 0 and not errors
     assert "ulysses 2 x ring 1" in said and "any GPUs: whole, 0." in said and "times are an H100's" in said
-    kept = kept_free_of(TINY_FLUX)
+    kept = kept_free_of(TINY_FLUX, least=True)
     whole = placed(TINY_FLUX, dtype=torch.bfloat16).device_bytes
     free = f"{(kept + whole) / 1e9 - 1e-3:.4f}"
     code, said, _ = plan_says(monkeypatch, capsys, path, "--gpus", "0,1", "--free", free, "--card", "rtx4090")
@@ -140,7 +140,7 @@ def plan_of_flux2(host=None, free=24 * GB, tensors=None):
 @pytest.mark.parametrize("host", [None, 32 * GB, 64 * GB])
 def test_plan_says_how_much_host_memory_it_takes(host):
     said = plan_of_flux2(host)
-    assert "50.1 GB of host memory are needed" in said and "54 shared" in said  # with fp8
+    assert "50.1 GB of host memory are needed" in said and "52 shared" in said  # with fp8
     assert ("needed, 32.0 GB are available" in said) == (host == 32 * GB) and "64.0" not in said
 
 

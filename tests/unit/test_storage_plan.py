@@ -12,6 +12,7 @@ from support import randn, spec_of
 from fastusp_backend.config import ModelSpec
 from fastusp_backend.weights import storage_plan
 from fastusp_backend.weights.storage_plan import plan_storage
+from fastusp_backend.weights.stored import Stored
 from fastusp_backend.weights.tensor_info import FP8, TensorInfo
 
 pytestmark = pytest.mark.unit
@@ -125,3 +126,23 @@ def test_values_are_rounded_once(file):
     exact = plan_storage(info, spec("as in the file"), "linear").load(raw).dequantise()
     assert torch.equal(plan_storage(info, spec("e5m2"), "linear").load(raw).data.float(), exact.to(E5M2).float())
     assert torch.equal(plan_storage(info, spec("bf16"), "linear").load(raw).data, exact.bfloat16())
+
+
+@pytest.mark.parametrize("packing", ["Q8_0", "Q4_K", "Q4_0"])
+def test_vectors_that_are_packed(monkeypatch, packing):
+    """They cannot be cut by values; Q8_0 has more bytes than values."""
+    info = TensorInfo((1024,), F32, packing=packing)
+    raw = torch.from_numpy(random_blocks(packing, 1, 1024, seed=1)).flatten()
+    plan = plan_storage(info, spec("bf16"), "other")
+    expected = Stored.in_file(raw, TensorInfo((1, 1024), F32, packing=packing)).values(BF16)
+    for piece in (storage_plan.PIECE, 100):
+        monkeypatch.setattr(storage_plan, "PIECE", piece)
+        loaded = plan.load(raw)
+        assert loaded.data.shape == (1024,) and torch.equal(loaded.data, expected[0])
+
+
+def test_tensors_without_values_or_dimensions():
+    for shape in ((), (0, 4), (4, 0)):
+        plan = plan_storage(TensorInfo(shape, F32), spec("bf16"), "other")
+        loaded = plan.load(torch.zeros(4 if shape == () else 0, dtype=torch.uint8))
+        assert loaded.data.shape == shape and loaded.data.dtype == BF16
