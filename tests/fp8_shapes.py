@@ -35,13 +35,15 @@ class Part(NamedTuple):
 class _Joint:
     """Attention that gives tokens of the right shape."""
 
-    def __init__(self, tokens: torch.Tensor):
+    def __init__(self, tokens: torch.Tensor, text: int):
         self.collect = lambda: tokens
+        self.collect_text = lambda: tokens[:, :text]
+        self.collect_image = lambda: tokens[:, text:]
 
     def project(self, *_, **__) -> None:
         pass
 
-    def attend(self) -> None:
+    def attend(self, *, text_first: bool = False) -> None:
         pass
 
 
@@ -63,6 +65,6 @@ def parts(config: FamilyConfig) -> set[Part]:
         patches = torch.empty(1, 3, config.patch**2 * (config.channels + config.concat_channels), dtype=torch.bfloat16)
         table = torch.empty(3, 64)
         mods = model.split_modulations(torch.empty(1, 1, model.modulation_width, dtype=torch.bfloat16))
-        joint = _Joint(torch.empty(1, 6, config.hidden, dtype=torch.bfloat16))
+        joint = _Joint(torch.empty(1, 6, config.hidden, dtype=torch.bfloat16), text=3)
         model(patches, txt, mods, ((table, table), (table, table)), joint, Segments(img.device, fused=False, fp8=True))
     return found

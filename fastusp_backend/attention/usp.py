@@ -29,7 +29,8 @@ Rope = tuple[torch.Tensor, torch.Tensor]
 class JointAttention:
     """Attention over the whole sequence for one rank's tokens, for tensors of one shape.
 
-    A layer calls `project` once or more (in the same order on all ranks), then `attend`, then `collect`.
+    A layer calls `project` once or more (in the same order on all ranks), then `attend`, then `collect`; or
+    `attend(text_first=True)`, `collect_text` and `collect_image`.
 
     overlap: exchanges run while the layer computes what lies between these calls; else each is awaited where it starts.
     pipelined: the ring's next block travels while the current one is attended.
@@ -90,21 +91,31 @@ class JointAttention:
         if not self._overlap:
             self._ulysses.wait()
 
-    def attend(self) -> None:
-        """Waits for what was projected, attends, and starts returning the tokens to their owners."""
+    def attend(self, *, text_first: bool = False) -> None:
+        """Waits for what was projected, attends, and starts returning the tokens to their owners. text_first: the
+        text's, so that a layer computes with them while the image's travel."""
         self._ulysses.wait()
         self._tokens_arrived()
         q, k, v = self._ulysses.received.unbind(0)
         attended = self._over_ring(q, self._ulysses.received[K:]) if self._ring else self._over_own(q, k, v)
-        self._ulysses.give_back(attended)
+        self._ulysses.give_back(attended, text_first=text_first)
         if not self._overlap:
             self._returned = self._ulysses.take_back()
 
     def collect(self) -> torch.Tensor:
-        """Returns the attended tokens of this rank (B, L, C), text first."""
+        """Returns the attended tokens of this rank (B, L, C), text first, valid until the next `attend`."""
         attended = self._ulysses.take_back() if self._overlap else self._returned
         self._tokens_returned()
         return attended
+
+    def collect_text(self) -> torch.Tensor:
+        """Returns the attended text tokens of this rank (B, Lt, C)."""
+        attended = self._ulysses.take_text() if self._overlap else self._returned
+        return attended[:, : self._shards.local_text]
+
+    def collect_image(self) -> torch.Tensor:
+        """Returns the attended image tokens of this rank (B, Li, C), behind `collect_text`."""
+        return self.collect()[:, self._shards.local_text :]
 
     def _over_own(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         valid = self._valid[0]

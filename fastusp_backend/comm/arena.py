@@ -4,6 +4,7 @@ Two kinds of arena offer it: symmetric.py, where GPUs map each other's memory, a
 peers.py orders what is written and read there, alike for both.
 """
 
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,17 +40,22 @@ class Arena(Protocol):
     def side_stream(self) -> AbstractContextManager:
         """Queues what is called inside on a stream of its own, behind what the main stream has been given so far."""
 
-    def put_signal(self, peer: int, channel: int) -> None:
-        """Signals to `peer`, behind what was queued before on the current stream."""
+    def put_signals(self, peers: Iterable[int], channel: int) -> None:
+        """Signals to `peers`, behind what was queued before on the current stream. They must have heard the last
+        signal of this channel."""
 
-    def wait_signal(self, peer: int, channel: int) -> None:
-        """Makes the current stream wait until `peer` has signalled."""
+    def wait_signals(self, peers: Iterable[int], channel: int) -> None:
+        """Makes the current stream wait until all `peers` have signalled."""
 
     def publish(self, part: "Part") -> None:
         """Lets peers read a part of this rank's memory, once a signal says so."""
 
     def expect(self, peer: int, channel: int, parts: list["Part"]) -> None:
         """Announces that `peer` will write `parts` of this rank's memory and then signal."""
+
+    def checkpoint(self) -> Callable[[], None]:
+        """Returns what makes the main stream wait for what was expected and queued on the side stream so far, to be
+        called once, ahead of `wait_all`, which waits for the rest."""
 
     def wait_all(self) -> None:
         """Makes the main stream wait until all that was expected has arrived and the side stream is done."""

@@ -66,6 +66,7 @@ class CollectiveUlysses:
         self.outgoing = torch.empty(outgoing, dtype=wire.carrier, device=device)
         self._pending: list = []
         self._returning = None
+        self._taken: torch.Tensor | None = None
 
     def send(self, which: slice, *, text: bool = True, image: bool = True) -> None:
         rows = slice(0 if text else self._shards.local_text, None if image else self._shards.local_text)
@@ -89,7 +90,7 @@ class CollectiveUlysses:
                     self.received[which][:, :, region] = part
         self._pending.clear()
 
-    def give_back(self, attended: torch.Tensor) -> None:
+    def give_back(self, attended: torch.Tensor, *, text_first: bool = False) -> None:
         b, _, h, d = attended.shape
         sent = attended.new_empty(self._size, b, self._shards.local, h, d)
         for target in range(self._size):
@@ -100,7 +101,14 @@ class CollectiveUlysses:
         work = dist.all_to_all_single(arrived, sent, group=self._group, async_op=True)
         self._returning = work, sent, arrived, attended
 
+    def take_text(self) -> torch.Tensor:
+        self._taken = self.take_back()  # all came in one message
+        return self._taken
+
     def take_back(self) -> torch.Tensor:
+        if self._taken is not None:
+            taken, self._taken = self._taken, None
+            return taken
         work, _, arrived, attended = self._returning
         work.wait()
         self._returning = None

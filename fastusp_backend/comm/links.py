@@ -43,8 +43,13 @@ class Ulysses(Protocol):
     def wait(self) -> None:
         """Orders what follows behind the arrival of all that was sent to this rank."""
 
-    def give_back(self, attended: torch.Tensor) -> None:
-        """Starts returning attended (B, N, h, D) tokens to their owners."""
+    def give_back(self, attended: torch.Tensor, *, text_first: bool = False) -> None:
+        """Starts returning attended (B, N, h, D) tokens to their owners. text_first: the text's in a message of their
+        own."""
+
+    def take_text(self) -> torch.Tensor:
+        """Waits for the attended text tokens of this rank, where they came first, and returns (B, L, H D), in which the
+        image's may still be missing; `take_back` follows."""
 
     def take_back(self) -> torch.Tensor:
         """Waits for the attended tokens of this rank, all heads, and returns them (B, L, H D)."""
@@ -87,8 +92,10 @@ class LocalUlysses:
     def wait(self) -> None:
         pass
 
-    def give_back(self, attended: torch.Tensor) -> None:
+    def give_back(self, attended: torch.Tensor, *, text_first: bool = False) -> None:
         self._attended = attended
 
     def take_back(self) -> torch.Tensor:
         return self._attended.flatten(2)
+
+    take_text = take_back

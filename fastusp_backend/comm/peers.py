@@ -7,21 +7,23 @@ this file's; an arena (arena.py) brings the memory, the signals and the stream.
 
 A buffer is written again only when its readers are known to be done. Messages of Ulysses alternate between q/k/v and
 attended tokens, and a rank sends the next of one kind only after it has received the other kind from every peer, which
-they sent after they had read the last one: one slot of each kind is enough, over any number of graph replays. A
+they sent after they had read the last one: one slot of each kind is enough, and one word for its signal, over any
+number of graph replays. A
 ring's block is read by its peers while they attend; they say when they are done, and only then are attended tokens
 given back. The final gather has an arena of its own: a peer's next one comes after a whole step of other messages.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
 from .arena import CHANNELS, Arena, Part, Region, carve
+from .copies import copy
 from .links import Block, Pending
 from .shards import SequenceShards
 from .wire import Wire, unpack_gathered, unpack_returned
 
-_RETURN, _READY, _DONE, _FIRST_SEND = range(4)
+_RETURN, _RETURN_TEXT, _READY, _DONE, _FIRST_SEND = range(5)
 """Channels of signals. q, k and v may travel in several messages, each on its own channel: _FIRST_SEND and above."""
 
 
@@ -31,7 +33,8 @@ class PeerUlysses:
     members: the Ulysses group's positions in the arena, in its order.
     gathered: the region (3, B, N, h, D) of `received`, or where the wire is packed that of what arrives (3, U, B, L,
         pitch).
-    returned: the region (U, B, L, *row) of the attended tokens that come back.
+    returned: the region (B, L, U, *row) of the attended tokens that come back, heads in their order; (U, B, L, pitch)
+        where the wire is packed.
     """
 
     def __init__(
@@ -51,32 +54,36 @@ class PeerUlysses:
         self.outgoing = torch.empty(outgoing, dtype=wire.carrier, device=device)
         self._targets = [(self.position + i) % len(members) for i in range(1, len(members))]
         self._in_flight: list[slice] = []
+        self._messages = 0  # of this layer, awaited or not: a channel is used again when all have heard it
         self._attended: torch.Tensor | None = None
+        self._wait_for_text: Callable[[], None] | None = None
+        self._unpacked: torch.Tensor | None = None
 
-    def _arrival(self, source: int, tensors: range, *, text: bool, image: bool) -> list[tuple[Part, tuple]]:
-        """Returns (where a source's rows lie at their destination, where they lie in its `outgoing` behind the
-        target)."""
+        self._peers = [members[target] for target in self._targets]
+
+    def _arrival(self, source: int, which: slice, *, text: bool, image: bool) -> list[tuple[Part, tuple]]:
+        """Returns (where a source's rows of the tensors `which` lie at their destination, where they lie in its
+        `outgoing` behind the target)."""
         parts = []
-        for tensor in tensors:
-            for rows, region in self._shards.regions(source, text=text, image=image):
-                for b in range(self._batch):
-                    index = (tensor, source, b, rows) if self._wire.packed else (tensor, b, region)
-                    parts.append((Part(self._gathered, index), (b, rows)))
+        for rows, region in self._shards.regions(source, text=text, image=image):
+            for b in range(self._batch):
+                index = (which, source, b, rows) if self._wire.packed else (which, b, region)
+                parts.append((Part(self._gathered, index), (b, rows)))
         return parts
 
     def send(self, which: slice, *, text: bool = True, image: bool = True) -> None:
-        channel, tensors = _FIRST_SEND + len(self._in_flight), range(*which.indices(3))
+        channel = _FIRST_SEND + self._messages
         assert channel < CHANNELS
+        self._messages += 1
         self._in_flight.append(which)
-        mine = self._arrival(self.position, tensors, text=text, image=image)
+        mine = self._arrival(self.position, which, text=text, image=image)
         with self._arena.side_stream():
             for target in self._targets:
                 for part, rows in mine:
-                    source = self.outgoing[(part.index[0], target, *rows)]
-                    part.of(self._members[target]).copy_(source, non_blocking=True)
-                self._arena.put_signal(self._members[target], channel)
+                    copy(part.of(self._members[target]), self.outgoing[(which, target, *rows)])
+            self._arena.put_signals(self._peers, channel)
         for source in self._targets:
-            parts = [part for part, _ in self._arrival(source, tensors, text=text, image=image)]
+            parts = [part for part, _ in self._arrival(source, which, text=text, image=image)]
             self._arena.expect(self._members[source], channel, parts)
 
     def wait(self) -> None:
@@ -88,31 +95,58 @@ class PeerUlysses:
             unpack_gathered(packed, received, self._shards, self.position, text=True, image=True)
         self._in_flight.clear()
 
-    def give_back(self, attended: torch.Tensor) -> None:
-        attended = attended.contiguous()  # copy engines move rows that lie in one piece
+    def give_back(self, attended: torch.Tensor, *, text_first: bool = False) -> None:
+        self._messages = 0
+        attended = attended.contiguous()  # a token's heads in one piece
         rows_of = self._wire.encode(attended)
         self._attended, self._leaving = attended, rows_of  # must not be reused while they travel
-        local = [(rows, b) for rows, _ in self._shards.regions(self.position) for b in range(self._batch)]
+        if text_first:
+            self._return(rows_of, _RETURN_TEXT, image=False)
+            self._wait_for_text = self._arena.checkpoint()
+            self._return(rows_of, _RETURN, text=False)
+        else:
+            self._return(rows_of, _RETURN)
+
+    def _return(self, rows_of: torch.Tensor, channel: int, **streams: bool) -> None:
         with self._arena.side_stream():
             for target in self._targets:
-                for rows, region in self._shards.regions(target):
+                for rows, region in self._shards.regions(target, **streams):
                     for b in range(self._batch):
-                        there = Part(self._returned, (self.position, b, rows)).of(self._members[target])
-                        there.copy_(rows_of[b, region], non_blocking=True)
-                self._arena.put_signal(self._members[target], _RETURN)
+                        copy(self._place_of(self.position, b, rows).of(self._members[target]), rows_of[b, region])
+            self._arena.put_signals(self._peers, channel)
             if not self._wire.packed:
-                for rows, region in self._shards.regions(self.position):
-                    self._returned.own[self.position, :, rows].copy_(attended[:, region])
+                for rows, region in self._shards.regions(self.position, **streams):
+                    for b in range(self._batch):
+                        copy(self._place_of(self.position, b, rows).own, rows_of[b, region])
         for source in self._targets:
-            parts = [Part(self._returned, (source, b, rows)) for rows, b in local]
-            self._arena.expect(self._members[source], _RETURN, parts)
+            local = self._shards.regions(self.position, **streams)
+            parts = [self._place_of(source, b, rows) for rows, _ in local for b in range(self._batch)]
+            self._arena.expect(self._members[source], channel, parts)
+
+    def _place_of(self, source: int, b: int, rows: slice) -> Part:
+        """Where attended rows of an image come back, of the heads that `source` attends."""
+        return Part(self._returned, (source, b, rows) if self._wire.packed else (b, rows, source))
+
+    def take_text(self) -> torch.Tensor:
+        if self._wire.packed:
+            self._unpacked = self.take_back()
+            return self._unpacked
+        wait, self._wait_for_text = self._wait_for_text, None
+        wait()
+        return self._returned.own.flatten(2)
 
     def take_back(self) -> torch.Tensor:
+        if self._unpacked is not None:
+            unpacked, self._unpacked = self._unpacked, None
+            return unpacked
+        if self._wait_for_text is not None:
+            self._wait_for_text()
+            self._wait_for_text = None
         self._arena.wait_all()
         attended, self._attended, self._leaving = self._attended, None, None
         if self._wire.packed:
             return unpack_returned(self._returned.own, attended, self._shards, self.position)
-        return self._returned.own.permute(1, 2, 0, 3, 4).flatten(2)
+        return self._returned.own.flatten(2)
 
 
 class PeerRing:
@@ -134,12 +168,12 @@ class PeerRing:
     def rotate(self, own: torch.Tensor, *, pipelined: bool) -> Iterator[Block]:
         arena, size = self._arena, len(self._members)
         others = [(self._position - hop) % size for hop in range(1, size)]
+        peers = [self._members[other] for other in others]
         if self._wire.packed:
             self._block.own.copy_(self._wire.encode(own.flatten(0, 1)).view_as(self._block.own))
         with arena.side_stream():
             arena.publish(self._block)
-            for other in others:
-                arena.put_signal(self._members[other], _READY)
+            arena.put_signals(peers, _READY)
         current = own
         for hop in range(size):
             owner = (self._position - hop) % size
@@ -151,15 +185,14 @@ class PeerRing:
             if hop < size - 1:
                 arena.wait_all()
                 current = self._wire.decode_ring(self._buffers[hop % 2], self._unpacked)
-        for other in others:
-            arena.wait_signal(self._members[other], _DONE)
+        arena.wait_signals(peers, _DONE)
 
     def _pull(self, owner: int, buffer: torch.Tensor) -> None:
         peer = self._members[owner]
         with self._arena.side_stream():
-            self._arena.wait_signal(peer, _READY)
+            self._arena.wait_signals([peer], _READY)
             buffer.copy_(self._block.of(peer), non_blocking=True)
-            self._arena.put_signal(peer, _DONE)
+            self._arena.put_signals([peer], _DONE)
 
 
 class PeerGather:
@@ -176,7 +209,7 @@ class PeerGather:
         with arena.side_stream():
             for other in others:
                 mine.of(other).copy_(x, non_blocking=True)
-                arena.put_signal(other, _FIRST_SEND)
+            arena.put_signals(others, _FIRST_SEND)
             mine.own.copy_(x)
         for other in others:
             arena.expect(other, _FIRST_SEND, [Part(self._all, (other,))])

@@ -11,12 +11,14 @@ to be woken for each message of each layer.
 
 import ctypes
 import weakref
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
 
 from ..pinning import driver
 from .arena import CHANNELS, Part
+from .copies import copy
 from .groups import allocate_together
 from .mapped import check, map_memory_of_all, pin_all, unpin_all
 
@@ -63,24 +65,33 @@ class StagedArena:
     def side_stream(self):
         return self._on(self._sending)
 
-    def put_signal(self, peer: int, channel: int) -> None:
-        slot = self._slot(peer, self.position, channel)
-        _stream_operation("cuStreamWaitValue32_v2", slot, 0, _WAIT_EQUAL)  # the last one was heard
-        _stream_operation("cuStreamWriteValue32_v2", slot, 1, 0)
+    def put_signals(self, peers: Iterable[int], channel: int) -> None:
+        for peer in peers:
+            _stream_operation("cuStreamWriteValue32_v2", self._slot(peer, self.position, channel), 1, 0)
 
-    def wait_signal(self, peer: int, channel: int) -> None:
-        slot = self._slot(self.position, peer, channel)
-        _stream_operation("cuStreamWaitValue32_v2", slot, 1, _WAIT_EQUAL)
-        _stream_operation("cuStreamWriteValue32_v2", slot, 0, 0)
+    def wait_signals(self, peers: Iterable[int], channel: int) -> None:
+        for peer in peers:
+            slot = self._slot(self.position, peer, channel)
+            _stream_operation("cuStreamWaitValue32_v2", slot, 1, _WAIT_EQUAL)
+            _stream_operation("cuStreamWriteValue32_v2", slot, 0, 0)
 
     def publish(self, part: Part) -> None:
         part.of(self.position).copy_(part.own, non_blocking=True)
 
     def expect(self, peer: int, channel: int, parts: list[Part]) -> None:
         with self._on(self._fetching):
-            self.wait_signal(peer, channel)
+            self.wait_signals([peer], channel)
             for part in parts:
-                part.own.copy_(part.of(self.position), non_blocking=True)
+                copy(part.own, part.of(self.position))
+
+    def checkpoint(self) -> Callable[[], None]:
+        queued = [stream.record_event() for stream in self._busy]
+
+        def wait() -> None:
+            for event in queued:
+                torch.cuda.current_stream().wait_event(event)
+
+        return wait
 
     def wait_all(self) -> None:
         for stream in self._busy:  # the others are no part of a capture, which must not wait for them

@@ -101,7 +101,9 @@ class Transport:
         mesh, u = self._mesh, self._mesh.layout.ulysses
         received = (3, batch, shards.gathered, wire.heads, wire.dim), wire.dtype
         arrivals = (3, u, batch, shards.local, *wire.row), wire.carrier
-        returned = (u, batch, shards.local, *wire.row), wire.carrier
+        returned = (batch, shards.local, u, *wire.row), wire.carrier
+        if wire.packed:
+            returned = (u, batch, shards.local, *wire.row), wire.carrier
         packed_block = (2, batch, shards.gathered, *wire.row), wire.carrier
         shapes = [received]
         if u > 1:

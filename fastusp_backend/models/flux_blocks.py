@@ -122,11 +122,9 @@ class DoubleStreamBlock(nn.Module):
         (txt, img, and what to add to each)."""
         self.img.project_in_turn(img_normed, rope[1], joint, text=False)
         self.txt.project(txt_normed, rope[0], joint, image=False)
-        joint.attend()
-        attended = joint.collect()
-        length = txt.shape[1]
-        txt, txt_mlp = self.txt.combine(txt, attended[:, :length], modulations[0], ops)
-        img, img_mlp = self.img.combine(img, attended[:, length:], modulations[1], ops)
+        joint.attend(text_first=True)
+        txt, txt_mlp = self.txt.combine(txt, joint.collect_text(), modulations[0], ops)
+        img, img_mlp = self.img.combine(img, joint.collect_image(), modulations[1], ops)
         return txt, img, txt_mlp, img_mlp
 
 

@@ -48,9 +48,9 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([Linear(hidden, hidden)])
         self.to_add_out = Linear(hidden, hidden)
 
-    def forward(self, txt: Activations, img: Activations, rope: tuple[Rope, Rope], joint: JointAttention):
-        """Normed txt (B, Lt, C), img (B, Li, C), rope (text, image) -> attended tokens (B, Lt + Li, C), before their
-        output projections."""
+    def forward(self, txt: Activations, img: Activations, rope: tuple[Rope, Rope], joint: JointAttention) -> None:
+        """Normed txt (B, Lt, C), img (B, Li, C), rope (text, image): attends, the text's tokens to be collected first,
+        ahead of their output projections."""
         for layer, norm, which in (
             (self.to_v, None, ONLY_V),
             (self.to_k, self.norm_k, ONLY_K),
@@ -63,8 +63,7 @@ class Attention(nn.Module):
             (self.add_q_proj, self.norm_added_q, ONLY_Q),
         ):
             joint.project(layer(txt), (norm and norm.weight,), rope[0], which, image=False)
-        joint.attend()
-        return joint.collect()
+        joint.attend(text_first=True)
 
 
 class Block(nn.Module):

@@ -179,16 +179,16 @@ class QwenImage(Transformer):
         first_txt, first_img = (stream.attention for stream in mods.blocks[0])
         txt_normed = ops.norm(txt, first_txt.shift, first_txt.scale)
         img_normed = ops.norm(img, first_img.shift, first_img.scale)
-        length, following = txt.shape[1], [*mods.blocks[1:], None]
+        following = [*mods.blocks[1:], None]
         blocks = zip(self.transformer_blocks, mods.blocks, following, strict=True)
         for i, (block, (txt_own, img_own), after) in enumerate(blocks):
             self.begin_block(i)
-            attended = block.attn(txt_normed, img_normed, rope, joint)
+            block.attn(txt_normed, img_normed, rope, joint)
             txt_end, img_end = (stream.attention[:2] for stream in after) if after else (None, mods.final)
             if txt_end:
-                projected = block.attn.to_add_out(ops.activations(attended[:, :length]))
+                projected = block.attn.to_add_out(ops.activations(joint.collect_text()))
                 txt, txt_normed = combine(txt, projected, txt_own, txt_end, block.txt_mlp, ops)
-            projected, residual = block.attn.to_out[0](ops.activations(attended[:, length:])), residuals.after_input(i)
+            projected, residual = block.attn.to_out[0](ops.activations(joint.collect_image())), residuals.after_input(i)
             img, img_normed = combine(
                 img, projected, img_own, img_end, block.img_mlp, ops, residual, last=after is None
             )

@@ -35,8 +35,8 @@ def layer(joint: JointAttention, gather, text, image, scales, rope) -> torch.Ten
         part = image[..., which.start * c : which.stop * c]
         joint.project(part, scales[which], image_rope, which, text=False)
     joint.project(text, scales, text_rope, ALL, image=False)
-    joint.attend()
-    first = joint.collect()
+    joint.attend(text_first=True)
+    first = torch.cat([joint.collect_text(), joint.collect_image()], 1)
     joint.project(torch.cat([text, image], 1) + first.repeat(1, 1, 3), scales, rope)
     joint.attend()
     done = (first + joint.collect())[:, local_text:]

@@ -42,14 +42,14 @@ class Arena:
     def side_stream(self):
         return contextlib.nullcontext()
 
-    def wait_signal(self, peer, channel):
+    def wait_signals(self, peers_, channel):
         if channel == peers._READY:
             self.calls.append("start")
 
     def wait_all(self):
         self.calls.append("await")
 
-    def put_signal(self, peer, channel):
+    def put_signals(self, peers_, channel):
         pass
 
     def publish(self, part):
@@ -104,7 +104,8 @@ def test_the_rings_next_block_travels_while_one_is_attended_if_that_is_wanted(ki
 def test_attended_rows_live_until_their_readers_are_done(monkeypatch, packed):
     shards, wire = SequenceShards(Layout(ulysses=2, ring=1), 3, 5), Wire(HEADS, DIM, torch.float32, packed)
     gathered = (3, 2, BATCH, shards.local, *wire.row) if packed else (3, BATCH, shards.gathered, HEADS, DIM)
-    regions = carve(Arena(2, []), [(shape, wire.carrier) for shape in (gathered, (2, BATCH, shards.local, *wire.row))])
+    returned = (2, BATCH, shards.local, *wire.row) if packed else (BATCH, shards.local, 2, HEADS, DIM)
+    regions = carve(Arena(2, []), [(shape, wire.carrier) for shape in (gathered, returned)])
     ulysses = PeerUlysses([0, 1], shards, wire, *regions, BATCH)
     encode, alive = Wire.encode, []
 

@@ -34,9 +34,13 @@ class Recorder(LocalUlysses):
     def wait(self):
         self.calls.append("wait")
 
-    def give_back(self, attended):
-        self.calls.append("give back")
+    def give_back(self, attended, *, text_first=False):
+        self.calls.append("give back, text first" if text_first else "give back")
         super().give_back(attended)
+
+    def take_text(self):
+        self.calls.append("take text")
+        return super().take_back()
 
     def take_back(self):
         self.calls.append("take back")
@@ -64,6 +68,11 @@ def test_order(overlap, expected):
     ulysses.calls.append("collect")
     assert joint.collect().shape == (1, 5, 16)
     assert ulysses.calls == expected
+    ulysses.calls.clear()
+    joint.attend(text_first=True)
+    assert joint.collect_text().shape == (1, 2, 16) and joint.collect_image().shape == (1, 3, 16)
+    taken = ["take text", "take back"] if overlap else ["take back"]
+    assert ulysses.calls == ["wait", "give back, text first", *taken]
 
 
 class Ring:

@@ -61,24 +61,20 @@ class ThreadArena:
         time.sleep(self._dawdle.random() * 2e-3)
         return contextlib.nullcontext()
 
-    def put_signal(self, peer, channel):
-        self._when(lambda raised: (peer, self.position, channel) not in raised, lambda raised: raised.add)(
-            (peer, self.position, channel)
-        )
-
-    def wait_signal(self, peer, channel):
-        self._when(lambda raised: (self.position, peer, channel) in raised, lambda raised: raised.discard)(
-            (self.position, peer, channel)
-        )
-
-    def _when(self, ready, action):
-        def act(signal):
+    def put_signals(self, peers, channel):
+        for signal in [(peer, self.position, channel) for peer in peers]:
+            time.sleep(self._dawdle.random() * 1e-3)
             with self.ground.changed:
-                assert self.ground.changed.wait_for(lambda: ready(self.ground.raised), timeout=20), f"{signal} hangs"
-                action(self.ground.raised)(signal)
+                assert signal not in self.ground.raised, f"{signal} was not heard"
+                self.ground.raised.add(signal)
                 self.ground.changed.notify_all()
 
-        return act
+    def wait_signals(self, peers, channel):
+        for signal in [(self.position, peer, channel) for peer in peers]:
+            with self.ground.changed:
+                came = self.ground.changed.wait_for(lambda signal=signal: signal in self.ground.raised, timeout=20)
+                assert came, f"{signal} hangs"
+                self.ground.raised.discard(signal)
 
     def publish(self, part):
         pass
@@ -86,11 +82,18 @@ class ThreadArena:
     def expect(self, peer, channel, parts):
         self._expected.append((peer, channel, parts))
 
+    def checkpoint(self):
+        expected, self._expected = self._expected, []
+        return lambda: self._await(expected)
+
     def wait_all(self):
-        for peer, channel, parts in self._expected:
-            self.wait_signal(peer, channel)
+        self._await(self._expected)
+        self._expected = []
+
+    def _await(self, expected):
+        for peer, channel, parts in expected:
+            self.wait_signals([peer], channel)
             self.fetch(parts)
-        self._expected.clear()
 
     def fetch(self, parts):
         pass
@@ -124,13 +127,16 @@ def layers(joint: JointAttention, x, scales, rope, local_text: int, count: int) 
         text, image = x[:, :local_text], x[:, local_text:]
         if layer % 2:
             joint.project(x, scales, rope)
+            joint.attend()
+            attended = joint.collect()
         else:
             for which in (ONLY_V, ONLY_K, ONLY_Q):
                 part = image[..., which.start * c : which.stop * c]
                 joint.project(part, scales[which], image_rope, which, text=False)
             joint.project(text, scales, text_rope, ALL, image=False)
-        joint.attend()
-        x = x + joint.collect().repeat(1, 1, 3)
+            joint.attend(text_first=True)
+            attended = torch.cat([joint.collect_text() * 2, joint.collect_image()], 1)
+        x = x + attended.repeat(1, 1, 3)
     return x
 
 

@@ -95,7 +95,7 @@ CHANGES = [
     (
         PEERS,
         "a block may be overwritten while others read it",
-        "arena.wait_signal(self._members[other], _DONE)",
+        "arena.wait_signals(peers, _DONE)",
         "pass",
         "unit/test_peers.py",
     ),
