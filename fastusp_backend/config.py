@@ -130,6 +130,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     keep_quantised: whether weights that are fp8 or packed in the file stay so, whatever `storage` is for the others.
     linear: as in Settings: the products that the weights serve decide how they are stored.
     weights: as in Settings.
+    unpack: whether weights that stay quantised are unpacked to `compute` once, as they are read, on GPUs where that
+        fits beside what they must keep free.
     """
 
     path: str
@@ -139,6 +141,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     keep_quantised: bool = False
     linear: LinearChoice = "exact"
     weights: WeightsChoice = "auto"
+    unpack: bool = False
 
     @classmethod
     def of_file(

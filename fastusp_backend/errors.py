@@ -31,6 +31,10 @@ class RequestError(FastUSPError):
     """A sampling request that the workers refused; the pool stays usable."""
 
 
+class OutOfRoom(RequestError):
+    """A request for which a device lacked memory."""
+
+
 class PatchesLost(RequestError):
     """The workers' weights do not have the patch set that a request names; it must be sent anew."""
 

@@ -51,7 +51,7 @@ class RemoteWeights:
             return
         for pool, other in list(self._patchers.items()):
             if pool is not session.pool and set(pool.devices.gpus) & set(session.pool.devices.gpus):
-                _logged_failure(other.session.evict)
+                _logged_failure(other.session.make_room)
         if shares_gpu(session, device):
             model_management.soft_empty_cache()
 
@@ -65,7 +65,7 @@ class RemoteWeights:
             return 0
         if not resident or self._unloading_all:
             return 0
-        _logged_failure(session.evict)
+        _logged_failure(session.make_room)
         return resident - session.resident_bytes()
 
     def after_run(self, session: Session, patcher: object) -> None:
@@ -90,6 +90,7 @@ class RemoteWeights:
             finally:
                 self._unloading_all = False
             for pool in all_pools():
+                pool.crowded = False
                 if not pool.busy:
                     _logged_failure(pool.release)
             self._patchers.clear()

@@ -11,7 +11,7 @@ import msgspec
 from ..config import Layout, ModelSpec
 from ..devices import Devices, gpu_states, list_gpus, local_devices
 from ..engine import host_memory
-from ..engine.room import CONTEXT, Kept, kept_free
+from ..engine.room import CONTEXT, Room, kept_free, settle
 from ..errors import DeviceError, RequestError
 from ..models.family import FamilyConfig
 from ..models.files import model_and_plans
@@ -73,18 +73,17 @@ class File:
     config: FamilyConfig
     spec: ModelSpec
 
-    def place(self, ranks: int, weights: str, linear: str, **room) -> Placement:
-        """room: as `place_file`'s. Raises as it does."""
-        return place_file(self.header, self._loaded(weights, linear), ranks, **room)
+    def whole(self, ranks: int, linear: str) -> Placement:
+        """As the file has its weights, whole."""
+        return place_file(self.header, msgspec.structs.replace(self.spec, weights="whole", linear=linear), ranks)
 
-    def kept_free(self, ranks: int, linear: str) -> Kept:
-        """What a worker leaves of each GPU, and has taken when it comes to that."""
-        _, plans = model_and_plans(self.header, self._loaded("auto", linear))
-        kept = kept_free(self.config, plans.values(), ranks)
-        return Kept(kept.usual + CONTEXT, kept.least + CONTEXT)
-
-    def _loaded(self, weights: str, linear: str) -> ModelSpec:
-        return msgspec.structs.replace(self.spec, weights=weights, linear=linear)
+    def settle(self, ranks: int, linear: str, free: int, *, peers: bool) -> tuple[Placement, int]:
+        """What `auto` makes of so many bytes of each GPU, and how many are kept for all else. Raises as
+        `room.settle`."""
+        spec = msgspec.structs.replace(self.spec, linear=linear, unpack=self.spec.keep_quantised)
+        model, plans = model_and_plans(self.header, spec)
+        settled = settle(model, plans, spec, ranks, Room(peers, free - CONTEXT))
+        return settled.placement, kept_free(self.config, settled.plans.values(), ranks).usual + CONTEXT
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -106,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
     print("legal: " + ", ".join(str(x) for x in legal_layouts(devices.ranks, heads)))
     if file is None:
         return 0
-    whole = file.place(devices.ranks if devices.gpus else 1, "whole", arguments.linear).device_bytes / 1e9
+    whole = file.whole(devices.ranks if devices.gpus else 1, arguments.linear).device_bytes / 1e9
     if not devices.gpus:
         print(f"weights: {whole:.2f} GB, in pages of the file that the ranks share")
         return 0
@@ -182,16 +181,14 @@ def fits(
     Raises RequestError where the weights fit neither way.
     """
     ranks = layouts[-1].ranks
-    kept = file.kept_free(ranks, linear)
     made = Prediction(file.header, file.config, layouts, CARDS[card], linear) if card is not None else None
     placed: dict[bool, Placement | RequestError] = {}
     said: dict[bool, list[str]] = {}
     for peers in (True, False) if ranks > 1 else (False,):
         try:
-            room = _room(file, ranks, linear, free)
-            placed[peers] = found = file.place(ranks, "auto", linear, peers=peers, **room)
-            said[peers] = [str(found), *_journeys(found, host)]
-            if found.device_bytes > free - kept.usual:
+            found, kept = file.settle(ranks, linear, free, peers=peers)
+            placed[peers], said[peers] = found, [str(found), *_journeys(found, host)]
+            if found.device_bytes > free - kept:
                 said[peers].append("  little room is left: images above 1024 x 1024 may be refused")
             if found.slabs and hint:
                 said[peers] += _in_fp8(file, ranks, peers, free, found)
@@ -205,7 +202,7 @@ def fits(
         names = {True: "any GPUs"}
     else:
         names = {True: f"GPUs {WITH}", False: f"GPUs {WITHOUT}"}
-    told = [f"of {free / 1e9:.1f} GB of each GPU {kept.usual / 1e9:.1f} GB are kept for all else", ""]
+    told = [f"of {free / 1e9:.1f} GB of each GPU {kept / 1e9:.1f} GB are kept for all else", ""]
     for peers, name in names.items():
         first, *more = said[peers]
         told += [f"{name}: {first}", *more]
@@ -214,12 +211,6 @@ def fits(
     if made is not None:
         told.append(f"times: predicted for {card}, {SIZE[0]} x {SIZE[1]}, {TEXT} tokens. {CLAIM}")
     return told
-
-
-def _room(file: File, ranks: int, linear: str, free: int) -> dict[str, int]:
-    """What weights may take of so many bytes of each GPU, as `placement.place` is told."""
-    kept = file.kept_free(ranks, linear)
-    return {"available": free - kept.usual, "spare": kept.usual - kept.least}
 
 
 def _journeys(found: Placement, host: int | None) -> list[str]:
@@ -237,7 +228,7 @@ def _journeys(found: Placement, host: int | None) -> list[str]:
 def _in_fp8(file: File, ranks: int, peers: bool, free: int, exact: Placement) -> list[str]:
     """What `linear = fp8` would make of a placement, where much less would travel."""
     try:
-        found = file.place(ranks, "auto", "fp8", peers=peers, **_room(file, ranks, "fp8", free))
+        found, _ = file.settle(ranks, "fp8", free, peers=peers)
     except RequestError:  # packed weights may take less
         return []
     if found.streamed_bytes > 0.8 * exact.streamed_bytes:

@@ -107,7 +107,7 @@ class Prediction:
         computing = cost.flops / layout.sequence_ranks / (SUSTAINED * self._card.tflops * 1e12)
         if self._linear == "fp8":
             computing *= FP8_PRODUCTS
-        else:
+        elif not found.unpacked:
             computing += cost.parameters * UNPACKING.get(self._stored, 0) / (self._card.memory * 1e12)
         weights = found.streamed_bytes / ((link.host if found.source == "host" else link.peers) * 1e9)
         tokens = cost.sent_bytes / (link.peers * 1e9)

@@ -18,12 +18,13 @@ from ..config import ModelSpec
 from ..models.family import Transformer
 from ..models.files import read_model, storage_plans
 from ..models.ownership import Ownership
-from ..models.placement import Placement, place
+from ..models.placement import Placement
 from ..pulse import beat
 from ..weights.reading import Shares, empty_bytes, map_tensors, read_tensors
 from ..weights.stored import Stored
 from ..weights.tensor_info import TensorInfo
 from .block_stream import BlockStream
+from .room import Room, settle
 
 
 class Checkpoint:
@@ -43,15 +44,16 @@ class Checkpoint:
         file = read_model(spec.path, spec.file)
         self.source = file.source
         self.model, self.plans = file.model, storage_plans(file.model, file.header, spec)
-        self.ownership, self._rank = Ownership(self.model, self.plans, ranks), rank
+        self.ownership, self._rank, self._ranks = Ownership(self.model, self.plans, ranks), rank, ranks
         self.stream: BlockStream | None = None
         self._shares = Shares()
         self._device = torch.device("cpu")
         self._buffers: dict[str, torch.Tensor] = {}
 
-    def place(self, **room) -> Placement:
-        """Where the weights will lie. room: as `placement.place`'s; raises as it does."""
-        return place(self.model, self.plans, self.ownership, self.spec.weights, **room)
+    def settle(self, room: Room) -> Placement:
+        """Decides where the weights will lie. Raises as `room.settle`."""
+        self.plans, self.ownership, placement = settle(self.model, self.plans, self.spec, self._ranks, room)
+        return placement
 
     def stream_blocks(self, placement: Placement, store: BlockStore, device: torch.device) -> None:
         """Has blocks' weights come to the device as `placement` says, from `store`. Ahead of `allocate`."""
@@ -144,6 +146,11 @@ class Checkpoint:
         Raises CheckpointError when the file was written to meanwhile, also where none of them lies here.
         """
         return ((name, self.plans[name].load(raw)) for name, raw in self._reread(names))
+
+    def reread_small(self, names: Iterable[str]) -> Iterator[tuple[str, Stored]]:
+        """Reads some tensors that were unpacked in the form that they had otherwise (`StoragePlan.small`). Otherwise as
+        `reread`."""
+        return ((name, self.plans[name].small.load(raw)) for name, raw in self._reread(names))
 
     def file_values(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Reads the values, in float32, that some tensors have in the file. Otherwise as `reread`."""

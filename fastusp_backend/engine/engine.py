@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
+from msgspec.structs import replace
 
 from ..comm.groups import world
 from ..comm.mesh import Mesh, make_mesh, single_rank_mesh
@@ -60,6 +61,11 @@ class Engine:
         return str(self._placement) if self._resident else ""
 
     @property
+    def unpacked(self) -> bool:
+        """Whether the resident model's weights were unpacked as they were read."""
+        return self._resident is not None and self._placement.unpacked
+
+    @property
     def streams(self) -> bool:
         """Whether blocks of the resident model travel."""
         return self._resident is not None and self._resident.stream is not None
@@ -75,8 +81,11 @@ class Engine:
         return self._resident.patched.number if self._resident else None
 
     def is_resident(self, spec: ModelSpec) -> bool:
-        """Whether the resident model is that of `spec`, parked or not."""
-        return self.spec == spec
+        """Whether the resident model is that of `spec`, parked or not. One that was not unpacked need not be read
+        again to be."""
+        if self._resident is None or self.unpacked:
+            return self.spec == spec
+        return replace(self.spec, unpack=spec.unpack) == spec
 
     def mesh(self, layout: Layout) -> tuple[Mesh, Transport]:
         """Collective: all ranks ask for the same layout."""
@@ -113,8 +122,8 @@ class Engine:
         what torch raises."""
         described = self._described
         self.release()
-        room = measure_room(self.device, described.model.config, described.plans.values())
-        placement = described.place(peers=room.peers, available=room.device_bytes, spare=room.spare)
+        room = measure_room(self.device)
+        placement = described.settle(room)
         check_host_room(placement, room)
         if placement.slabs:
             described.stream_blocks(placement, make_store(placement, self.device), self.device)

@@ -4,8 +4,9 @@ A patched weight keeps its place in memory: CUDA graphs hold its address. It is 
 again, so that rounding leaves no trace: subtracting the patch would leave one, and a copy of each patched weight would
 take a model's memory again. One that was rounded to fp8 when it was read is patched from the file's values:
 most of a LoRA's small differences would vanish if they were added to values of fp8 and rounded again. A packed weight
-stays as it is: the factors of its LoRAs lie beside it, and are added where it is unpacked for use. One whose
-shape changes gets another place, and the model the config that goes with it.
+stays as it is: the factors of its LoRAs lie beside it, and are added where it is unpacked for use. What was unpacked as
+it was read is patched in the form that it had otherwise, and unpacked again, so that a picture does not depend on the
+room that there was. One whose shape changes gets another place, and the model the config that goes with it.
 
 A change first plans how each weight is updated (`plan_update`), while it can still be refused; then factors are set,
 weights restored, and patches applied, in this order.
@@ -29,7 +30,7 @@ from .checkpoint import Checkpoint
 Patches = Mapping[str, Sequence[WeightPatch]]
 """By weight, in its file's name."""
 
-Update = Literal["factors", "restore", "in_place", "reapply", "from_file", "widen"]
+Update = Literal["factors", "restore", "in_place", "reapply", "from_file", "widen", "unpack"]
 """How a weight gets its patches or loses them:
 
 factors: a packed weight stays as it is; the patches' factors beside it are set or taken away.
@@ -38,6 +39,7 @@ in_place: patches change the values in memory.
 reapply: it is restored, then changed in place.
 from_file: patches change the file's values, since those in memory were rounded to fp8.
 widen: patches change the values as loading gives them, which then take another place.
+unpack: patches change the form that it has in the file, whose values it takes then.
 """
 
 
@@ -52,6 +54,8 @@ def plan_update(plan: StoragePlan, shape: tuple[int, ...] | None, *, patched: bo
         return "factors"
     if shape is None:
         return "restore"
+    if plan.small is not None:
+        return "unpack"
     if plan.rounded_to_fp8:
         return "from_file"
     if shape != plan.info.shape:
@@ -113,6 +117,7 @@ class PatchedWeights:
         restored = checkpoint.reread(_updated_by(updates, "restore", "reapply"))
         from_file = checkpoint.file_values(_updated_by(updates, "from_file"))
         to_widen = checkpoint.reread(_updated_by(updates, "widen"))
+        to_unpack = checkpoint.reread_small(_updated_by(updates, "unpack"))
         self.number = None
         self._patched |= after  # so that all of it is undone if a part fails
         self._set_factors(_updated_by(updates, "factors"), wanted, tensors)
@@ -131,7 +136,14 @@ class PatchedWeights:
             checkpoint.open(name)
             self._place(name, weight.shape).store(weight)
             beat()
-        if _updated_by(updates, "restore", "reapply", "from_file", "widen"):
+        for name, small in to_unpack:
+            values = self._patched_small(name, small, wanted[name], tensors).values(
+                getattr(torch, checkpoint.spec.compute)
+            )
+            checkpoint.open(name)
+            self._place(name, values.shape).data.copy_(values)
+            beat()
+        if _updated_by(updates, "restore", "reapply", "from_file", "widen", "unpack"):
             checkpoint.check_file()
 
     def _check(self, name: str, patches: Sequence[WeightPatch], tensors: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
@@ -141,11 +153,28 @@ class PatchedWeights:
         shape = had = tuple(self._checkpoint.plans[name].info.shape)
         for patch in patches:
             shape = adapters.check(patch, tensors, shape)
-        if patches and self._checkpoint.plans[name].packing:
+        if patches and self._packing(name):
             self._low_rank(name, patches, tensors, torch.device("meta"))
         if shape != had and self._config.reshaped(name, shape) is None:
             raise RequestError(f"the model's weight {name!r} cannot be widened from {had} to {shape}")
         return shape
+
+    def _packing(self, name: str) -> str:
+        plan = self._checkpoint.plans[name]
+        return (plan.small or plan).packing
+
+    def _patched_small(self, name: str, small: Stored, patches: Sequence[WeightPatch], tensors) -> Stored:
+        """A weight in the form of its file, patched as one that stayed so would be."""
+        if small.packing:
+            small.low_rank = self._low_rank(name, patches, tensors, small.data.device)
+            return small
+        weight = small.dequantise()
+        for patch in patches:
+            weight = adapters.apply(weight, patch, tensors)
+        if weight.shape != small.data.shape:
+            small = replace(small, data=small.data.new_empty(weight.shape))
+        small.store(weight)
+        return small
 
     def _place(self, name: str, shape: tuple[int, ...]) -> Stored:
         """Where a weight of `shape` lies: where it lay, or a new place if it had another shape."""

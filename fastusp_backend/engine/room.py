@@ -1,6 +1,8 @@
-"""How much room there is for weights, on all ranks alike, and the memory from which streamed blocks come."""
+"""How much room there is for weights, on all ranks alike, what becomes of them there, and the memory from which
+streamed blocks come."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -10,9 +12,12 @@ from ..comm.block_store import BlockStore, HostStore, PeerStore
 from ..comm.groups import world
 from ..comm.pages import DevicePages, HostPages
 from ..comm.transport import reach_each_other
+from ..config import ModelSpec
 from ..errors import RequestError
-from ..models.family import FamilyConfig
-from ..models.placement import Placement
+from ..models.family import FamilyConfig, Transformer
+from ..models.files import unpacked_plans
+from ..models.ownership import Ownership
+from ..models.placement import Placement, place
 from ..weights.storage_plan import StoragePlan
 from .denoiser import WORKING_SET
 from .host_memory import available
@@ -45,15 +50,38 @@ class Room(NamedTuple):
     """The least that any rank has.
 
     peers: whether the devices reach each other's memory; CPU ranks do.
-    device_bytes: what weights may take of a GPU; None where they need not count, on CPU ranks.
-    spare: what they may take more before they are refused.
+    device_bytes: what is free of a GPU; None where weights need not count, on CPU ranks.
     host_bytes: what they may take of the host's memory; None where the system does not tell.
     """
 
     peers: bool
     device_bytes: int | None
-    spare: int
-    host_bytes: int | None
+    host_bytes: int | None = None
+
+
+class Settled(NamedTuple):
+    """plans: the forms of a model's weights. ownership: the ranks that have them. placement: where they lie."""
+
+    plans: dict[str, StoragePlan]
+    ownership: Ownership
+    placement: Placement
+
+
+def settle(model: Transformer, plans: dict[str, StoragePlan], spec: ModelSpec, ranks: int, room: Room) -> Settled:
+    """Decides where the weights lie, and whether they are unpacked there. plans: their forms if they are not. Raises as
+    `placement.place`."""
+    if spec.unpack and spec.weights in ("auto", "whole") and room.device_bytes is not None:
+        wide = unpacked_plans(model, plans, spec)
+        ownership, kept = Ownership(model, wide, ranks), kept_free(model.config, wide.values(), ranks)
+        if wide != plans and max(ownership.nbytes) <= room.device_bytes - kept.usual:
+            whole = place(model, wide, ownership, "whole", peers=room.peers)
+            return Settled(wide, ownership, replace(whole, unpacked=True))
+    ownership, available, spare = Ownership(model, plans, ranks), None, 0
+    if room.device_bytes is not None:
+        kept = kept_free(model.config, plans.values(), ranks)
+        available, spare = room.device_bytes - kept.usual, kept.usual - kept.least
+    found = place(model, plans, ownership, spec.weights, peers=room.peers, available=available, spare=spare)
+    return Settled(plans, ownership, found)
 
 
 def kept_free(config: FamilyConfig, plans: Iterable[StoragePlan], ranks: int) -> Kept:
@@ -71,19 +99,18 @@ def kept_free(config: FamilyConfig, plans: Iterable[StoragePlan], ranks: int) ->
     return Kept(kept(KEPT_FREE, KEPT_TOKENS), kept(LEAST_FREE, LEAST_TOKENS))
 
 
-def measure_room(device: torch.device, config: FamilyConfig, plans: Iterable[StoragePlan]) -> Room:
-    """Asks all ranks. Collective: what others had is free when it returns. Otherwise as `kept_free`."""
+def measure_room(device: torch.device) -> Room:
+    """Asks all ranks. Collective: what others had is free when it returns."""
     _, ranks = world()
-    cuda, kept = device.type == "cuda", kept_free(config, plans, ranks)
+    cuda = device.type == "cuda"
     if ranks > 1:
         dist.all_reduce(torch.zeros(1))  # all have given back what they had
-    on_device, on_host = _free(device) - kept.usual if cuda else _UNKNOWN, available()
+    on_device, on_host = _free(device) if cuda else _UNKNOWN, available()
     least = torch.tensor([on_device, _UNKNOWN if on_host is None else on_host])
     if ranks > 1:
         dist.all_reduce(least, dist.ReduceOp.MIN)
     device_bytes, host_bytes = (None if value == _UNKNOWN else value for value in least.tolist())
-    peers = ranks > 1 and (not cuda or reach_each_other(dist.group.WORLD))
-    return Room(peers, device_bytes, kept.usual - kept.least, host_bytes)
+    return Room(ranks > 1 and (not cuda or reach_each_other(dist.group.WORLD)), device_bytes, host_bytes)
 
 
 def _free(device: torch.device) -> int:

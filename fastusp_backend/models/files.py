@@ -117,6 +117,20 @@ def model_and_plans(header: dict[str, TensorInfo], spec: ModelSpec) -> tuple[Tra
     return model, storage_plans(model, header, spec)
 
 
+def unpacked_plans(model: Transformer, plans: dict[str, StoragePlan], spec: ModelSpec) -> dict[str, StoragePlan]:
+    """The forms of a model whose layers compute with what lies in memory, in place of `plans`; the same where they do
+    that anyway. Layers of modulations, which are used once a prompt, keep theirs."""
+    seldom = {id(layer) for layer in model.modulations()}
+    compute = getattr(torch, spec.compute)
+
+    def form(name: str, plan: StoragePlan) -> StoragePlan:
+        if not plan.unpacked_bytes or id(model.get_submodule(name.rpartition(".")[0])) in seldom:
+            return plan
+        return plan.unpacked_to(compute)
+
+    return {name: form(name, plan) for name, plan in plans.items()}
+
+
 def storage_plans(model: Transformer, header: dict[str, TensorInfo], spec: ModelSpec) -> dict[str, StoragePlan]:
     """In which form each tensor of a model lies in memory, by the module's names. header: its tensors by their names in
     the file."""

@@ -55,6 +55,7 @@ class Placement:
     device_bytes: what the weights take of a device: those that stay, slots, and of shared blocks its own.
     streamed_bytes: what comes to a device in a step.
     host_bytes: what they take of the host's memory.
+    unpacked: whether layers compute with what lies there, where the file has less.
     """
 
     source: Source | None
@@ -64,12 +65,13 @@ class Placement:
     beside_tokens: bool = False
     streamed_bytes: int = 0
     host_bytes: int = 0
+    unpacked: bool = False
 
     def __str__(self) -> str:
         """Says, for people, where the weights are."""
         size = f"{self.device_bytes / 1e9:.1f} GB a device"
         if not self.slabs:
-            return f"whole, {size}"
+            return f"whole, {'unpacked, ' if self.unpacked else ''}{size}"
         stay = self.blocks - len(self.slabs)
         where = "shared" if self.source == "shared" else "come from host memory"
         return f"{stay} of {self.blocks} blocks stay, {len(self.slabs)} {where}: {size}"

@@ -37,6 +37,8 @@ class Pool:
         self.devices = devices
         self.starts = 0
         """How often processes were started."""
+        self.crowded = False
+        """Whether weights that were unpacked had to leave, for a request or for others: they are not unpacked again."""
         self._account = Account()
         self._workers: Workers | None = None
         self._turn_lock = threading.Lock()

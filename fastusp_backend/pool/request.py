@@ -2,7 +2,7 @@
 
 import time
 
-from ..errors import Cancelled, FastUSPError, PatchesLost, ProtocolError, RequestError
+from ..errors import Cancelled, FastUSPError, OutOfRoom, PatchesLost, ProtocolError, RequestError
 from ..prompt import Tensors
 from ..protocol import Cancel, Done, Failed, Held, Message, Phase, Step
 from .link import POLL_SECONDS
@@ -77,7 +77,7 @@ def follow(workers: Workers, number: int, progress: Progress) -> Tensors:
             raise Cancelled(f"request {number} was cancelled")
         elif message.kind == "out_of_memory":
             device = workers.ready.devices[message.rank]
-            raise RequestError(f"rank {message.rank} ({device}) ran out of memory {message.text}")
+            raise OutOfRoom(f"rank {message.rank} ({device}) ran out of memory {message.text}")
         else:
             raise (PatchesLost if message.kind == "unpatched" else RequestError)(message.text)
 

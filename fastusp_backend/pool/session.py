@@ -11,7 +11,7 @@ import msgspec
 import torch
 
 from ..config import Layout, ModelSpec, Settings
-from ..errors import PatchesLost
+from ..errors import OutOfRoom, PatchesLost
 from ..prompt import Inpainting, Prompt, Tensors
 from ..protocol import Evaluate, Patch, Sample
 from .patches import NO_PATCHES, WeightPatches
@@ -127,9 +127,15 @@ class Session:
         if self.settings.residency != "keep":
             self.evict()
 
+    def make_room(self) -> None:
+        """Makes room on the devices for somebody else. Weights that were unpacked come back as their file has them."""
+        held = self.pool.held
+        self.evict()
+        if held is not None and held.unpacked:
+            self.pool.crowded = True
+
     def evict(self) -> None:
-        """Makes room on the devices for somebody else: parks the weights where they are to be parked, else drops
-        them."""
+        """Has the weights leave the devices: parks them where they are to be parked, else drops them."""
         if self.settings.residency == "park":
             self.pool.park()
         else:
@@ -151,12 +157,16 @@ class Session:
 
     @property
     def spec(self) -> ModelSpec:
-        """The model as the workers load it."""
-        return msgspec.structs.replace(self.model, linear=self.settings.linear, weights=self.settings.weights)
+        """The model as the workers load it. What the loader leaves as the file has it may be unpacked, but for weights
+        that are parked, since the host's memory would have to hold as much."""
+        settings = self.settings
+        unpack = self.model.keep_quantised and settings.residency != "park" and not self.pool.crowded
+        return msgspec.structs.replace(self.model, linear=settings.linear, weights=settings.weights, unpack=unpack)
 
     def _run(self, request: Callable[[Workers, int], Tensors], progress: Progress) -> torch.Tensor:
         """Gives the output of request(workers, patch set), with this session's patches in the workers' weights. Workers
-        that turn out to have lost them get all of them once more."""
+        that turn out to have lost them get all of them once more; unpacked weights that leave too little room are read
+        anew, as their file has them."""
 
         def patched(workers: Workers) -> torch.Tensor:
             return request(workers, self._patch(workers, progress))["output"]
@@ -166,6 +176,11 @@ class Session:
                 return patched(workers)
             except PatchesLost:
                 workers.patches.doubt()
+                return patched(workers)
+            except OutOfRoom:
+                if workers.held is None or not workers.held.unpacked:
+                    raise
+                self.pool.crowded = True
                 return patched(workers)
 
         return self.pool.run(run, progress)

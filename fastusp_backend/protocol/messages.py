@@ -157,6 +157,7 @@ class Held(Message):
     nbytes: the size of its weights, on the rank that has most.
     transport: how the ranks of the last layout exchange tokens, empty before the first.
     weights: which blocks stay on the devices and which travel, for people; empty where there are none.
+    unpacked: whether they take more room than the file's, see `ModelSpec.unpack`.
     """
 
     id: int
@@ -165,6 +166,7 @@ class Held(Message):
     nbytes: int
     transport: str
     weights: str
+    unpacked: bool = False
 
 
 class Step(Message):

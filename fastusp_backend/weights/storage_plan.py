@@ -35,6 +35,8 @@ class StoragePlan:
     dtype, shape: the type and the shape of the data in memory, as in `Stored`.
     packing: GGUF's block format of the data, "" for none.
     scale: the shape of the scale in memory, None for none.
+    small: of values that are unpacked as they are read: the form, as in the file, that they would have. In memory are
+        the values that a layer would make of it at each use, so that patches change it, and not what is there.
     """
 
     info: TensorInfo
@@ -45,6 +47,7 @@ class StoragePlan:
     shape: tuple[int, ...]
     packing: str
     scale: tuple[int, ...] | None
+    small: "StoragePlan | None" = None
 
     @property
     def unchanged(self) -> bool:
@@ -119,6 +122,20 @@ class StoragePlan:
     def _rows_of_piece(self) -> int:
         """How many rows are converted at a time."""
         return max(1, PIECE // max(1, self._row))
+
+    def unpacked_to(self, compute: torch.dtype) -> "StoragePlan":
+        """The form in which layers compute with what is stored small now."""
+        return StoragePlan(
+            info=self.info,
+            linear=True,
+            cast=compute,
+            by_rows=False,
+            dtype=compute,
+            shape=self.info.shape,
+            packing="",
+            scale=None,
+            small=self,
+        )
 
     def elsewhere(self) -> Stored:
         """The tensor in this form, without memory: on the meta device."""

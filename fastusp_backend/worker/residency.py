@@ -54,6 +54,7 @@ class Residency:
             nbytes=nbytes,
             transport=engine.transport,
             weights=engine.placement,
+            unpacked=engine.unpacked,
         )
         if now != told:
             self._told = msgspec.structs.replace(now, id=request)
@@ -66,7 +67,7 @@ class Residency:
             self._agreement.together(engine.make_room, LOADING)
             self._agreement.together(engine.share, LOADING)
             self._agreement.together(engine.load, LOADING)
-            if engine.streams:
+            if engine.streams or engine.unpacked:
                 self._reply(Phase(id=request.id, text=f"loaded: {engine.placement}"))
         elif engine.parked:
             self._reply(Phase(id=request.id, text="bringing the weights back"))

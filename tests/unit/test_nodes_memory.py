@@ -33,6 +33,8 @@ class Session:
         if self.dead:
             raise PoolError("the workers have ended")
 
+    make_room = evict
+
     def after_run(self):
         pass
 

@@ -151,8 +151,8 @@ def test_what_a_gpu_keeps_for_all_else():
 def test_host_memory_that_does_not_suffice():
     found = placed(FLUX_DEV, weights="host")
     with pytest.raises(RequestError, match=r"^Free host memory, or .* take 17.\d GB of it, 16.0 GB are available"):
-        check_host_room(found, Room(False, None, 0, 16 * GB))
-    check_host_room(found, Room(False, None, 0, None))
+        check_host_room(found, Room(False, None, 16 * GB))
+    check_host_room(found, Room(False, None))
 
 
 def test_guided_models_leave_room_for_a_prompt_on_half_of_the_ranks():

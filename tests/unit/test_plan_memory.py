@@ -11,6 +11,8 @@ from fastusp_backend.__main__ import main
 from fastusp_backend.cli import inputs, plan
 from fastusp_backend.config import Layout
 from fastusp_backend.devices import Devices
+from fastusp_backend.engine import room
+from fastusp_backend.models.files import model_and_plans
 from fastusp_backend.models.placement import place_file
 from fastusp_backend.models.synthetic import FLUX2_DEV, FLUX_DEV, TINY_FLUX, write_checkpoint
 from fastusp_backend.weights.tensor_info import TensorInfo
@@ -28,8 +30,8 @@ def plan_says(monkeypatch, capsys, path, *arguments):
 def kept_free_of(config, tensors=None, ranks=2, *, least=False):
     """As `plan` says it."""
     tensors = tensors or header(config, torch.bfloat16)
-    kept = plan.File(tensors, config, spec_with("auto")).kept_free(ranks, "exact")
-    return kept.least if least else kept.usual
+    kept = room.kept_free(config, model_and_plans(tensors, spec_with("auto"))[1].values(), ranks)
+    return (kept.least if least else kept.usual) + room.CONTEXT
 
 
 @pytest.fixture(scope="module")

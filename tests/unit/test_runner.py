@@ -64,7 +64,7 @@ class Control:
 
 class Engine:
     device, patches = torch.device("cpu"), 0
-    spec, parked, nbytes, transport, placement, streams = None, False, 0, "", "", False
+    spec, parked, nbytes, transport, placement, streams, unpacked = None, False, 0, "", "", False, False
 
     def __init__(self, describe=lambda: None, load=lambda: None):
         self._describe, self.load = describe, load

@@ -1,0 +1,223 @@
+"""Weights that are unpacked once, as they are read: the same values as those that layers unpack at each use, with and
+without patches."""
+
+import gc
+from dataclasses import replace
+
+import msgspec
+import pytest
+import torch
+from fake_pool import pool  # noqa: F401
+from fake_workers import SPEC, X, rank, script
+from formats import MINI, write
+from patched import LORA, QKV, TENSORS, everything
+from placing import header
+from support import inputs, randn, spec_of
+
+from fastusp_backend.config import Layout, Settings, WeightPatch
+from fastusp_backend.engine import Engine, engine
+from fastusp_backend.engine.checkpoint import Checkpoint
+from fastusp_backend.engine.patching import PatchedWeights
+from fastusp_backend.engine.room import Room, kept_free, settle
+from fastusp_backend.errors import OutOfRoom
+from fastusp_backend.models.files import model_and_plans, unpacked_plans
+from fastusp_backend.models.ownership import Ownership
+from fastusp_backend.models.synthetic import FLUX_DEV, write_checkpoint
+from fastusp_backend.pool import Progress, Session
+from fastusp_backend.prompt import Prompt
+from fastusp_backend.protocol import Evaluate, Held
+from fastusp_backend.weights.tensor_info import TensorInfo
+
+pytestmark = pytest.mark.unit
+
+CPU, BF16 = torch.device("cpu"), torch.bfloat16
+SMALL = ["fp8_e4m3fn", "fp8_e5m2", "scaled_old", "scaled_metadata_e5m2", "gguf_Q8_0", "gguf_Q4_K"]
+PATCHES = {f"{QKV}.weight": (LORA, LORA), "img_in.weight": ()}
+WIDER = WeightPatch(kind="lora", tensors={"up": "u", "down": "d"}, strength=0.7, reshape=(256, 128))
+WIDE = TENSORS | {"u": randn(256, 2, seed=8), "d": randn(2, 128, seed=9)}
+
+
+@pytest.fixture(scope="module", params=SMALL)
+def path(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small")
+    write_checkpoint(str(folder / "plain"), MINI, seed=1)
+    write(request.param, folder / "plain", folder / "model")
+    return folder / "model"
+
+
+def spec_to(path, *, unpack):
+    types = {"storage": "bfloat16", "compute": "bfloat16", "keep_quantised": True, "unpack": unpack}
+    return msgspec.structs.replace(spec_of(path), **types)
+
+
+def loaded(path, *, unpack):
+    checkpoint = Checkpoint(spec_to(path, unpack=unpack))
+    placement = checkpoint.settle(Room(False, 1 << 40))
+    assert placement.unpacked == unpack and ("unpacked" in str(placement)) == unpack
+    checkpoint.allocate(CPU)
+    checkpoint.read()
+    return checkpoint
+
+
+def assert_same_values(wide: Checkpoint, small: Checkpoint) -> int:
+    """As layers compute with them. Returns how many were unpacked."""
+    count = 0
+    for name, plan in wide.plans.items():
+        stored, as_file = wide.stored(name), small.stored(name)
+        if plan.small is not None:
+            assert stored.scale is None and stored.data.dtype == BF16 and stored.low_rank is None
+            assert as_file.data.dtype != BF16
+            count += 1
+        assert torch.equal(stored.values(BF16), as_file.values(BF16)), name
+    return count
+
+
+def test_what_a_layer_would_unpack_at_each_use(path):
+    wide, small = (loaded(path, unpack=unpack) for unpack in (True, False))
+    assert assert_same_values(wide, small) >= 10
+    for layer in wide.model.modulations():  # used once a prompt
+        name = next(name for name, module in wide.model.named_modules() if module is layer)
+        assert wide.plans[f"{name}.weight"].small is None
+
+
+def test_patches_change_the_files_form(path):
+    """And leave no trace; addresses stay."""
+    wide, small = (loaded(path, unpack=unpack) for unpack in (True, False))
+    before = everything(wide)
+    moved = []
+    of_wide, of_small = PatchedWeights(wide, lambda: moved.append(1)), PatchedWeights(small)
+    for weights in (of_wide, of_small):
+        assert weights.change(PATCHES, TENSORS, base=0, number=1) == (0, 1)
+    assert_same_values(wide, small)
+    name = wide.model.module_key(f"{QKV}.weight")
+    assert not torch.equal(everything(wide)[name][1], before[name][1])
+    for weights in (of_wide, of_small):
+        weights.change({f"{QKV}.weight": (LORA,)}, TENSORS, base=1, number=2)
+    assert_same_values(wide, small)
+    assert of_wide.change({}, {}, base=None, number=0) == (1, 0)
+    after = everything(wide)
+    assert all(after[key][0] == place and torch.equal(after[key][1], data) for key, (place, data) in before.items())
+    assert not moved, "graphs need not be captured again"
+
+
+@pytest.mark.parametrize("path", ["fp8_e4m3fn"], indirect=True)
+def test_a_weight_that_is_widened(path):
+    wide, small = (loaded(path, unpack=unpack) for unpack in (True, False))
+    before = wide.stored("img_in.weight").data.clone()
+    for checkpoint in (wide, small):
+        weights = PatchedWeights(checkpoint)
+        weights.change({"img_in.weight": (WIDER,)}, WIDE, base=0, number=1)
+        assert checkpoint.stored("img_in.weight").data.shape == (256, 128)
+    assert_same_values(wide, small)
+    assert before.shape == (256, 64)
+
+
+def test_an_engine_gives_the_same_bits(path, monkeypatch):
+    given = inputs(MINI, text=3, size=(4, 4))
+    outs = []
+    for unpack in (True, False):
+        monkeypatch.setattr(engine, "measure_room", lambda device: Room(False, 1 << 40))
+        own = Engine(CPU)
+        own.describe(spec_to(path, unpack=unpack))
+        own.make_room()
+        own.load()
+        assert own.unpacked == unpack
+        # What was unpacked is read anew for who forbids it; what was not need not be.
+        assert own.is_resident(spec_to(path, unpack=True)) and own.is_resident(spec_to(path, unpack=False)) != unpack
+        denoiser = own.denoiser(Layout(ulysses=1, ring=1), Settings())
+        prompt = Prompt(given.context.to(BF16), given.y.to(BF16), given.guidance)
+        outs.append(denoiser(given.x.to(BF16), given.timestep, [prompt], lambda: None)[0])
+        own.release()
+        gc.collect()
+    assert torch.equal(*outs)
+
+
+def settled(free, *, ranks=2, config=FLUX_DEV, **spec):
+    tensors = {
+        name: TensorInfo(info.shape, torch.float8_e4m3fn if len(info.shape) == 2 else BF16)
+        for name, info in header(config).items()
+    }
+    types = {"compute": "bfloat16", "storage": "bfloat16", "keep_quantised": True, "unpack": True} | spec
+    wanted = msgspec.structs.replace(SPEC, **types)
+    model, plans = model_and_plans(tensors, wanted)
+    return settle(model, plans, wanted, ranks, Room(True, free)), model, plans, wanted
+
+
+def test_where_it_fits_beside_what_is_kept_free():
+    _, model, plans, spec = settled(None)
+    wide = unpacked_plans(model, plans, spec)
+    size, kept = max(Ownership(model, wide, 2).nbytes), kept_free(FLUX_DEV, wide.values(), 2).usual
+    found, *_ = settled(size + kept)
+    assert found.placement.unpacked and found.placement.device_bytes == size and found.plans == wide
+    assert found.ownership.nbytes == Ownership(model, wide, 2).nbytes
+    for free, more in ((size + kept - 1, {}), (None, {}), (size + kept, {"unpack": False})):
+        found, *_ = settled(free, **more)
+        assert not found.placement.unpacked and not found.placement.slabs and found.plans == plans
+    for weights in ("shared", "host"):  # who asks for these wants room
+        found, *_ = settled(1 << 40, weights=weights)
+        assert not found.placement.unpacked and found.placement.slabs
+    assert settled(1 << 40, weights="whole")[0].placement.unpacked
+    found, *_ = settled(1 << 40, storage="float8_e4m3fn", keep_quantised=True, linear="fp8")
+    assert all(plan.dtype != BF16 or plan.small or not plan.linear for plan in found.plans.values() if plan.by_rows)
+
+
+def test_files_in_16_bits_have_nothing_to_unpack():
+    spec = msgspec.structs.replace(SPEC, compute="bfloat16", keep_quantised=True, unpack=True)
+    model, plans = model_and_plans(header(FLUX_DEV), spec)
+    found = settle(model, plans, spec, 2, Room(True, 1 << 40))
+    assert found.plans == plans and not found.placement.unpacked
+
+
+def session(pool, **settings):  # noqa: F811
+    model = msgspec.structs.replace(SPEC, keep_quantised=True)
+    return Session(pool, model, (Layout(ulysses=1, ring=1),), Settings(**settings))
+
+
+def ask(own):
+    return own.evaluate(X, torch.ones(1), Prompt(randn(1, 2, 4, seed=0), torch.ones(1, 4)), Progress())
+
+
+def held(pool, *, unpacked):  # noqa: F811
+    """The workers say what they have."""
+    spec = session(pool).spec
+    pool._workers._hear(Held(id=1, model=spec, state="resident", nbytes=9, transport="", weights="", unpacked=unpacked))
+
+
+@pytest.mark.parametrize("unpacked", [True, False])
+def test_a_request_that_lacks_room_is_asked_again_without(pool, unpacked):  # noqa: F811
+    own = session(pool)
+    ask(own)
+    held(pool, unpacked=unpacked)
+    script("out_of_memory")
+    if not unpacked:
+        with pytest.raises(OutOfRoom):
+            ask(own)
+        assert not pool.crowded and own.spec.unpack
+        return
+    ask(own)
+    asked = [message.model.unpack for message in rank(pool).sent(Evaluate)]
+    assert asked == [True, True, False] and pool.crowded and not own.spec.unpack
+    held(pool, unpacked=False)
+    script("out_of_memory")
+    with pytest.raises(OutOfRoom):  # once
+        ask(own)
+
+
+def test_weights_that_make_room_for_others_come_back_small(pool):  # noqa: F811
+    own = session(pool)
+    ask(own)
+    held(pool, unpacked=False)
+    own.make_room()
+    assert own.spec.unpack
+    held(pool, unpacked=True)
+    own.evict()
+    assert own.spec.unpack, "as the option residency says"
+    held(pool, unpacked=True)
+    own.make_room()
+    assert not own.spec.unpack
+
+
+def test_what_is_parked_or_asked_for_small_is_not_unpacked(pool):  # noqa: F811
+    assert not session(pool, residency="park").spec.unpack and session(pool, residency="release").spec.unpack
+    own = session(pool)
+    assert not replace(own, model=msgspec.structs.replace(own.model, keep_quantised=False)).spec.unpack
