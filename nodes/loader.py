@@ -62,8 +62,8 @@ class USPLoader(io.ComfyNode):
                     "weight_dtype",
                     options=list(STORAGE),
                     default="default",
-                    tooltip="The type in which weights are stored. default: as in the file, or what ComfyUI was started "
-                    "with (--bf16-unet and the like); fp8 and GGUF are unpacked once where the GPUs have the room.",
+                    tooltip="The type in which weights are stored. default: as in the file, or what ComfyUI was "
+                    "started with (--bf16-unet and the like); fp8 and GGUF are unpacked once where GPUs have the room.",
                 ),
                 io.String.Input(
                     "gpus",

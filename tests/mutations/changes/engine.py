@@ -9,6 +9,27 @@ HOST_MEMORY = "fastusp_backend/engine/host_memory.py"
 
 CHANGES = [
     (
+        "fastusp_backend/engine/room.py",
+        "weights are unpacked into what is to be kept free",
+        "<= room.device_bytes - kept.usual",
+        "<= room.device_bytes",
+        "unit/test_unpacked.py",
+    ),
+    (
+        PATCHING,
+        "patches change what was unpacked, not the file's form",
+        '    if plan.small is not None:\n        return "unpack"\n',
+        "",
+        "unit/test_unpacked.py",
+    ),
+    (
+        "fastusp_backend/engine/engine.py",
+        "unpacked weights stay where they are forbidden",
+        "if self._resident is None or self.unpacked:",
+        "if self._resident is None:",
+        "unit/test_unpacked.py",
+    ),
+    (
         BLOCK_STREAM,
         "a block does not wait for its weights",
         """            self._join()

@@ -12,6 +12,20 @@ WORKERS = "fastusp_backend/pool/workers.py"
 
 CHANGES = [
     (
+        "fastusp_backend/pool/session.py",
+        "weights that made room are unpacked again",
+        "            self.pool.crowded = True\n\n    def evict",
+        "            pass\n\n    def evict",
+        "unit/test_unpacked.py",
+    ),
+    (
+        "fastusp_backend/pool/session.py",
+        "a request that lacks room is asked again in vain",
+        "if workers.held is None or not workers.held.unpacked:",
+        "if workers.held is None:",
+        "unit/test_unpacked.py",
+    ),
+    (
         ACCOUNT,
         "a cancel counts as an error",
         "except Cancelled:\n            raise",

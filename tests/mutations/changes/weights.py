@@ -9,6 +9,13 @@ STORED = "fastusp_backend/weights/stored.py"
 
 CHANGES = [
     (
+        "fastusp_backend/weights/storage_plan.py",
+        "the scales of a piece's rows lie at the first ones",
+        "scale[rows] = piece.scale",
+        "scale[: len(piece.scale)] = piece.scale",
+        "unit/test_storage_plan.py",
+    ),
+    (
         ADAPTERS,
         "alpha does not count in an OFT with dora_scale",
         'scale = (patch.alpha or 0.0) if "dora_scale" in parts else 1.0',
