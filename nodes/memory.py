@@ -90,7 +90,6 @@ class RemoteWeights:
             finally:
                 self._unloading_all = False
             for pool in all_pools():
-                pool.crowded = False
                 if not pool.busy:
                     _logged_failure(pool.release)
             self._patchers.clear()

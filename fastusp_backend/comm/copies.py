@@ -11,6 +11,8 @@ import torch
 from ..pinning import driver
 from .mapped import check
 
+_MAX_PITCH = 2**31 - 1
+"""Bytes, of all GPUs (CU_DEVICE_ATTRIBUTE_MAX_PITCH)."""
 _UNIFIED = 4
 """Memory of the host or of a device, by its address."""
 
@@ -39,12 +41,12 @@ def copy(target: torch.Tensor, source: torch.Tensor) -> None:
     if not (target.is_cuda or source.is_cuda) or target.is_contiguous() and source.is_contiguous():
         target.copy_(source, non_blocking=True)
         return
-    found = rows(target, source)
+    size = target.element_size()
+    found = rows(target, source, most=_MAX_PITCH // size)
     if found is None:
         for pair in zip(target, source, strict=True):
             copy(*pair)
         return
-    size = target.element_size()
     count, width, (target_pitch, source_pitch) = found
     told = _Copy2D(
         source_kind=_UNIFIED,
@@ -60,9 +62,9 @@ def copy(target: torch.Tensor, source: torch.Tensor) -> None:
     check(driver().cuMemcpy2DAsync_v2(ctypes.byref(told), stream), "cuMemcpy2DAsync")
 
 
-def rows(*tensors: torch.Tensor) -> tuple[int, int, tuple[int, ...]] | None:
+def rows(*tensors: torch.Tensor, most: int) -> tuple[int, int, tuple[int, ...]] | None:
     """How tensors of one shape are rows at equal distances: how many, the values of one, and the distance in each
-    tensor, in values. None where they are not."""
+    tensor, in values, `most` at the most. None where they are not."""
     shape = tensors[0].shape
     dims = [dim for dim in range(len(shape)) if shape[dim] > 1]
     width = 1
@@ -70,6 +72,8 @@ def rows(*tensors: torch.Tensor) -> tuple[int, int, tuple[int, ...]] | None:
         width *= shape[dims.pop()]
     count = 1
     pitches = tuple(tensor.stride(dims[-1]) if dims else width for tensor in tensors)
+    if dims and max(pitches) > most:
+        return None
     for dim in reversed(dims):
         if any(tensor.stride(dim) != count * pitch for tensor, pitch in zip(tensors, pitches, strict=True)):
             return None

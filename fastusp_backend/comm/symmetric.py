@@ -86,8 +86,8 @@ class SymmetricArena:
 
     def _make_signals(self) -> None:
         self._signals = self._allocate((self.size, CHANNELS), torch.int32).zero_()
-        handle = symmetric_memory.rendezvous(self._signals, self._group)
-        views = (handle.get_buffer(peer, self._signals.shape, torch.int32) for peer in range(self.size))
+        self._signals_handle = symmetric_memory.rendezvous(self._signals, self._group)
+        views = (self._signals_handle.get_buffer(peer, self._signals.shape, torch.int32) for peer in range(self.size))
         self._pads = torch.tensor([view.data_ptr() for view in views], device=self._device)
         torch.cuda.synchronize(self._device)
         dist.all_reduce(torch.zeros(1), group=self._group)  # before anybody signals, all words are 0

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from ..config import WireChoice
+from ..kernels import signals
 from .arena import Arena, Part, carve
 from .collective import CollectiveRing, CollectiveUlysses, GroupExchange
 from .groups import all_gather_single
@@ -140,7 +141,9 @@ def _closeness(group: dist.ProcessGroup) -> int:
     """Returns 2 where every rank of a group can write to every other's memory, 1 where they share a host, else 0; the
     same on all of them. NCCL_P2P_DISABLE is respected."""
     host = zlib.crc32(socket.gethostname().encode())
-    device, disabled = torch.cuda.current_device(), int(os.environ.get("NCCL_P2P_DISABLE", "0") == "1")
+    # Signals over peers' memory are kernels of Triton's.
+    disabled = int(os.environ.get("NCCL_P2P_DISABLE", "0") == "1" or not signals.AVAILABLE)
+    device = torch.cuda.current_device()
     mine = torch.tensor([host, device, disabled])
     members = mine.new_empty(dist.get_world_size(group), 3)
     all_gather_single(members.view(-1), mine, group=group)

@@ -15,6 +15,8 @@ try:
 except ImportError:  # a CPU build of torch brings no Triton
     triton = None
 
+AVAILABLE = triton is not None
+
 
 def put(pads: torch.Tensor, peers: int, word: int) -> None:
     """Signals on the current stream. pads (P,) int64: the addresses of all ranks' words. word: which one of each."""

@@ -118,7 +118,10 @@ class Session:
         """Gives the bytes of this session's weights on each device now; 0 while they are parked, dropped or not loaded
         yet."""
         held = self.pool.held
-        return held.nbytes if held and held.state == "resident" and held.model == self.spec else 0
+        if held is None or held.state != "resident":
+            return 0
+        own, theirs = (msgspec.structs.replace(spec, unpack=False) for spec in (self.spec, held.model))
+        return held.nbytes if own == theirs else 0
 
     def after_run(self) -> None:
         """Gives large shared memory back, and does with the weights as `residency` says. For the end of a sampling
@@ -135,8 +138,10 @@ class Session:
             self.pool.crowded = True
 
     def evict(self) -> None:
-        """Has the weights leave the devices: parks them where they are to be parked, else drops them."""
-        if self.settings.residency == "park":
+        """Has the weights leave the devices: parks them where they are to be parked, else drops them, as those that
+        another session had unpacked."""
+        held = self.pool.held
+        if self.settings.residency == "park" and not (held and held.unpacked):
             self.pool.park()
         else:
             self.pool.release()
@@ -172,16 +177,21 @@ class Session:
             return request(workers, self._patch(workers, progress))["output"]
 
         def run(workers: Workers) -> torch.Tensor:
-            try:
-                return patched(workers)
-            except PatchesLost:
-                workers.patches.doubt()
-                return patched(workers)
-            except OutOfRoom:
-                if workers.held is None or not workers.held.unpacked:
-                    raise
-                self.pool.crowded = True
-                return patched(workers)
+            sent_anew = False
+            while True:
+                unpack = self.spec.unpack
+                try:
+                    return patched(workers)
+                except PatchesLost:
+                    if sent_anew:
+                        raise
+                    sent_anew = True
+                    workers.patches.doubt()
+                except OutOfRoom:
+                    held = workers.held
+                    if not unpack or held and held.state == "resident" and not held.unpacked:
+                        raise
+                    self.pool.crowded = True
 
         return self.pool.run(run, progress)
 

@@ -19,13 +19,13 @@ from fastusp_backend.engine import Engine, engine
 from fastusp_backend.engine.checkpoint import Checkpoint
 from fastusp_backend.engine.patching import PatchedWeights
 from fastusp_backend.engine.room import Room, kept_free, settle
-from fastusp_backend.errors import OutOfRoom
+from fastusp_backend.errors import OutOfRoom, PatchesLost
 from fastusp_backend.models.files import model_and_plans, unpacked_plans
 from fastusp_backend.models.ownership import Ownership
 from fastusp_backend.models.synthetic import FLUX_DEV, write_checkpoint
 from fastusp_backend.pool import Progress, Session
 from fastusp_backend.prompt import Prompt
-from fastusp_backend.protocol import Evaluate, Held
+from fastusp_backend.protocol import Evaluate, Held, Park, Release
 from fastusp_backend.weights.tensor_info import TensorInfo
 
 pytestmark = pytest.mark.unit
@@ -177,19 +177,21 @@ def ask(own):
     return own.evaluate(X, torch.ones(1), Prompt(randn(1, 2, 4, seed=0), torch.ones(1, 4)), Progress())
 
 
-def held(pool, *, unpacked):  # noqa: F811
+def held(pool, had, own=None):  # noqa: F811
     """The workers say what they have."""
-    spec = session(pool).spec
-    pool._workers._hear(Held(id=1, model=spec, state="resident", nbytes=9, transport="", weights="", unpacked=unpacked))
+    spec, state = (own or session(pool)).spec, "none" if had == "nothing" else "resident"
+    told = Held(id=1, model=spec, state=state, nbytes=9, transport="", weights="", unpacked=had == "unpacked")
+    pool._workers._hear(told)
 
 
-@pytest.mark.parametrize("unpacked", [True, False])
-def test_a_request_that_lacks_room_is_asked_again_without(pool, unpacked):  # noqa: F811
+@pytest.mark.parametrize("had", ["unpacked", "as in the file", "nothing"])
+def test_a_request_that_lacks_room_is_asked_again_without(pool, had):  # noqa: F811
+    """Also where they did not even load."""
     own = session(pool)
     ask(own)
-    held(pool, unpacked=unpacked)
+    held(pool, had)
     script("out_of_memory")
-    if not unpacked:
+    if had == "as in the file":
         with pytest.raises(OutOfRoom):
             ask(own)
         assert not pool.crowded and own.spec.unpack
@@ -197,22 +199,46 @@ def test_a_request_that_lacks_room_is_asked_again_without(pool, unpacked):  # no
     ask(own)
     asked = [message.model.unpack for message in rank(pool).sent(Evaluate)]
     assert asked == [True, True, False] and pool.crowded and not own.spec.unpack
-    held(pool, unpacked=False)
+    held(pool, "as in the file")
     script("out_of_memory")
     with pytest.raises(OutOfRoom):  # once
         ask(own)
 
 
+def test_what_is_lost_on_the_way_is_sent_again_too(pool):  # noqa: F811
+    own = session(pool)
+    ask(own)
+    held(pool, "unpacked")
+    script("unpatched", "out_of_memory", "served")
+    ask(own)
+    held(pool, "unpacked")
+    script("unpatched", "unpatched")
+    with pytest.raises(PatchesLost):
+        ask(own)
+
+
+def test_the_size_is_known_whichever_session_had_them_loaded(pool):  # noqa: F811
+    """Weights that were loaded to be parked stay as the file has them."""
+    parks, keeps = session(pool, residency="park"), session(pool)
+    ask(parks)
+    held(pool, "as in the file", parks)
+    assert parks.resident_bytes() == keeps.resident_bytes() == 9
+    held(pool, "unpacked", keeps)
+    assert parks.resident_bytes() == 9
+    parks.evict()
+    assert rank(pool).sent(Release) and not rank(pool).sent(Park), "the host's memory would have to take all of them"
+
+
 def test_weights_that_make_room_for_others_come_back_small(pool):  # noqa: F811
     own = session(pool)
     ask(own)
-    held(pool, unpacked=False)
+    held(pool, "as in the file")
     own.make_room()
     assert own.spec.unpack
-    held(pool, unpacked=True)
+    held(pool, "unpacked")
     own.evict()
     assert own.spec.unpack, "as the option residency says"
-    held(pool, unpacked=True)
+    held(pool, "unpacked")
     own.make_room()
     assert not own.spec.unpack
 

@@ -21,8 +21,8 @@ CHANGES = [
     (
         "fastusp_backend/pool/session.py",
         "a request that lacks room is asked again in vain",
-        "if workers.held is None or not workers.held.unpacked:",
-        "if workers.held is None:",
+        "if not unpack or held and held.state",
+        "if not unpack or held is None and held.state",
         "unit/test_unpacked.py",
     ),
     (
