@@ -131,7 +131,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     linear: as in Settings: the products that the weights serve decide how they are stored.
     weights: as in Settings.
     unpack: whether weights that stay quantised are unpacked to `compute` once, as they are read, on GPUs where that
-        fits beside what they must keep free.
+        fits beside what they must keep free; not for products in fp8.
     """
 
     path: str

@@ -15,7 +15,7 @@ SettingsType = io.Custom("USP_SETTINGS")
 TOOLTIPS = {
     "wire": "What travels between the ranks. exact: the computed values, no loss. fp8, int8: half the bytes, 8 bits "
     "and a scale per token and head, for slow links (PCIe) and long sequences; int8 is mostly the closer one. auto: "
-    "int8 where the measured link is slow.",
+    "int8 where the measured link is slow (most PCIe cards).",
     "attention": "Attention kernel on each rank. auto: the fastest for the device. cudnn, flash (16-bit) and efficient "
     "run on GPUs, flash also on CPU ranks; math is the slow reference and runs everywhere. flash3: on H100 and H200, "
     "with the package fa3-fwd, which auto uses too where it is faster.",
@@ -24,7 +24,7 @@ TOOLTIPS = {
     "cuda_graphs": "Replay a whole evaluation as one CUDA graph, so that no GPU waits for its CPU. GPUs only.",
     "overlap": "Ranks compute on while their exchanges travel. Off: each exchange is awaited at once.",
     "ring_pipeline": "In a ring, the next keys and values travel while the current ones are attended.",
-    "linear": "The blocks' matrix products. fp8: faster and half the weights' memory, 8 bits with a scale per token "
+    "linear": "The blocks' matrix products. fp8: faster and half of bf16's memory, 8 bits with a scale per token "
     "and per row of the weights; GPUs from Ada on, in bf16. The picture changes a little.",
     "residency": "Where the weights stay after sampling. keep: on the GPUs, until ComfyUI needs the room. park: in "
     "host memory, shared out over the ranks, and back in the time of a copy. release: nowhere; the next run reads the "

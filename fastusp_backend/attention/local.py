@@ -97,6 +97,8 @@ def choose(choice: AttentionChoice, device: torch.device, dtype: torch.dtype) ->
             have = [name for name in have if name != "flash3"]
     if choice == "flash3" and capability == flash3.CAPABILITY and dtype == torch.bfloat16:
         hint = "install the package fa3-fwd with the Python of ComfyUI, or "
+    elif choice == "flash3":
+        hint = "it needs an H100 or H200, in bf16: "
     if choice == "auto":
         if capability is not None and "cudnn" in have and capability >= _MIN_CUDNN_CAPABILITY:
             if "flash3" in have:

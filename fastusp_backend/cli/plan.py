@@ -2,7 +2,6 @@
 not fit, and how long a step takes then."""
 
 import argparse
-import math
 import re
 from dataclasses import dataclass
 
@@ -20,10 +19,12 @@ from ..planner import legal_layouts, plan_batches
 from ..weights.tensor_info import TensorInfo
 from .arguments import add_degrees, add_gpus
 from .inputs import describe
-from .prediction import CARDS, NVLINK, PCIE, SIZE, TEXT, Link, Prediction, known_card
+from .prediction import CARDS, PCIE, SIZE, TEXT, Link, Prediction, known_card
 from .table import Column, fitted
 
-WITH, WITHOUT = "with access to each other's memory (doctor tells)", "without (as GeForce 40 and 50)"
+WITH, WITHOUT = "that reach each other's memory (doctor tells)", "that do not"
+GEFORCE = ("RTX 5090", "RTX 4090")
+"""Cards that never reach each other's memory; an RTX 3090 does over a bridge."""
 CLAIM = """Measured on one and two H100 and H200,
 where they were right to about a fifth; not on other cards, nor on more."""
 
@@ -36,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--free",
         type=_gigabytes,
         metavar="GB",
-        help="as if each GPU had so much free memory, in 10^9 bytes (a 24 GB card has about 25 in all); the GPUs of "
-        "--gpus 0,1 need not exist then",
+        help="as if each GPU had so much free memory, in 10^9 bytes: 17 for a card of 16 GB, 25 for 24, 34 for 32; the "
+        "GPUs of --gpus 0,1 need not exist then",
     )
     parser.add_argument(
         "--card",
@@ -50,17 +51,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _gigabytes(text: str) -> float:
     try:
-        value = float(text)
+        value = float(text.upper().removesuffix("GB"))
     except ValueError:
         value = 0.0
-    if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(f"give a number of GB above 0, as 24: got {text}")
+    if not 0 < value < 2000:  # more are MB
+        raise argparse.ArgumentTypeError(f"give a number of GB, as 25 for a card of 24: got {text}")
     return value
 
 
 def _card(text: str) -> str:
     for name in CARDS:
-        if name.lower().replace(" ", "") == text.lower().replace(" ", ""):
+        if text.lower().replace(" ", "") in (name.lower().replace(" ", ""), name.lower().removeprefix("rtx ")):
             return name
     raise argparse.ArgumentTypeError(f"choose the card that is most like yours, of {', '.join(CARDS)}: got {text!r}")
 
@@ -109,7 +110,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not devices.gpus:
         print(f"weights: {whole:.2f} GB, in pages of the file that the ranks share")
         return 0
-    print(f"weights: {whole:.2f} GB on each GPU if they stay whole")
+    print(f"weights: {whole:.2f} GB on each GPU, as in the file, if they stay whole")
     hint = arguments.linear == "exact" and _has_fp8(devices, card)
     if imagined:
         free, host = int(arguments.free * 1e9), None
@@ -118,7 +119,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         free, card, host = _least_memory(devices), card or _slowest(devices), host_memory.available()
         if free is None:
-            print("NVML reports no size of these GPUs' memory: --free 24 says what fits in 24 GB")
+            print("NVML reports no size of these GPUs' memory: --free 25 says what fits in cards of 24 GB")
             return 0
         if card is None:
             print(f"no times: choose the card that is most like yours with --card, of {', '.join(CARDS)}")
@@ -131,7 +132,7 @@ def _here(text: str) -> Devices:
     try:
         return local_devices(text)
     except DeviceError as error:
-        raise DeviceError(f"{error}; or add --free 24 for GPUs of 24 GB that need not exist") from error
+        raise DeviceError(f"{error}; or add --free 25 for cards of 24 GB that need not exist") from error
 
 
 def _imagine(text: str) -> Devices:
@@ -182,35 +183,40 @@ def fits(
     """
     ranks = layouts[-1].ranks
     made = Prediction(file.header, file.config, layouts, CARDS[card], linear) if card is not None else None
+    fp8 = Prediction(file.header, file.config, layouts, CARDS[card], "fp8") if card is not None and hint else None
     placed: dict[bool, Placement | RequestError] = {}
-    said: dict[bool, list[str]] = {}
-    for peers in (True, False) if ranks > 1 else (False,):
+    told: list[str] = []
+    ways = (False,) if ranks == 1 or card in GEFORCE else (True, False)
+    for peers in ways:
         try:
-            found, kept = file.settle(ranks, linear, free, peers=peers)
-            placed[peers], said[peers] = found, [str(found), *_journeys(found, host)]
-            if found.device_bytes > free - kept:
-                said[peers].append("  little room is left: images above 1024 x 1024 may be refused")
-            if found.slabs and hint:
-                said[peers] += _in_fp8(file, ranks, peers, free, found)
+            placed[peers], kept = file.settle(ranks, linear, free, peers=peers)
         except RequestError as error:
-            placed[peers], said[peers] = error, [str(error)]
+            placed[peers] = error
     if all(isinstance(found, RequestError) for found in placed.values()):
         raise placed[False]
-    if ranks == 1:
-        names = {False: "one GPU"}
-    elif said[True] == said[False]:
-        names = {True: "any GPUs"}
-    else:
-        names = {True: f"GPUs {WITH}", False: f"GPUs {WITHOUT}"}
-    told = [f"of {free / 1e9:.1f} GB of each GPU {kept / 1e9:.1f} GB are kept for all else", ""]
-    for peers, name in names.items():
-        first, *more = said[peers]
-        told += [f"{name}: {first}", *more]
-        if made is not None and isinstance(placed[peers], Placement):
-            told += _times(made, placed[peers], (*NVLINK * peers, *PCIE), ranks)
+    alike = len(ways) == 2 and str(placed[True]) == str(placed[False])
+    for peers in ways[:1] if alike else ways:
+        found = placed[peers]
+        name = "one GPU" if ranks == 1 else f"GPUs {WITH if peers else WITHOUT}"
+        told.append(f"{card if card in GEFORCE and ranks > 1 else 'any GPUs' if alike else name}: {found}")
+        if isinstance(found, RequestError):
+            continue
+        told += _journeys(found, host)
+        if found.device_bytes > free - kept:
+            larger = "set weights = host for" if found.source == "shared" else "nothing is left for"
+            told.append(f"  little room is left: {larger} images above 1024 x 1024")
+        nvlink = CARDS[card].nvlink if card is not None else None
+        links = ((nvlink,) if nvlink and peers else ()) + PCIE
+        if made is not None:
+            told += _times(made, found, links, ranks)
+        if hint:
+            told += _in_fp8(file, ranks, peers, free, found, fp8, links[0])
+        told.append("")
+    if made is not None and not alike and len(ways) == 2 and _better_apart(made, placed[True], placed[False]):
+        told += ["over PCIe the second way is faster: set NCCL_P2P_DISABLE=1 where ComfyUI starts", ""]
     if made is not None:
-        told.append(f"times: predicted for {card}, {SIZE[0]} x {SIZE[1]}, {TEXT} tokens. {CLAIM}")
-    return told
+        told.append(f"times: predicted for {card}, {SIZE[0]} x {SIZE[1]}, {TEXT} tokens, wire = exact. {CLAIM}")
+    return [f"of {free / 1e9:.1f} GB of each GPU {kept / 1e9:.1f} GB are kept for all else", "", *told]
 
 
 def _journeys(found: Placement, host: int | None) -> list[str]:
@@ -225,15 +231,26 @@ def _journeys(found: Placement, host: int | None) -> list[str]:
     return told
 
 
-def _in_fp8(file: File, ranks: int, peers: bool, free: int, exact: Placement) -> list[str]:
-    """What `linear = fp8` would make of a placement, where much less would travel."""
+def _in_fp8(
+    file: File, ranks: int, peers: bool, free: int, exact: Placement, made: Prediction | None, link: Link
+) -> list[str]:
+    """What `linear = fp8` would make of a placement, unless it needs more room. made: which predicts its times."""
     try:
         found, _ = file.settle(ranks, "fp8", free, peers=peers)
     except RequestError:  # packed weights may take less
         return []
-    if found.streamed_bytes > 0.8 * exact.streamed_bytes:
+    if found.streamed_bytes > exact.streamed_bytes:
         return []
-    return [f"  with --linear fp8 (the picture changes a little): {found}"]
+    ms = f", {1000 * made.seconds(found, link):.0f} ms a step ({link})" if made is not None else ""
+    return [f"  with linear = fp8 (the picture changes a little): {found}{ms}"]
+
+
+def _better_apart(made: Prediction, together: Placement | RequestError, apart: Placement | RequestError) -> bool:
+    """Whether GPUs that reach each other over PCIe had better not: what comes from other GPUs takes no less of a link
+    than what comes from the host."""
+    if not isinstance(together, Placement) or not isinstance(apart, Placement):
+        return False
+    return any(made.seconds(apart, link) < 0.95 * made.seconds(together, link) for link in PCIE)
 
 
 def _times(prediction: Prediction, found: Placement, links: tuple[Link, ...], ranks: int) -> list[str]:
@@ -241,5 +258,5 @@ def _times(prediction: Prediction, found: Placement, links: tuple[Link, ...], ra
     rows = [(link, *(1000 * prediction.seconds(found, link, prompts=n) for n in (1, 2))) for link in links]
     if ranks == 1 and not found.slabs:
         rows = [("any", *rows[0][1:])]
-    columns = Column("link"), Column("ms a step", format=".0f"), Column("with cfg", format=".0f")
-    return ["  " + line for line in fitted(columns, [(str(link), *ms) for link, *ms in rows]).splitlines()] + [""]
+    columns = Column("link"), Column("ms a step", format=".0f"), Column("cfg above 1", format=".0f")
+    return ["  " + line for line in fitted(columns, [(str(link), *ms) for link, *ms in rows]).splitlines()]

@@ -31,21 +31,13 @@ class Card:
     tflops: dense, in bf16 with sums in fp32.
     memory: TB/s.
     fp8: whether it has products in fp8.
+    nvlink: how such cards may be joined, beside PCIe; None where they cannot.
     """
 
     tflops: float
     memory: float
     fp8: bool = True
-
-
-CARDS = {
-    "H100": Card(989, 3.35),
-    "H200": Card(989, 4.8),
-    "A100": Card(312, 2.0, fp8=False),
-    "RTX 5090": Card(210, 1.79),
-    "RTX 4090": Card(165, 1.01),
-    "RTX 3090": Card(71, 0.94, fp8=False),
-}
+    nvlink: "Link | None" = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +58,15 @@ class Link:
 
 
 PCIE = (Link("PCIe 5 x16", 50, 50), Link("PCIe 4 x16", 25, 25), Link("PCIe 4 x8", 12.5, 12.5))
-NVLINK = (
-    Link("NVLink of H100, PCIe 5 x16", 360, 50, apart=True),
-    Link("NVLink bridge, PCIe 4 x16", 45, 25, apart=True),
-)
+
+CARDS = {
+    "H100": Card(989, 3.35, nvlink=Link("NVLink, PCIe 5 x16", 360, 50, apart=True)),
+    "H200": Card(989, 4.8, nvlink=Link("NVLink, PCIe 5 x16", 360, 50, apart=True)),
+    "A100": Card(312, 2.0, fp8=False, nvlink=Link("NVLink, PCIe 4 x16", 240, 25, apart=True)),
+    "RTX 5090": Card(210, 1.79),
+    "RTX 4090": Card(165, 1.01),
+    "RTX 3090": Card(71, 0.94, fp8=False, nvlink=Link("NVLink bridge, PCIe 4 x16", 45, 25, apart=True)),
+}
 
 
 def known_card(name: str) -> str | None:

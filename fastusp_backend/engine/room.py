@@ -70,7 +70,8 @@ class Settled(NamedTuple):
 def settle(model: Transformer, plans: dict[str, StoragePlan], spec: ModelSpec, ranks: int, room: Room) -> Settled:
     """Decides where the weights lie, and whether they are unpacked there. plans: their forms if they are not. Raises as
     `placement.place`."""
-    if spec.unpack and spec.weights in ("auto", "whole") and room.device_bytes is not None:
+    allowed = spec.unpack and spec.linear == "exact" and spec.weights in ("auto", "whole")
+    if allowed and room.device_bytes is not None:
         wide = unpacked_plans(model, plans, spec)
         ownership, kept = Ownership(model, wide, ranks), kept_free(model.config, wide.values(), ranks)
         if wide != plans and max(ownership.nbytes) <= room.device_bytes - kept.usual:

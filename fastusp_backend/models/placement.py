@@ -92,7 +92,8 @@ def place(
     peers: whether the devices reach each other's memory.
     available: bytes of each device that the weights may take; None for any number. `shared` and `host` stream every
         block, whatever there is.
-    spare: bytes that they may take more before blocks come from the host, or are refused.
+    spare: bytes that they may take more where all blocks travel, before they come from the host or are refused: that
+        costs larger images, and a step from the host several times as long. Few blocks from there cost little.
 
     Raises RequestError for `shared` weights on devices that do not reach each other, and where even all blocks streamed
     leave more than there is.
@@ -110,8 +111,6 @@ def place(
     sizes = [sum(plans[name].nbytes for name in names) for names in weights]
     sources: tuple[Source, ...] = ("shared", "host") if peers and ranks > 1 else ("host",)
     for source in sources:
-        if source == "host" and max(ownership.nbytes) <= available + spare:
-            return Placement(source=None, slabs=(), blocks=blocks, device_bytes=max(ownership.nbytes))
         leaves = 1 - 1 / ranks if source == "shared" else 1  # a device, of what is streamed, less the slots
         for count in range(1, blocks + 1):
             most = leaves * sum(sizes[number] for number in _spread(count, blocks))
@@ -120,10 +119,13 @@ def place(
             found = _stream(weights, plans, ownership, source, count, peers)
             if found.device_bytes <= available + (spare if count == blocks else 0):
                 return found
+    exact = any(name for names in weights for name in names if plans[name].dtype.itemsize > 1)
+    remedies = ["use linear = fp8 (GPUs from RTX 40 and H100 on)"] * exact + ["a smaller file or weight_dtype"]
+    missing = max(0.1, (found.device_bytes - available - spare) / 1e9)
     raise RequestError(
-        "Free memory of the GPUs (Unload Models, other programs), or use linear = fp8, a smaller file or weight_dtype, "
-        f"or more GPUs: though all blocks travel, the weights take {found.device_bytes / 1e9:.1f} GB of each GPU, "
-        f"{(found.device_bytes - available - spare) / 1e9:.1f} GB more than are left for them"
+        f"Free memory of the GPUs (Unload Models, other programs), or {' or '.join(remedies)}: even with all blocks in "
+        f"host memory the weights take {found.device_bytes / 1e9:.1f} GB of each GPU, {missing:.1f} GB more than are "
+        "left for them"
     )
 
 

@@ -114,6 +114,7 @@ def test_flash_attention_3_is_for_hopper_with_its_package(monkeypatch, capabilit
     with pytest.raises(ValueError, match="'flash3' does not exist") as refused:
         local.choose("flash3", device, dtype)
     assert ("install the package fa3-fwd" in str(refused.value)) == there
+    assert ("it needs an H100 or H200, in bf16: choose 'auto'" in str(refused.value)) != there
     assert "flash3" not in local.choose("auto", device, dtype)[0]
 
 

@@ -13,9 +13,10 @@ from fastusp_backend.engine.room import Room, check_host_room, kept_free
 from fastusp_backend.errors import RequestError
 from fastusp_backend.models.files import model_and_plans, storage_plans
 from fastusp_backend.models.ownership import Ownership
-from fastusp_backend.models.placement import PAGE, stream_count
+from fastusp_backend.models.placement import PAGE, place_file, stream_count
 from fastusp_backend.models.synthetic import FLUX2_DEV, FLUX_DEV, QWEN_IMAGE, TINY_FLUX
 from fastusp_backend.weights import storage_plan
+from fastusp_backend.weights.tensor_info import TensorInfo
 
 pytestmark = [pytest.mark.unit, pytest.mark.any_processor]
 GB = 10**9
@@ -50,12 +51,28 @@ def test_as_few_as_need_be_travel(available, peers, source):
 
 
 @pytest.mark.parametrize(("peers", "ranks"), [(False, 2), (True, 1), (True, 2)])
-def test_room_for_larger_images_is_given_up_before_blocks_come_from_the_host(peers, ranks):
+def test_room_for_larger_images_is_given_up_where_all_blocks_travel_alone(peers, ranks):
+    """A few blocks from the host cost little."""
     whole = placed(FLUX_DEV, ranks, weights="whole").device_bytes
+    shares = peers and ranks > 1
     found = placed(FLUX_DEV, ranks, peers=peers, available=whole - GB, spare=GB)
-    assert bool(found.slabs) == (peers and ranks > 1) and found.source != "host"
-    found = placed(FLUX_DEV, ranks, peers=peers, available=whole - GB - 1, spare=GB)
-    assert found.source == ("shared" if peers and ranks > 1 else "host")
+    assert found.source == ("shared" if shares else "host") and len(found.slabs) < 12
+    for choice in ("shared", "host") if shares else ("host",):
+        least = placed(FLUX_DEV, ranks, peers=peers, weights=choice).device_bytes
+        found = placed(FLUX_DEV, ranks, peers=peers, available=least - GB, spare=GB)
+        assert (found.source, len(found.slabs)) == (choice, 57)
+
+
+def test_a_refusal_names_what_would_help():
+    small = {name: TensorInfo(info.shape, torch.float8_e4m3fn) for name, info in header(FLUX_DEV).items()}
+    for tensors, helps in ((header(FLUX_DEV), True), (small, False)):
+        with pytest.raises(RequestError) as refused:
+            place_file(tensors, spec_with("auto"), 2, available=GB)
+        assert str(refused.value).startswith("Free memory of the GPUs")
+        assert ("use linear = fp8 (GPUs from RTX 40" in str(refused.value)) == helps
+    need = placed(FLUX_DEV, weights="host").device_bytes
+    with pytest.raises(RequestError, match="0.1 GB more than are left"):
+        placed(FLUX_DEV, available=need - 1)
 
 
 def test_host_memory_takes_what_the_gpus_together_cannot():
@@ -115,7 +132,7 @@ def test_host_memory_is_counted_once():
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(RequestError, match="though all blocks travel, the weights take .* GB more than are left"):
+    with pytest.raises(RequestError, match="even with all blocks in host memory .* GB more than are left"):
         placed(FLUX2_DEV, available=3 * GB)
     for ranks, peers in ((1, True), (2, False)):
         with pytest.raises(RequestError, match="Set weights to host or auto"):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastusp_backend.cli.prediction import CARDS, NVLINK, PCIE, Prediction, known_card
+from fastusp_backend.cli.prediction import CARDS, PCIE, Prediction, known_card
 from fastusp_backend.config import FileState, Layout, ModelSpec
 from fastusp_backend.models.cost import step_cost
 from fastusp_backend.models.placement import place_file
@@ -14,7 +14,10 @@ from fastusp_backend.weights.tensor_info import TensorInfo
 pytestmark = [pytest.mark.unit, pytest.mark.any_processor]
 
 
-def predicted(config, ranks, link=NVLINK[0], *, dtype=torch.bfloat16, linear="exact", prompts=1, ring=0, **room):
+NVLINK = CARDS["H100"].nvlink
+
+
+def predicted(config, ranks, link=NVLINK, *, dtype=torch.bfloat16, linear="exact", prompts=1, ring=0, **room):
     with torch.device("meta"):
         model = config.build()
     header = {model.file_key(name): TensorInfo(tuple(p.shape), dtype) for name, p in model.named_parameters()}
@@ -53,7 +56,7 @@ def test_within_a_fifth_of_what_was_measured(config, ranks, given, blocks, measu
 
 def test_two_prompts_side_by_side_or_one_behind_the_other():
     """Beside each other no tokens travel, whatever the link; of three ranks none are left over."""
-    (_, slow), (_, quick) = (predicted(FLUX_DEV, 2, link, prompts=2) for link in (PCIE[-1], NVLINK[0]))
+    (_, slow), (_, quick) = (predicted(FLUX_DEV, 2, link, prompts=2) for link in (PCIE[-1], NVLINK))
     assert slow == quick == pytest.approx(predicted(FLUX_DEV, 1)[1])
     for more in ({"link": PCIE[0]}, {}):
         assert predicted(FLUX_DEV, 3, prompts=2, **more)[1] == pytest.approx(2 * predicted(FLUX_DEV, 3, **more)[1])
@@ -63,7 +66,7 @@ def test_two_prompts_side_by_side_or_one_behind_the_other():
 
 def test_a_slow_bridge_decides():
     room = {"available": 21_000_000_000}
-    found, ms = predicted(QWEN_IMAGE, 2, NVLINK[1], **room)
+    found, ms = predicted(QWEN_IMAGE, 2, CARDS["RTX 3090"].nvlink, **room)
     assert found.source == "shared" and ms > found.streamed_bytes / 45e6 > 2 * predicted(QWEN_IMAGE, 2, **room)[1]
 
 
