@@ -1,4 +1,4 @@
-"""FlashAttention-3 (arXiv 2407.08608), a kernel for Hopper, from the package `fa3-fwd` or its project's own build."""
+"""FlashAttention-3 (arXiv 2407.08608), a kernel for Hopper, from the package `fa3-fwd`."""
 
 import functools
 import importlib.util
@@ -10,7 +10,7 @@ import torch
 log = logging.getLogger(__name__)
 
 CAPABILITY = (9, 0)
-_MODULES = ("fa3_fwd_interface", "flash_attn_interface")
+_MODULE = "fa3_fwd_interface"
 _QUERIES, _ROUNDS = 128, 3
 """Queries of one tile, and how often tiles must fill the GPU for this kernel to lead cuDNN's: on an H100 12 heads x
 4608 tokens (3.3 times) took 220 us for 235, 6 heads 131 for 124, 6 x 16896 (6 times) 1249 for 1348."""
@@ -18,12 +18,11 @@ _QUERIES, _ROUNDS = 128, 3
 
 @functools.cache
 def _function() -> Callable | None:
-    """The package's function, None where no package is installed. Raises ImportError where one does not load, as one
-    that was built for another torch."""
-    for name in _MODULES:
-        if importlib.util.find_spec(name) is not None:
-            return importlib.import_module(name).flash_attn_func
-    return None
+    """The package's function, None where it is not installed. Raises ImportError where it does not load, as one that
+    was built for another torch."""
+    if importlib.util.find_spec(_MODULE) is None:
+        return None
+    return importlib.import_module(_MODULE).flash_attn_func
 
 
 @functools.cache

@@ -96,7 +96,7 @@ def choose(choice: AttentionChoice, device: torch.device, dtype: torch.dtype) ->
         if capability != flash3.CAPABILITY or not flash3.installed():
             have = [name for name in have if name != "flash3"]
     if choice == "flash3" and capability == flash3.CAPABILITY and dtype == torch.bfloat16:
-        hint = "install the package fa3-fwd with the Python of ComfyUI, or "
+        hint = "install the package fa3-fwd, for this torch, with the Python of ComfyUI, or "
     elif choice == "flash3":
         hint = "it needs an H100 or H200, in bf16: "
     if choice == "auto":

@@ -23,8 +23,6 @@ from .prediction import CARDS, PCIE, SIZE, TEXT, Link, Prediction, known_card
 from .table import Column, fitted
 
 WITH, WITHOUT = "that reach each other's memory (doctor tells)", "that do not"
-GEFORCE = ("RTX 5090", "RTX 4090")
-"""Cards that never reach each other's memory; an RTX 3090 does over a bridge."""
 CLAIM = """Measured on one and two H100 and H200,
 where they were right to about a fifth; not on other cards, nor on more."""
 
@@ -186,7 +184,9 @@ def fits(
     fp8 = Prediction(file.header, file.config, layouts, CARDS[card], "fp8") if card is not None and hint else None
     placed: dict[bool, Placement | RequestError] = {}
     told: list[str] = []
-    ways = (False,) if ranks == 1 or card in GEFORCE else (True, False)
+    nvlink = CARDS[card].nvlink if card is not None else None
+    apart = ranks == 1 or card is not None and nvlink is None
+    ways = (False,) if apart else (True, False)
     for peers in ways:
         try:
             placed[peers], kept = file.settle(ranks, linear, free, peers=peers)
@@ -194,25 +194,26 @@ def fits(
             placed[peers] = error
     if all(isinstance(found, RequestError) for found in placed.values()):
         raise placed[False]
-    alike = len(ways) == 2 and str(placed[True]) == str(placed[False])
+    alike = not apart and str(placed[True]) == str(placed[False])
     for peers in ways[:1] if alike else ways:
         found = placed[peers]
-        name = "one GPU" if ranks == 1 else f"GPUs {WITH if peers else WITHOUT}"
-        told.append(f"{card if card in GEFORCE and ranks > 1 else 'any GPUs' if alike else name}: {found}")
+        name = "any GPUs" if alike else f"GPUs {WITH if peers else WITHOUT}"
+        if apart:
+            name = "one GPU" if ranks == 1 else card
+        told.append(f"{name}: {found}")
         if isinstance(found, RequestError):
             continue
         told += _journeys(found, host)
         if found.device_bytes > free - kept:
             larger = "set weights = host for" if found.source == "shared" else "nothing is left for"
             told.append(f"  little room is left: {larger} images above 1024 x 1024")
-        nvlink = CARDS[card].nvlink if card is not None else None
         links = ((nvlink,) if nvlink and peers else ()) + PCIE
         if made is not None:
             told += _times(made, found, links, ranks)
         if hint:
             told += _in_fp8(file, ranks, peers, free, found, fp8, links[0])
         told.append("")
-    if made is not None and not alike and len(ways) == 2 and _better_apart(made, placed[True], placed[False]):
+    if made is not None and not apart and _better_apart(made, placed[True], placed[False]):
         told += ["over PCIe the second way is faster: set NCCL_P2P_DISABLE=1 where ComfyUI starts", ""]
     if made is not None:
         told.append(f"times: predicted for {card}, {SIZE[0]} x {SIZE[1]}, {TEXT} tokens, wire = exact. {CLAIM}")

@@ -25,22 +25,6 @@ SHARING = 0.05
 
 
 @dataclass(frozen=True, slots=True)
-class Card:
-    """By its data sheet.
-
-    tflops: dense, in bf16 with sums in fp32.
-    memory: TB/s.
-    fp8: whether it has products in fp8.
-    nvlink: how such cards may be joined, beside PCIe; None where they cannot.
-    """
-
-    tflops: float
-    memory: float
-    fp8: bool = True
-    nvlink: "Link | None" = None
-
-
-@dataclass(frozen=True, slots=True)
 class Link:
     """GB/s that a GPU receives beside computing: from the others (peers), and from the host's memory. 50 of PCIe 5
     and 360 of NVLink were measured, which is 0.8 of the data sheet; the others are so much of theirs.
@@ -55,6 +39,22 @@ class Link:
 
     def __str__(self) -> str:
         return self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """By its data sheet.
+
+    tflops: dense, in bf16 with sums in fp32.
+    memory: TB/s.
+    fp8: whether it has products in fp8.
+    nvlink: how such cards may be joined, beside PCIe; None where they cannot, and do not reach each other's memory.
+    """
+
+    tflops: float
+    memory: float
+    fp8: bool = True
+    nvlink: Link | None = None
 
 
 PCIE = (Link("PCIe 5 x16", 50, 50), Link("PCIe 4 x16", 25, 25), Link("PCIe 4 x8", 12.5, 12.5))

@@ -7,10 +7,10 @@ this file's; an arena (arena.py) brings the memory, the signals and the stream.
 
 A buffer is written again only when its readers are known to be done. Messages of Ulysses alternate between q/k/v and
 attended tokens, and a rank sends the next of one kind only after it has received the other kind from every peer, which
-they sent after they had read the last one: one slot of each kind is enough, and one word for its signal, over any
-number of graph replays. A
-ring's block is read by its peers while they attend; they say when they are done, and only then are attended tokens
-given back. The final gather has an arena of its own: a peer's next one comes after a whole step of other messages.
+they sent after they had read the last one: one slot of each kind is enough, and one word for each signal of a layer,
+over any number of graph replays. A ring's block is read by its peers while they attend; they say when they are done,
+and only then are attended tokens given back. The final gather has an arena of its own: a peer's next one comes after a
+whole step of other messages.
 """
 
 from collections.abc import Callable, Iterator
@@ -53,13 +53,12 @@ class PeerUlysses:
         outgoing = (3, len(members), batch, shards.local, *wire.row)
         self.outgoing = torch.empty(outgoing, dtype=wire.carrier, device=device)
         self._targets = [(self.position + i) % len(members) for i in range(1, len(members))]
+        self._peers = [members[target] for target in self._targets]
         self._in_flight: list[slice] = []
         self._messages = 0  # of this layer, awaited or not: a channel is used again when all have heard it
         self._attended: torch.Tensor | None = None
         self._wait_for_text: Callable[[], None] | None = None
         self._unpacked: torch.Tensor | None = None
-
-        self._peers = [members[target] for target in self._targets]
 
     def _arrival(self, source: int, which: slice, *, text: bool, image: bool) -> list[tuple[Part, tuple]]:
         """Returns (where a source's rows of the tensors `which` lie at their destination, where they lie in its

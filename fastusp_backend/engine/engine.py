@@ -124,7 +124,7 @@ class Engine:
         self.release()
         room = measure_room(self.device)
         placement = described.settle(room)
-        check_host_room(placement, room)
+        check_host_room(placement, described.plans, room)
         if placement.slabs:
             described.stream_blocks(placement, make_store(placement, self.device), self.device)
         described.allocate(self.device, self._reading_group())

@@ -17,7 +17,7 @@ from ..errors import RequestError
 from ..models.family import FamilyConfig, Transformer
 from ..models.files import unpacked_plans
 from ..models.ownership import Ownership
-from ..models.placement import Placement, place
+from ..models.placement import Placement, place, smaller_weights
 from ..weights.storage_plan import StoragePlan
 from .denoiser import WORKING_SET
 from .host_memory import available
@@ -39,7 +39,7 @@ class Kept(NamedTuple):
     """Bytes of each GPU that weights leave for all else.
 
     usual: for larger images.
-    least: what they leave where not all blocks could be placed otherwise.
+    least: what they leave where all blocks travel, before those come from the host, or are refused.
     """
 
     usual: int
@@ -122,11 +122,11 @@ def _free(device: torch.device) -> int:
     return min(free, int(share * total) - torch.cuda.memory_reserved(device))
 
 
-def check_host_room(placement: Placement, room: Room) -> None:
+def check_host_room(placement: Placement, plans: dict[str, StoragePlan], room: Room) -> None:
     """Raises RequestError where the host's memory does not take what is to lie there."""
     if room.host_bytes is not None and placement.host_bytes > room.host_bytes:
         raise RequestError(
-            "Free host memory, or use linear = fp8, a smaller file or weight_dtype: the blocks that come from there "
+            f"Free host memory, or {smaller_weights(placement, plans)}: the blocks that come from there "
             f"take {placement.host_bytes / 1e9:.1f} GB of it, {room.host_bytes / 1e9:.1f} GB are available"
         )
 

@@ -119,14 +119,18 @@ def place(
             found = _stream(weights, plans, ownership, source, count, peers)
             if found.device_bytes <= available + (spare if count == blocks else 0):
                 return found
-    exact = any(name for names in weights for name in names if plans[name].dtype.itemsize > 1)
-    remedies = ["use linear = fp8 (GPUs from RTX 40 and H100 on)"] * exact + ["a smaller file or weight_dtype"]
     missing = max(0.1, (found.device_bytes - available - spare) / 1e9)
     raise RequestError(
-        f"Free memory of the GPUs (Unload Models, other programs), or {' or '.join(remedies)}: even with all blocks in "
-        f"host memory the weights take {found.device_bytes / 1e9:.1f} GB of each GPU, {missing:.1f} GB more than are "
-        "left for them"
+        f"Free memory of the GPUs (Unload Models, other programs), or {smaller_weights(found, plans)}: even with all "
+        f"blocks in host memory the weights take {found.device_bytes / 1e9:.1f} GB of each GPU, {missing:.1f} GB more "
+        "than are left for them"
     )
+
+
+def smaller_weights(placement: Placement, plans: dict[str, StoragePlan]) -> str:
+    """What makes the weights smaller of blocks that travel, for a refusal."""
+    wide = any(plans[name].dtype.itemsize > 1 for slab in placement.slabs for name in slab.offsets)
+    return "use " + "linear = fp8 (GPUs from RTX 40 and H100 on) or " * wide + "a smaller file or weight_dtype"
 
 
 def place_file(

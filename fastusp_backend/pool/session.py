@@ -177,7 +177,7 @@ class Session:
             return request(workers, self._patch(workers, progress))["output"]
 
         def run(workers: Workers) -> torch.Tensor:
-            sent_anew = False
+            sent_anew = gave_way = False
             while True:
                 unpack = self.spec.unpack
                 try:
@@ -190,8 +190,10 @@ class Session:
                 except OutOfRoom:
                     held = workers.held
                     if not unpack or held and held.state == "resident" and not held.unpacked:
+                        if gave_way:
+                            self.pool.crowded = False  # it helped nothing
                         raise
-                    self.pool.crowded = True
+                    self.pool.crowded = gave_way = True
 
         return self.pool.run(run, progress)
 

@@ -13,7 +13,7 @@ from fastusp_backend.engine.room import Room, check_host_room, kept_free
 from fastusp_backend.errors import RequestError
 from fastusp_backend.models.files import model_and_plans, storage_plans
 from fastusp_backend.models.ownership import Ownership
-from fastusp_backend.models.placement import PAGE, place_file, stream_count
+from fastusp_backend.models.placement import PAGE, place, place_file, stream_count
 from fastusp_backend.models.synthetic import FLUX2_DEV, FLUX_DEV, QWEN_IMAGE, TINY_FLUX
 from fastusp_backend.weights import storage_plan
 from fastusp_backend.weights.tensor_info import TensorInfo
@@ -165,11 +165,15 @@ def test_what_a_gpu_keeps_for_all_else():
     assert all(found.least < found.usual for found in kept.values())
 
 
-def test_host_memory_that_does_not_suffice():
-    found = placed(FLUX_DEV, weights="host")
-    with pytest.raises(RequestError, match=r"^Free host memory, or .* take 17.\d GB of it, 16.0 GB are available"):
-        check_host_room(found, Room(False, None, 16 * GB))
-    check_host_room(found, Room(False, None))
+@pytest.mark.parametrize(("linear", "helps"), [("exact", True), ("fp8", False)])
+def test_host_memory_that_does_not_suffice(linear, helps):
+    spec = msgspec.structs.replace(spec_with("host"), linear=linear)
+    model, plans = model_and_plans(header(FLUX_DEV), spec)
+    found = place(model, plans, Ownership(model, plans, 2), "host", peers=True)
+    with pytest.raises(RequestError, match=r"^Free host memory, or use .* take \d+.\d GB of it, 8.0 GB are") as refused:
+        check_host_room(found, plans, Room(False, None, 8 * GB))
+    assert ("linear = fp8" in str(refused.value)) == helps
+    check_host_room(found, plans, Room(False, None))
 
 
 def test_guided_models_leave_room_for_a_prompt_on_half_of_the_ranks():

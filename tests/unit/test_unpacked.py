@@ -204,6 +204,16 @@ def test_a_request_that_lacks_room_is_asked_again_without(pool, had):  # noqa: F
         ask(own)
 
 
+def test_room_that_the_files_form_lacks_too_says_nothing_of_unpacking(pool):  # noqa: F811
+    own = session(pool)
+    ask(own)
+    held(pool, "nothing")
+    script("out_of_memory", "out_of_memory")
+    with pytest.raises(OutOfRoom):
+        ask(own)
+    assert not pool.crowded and own.spec.unpack
+
+
 def test_what_is_lost_on_the_way_is_sent_again_too(pool):  # noqa: F811
     own = session(pool)
     ask(own)
