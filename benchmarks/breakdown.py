@@ -16,7 +16,18 @@ EVALUATIONS = 3
 TOP = 16
 
 KINDS = {
-    "exchange": ("nccl", "signal", "memcpy", "gloo", "c10d", "all_to_all", "all_gather", "barrier"),
+    "exchange": (
+        "nccl",
+        "signal",
+        "memcpy",
+        "gloo",
+        "c10d",
+        "all_to_all",
+        "all_gather",
+        "barrier",
+        "_put_kernel",
+        "_wait_kernel",
+    ),
     "attention": ("fmha", "flash", "sdpa", "attention", "softmax"),
     "gemm": ("gemm", "gemv", "nvjet", "xmma", "cutlass", "cublas", "splitk", "linear", "matmul", "aten::addmm"),
 }

@@ -3,7 +3,7 @@ and a step take, and are the latents those of GPUs that are free?
 
     python benchmarks/capped.py --folder /tmp/models --model flux2 --gpus 0,1 --free all,40 --storage bfloat16
 
-Writes the file (random bf16) where it is missing. Runs what the nodes run: a pool, which chooses by itself where
+Writes the file (random weights) where it is missing. Runs what the nodes run: a pool, which chooses by itself where
 weights lie unless --weights says it. NCCL_P2P_DISABLE=1 for GPUs without peer access.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 import paths  # noqa: F401
 import torch
 from common import CONFIGS, MODELS
-from files import write_model
+from files import FORMATS, write_as
 
 from fastusp_backend import nvml
 from fastusp_backend.cli.inputs import random_inputs
@@ -42,8 +42,8 @@ sys.stdin.read()
 """
 
 
-def write(path: Path, model: str) -> None:
-    write_model(path, CONFIGS[model, False], torch.device("cuda", 0))
+def write(path: Path, model: str, stored: str) -> None:
+    write_as(path, CONFIGS[model, False], torch.device("cuda", 0), stored)
 
 
 @contextlib.contextmanager
@@ -73,20 +73,27 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="flux")
     parser.add_argument("--gpus", default="0,1")
     parser.add_argument("--free", default="all,24", help="GB of each GPU, a row each")
-    parser.add_argument("--storage", choices=["bfloat16", "float8_e4m3fn"], default="bfloat16")
+    parser.add_argument("--file", choices=FORMATS, default="bfloat16", help="how it stores the blocks' weights")
+    parser.add_argument(
+        "--storage",
+        choices=["bfloat16", "float8_e4m3fn"],
+        help="weight_dtype; default: the node's, unpacked where it fits",
+    )
     parser.add_argument("--weights", default="auto")
     parser.add_argument("--linear", choices=("exact", "fp8"), default="exact")
     parser.add_argument("--steps", type=int, default=10)
     a = parser.parse_args()
-    path = a.folder / f"{a.model}-random.safetensors"
+    path = a.folder / f"{a.model}-{a.file}.{'gguf' if a.file.startswith('Q') else 'safetensors'}"
     if not path.exists():
         a.folder.mkdir(parents=True, exist_ok=True)
-        writer = multiprocessing.get_context("spawn").Process(target=write, args=(path, a.model))
+        writer = multiprocessing.get_context("spawn").Process(target=write, args=(path, a.model, a.file))
         writer.start()
         writer.join()
     gpus = tuple(map(int, a.gpus.split(",")))
     config, settings = CONFIGS[a.model, False], Settings(weights=a.weights, linear=a.linear)
-    spec = ModelSpec.of_file(str(path), storage=a.storage, compute="bfloat16")
+    spec = ModelSpec.of_file(
+        str(path), storage=a.storage or "bfloat16", compute="bfloat16", keep_quantised=a.storage is None
+    )
     x, prompt = random_inputs(config, (1024, 1024), 512)
     expected = None
     for free in a.free.split(","):
@@ -115,7 +122,8 @@ def main() -> None:
             after = left(gpus)
             used = max(b - a for b, a in zip(before, after, strict=True))
             print(
-                f"{free} GB free, {a.storage}, linear {a.linear}: {pool.held.weights}; loaded in {loading:.1f} s, "
+                f"{free} GB free, {a.file} file, {a.storage or 'as stored'}, linear {a.linear}: {pool.held.weights}; "
+                f"loaded in {loading:.1f} s, "
                 f"{median:.1f} ms a step, {used:.1f} GB used of each GPU, {min(after):.1f} left, "
                 f"{pool.held.transport}, same latents {torch.equal(out, expected)}",
                 flush=True,

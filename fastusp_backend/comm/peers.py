@@ -77,9 +77,9 @@ class PeerUlysses:
         self._in_flight.append(which)
         mine = self._arrival(self.position, which, text=text, image=image)
         with self._arena.side_stream():
-            for target in self._targets:
-                for part, rows in mine:
-                    copy(part.of(self._members[target]), self.outgoing[(which, target, *rows)])
+            for part, rows in mine:
+                sources = {self._members[to]: self.outgoing[(which, to, *rows)] for to in self._targets}
+                self._arena.write(part, sources)
             self._arena.put_signals(self._peers, channel)
         for source in self._targets:
             parts = [part for part, _ in self._arrival(source, which, text=text, image=image)]
@@ -108,15 +108,17 @@ class PeerUlysses:
 
     def _return(self, rows_of: torch.Tensor, channel: int, **streams: bool) -> None:
         with self._arena.side_stream():
-            for target in self._targets:
-                for rows, region in self._shards.regions(target, **streams):
-                    for b in range(self._batch):
-                        copy(self._place_of(self.position, b, rows).of(self._members[target]), rows_of[b, region])
+            regions = [self._shards.regions(to, **streams) for to in range(len(self._members))]
+            for stream, (rows, _) in enumerate(regions[self.position]):
+                for b in range(self._batch):
+                    part = self._place_of(self.position, b, rows)
+                    sources = {self._members[to]: rows_of[b, regions[to][stream][1]] for to in self._targets}
+                    self._arena.write(part, sources)
             self._arena.put_signals(self._peers, channel)
             if not self._wire.packed:
-                for rows, region in self._shards.regions(self.position, **streams):
+                for rows, own in regions[self.position]:
                     for b in range(self._batch):
-                        copy(self._place_of(self.position, b, rows).own, rows_of[b, region])
+                        copy(self._place_of(self.position, b, rows).own, rows_of[b, own])
         for source in self._targets:
             local = self._shards.regions(self.position, **streams)
             parts = [self._place_of(source, b, rows) for rows, _ in local for b in range(self._batch)]

@@ -11,7 +11,7 @@ to be woken for each message of each layer.
 
 import ctypes
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -51,7 +51,7 @@ class StagedArena:
         self._buffer = allocate_together(
             lambda: torch.empty(capacity, dtype=torch.uint8, device=self._device), self._group
         )
-        unpin_all(self._pinned, keep=self.size)  # the signals'
+        unpin_all(self._pinned, keep=len(self._signals))
         self._mirrors = self._map(capacity)
         self._capacity = capacity
         self.generation += 1
@@ -64,6 +64,10 @@ class StagedArena:
 
     def side_stream(self):
         return self._on(self._sending)
+
+    def write(self, part: Part, sources: Mapping[int, torch.Tensor]) -> None:
+        for position, source in sources.items():
+            copy(part.of(position), source)
 
     def put_signals(self, peers: Iterable[int], channel: int) -> None:
         for peer in peers:

@@ -6,14 +6,16 @@ signal to one peer at a time, and a step of 8 ranks would take some thousands of
 take longer than kernels in a graph: 8.0 us from rank to rank for 6.6, on H100s.)
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 
 from ..kernels import signals
+from ..kernels.push import push
 from .arena import CHANNELS, Part
+from .copies import copy, rows
 from .groups import allocate_together
 
 
@@ -39,6 +41,8 @@ class SymmetricArena:
         self._handle = symmetric_memory.rendezvous(self._buffer, self._group)
         self._capacity = capacity
         self.generation += 1
+        views = [self.view(position, (1,), torch.int32, 0) for position in range(self.size)]
+        self._bases = torch.tensor([view.data_ptr() for view in views], device=self._device)
 
     def view(self, position: int, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> torch.Tensor:
         return self._handle.get_buffer(position, shape, dtype, storage_offset=offset // dtype.itemsize)
@@ -49,6 +53,53 @@ class SymmetricArena:
     def side_stream(self):
         self._stream.wait_stream(torch.cuda.current_stream())
         return torch.cuda.stream(self._stream)
+
+    how = ("copies", 1)
+
+    def write(self, part: Part, sources: Mapping[int, torch.Tensor]) -> None:
+        how, count = self.how
+        if how == "copies":
+            for position, source in sources.items():
+                copy(part.of(position), source)
+        elif how == "lanes":
+            if not hasattr(self, "_lanes"):
+                self._lanes = [torch.cuda.Stream(self._device, priority=-1) for _ in range(count)]
+            current = torch.cuda.current_stream()
+            for i, lane in enumerate(self._lanes):
+                lane.wait_stream(current)
+                with torch.cuda.stream(lane):
+                    for position, source in list(sources.items())[i::count]:
+                        copy(part.of(position), source)
+            for lane in self._lanes:
+                current.wait_stream(lane)
+        else:
+            self._push(part, sources, count)
+
+    def _push(self, part: Part, sources: Mapping[int, torch.Tensor], programs: int) -> None:
+        """By one kernel. Distances are those of matrices of 32-bit words."""
+        positions = sorted(sources)
+        first, target = sources[positions[0]], part.of(positions[0])
+        count, width, pitches = rows(target, first, most=2**62)
+        size = first.element_size()
+        assert all(length * size % 4 == 0 for length in (width, *pitches))
+        words = [length * size // 4 for length in (width, *pitches)]
+        step = 0
+        if len(positions) > 1:
+            step = (sources[positions[1]].data_ptr() - first.data_ptr()) // (positions[1] - positions[0]) // 4
+        offset = (target.data_ptr() - part.region.arena.view(positions[0], (1,), torch.int32, 0).data_ptr()) // 4
+        inside = positions[0] < self.position < positions[-1]
+        push(
+            first,
+            step,
+            self._bases,
+            positions[0],
+            self.position if inside else -1,
+            len(positions),
+            offset,
+            (count, words[0]),
+            (words[1], words[2]),
+            programs,
+        )
 
     def put_signals(self, peers: Iterable[int], channel: int) -> None:
         signals.put(self._pads, _mask(peers), self.position * CHANNELS + channel)

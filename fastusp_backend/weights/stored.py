@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..kernels.eight_bits import quantise
+from ..kernels.widen import widen
 from .gguf_blocks import bytes_of, unpack
 from .tensor_info import FP8, TensorInfo
 
@@ -47,11 +48,11 @@ class Stored:
                 return values if columns is None else values[:, columns]
             low_rank = low_rank and (low_rank[0], low_rank[1][:, columns])
             return unpack(data[:, within], self.packing, dtype, low_rank)
-        # What is scaled below is a copy, whatever the stored type.
-        values = (data if columns is None else data[:, columns]).to(dtype, copy=self.scale is not None)
-        if self.scale is None:
-            return values
-        return values.mul_((self.scale[rows] if self.scale.dim() else self.scale).to(dtype))
+        data = data if columns is None else data[:, columns]
+        scale = self.scale[rows] if self.scale is not None and self.scale.dim() else self.scale
+        if data.dtype in FP8:
+            return widen(data, scale, dtype)
+        return data.to(dtype) if scale is None else data.to(dtype, copy=True).mul_(scale.to(dtype))
 
     def by_rows(self) -> "Stored":
         """Returns this matrix in e4m3 with a scale for each row, for products in fp8; e4m3 values stay as they are."""

@@ -1,10 +1,10 @@
-"""The Triton kernels of the fp8 wire, the ring's merge and packed weights against their plain torch references."""
+"""The Triton kernels of the fp8 wire, the ring's merge, fp8 and packed weights against their plain torch references."""
 
 import pytest
 import torch
 from formats import HALVES, random_blocks
 
-from fastusp_backend.kernels import eight_bits, merge
+from fastusp_backend.kernels import eight_bits, merge, widen
 from fastusp_backend.kernels import gguf_blocks as kernel
 from fastusp_backend.weights import gguf_blocks
 
@@ -105,3 +105,19 @@ def test_blocks_are_unpacked_as_the_reference_does(name, dtype):
         if columns == 512:
             kernel.unpack(data.cuda()[:, within], name, values, size, out, added)
             assert torch.equal(out, (want + added.float()).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [None, "all", "rows"])
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_fp8_weights_are_widened_as_the_reference_does(stored, scale, dtype):
+    every = torch.arange(256, dtype=torch.uint8, device="cuda").repeat(7, 12).view(stored)
+    scales = {None: None, "all": torch.tensor(0.0137), "rows": torch.linspace(1e-5, 3, 7)[:, None]}
+    factor = None if scale is None else scales[scale].cuda()
+    for data in (every, every[:, 256:-40], every[:, :1]):
+        kernel, reference = (how(data, factor, dtype) for how in (widen.widen, widen.widen_reference))
+        assert kernel.dtype == dtype and torch.equal(kernel.isnan(), reference.isnan())
+        bits = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+        numbers = ~reference.isnan()  # of which NaN it is the kinds of GPUs differ
+        assert torch.equal(kernel.view(bits)[numbers], reference.view(bits)[numbers])
+    assert widen.widen(every[0], None if scale == "rows" else factor, dtype).shape == every[0].shape

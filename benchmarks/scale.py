@@ -1,0 +1,155 @@
+"""What one rank of 4, 8 or 16 GPUs does in a step, on two: its tokens, heads, messages, copies and signals are those of
+one rank of so many, and the second GPU stands for all others.
+
+    torchrun --nproc_per_node=2 benchmarks/scale.py --model flux --gpus 1,2,4,8,16
+
+Both GPUs run the first rank's share. What a rank sends to each of its P - 1 peers goes to the other GPU, and so much
+comes from there, at the same time and over the same link: as where all GPUs reach each other at full speed (NVSwitch),
+or each has its own link to the host (NCCL_P2P_DISABLE=1). What is computed of it is no picture. With two the step is a
+real one, and both ways of taking it must agree.
+"""
+
+import argparse
+import functools
+import os
+import time
+
+import paths  # noqa: F401
+import torch
+import torch.distributed as dist
+import torch.distributed._symmetric_memory as symmetric_memory
+from breakdown import breakdown
+from common import CONFIGS, MODELS, Case, measure, random_inputs, random_model
+from ours import evaluation
+from variants import VARIANTS
+
+from fastusp_backend.cli.table import Column, fitted
+from fastusp_backend.comm.arena import CHANNELS
+from fastusp_backend.comm.mapped import unpin_all
+from fastusp_backend.comm.mesh import Mesh, make_mesh, single_rank_mesh
+from fastusp_backend.comm.staged import StagedArena, _device_address, _typed
+from fastusp_backend.comm.symmetric import SymmetricArena
+from fastusp_backend.comm.transport import Transport, reach_each_other
+from fastusp_backend.config import Layout
+from fastusp_backend.planner import plan
+
+
+class PlayedSymmetric(SymmetricArena):
+    """The first of `size` ranks; the other GPU stands for all its peers."""
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, *, size: int):
+        super().__init__(group, device)
+        self._me = dist.get_rank(group)
+        self.position, self.size = 0, size
+
+    def view(self, position, shape, dtype, offset):
+        real = self._me if position == 0 else 1 - self._me
+        return self._handle.get_buffer(real, shape, dtype, storage_offset=offset // dtype.itemsize)
+
+    def _make_signals(self) -> None:
+        self._signals = self._allocate((self.size, CHANNELS), torch.int32).zero_()
+        self._signals_handle = symmetric_memory.rendezvous(self._signals, self._group)
+        there = self._signals_handle.get_buffer(1 - self._me, self._signals.shape, torch.int32).data_ptr()
+        # What is meant for peer p comes to the other GPU as if p had sent it.
+        self._pads = torch.tensor([there + 4 * CHANNELS * p for p in range(self.size)], device=self._device)
+        torch.cuda.synchronize(self._device)
+        dist.all_reduce(torch.zeros(1), group=self._group)
+
+
+class PlayedStaged(StagedArena):
+    """The same by way of the host's memory."""
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, *, size: int):
+        super().__init__(group, device)
+        self._me = dist.get_rank(group)
+        self.position, self.size = 0, size
+        unpin_all(self._pinned)
+        self._signals = self._map(4 * CHANNELS * size)
+        self._slots = [_device_address(signals) for signals in self._signals]
+
+    def view(self, position, shape, dtype, offset):
+        return _typed(self._mirrors[self._me if position == 0 else 1 - self._me], shape, dtype, offset)
+
+    def _slot(self, receiver: int, sender: int, channel: int) -> int:
+        if receiver == 0:
+            return self._slots[self._me] + 4 * (sender * CHANNELS + channel)
+        return self._slots[1 - self._me] + 4 * (receiver * CHANNELS + channel)
+
+
+def played(layout: Layout, device: torch.device, peers: bool) -> tuple[Mesh, Transport]:
+    world = dist.group.WORLD
+    groups = {
+        "sequence": world,
+        "ulysses": world if layout.ulysses > 1 else None,
+        "ring": world if layout.ring > 1 else None,
+    }
+    mesh = Mesh(layout=layout, device=device, **groups)
+    transport = Transport(mesh, "symmetric memory" if peers else "host memory")
+    make = functools.partial(PlayedSymmetric if peers else PlayedStaged, size=layout.ranks)
+    transport._arenas = [make(world, device) for _ in range(2)]
+    return mesh, transport
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="flux")
+    parser.add_argument("--gpus", default="1,2,4,8")
+    parser.add_argument("--size", type=int, default=1024)
+    parser.add_argument("--text", type=int, default=512)
+    parser.add_argument("--count", type=int, default=12)
+    parser.add_argument("--variant", default="overlap")
+    a = parser.parse_args()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+    config, dtype = CONFIGS[a.model, False], torch.bfloat16
+    model, given = random_model(config, device, dtype), random_inputs(config, Case(a.size, (a.text,), 1), device, dtype)
+    peers = reach_each_other(dist.group.WORLD)
+    rows, alone = [], None
+
+    def timed(name: str, mesh: Mesh, transport: Transport) -> None:
+        nonlocal alone
+        run = evaluation(model, mesh, transport, VARIANTS[a.variant], given, dtype)
+        run()
+        for arena in transport._arenas[:1]:
+            if mesh.layout.ranks > 1:
+                arena._buffer.view(dtype).normal_()  # what nobody sends; zeros would take less power
+        started, go_on = time.perf_counter(), torch.ones(1)
+        while go_on:
+            run()
+            torch.cuda.synchronize()
+            go_on = torch.tensor([float(time.perf_counter() - started < 3)])
+            dist.broadcast(go_on, 0)
+        figures, _ = measure(run, a.count, device)
+        ms = figures["median"]
+        parts = breakdown(run, ms, device)
+        alone = alone or ms
+        shares = [parts[part] for part in ("gemm", "attention", "elementwise", "exposed", "gaps")]
+        rows.append((name, str(mesh.layout), ms, alone / ms, alone / ms / mesh.layout.ranks, *shares))
+
+    for count in map(int, a.gpus.split(",")):
+        if count == 1:
+            mesh = single_rank_mesh(device)
+            timed("1", mesh, Transport(mesh))
+            continue
+        layout = plan(count, config.heads)
+        if count == 2:
+            mesh = make_mesh(layout, device)
+            timed("2, real", mesh, Transport(mesh))
+        timed(f"{count}, played" if count == 2 else str(count), *played(layout, device, peers))
+    if dist.get_rank() == 0:
+        columns = [
+            Column("GPUs"),
+            Column("layout"),
+            Column("ms", format=".1f"),
+            Column("x", format=".2f"),
+            Column("efficiency", format=".2f"),
+        ]
+        columns += [Column(part, format=".1f") for part in ("products", "attention", "element-wise", "exposed", "gaps")]
+        print(f"{a.model}, {a.size} pixels, {a.text} tokens, {'peer access' if peers else 'no peer access'}")
+        print(fitted(tuple(columns), rows))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
