@@ -69,7 +69,8 @@ if triton is not None:
             # Exponent and mantissa where float32 has them, times what the exponents differ by: exact, subnormals too.
             value = ((code & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
             value = tl.where((code & 0x7F) == 0x7F, float("nan"), value)
-            value = tl.where((code & 0x80) != 0, -value, value)
+            signed = value.to(tl.uint32, bitcast=True) | (code & 0x80) << 24  # -value would make 0 of -0
+            value = signed.to(tl.float32, bitcast=True)
         else:  # the upper byte of a float16
             value = (code << 8).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
         wide = value.to(out.dtype.element_ty)
