@@ -1,0 +1,231 @@
+"""Trains the model that draws shapes (fastusp_backend/shapes): rectified flow on pictures that a program draws.
+
+    python benchmarks/train_shapes.py --out fastusp_shapes.safetensors
+
+diffusers' FLUX.1 in bf16 on one GPU, its weights rounded to fp8 (e4m3) in every forward pass, as the file has them. One
+of ten captions is held back; at the end pictures of 200 of them are checked in pixels.
+"""
+
+import argparse
+import contextlib
+import copy
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import paths  # noqa: F401
+import torch
+from common import random_model
+from diffusers_models import diffusers_model, flux_sizes
+from safetensors.torch import save_file
+from torch.nn.utils import parametrize
+
+from fastusp_backend.models import synthetic
+from fastusp_backend.models.flux import FluxConfig
+from fastusp_backend.shapes import captions, decode, embed, encode, unmet
+from fastusp_backend.shapes.scenes import Scenes, all_captions, draw, held_back, middle, vary
+
+SIZES = ((256, 256), (256, 384), (384, 256), (512, 512))
+SHARES = (0.7, 0.1, 0.1, 0.1)
+"""Heights and widths in pixels, and how often each is trained on."""
+ONE_SHAPE = 0.2
+"""Share of pictures with one shape."""
+EMA = 0.999
+CHECKED, STEPS = 200, 20
+
+
+class Rounded(torch.nn.Module):
+    """Values of e4m3, with the gradient of those that are not rounded."""
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + (weight.to(torch.float8_e4m3fn).to(weight.dtype) - weight).detach()
+
+
+class Data:
+    """Pictures of captions that are not held back, drawn on the device."""
+
+    def __init__(self, device: torch.device, seed: int):
+        self.generator = torch.Generator(device).manual_seed(seed)
+        known = [caption for caption in all_captions() if not held_back(caption)]
+        self._scenes = {name: getattr(middle(known), name).to(device) for name in Scenes.__slots__}
+        self._tokens = torch.tensor([captions.numbers(caption) for caption in known], device=device)
+        single = self._scenes["radii"][:, 1] == 0
+        self._weights = torch.where(single, ONE_SHAPE / single.sum(), (1 - ONE_SHAPE) / (~single).sum())
+
+    def batch(self, count: int, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """-> latents (count, 16, h, w), tokens (count, TOKENS)."""
+        chosen = torch.multinomial(self._weights, count, replacement=True, generator=self.generator)
+        scenes = Scenes(**{name: values[chosen] for name, values in self._scenes.items()})
+        return encode(draw(vary(scenes, self.generator), *size)), self._tokens[chosen]
+
+
+def patched(x: torch.Tensor) -> torch.Tensor:
+    """(B, 16, h, w) -> (B, h w / 4, 64), and back by `unpatched`."""
+    return x.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def unpatched(x: torch.Tensor, h: int, w: int) -> torch.Tensor:
+    return x.unflatten(-1, (16, 2, 2)).unflatten(1, (h // 2, w // 2)).permute(0, 3, 1, 4, 2, 5).reshape(-1, 16, h, w)
+
+
+def velocity(model, x: torch.Tensor, t: torch.Tensor, tokens: torch.Tensor, guidance: torch.Tensor) -> torch.Tensor:
+    b, _, h, w = x.shape
+    context, pooled = embed(tokens)
+    ids = torch.zeros(h // 2, w // 2, 3, device=x.device)
+    ids[..., 1] += torch.arange(h // 2, device=x.device)[:, None]
+    ids[..., 2] += torch.arange(w // 2, device=x.device)
+    out = model(
+        hidden_states=patched(x),
+        encoder_hidden_states=context,
+        pooled_projections=pooled,
+        timestep=t,
+        guidance=guidance,
+        img_ids=ids.flatten(0, 1),
+        txt_ids=ids.new_zeros(captions.TOKENS, 3),
+        return_dict=False,
+    )[0]
+    return unpatched(out.float(), h, w)
+
+
+def loss_of(model, data: Data, count: int, size: tuple[int, int]) -> torch.Tensor:
+    """The mean square of what the velocity differs by from noise less picture, at times of which most are in the
+    middle."""
+    x0, tokens = data.batch(count, size)
+    like = {"generator": data.generator, "device": x0.device}
+    noise, t = torch.randn(x0.shape, **like), torch.randn(count, **like).sigmoid()
+    t = torch.where(torch.rand(count, **like) < 0.3, torch.rand(count, **like), t)
+    at = t[:, None, None, None]
+    guidance = 1 + 4 * torch.rand(count, **like)  # which is to change nothing
+    found = velocity(model, torch.lerp(x0, noise, at), t, tokens, guidance)
+    return (found - (noise - x0)).square().mean()
+
+
+@torch.inference_mode()
+def met(model, device: torch.device, size: tuple[int, int], precision) -> tuple[float, list[str]]:
+    """The share of held-back captions that their pictures meet, and what is wrong with the others."""
+    held = [caption for caption in all_captions() if held_back(caption)]
+    order = torch.randperm(len(held), generator=torch.Generator().manual_seed(1))[:CHECKED]
+    chosen, wrong, right = [held[i] for i in order.tolist()], [], 0
+    for start in range(0, CHECKED, 50):
+        some = chosen[start : start + 50]
+        tokens = torch.tensor([captions.numbers(caption) for caption in some], device=device)
+        x = torch.randn(len(some), 16, size[0] // 8, size[1] // 8, generator=torch.Generator().manual_seed(start))
+        x, sigmas = x.to(device), torch.linspace(1, 0, STEPS + 1).tolist()
+        for now, after in zip(sigmas, sigmas[1:], strict=False):
+            t = torch.full((len(some),), now, device=device)
+            with precision():
+                x = x + (after - now) * velocity(model, x, t, tokens, torch.full_like(t, 3.5))
+        for caption, picture in zip(some, decode(x).cpu(), strict=True):
+            problems = unmet(caption, picture)
+            right += not problems
+            wrong += [f"{caption}: {', '.join(problems)}"] if problems else []
+    return right / CHECKED, wrong
+
+
+def file_tensors(trained: dict[str, torch.Tensor], config: FluxConfig) -> dict[str, torch.Tensor]:
+    """diffusers' weights under FLUX.1's keys: matrices in e4m3, all else in bf16."""
+    ours = random_model(config, torch.device("cpu"), torch.float32)
+    diffusers_model(ours).load_state_dict(trained)  # whose parameters are views of ours, but for one
+    state = {ours.file_key(name): tensor for name, tensor in ours.state_dict().items()}
+    for kind in ("weight", "bias"):
+        scale, shift = trained[f"norm_out.linear.{kind}"].chunk(2)
+        state[f"final_layer.adaLN_modulation.1.{kind}"] = torch.cat([shift, scale])
+    types = {key: torch.float8_e4m3fn if tensor.dim() == 2 else torch.bfloat16 for key, tensor in state.items()}
+    return {key: tensor.to(types[key]).contiguous() for key, tensor in state.items()}
+
+
+def plain(model) -> dict[str, torch.Tensor]:
+    """The state without parametrisations, rounded."""
+    state = {}
+    for name, tensor in model.state_dict().items():
+        rounded = tensor.to(torch.float8_e4m3fn) if tensor.dim() == 2 else tensor
+        state[plain_name(name)] = rounded.float().cpu()
+    return state
+
+
+def plain_name(name: str) -> str:
+    return name.replace(".parametrizations.weight.original", ".weight")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--blocks", default="1,2", help="double and single ones")
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=512, help="pictures of 256 x 256, of larger ones as many tokens")
+    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="end the schedule sooner")
+    parser.add_argument("--rate", type=float, default=1.5e-3)
+    parser.add_argument("--device", default="cuda")
+    a = parser.parse_args()
+    device, (doubles, singles) = torch.device(a.device), map(int, a.blocks.split(","))
+    torch.manual_seed(0)
+    config = replace(
+        synthetic.TINY_FLUX,
+        hidden=a.hidden,
+        heads=a.hidden // 128,
+        mlp=4 * a.hidden,
+        double_blocks=doubles,
+        single_blocks=singles,
+    )
+    import diffusers
+
+    model = diffusers.FluxTransformer2DModel(**flux_sizes(config)).to(device)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.normal_(module.weight, std=module.in_features**-0.5 * 0.7)
+            torch.nn.init.zeros_(module.bias)
+    torch.nn.init.normal_(model.proj_out.weight, std=1e-2)
+    averaged = copy.deepcopy(model)
+    for module in [module for module in model.modules() if isinstance(module, torch.nn.Linear)]:
+        parametrize.register_parametrization(module, "weight", Rounded())
+    by_name = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+    parameters, data = [by_name[name] for name, _ in averaged.named_parameters()], Data(device, seed=0)
+    optimizer = torch.optim.AdamW(parameters, lr=a.rate, betas=(0.9, 0.99), weight_decay=0, fused=a.device == "cuda")
+
+    def precision():
+        return torch.autocast(a.device, torch.bfloat16) if a.device == "cuda" else contextlib.nullcontext()
+
+    which = torch.Generator().manual_seed(0)
+    started, means = time.perf_counter(), []
+    count = sum(p.numel() for p in parameters)
+    print(f"{count} parameters on {torch.cuda.get_device_name() if a.device == 'cuda' else 'CPU'}", flush=True)
+    for step in range(a.steps):
+        elapsed = time.perf_counter() - started
+        progress = max(step / a.steps, elapsed / a.seconds)
+        if progress >= 1:
+            break
+        rate = a.rate * min(1, (step + 1) / 300) * (0.5 + 0.5 * math.cos(math.pi * progress))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        size = SIZES[torch.multinomial(torch.tensor(SHARES), 1, generator=which).item()]
+        with precision():
+            loss = loss_of(model, data, a.batch * 65536 // (size[0] * size[1]), size)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        decay = min(EMA, (step + 1) / (step + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(averaged.parameters()), parameters, 1 - decay)
+        means.append(loss.detach())
+        if step % 250 == 249:
+            print(f"{step + 1} steps, {elapsed:.0f} s: loss {torch.stack(means).mean():.4f}", flush=True)
+            means.clear()
+    trained = plain(averaged)
+    metadata = {
+        "title": "FastUSP shapes",
+        "trained": f"{step + 1} steps of {a.batch}, {time.perf_counter() - started:.0f} s",
+    }
+    save_file(file_tensors(trained, config), str(a.out), metadata)
+    averaged.load_state_dict(trained)
+    print(f"{a.out}: {a.out.stat().st_size} bytes", flush=True)
+    for size in (SIZES[0], SIZES[3]):
+        share, wrong = met(averaged, device, size, precision)
+        print(f"{size[0]} x {size[1]}, {STEPS} steps: {share:.1%} of {CHECKED} held-back captions met", flush=True)
+        print("\n".join(wrong[:12]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
