@@ -11,7 +11,7 @@ COMMANDS = {
     "bench": "how fast your own file is on 1, 2, ... all GPUs, and which settings are best",
     "demo": "the main job on what every machine has: CPU ranks and a tiny random FLUX file, checked against one rank",
     "doctor": "what is wrong with this machine, and what to do about it",
-    "plan": "which layout FastUSP would choose, which are legal, and the memory that a file's weights take",
+    "plan": "which layouts are legal, the memory that a file's weights take, and what a step takes on 1 to 8 GPUs",
     "verify": "what each lossy option costs in exactness, on your own file and devices",
 }
 

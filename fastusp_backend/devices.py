@@ -55,7 +55,7 @@ class Devices:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GpuState:
-    """What changes, and what only diagnosis asks for."""
+    """What changes, and what only diagnosis and predictions ask for."""
 
     index: int
     total: int | None
@@ -68,6 +68,8 @@ class GpuState:
     """Whether the GPU is cut into instances."""
     driver: str
     """The driver's version."""
+    pcie: tuple[int, int] | None = None
+    """Generation and lanes of PCIe that GPU and slot are made for; None where NVML does not tell them."""
 
 
 @Once
@@ -81,7 +83,8 @@ def list_gpus() -> tuple[Gpu, ...]:
 
 def gpu_states() -> tuple[GpuState, ...]:
     """Returns the GPUs of `list_gpus` as they are now. Raises DeviceError likewise."""
-    return tuple(GpuState(**state) for state in nvml.ask("states"))
+    states = nvml.ask("states")
+    return tuple(GpuState(**state | {"pcie": state["pcie"] and tuple(state["pcie"])}) for state in states)
 
 
 def gpu_links() -> dict[str, str]:

@@ -61,6 +61,9 @@ def states(nvml) -> list[dict]:
     for index, gpu in _handles(nvml):
         memory = _told(nvml, nvml.nvmlDeviceGetMemoryInfo, gpu)  # not told where GPUs share the host's memory
         mig = _told(nvml, nvml.nvmlDeviceGetMigMode, gpu)
+        # The most that GPU and slot are made for: an idle GPU lowers what is in use.
+        generation = _told(nvml, nvml.nvmlDeviceGetMaxPcieLinkGeneration, gpu)
+        width = _told(nvml, nvml.nvmlDeviceGetMaxPcieLinkWidth, gpu)
         found.append(
             {
                 "index": index,
@@ -68,6 +71,7 @@ def states(nvml) -> list[dict]:
                 "free": memory.free if memory else None,
                 "compute_mode": modes.get(_told(nvml, nvml.nvmlDeviceGetComputeMode, gpu), "unknown"),
                 "mig": bool(mig and mig[0]),
+                "pcie": (generation, width) if generation and width else None,
                 "driver": driver,
             }
         )

@@ -13,6 +13,7 @@ from ..fastusp_backend.pool import Session
 from ..fastusp_backend.weights.dtypes import choose_types, main_dtype
 from ..fastusp_backend.weights.tensor_info import TensorInfo
 from .comfyui import command_line, io
+from .fewer_gpus import faster_with_fewer
 from .files import model_names, model_path
 from .pools import pool_for
 from .remote_model import remote_model
@@ -167,7 +168,9 @@ class USPLoader(io.ComfyNode):
         model = remote_model(session, file.header)
         file.log_ignored()
         session.pool.start()
-        show(f"{file.config.family} on {devices}")
+        fewer = faster_with_fewer(session, file)
+        hint = f"; {fewer} may be faster: see ComfyUI's log" if fewer is not None else ""
+        show(f"{file.config.family} on {devices}{hint}")
         return io.NodeOutput(model)
 
 

@@ -3,28 +3,24 @@ not fit, and how long a step takes then."""
 
 import argparse
 import re
-from dataclasses import dataclass
 
-import msgspec
-
-from ..config import Layout, ModelSpec
+from ..config import Layout
 from ..devices import Devices, gpu_states, list_gpus, local_devices
 from ..engine import host_memory
-from ..engine.room import CONTEXT, Room, kept_free, settle
 from ..errors import DeviceError, RequestError
-from ..models.family import FamilyConfig
-from ..models.files import model_and_plans
-from ..models.placement import Placement, place_file
+from ..models.placement import Placement
+from ..models.prediction import CARDS, PCIE, SIZE, TEXT, Link, Prediction, slowest_card
 from ..planner import legal_layouts, plan_batches
-from ..weights.tensor_info import TensorInfo
 from .arguments import add_degrees, add_gpus
+from .file import File
 from .inputs import describe
-from .prediction import CARDS, PCIE, SIZE, TEXT, Link, Prediction, known_card
+from .scaling import scaling
 from .table import Column, fitted
 
 WITH, WITHOUT = "that reach each other's memory (doctor tells)", "that do not"
-CLAIM = """Measured on one and two H100 and H200,
-where they were right to about a fifth; not on other cards, nor on more."""
+CLAIM = """Of one
+and two H100 and H200 they are within about 5 % of what was measured where weights stay, else within a fifth. Of 4 and 8
+H200 one rank's share was measured, with NVLink; other cards were not."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,27 +58,6 @@ def _card(text: str) -> str:
         if text.lower().replace(" ", "") in (name.lower().replace(" ", ""), name.lower().removeprefix("rtx ")):
             return name
     raise argparse.ArgumentTypeError(f"choose the card that is most like yours, of {', '.join(CARDS)}: got {text!r}")
-
-
-@dataclass(frozen=True, slots=True)
-class File:
-    """What a file holds, and how it would be loaded."""
-
-    header: dict[str, TensorInfo]
-    config: FamilyConfig
-    spec: ModelSpec
-
-    def whole(self, ranks: int, linear: str) -> Placement:
-        """As the file has its weights, whole."""
-        return place_file(self.header, msgspec.structs.replace(self.spec, weights="whole", linear=linear), ranks)
-
-    def settle(self, ranks: int, linear: str, free: int, *, peers: bool) -> tuple[Placement, int]:
-        """What `auto` makes of so many bytes of each GPU, and how many are kept for all else. Raises as
-        `room.settle`."""
-        spec = msgspec.structs.replace(self.spec, linear=linear, unpack=self.spec.keep_quantised)
-        model, plans = model_and_plans(self.header, spec)
-        settled = settle(model, plans, spec, ranks, Room(peers, free - CONTEXT))
-        return settled.placement, kept_free(self.config, settled.plans.values(), ranks).usual + CONTEXT
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -148,9 +123,8 @@ def _least_memory(devices: Devices) -> int | None:
 
 
 def _slowest(devices: Devices) -> str | None:
-    """The card of `CARDS` that the GPUs are, the slowest of several; None where one is none of them."""
-    cards = [known_card(gpu.name) for gpu in list_gpus() if gpu.index in devices.gpus]
-    return None if None in cards else min(cards, key=lambda card: (CARDS[card].tflops, CARDS[card].memory))
+    """The card that the GPUs are, as `slowest_card`."""
+    return slowest_card(gpu.name for gpu in list_gpus() if gpu.index in devices.gpus)
 
 
 def _has_fp8(devices: Devices, card: str | None) -> bool:
@@ -216,6 +190,7 @@ def fits(
     if made is not None and not apart and _better_apart(made, placed[True], placed[False]):
         told += ["over PCIe the second way is faster: set NCCL_P2P_DISABLE=1 where ComfyUI starts", ""]
     if made is not None:
+        told += [*scaling(file, layouts, free, CARDS[card], linear), ""]
         told.append(f"times: predicted for {card}, {SIZE[0]} x {SIZE[1]}, {TEXT} tokens, wire = exact. {CLAIM}")
     return [f"of {free / 1e9:.1f} GB of each GPU {kept / 1e9:.1f} GB are kept for all else", "", *told]
 

@@ -20,12 +20,18 @@ class StepCost:
 
     parameters: of all blocks' products.
     flops: floating-point operations of all blocks, over all ranks.
+    attention: those of them that attention takes.
+    streams: of all blocks, each of which has kernels of its own.
     sent_bytes: what a rank sends, in 16 bits, and receives as well.
+    messages: to how many peers, in all blocks: to all of Ulysses' ranks, and once for each turn of a ring.
     """
 
     parameters: int
     flops: float
+    attention: float
+    streams: int
     sent_bytes: float
+    messages: int
 
 
 @functools.cache
@@ -34,17 +40,29 @@ def step_cost(config: FamilyConfig, layout: Layout, *, size: tuple[int, int], te
     width, height = (edge // config.downscale for edge in size)
     rows, columns = patch_grid(height, width, config.patch)
     tokens = text + rows * columns
-    with torch.device("meta"):
-        model = config.build()
-    large = {id(layer) for layer in model.products()}
-    flops, parameters, blocks = 0.0, 0, model.blocks()
-    for number, block in enumerate(blocks):
-        of_block = sum(layer.weight.numel() for layer in block.modules() if id(layer) in large)
-        parameters += of_block
-        # Each of two streams' layers see that stream's tokens alone.
-        flops += (1 if number < config.two_stream_blocks else 2) * of_block * tokens
-        flops += 4 * tokens**2 * config.hidden
+    blocks, both = _parameters(config), config.two_stream_blocks
+    # Each of two streams' layers see that stream's tokens alone.
+    products = 2.0 * tokens * (sum(blocks[:both]) / 2 + sum(blocks[both:]))
+    attention = 4.0 * tokens**2 * config.hidden * len(blocks)
     ulysses, ring = layout.ulysses, layout.ring
     values = tokens / layout.sequence_ranks * config.hidden * (4 * (ulysses - 1) / ulysses + 2 * (ring - 1))
     sent = values * torch.bfloat16.itemsize
-    return StepCost(parameters, flops, sent * len(blocks))
+    return StepCost(
+        sum(blocks),
+        products + attention,
+        attention,
+        len(blocks) + both,
+        sent * len(blocks),
+        (ulysses - 1 + ring - 1) * len(blocks),
+    )
+
+
+@functools.cache
+def _parameters(config: FamilyConfig) -> tuple[int, ...]:
+    """Of each block's products."""
+    with torch.device("meta"):
+        model = config.build()
+    large = {id(layer) for layer in model.products()}
+    return tuple(
+        sum(layer.weight.numel() for layer in block.modules() if id(layer) in large) for block in model.blocks()
+    )

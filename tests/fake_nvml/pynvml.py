@@ -16,6 +16,7 @@ USUAL = {
     "compute_capability": [9, 0],
     "memory": [143771 << 20, 143000 << 20],  # total, free; null: not told
     "compute_mode": 0,
+    "pcie": None,  # generation, lanes; null: not told
     "mig": None,  # 0 or 1; null: the GPU has no such mode
     "ancestors": {},  # by the other GPU's index: a level
     "nvlinks": [],  # of each link: the index of the GPU behind it, "switch", or null where it is down
@@ -120,6 +121,14 @@ def nvmlDeviceGetComputeMode(gpu):
 
 def nvmlDeviceGetMigMode(gpu):
     return [_supported(gpu["mig"]), 0]
+
+
+def nvmlDeviceGetMaxPcieLinkGeneration(gpu):
+    return _supported(gpu["pcie"])[0]
+
+
+def nvmlDeviceGetMaxPcieLinkWidth(gpu):
+    return _supported(gpu["pcie"])[1]
 
 
 def nvmlDeviceGetPciInfo(gpu):

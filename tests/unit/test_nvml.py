@@ -46,13 +46,13 @@ def test_states(nvml):
     nvml(
         {"memory": None, "mig": None, "compute_mode": None},
         {"memory": [80 * GIB, 79 * GIB], "mig": 0, "compute_mode": 3},
-        {"mig": 1, "memory": [80 * GIB, GIB], "compute_mode": 2},
+        {"mig": 1, "memory": [80 * GIB, GIB], "compute_mode": 2, "pcie": [4, 8]},
     )
     driver = {"driver": "580.1"}
     assert gpu_states() == (
         GpuState(index=0, total=None, free=None, compute_mode="unknown", mig=False, **driver),
         GpuState(index=1, total=80 * GIB, free=79 * GIB, compute_mode="Exclusive_Process", mig=False, **driver),
-        GpuState(index=2, total=80 * GIB, free=GIB, compute_mode="Prohibited", mig=True, **driver),
+        GpuState(index=2, total=80 * GIB, free=GIB, compute_mode="Prohibited", mig=True, pcie=(4, 8), **driver),
     )
 
 

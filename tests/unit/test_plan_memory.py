@@ -1,5 +1,6 @@
 """`plan`: what it says of GPUs that are there, and of some that are not."""
 
+import re
 from types import SimpleNamespace
 
 import msgspec
@@ -12,9 +13,11 @@ from fastusp_backend.cli import inputs, plan
 from fastusp_backend.config import Layout
 from fastusp_backend.devices import Devices
 from fastusp_backend.engine import room
+from fastusp_backend.errors import RequestError
 from fastusp_backend.models.files import model_and_plans
 from fastusp_backend.models.placement import place_file
 from fastusp_backend.models.synthetic import FLUX2_DEV, FLUX_DEV, TINY_FLUX, write_checkpoint
+from fastusp_backend.planner import plan_batches
 from fastusp_backend.weights.tensor_info import TensorInfo
 
 pytestmark = [pytest.mark.unit, pytest.mark.any_processor]
@@ -51,14 +54,14 @@ def test_plan_answers_for_cards_that_are_not_there(monkeypatch, capsys, path):
     code, said, _ = plan_says(monkeypatch, capsys, path, "--gpus", "0,1", "--free", free, "--card", "rtx4090")
     assert code == 0 and "RTX 4090: 0 of 4 blocks stay, 4 come from host memory" in said
     assert "GB of host memory are needed" in said and "little room is left: nothing is left for" in said
-    assert "NVLink" not in said and said.count("PCIe 4 x8") == 1 and "predicted for RTX 4090" in said
+    assert "NVLink," not in said and said.count("\n  PCIe 4 x8") == 1 and "predicted for RTX 4090" in said
     assert "with linear = fp8" in said and " ms a step (PCIe 5 x16)" in said and "times are an H100's" not in said
     code, said, _ = plan_says(monkeypatch, capsys, path, "--gpus", "0,1", "--free", f"{free}GB", "--card", "3090")
-    assert code == 0 and "linear = fp8" not in said and "NVLink bridge" in said and said.count("PCIe 4 x8") == 2
+    assert code == 0 and "linear = fp8" not in said and "NVLink bridge" in said and said.count("\n  PCIe 4 x8") == 2
     assert "reach each other's memory (doctor tells): 0 of 4 blocks stay, 4 shared" in said
     assert "little room is left: set weights = host for" in said
     code, said, _ = plan_says(monkeypatch, capsys, path, "--gpus", "0", "--free", "24", "--linear", "fp8")
-    assert code == 0 and "one GPU: whole" in said and said.splitlines()[-4].split()[0] == "any"
+    assert code == 0 and "one GPU: whole" in said and "\n  any " in said
 
 
 @pytest.mark.parametrize(
@@ -191,3 +194,52 @@ def test_room_for_larger_images_is_given_up_before_blocks_come_from_the_host(
     assert said[first].endswith(f"{shared} shared: {size} GB a device") and said.count(LITTLE) == bool(little)
     assert not little or said[first + 2] == LITTLE
     assert any(line.endswith(without) for line in said)
+
+
+def steps_of_flux(card, free, *, linear="exact", counts=2):
+    """The table of GPUs and links, each cell (cfg 1, above 1), and the sentences below it."""
+    file, layouts = plan.File(header(FLUX_DEV), FLUX_DEV, spec_with("auto")), plan_batches(counts, FLUX_DEV.heads)
+    said = plan.fits(file, layouts, int(free * GB), None, linear=linear, card=card, hint=False)
+    first = next(i for i, line in enumerate(said) if line.startswith("ms a step, cfg 1 / above 1"))
+    rows = [re.split(r"\s\s+", line.strip()) for line in said[first + 1 : said.index("", first)] if line[0] == " "]
+    cells = {int(count): dict(zip(rows[0][1:], cells, strict=True)) for count, *cells in rows[1:]}
+    return cells, [line for line in said if "predicted to be slower" in line]
+
+
+def test_plan_says_what_a_step_takes_on_one_to_eight_gpus():
+    """Of one that is meant, too."""
+    for counts in (1, 2):
+        cells, _ = steps_of_flux("H200", 140, counts=counts)
+        assert [cells[n]["NVLink, PCIe 5 x16"] for n in (1, 2, 4, 8)] == ["120 / 240", "68 / 120", "37 / 68", "23 / 37"]
+        assert cells[2]["PCIe 5 x16"] == "100 / 120"
+    assert list(steps_of_flux("H200", 140, counts=3)[0]) == [1, 2, 3, 4, 8]
+    (quick, _), (slow, _) = (steps_of_flux("H200", 140, linear=linear) for linear in ("fp8", "exact"))
+    assert all(int(quick[n][link].split()[0]) < int(slow[n][link].split()[0]) for n in slow for link in slow[n])
+
+
+def test_plan_says_where_more_gpus_are_slower():
+    _, slower = steps_of_flux("H100", 80)
+    assert "4 GPUs are predicted to be slower than 2 on PCIe 4 x16 and PCIe 4 x8, cfg above 1" in slower
+    assert "4 GPUs are predicted to be slower than 1 on PCIe 4 x8, cfg 1" in slower
+    assert not any("NVLink" in line or "PCIe 5" in line for line in slower)
+    cells, slower = steps_of_flux("RTX 5090", 34)
+    assert list(cells[1]) == ["PCIe 5 x16", "PCIe 4 x16", "PCIe 4 x8"] and not slower
+    _, slower = steps_of_flux("RTX 5090", 34, counts=5)  # a ring sends more
+    assert slower[0] == "5 GPUs are predicted to be slower than 4 on PCIe 4 x16 and PCIe 4 x8, cfg 1"
+
+
+def test_plan_says_on_how_many_gpus_there_is_no_room():
+    """The weights of modulations are spread over the GPUs."""
+    file = plan.File(header(FLUX_DEV), FLUX_DEV, spec_with("auto"))
+    free = next(free for free in range(5 * GB, 20 * GB, GB // 8) if not refuses(file, 2, free))
+    assert refuses(file, 1, free)
+    cells, _ = steps_of_flux("H100", free / GB)
+    assert set(cells[1].values()) == {"no room"} and "no room" not in cells[2].values()
+
+
+def refuses(file, ranks, free):
+    try:
+        file.settle(ranks, "exact", free, peers=False)
+    except RequestError:
+        return True
+    return False

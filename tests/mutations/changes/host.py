@@ -11,6 +11,13 @@ WEIGHT_PATCHES = "nodes/weight_patches.py"
 
 CHANGES = [
     (
+        "nodes/fewer_gpus.py",
+        "of guided models only one prompt counts",
+        "else (1, 2)",
+        "else (1,)",
+        "unit/test_fewer_gpus.py",
+    ),
+    (
         PROVENANCE,
         "code of another place counts as the original",
         "codes(module).get(function.__code__) == name",

@@ -7,6 +7,13 @@ OWNERSHIP = "fastusp_backend/models/ownership.py"
 
 CHANGES = [
     (
+        "fastusp_backend/models/prediction.py",
+        "messages take no time, however many peers",
+        " + MESSAGE * cost.messages",
+        "",
+        "unit/test_prediction.py",
+    ),
+    (
         "fastusp_backend/models/placement.py",
         "modulations travel with their block",
         "plans[name].linear and id(layer) not in apart",

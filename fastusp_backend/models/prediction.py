@@ -1,0 +1,175 @@
+"""What a step takes on GPUs that need not be there: predicted from the operations of a model, the bytes that travel,
+data sheets, and what was reached where it was measured (H100 and H200, see benchmarks/results).
+
+A step of P ranks takes
+
+    F / P / (SUSTAINED * peak) * (1 + BESIDE, where P > 1) + KERNELS * streams + MESSAGE * messages
+
+where nothing else is slower, and what crosses links beside computing or after it (`Prediction.seconds`). Of it only the
+first part falls with P. Fitted to FLUX.1 at 1024 x 1024 on H200 with NVLink, 118.6, 67.8, 37.0 and 22.6 ms for P = 1,
+2, 4 and 8, the last two as benchmarks/scale.py plays one rank's share of so many on two GPUs.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ..config import Layout, LinearChoice, WireChoice
+from ..weights.dtypes import main_dtype
+from ..weights.tensor_info import FP8, TensorInfo
+from .cost import step_cost
+from .family import FamilyConfig
+from .placement import Placement
+
+SIZE, TEXT = (1024, 1024), 512
+
+SUSTAINED = 0.65
+"""Share of a card's rate that products and attention had on one GPU: FLUX.1 0.66 on H200 and 0.62 on H100, FLUX.2 and
+Qwen-Image 0.65 on H200."""
+BESIDE = 0.09
+"""How much longer they take where GPUs exchange: the copies beside them, and a share of the heads, cost time."""
+KERNELS = 60e-6
+"""Seconds of each stream of a block however few tokens a rank has: launches, gaps, kernels that do not fill a GPU."""
+MESSAGE = 5.8e-6
+"""Seconds of each peer's messages in a block, however short."""
+FP8_PRODUCTS = 0.6
+"""Products with `linear = fp8`, of those in 16 bits; measured 0.57 to 0.64."""
+EIGHT_BITS = 0.5
+"""What travels between GPUs with `wire` in 8 bits, of 16."""
+MARGIN = 0.1
+"""What is less than this much slower is not told: two predictions that are right to 5 % may be so far apart."""
+UNPACKING = {"packed": 3.1, "fp8": 8.0}
+"""Bytes of memory traffic for each weight of the blocks' products that is stored so, in each evaluation: measured 8 ms,
+and 19 to 23 ms, for FLUX.1's 8.6e9 on H100s."""
+SHARING = 0.05
+"""How much longer a step takes with blocks that all come from other GPUs in time; measured 0.04 and 0.06."""
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """GB/s that a GPU receives beside computing: from the others (peers), and from the host's memory. 50 of PCIe 5
+    and 360 of NVLink were measured, which is 0.8 of the data sheet; the others are so much of theirs.
+
+    apart: whether tokens take another way than what comes from the host.
+    """
+
+    name: str
+    peers: float
+    host: float
+    apart: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """By its data sheet.
+
+    tflops: dense, in bf16 with sums in fp32.
+    memory: TB/s.
+    pcie: the generation, of 16 lanes.
+    fp8: whether it has products in fp8.
+    nvlink: how such cards may be joined, beside PCIe; None where they cannot, and do not reach each other's memory.
+    """
+
+    tflops: float
+    memory: float
+    pcie: int
+    fp8: bool = True
+    nvlink: Link | None = None
+
+
+def over_pcie(generation: int, width: int) -> Link:
+    """The link of so many lanes: a generation has twice the rate of the last."""
+    rate = 50 * 2.0 ** (generation - 5) * width / 16
+    return Link(f"PCIe {generation} x{width}", rate, rate)
+
+
+PCIE = (over_pcie(5, 16), over_pcie(4, 16), over_pcie(4, 8))
+
+CARDS = {
+    "H100": Card(989, 3.35, 5, nvlink=Link("NVLink, PCIe 5 x16", 360, 50, apart=True)),
+    "H200": Card(989, 4.8, 5, nvlink=Link("NVLink, PCIe 5 x16", 360, 50, apart=True)),
+    "A100": Card(312, 2.0, 4, fp8=False, nvlink=Link("NVLink, PCIe 4 x16", 240, 25, apart=True)),
+    "RTX 5090": Card(210, 1.79, 5),
+    "RTX 4090": Card(165, 1.01, 4),
+    "RTX 3090": Card(71, 0.94, 4, fp8=False, nvlink=Link("NVLink bridge, PCIe 4 x16", 45, 25, apart=True)),
+}
+
+
+def known_card(name: str) -> str | None:
+    """The card of `CARDS` that a GPU is, by the name that NVML gives it."""
+    if re.search(r"Laptop|Max-Q|PCIe|NVL| D\b", name):  # slower ones
+        return None
+    return next((known for known in CARDS if re.search(rf"\b{known}\b", name)), None)
+
+
+def slowest_card(names: Iterable[str]) -> str | None:
+    """The card of `CARDS` that GPUs of these names are, the slowest of several; None where one is none of them."""
+    cards = [known_card(name) for name in names]
+    return None if None in cards else min(cards, key=lambda card: (CARDS[card].tflops, CARDS[card].memory))
+
+
+def link_of(card: Card, words: Iterable[str], pcie: Iterable[tuple[int, int] | None]) -> Link:
+    """What joins GPUs of this card.
+
+    words: how each pair of them is joined, as `nvml.links` has them; NVLink counts where it joins all.
+    pcie: each GPU's generation and lanes, of which the slowest counts; None where they are not told, as if they were
+        the card's own.
+    """
+    if card.nvlink is not None and all(word.startswith("NV") for word in words):
+        return card.nvlink
+    return min((over_pcie(*(found or (card.pcie, 16))) for found in pcie), key=lambda link: link.peers)
+
+
+def fewer_are_faster(seconds: Sequence[Mapping[int, float]], count: int) -> int | None:
+    """The number of GPUs below `count` on which steps are faster by more than `MARGIN`, the fastest of several; None
+    where there is none. seconds: of one or more kinds of steps, by the number of GPUs."""
+    fewer = [n for n in seconds[0] if n < count and all(kind[n] * (1 + MARGIN) < kind[count] for kind in seconds)]
+    return min(fewer, key=seconds[0].__getitem__, default=None)
+
+
+class Prediction:
+    """Predicts steps of a file's model at SIZE pixels with TEXT tokens.
+
+    layouts: as `plan_batches` gives them.
+    linear, wire: as the options; `auto` as if links were slow.
+    """
+
+    def __init__(
+        self,
+        header: dict[str, TensorInfo],
+        config: FamilyConfig,
+        layouts: tuple[Layout, ...],
+        card: Card,
+        linear: LinearChoice,
+        wire: WireChoice = "exact",
+    ):
+        self._config, self._layouts, self._card, self._linear = config, layouts, card, linear
+        self._of_tokens = 1 if wire == "exact" else EIGHT_BITS
+        packed = any(info.packing for info in header.values())
+        self._stored = "packed" if packed else "fp8" if main_dtype(header) in FP8 else ""
+
+    def seconds(self, found: Placement, link: Link, *, prompts: int = 1) -> float:
+        """Of a step that evaluates so many prompts, side by side where the layouts say so. What travels and what
+        computes hide each other; but tokens that come by the link of the weights hide nothing, nor do other GPUs'
+        weights on such a link."""
+        layout = next(layout for layout in self._layouts if prompts % layout.batch == 0)
+        cost = step_cost(self._config, layout, size=SIZE, text=TEXT)
+        products = (cost.flops - cost.attention) * (FP8_PRODUCTS if self._linear == "fp8" else 1)
+        computing = (products + cost.attention) / layout.sequence_ranks / (SUSTAINED * self._card.tflops * 1e12)
+        if layout.sequence_ranks > 1:
+            computing *= 1 + BESIDE
+        computing += KERNELS * cost.streams + MESSAGE * cost.messages
+        if self._linear == "exact" and not found.unpacked:
+            computing += cost.parameters * UNPACKING.get(self._stored, 0) / (self._card.memory * 1e12)
+        weights = found.streamed_bytes / ((link.host if found.source == "host" else link.peers) * 1e9)
+        tokens = cost.sent_bytes * self._of_tokens / (link.peers * 1e9)
+        if not tokens or link.apart:
+            shared = SHARING * len(found.slabs) / found.blocks if found.source == "shared" else 0
+            together = tokens + (weights if found.source == "shared" else 0)
+            return prompts / layout.batch * max(computing * (1 + shared), together, weights)
+        if found.source == "host":  # which fills what tokens leave of the link
+            return prompts / layout.batch * (tokens + max(computing, weights))
+        return prompts / layout.batch * (computing + tokens + weights)
