@@ -3,10 +3,10 @@ data sheets, and what was reached where it was measured (H100 and H200, see benc
 
 A step of P ranks takes
 
-    F / P / (SUSTAINED * peak) * (1 + BESIDE, where P > 1) + KERNELS * streams + MESSAGE * messages
+    F / P / (SUSTAINED * peak) * (1 + BESIDE, where P > 1) + KERNELS * streams
 
 where nothing else is slower, and what crosses links beside computing or after it (`Prediction.seconds`). Of it only the
-first part falls with P. Fitted to FLUX.1 at 1024 x 1024 on H200 with NVLink, 118.6, 67.8, 37.0 and 22.6 ms for P = 1,
+first part falls with P. Fitted to FLUX.1 at 1024 x 1024 on H200 with NVLink, 118.6, 67.8, 36.6 and 19.9 ms for P = 1,
 2, 4 and 8, the last two as benchmarks/scale.py plays one rank's share of so many on two GPUs.
 """
 
@@ -30,17 +30,15 @@ BESIDE = 0.09
 """How much longer they take where GPUs exchange: the copies beside them, and a share of the heads, cost time."""
 KERNELS = 60e-6
 """Seconds of each stream of a block however few tokens a rank has: launches, gaps, kernels that do not fill a GPU."""
-MESSAGE = 5.8e-6
-"""Seconds of each peer's messages in a block, however short."""
 FP8_PRODUCTS = 0.6
 """Products with `linear = fp8`, of those in 16 bits; measured 0.57 to 0.64."""
 EIGHT_BITS = 0.5
 """What travels between GPUs with `wire` in 8 bits, of 16."""
 MARGIN = 0.1
 """What is less than this much slower is not told: two predictions that are right to 5 % may be so far apart."""
-UNPACKING = {"packed": 3.1, "fp8": 8.0}
-"""Bytes of memory traffic for each weight of the blocks' products that is stored so, in each evaluation: measured 8 ms,
-and 19 to 23 ms, for FLUX.1's 8.6e9 on H100s."""
+UNPACKING = {"packed": 3.1, "fp8": 4.0}
+"""Bytes of memory traffic for each weight of the blocks' products that is stored so, in each evaluation: measured 8 ms
+on H100 and 6.7 on H200, and 5.8 to 8.4 on H200, for FLUX.1's 8.6e9."""
 SHARING = 0.05
 """How much longer a step takes with blocks that all come from other GPUs in time; measured 0.04 and 0.06."""
 
@@ -161,7 +159,7 @@ class Prediction:
         computing = (products + cost.attention) / layout.sequence_ranks / (SUSTAINED * self._card.tflops * 1e12)
         if layout.sequence_ranks > 1:
             computing *= 1 + BESIDE
-        computing += KERNELS * cost.streams + MESSAGE * cost.messages
+        computing += KERNELS * cost.streams
         if self._linear == "exact" and not found.unpacked:
             computing += cost.parameters * UNPACKING.get(self._stored, 0) / (self._card.memory * 1e12)
         weights = found.streamed_bytes / ((link.host if found.source == "host" else link.peers) * 1e9)
