@@ -2,6 +2,7 @@
 
 from . import memory, status
 from .comfyui import ComfyExtension, io
+from .demo import USPDemoDecode, USPDemoPrompt, offer_model
 from .loader import USPLoader
 from .sampler import USPSampler
 from .settings import USPSettings
@@ -9,10 +10,11 @@ from .settings import USPSettings
 
 class FastUSPExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [USPLoader, USPSampler, USPSettings]
+        return [USPLoader, USPSampler, USPSettings, USPDemoPrompt, USPDemoDecode]
 
 
 async def comfy_entrypoint() -> ComfyExtension:
     status.add_routes()
+    offer_model()
     memory.weights.follow_unload_all()
     return FastUSPExtension()

@@ -1,4 +1,5 @@
-"""`verify`: what each lossy option costs in exactness, on your own file and devices."""
+"""`verify`: what each lossy option costs in exactness, on your own file and devices, and in pictures of the small model
+that is shipped: the latents of another file cannot be looked at without its VAE and a text encoder."""
 
 import argparse
 from contextlib import closing
@@ -6,9 +7,11 @@ from contextlib import closing
 import torch
 from tqdm import tqdm
 
-from ..config import Layout, Settings
+from .. import shapes
+from ..config import Layout, ModelSpec, Settings
 from ..devices import local_devices
 from ..errors import FastUSPError
+from ..models.files import read_model
 from ..planner import plan
 from ..pool import Pool, Progress, Session
 from .arguments import add_degrees, add_gpus, add_sizes
@@ -16,6 +19,8 @@ from .inputs import BOUNDS, describe, difference, random_inputs
 from .table import Column, Table
 
 TIMESTEPS = (0.95, 0.6, 0.2)
+CAPTIONS, PIXELS, PICTURE_STEPS = 16, 256, 20
+"""Of the shipped model's pictures."""
 
 _SHARED = {"fp8 wire": {"wire": "fp8"}, "int8 wire": {"wire": "int8"}}
 _ANYWHERE = {"fp8 products": {"linear": "fp8"}}
@@ -42,7 +47,9 @@ def run(arguments: argparse.Namespace) -> int:
     table = Table(
         Column("relative (Frobenius) difference", 41),
         *(Column(f"t = {t}", 8, ".1e") for t in TIMESTEPS),
-        Column(f"latents after {arguments.steps} steps", format=".1e"),
+        Column(f"latents after {arguments.steps} steps", 23, ".1e"),
+        Column("pictures, dB", 12, ".1f"),
+        Column("captions met", format="d"),
     )
     print(table.head())
 
@@ -52,13 +59,17 @@ def run(arguments: argparse.Namespace) -> int:
         rows = {
             name: _attempt(pool, spec, layout, Settings(**o), given, arguments, name) for name, o in options.items()
         }
+        drawn = {name: _pictures(pool, spec.compute, Settings(**o)) for name, o in ({"": {}} | options).items()}
+    shown = drawn.pop("")
     for name, result in rows.items():
-        print(_line(table, f"{name}, against exact", result, exact))
+        print(_line(table, f"{name}, against exact", result, exact, drawn[name], shown))
+    print(f"pictures: {CAPTIONS} of {shapes.MODEL.name}, {PIXELS} x {PIXELS}; exact ones meet {_met(shown)} captions")
     if devices.ranks == 1:
         return 0
     with closing(Pool(devices.first(1))) as pool:
         alone = _attempt(pool, spec, Layout(ulysses=1, ring=1), Settings(), given, arguments, "one rank")
-    print(_line(table, f"{devices.ranks} ranks, against one", exact, alone))
+        by_one = _pictures(pool, spec.compute, Settings())
+    print(_line(table, f"{devices.ranks} ranks, against one", exact, alone, shown, by_one))
     if isinstance(alone, str):
         return 1
     worst = max(difference(a, b) for a, b in zip(exact[:-1], alone[:-1], strict=True))
@@ -90,8 +101,31 @@ def _results(session: Session, given, steps: int, name: str) -> list[torch.Tenso
     return found
 
 
-def _line(table: Table, label: str, found: list[torch.Tensor] | str, wanted: list[torch.Tensor] | str) -> str:
+def _pictures(pool: Pool, compute: str, settings: Settings) -> torch.Tensor | str:
+    """Returns pictures (CAPTIONS, 3, h, w) of the shipped model, or why there are none."""
+    config = read_model(str(shapes.MODEL)).config
+    spec = ModelSpec.of_file(str(shapes.MODEL), storage=None, compute=compute)
+    edge = PIXELS // config.downscale
+    noise = torch.randn(CAPTIONS, 16, edge, edge, generator=torch.Generator().manual_seed(0))
+    session = Session(pool, spec, (plan(pool.devices.ranks, config.heads),), settings)
+    try:
+        sigmas, prompt = torch.linspace(1, 0, PICTURE_STEPS + 1), shapes.prompt(shapes.examples(CAPTIONS))
+        return shapes.decode(session.sample(noise, sigmas, sampler="euler", positive=prompt, progress=Progress()))
+    except FastUSPError as error:
+        return str(error)
+
+
+def _met(pictures: torch.Tensor | str) -> int | None:
+    if isinstance(pictures, str):
+        return None
+    return sum(not shapes.unmet(*pair) for pair in zip(shapes.examples(CAPTIONS), pictures, strict=True))
+
+
+def _line(table: Table, label: str, found, wanted, drawn: torch.Tensor | str, shown: torch.Tensor | str) -> str:
+    """found, wanted: results of two runs; drawn, shown: their pictures; or why there are none."""
     for result in (found, wanted):
         if isinstance(result, str):
             return Table(table.columns[0], Column("why")).row(label, f"not run: {result.splitlines()[0]}")
-    return table.row(label, *(difference(a, b) for a, b in zip(found, wanted, strict=True)))
+    known = not isinstance(drawn, str) and not isinstance(shown, str)
+    decibels = shapes.psnr(drawn, shown) if known else None
+    return table.row(label, *(difference(a, b) for a, b in zip(found, wanted, strict=True)), decibels, _met(drawn))

@@ -3,10 +3,23 @@ and the example need no download for. MODEL_CARD.md describes the model, benchma
 
 from pathlib import Path
 
-from .captions import Caption, embed
-from .check import unmet
+import torch
+
+from ..prompt import Prompt
+from .captions import TOKENS, WORDS, Caption, embed, numbers
+from .check import psnr, unmet
 from .latents import decode, encode
+from .scenes import examples
 
 MODEL = Path(__file__).with_name("fastusp_shapes.safetensors")
+GUIDANCE = 3.5
+"""Which changes nothing: the model was trained with any."""
 
-__all__ = ["MODEL", "Caption", "decode", "embed", "encode", "unmet"]
+
+def prompt(captions: list[Caption]) -> Prompt:
+    """The embeddings of some captions, a picture of each."""
+    context, pooled = embed(torch.tensor([numbers(caption) for caption in captions]))
+    return Prompt(context, pooled, torch.full((len(captions),), GUIDANCE))
+
+
+__all__ = ["GUIDANCE", "MODEL", "TOKENS", "WORDS", "Caption", "decode", "encode", "examples", "prompt", "psnr", "unmet"]

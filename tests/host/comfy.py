@@ -12,7 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+import torch
 import websocket
+from PIL import Image
 from safetensors.torch import load_file
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -20,9 +23,11 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 @dataclass
 class Outcome:
-    """What one prompt brought: saved latents by node id, and the websocket's events."""
+    """What one prompt brought: saved latents by node id, saved images (3, h, w) from 0 to 1, and the websocket's
+    events."""
 
     latents: dict = field(default_factory=dict)
+    images: list = field(default_factory=list)
     progress: list = field(default_factory=list)
     previews: int = 0
     texts: list = field(default_factory=list)
@@ -147,6 +152,11 @@ class ComfyUI:
             for saved in output.get("latents", ()):
                 file = self.base / "output" / saved["subfolder"] / saved["filename"]
                 outcome.latents[node] = load_file(file)["latent_tensor"]
+            for saved in output.get("images", ()):
+                file = self.base / "output" / saved["subfolder"] / saved["filename"]
+                with Image.open(file) as picture:
+                    pixels = torch.from_numpy(np.array(picture.convert("RGB")))
+                outcome.images.append(pixels.movedim(-1, 0) / 255)
         return outcome
 
     def stop(self) -> None:

@@ -92,12 +92,12 @@ class Comparison:
         """got, want: latents of sampler nodes. where: what the status of the one that gives `got` must say."""
         self.pairs.append((label, where, got[0], self.graph.save(got), self.graph.save(want)))
 
-    def check(self, host: ComfyUI) -> Outcome:
+    def check(self, host: ComfyUI, tolerance: float = TOLERANCE) -> Outcome:
         outcome = host.run(self.graph)
         wrong = []
         for label, where, sampler, got, want in self.pairs:
             distance = difference(outcome.latents[got], outcome.latents[want])
-            if not distance <= TOLERANCE:
+            if not distance <= tolerance:
                 wrong.append(f"{label}: {distance:.1e}")
             said = outcome.texts_of(sampler)
             if not any(where in text for text in said):

@@ -1,0 +1,61 @@
+"""Two nodes and a model that need no download: a prompt for the small model that is shipped, and its pictures."""
+
+from ..fastusp_backend import shapes
+from .comfyui import folder_paths, io
+
+_FLUX_SCALE, _FLUX_SHIFT = 0.3611, 0.1159
+"""By which ComfyUI's latents of FLUX.1 differ from those that its models see: (latent - shift) scale."""
+
+
+def offer_model() -> None:
+    """Lists the model that is shipped among ComfyUI's diffusion models."""
+    folder_paths.add_model_folder_path("diffusion_models", str(shapes.MODEL.parent))
+
+
+class USPDemoPrompt(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FastUSPDemoPrompt",
+            display_name="USP Demo Prompt",
+            category="FastUSP/demo",
+            description=f"A prompt for {shapes.MODEL.name}, the small model that comes with FastUSP. It knows "
+            f"{len(shapes.WORDS)} words: {', '.join(shapes.WORDS)}.",
+            inputs=[
+                io.String.Input(
+                    "text",
+                    default="a red circle left of a blue square",
+                    tooltip='One or two shapes, as "a large yellow triangle on black" or "a small green square above a '
+                    'large purple circle on grey".',
+                )
+            ],
+            outputs=[io.Conditioning.Output("conditioning")],
+        )
+
+    @classmethod
+    def execute(cls, text) -> io.NodeOutput:
+        prompt = shapes.prompt([shapes.Caption.read(text)])
+        return io.NodeOutput([[prompt.context, {"pooled_output": prompt.y, "guidance": shapes.GUIDANCE}]])
+
+
+class USPDemoDecode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FastUSPDemoDecode",
+            display_name="USP Demo Decode",
+            category="FastUSP/demo",
+            description=f"The pictures of {shapes.MODEL.name}'s latents, in the place of VAE Decode.",
+            inputs=[io.Latent.Input("samples", tooltip="Latents of 16 channels that the model drew.")],
+            outputs=[io.Image.Output("image")],
+        )
+
+    @classmethod
+    def execute(cls, samples) -> io.NodeOutput:
+        latents = samples["samples"].float()
+        if latents.dim() != 4 or latents.shape[1] != 16:
+            raise ValueError(
+                f"Connect latents that {shapes.MODEL.name} drew, of 16 channels, to USP Demo Decode: these are of "
+                f"shape {tuple(latents.shape)}"
+            )
+        return io.NodeOutput(shapes.decode((latents - _FLUX_SHIFT) * _FLUX_SCALE).movedim(1, -1))
