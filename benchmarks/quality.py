@@ -3,21 +3,26 @@
     python benchmarks/quality.py --model flux --ranks 2
 
 Prints per layout and option the relative (Frobenius) error of one evaluation at three timesteps, and of the latents
-after all steps of Euler's method, against one rank that runs eagerly and exactly. Ranks may share a GPU: this measures
-exactness, not speed.
+after all steps of Euler's method, against one rank that runs eagerly and exactly. Then what the options do to pictures
+of the small model that is shipped: their difference in dB, and the share of captions that they meet. Ranks may share a
+GPU: this measures exactness, not speed.
 """
 
 import argparse
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import paths
 import torch
 import torch.distributed as dist
 from common import CONFIGS, MODELS, Case, random_inputs, random_model
 from ours import held_by_rows
+from PIL import Image
+from safetensors.torch import load_file
 
+from fastusp_backend import shapes
 from fastusp_backend.cli.table import Column, Table
 from fastusp_backend.comm.mesh import make_mesh, single_rank_mesh
 from fastusp_backend.comm.transport import Transport
@@ -25,9 +30,13 @@ from fastusp_backend.config import Layout, Settings
 from fastusp_backend.engine import Denoiser
 from fastusp_backend.environment import inherited
 from fastusp_backend.models.family import Transformer
+from fastusp_backend.models.files import read_model
+from fastusp_backend.prompt import Prompt
 
 OF_OURS = "FASTUSP_QUALITY"
 """Set for the ranks that are started here, whatever launcher surrounds all."""
+TOGETHER, SHOWN = 50, 6
+"""Pictures that are drawn at a time, and that the sheet shows."""
 TIMESTEPS = (0.95, 0.6, 0.2)
 OPTIONS = {
     "exact": {},
@@ -101,7 +110,61 @@ def rank(a: argparse.Namespace) -> None:
                     at = " ".join(f"{error:.1e}" for error in errors[:-1])
                     print(table(a.steps).row(weights, str(mesh.layout), name, at, errors[-1]), flush=True)
         del model, rows, wanted
+    if number == 0:
+        print(f"\n{picture_table().head()}", flush=True)
+    pictures(a, places, alone, dtype)
     dist.destroy_process_group()
+
+
+def picture_table() -> Table:
+    numbers = Column("pictures, dB", format=".1f"), Column("captions met", format=".1%")
+    return Table(Column("layout"), Column("option"), *numbers, markdown=True)
+
+
+def shipped_model(device: torch.device, dtype: torch.dtype) -> Transformer:
+    with torch.device("meta"):
+        model = read_model(str(shapes.MODEL)).config.build()
+    state = {model.module_key(key): tensor.to(device, dtype) for key, tensor in load_file(shapes.MODEL).items()}
+    model.load_state_dict(state, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+@torch.inference_mode()
+def pictures(a: argparse.Namespace, places: list, alone, dtype: torch.dtype) -> None:
+    """Draws `a.captions` pictures of the shipped model in every way; the first rank prints and saves."""
+    captions, number = shapes.examples(a.captions), dist.get_rank()
+    model = shipped_model(alone.device, dtype)
+    rows = held_by_rows(model)
+
+    def drawn(held: Transformer, mesh, transport, settings: Settings) -> torch.Tensor:
+        denoiser, found = Denoiser(held, mesh, transport, settings, dtype), []
+        for start in range(0, len(captions), TOGETHER):
+            tensors = shapes.prompt(captions[start : start + TOGETHER]).tensors()
+            prompt = Prompt.from_tensors({name: t.to(alone.device, dtype) for name, t in tensors.items()}, None)
+            noise = torch.randn(len(prompt.context), 16, 32, 32, generator=torch.Generator().manual_seed(start))
+            x, sigmas = noise.to(alone.device), torch.linspace(1, 0, a.steps + 1)
+            for now, after in zip(sigmas, sigmas[1:], strict=False):
+                x = x + (after - now).item() * denoiser(x, now.expand(len(x)), [prompt], lambda: None)[0].float()
+            found.append(shapes.decode(x).cpu())
+        return torch.cat(found)
+
+    def told(layout: str, name: str, found: torch.Tensor, wanted: torch.Tensor) -> None:
+        met = sum(not shapes.unmet(caption, picture) for caption, picture in zip(captions, found, strict=True))
+        sheet.append(torch.cat([*found[:SHOWN]], dim=-1))
+        print(picture_table().row(layout, name, shapes.psnr(found, wanted), met / len(captions)), flush=True)
+
+    sheet: list[torch.Tensor] = []
+    wanted = drawn(model, alone, Transport(alone), Settings(compile=False, cuda_graphs=False, overlap=False))
+    if number == 0:
+        told("1 rank", "exact, eager", wanted, wanted)
+    for mesh, transport in places:
+        for name, options in OPTIONS.items():
+            found = drawn(rows if options.get("linear") == "fp8" else model, mesh, transport, Settings(**options))
+            if number == 0:
+                told(str(mesh.layout), name, found, wanted)
+    if number == 0 and a.sheet:
+        pixels = (torch.cat(sheet[: 1 + len(OPTIONS)], dim=-2) * 255).round().byte()
+        Image.fromarray(pixels.movedim(0, -1).numpy()).save(a.sheet)
 
 
 def main() -> None:
@@ -111,6 +174,8 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=1024)
     parser.add_argument("--text", type=int, default=512)
     parser.add_argument("--steps", type=int, default=28)
+    parser.add_argument("--captions", type=int, default=200, help="pictures of the shipped model (default 200)")
+    parser.add_argument("--sheet", type=Path, help="where to save some of them, a row for each option")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     a = parser.parse_args()

@@ -51,6 +51,7 @@ ROOMS = {
     "models": BASE | {"prompt", "weights", "kernels", "attention"},
     "engine": BASE | {"prompt", "models", "weights", "attention", "comm", "kernels.fp8_product", "pinning", "pulse"},
     "sampling": {"prompt"},
+    "shapes": BASE | {"prompt"},
     "worker": BASE | {"prompt", "sampling", "engine", "models", "protocol", "comm.groups", "ports", "pulse"},
     "worker.process": {"pulse"},
     "pool": BASE | {"prompt", "protocol", "devices", "environment", "worker.process", "pulse"},
@@ -58,7 +59,7 @@ ROOMS = {
 ABOVE_ALL = {"cli", "__main__"}
 FOR_NODES = (
     BASE
-    | {"prompt", "pool", "planner", "devices", "sampling"}
+    | {"prompt", "pool", "planner", "devices", "sampling", "shapes"}
     | {"models.detection", "models.files", "models.placement", "models.prediction"}
     | {"weights.tensor_info", "weights.dtypes", "weights.adapters"}
 )
