@@ -23,8 +23,8 @@ from torch.nn.utils import parametrize
 
 from fastusp_backend.models import synthetic
 from fastusp_backend.models.flux import FluxConfig
-from fastusp_backend.shapes import captions, decode, embed, encode, unmet
-from fastusp_backend.shapes.scenes import Scenes, all_captions, draw, held_back, middle, vary
+from fastusp_backend.shapes import captions, decode, encode, unmet
+from fastusp_backend.shapes.scenes import Scenes, all_captions, draw, examples, held_back, middle, vary
 
 SIZES = ((256, 256), (256, 384), (384, 256), (512, 512))
 SHARES = (0.7, 0.1, 0.1, 0.1)
@@ -71,7 +71,7 @@ def unpatched(x: torch.Tensor, h: int, w: int) -> torch.Tensor:
 
 def velocity(model, x: torch.Tensor, t: torch.Tensor, tokens: torch.Tensor, guidance: torch.Tensor) -> torch.Tensor:
     b, _, h, w = x.shape
-    context, pooled = embed(tokens)
+    context, pooled = captions.embed(tokens)
     ids = torch.zeros(h // 2, w // 2, 3, device=x.device)
     ids[..., 1] += torch.arange(h // 2, device=x.device)[:, None]
     ids[..., 2] += torch.arange(w // 2, device=x.device)
@@ -105,9 +105,7 @@ def loss_of(model, data: Data, count: int, size: tuple[int, int], precision) -> 
 @torch.inference_mode()
 def met(model, device: torch.device, size: tuple[int, int], precision) -> tuple[float, list[str]]:
     """The share of held-back captions that their pictures meet, and what is wrong with the others."""
-    held = [caption for caption in all_captions() if held_back(caption)]
-    order = torch.randperm(len(held), generator=torch.Generator().manual_seed(1))[:CHECKED]
-    chosen, wrong, right = [held[i] for i in order.tolist()], [], 0
+    chosen, wrong, right = examples(CHECKED), [], 0
     for start in range(0, CHECKED, 50):
         some = chosen[start : start + 50]
         tokens = torch.tensor([captions.numbers(caption) for caption in some], device=device)

@@ -1,12 +1,21 @@
-"""Pictures of coloured shapes, which a small model of FLUX.1's layout draws: what the demo, the checks of lossy options
-and the example need no download for. MODEL_CARD.md describes the model, benchmarks/train_shapes.py trains it."""
+"""Pictures of coloured shapes, for a small model of FLUX.1's layout that benchmarks/train_shapes.py trains."""
 
-from pathlib import Path
+import torch
 
-from .captions import Caption, embed
-from .check import unmet
+from ..prompt import Prompt
+from .captions import TOKENS, WORDS, Caption, embed, numbers
+from .check import psnr, unmet
 from .latents import decode, encode
+from .scenes import examples
 
-MODEL = Path(__file__).with_name("fastusp_shapes.safetensors")
+GUIDANCE = 3.5
+"""Which changes nothing: the model was trained with any."""
 
-__all__ = ["MODEL", "Caption", "decode", "embed", "encode", "unmet"]
+
+def prompt(captions: list[Caption]) -> Prompt:
+    """The embeddings of some captions, a picture of each."""
+    context, pooled = embed(torch.tensor([numbers(caption) for caption in captions]))
+    return Prompt(context, pooled, torch.full((len(captions),), GUIDANCE))
+
+
+__all__ = ["GUIDANCE", "TOKENS", "WORDS", "Caption", "decode", "encode", "examples", "prompt", "psnr", "unmet"]

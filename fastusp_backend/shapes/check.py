@@ -34,6 +34,11 @@ def unmet(caption: Caption, picture: torch.Tensor) -> list[str]:
     return failures
 
 
+def psnr(pictures: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of pictures (B, 3, h, w) from 0 to 1: infinite where they are equal."""
+    return -10 * (pictures - wanted).square().mean().log10().item()
+
+
 def _problem(caption: Caption, i: int, mask: torch.Tensor, place: torch.Tensor) -> str | None:
     height, width = mask.shape
     area = mask.sum().item()

@@ -119,3 +119,9 @@ def all_captions() -> list[Caption]:
 def held_back(caption: Caption) -> bool:
     """Whether the model was not trained on a caption: one of ten."""
     return zlib.crc32(str(caption).encode()) % 10 == 0
+
+
+def examples(count: int) -> list[Caption]:
+    """Some captions that are held back, always the same ones."""
+    held = [caption for caption in all_captions() if held_back(caption)]
+    return [held[i] for i in torch.randperm(len(held), generator=torch.Generator().manual_seed(1))[:count].tolist()]

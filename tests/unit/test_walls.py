@@ -51,6 +51,7 @@ ROOMS = {
     "models": BASE | {"prompt", "weights", "kernels", "attention"},
     "engine": BASE | {"prompt", "models", "weights", "attention", "comm", "kernels.fp8_product", "pinning", "pulse"},
     "sampling": {"prompt"},
+    "shapes": BASE | {"prompt"},
     "worker": BASE | {"prompt", "sampling", "engine", "models", "protocol", "comm.groups", "ports", "pulse"},
     "worker.process": {"pulse"},
     "pool": BASE | {"prompt", "protocol", "devices", "environment", "worker.process", "pulse"},

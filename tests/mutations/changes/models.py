@@ -8,8 +8,8 @@ OWNERSHIP = "fastusp_backend/models/ownership.py"
 CHANGES = [
     (
         "fastusp_backend/models/prediction.py",
-        "messages take no time, however many peers",
-        " + MESSAGE * cost.messages",
+        "kernels take no time, however few tokens a rank has",
+        "        computing += KERNELS * cost.streams\n",
         "",
         "unit/test_prediction.py",
     ),
