@@ -9,8 +9,10 @@ of ten captions is held back; at the end pictures of 200 of them are checked in 
 import argparse
 import contextlib
 import copy
+import functools
 import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,10 +44,15 @@ class Rounded(torch.nn.Module):
         return weight + (weight.to(torch.float8_e4m3fn).to(weight.dtype) - weight).detach()
 
 
-class Data:
-    """Pictures of captions that are not held back, drawn on the device."""
+def drawn(scenes: Scenes, height: int, width: int) -> torch.Tensor:
+    return encode(draw(scenes, height, width))
 
-    def __init__(self, device: torch.device, seed: int):
+
+class Data:
+    """Pictures of captions that are not held back, drawn on the device. draw: `drawn`, or it compiled."""
+
+    def __init__(self, device: torch.device, seed: int, draw: Callable[[Scenes, int, int], torch.Tensor]):
+        self._draw = draw
         self.generator = torch.Generator(device).manual_seed(seed)
         known = [caption for caption in all_captions() if not held_back(caption)]
         self._scenes = {name: getattr(middle(known), name).to(device) for name in Scenes.__slots__}
@@ -57,7 +64,7 @@ class Data:
         """-> latents (count, 16, h, w), tokens (count, TOKENS)."""
         chosen = torch.multinomial(self._weights, count, replacement=True, generator=self.generator)
         scenes = Scenes(**{name: values[chosen] for name, values in self._scenes.items()})
-        return encode(draw(vary(scenes, self.generator), *size)), self._tokens[chosen]
+        return self._draw(vary(scenes, self.generator), *size), self._tokens[chosen]
 
 
 def patched(x: torch.Tensor) -> torch.Tensor:
@@ -88,9 +95,9 @@ def velocity(model, x: torch.Tensor, t: torch.Tensor, tokens: torch.Tensor, guid
     return unpatched(out.float(), h, w)
 
 
-def loss_of(model, data: Data, count: int, size: tuple[int, int], precision) -> torch.Tensor:
+def loss_of(velocity, model, data: Data, count: int, size: tuple[int, int], precision) -> torch.Tensor:
     """The mean square of what the velocity differs by from noise less picture, at times of which most are in the
-    middle."""
+    middle. velocity: the function of that name, or it compiled."""
     x0, tokens = data.batch(count, size)
     like = {"generator": data.generator, "device": x0.device}
     noise, t = torch.randn(x0.shape, **like), torch.randn(count, **like).sigmoid()
@@ -150,10 +157,10 @@ def plain_name(name: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--blocks", default="1,2", help="double and single ones")
+    parser.add_argument("--blocks", default="1,1", help="double and single ones")
     parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=512, help="pictures of 256 x 256, of larger ones as many tokens")
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--batch", type=int, default=256, help="pictures of 256 x 256, of larger ones as many tokens")
+    parser.add_argument("--steps", type=int, default=40_000)
     parser.add_argument("--seconds", type=float, default=math.inf, help="end the schedule sooner")
     parser.add_argument("--rate", type=float, default=1.2e-3)
     parser.add_argument("--device", default="cuda")
@@ -181,7 +188,9 @@ def main() -> None:
     for module in [module for module in model.modules() if isinstance(module, torch.nn.Linear)]:
         parametrize.register_parametrization(module, "weight", Rounded())
     by_name = {plain_name(name): parameter for name, parameter in model.named_parameters()}
-    parameters, data = [by_name[name] for name, _ in averaged.named_parameters()], Data(device, seed=0)
+    parameters = [by_name[name] for name, _ in averaged.named_parameters()]
+    compiled = functools.partial(torch.compile, dynamic=False) if a.device == "cuda" else lambda function: function
+    quick, data = compiled(velocity), Data(device, 0, compiled(drawn))
     optimizer = torch.optim.AdamW(parameters, lr=a.rate, betas=(0.9, 0.99), weight_decay=0, fused=a.device == "cuda")
 
     def precision():
@@ -200,7 +209,8 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate
         size = SIZES[torch.multinomial(torch.tensor(SHARES), 1, generator=which).item()]
-        loss = loss_of(model, data, a.batch * 65536 // (size[0] * size[1]), size, precision)
+        how = quick if size == SIZES[0] else velocity  # the others' graphs would take longer to compile than they save
+        loss = loss_of(how, model, data, a.batch * 65536 // (size[0] * size[1]), size, precision)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -209,7 +219,7 @@ def main() -> None:
         with torch.no_grad():
             torch._foreach_lerp_(list(averaged.parameters()), parameters, 1 - decay)
         means.append(loss.detach())
-        if step % 250 == 249:
+        if step % 1000 == 999:
             print(f"{step + 1} steps, {elapsed:.0f} s: loss {torch.stack(means).mean():.4f}", flush=True)
             means.clear()
     trained = plain(averaged)
