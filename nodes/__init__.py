@@ -1,6 +1,6 @@
 """The nodes, and everything else that touches ComfyUI. Nothing outside this folder imports the host."""
 
-from . import memory, status
+from . import control, memory, status
 from .comfyui import ComfyExtension, io
 from .loader import USPLoader
 from .sampler import USPSampler
@@ -14,5 +14,6 @@ class FastUSPExtension(ComfyExtension):
 
 async def comfy_entrypoint() -> ComfyExtension:
     status.add_routes()
+    control.add_routes()
     memory.weights.follow_unload_all()
     return FastUSPExtension()

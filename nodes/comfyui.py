@@ -113,7 +113,7 @@ USED = {
     "nodes": [
         "common_ksampler(model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent, denoise)",
     ],
-    "server": ["PromptServer.send_progress_text(text, node_id, sid)"],
+    "server": ["PromptServer.send_progress_text(text, node_id, sid)", "PromptServer.send_sync(event, data, sid)"],
 }
 """Module -> names in it, with the parameters that a call, or a method in its place, relies on."""
 
