@@ -63,6 +63,11 @@ def test_schema(host, node):
     assert info["description"]
 
 
+@pytest.mark.parametrize("node", NODES)
+def test_found_by_what_people_search_for(host, node):
+    assert {"multi gpu", "parallel"} <= set(host.get(f"/object_info/{node}")[node]["search_aliases"])
+
+
 @pytest.mark.any_host
 def test_lists(host):
     def options(node, name):
