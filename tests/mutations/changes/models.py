@@ -8,8 +8,8 @@ OWNERSHIP = "fastusp_backend/models/ownership.py"
 CHANGES = [
     (
         "fastusp_backend/models/prediction.py",
-        "kernels take no time, however few tokens a rank has",
-        "        computing += KERNELS * cost.streams\n",
+        "messages take no time, however many peers",
+        " + MESSAGE * cost.messages",
         "",
         "unit/test_prediction.py",
     ),
