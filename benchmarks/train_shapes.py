@@ -96,11 +96,11 @@ def velocity(model, x: torch.Tensor, t: torch.Tensor, tokens: torch.Tensor, guid
 
 
 def loss_of(velocity, model, data: Data, count: int, size: tuple[int, int], precision) -> torch.Tensor:
-    """The mean square of what the velocity differs by from noise less picture, at times of which most are in the
-    middle. velocity: the function of that name, or it compiled."""
+    """The mean square of what the velocity differs by from noise less picture, at times of which most are
+    noisy: there it is decided what is drawn. velocity: the function of that name, or it compiled."""
     x0, tokens = data.batch(count, size)
     like = {"generator": data.generator, "device": x0.device}
-    noise, t = torch.randn(x0.shape, **like), torch.randn(count, **like).sigmoid()
+    noise, t = torch.randn(x0.shape, **like), (torch.randn(count, **like) + 0.5).sigmoid()
     t = torch.where(torch.rand(count, **like) < 0.3, torch.rand(count, **like), t)
     at = t[:, None, None, None]
     guidance = 1 + 4 * torch.rand(count, **like)  # which is to change nothing

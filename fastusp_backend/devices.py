@@ -162,6 +162,8 @@ def parse_devices(
         names = [gpu.name for gpu in seen.gpus]
         most = Counter(names).most_common(1)[0][0]
         return _of(tuple(gpu.index for gpu in seen.gpus if value == "all" or gpu.name == most))
+    if re.fullmatch(r"cuda:\d+(\s*,\s*(cuda:)?\d+)*", value):
+        return _of(_counted_by_cuda(text, [int(x) for x in re.findall(r"\d+", value)], gpus, visible, counted))
     if re.fullmatch(r"\d+(\s*,\s*\d+)*", value):
         wanted = tuple(int(x) for x in value.split(","))
         existing = {g.index for g in gpus}
@@ -170,12 +172,33 @@ def parse_devices(
             have = ", ".join(f"{g.index} ({g.name})" for g in gpus) or "no GPU at all; use 'cpu:N' for N CPU ranks"
             some = f"GPU {missing[0]} does" if len(missing) == 1 else f"GPUs {', '.join(map(str, missing))} do"
             raise DeviceError(f"gpus = {text!r}: {some} not exist. This machine has {have}")
-        if len(set(wanted)) != len(wanted):
-            raise DeviceError(f"gpus = {text!r}: a GPU is named twice; each rank needs a GPU of its own")
-        return _of(wanted)
+        return _of(_each_once(text, wanted))
     raise DeviceError(
         f"gpus = {text!r} is not understood: expected 'auto', 'all', GPU indices such as '0,1', or 'cpu:N'"
     )
+
+
+def _each_once(text: str, wanted: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(wanted)) != len(wanted):
+        raise DeviceError(f"gpus = {text!r}: a GPU is named twice; each rank needs a GPU of its own")
+    return wanted
+
+
+def _counted_by_cuda(
+    text: str, numbers: list[int], gpus: tuple[Gpu, ...], visible: str | None, counted: Callable[[], Sequence[str]]
+) -> tuple[int, ...]:
+    """The indices, as NVML counts, of GPUs that torch calls cuda:0, cuda:1, ..."""
+    found = gpus  # equal ones are counted alike by both
+    if visible is not None or len({gpu.name for gpu in gpus}) > 1:
+        everyone = ",".join(map(str, range(len(gpus))))
+        try:
+            found = visible_gpus(gpus, everyone if visible is None else visible, counted).gpus
+        except DeviceError as error:
+            raise DeviceError(f"gpus = {text!r}: {error}") from error
+    if missing := [number for number in numbers if number >= len(found)]:
+        have = ", ".join(f"cuda:{n} ({gpu.name})" for n, gpu in enumerate(found)) or "none; use 'cpu:N'"
+        raise DeviceError(f"gpus = {text!r}: cuda:{missing[0]} does not exist. CUDA counts {have}")
+    return _each_once(text, tuple(found[number].index for number in numbers))
 
 
 def _without_gpus(text: str, seen: Seen, seen_by_torch: int) -> Devices:

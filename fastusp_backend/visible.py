@@ -80,9 +80,11 @@ def counted_by_cuda() -> tuple[str, ...]:
     try:
         return tuple(ask_module("fastusp_backend.visible", seconds=SECONDS, without=(VARIABLE,)).split())
     except OSError as error:
+        value = os.environ.get(VARIABLE)
+        what, there = ("cuda:N", "") if value is None else (f"{VARIABLE}={value}", "by UUID there (nvidia-smi -L), or ")
         raise DeviceError(
-            f"{VARIABLE}={os.environ.get(VARIABLE)} counts GPUs as CUDA does, and CUDA's driver does not tell how "
-            f"({error}). Name GPUs by UUID there (nvidia-smi -L), or by nvidia-smi's index in gpus"
+            f"{what} counts GPUs as CUDA does, and CUDA's driver does not tell how ({error}). Name GPUs {there}by "
+            f"nvidia-smi's index in gpus"
         ) from error
 
 

@@ -1,6 +1,6 @@
 """The nodes, and everything else that touches ComfyUI. Nothing outside this folder imports the host."""
 
-from . import memory, status
+from . import control, memory, status
 from .comfyui import ComfyExtension, io
 from .demo import USPDemoDecode, USPDemoPrompt, offer_model
 from .loader import USPLoader
@@ -15,6 +15,7 @@ class FastUSPExtension(ComfyExtension):
 
 async def comfy_entrypoint() -> ComfyExtension:
     status.add_routes()
+    control.add_routes()
     offer_model()
     memory.weights.follow_unload_all()
     return FastUSPExtension()

@@ -113,7 +113,7 @@ USED = {
     "nodes": [
         "common_ksampler(model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent, denoise)",
     ],
-    "server": ["PromptServer.send_progress_text(text, node_id, sid)"],
+    "server": ["PromptServer.send_progress_text(text, node_id, sid)", "PromptServer.send_sync(event, data, sid)"],
 }
 """Module -> names in it, with the parameters that a call, or a method in its place, relies on."""
 
@@ -207,6 +207,13 @@ __all__ = [
     "model_config_from_unet",
     "model_management",
     "samplers",
+    "search_aliases",
     "swap_scale_shift",
     "weight_adapter",
 ]
+
+
+def search_aliases(*words: str) -> dict[str, list[str]]:
+    """What a node is found by in the page beside its name, for `io.Schema`; nothing in a ComfyUI that does not know
+    it."""
+    return {"search_aliases": [*words]} if "search_aliases" in inspect.signature(io.Schema).parameters else {}

@@ -1,5 +1,5 @@
-"""Whether fewer GPUs than USP Loader was given are predicted to be faster: told before any worker has started, from
-what NVML tells of the GPUs and the file's header of the model."""
+"""Whether fewer GPUs than USP Loader was given are predicted to be faster: told while the workers start, from what NVML
+tells of the GPUs and the file's header of the model."""
 
 import functools
 import itertools
@@ -30,6 +30,9 @@ def faster_with_fewer(session: Session, file: ModelFile) -> Devices | None:
     devices, spec = session.pool.devices, session.spec
     if len(devices.gpus) < 2 or spec.weights not in ("auto", "whole"):  # who sets others wants the room
         return None
+    batches = "auto" if len(session.layouts) > 1 else "off"
+    if session.layouts != plan_batches(devices.ranks, file.config.heads, batch_parallel=batches):
+        return None  # degrees that somebody has set would not go with fewer GPUs, and may be what is slow
     card = slowest_card(gpu.name for gpu in list_gpus() if gpu.index in devices.gpus)
     found = _links(devices.gpus, CARDS[card]) if card is not None else None
     if found is None:
@@ -38,7 +41,6 @@ def faster_with_fewer(session: Session, file: ModelFile) -> Devices | None:
     whole = place_file(file.header, msgspec.structs.replace(spec, weights="whole"), 1)
     if whole.device_bytes > ROOM * memory:
         return None
-    batches = "auto" if len(session.layouts) > 1 else "off"
     kinds: list[dict[int, float]] = [{} for _ in ((1,) if file.config.guidance else (1, 2))]
     for count, link in links.items():
         layouts = session.layouts
@@ -74,8 +76,8 @@ def _links(gpus: tuple[int, ...], card: Card) -> tuple[dict[int, Link], int] | N
         return None
     states, words = told
     state = {found.index: found for found in states}
-    if any(gpu not in state or state[gpu].total is None for gpu in gpus):
-        return None
+    if any(gpu not in state or state[gpu].total is None or state[gpu].mig for gpu in gpus):
+        return None  # of a GPU in parts, a name says little
     if os.environ.get("NCCL_P2P_DISABLE") == "1":  # tokens go through the host's memory, whatever joins the GPUs
         words = dict.fromkeys(words, "")
     links = {}

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from ..fastusp_backend.errors import Cancelled, FastUSPError
 from ..fastusp_backend.pool import Progress
 from .comfyui import model_management
-from .status import node_status
+from .status import node_status, push_pools
 
 
 class Unsupported(FastUSPError):
@@ -25,11 +25,19 @@ class Unsupported(FastUSPError):
 
 
 def progress(step: Callable | None = None) -> Progress:
-    """Progress that listens to ComfyUI's interrupt and shows phases on the running node. step: see `Progress`."""
-    hooks = {"step": step} if step is not None else {}
-    return Progress(
-        interrupted=model_management.processing_interrupted, phase=lambda text: node_status().phase(text), **hooks
-    )
+    """Progress that listens to ComfyUI's interrupt, shows phases on the running node and tells the page how far a run
+    is. step: see `Progress`."""
+
+    def phase(text: str) -> None:
+        node_status().phase(text)
+        push_pools()
+
+    def stepped(event, tensors) -> None:
+        if step is not None:
+            step(event, tensors)
+        push_pools(now=event.index + 1 == event.total)
+
+    return Progress(interrupted=model_management.processing_interrupted, phase=phase, step=stepped)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from ..fastusp_backend.planner import plan_batches
 from ..fastusp_backend.pool import Session
 from ..fastusp_backend.weights.dtypes import choose_types, main_dtype
 from ..fastusp_backend.weights.tensor_info import TensorInfo
-from .comfyui import command_line, io
+from .comfyui import command_line, io, search_aliases
 from .fewer_gpus import faster_with_fewer
 from .files import model_names, model_path
 from .pools import pool_for
@@ -49,6 +49,7 @@ class USPLoader(io.ComfyNode):
             node_id="FastUSPLoader",
             display_name="USP Loader",
             category="FastUSP",
+            **search_aliases("multi gpu", "multigpu", "parallel", "gpus", "flux loader", "load diffusion model"),
             description="Loads a FLUX.1, FLUX.2 or Qwen-Image transformer onto several GPUs (or CPU ranks) that "
             "compute every step of one image together.",
             inputs=[
@@ -70,7 +71,8 @@ class USPLoader(io.ComfyNode):
                     "gpus",
                     default="auto",
                     tooltip="auto: the largest set of identical GPUs, one CPU rank where there is no GPU. all: every "
-                    "visible GPU. 0,1,3: these, in nvidia-smi's order. cpu:2: two CPU ranks.",
+                    "visible GPU. 0,1,3: these, in nvidia-smi's order; cuda:0,1: these, as torch counts. cpu:2: two "
+                    "CPU ranks.",
                 ),
                 io.Int.Input(
                     "ulysses",

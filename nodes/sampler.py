@@ -1,6 +1,6 @@
 """USP Sampler: KSampler's inputs, KSampler's result; the loop runs in the workers where it can."""
 
-from .comfyui import common_ksampler, io, samplers
+from .comfyui import common_ksampler, io, samplers, search_aliases
 
 
 class USPSampler(io.ComfyNode):
@@ -10,6 +10,7 @@ class USPSampler(io.ComfyNode):
             node_id="FastUSPSampler",
             display_name="USP Sampler",
             category="FastUSP",
+            **search_aliases("multi gpu", "multigpu", "parallel", "ksampler"),
             description="Samples a MODEL of USP Loader on all its ranks, with the same result as KSampler. Any other "
             "MODEL is sampled as KSampler does.",
             inputs=[

@@ -8,7 +8,7 @@ from typing import get_args
 import msgspec
 
 from ..fastusp_backend.config import Settings
-from .comfyui import io
+from .comfyui import io, search_aliases
 
 SettingsType = io.Custom("USP_SETTINGS")
 
@@ -51,6 +51,7 @@ class USPSettings(io.ComfyNode):
             node_id="FastUSPSettings",
             display_name="USP Optimization Settings",
             category="FastUSP",
+            **search_aliases("multi gpu", "multigpu", "parallel", "compile", "attention"),
             description="Options of the distributed transformer. Connect it to USP Loader; without it the defaults "
             "apply.",
             inputs=[_input(option) for option in msgspec.structs.fields(Settings)],

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import time
 from collections.abc import Iterator
 from contextvars import ContextVar
 
@@ -16,6 +17,11 @@ SHORT = 80
 """More characters do not fit on a wide node: why a run steps from ComfyUI is cut there."""
 ERROR = 100
 """What is shown of an error, of which ComfyUI shows the whole."""
+
+PUSH_SECONDS = 0.2
+"""Between two times that the page is sent how far runs are."""
+
+_pushed = 0.0
 
 _logged = ""
 """The last line. A phase is not logged twice: a sampler that steps from ComfyUI reports at each step."""
@@ -161,6 +167,19 @@ def _running_texts(client: str | None) -> dict:
     return {"workflow": None, "texts": {}}
 
 
+def push_pools(*, now: bool = True) -> None:
+    """Sends all pages what the pools are at. now: also where they were told a moment ago."""
+    global _pushed
+    moment = time.monotonic()
+    if now or moment - _pushed >= PUSH_SECONDS:
+        _pushed = moment
+        PromptServer.instance.send_sync("fastusp.pools", _pools())
+
+
+def _pools() -> dict:
+    return {"pools": [pool.status() for pool in all_pools()]}
+
+
 def add_routes() -> None:
     """GET /fastusp/status: the pools, as `Pool.status` gives them. GET /fastusp/texts?client=ID: the status lines of
     that client's running prompt, for a page that was loaded anew. Neither changes anything."""
@@ -168,7 +187,7 @@ def add_routes() -> None:
 
     @routes.get("/fastusp/status")
     async def status(_request: web.Request) -> web.Response:
-        return web.json_response({"pools": [pool.status() for pool in all_pools()]})
+        return web.json_response(_pools())
 
     @routes.get("/fastusp/texts")
     async def texts(request: web.Request) -> web.Response:

@@ -4,8 +4,6 @@ torch's symmetric memory gives a buffer of the same size on every rank that all 
 is an ordinary copy, which a copy engine makes. Signals are words in such a buffer, by kernels of our own: torch's
 signal to one peer at a time, and a step of 8 ranks would take some thousands of them. (Memory operations of streams
 take longer than kernels in a graph: 8.0 us from rank to rank for 6.6, on H100s.)
-
-Copies take no SMs, but each begins anew: with many peers, to each of which little goes, one kernel writes to all.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -15,16 +13,9 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 
 from ..kernels import signals
-from ..kernels.push import push
 from .arena import CHANNELS, Part
-from .copies import copy, rows
+from .copies import copy
 from .groups import allocate_together
-
-_MANY = 6
-"""Peers from which on one kernel writes to all of them. A step of FLUX.1 that 8 GPUs share (H200) took 22.3 ms with
-copies, also over 2 and 4 streams, and 19.9 with the kernel; of 4 GPUs 36.6 with copies and 39.5 with the kernel."""
-_PROGRAMS = 8
-"""Of that kernel, for each peer: with 1, 2 and 4 the step took 26.2, 22.6 and 20.7 ms."""
 
 
 class SymmetricArena:
@@ -49,8 +40,6 @@ class SymmetricArena:
         self._handle = symmetric_memory.rendezvous(self._buffer, self._group)
         self._capacity = capacity
         self.generation += 1
-        views = [self.view(position, (1,), torch.int32, 0) for position in range(self.size)]
-        self._bases = torch.tensor([view.data_ptr() for view in views], device=self._device)
 
     def view(self, position: int, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> torch.Tensor:
         return self._handle.get_buffer(position, shape, dtype, storage_offset=offset // dtype.itemsize)
@@ -63,37 +52,8 @@ class SymmetricArena:
         return torch.cuda.stream(self._stream)
 
     def write(self, part: Part, sources: Mapping[int, torch.Tensor]) -> None:
-        if len(sources) >= _MANY:
-            self._push(part, sources)
-            return
         for position, source in sources.items():
             copy(part.of(position), source)
-
-    def _push(self, part: Part, sources: Mapping[int, torch.Tensor]) -> None:
-        """Writes by one kernel, matrices of 32-bit words."""
-        positions = sorted(sources)
-        first, target = sources[positions[0]], part.of(positions[0])
-        count, width, pitches = rows(target, first, most=2**62)
-        size = first.element_size()
-        assert all(length * size % 4 == 0 for length in (width, *pitches))
-        words = [length * size // 4 for length in (width, *pitches)]
-        step = 0
-        if len(positions) > 1:
-            step = (sources[positions[1]].data_ptr() - first.data_ptr()) // (positions[1] - positions[0]) // 4
-        offset = (target.data_ptr() - part.region.arena.view(positions[0], (1,), torch.int32, 0).data_ptr()) // 4
-        inside = positions[0] < self.position < positions[-1]
-        push(
-            first,
-            step,
-            self._bases,
-            positions[0],
-            self.position if inside else -1,
-            len(positions),
-            offset,
-            (count, words[0]),
-            (words[1], words[2]),
-            _PROGRAMS,
-        )
 
     def put_signals(self, peers: Iterable[int], channel: int) -> None:
         signals.put(self._pads, _mask(peers), self.position * CHANNELS + channel)

@@ -23,6 +23,7 @@ class StepCost:
     attention: those of them that attention takes.
     streams: of all blocks, each of which has kernels of its own.
     sent_bytes: what a rank sends, in 16 bits, and receives as well.
+    messages: to how many peers, in all blocks: to all of Ulysses' ranks, and once for each turn of a ring.
     """
 
     parameters: int
@@ -30,6 +31,7 @@ class StepCost:
     attention: float
     streams: int
     sent_bytes: float
+    messages: int
 
 
 @functools.cache
@@ -51,6 +53,7 @@ def step_cost(config: FamilyConfig, layout: Layout, *, size: tuple[int, int], te
         attention,
         len(blocks) + both,
         sent * len(blocks),
+        (ulysses - 1 + ring - 1) * len(blocks),
     )
 
 

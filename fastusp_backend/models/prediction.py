@@ -3,10 +3,10 @@ data sheets, and what was reached where it was measured (H100 and H200, see benc
 
 A step of P ranks takes
 
-    F / P / (SUSTAINED * peak) * (1 + BESIDE, where P > 1) + KERNELS * streams
+    F / P / (SUSTAINED * peak) * (1 + BESIDE, where P > 1) + KERNELS * streams + MESSAGE * messages
 
 where nothing else is slower, and what crosses links beside computing or after it (`Prediction.seconds`). Of it only the
-first part falls with P. Fitted to FLUX.1 at 1024 x 1024 on H200 with NVLink, 118.6, 67.8, 36.6 and 19.9 ms for P = 1,
+first part falls with P. Fitted to FLUX.1 at 1024 x 1024 on H200 with NVLink, 118.6, 67.8, 37.0 and 22.6 ms for P = 1,
 2, 4 and 8, the last two as benchmarks/scale.py plays one rank's share of so many on two GPUs.
 """
 
@@ -30,6 +30,8 @@ BESIDE = 0.09
 """How much longer they take where GPUs exchange: the copies beside them, and a share of the heads, cost time."""
 KERNELS = 60e-6
 """Seconds of each stream of a block however few tokens a rank has: launches, gaps, kernels that do not fill a GPU."""
+MESSAGE = 5.8e-6
+"""Seconds of each peer's messages in a block, however short."""
 FP8_PRODUCTS = 0.6
 """Products with `linear = fp8`, of those in 16 bits; measured 0.57 to 0.64."""
 EIGHT_BITS = 0.5
@@ -98,7 +100,7 @@ CARDS = {
 
 def known_card(name: str) -> str | None:
     """The card of `CARDS` that a GPU is, by the name that NVML gives it."""
-    if re.search(r"Laptop|Max-Q|PCIe|NVL| D\b", name):  # slower ones
+    if re.search(r"Laptop|Max-Q|PCIe|PCIE|NVL|GRID|MIG| D\b", name):  # slower ones
         return None
     return next((known for known in CARDS if re.search(rf"\b{known}\b", name)), None)
 
@@ -159,7 +161,7 @@ class Prediction:
         computing = (products + cost.attention) / layout.sequence_ranks / (SUSTAINED * self._card.tflops * 1e12)
         if layout.sequence_ranks > 1:
             computing *= 1 + BESIDE
-        computing += KERNELS * cost.streams
+        computing += KERNELS * cost.streams + MESSAGE * cost.messages
         if self._linear == "exact" and not found.unpacked:
             computing += cost.parameters * UNPACKING.get(self._stored, 0) / (self._card.memory * 1e12)
         weights = found.streamed_bytes / ((link.host if found.source == "host" else link.peers) * 1e9)

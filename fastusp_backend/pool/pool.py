@@ -80,7 +80,7 @@ class Pool:
                         raise failure from unsent.__cause__
                     log.warning("%s", failure)
                 else:
-                    self._account.error = None
+                    self._account.ended_well()
                     return result
 
     def release(self) -> None:
@@ -117,6 +117,10 @@ class Pool:
     def sampling(self) -> contextlib.AbstractContextManager[None]:
         """A run of several requests: `status` says `busy` from its beginning to its end, also between them."""
         return self._account.run()
+
+    def following(self, progress: Progress) -> Progress:
+        """Returns a progress by which `status` also tells how far a request is."""
+        return self._account.following(progress)
 
     def _still_at_what_was_left(self) -> bool:
         """Whether the workers still work on a request that was left behind: it may yet load the weights."""
@@ -164,7 +168,8 @@ class Pool:
 
     def status(self) -> dict:
         """What people want to know: devices, state (`off`, `starting`, `idle`, `busy`, `stopping`: at what was
-        cancelled), processes, the model; error: the last one's text, until a request succeeds."""
+        cancelled), processes, the model; how far a request is, as `Activity.facts`; last: steps, seconds and
+        ms_per_step of the last run that ended well; error: the last one's text, until a request succeeds."""
         workers = self._workers
         alive = workers is not None and workers.alive
         ready = workers.ready if alive else None
@@ -184,17 +189,30 @@ class Pool:
         if held := self.held:
             status |= {"held": held.state, "nbytes": held.nbytes, "transport": held.transport, "weights": held.weights}
             status["model"] = os.path.basename(held.model.path) if held.model else None
+        if (activity := self._account.activity) is not None:
+            status |= activity.facts()
+        if self._account.last is not None:
+            status["last"] = self._account.last
         if self._account.error is None and workers is not None and not alive:
             self._account.error = str(workers.failure("stopped"))  # nobody has asked them for anything since
         if self._account.error is not None:
             status["error"] = self._account.error
         return status
 
+    def stop(self, why: str) -> None:
+        """Ends the processes, if any run; the next request starts new ones. why: for a prompt that it is taken from."""
+        with self._lifecycle_lock:
+            workers, self._workers = self._workers, None
+        self._end(workers, why)
+
     def close(self) -> None:
         """Ends the processes and removes all their traces. May be called twice; no request can follow."""
         with self._lifecycle_lock:
             self._closed = True
             workers, self._workers = self._workers, None
+        self._end(workers, "the pool was closed")
+
+    def _end(self, workers: Workers | None, why: str) -> None:
         if workers is None:
             return
         if workers.ready is not None and workers.alive and self._turn_lock.acquire(blocking=False):
@@ -203,7 +221,7 @@ class Pool:
                 workers.processes.wait_until_ended(SHUTDOWN_SECONDS)
             finally:
                 self._turn_lock.release()
-        workers.dispose("the pool was closed")
+        workers.dispose(why)
 
     def _ready_workers(self, progress: Progress) -> Workers:
         """Workers that are free: those that hang at what was stopped are replaced."""

@@ -49,6 +49,7 @@ class Session:
     ) -> torch.Tensor:
         """Evaluates the model once: x (B, C, h, w), timestep (B,) -> velocity (B, C, h, w) on the CPU. Raises as
         `submit`."""
+        progress = self.pool.following(progress)
         places, residuals = _distinct(control or {}, getattr(torch, self.model.compute))
 
         def request(workers: Workers, patches: int) -> Tensors:
@@ -87,6 +88,7 @@ class Session:
 
         noise (k, B, C, h, w): the sampler's draws (`sampling.SAMPLERS[sampler].noise_draws` says how many).
         """
+        progress = self.pool.following(progress)
         tensors = {"x": x, "sigmas": sigmas}
         tensors |= {f"positive.{name}": t for name, t in positive.tensors().items()}
         if negative is not None:

@@ -24,13 +24,13 @@ PALETTE = {
 }
 """sRGB, 0 to 255."""
 
-RADII = (0.08, 0.115, 0.15)
+RADII = (0.09, 0.13, 0.175)
 """Of a circle of each size; other shapes have the same area."""
 CENTRES = ((0.5, 0.5), (0.25, 0.5), (0.75, 0.5), (0.5, 0.25), (0.5, 0.75))
 """x, y of one shape, by its place."""
-PAIRS = (((0.27, 0.5), (0.73, 0.5)), ((0.73, 0.5), (0.27, 0.5)), ((0.5, 0.27), (0.5, 0.73)), ((0.5, 0.73), (0.5, 0.27)))
+PAIRS = (((0.25, 0.5), (0.75, 0.5)), ((0.75, 0.5), (0.25, 0.5)), ((0.5, 0.25), (0.5, 0.75)), ((0.5, 0.75), (0.5, 0.25)))
 """Of two, by their relation."""
-WANDERING, GROWING = 0.04, 0.06
+WANDERING, GROWING = 0.03, 0.06
 """How far a centre is from these at the most, and how much larger or smaller a shape is."""
 
 

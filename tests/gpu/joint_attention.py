@@ -12,7 +12,6 @@ import torch.distributed as dist
 
 from fastusp_backend.attention import ALL, ONLY_K, ONLY_Q, ONLY_V, JointAttention
 from fastusp_backend.attention.local import choose
-from fastusp_backend.comm import symmetric
 from fastusp_backend.comm.mesh import make_mesh, single_rank_mesh
 from fastusp_backend.comm.shards import SequenceShards
 from fastusp_backend.comm.transport import Transport
@@ -112,6 +111,4 @@ def main(kind: str) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[2:] == ["kernel"]:
-        symmetric._MANY = 1  # as with many peers
     main(sys.argv[1])

@@ -5,7 +5,6 @@ import torch
 
 from fastusp_backend.comm.copies import copy
 from fastusp_backend.kernels import signals
-from fastusp_backend.kernels.push import push
 
 pytestmark = [
     pytest.mark.gpu,
@@ -68,34 +67,3 @@ def test_signals_arrive_once_whoever_comes_first(ranks):
     torch.cuda.synchronize()
     assert [int(t[0, 5]) for t in words] == [0] + [1] * (ranks - 1)
     assert sum(int(t.sum()) for t in words) == ranks - 1
-
-
-@pytest.mark.parametrize("first, skipped", [(0, 0), (0, 1), (0, 3), (1, -1), (1, 2)])
-@pytest.mark.parametrize(
-    "rows, width, target_pitch, source_pitch", [(3, 5000, 7000, 9000), (70, 48, 160, 48), (1, 7, 7, 7)]
-)
-def test_one_kernel_writes_to_all_peers(rows, width, target_pitch, source_pitch, first, skipped):
-    """What each should get lies one after the other; all ranks' memory on one GPU."""
-    ranks, offset, step = 4, 32, rows * source_pitch
-    memory = [torch.zeros(offset + rows * target_pitch, dtype=torch.int32, device="cuda") for _ in range(ranks)]
-    bases = torch.tensor([t.data_ptr() for t in memory], device="cuda")
-    sources = torch.arange(1, ranks * step + 1, dtype=torch.int32, device="cuda").view(ranks, rows, source_pitch)
-    peers = [position for position in range(first, ranks) if position != skipped]
-    begins = -1 if skipped in (first, ranks - 1) else skipped  # what is left out at the ends is no peer between others
-    push(
-        sources[peers[0]],
-        step,
-        bases,
-        peers[0],
-        begins,
-        len(peers),
-        offset,
-        (rows, width),
-        (target_pitch, source_pitch),
-        2,
-    )
-    for position, tensor in enumerate(memory):
-        expected = torch.zeros_like(tensor)
-        if position in peers:
-            expected[offset:].view(rows, target_pitch)[:, :width] = sources[position, :, :width]
-        assert torch.equal(tensor, expected)

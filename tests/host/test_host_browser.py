@@ -60,3 +60,54 @@ def test_an_error_on_the_node_and_in_the_panel(host, page):
     page.evaluate("app.extensionManager.sidebarTab.toggleSidebarTab('fastusp')")
     page.wait_for(has(PANEL, host.pool("cpu:2")["error"]))
     assert "idle: warm, waiting for a run" in page.evaluate(PANEL)
+
+
+def button(label: str, devices: str) -> str:
+    return f"""[...document.querySelectorAll('.fastusp section[aria-label="Pool on {devices}"] button')]
+        .find(button => button.textContent == {json.dumps(label)})"""
+
+
+def panel(page: Page) -> None:
+    if not page.evaluate(f"!!({PANEL})"):
+        page.evaluate("app.extensionManager.sidebarTab.toggleSidebarTab('fastusp')")
+        page.wait_for(f"!!({PANEL})")
+
+
+def test_the_panel_follows_a_run_and_stops_a_pool(host, page):
+    """Steps as they come, the summary of the last run; a button that stops workers in mid-run, with the keyboard."""
+    panel(page)
+    graph = Graph()
+    given = {"latent_image": graph.empty(256, 256), "positive": graph.prompt(1, 64)}
+    graph.save(graph.sample(graph.usp("cpu:1"), steps=3, seed=321, **given))
+    queue(page, graph)
+    page.wait_for(has(PANEL, "3 steps in "), 60)
+    focused = f"({button('Stop', 'cpu:1')}).focus(), document.activeElement.textContent"
+    assert page.evaluate(focused) == "Stop"
+    host.pool("cpu:1")  # is there
+    graph = Graph()
+    given = {"latent_image": graph.empty(384, 384), "positive": graph.prompt(1, 256)}
+    graph.save(graph.sample(graph.usp("cpu:1"), steps=4000, seed=322, **given))
+    queue(page, graph)
+    page.wait_for(f"/step [0-9]+ of 4000, [0-9.]+ ms a step, [0-9]+ s left/.test({PANEL})", 60)
+    assert page.evaluate("document.activeElement.textContent") == "Stop", "what is focused stays in the page"
+    assert page.evaluate(f"({button('Release memory', 'cpu:1')}).disabled") is True
+    page.evaluate(f"({button('Stop', 'cpu:1')}).click()")
+    page.wait_for(has(PANEL, "they were stopped from the page"), 30)
+    assert host.pool("cpu:1")["state"] == "off"
+
+
+def test_commands_that_keys_can_be_bound_to(host, page):
+    panel(page)
+    host.run(_short("cpu:1"))
+    page.evaluate("app.extensionManager.command.execute('FastUSP.release')")
+    page.wait_for(has(PANEL, "released: loads with the next run"))
+    before = host.pool("cpu:1")["starts"]
+    page.evaluate("app.extensionManager.command.execute('FastUSP.restart')")
+    page.wait_for(has(PANEL, "idle: warm, waiting for a run"), 60)
+    assert host.pool("cpu:1")["starts"] == before + 1
+
+
+def _short(gpus: str) -> Graph:
+    graph = Graph()
+    graph.save(graph.sample(graph.usp(gpus), steps=1))
+    return graph

@@ -1,6 +1,8 @@
 """What saved workflows and the page rely on: ids, inputs and outputs of the nodes, the status route, the examples."""
 
 import json
+import urllib.error
+import urllib.request
 
 import pytest
 from comfy import REPOSITORY
@@ -61,6 +63,11 @@ def test_schema(host, node):
     assert info["description"]
 
 
+@pytest.mark.parametrize("node", NODES)
+def test_found_by_what_people_search_for(host, node):
+    assert {"multi gpu", "parallel"} <= set(host.get(f"/object_info/{node}")[node]["search_aliases"])
+
+
 @pytest.mark.any_host
 def test_lists(host):
     def options(node, name):
@@ -97,6 +104,31 @@ def test_only_files_that_can_be_read_are_listed(host):
 def test_status_route(host):
     for pool in host.get("/fastusp/status")["pools"]:
         assert {"devices", "ranks", "state", "starts"} <= pool.keys()
+
+
+@pytest.mark.any_host
+@pytest.mark.parametrize(
+    ("action", "body", "headers", "code", "said"),
+    [
+        ("explode", {"devices": "cpu:2"}, {}, 404, "Choose one of release, stop, restart, not explode"),
+        ("stop", {"devices": "cpu:77"}, {}, 404, "There is no pool on cpu:77"),
+        ("stop", ["cpu:2"], {}, 400, 'Send {"devices": ...}'),
+        ("stop", {"devices": "cpu:2"}, {"Origin": "http://evil.example"}, 403, ""),
+        ("stop", {"devices": "cpu:2"}, {"Sec-Fetch-Site": "cross-site"}, 403, ""),
+        ("stop", {"devices": "cpu:2"}, {"Content-Type": "text/plain"}, 415, "Send JSON"),
+    ],
+)
+def test_what_is_done_to_pools_is_named_and_comes_from_this_page(host, action, body, headers, code, said):
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{host.port}/fastusp/pools/{action}",
+        data=json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"} | headers,
+    )
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(request, timeout=30)
+    assert error.value.code == code and said in (
+        json.loads(error.value.read() or b"{}").get("error", "") if said else ""
+    )
 
 
 @pytest.mark.any_host

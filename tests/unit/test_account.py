@@ -1,10 +1,12 @@
 """A pool's account: whether a sampling run is under way, and the last error."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 
 from fastusp_backend.errors import Cancelled, PatchesLost, PoolError, RequestError
+from fastusp_backend.pool import Progress
 from fastusp_backend.pool.account import Account
 
 pytestmark = pytest.mark.unit
@@ -50,3 +52,30 @@ def test_what_is_no_error_of_the_pool(error):
     with pytest.raises(type(error)), account.request():
         raise error
     assert account.error is None
+
+
+def test_how_far_a_run_is():
+    heard, account = [], Account()
+    progress = account.following(Progress(step=lambda event, _: heard.append(event.index), phase=heard.append))
+    with account.request():
+        progress.phase("loading the model")
+        assert account.activity.facts().keys() == {"phase", "phase_seconds"}
+        assert account.activity.facts()["phase"] == "loading the model"
+        for index, seconds in enumerate((9.0, 0.1, 0.1, 0.1)):
+            progress.step(SimpleNamespace(index=index, total=10, seconds=seconds), {})
+        facts = account.activity.facts()
+        assert facts["phase"] == "sampling" and (facts["step"], facts["steps"]) == (4, 10)
+        assert (facts["ms_per_step"], facts["seconds_left"]) == (100.0, 0.6)
+        account.ended_well()
+    assert account.activity is None and account.last["steps"] == 4 and account.last["ms_per_step"] == 100.0
+    assert 9.0 <= account.last["seconds"] < 10
+    assert heard == ["loading the model", 0, 1, 2, 3]
+
+
+def test_a_run_that_fails_is_not_the_last_one():
+    account = Account()
+    progress = account.following(Progress())
+    with pytest.raises(RequestError), account.request():
+        progress.step(SimpleNamespace(index=0, total=2, seconds=0.1), {})
+        raise RequestError("refused")
+    assert account.activity is None and account.last is None

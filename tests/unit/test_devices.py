@@ -38,6 +38,10 @@ TWINS = (gpu(0), gpu(1))
         ("0,1", TWINS, None, Devices(ranks=2, gpus=(0, 1))),
         (" 4 , 1 ", MIXED, None, Devices(ranks=2, gpus=(4, 1))),
         ("AUTO", TWINS, None, Devices(ranks=2, gpus=(0, 1))),
+        ("cuda:1", TWINS, None, Devices(ranks=1, gpus=(1,))),
+        ("cuda:0,1", TWINS, None, Devices(ranks=2, gpus=(0, 1))),
+        ("cuda:1, cuda:0", TWINS, None, Devices(ranks=2, gpus=(1, 0))),
+        ("cuda:0", TWINS, "1", Devices(ranks=1, gpus=(1,))),
         ("cpu", TWINS, None, Devices(ranks=1)),
         ("cpu:1", (), None, Devices(ranks=1)),
         ("CPU:2", TWINS, None, Devices(ranks=2)),
@@ -59,7 +63,10 @@ def test_understood(text, gpus, visible, expected):
         ("cpu:0", (), f"between 1 and {MAX_CPU_RANKS} CPU ranks"),
         (f"cpu:{MAX_CPU_RANKS + 1}", (), f"between 1 and {MAX_CPU_RANKS} CPU ranks"),
         ("", TWINS, "is not understood"),
-        ("cuda:0", TWINS, "is not understood"),
+        ("cuda:2", TWINS, r"cuda:2 does not exist. CUDA counts cuda:0 \(H200\), cuda:1 \(H200\)"),
+        ("cuda:0", (), "cuda:0 does not exist. CUDA counts none; use 'cpu:N'"),
+        ("cuda:1,1", TWINS, "named twice"),
+        ("cuda", TWINS, "is not understood"),
         ("0,", TWINS, "is not understood"),
         ("-1", TWINS, "is not understood"),
         ("cpu:-1", TWINS, "is not understood"),
@@ -80,6 +87,8 @@ def test_numbers_count_as_cuda_does():
 
     assert parse_devices("all", gpus=MIXED, visible="3,0", counted=fastest_first) == Devices(ranks=2, gpus=(0, 1))
     assert parse_devices("auto", gpus=MIXED, visible="0,1,2", counted=fastest_first) == Devices(ranks=3, gpus=(1, 2, 4))
+    assert parse_devices("cuda:0,3", gpus=MIXED, visible=None, counted=fastest_first) == Devices(ranks=2, gpus=(1, 0))
+    assert parse_devices("cuda:1", gpus=MIXED, visible="3,0", counted=fastest_first) == Devices(ranks=1, gpus=(1,))
 
 
 def unasked():
@@ -87,6 +96,7 @@ def unasked():
 
 
 def test_cuda_is_asked_for_numbers_among_several_gpus_alone():
+    assert parse_devices("cuda:1", gpus=TWINS, visible=None, counted=unasked) == Devices(ranks=1, gpus=(1,))
     for text, gpus, visible in [("auto", MIXED, None), ("all", MIXED, "GPU-1"), ("all", TWINS[:1], "0")]:
         assert parse_devices(text, gpus=gpus, visible=visible, counted=unasked).gpus
     assert parse_devices("1,0", gpus=TWINS, visible="1", counted=unasked) == Devices(ranks=2, gpus=(1, 0))

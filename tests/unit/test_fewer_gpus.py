@@ -37,18 +37,17 @@ def node(node_module, monkeypatch):
         monkeypatch.setattr(module, "list_gpus", lambda: gpus)
         monkeypatch.setattr(module, "gpu_states", lambda: states)
         monkeypatch.setattr(module, "gpu_links", lambda: words)
-        module._joined.cache_clear()
         return module
 
     return make
 
 
-def session_on(gpus, config=FLUX_DEV, *, dtype=torch.bfloat16, batch_parallel="auto", **settings):
+def session_on(gpus, config=FLUX_DEV, *, dtype=torch.bfloat16, batch_parallel="auto", ring=0, **settings):
     """A session of USP Loader's and its file."""
     settings = Settings(**settings)
     devices = Devices(ranks=len(gpus), gpus=gpus) if isinstance(gpus, tuple) else Devices(ranks=gpus)
     spec = msgspec.structs.replace(spec_with(settings.weights), linear=settings.linear)
-    layouts = plan_batches(devices.ranks, config.heads, batch_parallel=batch_parallel)
+    layouts = plan_batches(devices.ranks, config.heads, ring=ring, batch_parallel=batch_parallel)
     session = SimpleNamespace(pool=SimpleNamespace(devices=devices), spec=spec, settings=settings, layouts=layouts)
     return session, SimpleNamespace(header=header(config, dtype), config=config)
 
@@ -63,8 +62,8 @@ def test_the_remedy_comes_first_and_once(node, caplog):
     assert said.startswith("FastUSP: Set gpus to 1 in USP Loader: a step of FLUX.1 at 1024 x 1024 and cfg 1 is")
     assert "to take 120 ms there, and 197 ms on gpu 1,0 over PCIe 4 x8; wire = auto" in said
     with caplog.at_level(logging.WARNING):
-        node(pcie=(4, 4)).faster_with_fewer(*session_on((0, 1), wire="int8"))
-    assert "197 ms on gpu 0,1" in caplog.records[1].getMessage() and "wire" not in caplog.records[1].getMessage()
+        module.faster_with_fewer(*session_on((0, 1), wire="int8"))
+    assert "132 ms on gpu 0,1" in caplog.records[1].getMessage() and "wire" not in caplog.records[1].getMessage()
 
 
 def test_a_ring_of_five_sends_more_than_four_gpus_do(node):
@@ -92,12 +91,26 @@ def test_models_that_are_guided_by_two_prompts_take_them_side_by_side(node):
         ({"word": ""}, {}),
         ({"name": "Tesla T4"}, {}),
         ({"total": None}, {}),
+        ({"mig": True}, {}),
+        ({}, {"ring": 2}),
         ({"total": 30 << 30}, {}),  # weights of 24 GB
         ({}, {"weights": "host"}),
         ({"count": 1}, {"gpus": (0,)}),
         ({"count": 0}, {"gpus": 2}),
     ],
-    ids=["fast", "width untold", "link untold", "unknown card", "memory untold", "no room", "host", "one GPU", "CPU"],
+    ids=[
+        "fast",
+        "width untold",
+        "link untold",
+        "unknown card",
+        "memory untold",
+        "parts",
+        "own degrees",
+        "no room",
+        "host",
+        "one GPU",
+        "CPU",
+    ],
 )
 def test_silent_otherwise(node, caplog, machine, given):
     with caplog.at_level(logging.WARNING):
@@ -128,7 +141,11 @@ def test_the_node_points_at_the_log(node_module, fewer):
     """Behind the start of the workers, for which it does not wait."""
     order, devices = [], Devices(ranks=2, gpus=(0, 1))
     nodes = {
-        "comfyui": {"command_line": None, "io": SimpleNamespace(ComfyNode=object, Schema=None, NodeOutput=list)},
+        "comfyui": {
+            "command_line": None,
+            "search_aliases": None,
+            "io": SimpleNamespace(ComfyNode=object, Schema=None, NodeOutput=list),
+        },
         "files": {"model_names": None, "model_path": None},
         "fewer_gpus": {"faster_with_fewer": lambda session, file: order.append("asked") or fewer},
         "pools": {"pool_for": lambda devices: SimpleNamespace(start=lambda: order.append("started"))},

@@ -10,11 +10,12 @@ from fastusp_backend.config import FileState, ModelSpec
 from fastusp_backend.devices import Devices
 from fastusp_backend.pool import Pool, workers
 from fastusp_backend.pool import pool as pools
+from fastusp_backend.pool.account import Activity
 from fastusp_backend.protocol import Held
 
 pytestmark = pytest.mark.unit
 
-PAGE = Path(__file__).resolve().parents[2] / "web/fastusp.js"
+PAGE = Path(__file__).resolve().parents[2] / "web/panel.js"
 
 
 def test_the_page_reads_what_a_status_has(monkeypatch):
@@ -29,6 +30,7 @@ def test_the_page_reads_what_a_status_has(monkeypatch):
     status = pool.status()
     pool.close()
     read = set(re.findall(r"\bpool\.(\w+)", PAGE.read_text()))
-    assert read - status.keys() == {"error"}
+    of_runs = Activity("sampling", 0.0, 1, 2, (0.1,)).facts().keys() | {"last"}
+    assert read - status.keys() == {"error", *of_runs}
     assert status.keys() - read == set()
     assert (status["starts"], status["backend"], status["transport"], status["model"]) == (1, "gloo", "gloo", "m")

@@ -45,8 +45,8 @@ FP8 = torch.float8_e4m3fn
     [
         (FLUX_DEV, 1, {}, 118.6),  # H200
         (FLUX_DEV, 2, {}, 67.8),  # as these of 2, 4, 8, of which one rank's share was measured
-        (FLUX_DEV, 4, {}, 36.6),
-        (FLUX_DEV, 8, {}, 19.9),
+        (FLUX_DEV, 4, {}, 37.0),
+        (FLUX_DEV, 8, {}, 22.6),
         (FLUX_DEV, 1, {}, 125),  # H100
         (FLUX_DEV, 2, {}, 66.3),
         (FLUX_DEV, 2, {"link": PCIE[0], "peers": False}, 99.2),
@@ -63,10 +63,10 @@ def test_within_a_twentieth_where_weights_stay(config, ranks, given, measured):
 
 
 def test_efficiency_falls_with_the_number_of_gpus():
-    """As measured: 0.87, 0.81 and 0.75 of one GPU's time by their number."""
+    """As measured: 0.87, 0.80 and 0.66 of one GPU's time by their number."""
     alone = predicted(FLUX_DEV, 1)[1]
     shares = [alone / predicted(FLUX_DEV, ranks)[1] / ranks for ranks in (2, 4, 8)]
-    assert shares == pytest.approx([0.87, 0.81, 0.75], abs=0.03)
+    assert shares == pytest.approx([0.87, 0.80, 0.66], abs=0.03)
 
 
 @pytest.mark.parametrize(
@@ -114,6 +114,8 @@ def test_a_slow_bridge_decides():
         ("NVIDIA H100 80GB HBM3", "H100"),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("NVIDIA H100 PCIe", None),
+        ("NVIDIA A100-PCIE-40GB", None),
+        ("GRID A100-10C", None),
         ("NVIDIA GeForce RTX 4090 D", None),
         ("NVIDIA RTX A1000", None),
         ("NVIDIA A100-SXM4-80GB", "A100"),
@@ -162,11 +164,11 @@ def test_operations_are_those_of_the_papers_formulas():
     attention = 4 * tokens**2 * c * 57
     cost = step_cost(FLUX_DEV, Layout(ulysses=2, ring=1), size=(1024, 1024), text=512)
     assert cost.flops == pytest.approx(products + attention, rel=1e-6) and cost.attention == attention
-    assert cost.streams == 2 * 19 + 38
+    assert cost.streams == 2 * 19 + 38 and cost.messages == 57
     assert cost.sent_bytes == 57 * 2 * 4 * (tokens / 2) * c / 2
     assert cost.parameters == 2 * 12 * c * c * 19 + 12 * c * c * 38
     around = step_cost(FLUX_DEV, Layout(ulysses=1, ring=4), size=(1024, 1024), text=512)
-    assert around.sent_bytes == 57 * 2 * 2 * (tokens / 4) * c * 3
+    assert around.sent_bytes == 57 * 2 * 2 * (tokens / 4) * c * 3 and around.messages == 57 * 3
     assert step_cost(QWEN_IMAGE, Layout(ulysses=1, ring=1), size=(1024, 1024), text=35).sent_bytes == 0
 
 

@@ -28,7 +28,7 @@ def node(node_module):
         Combo=recorder("COMBO"),
         Custom=recorder,
     )
-    return node_module("settings", comfyui={"io": io})
+    return node_module("settings", comfyui={"io": io, "search_aliases": lambda *words: {"search_aliases": words}})
 
 
 def test_every_option_is_an_input_in_the_order_of_the_options(node):

@@ -1,0 +1,71 @@
+"""What people may do with a pool from the page: POST /fastusp/pools/ACTION with {"devices": ...}, of those that
+GET /fastusp/status names. Nothing else is taken, and nothing from another site."""
+
+import asyncio
+from collections.abc import Callable
+from urllib.parse import urlsplit
+
+from aiohttp import web
+
+from ..fastusp_backend.errors import FastUSPError
+from ..fastusp_backend.pool import Pool
+from .comfyui import PromptServer
+from .pools import all_pools
+
+_BUSY = "Stop the run first: the pool on {} works on a prompt"
+
+
+def _release(pool: Pool) -> None:
+    """Its memory is free then; the processes stay warm."""
+    if pool.status()["state"] in ("busy", "stopping"):
+        raise FastUSPError(_BUSY.format(pool.devices))
+    pool.release()
+
+
+def _stop(pool: Pool) -> None:
+    """Also in the middle of a run, which fails then: for workers that answer nothing else."""
+    pool.stop("they were stopped from the page")
+
+
+def _restart(pool: Pool) -> None:
+    _stop(pool)
+    pool.start()
+
+
+ACTIONS: dict[str, Callable[[Pool], None]] = {"release": _release, "stop": _stop, "restart": _restart}
+
+
+def add_routes() -> None:
+    @PromptServer.instance.routes.post("/fastusp/pools/{action}")
+    async def act(request: web.Request) -> web.Response:
+        action = ACTIONS.get(request.match_info["action"])
+        if action is None:
+            return _refused(404, f"Choose one of {', '.join(ACTIONS)}, not {request.match_info['action']}")
+        if not same_site(request.headers.get("Origin"), request.headers.get("Sec-Fetch-Site"), request.host):
+            return _refused(403, "Open ComfyUI's own page: another site has sent this")
+        if request.content_type != "application/json":
+            return _refused(415, "Send JSON")
+        try:
+            devices = (await request.json())["devices"]
+        except (ValueError, KeyError, TypeError):
+            return _refused(400, 'Send {"devices": ...}, as GET /fastusp/status names them')
+        pool = next((pool for pool in all_pools() if str(pool.devices) == devices), None)
+        if pool is None:
+            return _refused(404, f"There is no pool on {devices}")
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, action, pool)
+        except FastUSPError as error:
+            return _refused(409, str(error))
+        return web.json_response(pool.status())
+
+
+def same_site(origin: str | None, fetched: str | None, host: str) -> bool:
+    """Whether a request comes from a page of this server or from no page at all, by what browsers send of it: Origin
+    with each POST, and Sec-Fetch-Site, which no page can change."""
+    if fetched not in (None, "same-origin", "none"):
+        return False
+    return origin is None or urlsplit(origin).netloc == host
+
+
+def _refused(status: int, text: str) -> web.Response:
+    return web.json_response({"error": text}, status=status)
