@@ -75,9 +75,21 @@ function said(pool) {
   return state;
 }
 
+const gigabytes = (bytes) => (bytes / 1e9).toFixed(bytes < 1e9 ? 2 : 1);
+
+/** What a GPU does just now, as GET /fastusp/gpus tells it; what is not told is left out. */
+function load(gpu) {
+  const parts = [];
+  if (gpu.utilisation != null) parts.push(`${gpu.utilisation} % busy`);
+  if (gpu.total) parts.push(`${gigabytes(gpu.used)} of ${gigabytes(gpu.total)} GB in use`);
+  if (gpu.temperature != null) parts.push(`${gpu.temperature} °C`);
+  return parts.join(", ");
+}
+
 /** A pool's facts as pairs. While it has no processes, or they have not answered yet, there is no more than its state. */
-function facts(pool) {
+export function facts(pool, loads) {
   const rows = [["Ranks", String(pool.ranks)]];
+  for (const gpu of loads.filter(({ index }) => pool.gpus.includes(index))) rows.push([`GPU ${gpu.index}`, load(gpu)]);
   if (pool.last) {
     const { steps, seconds, ms_per_step } = pool.last;
     rows.push(["Last run", `${steps} steps in ${seconds} s, ${ms_per_step} ms a step`]);
@@ -86,10 +98,10 @@ function facts(pool) {
     pool.pids.forEach((pid, rank) => rows.push([`Rank ${rank}`, `${pool.names[rank]}, process ${pid}`]));
     if (pool.model) rows.push(["Model", pool.model]);
     if (pool.layout) rows.push(["Layout", pool.layout]);
-    if (pool.held) rows.push(["Weights", HELD[pool.held](`${(pool.nbytes / 1e9).toFixed(1)} GB`)]);
+    if (pool.held) rows.push(["Weights", HELD[pool.held](`${gigabytes(pool.nbytes)} GB`)]);
     rows.push(["Process group", pool.backend]);
     if (pool.transport) rows.push(["Exchanges", pool.transport]);
-    if (pool.weights) rows.push(["Weights", pool.weights]);
+    if (pool.weights) rows.push(["Blocks", pool.weights]);
     rows.push(["PyTorch", pool.torch]);
   }
   rows.push(["Started", TIMES[pool.starts] ?? `${pool.starts} times`]);
@@ -119,12 +131,12 @@ class Card {
     this.section.setAttribute("aria-label", `Pool on ${devices}`);
   }
 
-  show(pool) {
+  show(pool, loads) {
     const line = said(pool);
     if (this.state.textContent !== line) this.state.textContent = line;
     this.bar.hidden = !pool.steps;
     if (pool.steps) [this.bar.max, this.bar.value] = [pool.steps, pool.step];
-    const rows = facts(pool);
+    const rows = facts(pool, loads);
     const text = JSON.stringify(rows);
     if (text !== this.drawn)
       this.table.replaceChildren(...rows.map(([name, value]) => element("tr", element("th", name), element("td", value))));
@@ -152,13 +164,20 @@ export async function readPools() {
   return (await answer.json()).pools;
 }
 
+/** What the GPUs do, where a pool has some: of each one that NVML names. */
+async function readLoads(pools) {
+  if (!pools.some((pool) => pool.gpus.length > 0)) return [];
+  const answer = await api.fetchApi("/fastusp/gpus");
+  return answer.ok ? (await answer.json()).gpus : [];
+}
+
 /** Shows pools in `list`, whose cards are kept by devices. */
-function show(list, cards, pools) {
+function show(list, cards, pools, loads) {
   for (const devices of cards.keys())
     if (!pools.some((pool) => pool.devices === devices)) cards.delete(devices);
   for (const pool of pools) {
     if (!cards.has(pool.devices)) cards.set(pool.devices, new Card(pool.devices));
-    cards.get(pool.devices).show(pool);
+    cards.get(pool.devices).show(pool, loads);
   }
   const wanted = cards.size > 0 ? [...cards.values()].map((card) => card.section) : [element("p", EMPTY)];
   if (wanted.length !== list.children.length || wanted.some((node, i) => node !== list.children[i]))
@@ -168,14 +187,17 @@ function show(list, cards, pools) {
 /** Keeps `list` up to date while it is in the page. The front end does not tell a tab that another one took its place. */
 async function follow(list) {
   const cards = new Map();
+  let loads = [];
   let wake = () => {};
-  const sent = (event) => show(list, cards, event.detail.pools);
+  const sent = (event) => show(list, cards, event.detail.pools, loads);
   const changed = () => wake();
   api.addEventListener("fastusp.pools", sent);
   document.addEventListener("fastusp.changed", changed);
   do {
     try {
-      show(list, cards, await readPools());
+      const pools = await readPools();
+      loads = await readLoads(pools);
+      show(list, cards, pools, loads);
     } catch (error) {
       cards.clear();
       list.replaceChildren(element("p", `ComfyUI does not answer (${error}). Trying again.`));

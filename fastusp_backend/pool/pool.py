@@ -179,6 +179,7 @@ class Pool:
             state = "starting" if ready is None else "stopping" if workers.behind else "busy" if busy else "idle"
         status = {
             "devices": str(self.devices),
+            "gpus": list(self.devices.gpus),
             "ranks": self.devices.ranks,
             "state": state,
             "starts": self.starts,

@@ -96,6 +96,17 @@ def test_the_panel_follows_a_run_and_stops_a_pool(host, page):
     assert host.pool("cpu:1")["state"] == "off"
 
 
+def test_what_gpus_do_is_told(host, page):
+    """As NVML tells it; there are none here."""
+    assert host.get("/fastusp/gpus") == {"gpus": []} or host.get("/fastusp/gpus")["gpus"]
+    pool = {"ranks": 2, "gpus": [0, 2], "starts": 1}
+    told = {"used": 38_200_000_000, "total": 80_000_000_000, "utilisation": 97, "temperature": 64}
+    loads = [told | {"index": 0}, told | {"index": 1}, dict.fromkeys(told) | {"index": 2}]
+    module = "import('/extensions/ComfyUI-FastUSP/panel.js')"
+    rows = page.evaluate(f"{module}.then(({{ facts }}) => facts({json.dumps(pool)}, {json.dumps(loads)}))")
+    assert rows[1:3] == [["GPU 0", "97 % busy, 38.2 of 80.0 GB in use, 64 °C"], ["GPU 2", ""]]
+
+
 def test_commands_that_keys_can_be_bound_to(host, page):
     panel(page)
     host.run(_short("cpu:1"))
