@@ -119,6 +119,16 @@ class RemoteSD3(RemoteTransformer):
         """ComfyUI tells it by its sizes alone, and takes it to have as many blocks as heads."""
         return unet_config.get("depth") == config.blocks and "pos_embed_max_size" in unet_config
 
+    @property
+    def y_embedder(self):
+        """What Stability's ControlNets copy the weights of, or `x_embedder`'s."""
+        raise Unsupported(
+            "A ControlNet that needs the model's own weights (Stability's for 3.5 large)",
+            "Use one of diffusers' kind (InstantX), or load the model with Load Diffusion Model",
+        )
+
+    x_embedder = y_embedder
+
     def left_out(self, transformer_options: dict) -> list[int]:
         """Those that ComfyUI's Skip Layer Guidance replaces by nothing."""
         return [number for number, by in self._replaced(transformer_options).items() if leaves_out(by)]

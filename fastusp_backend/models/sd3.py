@@ -52,9 +52,7 @@ class SD3Config(FamilyConfig):
     takes_control: ClassVar[bool] = True
     skips_blocks: ClassVar[bool] = True
     blocks_differ: ClassVar[bool] = True
-    encoders: ClassVar[str] = (
-        "those of TripleCLIPLoader (CLIP-L, CLIP-G and T5-XXL, width 4096), or two of them by DualCLIPLoader, type sd3"
-    )
+    encoders: ClassVar[str] = "those of TripleCLIPLoader (CLIP-L, CLIP-G and T5-XXL, width 4096)"
 
     mlp: int
     blocks: int

@@ -27,8 +27,8 @@ BOUNDS = {None: 1e-2, torch.uint8: 6e-2, torch.int8: 3e-2}
 
 
 def layer(joint: JointAttention, gather, text, image, scales, rope) -> torch.Tensor:
-    """A double block's calls with the image's own attention, then a single block's on its result, then the final gather:
-    all kinds of messages alternate as in the models. -> the image rows of all ranks (P, B, Li, H D)."""
+    """A double block's calls with the image's own attention, then a single block's on its result, then the final
+    gather: all kinds of messages alternate as in the models. -> the image rows of all ranks (P, B, Li, H D)."""
     local_text = text.shape[1]
     text_rope, image_rope = tuple(r[:local_text] for r in rope), tuple(r[local_text:] for r in rope)
     c = HEADS * DIM
