@@ -71,9 +71,7 @@ class SD3Config(FamilyConfig):
         rows, blocks = sizes.table("pos_embed"), sizes.count("joint_blocks")
         positions = math.isqrt(rows)
         if positions**2 != rows:
-            raise CheckpointError(
-                f"{sizes.path} has {rows} learnt positions, which are no square: it is not {cls.runs}"
-            )
+            raise CheckpointError(f"{sizes.path} has {rows} learnt positions, no square: it is not one of {cls.runs}")
         if out_features % cls.patch**2:
             raise CheckpointError(f"{sizes.path} gives {out_features} values per patch: it is not one of {cls.runs}")
         second = (n + 1 for n in range(blocks) if sizes.has(f"joint_blocks.{n}.x_block.attn2"))
