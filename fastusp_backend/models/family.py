@@ -55,6 +55,7 @@ class FamilyConfig:
     pooled: width of the pooled text; 0 where there is none.
     concat_channels: channels of further input beside the latents.
     guidance: whether it is embedded; without, two prompts may be evaluated in a step.
+    second_attentions: how many blocks, the first ones, have a second attention, of the image's tokens alone.
     reference_method: how references are placed where the prompt says nothing.
     """
 
@@ -78,6 +79,7 @@ class FamilyConfig:
     pooled: int = 0
     concat_channels: int = 0
     guidance: bool = False
+    second_attentions: int = 0
     reference_method: str = "offset"
 
     @classmethod
@@ -126,7 +128,8 @@ class Transformer(nn.Module):
         raise NotImplementedError
 
     def begin_block(self, number: int) -> None:
-        """To be called by `forward` before it uses the weights of block `number` of `blocks`."""
+        """To be called by `forward` before it uses the weights of block `number` of `blocks`: of all, in order,
+        those too that are left out."""
         if self.stream is not None:
             self.stream.begin(number)
 

@@ -38,7 +38,6 @@ class SD3Config(FamilyConfig):
 
     mlp: width behind gelu.
     blocks: how many there are.
-    second_attentions: how many of them, the first ones, have a second attention.
     normed: whether queries and keys are (3.5).
     positions: rows and columns of the square of learnt positions.
     """
@@ -56,7 +55,6 @@ class SD3Config(FamilyConfig):
 
     mlp: int
     blocks: int
-    second_attentions: int = 0
     normed: bool = True
     positions: int
 
@@ -228,8 +226,11 @@ class SD3(Transformer):
         ends = [own.image.attention[:2] for own in mods.blocks] + [mods.final]
         img_normed = (ops if kept else ops.exact).norm(img, *ends[first])
         txt_normed = ops.norm(txt, *mods.blocks[first].text_norm) if kept else txt
-        for number, following in zip(kept, [*kept[1:], count], strict=False):
-            self.begin_block(number)
+        for number in range(count):
+            self.begin_block(number)  # of one that is left out, too: the next one's weights come in its turn
+            if number not in kept:
+                continue
+            following = next((later for later in kept if later > number), count)
             txt_end = mods.blocks[following].text_norm if following < count else None
             residual = _added(residuals, range(number, following))
             txt, img, txt_normed, img_normed = self.joint_blocks[number](
