@@ -74,6 +74,19 @@ def test_skip_layer_guidance(host, sd3):
         assert difference(latents[want], latents[plain]) > 1e-2, label  # it counts
 
 
+def test_blocks_left_out_for_good(host, sd3):
+    both = Comparison()
+    graph = both.graph
+    inputs = {"positive": prompt(graph, 12), "negative": prompt(graph, 6), "cfg": 3.0, "steps": 3}
+    plain = graph.usp("cpu:2", file=sd3), graph.stock(sd3)
+    changed = [graph.node("TestChangedModel", model=model, change="left out") for model in plain]
+    got, want = (graph.sample(model, **inputs) for model in changed)
+    both.add("left out", got, want, "stepping (blocks are left out")
+    without = graph.save(graph.sample(plain[1], **inputs))
+    latents = both.check(host).latents
+    assert difference(latents[both.pairs[0][4]], latents[without]) > 1e-2
+
+
 def test_other_changes_of_blocks_are_refused(host, sd3):
     graph = Graph()
     model = graph.node("TestChangedModel", model=graph.usp(file=sd3), change="read key")
