@@ -4,11 +4,13 @@ import controlnets
 import loras
 import pytest
 from comfy import PromptFailed
+from formats import write
+from safetensors.torch import save_file
 from workflows import IN_WORKERS, STEPPING, Comparison, Graph, difference
 
 from fastusp_backend.models.synthetic import TINY_SD3
 
-pytestmark = pytest.mark.host
+pytestmark = [pytest.mark.host, pytest.mark.any_host]
 
 LAYOUTS = (("cpu:1", 1, 1), ("cpu:2", 2, 1), ("cpu:2", 1, 2))
 
@@ -113,6 +115,35 @@ def test_loras(host, sd3):
     plain = graph.save(graph.sample(graph.stock(sd3), positive=positive, negative=positive, steps=2))
     latents = both.check(host).latents
     assert difference(latents[both.pairs[0][4]], latents[plain]) > 1e-2
+
+
+def test_formats(host, sd3):
+    """Each gives what stock gives for a plain file of the same values; stock reads the scaled one itself, too."""
+    folder, made = host.base / "models/diffusion_models", []
+    formats = Comparison()
+    graph = formats.graph
+    inputs = {"positive": prompt(graph, 12), "negative": prompt(graph, 6), "steps": 3, "cfg": 2.0}
+    inputs["latent_image"] = graph.empty(72, 56)
+    for name, file in (
+        ("fp8_e4m3fn", "sd3_fp8.safetensors"),
+        ("scaled_old_prefixed", "sd3_scaled.safetensors"),
+        ("gguf_Q8_0", "sd3.gguf"),
+        ("all_in_one", "../checkpoints/sd3_all.safetensors"),
+    ):
+        path, plain = folder / file, folder / f"plain_{name}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        save_file(write(name, folder / sd3, path), plain)
+        made += path, plain
+        listed = f"{path.name} [checkpoints]" if name == "all_in_one" else file
+        got = graph.sample(graph.usp(file=listed), **inputs)
+        formats.add(name, got, graph.sample(graph.stock(plain.name), **inputs))
+        if name == "scaled_old_prefixed":
+            formats.add(f"{name}, file", got, graph.sample(graph.stock(file), **inputs))
+    try:
+        formats.check(host)
+    finally:
+        for path in made:
+            path.unlink()
 
 
 def test_control_nets(host, sd3):
