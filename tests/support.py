@@ -87,7 +87,7 @@ def inputs(config: FamilyConfig, *, text: int, size: tuple[int, int], batch: int
     def draw(*shape: int) -> torch.Tensor:
         return randn(*shape, seed=next(seeds))
 
-    x, timestep = draw(batch, config.channels, *size), torch.linspace(0.7, 0.3, batch)
+    x, timestep = draw(batch, config.channels, *size), config.timestep_scale * torch.linspace(0.7, 0.3, batch)
     prompt = config.example_prompt(draw, text=text, size=size, batch=batch)
     return Inputs(x, timestep, prompt.context, prompt.y, prompt.guidance)
 

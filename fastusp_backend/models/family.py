@@ -41,6 +41,7 @@ class FamilyConfig:
     downscale: pixels of the image's edge per latent pixel.
     patch: latent pixels of a patch's edge.
     float16: whether its activations fit that type.
+    timestep_scale: the timestep at sigma 1, as ComfyUI gives it.
     takes_guidance: whether ComfyUI gives its prompts a guidance.
     takes_control: whether ControlNets may add to its blocks.
     skips_blocks: whether blocks may be left out.
@@ -66,6 +67,7 @@ class FamilyConfig:
     downscale: ClassVar[int]
     patch: ClassVar[int]
     float16: ClassVar[bool] = False
+    timestep_scale: ClassVar[float] = 1.0
     takes_guidance: ClassVar[bool] = False
     takes_control: ClassVar[bool] = False
     skips_blocks: ClassVar[bool] = False

@@ -48,6 +48,7 @@ class SD3Config(FamilyConfig):
     downscale: ClassVar[int] = 8
     patch: ClassVar[int] = 2
     float16: ClassVar[bool] = True
+    timestep_scale: ClassVar[float] = 1000.0
     takes_control: ClassVar[bool] = True
     skips_blocks: ClassVar[bool] = True
     blocks_differ: ClassVar[bool] = True

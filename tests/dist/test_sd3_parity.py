@@ -45,7 +45,7 @@ def evaluate(session: Session, text: int, size: tuple[int, int], batch: int, cha
     given = inputs(SMALL_SD3, text=text, size=size, batch=batch, seed=text)
     control = {"output": [randn(batch, 20, SMALL_SD3.hidden, seed=1), None, randn(1, 3, SMALL_SD3.hidden, seed=2)]}
     more = {"control": control, "skipped": [1]} if changed else {}
-    return session.evaluate(given.x, 1000 * given.timestep, Prompt(given.context, given.y), Progress(), **more)
+    return session.evaluate(given.x, given.timestep, Prompt(given.context, given.y), Progress(), **more)
 
 
 @pytest.mark.parametrize("ulysses, ring", LAYOUTS)
@@ -83,7 +83,7 @@ def sample(session: Session, cfg: float) -> torch.Tensor:
         positive=Prompt(positive.context, positive.y),
         negative=Prompt(negative.context, negative.y),
         cfg=cfg,
-        timestep_scale=1000.0,
+        timestep_scale=SMALL_SD3.timestep_scale,
         mask=Inpainting(mask=(latents[1] > 0).float(), latent_image=latents[2], noise=latents[3]),
     )
 

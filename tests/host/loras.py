@@ -157,6 +157,8 @@ def sd3_names(hidden: int, seed: int) -> dict[str, torch.Tensor]:
     ):
         tensors[f"{name}.lora_A.weight"] = random(RANK, width)
         tensors[f"{name}.lora_B.weight"] = random(out, RANK)
+    tensors["diffusion_model.x_embedder.proj.lora_A.weight"] = random(RANK, 16, 2, 2)
+    tensors["diffusion_model.x_embedder.proj.lora_B.weight"] = random(hidden, RANK, 1, 1)
     return tensors
 
 

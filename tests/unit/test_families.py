@@ -104,4 +104,5 @@ def test_what_a_family_does_not_claim_is_refused():
     assert check_prompt(x, referring, config) == "remove the reference images from the prompt: Plain takes none"
     control = Residuals((torch.zeros(1, 4, 128),), (0,))
     assert "remove the ControlNet" in check_control(x, prompt, control, config)
+    assert "remove the node that leaves out blocks" in check_control(x, prompt, Residuals(skipped=(0,)), config)
     assert check_control(x, prompt, Residuals(), config) is None
