@@ -7,7 +7,8 @@ from diffusers_weights import to_diffusers
 from fastusp_backend.models.family import FamilyConfig, Transformer
 from fastusp_backend.models.flux import FluxConfig
 from fastusp_backend.models.flux2 import Flux2Config
-from fastusp_backend.models.patchify import patch_grid, patchify
+from fastusp_backend.models.patchify import patch_grid, patchify, unpatchify
+from fastusp_backend.models.sd3 import SD3Config
 
 
 def diffusers_model(ours: Transformer) -> torch.nn.Module:
@@ -34,6 +35,12 @@ def diffusers_model(ours: Transformer) -> torch.nn.Module:
             )
         state = {ours.file_key(name): t for name, t in state.items()}
         state = convert_flux2_transformer_checkpoint_to_diffusers(state)
+    elif isinstance(config, SD3Config):
+        from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
+
+        with torch.device("meta"):
+            theirs = diffusers.SD3Transformer2DModel(**sd3_sizes(config))
+        state = convert_sd3_transformer_checkpoint_to_diffusers(dict(state))
     else:
         from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
 
@@ -65,9 +72,35 @@ def flux_sizes(config: FamilyConfig) -> dict:
     }
 
 
+def sd3_sizes(config: SD3Config) -> dict:
+    """Returns the sizes of diffusers' Stable Diffusion 3, whose MLPs are four times as wide as a token."""
+    return {
+        "in_channels": config.channels,
+        "out_channels": config.channels,
+        "num_layers": config.blocks,
+        "attention_head_dim": config.hidden // config.heads,
+        "num_attention_heads": config.heads,
+        "joint_attention_dim": config.context,
+        "caption_projection_dim": config.hidden,
+        "pooled_projection_dim": config.pooled,
+        "pos_embed_max_size": config.positions,
+        "dual_attention_layers": tuple(range(config.second_attentions)),
+        "qk_norm": "rms_norm" if config.normed else None,
+    }
+
+
+def latents(config: FamilyConfig, output: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Returns what diffusers' forward gave as latents: Stable Diffusion 3's cuts patches by itself."""
+    return output if isinstance(config, SD3Config) else unpatchify(output, grid, config.patch)
+
+
 def arguments(config: FamilyConfig, given: Inputs, dtype: torch.dtype) -> list[dict]:
     """Returns what diffusers' forward takes for each prompt."""
     x, b = given.x, given.x.shape[0]
+    if isinstance(config, SD3Config):
+        shared = {"hidden_states": x.to(dtype), "timestep": given.timestep.to(x.device, dtype), "return_dict": False}
+        prompts = [{"encoder_hidden_states": p.context, "pooled_projections": p.y} for p in given.prompts]
+        return [shared | prompt for prompt in prompts]
     grid = patch_grid(*x.shape[-2:], config.patch)
     shared = {"hidden_states": patchify(x, config.patch).to(dtype), "timestep": given.timestep.to(x.device, dtype)}
     axes = {FluxConfig: 3, Flux2Config: 4}.get(type(config))

@@ -9,6 +9,7 @@ from ..fastusp_backend.models.detection import FamilyConfig
 from ..fastusp_backend.prompt import Prompt
 from .comfyui import QwenImageTransformer2DModel
 from .host import Unsupported
+from .provenance import leaves_out
 from .remote_transformer import RemoteTransformer, masks_nothing, refuse_unsupported
 from .weight_patches import PREFIX
 
@@ -110,9 +111,56 @@ class RemoteQwenImage(RemoteTransformer):
         return self._on_workers(x, timestep, prompt, control, input=self._config.blocks)
 
 
-TRANSFORMERS: dict[str, tuple[str, type[RemoteTransformer]]] = {
+class RemoteSD3(RemoteTransformer):
+    """Stable Diffusion 3, around whose transformer ComfyUI runs no wrappers."""
+
+    @classmethod
+    def fits(cls, unet_config: dict, config: FamilyConfig) -> bool:
+        """ComfyUI tells it by its sizes alone, and takes it to have as many blocks as heads."""
+        return unet_config.get("depth") == config.blocks and "pos_embed_max_size" in unet_config
+
+    @property
+    def y_embedder(self):
+        """What Stability's ControlNets copy the weights of, or `x_embedder`'s."""
+        raise Unsupported(
+            "A ControlNet that needs the model's own weights (Stability's for 3.5 large)",
+            "Use one of diffusers' kind (InstantX), or load the model with Load Diffusion Model",
+        )
+
+    x_embedder = y_embedder
+
+    def left_out(self, transformer_options: dict) -> list[int]:
+        """Those that ComfyUI's Skip Layer Guidance replaces by nothing."""
+        return [number for number, by in self._replaced(transformer_options).items() if leaves_out(by)]
+
+    def _replaced(self, transformer_options: dict) -> dict:
+        """Number of a block -> what runs in its place."""
+        given = transformer_options.get("patches_replace", {}).get("dit", {})
+        return {key[1]: by for key, by in given.items() if key[0] == "double_block" and key[1] < self._config.blocks}
+
+    def forward(
+        self,
+        x,
+        timesteps,
+        context=None,
+        y=None,
+        control=None,
+        transformer_options={},  # noqa: B006 - ComfyUI's own signature
+        **kwargs,
+    ):
+        self._note_arrival(transformer_options)
+        skipped = self.left_out(transformer_options)
+        others = [number for number in self._replaced(transformer_options) if number not in skipped]
+        replaced = transformer_options.get("patches_replace", {}) | {"dit": others}
+        refuse_unsupported(transformer_options | {"patches_replace": replaced}, kwargs, self.stock)
+        blocks = self._config.blocks
+        return self._on_workers(x, timesteps, Prompt(context, y), control, skipped=skipped, output=blocks)
+
+
+TRANSFORMERS: dict[str, tuple[str | None, type[RemoteTransformer]]] = {
     "FLUX.1": ("flux", RemoteFlux),
     "FLUX.2": ("flux2", RemoteFlux),
     "Qwen-Image": ("qwen_image", RemoteQwenImage),
+    "Stable Diffusion 3": (None, RemoteSD3),
 }
-"""Family -> the name that ComfyUI's detection gives it, and what stands for its transformer."""
+"""Family -> the name that ComfyUI's detection gives it, if any, and what stands for its transformer."""

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import msgspec
@@ -150,20 +150,31 @@ class RemoteTransformer(torch.nn.Module, metaclass=_Sealed):
 
     def _through_wrappers(self, transformer_options: dict, *args, **kwargs) -> torch.Tensor:
         """`_evaluate`, a subclass's own, inside the wrappers that nodes put around the transformer."""
-        if self._arrived is not None:
-            self._arrived.update(transformer_options)
+        self._note_arrival(transformer_options)
         wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, transformer_options)
         return WrapperExecutor.new_class_executor(self._evaluate, self, wrappers).execute(*args, **kwargs)
 
+    def _note_arrival(self, transformer_options: dict) -> None:
+        """For a rehearsal."""
+        if self._arrived is not None:
+            self._arrived.update(transformer_options)
+
+    def left_out(self, transformer_options: dict) -> list[int]:
+        """The numbers of blocks that nodes leave out of an evaluation; a family that runs so overrides it."""
+        return []
+
     @torch.compiler.disable  # Torch Compile Model has nothing to compile here
-    def _on_workers(self, x, timestep, prompt: Prompt, control: dict | None, **blocks: int) -> torch.Tensor:
-        """blocks: of a ControlNet's residuals under `input` and `output`, how many the model has a block for."""
+    def _on_workers(
+        self, x, timestep, prompt: Prompt, control: dict | None, *, skipped: Sequence[int] = (), **blocks: int
+    ) -> torch.Tensor:
+        """skipped: the numbers of blocks that are left out. blocks: of a ControlNet's residuals under `input` and
+        `output`, how many the model has a block for."""
         refuse_replaced(self.stock)
         if self._arrived is not None:
             return torch.zeros_like(x)
         used = {kind: (control.get(kind) or [])[:count] for kind, count in blocks.items()} if control else None
         with ends_told(), interruptible():
-            output = self.session.evaluate(x, timestep, prompt, progress(), used)
+            output = self.session.evaluate(x, timestep, prompt, progress(), used, skipped)
         node_status().restore()
         return output.to(x.device)
 

@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     path, devices = arguments.model, local_devices(arguments.gpus)
     _, config, spec = describe(path, devices)
     layout = plan(devices.ranks, config.heads, ulysses=arguments.ulysses, ring=arguments.ring)
-    given = random_inputs(config, arguments.size, arguments.text)
+    given = *random_inputs(config, arguments.size, arguments.text), config.timestep_scale
     print(
         f"{path}: {config.family}, {spec.compute}; {layout} on {devices}; {'x'.join(map(str, arguments.size))} px, "
         f"{arguments.text} text tokens of random values"
@@ -77,16 +77,19 @@ def _attempt(pool: Pool, spec, layout, settings: Settings, given, arguments, nam
 
 
 def _results(session: Session, given, steps: int, name: str) -> list[torch.Tensor]:
-    """Returns the velocities at TIMESTEPS, then the latents after `steps`."""
-    x, prompt = given
+    """Returns the velocities at TIMESTEPS, then the latents after `steps`. given: latents, a prompt, the timestep at
+    sigma 1."""
+    x, prompt, scale = given
     with closing(tqdm(total=len(TIMESTEPS) + steps, desc=name, unit="evaluation", leave=False)) as bar:
         found = []
         for timestep in TIMESTEPS:
-            found.append(session.evaluate(x, torch.tensor([timestep]), prompt, Progress(phase=bar.set_postfix_str)))
+            at = torch.tensor([scale * timestep])
+            found.append(session.evaluate(x, at, prompt, Progress(phase=bar.set_postfix_str)))
             bar.update()
         sigmas = torch.linspace(1, 0, steps + 1)
         progress = Progress(step=lambda *_: bar.update())
-        found.append(session.sample(x, sigmas, sampler="euler", positive=prompt, progress=progress))
+        more = {"timestep_scale": scale, "progress": progress}
+        found.append(session.sample(x, sigmas, sampler="euler", positive=prompt, **more))
     return found
 
 

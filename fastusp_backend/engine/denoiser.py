@@ -170,6 +170,7 @@ class Denoiser:
             tuple(tuple(tensor.shape) for tensor in residuals.tensors),
             residuals.input,
             residuals.output,
+            residuals.skipped,
         )
 
     def _tensors_of(self, prompt: Prompt, images: slice) -> PromptTensors:

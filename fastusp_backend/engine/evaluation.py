@@ -36,7 +36,8 @@ class Shape(NamedTuple):
     text: tokens of the prompt's text, over all ranks.
     references: the sizes and places of reference images.
     residuals: the shapes (B or 1, n, hidden) of a ControlNet's tensors.
-    input, output: which of them is added after each block, see `models.family.Residuals`.
+    input, output: which of them is added after each block, see `models.residuals.Residuals`.
+    skipped: the numbers of blocks that are left out.
     """
 
     x: tuple[int, ...]
@@ -45,6 +46,7 @@ class Shape(NamedTuple):
     residuals: tuple[tuple[int, ...], ...] = ()
     input: tuple[int | None, ...] = ()
     output: tuple[int | None, ...] = ()
+    skipped: tuple[int, ...] = ()
 
 
 class PromptTensors(NamedTuple):
@@ -116,6 +118,7 @@ class Evaluation:
             tuple(torch.zeros(b, shards.local_image, hidden, **like) for b, _, hidden in shape.residuals),
             shape.input,
             shape.output,
+            shape.skipped,
         )
         self._rows = torch.empty(batch, 2 if references.at_timestep_zero else 1, model.modulation_width, **like)
         self._modulations = model.split_modulations(self._rows)

@@ -18,8 +18,9 @@ from .family import FamilyConfig, Transformer
 from .flux import FluxConfig
 from .flux2 import Flux2Config
 from .qwen_image import QwenImageConfig
+from .sd3 import SD3Config
 
-FAMILIES: tuple[type[FamilyConfig], ...] = (Flux2Config, FluxConfig, QwenImageConfig)
+FAMILIES: tuple[type[FamilyConfig], ...] = (Flux2Config, FluxConfig, QwenImageConfig, SD3Config)
 """In the order of asking: FLUX.2's files have FLUX.1's marks, too."""
 RUNS = ", ".join(family.runs for family in FAMILIES)
 OTHERS = "for other diffusion models use Load Diffusion Model, or Load Checkpoint for an all-in-one checkpoint"
@@ -44,7 +45,8 @@ _PARTS: tuple[tuple[re.Pattern, str, str], ...] = tuple(
             r"^(text_model|model\.layers|language_model|transformer\.resblocks|enc\.blk|blk)\.|^shared\.weight"
             r"|^encoder\.(block|embed_tokens|final_layer_norm)\.",
             "a text encoder",
-            "load it with DualCLIPLoader (FLUX.1) or CLIPLoader (FLUX.2, Qwen-Image), from models/text_encoders",
+            "load it with DualCLIPLoader (FLUX.1), TripleCLIPLoader (Stable Diffusion 3) or CLIPLoader (FLUX.2, "
+            "Qwen-Image), from models/text_encoders",
         ),
         (r"^vision_model\.", "a vision encoder", "load it with Load CLIP Vision, from models/clip_vision"),
         (r"^(encoder|decoder|first_stage_model)\.", "a VAE", "load it with Load VAE, from models/vae"),
@@ -62,6 +64,7 @@ _VARIANTS: tuple[tuple[tuple[tuple[str, ...], ...], str], ...] = (
     ),
     ((("time_text_embed.addition_t_embedding.weight",),), "Qwen-Image-Layered"),
     ((("transformer_blocks.0.img_mlp.w1.weight",),), "Lens"),
+    ((("context_processor.layers.0.attn.qkv.weight",),), "a Stable Diffusion 3 with a context processor"),
 )
 # Starts of keys of other families, checked in this order where a file is none of ours. Some share our block names.
 _FOREIGN = (
@@ -69,7 +72,6 @@ _FOREIGN = (
     ("nerf_blocks.", "Chroma Radiance"),
     ("img_in.proj.", "HunyuanVideo or HunyuanImage"),
     ("latent_in.", "Hunyuan3D"),
-    ("joint_blocks.", "Stable Diffusion 3"),
     ("joint_transformer_blocks.", "AuraFlow"),
     ("pos_embed.proj.", "Stable Diffusion 3 in diffusers' key layout"),
     ("input_blocks.", "a Stable Diffusion U-Net"),
@@ -146,6 +148,8 @@ def needed_tensors(
     sizes = AnySizes(left, path, family.family)
     # One block stands for all of its kind: a model of them all would take long to make.
     model, names = _needed(family.from_sizes(OneOfEach(left, path, family.family)))
+    if family.blocks_differ:
+        return _needed(family.from_sizes(sizes))
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(_block_of(name), []).append(name)

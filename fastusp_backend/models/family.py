@@ -10,7 +10,7 @@ E width of the text.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -22,42 +22,12 @@ from ..weights.sizes import Sizes
 from .layers import Linear
 from .patchify import patch_grid
 from .positions import METHODS, References
+from .residuals import NO_RESIDUALS, Residuals
 from .segments import Segments
 from .stream import Stream
 
 HEAD_DIM = 128
 Grid = tuple[int, int]
-
-
-class Residuals(NamedTuple):
-    """What a ControlNet adds to the image stream.
-
-    tensors: (B or 1, n, hidden), each for the stream's first n tokens.
-    input: block by block, the index of what is added after it, or None; may be shorter or longer than the model's
-        blocks.
-    output: the same of FLUX's single blocks.
-    """
-
-    tensors: tuple[torch.Tensor, ...] = ()
-    input: tuple[int | None, ...] = ()
-    output: tuple[int | None, ...] = ()
-
-    def after_input(self, block: int) -> torch.Tensor | None:
-        return self._at(self.input, block)
-
-    def after_output(self, block: int) -> torch.Tensor | None:
-        return self._at(self.output, block)
-
-    def _at(self, places: tuple[int | None, ...], block: int) -> torch.Tensor | None:
-        place = places[block] if block < len(places) else None
-        return None if place is None else self.tensors[place]
-
-    def of_images(self, images: slice) -> "Residuals":
-        """The residuals of some images of the batch."""
-        return self._replace(tensors=tuple(t if len(t) == 1 else t[images] for t in self.tensors))
-
-
-NO_RESIDUALS = Residuals()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,8 +41,11 @@ class FamilyConfig:
     downscale: pixels of the image's edge per latent pixel.
     patch: latent pixels of a patch's edge.
     float16: whether its activations fit that type.
+    timestep_scale: the timestep at sigma 1, as ComfyUI gives it.
     takes_guidance: whether ComfyUI gives its prompts a guidance.
     takes_control: whether ControlNets may add to its blocks.
+    skips_blocks: whether blocks may be left out.
+    blocks_differ: whether blocks of one kind differ in the tensors that they have.
     reference_methods: those of `positions.METHODS` that it knows, none where it takes no reference images; ComfyUI
         takes any other for `offset`.
 
@@ -83,6 +56,7 @@ class FamilyConfig:
     pooled: width of the pooled text; 0 where there is none.
     concat_channels: channels of further input beside the latents.
     guidance: whether it is embedded; without, two prompts may be evaluated in a step.
+    second_attentions: how many blocks, the first ones, have a second attention, of the image's tokens alone.
     reference_method: how references are placed where the prompt says nothing.
     """
 
@@ -93,8 +67,11 @@ class FamilyConfig:
     downscale: ClassVar[int]
     patch: ClassVar[int]
     float16: ClassVar[bool] = False
+    timestep_scale: ClassVar[float] = 1.0
     takes_guidance: ClassVar[bool] = False
     takes_control: ClassVar[bool] = False
+    skips_blocks: ClassVar[bool] = False
+    blocks_differ: ClassVar[bool] = False
     reference_methods: ClassVar[frozenset[str]] = frozenset()
 
     hidden: int
@@ -104,6 +81,7 @@ class FamilyConfig:
     pooled: int = 0
     concat_channels: int = 0
     guidance: bool = False
+    second_attentions: int = 0
     reference_method: str = "offset"
 
     @classmethod
@@ -152,7 +130,8 @@ class Transformer(nn.Module):
         raise NotImplementedError
 
     def begin_block(self, number: int) -> None:
-        """To be called by `forward` before it uses the weights of block `number` of `blocks`."""
+        """To be called by `forward` before it uses the weights of block `number` of `blocks`: of all, in order,
+        those too that are left out."""
         if self.stream is not None:
             self.stream.begin(number)
 
@@ -197,7 +176,8 @@ class Transformer(nn.Module):
         raise NotImplementedError
 
     def rope(self, text: int, grid: Grid, references: References, device: torch.device) -> tuple[Rope, Rope]:
-        """Rotary tables (cos, sin) of all T text tokens, and of all S of the image and R of its references."""
+        """Rotary tables (cos, sin) of all T text tokens, and of all S of the image and R of its references; or what
+        else says where tokens lie: tables whose rows are tokens, as `forward` takes those of this rank."""
         raise NotImplementedError
 
     def modulations(self) -> list[Linear]:
@@ -227,7 +207,7 @@ class Transformer(nn.Module):
         rope: tuple[Rope, Rope],
         joint: JointAttention,
         ops: Segments,
-        residuals: Residuals,
+        residuals: Residuals = NO_RESIDUALS,
     ) -> torch.Tensor:
         """img (B, Li, p^2 (C + C')) patches and txt (B, Lt, hidden) of this rank, residuals for its image tokens ->
         velocity patches (B, Li, p^2 C)."""
@@ -285,6 +265,8 @@ def _check_references(x: torch.Tensor, prompt: Prompt, config: FamilyConfig) -> 
 
 def check_control(x: torch.Tensor, prompt: Prompt, residuals: Residuals, config: FamilyConfig) -> str | None:
     """What is wrong with a ControlNet's tensors for latents x (B, ..., h, w); None if nothing."""
+    if residuals.skipped and not config.skips_blocks:
+        return f"remove the node that leaves out blocks (Skip Layer Guidance): FastUSP runs none with {config.family}"
     if residuals.tensors and not config.takes_control:
         return f"remove the ControlNet from the prompt: FastUSP runs none with {config.family}"
     rows, columns = patch_grid(*x.shape[-2:], config.patch)

@@ -11,6 +11,7 @@ from .family import FamilyConfig
 from .flux import FluxConfig
 from .flux2 import Flux2Config
 from .qwen_image import QwenImageConfig
+from .sd3 import SD3Config
 
 TINY_FLUX = FluxConfig(
     hidden=512,
@@ -59,6 +60,33 @@ FLUX2_DEV = Flux2Config(
 QWEN_IMAGE = QwenImageConfig(hidden=3072, heads=24, channels=16, context=3584, mlp=12288, blocks=60)
 """Qwen-Image's own sizes."""
 TINY_QWEN_IMAGE = QwenImageConfig(hidden=512, heads=4, channels=16, context=3584, mlp=2048, blocks=2)
+SD35_LARGE = SD3Config(
+    hidden=2432, heads=38, channels=16, context=4096, pooled=2048, mlp=9728, blocks=38, positions=192
+)
+"""Stable Diffusion 3.5 large's own sizes."""
+SD35_MEDIUM = SD3Config(
+    hidden=1536,
+    heads=24,
+    channels=16,
+    context=4096,
+    pooled=2048,
+    mlp=6144,
+    blocks=24,
+    second_attentions=13,
+    positions=384,
+)
+"""Stable Diffusion 3.5 medium's own sizes."""
+TINY_SD3 = SD3Config(
+    hidden=256,
+    heads=4,
+    channels=16,
+    context=4096,
+    pooled=2048,
+    mlp=1024,
+    blocks=4,
+    second_attentions=1,
+    positions=64,
+)
 
 
 class FullAndTiny(NamedTuple):
@@ -72,6 +100,7 @@ MODELS = {
     "flux": FullAndTiny(FLUX_DEV, TINY_FLUX),
     "flux2": FullAndTiny(FLUX2_DEV, TINY_FLUX2),
     "qwen": FullAndTiny(QWEN_IMAGE, TINY_QWEN_IMAGE),
+    "sd3": FullAndTiny(SD35_LARGE, TINY_SD3),
 }
 """One entry per family, by the name that the benchmarks' command lines take."""
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from formats import write
 from pools import GIVEN, PROMPT, SHORT, evaluate, pids, session
-from support import SMALL_FLUX2, SMALL_QWEN, randn, spec_of
+from support import SMALL_FLUX2, SMALL_QWEN, SMALL_SD3, randn, spec_of
 
 from fastusp_backend.config import Layout, Settings, WeightPatch
 from fastusp_backend.errors import RequestError
@@ -32,6 +32,7 @@ def pool(shared_pool):
 def files(dev, tmp_path_factory):
     folder = tmp_path_factory.mktemp("placements")
     write_checkpoint(str(folder / "qwen"), SMALL_QWEN, seed=3)
+    write_checkpoint(str(folder / "sd3"), SMALL_SD3, seed=4)
     write_checkpoint(str(folder / "flux2"), SMALL_FLUX2, seed=4)
     for name in ("scaled_tensors", "gguf_Q8_0"):
         write(name, dev, folder / name)
@@ -64,7 +65,7 @@ def test_layouts(pool, park, files, layout):
             assert torch.equal(outcome(pool, files["flux"], layout, weights=weights), expected), weights
 
 
-@pytest.mark.parametrize("name", ["qwen", "flux2", "scaled_tensors", "gguf_Q8_0"])
+@pytest.mark.parametrize("name", ["qwen", "flux2", "sd3", "scaled_tensors", "gguf_Q8_0"])
 def test_families_and_formats(pool, park, files, name):
     expected = whole(pool, park, files[name], LAYOUTS[0])
     for weights in TRAVELLING:
@@ -92,6 +93,21 @@ def test_controlnets(pool, park, files):
     expected = controlled("whole")
     assert not torch.equal(expected, plain)
     assert all(torch.equal(controlled(weights), expected) for weights in TRAVELLING)
+
+
+def test_blocks_left_out(pool, park, files):
+    """Their weights come in their turn, or the next block would not find its own."""
+    x, timestep, prompt = given_to(read_model(str(files["sd3"])).config)
+
+    def evaluated(weights, *skipped):
+        over = Session(pool, spec_of(files["sd3"]), (LAYOUTS[0],), Settings(weights=weights))
+        return over.evaluate(x, timestep, prompt, Progress(), None, skipped)
+
+    whole(pool, park, files["sd3"], LAYOUTS[0])
+    expected = {skipped: evaluated("whole", *skipped) for skipped in ((1,), (0,), (2,), (0, 1), ())}
+    for weights in TRAVELLING:
+        for skipped, whole_gives in expected.items():
+            assert torch.equal(evaluated(weights, *skipped), whole_gives), (weights, skipped)
 
 
 def lora(key: str, shape: tuple[int, int], seed: int) -> WeightPatches:

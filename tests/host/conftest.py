@@ -15,7 +15,7 @@ from ending import wait_for_the_end
 from safetensors.torch import save_file
 from workflows import DEV, QWEN_IMAGE, SCHNELL, SMALL, SMALL_FLUX2
 
-from fastusp_backend.models.synthetic import write_checkpoint
+from fastusp_backend.models.synthetic import TINY_SD3, write_checkpoint
 
 FULL_SIZE = replace(SMALL, hidden=3072, heads=24, mlp=12288)
 
@@ -103,6 +103,15 @@ def qwen(host):
     """A Qwen-Image file. In float32: CPU ranks convert others at each use, which takes longer than the products."""
     path = host.base / "models/diffusion_models/qwen.safetensors"
     write_checkpoint(str(path), QWEN_IMAGE)
+    yield path.name
+    path.unlink()
+
+
+@pytest.fixture(scope="session")
+def sd3(host):
+    """A file of Stable Diffusion 3.5 medium's kind, with as many blocks as heads, as ComfyUI takes it to have."""
+    path = host.base / "models/diffusion_models/sd3.safetensors"
+    write_checkpoint(str(path), TINY_SD3)
     yield path.name
     path.unlink()
 

@@ -143,6 +143,25 @@ def qwen_names(hidden: int, seed: int) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def sd3_names(hidden: int, seed: int) -> dict[str, torch.Tensor]:
+    """diffusers' names, whose queries, keys and values are parts of one weight, and the file's own."""
+    random, tensors = _Random(seed), {}
+    block = "transformer.transformer_blocks.0"
+    for name, out, width in (
+        (f"{block}.attn.to_q", hidden, hidden),
+        (f"{block}.attn.add_v_proj", hidden, hidden),
+        (f"{block}.attn2.to_k", hidden, hidden),
+        (f"{block}.ff.net.2", hidden, 4 * hidden),
+        ("transformer.norm_out.linear", 2 * hidden, hidden),
+        ("diffusion_model.joint_blocks.1.x_block.adaLN_modulation.1", 6 * hidden, hidden),
+    ):
+        tensors[f"{name}.lora_A.weight"] = random(RANK, width)
+        tensors[f"{name}.lora_B.weight"] = random(out, RANK)
+    tensors["diffusion_model.x_embedder.proj.lora_A.weight"] = random(RANK, 16, 2, 2)
+    tensors["diffusion_model.x_embedder.proj.lora_B.weight"] = random(hidden, RANK, 1, 1)
+    return tensors
+
+
 def flux2_names(hidden: int, mlp: int, seed: int) -> dict[str, torch.Tensor]:
     """BFL's own names and diffusers', whose single blocks have one fused projection in FLUX.2, too."""
     random, tensors = _Random(seed), {}

@@ -142,27 +142,29 @@ def test_example_fits_the_nodes_of_the_host(host, path):
         info = host.get(f"/object_info/{kind}")[kind]["input"]
         known = info["required"] | info.get("optional", {})
         assert info["required"].keys() <= given.keys() <= known.keys(), kind
-        for name in given.keys() - {"unet_name", "clip_name", "clip_name1", "clip_name2", "vae_name"}:
+        for name in given.keys() - {"unet_name", "clip_name", *(f"clip_name{n}" for n in (1, 2, 3)), "vae_name"}:
             choices, *more = known[name]
             choices = more[0]["options"] if choices == "COMBO" else choices
             assert not isinstance(choices, list) or given[name] in choices, (kind, name)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_example_runs(host, flux2, qwen, path):
+def test_example_runs(host, flux2, qwen, sd3, path):
     """As it is, but for what cannot be had in a test: text encoders, VAE and weights, and a size for CPUs."""
     prompt = json.loads(path.read_text())
     files = {"flux": (DEV, 4096), "flux2": (flux2, SMALL_FLUX2.context), "qwen": (qwen, QWEN_IMAGE.context)}
+    files["sd3"] = sd3, 4096
     file, context = files[path.name.partition("_")[0]]
     for number, node in list(prompt.items()):
         kind, inputs = node["class_type"], node["inputs"]
         if kind.startswith("CLIPTextEncode"):
             conditioning = {"seed": int(number), "tokens": 7, "width": context, "guidance": 3.5}
+            conditioning["pooled"] = 2048 if file == sd3 else 768
             prompt[number] = {"class_type": "TestSeededConditioning", "inputs": conditioning}
         elif kind == "VAEDecode":
             latents = {"samples": inputs["samples"], "filename_prefix": "example"}
             prompt[number] = {"class_type": "SaveLatent", "inputs": latents}
-        elif kind in ("CLIPLoader", "DualCLIPLoader", "VAELoader", "SaveImage", "PreviewImage"):
+        elif kind in ("CLIPLoader", "DualCLIPLoader", "TripleCLIPLoader", "VAELoader", "SaveImage", "PreviewImage"):
             del prompt[number]
         else:
             small = {"unet_name": file, "gpus": "cpu:2", "width": 64, "height": 64, "steps": 2}

@@ -36,8 +36,10 @@ class Graph(dict):
         inputs = {"unet_name": file, "weight_dtype": "default", "gpus": gpus, "ulysses": ulysses, "ring": ring}
         return self.node("FastUSPLoader", **(inputs | more))
 
-    def prompt(self, seed: int = 1, tokens: int = 7, guidance: float = 3.5, width: int = 4096) -> Link:
-        return self.node("TestSeededConditioning", seed=seed, tokens=tokens, width=width, guidance=guidance)
+    def prompt(self, seed: int = 1, tokens: int = 7, guidance: float = 3.5, width: int = 4096, **pooled: int) -> Link:
+        """pooled: the width of the pooled text, where it is not FLUX.1's."""
+        kind = "TestSeededConditioning"
+        return self.node(kind, seed=seed, tokens=tokens, width=width, guidance=guidance, **pooled)
 
     def latent(
         self, width: int = 64, height: int = 64, batch: int = 1, *, seed: int = 3, masked=False, framed=False, **more

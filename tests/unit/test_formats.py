@@ -1,16 +1,19 @@
 """fp8, scaled fp8, all-in-one and GGUF files: kept as they are in memory, computed as their values say."""
 
+from dataclasses import replace
+
 import msgspec
 import pytest
 import torch
 from formats import FORMATS, MINI, write
 from safetensors.torch import load_file, save_file
-from support import REORDERED, OneRank, inputs, load_model, relative_difference, spec_of
+from support import REORDERED, SMALL_SD3, OneRank, inputs, load_model, relative_difference, spec_of
 
 from fastusp_backend.config import ModelSpec, Settings
 from fastusp_backend.engine.checkpoint import Checkpoint
 from fastusp_backend.models.files import read_model
 from fastusp_backend.models.layers import Linear
+from fastusp_backend.models.synthetic import write_checkpoint
 from fastusp_backend.prompt import Prompt
 from fastusp_backend.weights.dtypes import main_dtype
 
@@ -52,6 +55,24 @@ def test_a_format_means_what_its_plain_file_means(mini, tmp_path, name):
     for (parameter, held), (_, expected) in zip(model.named_parameters(), reference.named_parameters(), strict=True):
         assert torch.equal(held.float(), expected) or parameter.rpartition(".")[0] in linears(model), parameter
     assert relative_difference(evaluate(model), evaluate(reference)) < REORDERED
+
+
+@pytest.mark.parametrize("name", ["fp8_e4m3fn", "scaled_old_prefixed", "scaled_tensors", "all_in_one", "gguf_Q8_0"])
+def test_tensors_that_are_no_matrices(tmp_path, name):
+    """Stable Diffusion 3 begins with a convolution and a table of positions, which are converted where they are fp8."""
+    source, path, plain = (tmp_path / part for part in ("source.safetensors", name, "plain.safetensors"))
+    config = replace(SMALL_SD3, context=256, pooled=256)
+    write_checkpoint(str(source), config, seed=4)
+    values = write(name, source, path)
+    save_file(values, plain)
+    models = [load_model(spec_of(file), CPU) for file in (path, plain)]
+    assert models[0].config == config
+    for parameter in ("pos_embed", "x_embedder.proj.weight"):
+        held = models[0].get_parameter(parameter)
+        assert held.dtype.itemsize > 1 and torch.equal(held.float(), values[parameter])
+    given = inputs(config, text=5, size=(6, 5))
+    one, other = (OneRank(model)(given.x, given.timestep, Prompt(given.context, given.y)) for model in models)
+    assert relative_difference(one, other) < REORDERED
 
 
 @pytest.mark.parametrize("name", ["scaled_old", "gguf_Q4_K", "fp8_e5m2"])

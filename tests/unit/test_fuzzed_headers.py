@@ -10,13 +10,15 @@ from collections import Counter
 
 import pytest
 from formats import write
-from support import SMALL_FLUX2, SMALL_QWEN
+from support import SMALL_FLUX2, SMALL_QWEN, SMALL_SD3
 
 from fastusp_backend.errors import CheckpointError
 from fastusp_backend.models.files import read_model
 from fastusp_backend.models.synthetic import write_checkpoint
 
 pytestmark = pytest.mark.unit
+
+OTHERS = {"flux2": SMALL_FLUX2, "qwen": SMALL_QWEN, "sd3": SMALL_SD3}
 
 SOON = 5.0
 """Seconds for a file, of which each takes some thousandths."""
@@ -117,13 +119,13 @@ def damaged(data: bytes, start: int, stop: int, chance: random.Random) -> bytes:
     return bytes(data)
 
 
-@pytest.mark.parametrize("name", ["flux", "flux2", "qwen", "scaled_old", "scaled_tensors", "all_in_one"])
+@pytest.mark.parametrize("name", ["flux", "flux2", "qwen", "sd3", "scaled_old", "scaled_tensors", "all_in_one"])
 def test_safetensors(mini, tmp_path, name):
     path = tmp_path / "x.safetensors"
     if name == "flux":
         path.write_bytes(mini.read_bytes())
-    elif name in ("flux2", "qwen"):
-        write_checkpoint(str(path), SMALL_FLUX2 if name == "flux2" else SMALL_QWEN)
+    elif name in OTHERS:
+        write_checkpoint(str(path), OTHERS[name])
     else:
         write(name, mini, path)
     data, chance, seen, file = path.read_bytes(), random.Random(name), Counter(), Memory()

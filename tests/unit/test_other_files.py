@@ -7,7 +7,7 @@ from support import load_model, spec_of
 
 from fastusp_backend.errors import CheckpointError
 from fastusp_backend.models.detection import OTHERS, family_of
-from fastusp_backend.models.synthetic import TINY_FLUX, TINY_QWEN_IMAGE
+from fastusp_backend.models.synthetic import TINY_FLUX, TINY_QWEN_IMAGE, TINY_SD3
 from fastusp_backend.weights.tensor_info import TensorInfo
 
 pytestmark = pytest.mark.unit
@@ -27,13 +27,15 @@ def refusal(path) -> str:
         ("Chroma Radiance", ["nerf_blocks.0.param_generator.weight", "double_blocks.0.img_attn.qkv.weight"]),
         ("Qwen-Image-Layered", ["time_text_embed.addition_t_embedding.weight", "txt_norm.weight", "img_in.weight"]),
         ("Lens", ["transformer_blocks.0.img_mlp.w1.weight", "txt_norm.weight", "img_in.weight"]),
-        ("Stable Diffusion 3", ["joint_blocks.0.x_block.attn.qkv.weight", "x_embedder.proj.weight"]),
-        ("Stable Diffusion 3", ["transformer_blocks.0.norm1_context.linear.weight", "pos_embed.proj.weight"]),
+        (
+            "Stable Diffusion 3 in diffusers' key layout",
+            ["transformer_blocks.0.norm1_context.linear.weight", "pos_embed.proj.weight"],
+        ),
         ("HunyuanVideo", ["double_blocks.0.img_attn.qkv.weight", "img_in.proj.weight"]),
         ("Ovis-Image", ["double_blocks.0.img_attn.qkv.weight", "img_in.weight", "txt_norm.scale"]),
         ("Stable Diffusion U-Net", ["input_blocks.0.0.weight"]),
         ("Stable Diffusion U-Net", ["model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.x.weight"]),
-        ("not a FLUX.2 or FLUX.1 or Qwen-Image transformer", ["something.else"]),
+        ("not a FLUX.2 or FLUX.1 or Qwen-Image or Stable Diffusion 3 transformer", ["something.else"]),
         ("no tensors at all", []),
     ],
 )
@@ -120,7 +122,7 @@ LAYER = "diffusion_model.double_blocks.0.img_attn.qkv"
         ("Chroma Radiance", ["nerf_blocks.0.x"]),
         ("HunyuanVideo or HunyuanImage", ["img_in.proj.weight"]),
         ("Hunyuan3D", ["latent_in.weight"]),
-        ("Stable Diffusion 3", ["joint_blocks.0.x", "pos_embed.proj.weight"]),
+        ("Stable Diffusion 3 in diffusers' key layout", ["pos_embed.proj.weight"]),
         ("AuraFlow", ["joint_transformer_blocks.0.x"]),
         ("a Stable Diffusion U-Net", ["input_blocks.0.0.weight"]),
         ("Lumina or Z-Image", ["cap_embedder.0.weight"]),
@@ -146,11 +148,16 @@ def test_a_single_name_may_tell_what_a_file_holds(found, keys):
         ("FLUX.1", "Ovis-Image or LongCat-Image", ["txt_norm.weight"]),
         ("Qwen-Image", "Qwen-Image-Layered", ["time_text_embed.addition_t_embedding.weight"]),
         ("Qwen-Image", "Lens", ["transformer_blocks.0.img_mlp.w1.weight"]),
+        (
+            "Stable Diffusion 3",
+            "a Stable Diffusion 3 with a context processor",
+            ["context_processor.layers.0.attn.qkv.weight"],
+        ),
     ],
 )
 def test_what_has_all_of_a_familys_tensors_may_be_another_model(whole, variant, keys):
     with torch.device("meta"):
-        model = {"FLUX.1": TINY_FLUX, "Qwen-Image": TINY_QWEN_IMAGE}[whole].build()
+        model = {"FLUX.1": TINY_FLUX, "Qwen-Image": TINY_QWEN_IMAGE, "Stable Diffusion 3": TINY_SD3}[whole].build()
     shapes = {model.file_key(name): tuple(p.shape) for name, p in model.named_parameters()}
     header = {name: TensorInfo(shape, torch.bfloat16) for name, shape in shapes.items()}
     assert family_of(header, "file").family == whole

@@ -23,18 +23,19 @@ class SeededConditioning:
                 "tokens": ("INT", {"default": 24}),
                 "width": ("INT", {"default": 4096}),
                 "guidance": ("FLOAT", {"default": 3.5}),
-            }
+            },
+            "optional": {"pooled": ("INT", {"default": 768})},
         }
 
     RETURN_TYPES = ("CONDITIONING",)
     FUNCTION = "make"
     CATEGORY = "test"
 
-    def make(self, seed, tokens, width, guidance):
+    def make(self, seed, tokens, width, guidance, pooled=768):
         generator = torch.Generator().manual_seed(seed)
         context = torch.randn(1, tokens, width, generator=generator)
-        pooled = torch.randn(1, 768, generator=generator)
-        return ([[context, {"pooled_output": pooled, "guidance": guidance}]],)
+        y = torch.randn(1, pooled, generator=generator)
+        return ([[context, {"pooled_output": y, "guidance": guidance}]],)
 
 
 class SeededLatent:

@@ -63,6 +63,27 @@ CHANGES = [
         "unit/test_oracle_qwen.py",
     ),
     (
+        "fastusp_backend/models/sd3.py",
+        "positions are cut out of the corner",
+        "+ (side - n) // 2 for n in grid)",
+        "+ 0 * side for n in grid)",
+        "unit/test_oracle_sd3.py",
+    ),
+    (
+        "fastusp_backend/models/sd3.py",
+        "a block that is left out takes its weights' turn with it",
+        "            self.begin_block(number)",
+        "            if number in kept: self.begin_block(number)",
+        "dist/test_placements.py",
+    ),
+    (
+        "fastusp_backend/models/sd3_blocks.py",
+        "the second attention's gate is the first one's",
+        "ops.add(img, projected, gate), own.second.gate",
+        "ops.add(img, projected, gate), gate",
+        "unit/test_oracle_sd3.py",
+    ),
+    (
         LAYERS,
         "rotary tables are computed in float32",
         "steps = torch.arange(0, dim, 2, dtype=torch.float64, device=ids.device) / dim",
