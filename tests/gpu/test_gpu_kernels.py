@@ -6,7 +6,7 @@ from formats import HALVES, random_blocks
 
 from fastusp_backend.kernels import eight_bits, merge, widen
 from fastusp_backend.kernels import gguf_blocks as kernel
-from fastusp_backend.weights import gguf_blocks
+from fastusp_backend.weights import packings
 
 pytestmark = [
     pytest.mark.gpu,
@@ -94,11 +94,11 @@ def test_the_merge_equals_its_reference(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", HALVES)
 def test_blocks_are_unpacked_as_the_reference_does(name, dtype):
-    values, size, _ = gguf_blocks.PACKINGS[name]
+    values, size, *_ = packings.PACKINGS[name]
     data, added = torch.from_numpy(random_blocks(name, 77, 768, seed=1)), rows(77, 512, dtype=dtype)
     for within in (slice(None), slice(256 // values * size, None)):
         part = data[:, within]
-        want, columns = gguf_blocks.unpack(part, name, torch.float32).cuda(), part.shape[1] // size * values
+        want, columns = packings.unpack(part, name, torch.float32).cuda(), part.shape[1] // size * values
         out = torch.empty(77, columns, dtype=dtype, device="cuda")
         kernel.unpack(data.cuda()[:, within], name, values, size, out)
         assert torch.equal(out, want.to(dtype))

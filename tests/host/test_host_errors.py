@@ -68,7 +68,7 @@ def test_a_choice_that_is_not_offered(host):
         ("pointer", ["is a git-lfs pointer", "run git lfs pull"]),
         ("chroma", ["holds Chroma", "FLUX.2 dev and klein, FLUX.1 dev, schnell", "use Load Diffusion Model"]),
         ("lora", ["holds a LoRA", "LoraLoaderModelOnly"]),
-        ("nvfp4", ["is quantised as nvfp4", "scaled fp8 and GGUF"]),
+        ("nvfp4", ["is quantised as nvfp4", "int8 and GGUF"]),
         ("incomplete", ["incomplete", "final_layer.linear.weight"]),
     ],
 )

@@ -1,4 +1,4 @@
-"""fp8, scaled fp8, all-in-one and GGUF files: kept as they are in memory, computed as their values say."""
+"""fp8, scaled fp8, packed, all-in-one and GGUF files: kept as they are in memory, computed as their values say."""
 
 import msgspec
 import pytest
@@ -17,7 +17,7 @@ from fastusp_backend.weights.dtypes import main_dtype
 pytestmark = pytest.mark.unit
 
 CPU = torch.device("cpu")
-KEPT = {"fp8_": 1, "scal": 1, "gguf": 1, "all_": 4}
+KEPT = {"fp8_": 1, "scal": 1, "nvfp": 0.52, "mxfp": 1, "int8": 1, "mixe": 2, "gguf": 1, "all_": 4}
 """Bytes a value of a block's matrices at most, by the beginning of the format's name."""
 
 

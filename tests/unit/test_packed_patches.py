@@ -14,7 +14,7 @@ from fastusp_backend.engine.patching import PatchedWeights
 from fastusp_backend.errors import RequestError
 from fastusp_backend.models.synthetic import write_checkpoint
 from fastusp_backend.prompt import Prompt
-from fastusp_backend.weights import gguf_blocks
+from fastusp_backend.weights import packings
 
 pytestmark = pytest.mark.unit
 
@@ -73,7 +73,7 @@ def assert_same(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor])
 
 
 def test_all_uses_of_a_weight_see_its_loras(packed, monkeypatch):
-    monkeypatch.setattr(gguf_blocks, "PIECE", 2048)
+    monkeypatch.setattr(packings, "PIECE", 2048)
     path, values = packed
     checkpoint = loaded(path)
     weights, before = PatchedWeights(checkpoint), everything(checkpoint)
@@ -123,9 +123,7 @@ def test_what_cannot_be_factored_is_refused_before_anything_changes(packed):
     weights.change(PATCHES, TENSORS, base=0, number=1)
     after = everything(checkpoint)
     whole = WeightPatch(kind="diff", tensors={"diff": "whole"}, strength=1.0)
-    with pytest.raises(
-        RequestError, match="packed GGUF weights take plain LoRAs alone, not diff patches; set weight_dtype"
-    ):
+    with pytest.raises(RequestError, match="packed weights take plain LoRAs alone, not diff patches; set weight_dtype"):
         weights.change(
             {f"{MLP}.weight": (), f"{QKV}.weight": (lora(), whole)},
             TENSORS | {"whole": torch.zeros(768, 256)},
