@@ -6,6 +6,10 @@ A maker takes rows, columns and a seed and gives (the layer's tensors, what the 
 import torch
 from support import randn
 
+from fastusp_backend.weights.packings import PACKINGS
+from fastusp_backend.weights.scaled_blocks import with_scales
+from fastusp_backend.weights.stored import Stored
+
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
 Layer = tuple[dict[str, torch.Tensor], dict, torch.Tensor]
 
@@ -85,3 +89,14 @@ LAYERS = {
     "int8_convrot": int8_convrot,
     "fp8": fp8,
 }
+
+
+def in_memory(kind: str, rows: int, columns: int, seed: int, **more) -> tuple[Stored, torch.Tensor]:
+    """A layer's weight as it lies in memory, by the product's own packing, and its values."""
+    tensors, entry, values = LAYERS[kind](rows, columns, seed, **more)
+    packing = f"int8_convrot_{entry['convrot_groupsize']}" if "convrot" in entry else kind.partition("_")[0]
+    data, scale = tensors["weight"].view(torch.uint8), tensors["weight_scale"]
+    if kind in ("nvfp4", "mxfp8"):
+        data = with_scales(data, scale.view(torch.uint8).flatten(), PACKINGS[packing])
+        scale = tensors.get("weight_scale_2")
+    return Stored(data, scale, packing), values

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from formats import HALVES, random_blocks
+from packed_layers import in_memory
 
 from fastusp_backend.kernels import eight_bits, merge, widen
 from fastusp_backend.kernels import gguf_blocks as kernel
-from fastusp_backend.weights import packings
+from fastusp_backend.kernels import scaled_blocks as scaled_kernel
+from fastusp_backend.weights import packings, scaled_blocks
 
 pytestmark = [
     pytest.mark.gpu,
@@ -15,6 +17,7 @@ pytestmark = [
 
 DIM = 128
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+SCALED = [(kind, None) for kind in ("nvfp4", "mxfp8", "int8", "int8_rows")]
 
 
 def rows(*shape, dtype=torch.float32, seed=0):
@@ -104,6 +107,23 @@ def test_blocks_are_unpacked_as_the_reference_does(name, dtype):
         assert torch.equal(out, want.to(dtype))
         if columns == 512:
             kernel.unpack(data.cuda()[:, within], name, values, size, out, added)
+            assert torch.equal(out, (want + added.float()).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind, group", [*SCALED, *(("int8_convrot", group) for group in scaled_blocks.GROUPS)])
+def test_scaled_blocks_are_unpacked_as_the_reference_does(kind, group, dtype):
+    stored, _ = in_memory(kind, 77, 2048, seed=1, **({"group": group} if group else {}))
+    values, size, *_ = packings.PACKINGS[stored.packing]
+    data, added = stored.data.cuda(), rows(77, 1024, dtype=dtype)
+    scale = None if stored.scale is None else stored.scale.cuda()
+    for within in (slice(None), slice(1024 // values * size, None)):
+        want = packings.unpack(stored.data[:, within], stored.packing, torch.float32, None, stored.scale).cuda()
+        out = torch.empty(want.shape, dtype=dtype, device="cuda")
+        scaled_kernel.unpack(data[:, within], stored.packing, values, scale, out)
+        assert torch.equal(out, want.to(dtype))
+        if want.shape[1] == 1024:
+            scaled_kernel.unpack(data[:, within], stored.packing, values, scale, out, added)
             assert torch.equal(out, (want + added.float()).to(dtype))
 
 

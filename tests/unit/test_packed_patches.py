@@ -50,7 +50,7 @@ def factors(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Ten
     return torch.cat([up, q_up], 1).to(dtype), torch.cat([down, TENSORS["q_down"]]).to(dtype)
 
 
-@pytest.fixture(scope="module", params=["gguf_Q8_0", "gguf_Q4_K"])
+@pytest.fixture(scope="module", params=["gguf_Q8_0", "gguf_Q4_K", "nvfp4", "int8_convrot"])
 def packed(request, tmp_path_factory):
     """A file, and what it means without a patch."""
     folder = tmp_path_factory.mktemp("packed")
@@ -81,7 +81,7 @@ def test_all_uses_of_a_weight_see_its_loras(packed, monkeypatch):
     up, down = factors()
     qkv, want = layer(checkpoint, QKV), values[f"{QKV}.weight"] + up @ down
     assert relative_difference(want, values[f"{QKV}.weight"]) > 0.05
-    bias, x = qkv.bias.detach(), randn(1, 5, 256, seed=8)
+    bias, x = qkv.bias.detach().float(), randn(1, 5, 256, seed=8)
     torch.testing.assert_close(qkv(x), F.linear(x, want, bias))
     for rows in (slice(0, 256), slice(256, None)):  # the query's LoRA lies in the second
         torch.testing.assert_close(qkv(x, rows), F.linear(x, want[rows], bias[rows]))
