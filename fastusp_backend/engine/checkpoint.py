@@ -189,16 +189,16 @@ class Checkpoint:
         self, infos: dict[str, TensorInfo], buffers: dict[str, torch.Tensor], shares: Shares
     ) -> Iterator[tuple[str, tuple[torch.Tensor, ...]]]:
         """Gives (name, its bytes, and those of its scales where they lie apart) in turn."""
-        parts: dict[str, TensorInfo] = {}
-        for name, info in infos.items():
-            if info.scales is not None:
-                parts[f"{name}_scale"] = info.scales
-            parts[name] = info
+        pieces = {
+            name if piece is info else f"{name}, piece {number}": piece
+            for name, info in infos.items()
+            for number, piece in enumerate(info.pieces)
+        }
         if self._device.type == "cpu":
-            read = zip(parts, map_tensors(self.source, list(parts.values())), strict=True)
+            read = zip(pieces, map_tensors(self.source, list(pieces.values())), strict=True)
         else:
-            read = read_tensors(self.source, parts, buffers, shares, self._device)
-        return _with_scales(read, infos)
+            read = read_tensors(self.source, pieces, buffers, shares, self._device)
+        return _in_one(read, infos)
 
     def _reread(self, names: Iterable[str]) -> Iterator[tuple[str, tuple[torch.Tensor, ...]]]:
         names = list(names)
@@ -210,14 +210,18 @@ class Checkpoint:
         return self._shares if self._owner(name) is None else Shares()
 
 
-def _with_scales(
+def _in_one(
     read: Iterable[tuple[str, torch.Tensor]], infos: dict[str, TensorInfo]
 ) -> Iterator[tuple[str, tuple[torch.Tensor, ...]]]:
-    """Puts what is none of `infos`, scales, behind the tensor that follows them."""
-    scales = ()
-    for name, raw in read:
-        if name in infos:
-            yield name, (raw, *scales)
-            scales = ()
-        else:
-            scales = (raw,)
+    """Puts the pieces of each tensor together, which come one behind the other: parts of its data in one."""
+    wanted, pieces = iter(infos.items()), []
+    name, info = next(wanted, ("", None))
+    for _, raw in read:
+        pieces.append(raw)
+        if len(pieces) == len(info.pieces):
+            if info.parts:
+                count = len(info.parts)
+                pieces[:count] = [torch.cat(pieces[:count])]
+            yield name, tuple(pieces)
+            name, info = next(wanted, ("", None))
+            pieces = []

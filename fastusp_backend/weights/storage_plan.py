@@ -52,7 +52,7 @@ class StoragePlan:
     @property
     def unchanged(self) -> bool:
         """Whether the file's bytes are the data in memory, so that they can be read into their place."""
-        return self._kept and self.info.form == self.info.raw_form
+        return self._kept and self.info.form == self.info.raw_form and not self.info.parts
 
     @property
     def _kept(self) -> bool:
@@ -62,7 +62,7 @@ class StoragePlan:
     @property
     def rounded_to_fp8(self) -> bool:
         """Whether the values in memory are fp8 that the file's were converted to."""
-        return self.dtype in FP8 and not self.unchanged
+        return self.dtype in FP8 and not self._kept
 
     @property
     def nbytes(self) -> int:
@@ -80,6 +80,8 @@ class StoragePlan:
         """About what reading takes beside `nbytes`: the file's bytes, with the next tensor's, and where they are
         converted a piece's values in float32, of which quantising by rows makes three."""
         files = 2 * (self.info.size + (self.info.scales.size if self.info.scales is not None else 0))
+        if self.info.parts:  # one behind the other
+            files += self.info.size
         if self._kept:
             return files
         if self.info.form != self.info.raw_form:  # all of it, before a piece is converted

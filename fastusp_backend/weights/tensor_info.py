@@ -20,6 +20,7 @@ class TensorInfo:
     packing: the format of its blocks (see packings.py), "" for none.
     scale: what its values are to be multiplied by, None for one.
     scales: the tensor in the file of its blocks' or its rows' scales, None for none.
+    parts: the tensors in the file whose rows it has, where these are several; `start` is of no meaning then.
     unknown: the name in the file of a type that FastUSP does not know; such a tensor has no size.
     """
 
@@ -29,7 +30,13 @@ class TensorInfo:
     packing: str = ""
     scale: float | None = None
     scales: "TensorInfo | None" = None
+    parts: "tuple[TensorInfo, ...]" = ()
     unknown: str = ""
+
+    @property
+    def pieces(self) -> "tuple[TensorInfo, ...]":
+        """What is read of the file for it: its data, or the parts of that, then its scales."""
+        return (self.parts or (self,)) + (() if self.scales is None else (self.scales,))
 
     @property
     def quantised(self) -> bool:

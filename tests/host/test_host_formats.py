@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 from support import REORDERED
 from workflows import DEV, SCHNELL, SMALL, TOLERANCE, Comparison, Graph, difference
 
+from benchmarks.diffusers_weights import to_diffusers
 from fastusp_backend.models.synthetic import write_checkpoint
 
 pytestmark = pytest.mark.host
@@ -65,6 +66,17 @@ def test_int8_layers(host, models):
 
 def test_gguf(host, models):
     compare(host, models, {name: f"{name}.gguf" for name in ("gguf_Q8_0", "gguf_Q4_K")})
+
+
+def test_diffusers_layout(host, models):
+    state = to_diffusers(load_file(models / DEV), SMALL.hidden)
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, models / "diffusers.safetensors")
+    both = Comparison()
+    graph = both.graph
+    got = graph.sample(graph.usp(file="diffusers.safetensors"), steps=4)
+    both.add("values", got, graph.sample(graph.stock(), steps=4))
+    both.add("file", got, graph.sample(graph.stock("diffusers.safetensors"), steps=4))
+    both.check(host)
 
 
 def test_bf16(host, models):
