@@ -1,8 +1,8 @@
 """nvfp4, mxfp8 and int8, rotated or not, to 16 or 32 bits in one pass over them.
 
 `weights/scaled_blocks.py` holds the formats and the reference: the same products in the same order, so that all bits
-are equal. Rotated rows are products of integers with 1 and -1, exact in float16 with sums in float32; the matrix comes
-from the numbers of its rows and columns.
+are equal. Rotated rows are products of integers with a matrix of 1 and -1, exact in float16 with sums in float32; those
+of a group of 256 four products with the matrix of 64, whose sums are the rest of it.
 """
 
 import torch
@@ -18,7 +18,7 @@ except ImportError:  # a CPU build of torch brings no Triton
 _ROWS, _COLUMNS = 4, 512
 """Values of a program."""
 _TILE = 64
-"""Rows and columns of a program where they are rotated."""
+"""Rows of a program where they are rotated, and columns of one product."""
 
 
 def unpack(
@@ -35,8 +35,13 @@ def unpack(
     assert added is None or (added.is_contiguous() and added.shape == out.shape)
     assert (scale is None) == (packing == "mxfp8")
     kind, _, rotated = packing.partition("_")
-    rows, columns = (_TILE, _TILE) if rotated else (_ROWS, _COLUMNS)
-    _unpack_kernel[(triton.cdiv(out.shape[0], rows), triton.cdiv(out.shape[1], columns))](
+    if rotated:
+        kernel, rows, columns = _rotate_kernel, _TILE, max(values, _TILE)
+        more = {"GROUP": values, "TILE": _TILE}
+    else:
+        kernel, rows, columns = _unpack_kernel, _ROWS, _COLUMNS
+        more = {"KIND": kind, "ROWS": _ROWS, "COLUMNS": _COLUMNS}
+    kernel[(triton.cdiv(out.shape[0], rows), triton.cdiv(out.shape[1], columns))](
         packed,
         out if scale is None else scale,
         out,
@@ -45,37 +50,14 @@ def unpack(
         out.shape[1],
         packed.stride(0),
         scale.stride(0) if scale is not None and scale.dim() else 0,
-        KIND=kind,
-        GROUP=values if rotated else 0,
-        ROOT=values**0.5,
         ADD=added is not None,
-        ROWS=rows,
-        COLUMNS=columns,
+        **more,
         num_warps=4,
         enable_fp_fusion=False,  # a fused multiply-add has other bits
     )
 
 
 if triton is not None:
-
-    @triton.jit
-    def _rotated(packed, start, column, inside, columns, GROUP: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):
-        """Sums over groups of a row's integers, which begin at packed (ROWS, 1), times the matrix's columns `column`
-        (1, TILE), whose first is `start`: (ROWS, TILE) float32."""
-        total = tl.zeros((ROWS, TILE), tl.float32)
-        first = start // GROUP * GROUP if GROUP > TILE else start
-        for step in range(0, GROUP if GROUP > TILE else TILE, TILE):
-            k = first + step + tl.arange(0, TILE)
-            code = tl.load(packed + k[None, :], mask=inside & (k[None, :] < columns), other=0).to(tl.int32)
-            # Each two bits of row and column that add up to 3 turn the sign; of another group the upper ones differ.
-            differ = k[:, None] ^ column
-            threes = differ & (differ >> 1) & 0x55555555
-            threes ^= threes >> 8
-            threes ^= threes >> 4
-            threes ^= threes >> 2
-            sign = tl.where(differ < GROUP, 1 - 2 * (threes & 1), 0)
-            total = tl.dot(((code ^ 128) - 128).to(tl.float16), sign.to(tl.float16), total)
-        return total
 
     @triton.jit(do_not_specialize=["scale_pitch"])
     def _unpack_kernel(
@@ -87,16 +69,13 @@ if triton is not None:
         columns,
         pitch,
         scale_pitch,
-        KIND: tl.constexpr,
-        GROUP: tl.constexpr,
-        ROOT: tl.constexpr,
         ADD: tl.constexpr,
+        KIND: tl.constexpr,
         ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
     ):
         row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-        start = tl.program_id(1) * COLUMNS
-        column = start + tl.arange(0, COLUMNS)[None, :]
+        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
         inside = (row < rows) & (column < columns)
         begin = packed + row * pitch
         if KIND != "mxfp8":
@@ -115,13 +94,65 @@ if triton is not None:
             value = e4m3(tl.load(block + 1 + column % 32, mask=inside, other=0).to(tl.uint32)) * power
         else:
             tl.static_assert(KIND == "int8")
-            if GROUP:
-                value = _rotated(begin, start, column, row < rows, columns, GROUP, ROWS, COLUMNS) / ROOT
-            else:
-                code = tl.load(begin + column, mask=inside, other=0).to(tl.int32)
-                value = ((code ^ 128) - 128).to(tl.float32)
-            value *= factor
+            code = tl.load(begin + column, mask=inside, other=0).to(tl.int32)
+            value = ((code ^ 128) - 128).to(tl.float32) * factor
         place = row * columns + column
         if ADD:
             value += tl.load(added + place, mask=inside, other=0.0).to(tl.float32)
         tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _product(begin, start, inside, columns, matrix, TILE: tl.constexpr):
+        """Integers of rows, which begin there (TILE, 1), from column `start` on, times the matrix."""
+        column = start + tl.arange(0, TILE)[None, :]
+        code = tl.load(begin + column, mask=inside & (column < columns), other=0).to(tl.int32)
+        return tl.dot(((code ^ 128) - 128).to(tl.float16), matrix)
+
+    @triton.jit
+    def _store(value, out, added, place, start, inside, columns, ADD: tl.constexpr, TILE: tl.constexpr):
+        column = start + tl.arange(0, TILE)[None, :]
+        if ADD:
+            value += tl.load(added + place + column, mask=inside & (column < columns), other=0.0).to(tl.float32)
+        tl.store(out + place + column, value.to(out.dtype.element_ty), mask=inside & (column < columns))
+
+    @triton.jit(do_not_specialize=["scale_pitch"])
+    def _rotate_kernel(
+        packed,
+        scale,
+        out,
+        added,
+        rows,
+        columns,
+        pitch,
+        scale_pitch,
+        ADD: tl.constexpr,
+        GROUP: tl.constexpr,
+        TILE: tl.constexpr,
+    ):
+        tl.static_assert(GROUP <= TILE or GROUP == 4 * TILE)
+        row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)[:, None]
+        # Each two bits of row and column that add up to 3 turn the sign; of another group the upper ones differ.
+        differ = tl.arange(0, TILE)[:, None] ^ tl.arange(0, TILE)[None, :]
+        threes = differ & (differ >> 1) & 0x15
+        threes ^= (threes >> 4) ^ (threes >> 2)
+        matrix = tl.where(differ < GROUP, 1 - 2 * (threes & 1), 0).to(tl.float16)
+        factor = tl.load(scale + row * scale_pitch, mask=row < rows, other=0.0)
+        begin, place = packed + row * pitch, row * columns
+        if GROUP == 4 * TILE:
+            start = tl.program_id(1) * GROUP
+            first = _product(begin, start, row < rows, columns, matrix, TILE)
+            second = _product(begin, start + TILE, row < rows, columns, matrix, TILE)
+            third = _product(begin, start + 2 * TILE, row < rows, columns, matrix, TILE)
+            fourth = _product(begin, start + 3 * TILE, row < rows, columns, matrix, TILE)
+            total = (first + second) + (third + fourth)
+            root: tl.constexpr = 1 / 16
+            _store((total - 2 * fourth) * root * factor, out, added, place, start, row < rows, columns, ADD, TILE)
+            _store((total - 2 * third) * root * factor, out, added, place, start + TILE, row < rows, columns, ADD, TILE)
+            start += 2 * TILE
+            _store((total - 2 * second) * root * factor, out, added, place, start, row < rows, columns, ADD, TILE)
+            _store((total - 2 * first) * root * factor, out, added, place, start + TILE, row < rows, columns, ADD, TILE)
+        else:
+            start = tl.program_id(1) * TILE
+            root: tl.constexpr = 1 / 8 if GROUP == 64 else 1 / 4 if GROUP == 16 else 1 / 2
+            value = _product(begin, start, row < rows, columns, matrix, TILE) * root * factor
+            _store(value, out, added, place, start, row < rows, columns, ADD, TILE)

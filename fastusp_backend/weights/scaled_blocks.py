@@ -79,7 +79,7 @@ def hadamard(size: int, device: torch.device) -> torch.Tensor:
     return matrix
 
 
-GROUPS = (4, 16, 64, 256, 1024)
+GROUPS = (4, 16, 64, 256)
 """Values that are rotated together; ComfyUI's converters make 256."""
 BLOCKS = {
     "nvfp4": Packing(16, 9, _nvfp4, apart=1),
