@@ -183,6 +183,7 @@ FORMATS: dict[str, Callable[[State, Path], State]] = {
     "mxfp8": lambda state, path: packed_layers(state, path, "mxfp8", metadata=True),
     "int8_rows": lambda state, path: packed_layers(state, path, "int8_rows"),
     "int8_convrot": lambda state, path: packed_layers(state, path, "int8_convrot", metadata=True),
+    "int4_convrot": lambda state, path: packed_layers(state, path, "int4_convrot"),
     "mixed": lambda state, path: packed_layers(state, path, "", *LAYERS),
     "gguf_Q8_0": lambda state, path: as_gguf(state, path, "Q8_0"),
     "gguf_Q4_K": lambda state, path: as_gguf(state, path, "Q4_K"),

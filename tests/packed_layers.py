@@ -63,16 +63,28 @@ def int8(rows: int, columns: int, seed: int) -> Layer:
     return tensors, entry, tensors["weight"].float() * tensors["weight_scale"]
 
 
-def int8_convrot(rows: int, columns: int, seed: int, group: int = 256) -> Layer:
+def turned(quants: torch.Tensor, group: int) -> torch.Tensor:
     """Rotated back by four values at a time: those 1 apart, then 4, 16 and so on."""
-    tensors, entry, _ = int8_rows(rows, columns, seed)
-    values, step = tensors["weight"].double(), 1
+    values, step = quants.double(), 1
     while step < group:
-        parts = values.view(rows, -1, 4, step)
-        values = (parts.sum(2, keepdim=True) / 2 - parts.flip(2)).reshape(rows, columns)
+        parts = values.view(len(quants), -1, 4, step)
+        values = (parts.sum(2, keepdim=True) / 2 - parts.flip(2)).view_as(quants)
         step *= 4
-    more = {"convrot": True, "convrot_groupsize": group}
-    return tensors, entry | more, values.float() * tensors["weight_scale"]
+    return values.float()
+
+
+def int8_convrot(rows: int, columns: int, seed: int, group: int = 256) -> Layer:
+    tensors, entry, _ = int8_rows(rows, columns, seed)
+    values = turned(tensors["weight"], group) * tensors["weight_scale"]
+    return tensors, entry | {"convrot": True, "convrot_groupsize": group}, values
+
+
+def int4_convrot(rows: int, columns: int, seed: int, group: int = 256) -> Layer:
+    quants = integers(-7, 8, rows, columns, seed=seed)
+    scale = (randn(rows, seed=seed + 1).abs() + 0.5) * columns**-0.5 / 4.6
+    tensors = {"weight": (quants[:, ::2] & 15 | quants[:, 1::2] << 4).to(torch.int8), "weight_scale": scale}
+    entry = {"format": "convrot_w4a4", "convrot_groupsize": group}
+    return tensors, entry, turned(quants, group) * scale[:, None]
 
 
 def fp8(rows: int, columns: int, seed: int) -> Layer:
@@ -87,6 +99,7 @@ LAYERS = {
     "int8": int8,
     "int8_rows": int8_rows,
     "int8_convrot": int8_convrot,
+    "int4_convrot": int4_convrot,
     "fp8": fp8,
 }
 
@@ -94,9 +107,11 @@ LAYERS = {
 def in_memory(kind: str, rows: int, columns: int, seed: int, **more) -> tuple[Stored, torch.Tensor]:
     """A layer's weight as it lies in memory, by the product's own packing, and its values."""
     tensors, entry, values = LAYERS[kind](rows, columns, seed, **more)
-    packing = f"int8_convrot_{entry['convrot_groupsize']}" if "convrot" in entry else kind.partition("_")[0]
+    packing = f"{kind}_{entry['convrot_groupsize']}" if kind.endswith("convrot") else kind.partition("_")[0]
     data, scale = tensors["weight"].view(torch.uint8), tensors["weight_scale"]
     if kind in ("nvfp4", "mxfp8"):
         data = with_scales(data, scale.view(torch.uint8).flatten(), PACKINGS[packing])
         scale = tensors.get("weight_scale_2")
+    elif scale.dim() == 1:
+        scale = scale[:, None]
     return Stored(data, scale, packing), values

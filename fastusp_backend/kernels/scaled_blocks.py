@@ -1,4 +1,4 @@
-"""nvfp4, mxfp8 and int8, rotated or not, to 16 or 32 bits in one pass over them.
+"""nvfp4, mxfp8, int8, and int8 and int4 that is rotated, to 16 or 32 bits in one pass over them.
 
 `weights/scaled_blocks.py` holds the formats and the reference: the same products in the same order, so that all bits
 are equal. Rotated rows are products of integers with a matrix of 1 and -1, exact in float16 with sums in float32; those
@@ -37,7 +37,7 @@ def unpack(
     kind, _, rotated = packing.partition("_")
     if rotated:
         kernel, rows, columns = _rotate_kernel, _TILE, max(values, _TILE)
-        more = {"GROUP": values, "TILE": _TILE}
+        more = {"HALF_BYTES": kind == "int4", "GROUP": values, "TILE": _TILE}
     else:
         kernel, rows, columns = _unpack_kernel, _ROWS, _COLUMNS
         more = {"KIND": kind, "ROWS": _ROWS, "COLUMNS": _COLUMNS}
@@ -102,11 +102,16 @@ if triton is not None:
         tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
 
     @triton.jit
-    def _product(begin, start, inside, columns, matrix, TILE: tl.constexpr):
+    def _product(begin, start, inside, columns, matrix, HALF_BYTES: tl.constexpr, TILE: tl.constexpr):
         """Integers of rows, which begin there (TILE, 1), from column `start` on, times the matrix."""
         column = start + tl.arange(0, TILE)[None, :]
-        code = tl.load(begin + column, mask=inside & (column < columns), other=0).to(tl.int32)
-        return tl.dot(((code ^ 128) - 128).to(tl.float16), matrix)
+        inside &= column < columns
+        if HALF_BYTES:
+            byte = tl.load(begin + column // 2, mask=inside, other=0).to(tl.int32)
+            value = (((byte >> (column % 2 * 4)) & 15) ^ 8) - 8
+        else:
+            value = (tl.load(begin + column, mask=inside, other=0).to(tl.int32) ^ 128) - 128
+        return tl.dot(value.to(tl.float16), matrix)
 
     @triton.jit
     def _store(value, out, added, place, start, inside, columns, ADD: tl.constexpr, TILE: tl.constexpr):
@@ -126,6 +131,7 @@ if triton is not None:
         pitch,
         scale_pitch,
         ADD: tl.constexpr,
+        HALF_BYTES: tl.constexpr,
         GROUP: tl.constexpr,
         TILE: tl.constexpr,
     ):
@@ -140,10 +146,10 @@ if triton is not None:
         begin, place = packed + row * pitch, row * columns
         if GROUP == 4 * TILE:
             start = tl.program_id(1) * GROUP
-            first = _product(begin, start, row < rows, columns, matrix, TILE)
-            second = _product(begin, start + TILE, row < rows, columns, matrix, TILE)
-            third = _product(begin, start + 2 * TILE, row < rows, columns, matrix, TILE)
-            fourth = _product(begin, start + 3 * TILE, row < rows, columns, matrix, TILE)
+            first = _product(begin, start, row < rows, columns, matrix, HALF_BYTES, TILE)
+            second = _product(begin, start + TILE, row < rows, columns, matrix, HALF_BYTES, TILE)
+            third = _product(begin, start + 2 * TILE, row < rows, columns, matrix, HALF_BYTES, TILE)
+            fourth = _product(begin, start + 3 * TILE, row < rows, columns, matrix, HALF_BYTES, TILE)
             total = (first + second) + (third + fourth)
             root: tl.constexpr = 1 / 16
             _store((total - 2 * fourth) * root * factor, out, added, place, start, row < rows, columns, ADD, TILE)
@@ -154,5 +160,5 @@ if triton is not None:
         else:
             start = tl.program_id(1) * TILE
             root: tl.constexpr = 1 / 8 if GROUP == 64 else 1 / 4 if GROUP == 16 else 1 / 2
-            value = _product(begin, start, row < rows, columns, matrix, TILE) * root * factor
+            value = _product(begin, start, row < rows, columns, matrix, HALF_BYTES, TILE) * root * factor
             _store(value, out, added, place, start, row < rows, columns, ADD, TILE)

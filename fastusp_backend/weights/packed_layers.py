@@ -1,12 +1,14 @@
-"""What a file must have of a layer that it says to be nvfp4, mxfp8 or int8, each layer in a format of its own.
+"""What a file must have of a layer that it says to be nvfp4, mxfp8, int8 or int4, each layer in a format of its own.
 
 | format | `weight` | `weight_scale` | `weight_scale_2` |
 |---|---|---|---|
 | nvfp4 | U8, (rows, columns / 2) | e4m3, in cuBLAS' order, as F8_E4M3 or U8 | one, F32 |
 | mxfp8 | F8_E4M3 | e8m0, in cuBLAS' order, as F8_E8M0 or U8 | |
 | int8_tensorwise | I8 | one, or one a row, F32 | |
+| convrot_w4a4 | I8, (rows, columns / 2) | one, or one a row, F32 | |
 
-What is said of an int8 layer may have `convrot` and `convrot_groupsize`, itself or in `params`: its rows are rotated.
+Rows of the last one are rotated, in groups of `convrot_groupsize`, which is said of the layer, itself or in `params`;
+those of an int8 layer where `convrot` is said too.
 """
 
 import math
@@ -19,12 +21,18 @@ from ..errors import CheckpointError
 from .contents import Contents
 from .packings import PACKINGS
 from .refusals import contradicts, lacks, refusal, type_of
-from .scaled_blocks import GROUPS, ROTATED, count_of_scales
+from .scaled_blocks import GROUPS, count_of_scales, rotated
 from .tensor_info import TensorInfo
 
 _BLOCK_SCALES = {"nvfp4": torch.float8_e4m3fn, "mxfp8": torch.float8_e8m0fnu}
-_WEIGHTS = {"nvfp4": torch.uint8, "mxfp8": torch.float8_e4m3fn, "int8_tensorwise": torch.int8}
+_WEIGHTS = {
+    "nvfp4": torch.uint8,
+    "mxfp8": torch.float8_e4m3fn,
+    "int8_tensorwise": torch.int8,
+    "convrot_w4a4": torch.int8,
+}
 FORMATS = frozenset(_WEIGHTS)
+_HALF_BYTES = ("nvfp4", "convrot_w4a4")
 _DEFAULT_GROUP = 256
 
 
@@ -41,9 +49,9 @@ def read_layer(contents: Contents, layer: str, form: str, entry: dict[str, Any])
         raise contradicts(path, layer, form, weight)
     if scales is None:
         raise lacks(path, form, scales_name)
-    packing = _rotation(path, layer, entry) if form == "int8_tensorwise" else form
+    packing = form if form in _BLOCK_SCALES else _integers(path, layer, form, entry)
     values = PACKINGS[packing].values
-    rows, columns = weight.shape[0], weight.shape[1] * (2 if form == "nvfp4" else 1)
+    rows, columns = weight.shape[0], weight.shape[1] * (2 if form in _HALF_BYTES else 1)
     if columns % values:
         raise CheckpointError(
             f"Use another file than {path}: {name!r} has {columns} columns, where its format {packing} has blocks of "
@@ -59,7 +67,7 @@ def read_layer(contents: Contents, layer: str, form: str, entry: dict[str, Any])
         readable = scales.dtype is not None and scales.dtype.is_floating_point and scales.dtype.itemsize > 1
     if not readable:
         raise refusal(path, f"{form} with scales of type {type_of(scales)}", scales_name)
-    if form == "int8_tensorwise" and count == 1:
+    if form not in _BLOCK_SCALES and count == 1:
         return info, scales_name
     if count != expected:
         raise refusal(path, f"{form} with scales {scales.shape}, where {expected} were expected,", scales_name)
@@ -69,13 +77,13 @@ def read_layer(contents: Contents, layer: str, form: str, entry: dict[str, Any])
     return replace(info, scales=scales), scale
 
 
-def _rotation(path: str, layer: str, entry: dict[str, Any]) -> str:
-    """The packing of an int8 layer."""
+def _integers(path: str, layer: str, form: str, entry: dict[str, Any]) -> str:
+    """The packing of an int8 or int4 layer."""
     params = entry.get("params")
     said = (params if isinstance(params, dict) else {}) | entry
-    if not said.get("convrot", False):
+    if form == "int8_tensorwise" and not said.get("convrot", False):
         return "int8"
     group = said.get("convrot_groupsize", _DEFAULT_GROUP)
     if group not in GROUPS:
-        raise refusal(path, f"int8_tensorwise with convrot in groups of {group}", layer)
-    return ROTATED.format(group)
+        raise refusal(path, f"{form} with convrot in groups of {group}", layer)
+    return rotated(8 if form == "int8_tensorwise" else 4, group)

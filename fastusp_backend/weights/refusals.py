@@ -3,7 +3,7 @@
 from ..errors import CheckpointError
 from .tensor_info import TensorInfo
 
-READS = "bf16, fp16, fp32, fp8 (e4m3fn, e5m2), scaled fp8, nvfp4, mxfp8, int8 and GGUF"
+READS = "bf16, fp16, fp32, fp8 (e4m3fn, e5m2), scaled fp8, nvfp4, mxfp8, convrot_w4a4, int8 and GGUF"
 _LONGEST_FORM = 100
 """Characters that an error quotes of a format's name."""
 

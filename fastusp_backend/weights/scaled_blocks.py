@@ -6,15 +6,16 @@ which this is the reference.
 | nvfp4 | 4 bits, e2m1, two in a byte, the first one in its upper half | e4m3 for each 16 of a row, float32 for all |
 | mxfp8 | e4m3 | a power of two, e8m0, for each 32 of a row |
 | int8 | integers | float32 for all, or for each row |
+| int4, always rotated | integers, two in a byte, the first one in its lower half | float32 for each row |
 
 In files the scales of nvfp4's and mxfp8's blocks lie apart, in cuBLAS' order
 (docs.nvidia.com/cuda/cublas, 1D block scaling factors layout); in memory each begins its block, as in GGUF: so whatever
 takes some rows or columns of a weight takes their scales along. The values, and the order of the products in float32,
 are those of comfy-kitchen's dequantisation.
 
-A row of int8 may be rotated (ConvRot, arXiv 2512.03673): each group of 4^k values was multiplied by a Hadamard matrix,
-the k-fold Kronecker product of the 4 x 4 one with -1 where row and column add up to 3. It is symmetric and, divided by
-2^k, its own inverse. Sums of 8-bit integers are exact in float32, in any order, so that the scale alone rounds.
+A row of integers may be rotated (ConvRot, arXiv 2512.03673): each group of 4^k values was multiplied by a Hadamard
+matrix, the k-fold Kronecker product of the 4 x 4 one with -1 where row and column add up to 3. It is symmetric and,
+divided by 2^k, its own inverse. Sums of such integers are exact in float32, in any order: the scale alone rounds.
 """
 
 from functools import cache, partial
@@ -23,11 +24,16 @@ import torch
 
 from .packing_type import Packing
 
-ROTATED = "int8_convrot_{}"
-"""The name of the format of rows that are rotated in groups of so many values."""
+GROUPS = (4, 16, 64, 256)
+"""Values that are rotated together; ComfyUI's converters make 256."""
 _TILE = 128, 4
 """Rows and columns of the tiles in which cuBLAS has scales, 32 rows and 16 bytes each: of a tile's rows the 32 quarters
 lie side by side."""
+
+
+def rotated(bits: int, group: int) -> str:
+    """The name of the format of rows that are rotated in groups of so many values."""
+    return f"int{bits}_convrot_{group}"
 
 
 def count_of_scales(rows: int, blocks: int) -> int:
@@ -60,7 +66,9 @@ def _int8(b: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return b.view(torch.int8).float() * scale
 
 
-def _rotated(b: torch.Tensor, scale: torch.Tensor, *, group: int) -> torch.Tensor:
+def _rotated(b: torch.Tensor, scale: torch.Tensor, *, bits: int, group: int) -> torch.Tensor:
+    if bits == 4:
+        b = (torch.stack([b & 15, b >> 4], dim=-1).flatten(-2) ^ 8) - 8
     return b.view(torch.int8).float() @ hadamard(group, b.device) * group**-0.5 * scale
 
 
@@ -79,12 +87,14 @@ def hadamard(size: int, device: torch.device) -> torch.Tensor:
     return matrix
 
 
-GROUPS = (4, 16, 64, 256)
-"""Values that are rotated together; ComfyUI's converters make 256."""
 BLOCKS = {
     "nvfp4": Packing(16, 9, _nvfp4, apart=1),
     "mxfp8": Packing(32, 33, _mxfp8, apart=1),
     "int8": Packing(1, 1, _int8),
-    **{ROTATED.format(group): Packing(group, group, partial(_rotated, group=group)) for group in GROUPS},
+    **{
+        rotated(bits, group): Packing(group, group * bits // 8, partial(_rotated, bits=bits, group=group))
+        for bits in (4, 8)
+        for group in GROUPS
+    },
 }
 """By the names of ComfyUI's formats."""

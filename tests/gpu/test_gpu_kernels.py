@@ -1,5 +1,7 @@
 """The Triton kernels of the fp8 wire, the ring's merge, fp8 and packed weights against their plain torch references."""
 
+from itertools import product
+
 import pytest
 import torch
 from formats import HALVES, random_blocks
@@ -111,7 +113,7 @@ def test_blocks_are_unpacked_as_the_reference_does(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind, group", [*SCALED, *(("int8_convrot", group) for group in scaled_blocks.GROUPS)])
+@pytest.mark.parametrize("kind, group", [*SCALED, *product(("int8_convrot", "int4_convrot"), scaled_blocks.GROUPS)])
 def test_scaled_blocks_are_unpacked_as_the_reference_does(kind, group, dtype):
     stored, _ = in_memory(kind, 77, 2048, seed=1, **({"group": group} if group else {}))
     values, size, *_ = packings.PACKINGS[stored.packing]

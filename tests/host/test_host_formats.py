@@ -58,10 +58,15 @@ def test_packed_layers(host, models):
     compare(host, models, {name: f"{name}.safetensors" for name in ("nvfp4", "mxfp8")})
 
 
-def test_int8_layers(host, models):
-    """Alone, and among layers of all other formats. Stock rounds these layers' inputs to 8 bits too."""
-    near = compare(host, models, {name: f"{name}.safetensors" for name in ("int8_convrot", "mixed")}, inputs_too=True)
-    assert all(TOLERANCE < distance < 0.01 for distance in near), near
+def test_layers_of_integers(host, models):
+    """Alone, and among layers of all other formats. Stock rounds these layers' inputs to 8 or 4 bits too."""
+    near = compare(
+        host,
+        models,
+        {name: f"{name}.safetensors" for name in ("int8_convrot", "int4_convrot", "mixed")},
+        inputs_too=True,
+    )
+    assert all(TOLERANCE < distance < 0.1 for distance in near), near
 
 
 def test_gguf(host, models):

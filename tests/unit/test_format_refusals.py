@@ -24,7 +24,7 @@ def refusal(path) -> str:
     return str(refused.value)
 
 
-@pytest.mark.parametrize("kind", ["asym_w4a8_int8", "convrot_w4a4", "mxfp4"])
+@pytest.mark.parametrize("kind", ["asym_w4a8_int8", "mxfp4"])
 @pytest.mark.parametrize("where", ["metadata", "prefixed metadata", "tensor"])
 def test_other_formats_are_refused_by_name(mini, tmp_path, kind, where):
     path, state, metadata = tmp_path / "x.safetensors", load_file(mini), {}
@@ -101,6 +101,8 @@ def test_broken_scaled_files_are_refused(mini, tmp_path, change, words):
         ("nvfp4", "comfy_quant", None, "says what these bytes mean"),
         ("mxfp8", "weight_scale", None, "an incomplete mxfp8 file, without tensor '{leaf}'"),
         ("mxfp8", "weight_scale_2", torch.tensor(1.0), "quantised as something with a 'weight_scale_2'"),
+        ("int4_convrot", "weight_scale", None, "an incomplete convrot_w4a4 file, without tensor '{leaf}'"),
+        ("int4_convrot", "weight", torch.zeros(1280, 96, dtype=torch.int8), "has 192 columns, where its format int4_"),
         ("int8_rows", "weight_scale", None, "an incomplete int8_tensorwise file, without tensor '{leaf}'"),
         (
             "int8_rows",

@@ -17,7 +17,7 @@ from fastusp_backend.weights.dtypes import main_dtype
 pytestmark = pytest.mark.unit
 
 CPU = torch.device("cpu")
-KEPT = {"fp8_": 1, "scal": 1, "nvfp": 0.52, "mxfp": 1, "int8": 1, "mixe": 2, "gguf": 1, "all_": 4}
+KEPT = {"fp8_": 1, "scal": 1, "nvfp": 0.52, "mxfp": 1, "int8": 1, "int4": 0.52, "mixe": 2, "gguf": 1, "all_": 4}
 """Bytes a value of a block's matrices at most, by the beginning of the format's name."""
 
 

@@ -41,9 +41,10 @@ def test_scales_that_end_within_a_tile(kind, rows, columns):
     assert torch.equal(stored.values(F32), values)
 
 
+@pytest.mark.parametrize("kind", ["int8_convrot", "int4_convrot"])
 @pytest.mark.parametrize("group", scaled_blocks.GROUPS)
-def test_rotations_are_their_own_inverse(group):
-    stored, values = in_memory("int8_convrot", 6, 2048, seed=1, group=group)
+def test_rotations_are_their_own_inverse(group, kind):
+    stored, values = in_memory(kind, 6, 2048, seed=1, group=group)
     assert stored.packing.endswith(f"_{group}") and torch.equal(stored.values(F32), values)
     matrix = scaled_blocks.hadamard(group, CPU)
     assert torch.equal(matrix @ matrix, torch.eye(group) * group) and torch.equal(matrix, matrix.T)
@@ -68,6 +69,8 @@ def test_numbers_that_scales_may_be():
         ("int8_rows", {"convrot": True}, "int8_convrot_256"),
         ("int8_rows", {"params": None, "full_precision_matrix_mult": True}, "int8"),
         ("int8", {}, "int8"),
+        ("int4_convrot", {"linear_dtype": "int8"}, "int4_convrot_256"),
+        ("int4_convrot", {"convrot": False, "convrot_groupsize": 64}, "int4_convrot_64"),
         ("nvfp4", {"group_size": 16}, "nvfp4"),
     ],
 )
@@ -75,7 +78,7 @@ def test_what_is_said_of_a_layer(mini, tmp_path, kind, said, packing):
     packed_layers(load_file(mini), tmp_path / "x", kind, **said)
     info = read_model(str(tmp_path / "x")).header[f"{LAYER}.weight"]
     assert info.packing == packing and info.shape == (1280, 256)
-    assert (info.scale is None) == (kind in ("int8_rows", "int8_convrot"))
+    assert (info.scale is None) == (kind in ("int8_rows", "int8_convrot", "int4_convrot"))
 
 
 def test_scales_of_other_shapes_and_types(mini, tmp_path):
