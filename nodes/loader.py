@@ -65,7 +65,8 @@ class USPLoader(io.ComfyNode):
                     options=list(STORAGE),
                     default="default",
                     tooltip="The type in which weights are stored. default: as in the file, or what ComfyUI was "
-                    "started with (--bf16-unet and the like); fp8 and GGUF are unpacked once where GPUs have the room.",
+                    "started with (--bf16-unet and the like); fp8 and packed files are unpacked once where GPUs have "
+                    "the room.",
                 ),
                 io.String.Input(
                     "gpus",

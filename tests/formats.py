@@ -8,6 +8,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
+from packed_layers import LAYERS
 from safetensors.torch import load_file, save_file
 from support import SMALL
 
@@ -73,6 +74,32 @@ def scaled_fp8_tensors(state: State, path: Path, dtype: torch.dtype) -> State:
     for layer, entry in layers.items():
         tensors[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps(entry).encode()), dtype=torch.uint8)
     save_file(tensors, path)
+    return values
+
+
+def packed_layers(state: State, path: Path, *kinds: str, metadata: bool = False, **more) -> State:
+    """The matrices of blocks in these formats in turn, "" for none. more: what is said of each layer beside its format;
+    in the metadata, else in `comfy_quant` tensors."""
+    tensors, said, values = {}, {}, {}
+    matrices = [name for name, tensor in state.items() if is_matrix(tensor) and "blocks" in name]
+    for name, tensor in state.items():
+        layer, kind = name.removesuffix(".weight"), ""
+        if name in matrices:
+            kind = kinds[matrices.index(name) % len(kinds)]
+        if kind:
+            made, entry, values[name] = LAYERS[kind](*tensor.shape, seed=len(values))
+            tensors |= {f"{layer}.{leaf}": part for leaf, part in made.items()}
+            said[layer] = entry | more
+        else:
+            tensors[name] = tensor.bfloat16()
+            values[name] = tensors[name].float()
+    header = {}
+    if metadata:
+        header["_quantization_metadata"] = json.dumps({"format_version": "1.0", "layers": said})
+    else:
+        for layer, entry in said.items():
+            tensors[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps(entry).encode()), dtype=torch.uint8)
+    save_file(tensors, path, header)
     return values
 
 
@@ -152,6 +179,12 @@ FORMATS: dict[str, Callable[[State, Path], State]] = {
     "scaled_metadata_e5m2": lambda state, path: scaled_fp8_metadata(state, path, E5M2),
     "scaled_tensors": lambda state, path: scaled_fp8_tensors(state, path, E4M3),
     "all_in_one": all_in_one,
+    "nvfp4": lambda state, path: packed_layers(state, path, "nvfp4"),
+    "mxfp8": lambda state, path: packed_layers(state, path, "mxfp8", metadata=True),
+    "int8_rows": lambda state, path: packed_layers(state, path, "int8_rows"),
+    "int8_convrot": lambda state, path: packed_layers(state, path, "int8_convrot", metadata=True),
+    "int4_convrot": lambda state, path: packed_layers(state, path, "int4_convrot"),
+    "mixed": lambda state, path: packed_layers(state, path, "", *LAYERS),
     "gguf_Q8_0": lambda state, path: as_gguf(state, path, "Q8_0"),
     "gguf_Q4_K": lambda state, path: as_gguf(state, path, "Q4_K"),
 }

@@ -14,6 +14,7 @@ import torch
 from ..errors import CheckpointError
 from ..weights.sizes import AnySizes, OneOfEach, Sizes
 from ..weights.tensor_info import TensorInfo
+from .diffusers_layout import ORIGINALS
 from .family import FamilyConfig, Transformer
 from .flux import FluxConfig
 from .flux2 import Flux2Config
@@ -78,11 +79,6 @@ _FOREIGN = (
     ("cap_embedder.", "Lumina or Z-Image"),
 )
 _FLUX_IN_DIFFUSERS = ("single_transformer_blocks.", "transformer_blocks.0.norm1_context.linear.")
-_ORIGINALS = (
-    "Use the model's original file, at the top of its Hugging Face repository and not in its folder transformer/ "
-    "(flux1-dev.safetensors of black-forest-labs/FLUX.1-dev, flux2-dev.safetensors of black-forest-labs/FLUX.2-dev), "
-    "or convert this one, if it is in one piece: Load Diffusion Model with ModelSave writes the original layout"
-)
 _BLOCK = re.compile(r"^(\w+)\.(\d+)\.")
 _NEARLY = 0.9
 """A file with this share of a family's tensors is one of its files, even without the marks."""
@@ -258,7 +254,7 @@ def _refuse_foreign(names: Collection[str], path: str) -> None:
         if _begins(names, mark):
             raise _foreign(path, foreign)
     if any(_begins(names, mark) for mark in _FLUX_IN_DIFFUSERS):
-        raise CheckpointError(f"{_ORIGINALS}. FastUSP does not read FLUX in diffusers' key layout, as in {path}")
+        raise CheckpointError(f"{ORIGINALS}. {path} is a part of FLUX in diffusers' key layout, or lacks some of it")
 
 
 def _begins(names: Iterable[str], mark: str) -> bool:

@@ -16,6 +16,7 @@ from ..weights.source import Source, changed
 from ..weights.storage_plan import StoragePlan, Use, plan_storage
 from ..weights.tensor_info import TensorInfo
 from .detection import FAMILIES, Incomplete, detect, family_of, first_of, needed_tensors
+from .diffusers_layout import MARKS, with_original_names
 from .family import FamilyConfig, Transformer
 from .layers import Linear
 
@@ -73,7 +74,8 @@ def read_model(path: str, state: FileState | None = None) -> ModelFile:
 
 
 def _read(source: Source) -> ModelFile:
-    path, contents = source.path, read_contents(source, [family.marks for family in FAMILIES])
+    path, marks = source.path, [family.marks for family in FAMILIES]
+    contents = with_original_names(read_contents(source, [*marks, MARKS]))
     try:
         family = family_of(contents.tensors, path, contents.names)
     except Incomplete as error:

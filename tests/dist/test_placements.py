@@ -34,7 +34,7 @@ def files(dev, tmp_path_factory):
     write_checkpoint(str(folder / "qwen"), SMALL_QWEN, seed=3)
     write_checkpoint(str(folder / "sd3"), SMALL_SD3, seed=4)
     write_checkpoint(str(folder / "flux2"), SMALL_FLUX2, seed=4)
-    for name in ("scaled_tensors", "gguf_Q8_0"):
+    for name in ("scaled_tensors", "mixed", "gguf_Q8_0"):
         write(name, dev, folder / name)
     return {"flux": dev, **{path.name: path for path in folder.iterdir()}}
 
@@ -65,7 +65,7 @@ def test_layouts(pool, park, files, layout):
             assert torch.equal(outcome(pool, files["flux"], layout, weights=weights), expected), weights
 
 
-@pytest.mark.parametrize("name", ["qwen", "flux2", "sd3", "scaled_tensors", "gguf_Q8_0"])
+@pytest.mark.parametrize("name", ["qwen", "flux2", "sd3", "scaled_tensors", "mixed", "gguf_Q8_0"])
 def test_families_and_formats(pool, park, files, name):
     expected = whole(pool, park, files[name], LAYOUTS[0])
     for weights in TRAVELLING:
@@ -116,7 +116,7 @@ def lora(key: str, shape: tuple[int, int], seed: int) -> WeightPatches:
     return WeightPatches({key: (patch,)}, {name_of(up): up, name_of(down): down})
 
 
-@pytest.mark.parametrize("name", ["flux", "scaled_tensors", "gguf_Q8_0"])
+@pytest.mark.parametrize("name", ["flux", "scaled_tensors", "mixed", "gguf_Q8_0"])
 def test_patches_and_their_undoing(pool, park, files, name):
     one = lora("double_blocks.1.img_mlp.0.weight", (1024, 512), 21)
     other = lora("single_blocks.0.linear2.weight", (512, 1536), 23)

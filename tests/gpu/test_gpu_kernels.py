@@ -1,12 +1,16 @@
 """The Triton kernels of the fp8 wire, the ring's merge, fp8 and packed weights against their plain torch references."""
 
+from itertools import product
+
 import pytest
 import torch
 from formats import HALVES, random_blocks
+from packed_layers import in_memory
 
 from fastusp_backend.kernels import eight_bits, merge, widen
 from fastusp_backend.kernels import gguf_blocks as kernel
-from fastusp_backend.weights import gguf_blocks
+from fastusp_backend.kernels import scaled_blocks as scaled_kernel
+from fastusp_backend.weights import packings, scaled_blocks
 
 pytestmark = [
     pytest.mark.gpu,
@@ -15,6 +19,7 @@ pytestmark = [
 
 DIM = 128
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+SCALED = [(kind, None) for kind in ("nvfp4", "mxfp8", "int8", "int8_rows")]
 
 
 def rows(*shape, dtype=torch.float32, seed=0):
@@ -94,16 +99,33 @@ def test_the_merge_equals_its_reference(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", HALVES)
 def test_blocks_are_unpacked_as_the_reference_does(name, dtype):
-    values, size, _ = gguf_blocks.PACKINGS[name]
+    values, size, *_ = packings.PACKINGS[name]
     data, added = torch.from_numpy(random_blocks(name, 77, 768, seed=1)), rows(77, 512, dtype=dtype)
     for within in (slice(None), slice(256 // values * size, None)):
         part = data[:, within]
-        want, columns = gguf_blocks.unpack(part, name, torch.float32).cuda(), part.shape[1] // size * values
+        want, columns = packings.unpack(part, name, torch.float32).cuda(), part.shape[1] // size * values
         out = torch.empty(77, columns, dtype=dtype, device="cuda")
         kernel.unpack(data.cuda()[:, within], name, values, size, out)
         assert torch.equal(out, want.to(dtype))
         if columns == 512:
             kernel.unpack(data.cuda()[:, within], name, values, size, out, added)
+            assert torch.equal(out, (want + added.float()).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind, group", [*SCALED, *product(("int8_convrot", "int4_convrot"), scaled_blocks.GROUPS)])
+def test_scaled_blocks_are_unpacked_as_the_reference_does(kind, group, dtype):
+    stored, _ = in_memory(kind, 77, 2048, seed=1, **({"group": group} if group else {}))
+    values, size, *_ = packings.PACKINGS[stored.packing]
+    data, added = stored.data.cuda(), rows(77, 1024, dtype=dtype)
+    scale = None if stored.scale is None else stored.scale.cuda()
+    for within in (slice(None), slice(1024 // values * size, None)):
+        want = packings.unpack(stored.data[:, within], stored.packing, torch.float32, None, stored.scale).cuda()
+        out = torch.empty(want.shape, dtype=dtype, device="cuda")
+        scaled_kernel.unpack(data[:, within], stored.packing, values, scale, out)
+        assert torch.equal(out, want.to(dtype))
+        if want.shape[1] == 1024:
+            scaled_kernel.unpack(data[:, within], stored.packing, values, scale, out, added)
             assert torch.equal(out, (want + added.float()).to(dtype))
 
 

@@ -68,7 +68,7 @@ def test_a_choice_that_is_not_offered(host):
         ("pointer", ["is a git-lfs pointer", "run git lfs pull"]),
         ("chroma", ["holds Chroma", "FLUX.2 dev and klein, FLUX.1 dev, schnell", "use Load Diffusion Model"]),
         ("lora", ["holds a LoRA", "LoraLoaderModelOnly"]),
-        ("nvfp4", ["is quantised as nvfp4", "scaled fp8 and GGUF"]),
+        ("mxfp4", ["is quantised as mxfp4", "int8 and GGUF"]),
         ("incomplete", ["incomplete", "final_layer.linear.weight"]),
     ],
 )
@@ -85,8 +85,8 @@ def test_files_of_other_models(host, name, words):
             state["distilled_guidance_layer.norms.0.scale"] = torch.zeros(4)
         elif name == "lora":
             state = {"transformer.single_blocks.0.linear1.lora_A.weight": torch.zeros(4, 4)}
-        elif name == "nvfp4":
-            state["img_in.comfy_quant"] = torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
+        elif name == "mxfp4":
+            state["img_in.comfy_quant"] = torch.tensor(list(b'{"format": "mxfp4"}'), dtype=torch.uint8)
         else:
             del state["final_layer.linear.weight"]
         save_file(state, file)

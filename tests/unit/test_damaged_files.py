@@ -64,9 +64,9 @@ def test_the_metadata_goes_before_a_tensor(mini, tmp_path):
     """As in ComfyUI."""
     path = tmp_path / "x.safetensors"
     write("scaled_tensors", mini, path)
-    said = json.dumps({"layers": {LAYER: {"format": "nvfp4"}}})
+    said = json.dumps({"layers": {LAYER: {"format": "mxfp4"}}})
     save_file(load_file(path), path, metadata={"_quantization_metadata": said})
-    assert "quantised as nvfp4" in refusal(path)
+    assert "quantised as mxfp4" in refusal(path)
 
 
 @pytest.mark.parametrize("said", ["[" * 3000 + "]" * 3000, json.dumps({"layers": {LAYER: {"format": ["x"]}}})])

@@ -1,4 +1,4 @@
-"""fp8, scaled fp8, all-in-one and GGUF files: kept as they are in memory, computed as their values say."""
+"""fp8, scaled fp8, packed, all-in-one and GGUF files: kept as they are in memory, computed as their values say."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ from fastusp_backend.weights.dtypes import main_dtype
 pytestmark = pytest.mark.unit
 
 CPU = torch.device("cpu")
-KEPT = {"fp8_": 1, "scal": 1, "gguf": 1, "all_": 4}
+KEPT = {"fp8_": 1, "scal": 1, "nvfp": 0.52, "mxfp": 1, "int8": 1, "int4": 0.52, "mixe": 2, "gguf": 1, "all_": 4}
 """Bytes a value of a block's matrices at most, by the beginning of the format's name."""
 
 
@@ -75,12 +75,12 @@ def test_tensors_that_are_no_matrices(tmp_path, name):
     assert relative_difference(one, other) < REORDERED
 
 
-@pytest.mark.parametrize("name", ["scaled_old", "gguf_Q4_K", "fp8_e5m2"])
+@pytest.mark.parametrize("name", ["scaled_old", "gguf_Q4_K", "fp8_e5m2", "nvfp4", "int8_rows"])
 def test_bfloat16_values_are_rounded_as_comfyui_rounds_them(mini, tmp_path, name):
     values = write(name, mini, tmp_path / name)
     linear = load_model(spec_of(tmp_path / name), CPU).single_blocks[0].linear1
     weight, _ = linear.rows(slice(None), torch.bfloat16)
-    if linear.scale is None:
+    if linear.packing or linear.scale is None:
         assert torch.equal(weight, values["single_blocks.0.linear1.weight"].bfloat16())
     else:
         assert torch.equal(weight, linear.weight.to(torch.bfloat16) * linear.scale.to(torch.bfloat16))
@@ -107,7 +107,7 @@ def test_a_scale_of_a_weight_that_is_not_fp8_is_multiplied_in(mini, tmp_path, dt
         assert model.get_submodule(LAYER).weight.dtype == dtype
 
 
-@pytest.mark.parametrize("name", ["fp8_e4m3fn", "scaled_metadata", "gguf_Q8_0"])
+@pytest.mark.parametrize("name", ["fp8_e4m3fn", "scaled_metadata", "gguf_Q8_0", "nvfp4"])
 @pytest.mark.parametrize("keep", [True, False])
 def test_storage_of_what_is_quantised(mini, tmp_path, name, keep):
     """keep_quantised: GPUs' default, where the other tensors take the type of computation."""
@@ -134,7 +134,7 @@ def test_a_plain_file_stored_in_fp8(mini, tmp_path, storage):
         assert parameter.dtype == (dtype if expected.dim() == 2 else torch.bfloat16)
 
 
-@pytest.mark.parametrize("name", ["scaled_tensors", "gguf_Q4_K", "all_in_one"])
+@pytest.mark.parametrize("name", ["scaled_tensors", "gguf_Q4_K", "all_in_one", "mxfp8", "int8_rows"])
 def test_what_was_changed_is_read_again(mini, tmp_path, name):
     write(name, mini, tmp_path / name)
     checkpoint = Checkpoint(spec_of(tmp_path / name))
@@ -143,7 +143,8 @@ def test_what_was_changed_is_read_again(mini, tmp_path, name):
     before, scale = linear.weight.clone(), linear.scale
     linear.weight.view(torch.uint8).fill_(1)
     ((_, again),) = checkpoint.reread(["single_blocks.0.linear1.weight"])
-    assert torch.equal(again.data.view(torch.uint8), before.view(torch.uint8)) and again.scale == scale
+    assert torch.equal(again.data.view(torch.uint8), before.view(torch.uint8))
+    assert again.scale is scale is None or torch.equal(again.scale, scale)
     assert again.packing == linear.packing
 
 

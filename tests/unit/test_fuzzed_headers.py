@@ -24,7 +24,19 @@ SOON = 5.0
 """Seconds for a file, of which each takes some thousandths."""
 
 LARGE = 1 << 40
-SIZES = {"F8_E4M3": 1, "U8": 1, "F4": 1, "BOOL": 1, "BF16": 2, "F16": 2, "F32": 4, "I32": 4, "I64": 8}
+SIZES = {
+    "F8_E4M3": 1,
+    "F8_E8M0": 1,
+    "U8": 1,
+    "I8": 1,
+    "F4": 1,
+    "BOOL": 1,
+    "BF16": 2,
+    "F16": 2,
+    "F32": 4,
+    "I32": 4,
+    "I64": 8,
+}
 SHAPES = ((), (0,), (1,), (4096,), (4097,), (2, 0), (0, 2**62), (2**62, 0), (1,) * 5, (1,) * 9, (0,) * 9, (128, 128))
 NUMBERS = (0, 1, 2, 127, 2**24 + 1, 2**31, 2**32 - 1, 2**53 + 1, 2**63 - 1, 2**63, 2**64 - 1, 10**400)
 ODD = (*NUMBERS, -1, None, True, 1.5, 4.0, 1e400, float("nan"), "", "4", "\ud800", [], {}, [[]], [None], {"a": 1})
@@ -119,7 +131,9 @@ def damaged(data: bytes, start: int, stop: int, chance: random.Random) -> bytes:
     return bytes(data)
 
 
-@pytest.mark.parametrize("name", ["flux", "flux2", "qwen", "sd3", "scaled_old", "scaled_tensors", "all_in_one"])
+@pytest.mark.parametrize(
+    "name", ["flux", "flux2", "qwen", "sd3", "scaled_old", "scaled_tensors", "mixed", "all_in_one"]
+)
 def test_safetensors(mini, tmp_path, name):
     path = tmp_path / "x.safetensors"
     if name == "flux":

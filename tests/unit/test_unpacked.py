@@ -31,7 +31,16 @@ from fastusp_backend.weights.tensor_info import TensorInfo
 pytestmark = pytest.mark.unit
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
-SMALL = ["fp8_e4m3fn", "fp8_e5m2", "scaled_old", "scaled_metadata_e5m2", "gguf_Q8_0", "gguf_Q4_K"]
+SMALL = [
+    "fp8_e4m3fn",
+    "fp8_e5m2",
+    "scaled_old",
+    "scaled_metadata_e5m2",
+    "mixed",
+    "int8_convrot",
+    "gguf_Q8_0",
+    "gguf_Q4_K",
+]
 PATCHES = {f"{QKV}.weight": (LORA, LORA), "img_in.weight": ()}
 WIDER = WeightPatch(kind="lora", tensors={"up": "u", "down": "d"}, strength=0.7, reshape=(256, 128))
 WIDE = TENSORS | {"u": randn(256, 2, seed=8), "d": randn(2, 128, seed=9)}
@@ -74,7 +83,7 @@ def assert_same_values(wide: Checkpoint, small: Checkpoint) -> int:
 
 def test_what_a_layer_would_unpack_at_each_use(path):
     wide, small = (loaded(path, unpack=unpack) for unpack in (True, False))
-    assert assert_same_values(wide, small) >= 10
+    assert assert_same_values(wide, small) >= 8
     for layer in wide.model.modulations():  # used once a prompt
         name = next(name for name, module in wide.model.named_modules() if module is layer)
         assert wide.plans[f"{name}.weight"].small is None
