@@ -53,10 +53,10 @@ export function useFastUSP(saved, chosen, tools) {
     const files = holders(work.flow, graph, node, FILE[node.type]);
     const reason = whyNot(node, files);
     if (reason) {
-      work.left.push(`${named(graph, node)}: ${reason}`);
+      work.left.push(`${named(graph, node, files)}: ${reason}`);
       continue;
     }
-    work.changed.push(named(graph, node));
+    work.changed.push(named(graph, node, files));
     const others = node.type === CHECKPOINT && node.outputs.slice(1).some((output) => output.links?.length);
     (others ? split : replace)(work, graph, node, files);
   }
@@ -71,10 +71,10 @@ export function useComfyUI(saved, chosen, tools) {
     const files = holders(work.flow, graph, node, "unet_name");
     const type = typeOf(node, files);
     if (!tools.blank(type)) {
-      work.left.push(`${named(graph, node)}: ${type} is not installed`);
+      work.left.push(`${named(graph, node, files)}: ${type} is not installed`);
       continue;
     }
-    work.changed.unshift(named(graph, node));
+    work.changed.unshift(named(graph, node, files));
     if (!join(work, graph, node, files)) restore(work, graph, node, type, files);
   }
   return { ...work, flow: closed(work.flow) };
@@ -91,17 +91,21 @@ function find(flow, meant) {
 const value = (node, name) => valueOf(node, name, WIDGETS[node.type]);
 const put = (node, name, next) => setValue(node, name, next, WIDGETS[node.type]);
 
+/** The files that are named where a value is set. */
+function namesOf(files) {
+  return files.map((place) => place && value(...place)).filter((name) => typeof name === "string");
+}
+
 /** What a node is called in messages: by its title or file, and the subgraph that it is in. */
-function named(graph, node) {
-  const name = node.title ?? value(node, FILE[node.type]) ?? node.type;
+function named(graph, node, files) {
+  const name = node.title ?? (namesOf(files).join(", ") || node.type);
   return graph.name ? `${name} (in ${graph.name})` : name;
 }
 
 /** Why USP Loader cannot take a loader's place; undefined where it can. */
 function whyNot(node, files) {
   if (node.type === CHECKPOINT && files.includes(null)) return "its file name comes from another node";
-  const names = files.filter(Boolean).map(([holder, widget]) => value(holder, widget));
-  const pickle = names.find((name) => typeof name === "string" && !READABLE.test(name));
+  const pickle = namesOf(files).find((name) => !READABLE.test(name));
   if (pickle) return `USP Loader reads safetensors and GGUF files, not ${pickle}`;
 }
 
@@ -153,8 +157,9 @@ function replace(work, graph, node, files) {
   const blank = become(work, graph, node, OURS, (name) => (name === FILE[type] ? "unet_name" : name));
   const record = { type, size, properties: Object.fromEntries(identity), ...(fast && { fast }) };
   if (outputs.length) record.outputs = outputs;
+  const larger = [Math.max(size[0], blank.size[0]), Math.max(size[1], blank.size[1])];
+  Object.assign(record, raise(graph, node, larger));
   Object.assign(node.properties, { cnr_id: PACK, fastusp: record });
-  node.size = [Math.max(size[0], blank.size[0]), Math.max(size[1], blank.size[1])];
 }
 
 /** A loader in the place of USP Loader. */
@@ -174,12 +179,13 @@ function restore(work, graph, node, type, files) {
   if (same) Object.assign(node.properties, record.properties);
   if (same && record.outputs) node.outputs.splice(1, Infinity, ...record.outputs);
   node.size = (same && record.size) || [node.size[0], blank.size[1]];
+  lower(node, record);
 }
 
 /** Which loader a USP Loader becomes: by its file, and where that is not known, as it was. */
 function typeOf(node, files) {
-  const [name] = files.filter(Boolean).map(([holder, widget]) => value(holder, widget));
-  if (typeof name !== "string") return node.properties?.fastusp?.type ?? UNET;
+  const [name] = namesOf(files);
+  if (name === undefined) return node.properties?.fastusp?.type ?? UNET;
   return name.endsWith(MARK) ? CHECKPOINT : /\.gguf$/i.test(name) ? GGUF : UNET;
 }
 
@@ -224,9 +230,8 @@ function join(work, graph, node, files) {
   const beside = node.properties?.fastusp?.beside;
   const old = graph.nodes.find((other) => other.id === beside && other.type === CHECKPOINT);
   if (!old) return false;
-  const namesOf = (places) => places.map((place) => place && unmark(value(...place)));
-  const theirs = namesOf(holders(work.flow, graph, old, "ckpt_name"));
-  if (JSON.stringify(namesOf(files)) !== JSON.stringify(theirs)) return false;
+  const plain = (places) => JSON.stringify(places.map((place) => place && unmark(value(...place))));
+  if (plain(files) !== plain(holders(work.flow, graph, old, "ckpt_name"))) return false;
   for (const input of node.inputs) hide(work.flow, graph, node, input.name);
   for (const link of graph.links) if (link.origin_id === node.id) link.origin_id = old.id;
   const links = node.outputs[0].links;
@@ -237,17 +242,39 @@ function join(work, graph, node, files) {
 }
 
 /** A place for another node of that size: above, left of or below a node, where nothing lies, or else above. */
-function room(graph, node, [width, height]) {
+function room(graph, node, size) {
   const [x, y] = node.pos;
   const places = [
-    [x, y - height - GAP],
-    [x - width - GAP, y],
+    [x, y - size[1] - GAP],
+    [x - size[0] - GAP, y],
     [x, y + node.size[1] + GAP],
   ];
-  const apart = (from, length, other, otherLength) => from + length < other || other + otherLength < from;
-  const free = ([left, top]) =>
-    graph.nodes.every(({ pos, size }) => {
-      return apart(left, width, pos[0], size[0]) || apart(top - TITLE, height + TITLE, pos[1] - TITLE, size[1] + TITLE);
-    });
-  return places.find(free) ?? places[0];
+  return places.find((pos) => free(graph, pos, size)) ?? places[0];
+}
+
+/** Whether no node but one lies where another would. */
+function free(graph, [x, y], [width, height], except) {
+  const apart = (from, length, other, otherLength) => from + length <= other || other + otherLength <= from;
+  return graph.nodes.every((node) => {
+    const below = node.flags?.collapsed ? 0 : node.size[1];
+    const beside = apart(x, width, node.pos[0], node.size[0]);
+    return node === except || beside || apart(y - TITLE, height + TITLE, node.pos[1] - TITLE, below + TITLE);
+  });
+}
+
+/** Makes room for more widgets: below, or above where the node would cover another one. Answers what `lower` needs. */
+function raise(graph, node, size) {
+  const [x, y] = node.pos;
+  const raised = [x, y - size[1] + node.size[1]];
+  const stays = raised[1] >= y || free(graph, node.pos, size, node) || !free(graph, raised, size, node);
+  node.size = size;
+  if (stays) return {};
+  node.pos = raised;
+  return { y, raised: y - raised[1] };
+}
+
+/** Undoes `raise`; a node that was moved since goes down by as much. */
+function lower(node, { y, raised }) {
+  if (raised === undefined) return;
+  node.pos = [node.pos[0], node.pos[1] === y - raised ? y : node.pos[1] + raised];
 }
