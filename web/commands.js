@@ -41,6 +41,9 @@ async function run(action, chosen) {
     // Loaded as a step that was undone, which keeps the view, the nodes' outputs and what can be undone before it.
     tracker.redoQueue.splice(0, Infinity, flow);
     await tracker.redo();
+    // Some nodes settle in the frame after they were loaded; that is no step of its own.
+    await new Promise(requestAnimationFrame);
+    await new Promise(requestAnimationFrame);
     tracker.activeState = plain(app.graph.rootGraph.serialize());
   }
   tell(action, changed, left, notes);
