@@ -1,8 +1,8 @@
 // "Use FastUSP here" and its reverse, on saved workflows: USP Loader in the place of ComfyUI's loaders. Ids, links,
 // titles and positions stay; what the reverse needs beyond them is in the node's properties.fastusp.
 
-import { closed, giveBackId, graphs, hide, holders, inputOf, newId, opened } from "./workflow.js";
-import { replaceInputs, setValue, show, valueOf } from "./workflow.js";
+import { closed, giveBackId, graphs, hide, holders, inputOf, keep, newId, opened } from "./workflow.js";
+import { replaceInputs, setValue, show, take, valueOf } from "./workflow.js";
 
 const OURS = "FastUSPLoader";
 const UNET = "UNETLoader";
@@ -191,19 +191,15 @@ function typeOf(node, files) {
 
 /** In a widget's holder, that it was set to what USP Loader does not have. */
 function remember(holder, widget) {
-  holder.properties ??= {};
-  const record = (holder.properties.fastusp ??= {});
-  record.fast = [...(record.fast ?? []), widget];
+  keep(holder, "fast", [...(holder.properties?.fastusp?.fast ?? []), widget]);
 }
 
 /** Whether it was; the memory is gone then. */
 function forget(holder, widget) {
-  const record = holder.properties?.fastusp;
-  if (!record?.fast?.includes(widget)) return false;
-  record.fast = record.fast.filter((other) => other !== widget);
-  if (!record.fast.length) delete record.fast;
-  if (!Object.keys(record).length) delete holder.properties.fastusp;
-  return true;
+  const fast = take(holder, "fast") ?? [];
+  const others = fast.filter((other) => other !== widget);
+  if (others.length) keep(holder, "fast", others);
+  return fast.includes(widget);
 }
 
 /** USP Loader beside a checkpoint's loader, which goes on to give text encoder and VAE. */

@@ -101,6 +101,20 @@ export function setValue(node, name, value, names = widgetNames(node)) {
   if (node.widgets_values_named) node.widgets_values_named[name] = value;
 }
 
+/** Keeps in a node's properties what a conversion's reverse needs. */
+export function keep(node, key, value) {
+  node.properties = { ...node.properties, fastusp: { ...node.properties?.fastusp, [key]: value } };
+}
+
+/** Gives back what `keep` has kept, which is gone then. */
+export function take(node, key) {
+  const { [key]: value, ...others } = node.properties?.fastusp ?? {};
+  if (value === undefined) return undefined;
+  node.properties = { ...node.properties, fastusp: others };
+  if (!Object.keys(others).length) delete node.properties.fastusp;
+  return value;
+}
+
 function widgetNames(box) {
   return box.inputs.filter((input) => input.widget).map((input) => input.name);
 }
@@ -134,6 +148,7 @@ export function show(flow, graph, node, input, like, valueFor, newUUID) {
   for (const [outer, box] of boxes(flow, graph)) {
     const shown = { name, type: input.type, widget: { name }, link: null };
     const value = valueFor(valueOf(box, other.name));
+    if (!box.properties?.fastusp?.size) keep(box, "size", box.size); // ComfyUI makes it larger
     box.inputs.push(shown);
     setValue(box, name, value);
     const above = inputOf(box, other.name);
@@ -154,6 +169,7 @@ export function hide(flow, graph, node, name) {
     box.widgets_values?.splice(widgetNames(box).indexOf(slot.name), 1);
     delete box.widgets_values_named?.[slot.name];
     box.inputs.splice(gone, 1);
+    box.size = take(box, "size") ?? box.size;
     for (const other of outer.links)
       if (other.target_id === box.id && other.target_slot > gone) other.target_slot -= 1;
   }

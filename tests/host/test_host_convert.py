@@ -27,9 +27,11 @@ def page(host, tmp_path_factory):
     page.close()
 
 
-def load(page: Page, workflow: dict, name: str = "convert") -> dict:
-    """Opens a workflow; what it is once ComfyUI has read it."""
-    page.evaluate(f"app.loadGraphData({json.dumps(workflow)}, true, true, {json.dumps(name)})")
+def load(page: Page, workflow: dict) -> dict:
+    """Opens a workflow, in the tab that is open, without a history; what it is once ComfyUI has read it."""
+    tab = "app.extensionManager.workflow.activeWorkflow"
+    page.evaluate(f"app.loadGraphData({json.dumps(workflow)}, true, false, {tab}).then(() => {GRAPH})")
+    page.evaluate(f"(tracker => {{ tracker.captureCanvasState(); tracker.undoQueue.length = 0 }})({TRACKER})")
     return page.evaluate(GRAPH)
 
 
@@ -125,7 +127,7 @@ def test_templates(host, page, wanted):
     wrong = []
     page.evaluate("app.canvas.pause_rendering = true")  # by software it takes half of the time
     for name, workflow in wanted.items():
-        before = load(page, workflow, name)
+        before = load(page, workflow)
         prompt = page.evaluate(PROMPT)
         after = command(page, USE)
         ours = page.evaluate(PROMPT)
@@ -142,3 +144,169 @@ def test_templates(host, page, wanted):
         if plain(again) != plain(before):
             wrong.append(f"{name}: does not come back")
     assert not wrong, "\n".join(wrong)
+
+
+def open_prompt(page: Page, prompt: dict) -> None:
+    """As a workflow that was just opened: nodes by number, {"class_type", "inputs"}."""
+    page.evaluate(f"app.loadApiJson({json.dumps(prompt)}, 'convert')")
+
+
+def user(page: Page, script: str) -> dict:
+    """What a user does, then the workflow, opened anew as it would be saved. box(id, name, ...): a subgraph of a node
+    alone, which shows these widgets; answers its box. of(id): a node."""
+    page.evaluate(f"""{{
+        const of = id => app.graph.getNodeById(id);
+        const box = (id, ...names) => {{
+            const {{ subgraph, node }} = app.graph.convertToSubgraph(new Set([of(id)]));
+            const [inner] = subgraph.nodes;
+            for (const name of names)
+                subgraph.addInput(name, "COMBO").connect(inner.inputs.find(input => input.name === name), inner);
+            return node;
+        }};
+        {script};
+    }} 0""")
+    return load(page, page.evaluate(GRAPH))
+
+
+def node(kind: str, **inputs) -> dict:
+    return {"class_type": kind, "inputs": inputs}
+
+
+def lora(number: int) -> dict:
+    return node("LoraLoaderModelOnly", model=[str(number), 0], lora_name="x", strength_model=1.0)
+
+
+def unet(name: str = DEV, dtype: str = "default") -> dict:
+    return node(UNET, unet_name=name, weight_dtype=dtype)
+
+
+def widgets(node: dict) -> dict:
+    return node["widgets_values_named"]
+
+
+WHOLE = {  # a checkpoint of which all is used
+    "1": node(CHECKPOINT, ckpt_name="whole.safetensors"),
+    "2": node("CLIPTextEncode", clip=["1", 1], text=""),
+    "3": node("KSampler", model=["1", 0], positive=["2", 0], negative=["2", 0]),
+    "4": node("VAEDecode", samples=["3", 0], vae=["1", 2]),
+}
+
+
+def test_what_the_user_had_stays(page):
+    fast = "fp8_e4m3fn_fast"
+    open_prompt(page, {"1": unet("a.safetensors", fast), "2": lora(1), "3": lora(1)})
+    before = user(page, "Object.assign(of(1), {title: 'Mine', color: '#233', bgcolor: '#355', mode: 4, pos: [7, 9]})")
+    after = command(page, USE)
+    (old,), (new,) = nodes(before, UNET), nodes(after, OURS)
+    kept = ("id", "title", "color", "bgcolor", "mode", "pos")
+    assert [new[key] for key in kept] == [old[key] for key in kept] and new["title"] == "Mine"
+    assert new["outputs"][0]["links"] == old["outputs"][0]["links"] and after["links"] == before["links"]
+    assert (widgets(new)["unet_name"], widgets(new)["weight_dtype"]) == ("a.safetensors", "fp8_e4m3fn")
+    assert "Mine" in page.evaluate(TOAST) and "linear = fp8" in page.evaluate(TOAST)
+    assert plain(command(page, BACK)) == plain(before)
+
+
+def test_one_step_each(page):
+    """Whatever captures the workflow's state meanwhile, as each click does."""
+    open_prompt(page, WHOLE)
+    before = user(page, "")
+    after = command(page, USE)
+    steps = f"({TRACKER}.captureCanvasState(), {TRACKER}.undoQueue.length)"
+    assert page.evaluate(steps) == 1
+    assert plain(page.evaluate(f"{TRACKER}.undo().then(() => {GRAPH})")) == plain(before)
+    assert plain(page.evaluate(f"{TRACKER}.redo().then(() => {GRAPH})")) == plain(after)
+    assert plain(command(page, BACK)) == plain(before)
+    assert page.evaluate(steps) == 2
+    assert command(page, BACK) and "nothing was changed" in page.evaluate(TOAST)
+
+
+def test_a_checkpoint_of_which_all_is_used(page):
+    open_prompt(page, WHOLE)
+    before = user(page, "")
+    after = command(page, USE)
+    (old,), (new,) = nodes(after, CHECKPOINT), nodes(after, OURS)
+    assert widgets(new)["unet_name"] == "whole.safetensors [checkpoints]"
+    assert new["outputs"][0]["links"] == nodes(before, CHECKPOINT)[0]["outputs"][0]["links"]
+    assert [bool(output["links"]) for output in old["outputs"]] == [False, True, True]
+    page.evaluate(f"app.graph.getNodeById({new['id']}).widgets[0].value = 'other.safetensors [checkpoints]'")
+    apart = nodes(command(page, BACK), CHECKPOINT)
+    assert [widgets(node)["ckpt_name"] for node in apart] == ["whole.safetensors", "other.safetensors"]
+
+
+def test_a_checkpoint_of_which_the_model_is_used(page):
+    open_prompt(page, {"1": node(CHECKPOINT, ckpt_name="whole.safetensors"), "2": lora(1)})
+    before = user(page, "box(1, 'ckpt_name')")
+    after = command(page, USE)
+    assert not nodes(after, CHECKPOINT) and len(nodes(after, OURS)) == 1
+    prompt = page.evaluate(PROMPT)
+    names = [node["inputs"]["unet_name"] for node in prompt.values() if node["class_type"] == OURS]
+    assert names == ["whole.safetensors [checkpoints]"]
+    assert plain(command(page, BACK)) == plain(before)
+
+
+def test_widgets_that_subgraphs_show(page):
+    """At two levels: the file of a checkpoint of which all is used gets a widget of its own beside the other."""
+    open_prompt(page, WHOLE)
+    before = user(page, "box(box(1, 'ckpt_name').id, 'ckpt_name')")
+    after = command(page, USE)
+    (outer,) = [node for node in after["nodes"] if node["type"] in [x["id"] for x in graphs(after)[1:]]]
+    assert outer["widgets_values"] == ["whole.safetensors", "whole.safetensors [checkpoints]"]
+    loaders = [node for node in page.evaluate(PROMPT).values() if node["class_type"] in (CHECKPOINT, OURS)]
+    assert {name for node in loaders for key, name in node["inputs"].items() if key.endswith("_name")} == {
+        *outer["widgets_values"]
+    }
+    assert plain(command(page, BACK)) == plain(before)
+
+
+def test_a_type_that_a_subgraph_shows(page):
+    open_prompt(page, {"1": unet(), "2": lora(1)})
+    before = user(page, "box(1, 'weight_dtype', 'unet_name').widgets[0].value = 'fp8_e4m3fn_fast'")
+    after = command(page, USE)
+    (box,) = [node for node in after["nodes"] if "fastusp" in node["properties"]]
+    assert box["widgets_values"] == ["fp8_e4m3fn", DEV]
+    assert plain(command(page, BACK)) == plain(before)
+
+
+def test_what_is_left(page):
+    """Loaders that go nowhere, files that USP Loader does not read, checkpoints whose name comes from elsewhere."""
+    loaders = {"1": unet(), "2": node(CHECKPOINT, ckpt_name="old.ckpt"), "3": lora(2)}
+    open_prompt(page, loaders | {f"1{number}": node for number, node in WHOLE.items() if number == "9"})
+    before = user(page, "")
+    assert command(page, USE) == before
+    assert "nothing was changed" in page.evaluate(TOAST) and "not old.ckpt" in page.evaluate(TOAST)
+
+
+def test_usp_loaders_from_the_start(page):
+    names = {"1": DEV, "2": "whole.safetensors [checkpoints]", "3": "q4.gguf"}
+    loaders = {number: node(OURS, unet_name=name, weight_dtype="bf16", gpus="cpu:2") for number, name in names.items()}
+    open_prompt(page, loaders | {str(number + 10): lora(number) for number in (1, 2, 3)})
+    before = user(page, "")
+    after = command(page, BACK)
+    assert {node["type"] for node in after["nodes"]} == {UNET, CHECKPOINT, OURS, "LoraLoaderModelOnly"}
+    assert after["links"] == before["links"] and widgets(nodes(after, UNET)[0])["weight_dtype"] == "default"
+    assert f"{GGUF} is not installed" in page.evaluate(TOAST)
+
+
+def test_gguf(page):
+    """With ComfyUI-GGUF's node, or one of its name."""
+    unet_name = {"unet_name": [["q4.gguf"]]}
+    definition = {"name": GGUF, "display_name": GGUF, "category": "", "python_module": "custom_nodes.gguf"}
+    definition |= {"input": {"required": unet_name}, "output": ["MODEL"], "output_name": ["MODEL"], "output_is_list": [0]}
+    page.evaluate(f"app.registerNodeDef('{GGUF}', {json.dumps(definition)})")
+    open_prompt(page, {"1": node(GGUF, unet_name="q4.gguf"), "2": lora(1)})
+    before = user(page, "")
+    assert widgets(nodes(command(page, USE), OURS)[0])["unet_name"] == "q4.gguf"
+    assert plain(command(page, BACK)) == plain(before)
+
+
+def test_menus(page):
+    open_prompt(page, {"1": unet(), "2": lora(1), "3": unet(), "4": lora(3)})
+    user(page, "box(3)")
+    entries = "app.graph.nodes.map(node => app.collectNodeMenuItems(node).map(item => item?.content))"
+    pick = "app.graph.nodes.flatMap(node => app.collectNodeMenuItems(node)).find(item => item?.content.startsWith('Use F'))"
+    assert sum("Use FastUSP here" in items for items in page.evaluate(entries)) == 2
+    page.evaluate(f"{pick}.callback()")
+    assert len(nodes(page.evaluate(GRAPH), OURS)) == 1
+    page.evaluate(f"{pick}.callback()")
+    assert len(nodes(page.evaluate(GRAPH), OURS)) == 2 and page.evaluate(f"!{pick}")
+    assert sum(any("ComfyUI's own" in item for item in items if item) for items in page.evaluate(entries)) == 2
