@@ -21,12 +21,18 @@ const BACK = {
 /** Loaders whose model goes nowhere are left alone, unless they are asked for one by one. */
 const connected = (_graph, node) => Boolean(node.outputs?.[0]?.links?.length);
 
+/** By how much Nodes 2.0 draws a widget higher than a new node's size says. */
+const NODES_2_ROW = 10;
+
 const plain = (value) => JSON.parse(JSON.stringify(value));
 
 const tools = {
   blank(type) {
-    const node = type in LiteGraph.registered_node_types ? LiteGraph.createNode(type) : null;
-    return node && plain(node.serialize());
+    if (!(type in LiteGraph.registered_node_types)) return null;
+    const node = LiteGraph.createNode(type);
+    const saved = plain(node.serialize());
+    if (LiteGraph.vueNodesMode) saved.size[1] += NODES_2_ROW * node.widgets.length;
+    return saved;
   },
   newUUID: () => LiteGraph.uuidv4(),
 };
