@@ -205,7 +205,7 @@ function forget(holder, widget) {
 /** USP Loader beside a checkpoint's loader, which goes on to give text encoder and VAE. */
 function split(work, graph, node, files) {
   const blank = structuredClone(work.tools.blank(OURS));
-  const id = newId(work.flow, "node");
+  const id = newId(work.flow, "Node");
   const pos = room(graph, node, blank.size);
   const record = { type: CHECKPOINT, beside: node.id };
   const properties = { ...blank.properties, cnr_id: PACK, fastusp: record };
@@ -233,7 +233,7 @@ function join(work, graph, node, files) {
   const links = node.outputs[0].links;
   if (links?.length) old.outputs[0].links = [...(old.outputs[0].links ?? []), ...links];
   graph.nodes.splice(graph.nodes.indexOf(node), 1);
-  giveBackId(work.flow, "node", node.id);
+  giveBackId(work.flow, "Node", node.id);
   return true;
 }
 

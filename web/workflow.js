@@ -41,23 +41,22 @@ function linkInto(graph, input) {
   return graph.links.find((link) => link.id === input?.link);
 }
 
-/** Node ids and link ids are counted together for all graphs of a workflow. kind: "node" or "link". */
+/** Node ids and link ids are counted together for all graphs of a workflow. kind: "Node" or "Link". */
 export function newId(flow, kind) {
-  const counter = kind === "node" ? "lastNodeId" : "lastLinkId";
-  const id = flow[`last_${kind}_id`] + 1;
-  setLastId(flow, kind, counter, id);
-  return id;
+  const last = flow[`last_${kind.toLowerCase()}_id`];
+  setLastId(flow, kind, last, last + 1);
+  return last + 1;
 }
 
 /** Undoes newId, if nothing was made since. */
 export function giveBackId(flow, kind, id) {
-  const counter = kind === "node" ? "lastNodeId" : "lastLinkId";
-  if (flow[`last_${kind}_id`] === id) setLastId(flow, kind, counter, id - 1);
+  if (flow[`last_${kind.toLowerCase()}_id`] === id) setLastId(flow, kind, id, id - 1);
 }
 
-function setLastId(flow, kind, counter, id) {
-  flow[`last_${kind}_id`] = id;
-  for (const { state } of flow.definitions?.subgraphs ?? []) if (state) state[counter] = id;
+function setLastId(flow, kind, from, to) {
+  flow[`last_${kind.toLowerCase()}_id`] = to;
+  for (const { state } of flow.definitions?.subgraphs ?? []) // the same count, but for older front ends
+    if (state?.[`last${kind}Id`] === from) state[`last${kind}Id`] = to;
 }
 
 /** Takes a link out of a graph, and out of what it joined. */
@@ -73,7 +72,7 @@ export function removeLink(flow, graph, id) {
     const slot = graph.inputs[link.origin_slot];
     slot.linkIds = slot.linkIds.filter((other) => other !== id);
   }
-  giveBackId(flow, "link", id);
+  giveBackId(flow, "Link", id);
 }
 
 /** Gives a node other inputs. Links follow the names; those of inputs that are gone (rename: undefined) go too. */
@@ -140,7 +139,7 @@ export function show(flow, graph, node, input, like, valueFor, newUUID) {
   const taken = graph.inputs.map((slot) => slot.name);
   let name = input.name;
   for (let number = 1; taken.includes(name); number++) name = `${input.name}_${number}`;
-  const id = newId(flow, "link");
+  const id = newId(flow, "Link");
   const ends = { target_id: node.id, target_slot: node.inputs.indexOf(input), type: input.type };
   graph.links.push({ id, origin_id: INPUTS, origin_slot: graph.inputs.length, ...ends });
   graph.inputs.push({ id: newUUID(), name, type: input.type, linkIds: [id] });

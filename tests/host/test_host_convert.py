@@ -92,7 +92,7 @@ PROMPT = "app.graphToPrompt().then(prompt => prompt.output)"
 
 
 def refused(host, prompt: dict) -> set[str]:
-    """The files of those USP Loaders that the host does not accept. Nothing runs: the nodes behind them lack an input."""
+    """The files of USP Loaders that the host does not accept. Nothing runs: the nodes behind them lack an input."""
     loaders = {number: node for number, node in prompt.items() if node["class_type"] == OURS}
     ends = {f"end {number}": {"class_type": "ModelSave", "inputs": {"model": [number, 0]}} for number in loaders}
     with pytest.raises(PromptFailed) as failure:
@@ -270,10 +270,12 @@ def test_a_type_that_a_subgraph_shows(page):
 def test_what_is_left(page):
     """Loaders that go nowhere, files that USP Loader does not read, checkpoints whose name comes from elsewhere."""
     loaders = {"1": unet(), "2": node(CHECKPOINT, ckpt_name="old.ckpt"), "3": lora(2)}
-    open_prompt(page, loaders | {f"1{number}": node for number, node in WHOLE.items() if number == "9"})
-    before = user(page, "")
+    open_prompt(page, loaders | {"4": node(CHECKPOINT, ckpt_name="x.safetensors"), "5": lora(4)})
+    primitive = "const primitive = LiteGraph.createNode('PrimitiveNode'); app.graph.add(primitive);"
+    before = user(page, f"{primitive} primitive.connect(0, of(4), 0)")
     assert command(page, USE) == before
-    assert "nothing was changed" in page.evaluate(TOAST) and "not old.ckpt" in page.evaluate(TOAST)
+    said = page.evaluate(TOAST)
+    assert all(words in said for words in ("nothing was changed", "not old.ckpt", "comes from another node"))
 
 
 def test_usp_loaders_from_the_start(page):
@@ -289,9 +291,9 @@ def test_usp_loaders_from_the_start(page):
 
 def test_gguf(page):
     """With ComfyUI-GGUF's node, or one of its name."""
-    unet_name = {"unet_name": [["q4.gguf"]]}
     definition = {"name": GGUF, "display_name": GGUF, "category": "", "python_module": "custom_nodes.gguf"}
-    definition |= {"input": {"required": unet_name}, "output": ["MODEL"], "output_name": ["MODEL"], "output_is_list": [0]}
+    definition |= {"input": {"required": {"unet_name": [["q4.gguf"]]}}}
+    definition |= {"output": ["MODEL"], "output_name": ["MODEL"], "output_is_list": [False]}
     page.evaluate(f"app.registerNodeDef('{GGUF}', {json.dumps(definition)})")
     open_prompt(page, {"1": node(GGUF, unet_name="q4.gguf"), "2": lora(1)})
     before = user(page, "")
@@ -302,11 +304,12 @@ def test_gguf(page):
 def test_menus(page):
     open_prompt(page, {"1": unet(), "2": lora(1), "3": unet(), "4": lora(3)})
     user(page, "box(3)")
-    entries = "app.graph.nodes.map(node => app.collectNodeMenuItems(node).map(item => item?.content))"
-    pick = "app.graph.nodes.flatMap(node => app.collectNodeMenuItems(node)).find(item => item?.content.startsWith('Use F'))"
-    assert sum("Use FastUSP here" in items for items in page.evaluate(entries)) == 2
-    page.evaluate(f"{pick}.callback()")
+    items = "app.graph.nodes.flatMap(node => app.collectNodeMenuItems(node)).filter(Boolean)"
+    use = f"{items}.filter(item => item.content === 'Use FastUSP here')"
+    back = f'{items}.filter(item => item.content.startsWith("Use ComfyUI\'s own"))'
+    for converted in (0, 1, 2):
+        assert len(nodes(page.evaluate(GRAPH), OURS)) == converted
+        assert page.evaluate(f"[{use}.length, {back}.length]") == [2 - converted, converted]
+        page.evaluate(f"{use}[0]?.callback()")
+    page.evaluate(f"{back}[0].callback()")
     assert len(nodes(page.evaluate(GRAPH), OURS)) == 1
-    page.evaluate(f"{pick}.callback()")
-    assert len(nodes(page.evaluate(GRAPH), OURS)) == 2 and page.evaluate(f"!{pick}")
-    assert sum(any("ComfyUI's own" in item for item in items if item) for items in page.evaluate(entries)) == 2
