@@ -5,7 +5,7 @@ import re
 
 import pytest
 from browser import PROGRAM, Page
-from comfy import PromptFailed
+from comfy import REPOSITORY, PromptFailed
 from workflows import DEV, SMALL_FLUX2
 
 from fastusp_backend.models.synthetic import TINY_QWEN_IMAGE, write_checkpoint
@@ -206,6 +206,18 @@ def test_what_the_user_had_stays(page):
     assert plain(command(page, BACK)) == plain(before)
 
 
+def test_room_for_more_widgets(page):
+    """Below, or above where another node would be covered; a node that was moved since is not moved back."""
+    open_prompt(page, {"1": unet(), "2": lora(1)})
+    before = user(page, "of(1).pos = [0, 0], of(2).pos = [0, 200], of(2).size = [300, 90]")
+    (old,), (new,) = nodes(before, UNET), nodes(command(page, USE), OURS)
+    assert new["size"][1] > old["size"][1] and new["pos"][1] + new["size"][1] == old["size"][1]
+    page.evaluate(f"app.graph.getNodeById({new['id']}).pos[0] = 5, 0")
+    assert nodes(command(page, BACK), UNET)[0] == old | {"pos": [5, 0]}
+    user(page, "of(1).pos = [0, 0], of(2).pos = [0, 800]")
+    assert nodes(command(page, USE), OURS)[0]["pos"] == [0, 0]
+
+
 def test_one_step_each(page):
     """Whatever captures the workflow's state meanwhile, as each click does."""
     open_prompt(page, WHOLE)
@@ -313,3 +325,19 @@ def test_menus(page):
         page.evaluate(f"{use}[0]?.callback()")
     page.evaluate(f"{back}[0].callback()")
     assert len(nodes(page.evaluate(GRAPH), OURS)) == 1
+
+
+def test_blueprint(host, page):
+    """The subgraph in ComfyUI's library; what it shows reaches its nodes."""
+    (file,) = (REPOSITORY / "subgraphs").glob("*.json")
+    listed = host.get("/global_subgraphs").values()
+    assert any(entry["name"] == file.stem and "FastUSP" in entry["info"]["node_pack"] for entry in listed)
+    workflow = json.loads(file.read_text())
+    (box,) = workflow["nodes"]
+    box["widgets_values"] = [DEV if value == "flux1-dev.safetensors" else value for value in box["widgets_values"]]
+    load(page, workflow)
+    prompt = page.evaluate(PROMPT)
+    given = {(name, str(value)) for node in prompt.values() for name, value in node["inputs"].items()}
+    shown = [entry["name"] for entry in box["inputs"]]
+    assert {*zip(shown, map(str, box["widgets_values"]), strict=True)} <= given
+    assert len(prompt) == 9 and not refused(host, prompt)
