@@ -136,7 +136,8 @@ class RemoteSD3(RemoteTransformer):
     def _replaced(self, transformer_options: dict) -> dict:
         """Number of a block -> what runs in its place."""
         given = transformer_options.get("patches_replace", {}).get("dit", {})
-        return {key[1]: by for key, by in given.items() if key[0] == "double_block" and key[1] < self._config.blocks}
+        blocks = [("double_block", number) for number in range(self._config.blocks)]
+        return {key[1]: given[key] for key in blocks if key in given}
 
     def forward(
         self,
