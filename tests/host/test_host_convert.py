@@ -13,8 +13,9 @@ from fastusp_backend.models.synthetic import TINY_QWEN_IMAGE, write_checkpoint
 pytestmark = [pytest.mark.host, pytest.mark.skipif(PROGRAM is None, reason="no Chromium")]
 
 OURS, UNET, CHECKPOINT, GGUF = "FastUSPLoader", "UNETLoader", "CheckpointLoaderSimple", "UnetLoaderGGUF"
-GRAPH = """new Promise(requestAnimationFrame).then(() => new Promise(requestAnimationFrame))
-    .then(() => app.graph.rootGraph.serialize())"""  # some nodes settle in the frame after
+GRAPH = "app.graph.rootGraph.serialize()"
+SETTLED = "new Promise(requestAnimationFrame).then(() => new Promise(requestAnimationFrame))"
+"""Some nodes settle in the frame after they were loaded."""
 TRACKER = "app.extensionManager.workflow.activeWorkflow.changeTracker"
 TOAST = "[...document.querySelectorAll('.p-toast-message')].at(-1)?.innerText"
 USE, BACK = "FastUSP.UseHere", "FastUSP.UseComfyUI"
@@ -29,10 +30,13 @@ def page(host, tmp_path_factory):
 
 def load(page: Page, workflow: dict) -> dict:
     """Opens a workflow, in the tab that is open, without a history; what it is once ComfyUI has read it."""
-    tab = "app.extensionManager.workflow.activeWorkflow"
-    page.evaluate(f"app.loadGraphData({json.dumps(workflow)}, true, false, {tab}).then(() => {GRAPH})")
-    page.evaluate(f"(tracker => {{ tracker.captureCanvasState(); tracker.undoQueue.length = 0 }})({TRACKER})")
-    return page.evaluate(GRAPH)
+    return page.evaluate(f"""(async () => {{
+        await app.loadGraphData({json.dumps(workflow)}, true, false, app.extensionManager.workflow.activeWorkflow);
+        await {SETTLED};
+        {TRACKER}.captureCanvasState();
+        {TRACKER}.undoQueue.length = 0;
+        return {GRAPH};
+    }})()""")
 
 
 def command(page: Page, name: str) -> dict:
