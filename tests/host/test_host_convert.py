@@ -156,15 +156,17 @@ def open_prompt(page: Page, prompt: dict) -> None:
 
 
 def user(page: Page, script: str) -> dict:
-    """What a user does, then the workflow, opened anew as it would be saved. box(id, name, ...): a subgraph of a node
-    alone, which shows these widgets; answers its box. of(id): a node."""
+    """What a user does, then the workflow, opened anew as it would be saved. box(ids, name, ...): a subgraph of
+    nodes, which shows these widgets, each of all of them as one; answers its box. of(id): a node."""
     page.evaluate(f"""{{
         const of = id => app.graph.getNodeById(id);
-        const box = (id, ...names) => {{
-            const {{ subgraph, node }} = app.graph.convertToSubgraph(new Set([of(id)]));
-            const [inner] = subgraph.nodes;
-            for (const name of names)
-                subgraph.addInput(name, "COMBO").connect(inner.inputs.find(input => input.name === name), inner);
+        const box = (ids, ...names) => {{
+            const {{ subgraph, node }} = app.graph.convertToSubgraph(new Set([ids].flat().map(of)));
+            for (const name of names) {{
+                const shown = subgraph.addInput(name, "COMBO");
+                for (const inner of subgraph.nodes)
+                    shown.connect(inner.inputs.find(input => input.name === name), inner);
+            }}
             return node;
         }};
         {script};
@@ -281,6 +283,22 @@ def test_a_type_that_a_subgraph_shows(page):
     (box,) = [node for node in after["nodes"] if "fastusp" in node["properties"]]
     assert box["widgets_values"] == ["fp8_e4m3fn", DEV]
     assert plain(command(page, BACK)) == plain(before)
+
+
+def test_widgets_that_are_shown_as_one(page):
+    """Two checkpoints' loaders stay for the name that they share; the type that two share is restored once."""
+    kinds = {
+        CHECKPOINT: {"ckpt_name": "whole.safetensors"},
+        UNET: {"unet_name": DEV, "weight_dtype": "fp8_e4m3fn_fast"},
+    }
+    for (kind, inputs), name in zip(kinds.items(), ("ckpt_name", "weight_dtype"), strict=True):
+        open_prompt(page, {"1": node(kind, **inputs), "2": lora(1), "3": node(kind, **inputs), "4": lora(3)})
+        before = user(page, f"box([1, 3], '{name}')")
+        after = command(page, USE)
+        assert len(nodes(after, OURS)) == 2 and len(nodes(after, CHECKPOINT)) == 2 * (kind == CHECKPOINT)
+        files = [x["inputs"]["unet_name"] for x in page.evaluate(PROMPT).values() if x["class_type"] == OURS]
+        assert files == [DEV if kind == UNET else "whole.safetensors [checkpoints]"] * 2
+        assert plain(command(page, BACK)) == plain(before)
 
 
 def test_what_is_left(page):
