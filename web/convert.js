@@ -109,7 +109,7 @@ function whyNot(node, files) {
   if (pickle) return `USP Loader reads safetensors and GGUF files, not ${pickle}`;
 }
 
-/** Whether a checkpoint's loader stays: others use it, or the widget that names its file, which here has another name. */
+/** Whether a checkpoint's loader stays: others use it, or the widget that names its file, by a name of its own. */
 function staysToo(flow, graph, node) {
   if (node.type !== CHECKPOINT) return false;
   return node.outputs.slice(1).some((output) => output.links?.length) || isShared(flow, graph, node, "ckpt_name");
