@@ -1,5 +1,5 @@
-// "Use FastUSP here" and "Use ComfyUI's own loaders again": commands, for which keys can be set, and entries in the menus
-// of nodes. Each is one step of the workflow's history.
+// "Use FastUSP here" and "Use ComfyUI's own loaders again": commands, for which keys can be set, and entries in nodes'
+// menus. Each is one step of the workflow's history.
 
 import { app } from "../../scripts/app.js";
 import { isOurs, isTheirs, useComfyUI, useFastUSP } from "./convert.js";
@@ -66,6 +66,13 @@ function tell(action, changed, left, notes) {
   });
 }
 
+/** ComfyUI tells what goes wrong in commands, but not in menus' entries. */
+function failed(error) {
+  console.error(error);
+  const summary = "FastUSP: the workflow was not converted";
+  app.extensionManager.toast.add({ severity: "error", summary, detail: String(error) });
+}
+
 /** The subgraphs that a node stands for, at whatever depth. */
 function subgraphsOf(node) {
   if (!node.subgraph) return [];
@@ -76,13 +83,13 @@ function subgraphsOf(node) {
 function entry(action, node, one, all) {
   if (action.can(node.type)) {
     const chosen = (graph, saved) => graph.id === node.graph.id && String(saved.id) === String(node.id);
-    return [{ content: one, callback: () => run(action, chosen) }];
+    return [{ content: one, callback: () => run(action, chosen).catch(failed) }];
   }
   const within = subgraphsOf(node);
   if (!within.some((graph) => graph.nodes.some((inner) => action.can(inner.type)))) return [];
   const ids = within.map((graph) => graph.id);
   const chosen = (graph, saved) => ids.includes(graph.id) && (action === BACK || connected(graph, saved));
-  return [{ content: all, callback: () => run(action, chosen) }];
+  return [{ content: all, callback: () => run(action, chosen).catch(failed) }];
 }
 
 app.registerExtension({

@@ -1,7 +1,7 @@
 // "Use FastUSP here" and its reverse, on saved workflows: USP Loader in the place of ComfyUI's loaders. Ids, links,
 // titles and positions stay; what the reverse needs beyond them is in the node's properties.fastusp.
 
-import { closed, giveBackId, graphs, hide, holders, inputOf, keep, newId, opened } from "./workflow.js";
+import { closed, giveBackId, graphs, hide, holders, inputOf, isShared, keep, newId, opened } from "./workflow.js";
 import { replaceInputs, setValue, show, take, valueOf } from "./workflow.js";
 
 const OURS = "FastUSPLoader";
@@ -57,8 +57,7 @@ export function useFastUSP(saved, chosen, tools) {
       continue;
     }
     work.changed.push(named(graph, node, files));
-    const others = node.type === CHECKPOINT && node.outputs.slice(1).some((output) => output.links?.length);
-    (others ? split : replace)(work, graph, node, files);
+    (staysToo(work.flow, graph, node) ? split : replace)(work, graph, node, files);
   }
   return { ...work, flow: closed(work.flow) };
 }
@@ -69,9 +68,10 @@ export function useComfyUI(saved, chosen, tools) {
   const found = find(work.flow, (graph, node) => isOurs(node.type) && chosen(graph, node));
   for (const [graph, node] of found.reverse()) {
     const files = holders(work.flow, graph, node, "unet_name");
-    const type = typeOf(node, files);
-    if (!tools.blank(type)) {
-      work.left.push(`${named(graph, node, files)}: ${type} is not installed`);
+    const [type, ...more] = typesOf(node, files);
+    if (more.length || !tools.blank(type)) {
+      const reason = more.length ? "its files need different loaders" : `${type} is not installed`;
+      work.left.push(`${named(graph, node, files)}: ${reason}`);
       continue;
     }
     work.changed.unshift(named(graph, node, files));
@@ -107,6 +107,12 @@ function whyNot(node, files) {
   if (node.type === CHECKPOINT && files.includes(null)) return "its file name comes from another node";
   const pickle = namesOf(files).find((name) => !READABLE.test(name));
   if (pickle) return `USP Loader reads safetensors and GGUF files, not ${pickle}`;
+}
+
+/** Whether a checkpoint's loader stays: others use it, or the widget that names its file, by a name of its own. */
+function staysToo(flow, graph, node) {
+  if (node.type !== CHECKPOINT) return false;
+  return node.outputs.slice(1).some((output) => output.links?.length) || isShared(flow, graph, node, "ckpt_name");
 }
 
 /** Changes a widget's value wherever it is set, and in the node itself, which keeps a value that is not used. */
@@ -148,7 +154,7 @@ function replace(work, graph, node, files) {
   if (type === UNET) {
     changeValues(node, "weight_dtype", holders(work.flow, graph, node, "weight_dtype"), (dtype, holder, widget) => {
       if (dtype !== FAST) return dtype;
-      work.notes.add(`${FAST} is ${SLOW} now: for products in fp8 as well, USP Optimization Settings has linear = fp8.`);
+      work.notes.add(`${FAST} is ${SLOW} now; for products in fp8, USP Optimization Settings has linear = fp8.`);
       remember(holder, widget);
       return SLOW;
     });
@@ -168,7 +174,7 @@ function restore(work, graph, node, type, files) {
   if (type === CHECKPOINT) changeValues(node, "unet_name", files, unmark);
   changeValues(node, "weight_dtype", holders(work.flow, graph, node, "weight_dtype"), (dtype, holder, widget) => {
     const fast = forget(holder, widget);
-    if (type === UNET && dtype === SLOW && fast) return FAST;
+    if (type === UNET && (dtype === FAST || (dtype === SLOW && fast))) return FAST; // FAST: by one that shares it
     if (dtype == null || dtype === "default" || (type === UNET && COMMON.includes(dtype))) return dtype;
     work.notes.add(`weight_dtype ${dtype} is USP Loader's alone.`);
     return "default";
@@ -182,11 +188,12 @@ function restore(work, graph, node, type, files) {
   lower(node, record);
 }
 
-/** Which loader a USP Loader becomes: by its file, and where that is not known, as it was. */
-function typeOf(node, files) {
-  const [name] = namesOf(files);
-  if (name === undefined) return node.properties?.fastusp?.type ?? UNET;
-  return name.endsWith(MARK) ? CHECKPOINT : /\.gguf$/i.test(name) ? GGUF : UNET;
+/** Which loaders a USP Loader's files need; where none is known, what it was. */
+function typesOf(node, files) {
+  const types = namesOf(files).map((name) => {
+    return name.endsWith(MARK) ? CHECKPOINT : /\.gguf$/i.test(name) ? GGUF : UNET;
+  });
+  return types.length ? [...new Set(types)] : [node.properties?.fastusp?.type ?? UNET];
 }
 
 /** In a widget's holder, that it was set to what USP Loader does not have. */

@@ -82,8 +82,10 @@ export function replaceInputs(flow, graph, node, inputs, rename) {
   before.forEach((old, slot) => {
     if (slots[slot] < 0) hide(flow, graph, node, old.name);
   });
-  for (const link of [...graph.links, ...(graph.floatingLinks ?? [])])
-    if (link.target_id === node.id) link.target_slot = slots[link.target_slot] ?? link.target_slot;
+  const floating = graph.floatingLinks?.filter((link) => link.target_id !== node.id || slots[link.target_slot] >= 0);
+  if (floating) graph.floatingLinks = floating;
+  for (const link of [...graph.links, ...(floating ?? [])])
+    if (link.target_id === node.id) link.target_slot = slots[link.target_slot];
   node.inputs = inputs.map((input, at) => ({ ...before[slots.indexOf(at)], ...input, link: null }));
   before.forEach((old, slot) => {
     if (slots[slot] >= 0) node.inputs[slots[slot]].link = old.link;
@@ -128,6 +130,14 @@ export function holders(flow, graph, node, name) {
   if (link.origin_id !== INPUTS) return [null];
   const shown = graph.inputs[link.origin_slot].name;
   return boxes(flow, graph).flatMap(([outer, box]) => holders(flow, outer, box, shown));
+}
+
+/** Whether what sets a node's widget sets another one as well. */
+export function isShared(flow, graph, node, name) {
+  const link = linkInto(graph, inputOf(node, name));
+  if (link?.origin_id !== INPUTS) return false;
+  const slot = graph.inputs[link.origin_slot];
+  return slot.linkIds.length > 1 || boxes(flow, graph).some(([outer, box]) => isShared(flow, outer, box, slot.name));
 }
 
 /**

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from browser import Page
 from comfy import ComfyUI
 from ending import wait_for_the_end
 from safetensors.torch import save_file
@@ -67,6 +68,14 @@ def host(request, tmp_path_factory):
     finally:
         comfyui.stop()
     assert not wait_for_the_end(pids, 5), "workers outlive their host"
+
+
+@pytest.fixture(scope="module")
+def page(host, tmp_path_factory):
+    """The host's page in a browser of its own."""
+    page = Page(f"http://127.0.0.1:{host.port}/", tmp_path_factory.mktemp("browser"))
+    yield page
+    page.close()
 
 
 @pytest.fixture(scope="session")

@@ -13,13 +13,6 @@ TEXTS = """app.graph.nodes.flatMap(node => (node.widgets ?? []).filter(widget =>
 PANEL = 'document.querySelector(".fastusp")?.innerText'
 
 
-@pytest.fixture(scope="module")
-def page(host, tmp_path_factory):
-    page = Page(f"http://127.0.0.1:{host.port}/", tmp_path_factory.mktemp("browser"))
-    yield page
-    page.close()
-
-
 def has(where: str, text: str) -> str:
     return f"({where} ?? '').includes({json.dumps(text)})"
 

@@ -1,188 +1,34 @@
-""" "Use FastUSP here" and its reverse, in a real page, over ComfyUI's own templates and what they do not have."""
+"""What "Use FastUSP here" and its reverse do with workflows as users have them, in a real page."""
 
 import json
-import re
 
 import pytest
-from browser import PROGRAM, Page
-from comfy import REPOSITORY, PromptFailed
-from workflows import DEV, SMALL_FLUX2
-
-from fastusp_backend.models.synthetic import TINY_QWEN_IMAGE, write_checkpoint
+from browser import PROGRAM
+from conversion import (
+    BACK,
+    CHECKPOINT,
+    GGUF,
+    GRAPH,
+    OURS,
+    PROMPT,
+    TOAST,
+    TRACKER,
+    UNET,
+    USE,
+    command,
+    graphs,
+    lora,
+    node,
+    nodes,
+    open_prompt,
+    plain,
+    unet,
+    user,
+    widgets,
+)
+from workflows import DEV
 
 pytestmark = [pytest.mark.host, pytest.mark.skipif(PROGRAM is None, reason="no Chromium")]
-
-OURS, UNET, CHECKPOINT, GGUF = "FastUSPLoader", "UNETLoader", "CheckpointLoaderSimple", "UnetLoaderGGUF"
-GRAPH = """new Promise(requestAnimationFrame).then(() => new Promise(requestAnimationFrame))
-    .then(() => app.graph.rootGraph.serialize())"""  # some nodes settle in the frame after
-TRACKER = "app.extensionManager.workflow.activeWorkflow.changeTracker"
-TOAST = "[...document.querySelectorAll('.p-toast-message')].at(-1)?.innerText"
-USE, BACK = "FastUSP.UseHere", "FastUSP.UseComfyUI"
-
-
-@pytest.fixture(scope="module")
-def page(host, tmp_path_factory):
-    page = Page(f"http://127.0.0.1:{host.port}/", tmp_path_factory.mktemp("browser"))
-    yield page
-    page.close()
-
-
-def load(page: Page, workflow: dict) -> dict:
-    """Opens a workflow, in the tab that is open, without a history; what it is once ComfyUI has read it."""
-    tab = "app.extensionManager.workflow.activeWorkflow"
-    page.evaluate(f"app.loadGraphData({json.dumps(workflow)}, true, false, {tab}).then(() => {GRAPH})")
-    page.evaluate(f"(tracker => {{ tracker.captureCanvasState(); tracker.undoQueue.length = 0 }})({TRACKER})")
-    return page.evaluate(GRAPH)
-
-
-def command(page: Page, name: str) -> dict:
-    return page.evaluate(f"app.extensionManager.command.execute('{name}').then(() => {GRAPH})")
-
-
-def graphs(workflow: dict) -> list[dict]:
-    return [workflow, *workflow.get("definitions", {}).get("subgraphs", [])]
-
-
-def nodes(workflow: dict, *types: str) -> list[dict]:
-    return [node for graph in graphs(workflow) for node in graph["nodes"] if node["type"] in types]
-
-
-def plain(workflow):
-    """Without the order of execution, which ComfyUI itself changes when it loads what it has saved."""
-    if isinstance(workflow, dict):
-        return {key: plain(value) for key, value in workflow.items() if key != "order"}
-    return [plain(value) for value in workflow] if isinstance(workflow, list) else workflow
-
-
-def templates(host) -> dict[str, dict]:
-    """ComfyUI's templates of FLUX and Qwen-Image that load a model on this machine."""
-    folders = host.path.glob("venv/lib/python3*/site-packages/comfyui_workflow_templates*/templates")
-    files = [file for folder in folders for file in folder.glob("*.json") if re.search("flux|qwen", file.stem, re.I)]
-    texts = {file.stem: file.read_text() for file in sorted(files)}
-    return {name: json.loads(text) for name, text in texts.items() if f'"{UNET}"' in text or f'"{CHECKPOINT}"' in text}
-
-
-@pytest.fixture(scope="module")
-def wanted(host):
-    """The templates, and a tiny file of the right family for each name that their loaders have."""
-    found = templates(host)
-    if not found:
-        pytest.skip("this ComfyUI has no templates")
-    models = host.base / "models"
-    (models / "checkpoints").mkdir(exist_ok=True)
-    tiny = {family: models / f"diffusion_models/tiny_{family}.safetensors" for family in ("flux2", "qwen")}
-    write_checkpoint(str(tiny["flux2"]), SMALL_FLUX2)
-    write_checkpoint(str(tiny["qwen"]), TINY_QWEN_IMAGE)
-    tiny["flux"], links = models / "diffusion_models" / DEV, set()
-    for name, workflow in found.items():
-        family = "qwen" if "qwen" in name.lower() else "flux2" if "flux2" in name else "flux"
-        for node in nodes(workflow, UNET, CHECKPOINT):
-            folder = models / ("checkpoints" if node["type"] == CHECKPOINT else "diffusion_models")
-            if "lotus" not in node["widgets_values"][0]:  # depth maps: of no family that FastUSP has
-                links.add((folder / node["widgets_values"][0], tiny[family]))
-    for link, target in links:
-        link.unlink(missing_ok=True)
-        link.symlink_to(target)
-    yield found
-    for path in [*(link for link, _target in links), tiny["flux2"], tiny["qwen"]]:
-        path.unlink()
-
-
-PROMPT = "app.graphToPrompt().then(prompt => prompt.output)"
-
-
-def refused(host, prompt: dict) -> set[str]:
-    """The files of USP Loaders that the host does not accept. Nothing runs: the nodes behind them lack an input."""
-    loaders = {number: node for number, node in prompt.items() if node["class_type"] == OURS}
-    ends = {f"end {number}": {"class_type": "ModelSave", "inputs": {"model": [number, 0]}} for number in loaders}
-    with pytest.raises(PromptFailed) as failure:
-        host.post("/prompt", {"prompt": loaders | ends})
-    errors = json.loads(failure.value.text)["node_errors"]
-    assert ends.keys() <= errors.keys()
-    return {loaders[number]["inputs"]["unet_name"] for number in errors.keys() & loaders.keys()}
-
-
-def with_stock(prompt: dict) -> dict:
-    """A prompt with the loaders that it had before USP Loader took their places."""
-    prompt, moved = dict(prompt), {}
-    for number, node in list(prompt.items()):
-        if node["class_type"] == OURS:
-            inputs = {key: node["inputs"][key] for key in ("unet_name", "weight_dtype")}
-            name = inputs["unet_name"].removesuffix(" [checkpoints]")
-            within = number.rpartition(":")[0]  # the box
-            old = [other for other, node in prompt.items() if node["inputs"].get("ckpt_name") == name]
-            old = [other for other in old if other.rpartition(":")[0] == within]
-            prompt[number] = node | {"class_type": UNET, "inputs": inputs}
-            if name != inputs["unet_name"]:
-                moved[number] = old[0]
-                del prompt[number]
-    for number, node in prompt.items():
-        inputs = {key: [moved.get(x[0], x[0]), x[1]] if isinstance(x, list) else x for key, x in node["inputs"].items()}
-        prompt[number] = {"class_type": node["class_type"], "inputs": inputs}
-    return prompt
-
-
-def test_templates(host, page, wanted):
-    """All convert, give the same prompt otherwise, are accepted by the host, and come back as they were."""
-    wrong = []
-    page.evaluate("app.canvas.pause_rendering = true")  # by software it takes half of the time
-    for name, workflow in wanted.items():
-        before = load(page, workflow)
-        prompt = page.evaluate(PROMPT)
-        after = command(page, USE)
-        ours = page.evaluate(PROMPT)
-        again = command(page, BACK)
-        count = len([node for node in nodes(before, UNET, CHECKPOINT) if node["outputs"][0]["links"]])
-        left = [node for node in nodes(after, UNET, CHECKPOINT) if node["outputs"][0]["links"]]
-        if not count or count != len(nodes(after, OURS)) or left:
-            wrong.append(f"{name}: {count} loaders, {len(left)} left")
-        if with_stock(ours) != with_stock(prompt):
-            wrong.append(f"{name}: another prompt")
-        files = [node["inputs"]["unet_name"] for node in ours.values() if node["class_type"] == OURS]
-        if not files or refused(host, ours) != {file for file in files if "lotus" in file}:
-            wrong.append(f"{name}: of {files}, {refused(host, ours)} are refused")
-        if plain(again) != plain(before):
-            wrong.append(f"{name}: does not come back")
-    assert not wrong, "\n".join(wrong)
-
-
-def open_prompt(page: Page, prompt: dict) -> None:
-    """As a workflow that was just opened: nodes by number, {"class_type", "inputs"}."""
-    page.evaluate(f"app.loadApiJson({json.dumps(prompt)}, 'convert')")
-
-
-def user(page: Page, script: str) -> dict:
-    """What a user does, then the workflow, opened anew as it would be saved. box(id, name, ...): a subgraph of a node
-    alone, which shows these widgets; answers its box. of(id): a node."""
-    page.evaluate(f"""{{
-        const of = id => app.graph.getNodeById(id);
-        const box = (id, ...names) => {{
-            const {{ subgraph, node }} = app.graph.convertToSubgraph(new Set([of(id)]));
-            const [inner] = subgraph.nodes;
-            for (const name of names)
-                subgraph.addInput(name, "COMBO").connect(inner.inputs.find(input => input.name === name), inner);
-            return node;
-        }};
-        {script};
-    }} 0""")
-    return load(page, page.evaluate(GRAPH))
-
-
-def node(kind: str, **inputs) -> dict:
-    return {"class_type": kind, "inputs": inputs}
-
-
-def lora(number: int) -> dict:
-    return node("LoraLoaderModelOnly", model=[str(number), 0], lora_name="x", strength_model=1.0)
-
-
-def unet(name: str = DEV, dtype: str = "default") -> dict:
-    return node(UNET, unet_name=name, weight_dtype=dtype)
-
-
-def widgets(node: dict) -> dict:
-    return node["widgets_values_named"]
-
 
 WHOLE = {  # a checkpoint of which all is used
     "1": node(CHECKPOINT, ckpt_name="whole.safetensors"),
@@ -279,6 +125,22 @@ def test_a_type_that_a_subgraph_shows(page):
     assert plain(command(page, BACK)) == plain(before)
 
 
+def test_widgets_that_are_shown_as_one(page):
+    """Two checkpoints' loaders stay for the name that they share; the type that two share is restored once."""
+    kinds = {
+        CHECKPOINT: {"ckpt_name": "whole.safetensors"},
+        UNET: {"unet_name": DEV, "weight_dtype": "fp8_e4m3fn_fast"},
+    }
+    for (kind, inputs), name in zip(kinds.items(), ("ckpt_name", "weight_dtype"), strict=True):
+        open_prompt(page, {"1": node(kind, **inputs), "2": lora(1), "3": node(kind, **inputs), "4": lora(3)})
+        before = user(page, f"box([1, 3], '{name}')")
+        after = command(page, USE)
+        assert len(nodes(after, OURS)) == 2 and len(nodes(after, CHECKPOINT)) == 2 * (kind == CHECKPOINT)
+        files = [x["inputs"]["unet_name"] for x in page.evaluate(PROMPT).values() if x["class_type"] == OURS]
+        assert files == [DEV if kind == UNET else "whole.safetensors [checkpoints]"] * 2
+        assert plain(command(page, BACK)) == plain(before)
+
+
 def test_what_is_left(page):
     """Loaders that go nowhere, files that USP Loader does not read, checkpoints whose name comes from elsewhere."""
     loaders = {"1": unet(), "2": node(CHECKPOINT, ckpt_name="old.ckpt"), "3": lora(2)}
@@ -325,19 +187,3 @@ def test_menus(page):
         page.evaluate(f"{use}[0]?.callback()")
     page.evaluate(f"{back}[0].callback()")
     assert len(nodes(page.evaluate(GRAPH), OURS)) == 1
-
-
-def test_blueprint(host, page):
-    """The subgraph in ComfyUI's library; what it shows reaches its nodes."""
-    (file,) = (REPOSITORY / "subgraphs").glob("*.json")
-    listed = host.get("/global_subgraphs").values()
-    assert any(entry["name"] == file.stem and "FastUSP" in entry["info"]["node_pack"] for entry in listed)
-    workflow = json.loads(file.read_text())
-    (box,) = workflow["nodes"]
-    box["widgets_values"] = [DEV if value == "flux1-dev.safetensors" else value for value in box["widgets_values"]]
-    load(page, workflow)
-    prompt = page.evaluate(PROMPT)
-    given = {(name, str(value)) for node in prompt.values() for name, value in node["inputs"].items()}
-    shown = [entry["name"] for entry in box["inputs"]]
-    assert {*zip(shown, map(str, box["widgets_values"]), strict=True)} <= given
-    assert len(prompt) == 9 and not refused(host, prompt)
