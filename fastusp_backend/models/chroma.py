@@ -49,7 +49,6 @@ class ChromaConfig(FamilyConfig):
     downscale: ClassVar[int] = 8
     patch: ClassVar[int] = 2
     float16: ClassVar[bool] = True
-    takes_guidance: ClassVar[bool] = True
     takes_control: ClassVar[bool] = True
     encoders: ClassVar[str] = "that of CLIPLoader, type chroma (T5-XXL, width 4096)"
 

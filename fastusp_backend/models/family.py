@@ -42,7 +42,7 @@ class FamilyConfig:
     patch: latent pixels of a patch's edge.
     float16: whether its activations fit that type.
     timestep_scale: the timestep at sigma 1, as ComfyUI gives it.
-    takes_guidance: whether ComfyUI gives its prompts a guidance.
+    takes_guidance: whether ComfyUI gives its prompts a guidance other than 0 unless it is told.
     takes_control: whether ControlNets may add to its blocks.
     skips_blocks: whether blocks may be left out.
     blocks_differ: whether blocks of one kind differ in the tensors that they have.

@@ -45,7 +45,7 @@ def evaluate(session: Session, text: int, size: tuple[int, int], batch: int, con
     given = inputs(SMALL_CHROMA, text=text, size=size, batch=batch, seed=text)
     residual = functools.partial(randn, batch, 16, SMALL_CHROMA.hidden)
     control = {"input": [residual(seed=1)], "output": [None, residual(seed=2)]} if controlled else None
-    prompt = Prompt(given.context, guidance=given.guidance)
+    prompt = Prompt(given.context, guidance=torch.full((batch,), 2.0))
     return session.evaluate(given.x, given.timestep, prompt, Progress(), control)
 
 
