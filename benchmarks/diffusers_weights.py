@@ -1,4 +1,4 @@
-"""FLUX and Chroma weights of a file in the original key layout, under diffusers' names and cut as its module holds them."""
+"""FLUX.1's and Chroma's weights in the original key layout, under diffusers' names and cut as its modules hold them."""
 
 import torch
 

@@ -1,5 +1,5 @@
-"""What FLUX.1, FLUX.2 and Chroma have alike: two streams, text and image, run 'double' blocks that attend jointly; their joined
-sequence then runs 'single' blocks.
+"""What FLUX.1, FLUX.2 and Chroma have alike: two streams, text and image, run 'double' blocks that attend jointly;
+their joined sequence then runs 'single' blocks.
 
 Everything around attention works token by token, so a rank runs it on its own tokens.
 

@@ -66,7 +66,7 @@ def test_a_choice_that_is_not_offered(host):
     [
         ("truncated", ["is truncated", "Download it again"]),
         ("pointer", ["is a git-lfs pointer", "run git lfs pull"]),
-        ("radiance", ["holds Chroma Radiance", "FLUX.2 dev and klein, FLUX.1 dev, schnell", "use Load Diffusion Model"]),
+        ("radiance", ["holds Chroma Radiance", "FLUX.2 dev and klein, FLUX.1 dev, schnell", "use Load Diffusion"]),
         ("lora", ["holds a LoRA", "LoraLoaderModelOnly"]),
         ("nvfp4", ["is quantised as nvfp4", "scaled fp8 and GGUF"]),
         ("incomplete", ["incomplete", "final_layer.linear.weight"]),

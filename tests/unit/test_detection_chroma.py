@@ -87,7 +87,7 @@ def test_flux_and_chroma_are_told_apart_by_what_they_need():
 @pytest.mark.parametrize(
     "name, shape, words",
     [
-        (f"{APPROXIMATOR}.norms.2.scale", None, "without 1 of its 61 tensors: 'distilled_guidance_layer.norms.2.scale'"),
+        (f"{APPROXIMATOR}.norms.2.scale", None, "1 of its 61 tensors: 'distilled_guidance_layer.norms.2.scale'"),
         (f"{APPROXIMATOR}.in_proj.weight", None, "incomplete Chroma file"),
         ("double_blocks.0.txt_mlp.2.bias", None, "'double_blocks.0.txt_mlp.2.bias'"),
         ("img_in.weight", (128, 128), "takes 128 values per patch and gives 64: it is not one of Chroma1-HD"),

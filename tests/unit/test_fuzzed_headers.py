@@ -119,7 +119,9 @@ def damaged(data: bytes, start: int, stop: int, chance: random.Random) -> bytes:
     return bytes(data)
 
 
-@pytest.mark.parametrize("name", ["flux", "flux2", "chroma", "qwen", "sd3", "scaled_old", "scaled_tensors", "all_in_one"])
+@pytest.mark.parametrize(
+    "name", ["flux", "flux2", "chroma", "qwen", "sd3", "scaled_old", "scaled_tensors", "all_in_one"]
+)
 def test_safetensors(mini, tmp_path, name):
     path = tmp_path / "x.safetensors"
     if name == "flux":
