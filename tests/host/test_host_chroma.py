@@ -26,6 +26,7 @@ def prompt(graph: Graph, tokens: int, seed: int = 1):
     return graph.prompt(seed, tokens, guidance=0.0)
 
 
+@pytest.mark.any_host
 def test_layouts_and_guidance(host, chroma):
     """5 x 7 patches; prompts of two lengths, the shorter one of one token."""
     layouts = Comparison()
@@ -40,6 +41,7 @@ def test_layouts_and_guidance(host, chroma):
     layouts.check(host)
 
 
+@pytest.mark.any_host
 def test_odd_sizes_masks_and_stepping(host, chroma):
     """Prompts of one length are evaluated together where ComfyUI steps. A guidance counts where a node sets it."""
     others = Comparison()
@@ -66,9 +68,10 @@ def test_odd_sizes_masks_and_stepping(host, chroma):
     assert difference(latents[others.pairs[4][4]], latents[without]) > 1e-3  # it counts
 
 
+@pytest.mark.any_host
 def test_formats_and_loras(host, folder, chroma):
-    """Names of the file and diffusers', and the approximator's; scaled fp8; GGUF against a plain file of its values;
-    the scales' other spelling."""
+    """Names of the file and diffusers', and the approximator's; scaled fp8; GGUF against a plain file of its
+    values."""
     lora = loras.write(
         host.base / "models/loras", "chroma", loras.chroma_names(SMALL_CHROMA.hidden, SMALL_CHROMA.approximator, seed=0)
     )
@@ -84,19 +87,27 @@ def test_formats_and_loras(host, folder, chroma):
         save_file(write(name, folder / chroma, folder / file), folder / f"plain_chroma_{name}.safetensors")
         models = graph.usp(file=file), graph.stock(f"plain_chroma_{name}.safetensors")
         both.add(name, *(graph.sample(model, **inputs) for model in models))
-    respelt = {
-        key.removesuffix("scale") + "weight" if key.endswith(".scale") else key: tensor
-        for key, tensor in load_file(folder / chroma).items()
-    }
-    save_file(respelt, folder / "chroma_saved.safetensors")
-    models = graph.usp(file="chroma_saved.safetensors"), graph.stock(chroma)
-    both.add("as ComfyUI saves it", *(graph.sample(model, **inputs) for model in models))
     plain = graph.save(graph.sample(graph.stock(chroma), **inputs))
     latents = both.check(host).latents
     assert difference(latents[both.pairs[0][4]], latents[plain]) > 1e-2
     assert "lora key not loaded" not in host.log_text().rpartition("got prompt")[2]
 
 
+def test_scales_in_comfyuis_own_spelling(host, folder, chroma):
+    """As it saves them, and as later ones than 0.3.64 read them."""
+    respelt = {
+        key.removesuffix("scale") + "weight" if key.endswith(".scale") else key: tensor
+        for key, tensor in load_file(folder / chroma).items()
+    }
+    save_file(respelt, folder / "chroma_saved.safetensors")
+    both = Comparison()
+    graph = both.graph
+    models = graph.usp(file="chroma_saved.safetensors"), graph.stock(chroma)
+    both.add("saved", *(graph.sample(model, positive=prompt(graph, 6), steps=2) for model in models))
+    both.check(host)
+
+
+@pytest.mark.any_host
 def test_control(host, chroma):
     """Residuals after all blocks, as ControlNets for FLUX.1 give them."""
     control = Comparison()
@@ -118,6 +129,7 @@ def refusal(host, graph: Graph) -> str:
     return refused.value.text
 
 
+@pytest.mark.any_host
 @pytest.mark.parametrize("sampler_name", ["euler", "uni_pc"])
 def test_what_chroma_does_not_take_is_refused(host, chroma, sampler_name):
     for change, words in (
@@ -130,7 +142,7 @@ def test_what_chroma_does_not_take_is_refused(host, chroma, sampler_name):
         assert words in refusal(host, graph)
 
 
-@pytest.mark.parametrize("change", ["read key", "patched in the run"])
+@pytest.mark.parametrize("change", ["read key", "patched in the run"])  # where Chroma's blocks are FLUX's
 def test_changes_of_blocks_are_refused(host, chroma, change):
     graph = Graph()
     model = graph.node("TestChangedModel", model=graph.usp(file=chroma), change=change)

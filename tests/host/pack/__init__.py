@@ -255,6 +255,7 @@ def detect_small_chroma(state_dict, key_prefix, *args, **kwargs):
     if found and found.get("image_model") == "chroma":
         shape = state_dict[f"{key_prefix}distilled_guidance_layer.out_proj.weight"].shape
         found["out_dim"], found["hidden_dim"] = shape
+        found["hidden_size"], found["num_heads"] = shape[0], shape[0] // 128  # old ComfyUI: those of FLUX.1, too
     return found
 
 
