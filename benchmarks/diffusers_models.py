@@ -4,6 +4,7 @@ import torch
 from common import Inputs
 from diffusers_weights import to_diffusers
 
+from fastusp_backend.models.chroma import NUMBERS, ChromaConfig
 from fastusp_backend.models.family import FamilyConfig, Transformer
 from fastusp_backend.models.flux import FluxConfig
 from fastusp_backend.models.flux2 import Flux2Config
@@ -35,6 +36,14 @@ def diffusers_model(ours: Transformer) -> torch.nn.Module:
             )
         state = {ours.file_key(name): t for name, t in state.items()}
         state = convert_flux2_transformer_checkpoint_to_diffusers(state)
+    elif isinstance(config, ChromaConfig):
+        with torch.device("meta"):
+            theirs = diffusers.ChromaTransformer2DModel(**chroma_sizes(config))
+        # A buffer of diffusers', which counts the last norm's as those of a model with all blocks.
+        embedder = theirs.time_text_embed
+        numbers = type(embedder)(num_channels=16, out_dim=NUMBERS).mod_proj
+        embedder.mod_proj = torch.cat([numbers[: config.vectors - 2], numbers[-2:]]).to(next(ours.parameters()).device)
+        state = to_diffusers({ours.file_key(name): t for name, t in state.items()}, config.hidden)
     elif isinstance(config, SD3Config):
         from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 
@@ -72,6 +81,19 @@ def flux_sizes(config: FamilyConfig) -> dict:
     }
 
 
+def chroma_sizes(config: ChromaConfig) -> dict:
+    """Returns the sizes of diffusers' Chroma, whose MLPs are four times as wide as a token."""
+    return {
+        "in_channels": 4 * config.channels,
+        "num_layers": config.double_blocks,
+        "num_single_layers": config.single_blocks,
+        "attention_head_dim": config.hidden // config.heads,
+        "num_attention_heads": config.heads,
+        "joint_attention_dim": config.context,
+        "approximator_hidden_dim": config.approximator,
+    }
+
+
 def sd3_sizes(config: SD3Config) -> dict:
     """Returns the sizes of diffusers' Stable Diffusion 3, whose MLPs are four times as wide as a token."""
     return {
@@ -103,7 +125,7 @@ def arguments(config: FamilyConfig, given: Inputs, dtype: torch.dtype) -> list[d
         return [shared | prompt for prompt in prompts]
     grid = patch_grid(*x.shape[-2:], config.patch)
     shared = {"hidden_states": patchify(x, config.patch).to(dtype), "timestep": given.timestep.to(x.device, dtype)}
-    axes = {FluxConfig: 3, Flux2Config: 4}.get(type(config))
+    axes = {FluxConfig: 3, ChromaConfig: 3, Flux2Config: 4}.get(type(config))
     if axes:
         shared["img_ids"] = torch.zeros(grid[0] * grid[1], axes, device=x.device)
         shared["img_ids"][:, 1:3] = torch.cartesian_prod(*(torch.arange(n, device=x.device) for n in grid))
@@ -113,9 +135,11 @@ def arguments(config: FamilyConfig, given: Inputs, dtype: torch.dtype) -> list[d
     for prompt in given.prompts:
         own = {"encoder_hidden_states": prompt.context, "return_dict": False}
         if axes:
-            own["guidance"], text = prompt.guidance, prompt.context.shape[1]
+            text = prompt.context.shape[1]
             own["txt_ids"] = torch.zeros(text, axes, device=x.device)
-        if axes == 3:
+        if axes and not isinstance(config, ChromaConfig):
+            own["guidance"] = prompt.guidance
+        if isinstance(config, FluxConfig):
             own["pooled_projections"] = prompt.y
         elif axes == 4:
             own["txt_ids"][:, 3] = torch.arange(text)

@@ -69,6 +69,29 @@ class RemoteFlux(RemoteTransformer):
         return self._on_workers(x[:, :own], timestep, prompt, control, **counts)
 
 
+class RemoteChroma(RemoteFlux):
+    """Its wrappers see no pooled text and no references, which have no effect in ComfyUI."""
+
+    def forward(
+        self,
+        x,
+        timestep,
+        context,
+        guidance=None,
+        control=None,
+        transformer_options={},  # noqa: B006 - ComfyUI's own signature
+        **kwargs,
+    ):
+        args = x, timestep, context, guidance, control, transformer_options
+        return self._through_wrappers(transformer_options, *args, **kwargs)
+
+    def _evaluate(
+        self, x, timestep, context, guidance, control, transformer_options, *, y=None, ref_latents=None, **kwargs
+    ):
+        args = x, timestep, context, y, guidance, ref_latents, control, transformer_options
+        return super()._evaluate(*args, **kwargs)
+
+
 class RemoteQwenImage(RemoteTransformer):
     _POSITIONS = inspect.signature(QwenImageTransformer2DModel.forward).parameters
     """The order of arguments differs between versions of ComfyUI; it calls by name, wrappers are called by position."""
@@ -161,6 +184,7 @@ class RemoteSD3(RemoteTransformer):
 TRANSFORMERS: dict[str, tuple[str | None, type[RemoteTransformer]]] = {
     "FLUX.1": ("flux", RemoteFlux),
     "FLUX.2": ("flux2", RemoteFlux),
+    "Chroma": ("chroma", RemoteChroma),
     "Qwen-Image": ("qwen_image", RemoteQwenImage),
     "Stable Diffusion 3": (None, RemoteSD3),
 }

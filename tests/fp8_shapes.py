@@ -11,13 +11,14 @@ from fastusp_backend.models import layers
 from fastusp_backend.models.family import FamilyConfig
 from fastusp_backend.models.positions import References
 from fastusp_backend.models.segments import Segments
-from fastusp_backend.models.synthetic import FLUX2_DEV, FLUX_DEV, QWEN_IMAGE, SD35_LARGE, SD35_MEDIUM
+from fastusp_backend.models.synthetic import CHROMA, FLUX2_DEV, FLUX_DEV, QWEN_IMAGE, SD35_LARGE, SD35_MEDIUM
 
 FULL_SIZE = {
     "FLUX.1": FLUX_DEV,
     "FLUX.2 dev": FLUX2_DEV,
     "FLUX.2 klein 4B": replace(FLUX2_DEV, hidden=3072, heads=24, mlp=9216, context=7680, guidance=False),
     "FLUX.2 klein 9B": replace(FLUX2_DEV, hidden=4096, heads=32, mlp=12288, context=12288, guidance=False),
+    "Chroma": CHROMA,
     "Qwen-Image": QWEN_IMAGE,
     "Stable Diffusion 3.5 large": SD35_LARGE,
     "Stable Diffusion 3.5 medium": replace(SD35_MEDIUM, second_attentions=1),

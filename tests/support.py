@@ -12,6 +12,7 @@ from fastusp_backend.comm.transport import Transport
 from fastusp_backend.config import FileState, ModelSpec, Settings
 from fastusp_backend.engine import Denoiser
 from fastusp_backend.engine.checkpoint import Checkpoint
+from fastusp_backend.models.chroma import ChromaConfig
 from fastusp_backend.models.family import NO_RESIDUALS, FamilyConfig, Residuals, Transformer
 from fastusp_backend.models.flux import FluxConfig
 from fastusp_backend.models.flux2 import Flux2Config
@@ -39,6 +40,16 @@ SMALL_FLUX2 = Flux2Config(
     double_blocks=2,
     single_blocks=2,
     guidance=True,
+)
+SMALL_CHROMA = ChromaConfig(
+    hidden=512,
+    heads=4,
+    channels=16,
+    context=64,
+    mlp=1024,
+    double_blocks=2,
+    single_blocks=2,
+    approximator=64,
 )
 SMALL_QWEN = QwenImageConfig(hidden=512, heads=4, channels=16, context=64, mlp=1024, blocks=2)
 SMALL_SD3 = SD3Config(

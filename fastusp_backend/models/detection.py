@@ -14,6 +14,7 @@ import torch
 from ..errors import CheckpointError
 from ..weights.sizes import AnySizes, OneOfEach, Sizes
 from ..weights.tensor_info import TensorInfo
+from .chroma import ChromaConfig
 from .diffusers_layout import ORIGINALS
 from .family import FamilyConfig, Transformer
 from .flux import FluxConfig
@@ -21,8 +22,8 @@ from .flux2 import Flux2Config
 from .qwen_image import QwenImageConfig
 from .sd3 import SD3Config
 
-FAMILIES: tuple[type[FamilyConfig], ...] = (Flux2Config, FluxConfig, QwenImageConfig, SD3Config)
-"""In the order of asking: FLUX.2's files have FLUX.1's marks, too."""
+FAMILIES: tuple[type[FamilyConfig], ...] = (Flux2Config, FluxConfig, ChromaConfig, QwenImageConfig, SD3Config)
+"""In the order of asking: files of FLUX.2 and Chroma have FLUX.1's marks, too, but no whole FLUX.1."""
 RUNS = ", ".join(family.runs for family in FAMILIES)
 OTHERS = "for other diffusion models use Load Diffusion Model, or Load Checkpoint for an all-in-one checkpoint"
 CONTROLNET = "a ControlNet"
@@ -47,7 +48,7 @@ _PARTS: tuple[tuple[re.Pattern, str, str], ...] = tuple(
             r"|^encoder\.(block|embed_tokens|final_layer_norm)\.",
             "a text encoder",
             "load it with DualCLIPLoader (FLUX.1), TripleCLIPLoader (Stable Diffusion 3) or CLIPLoader (FLUX.2, "
-            "Qwen-Image), from models/text_encoders",
+            "Chroma, Qwen-Image), from models/text_encoders",
         ),
         (r"^vision_model\.", "a vision encoder", "load it with Load CLIP Vision, from models/clip_vision"),
         (r"^(encoder|decoder|first_stage_model)\.", "a VAE", "load it with Load VAE, from models/vae"),
@@ -56,8 +57,7 @@ _PARTS: tuple[tuple[re.Pattern, str, str], ...] = tuple(
 
 # Keys that make another model of what has all of a family's: of each group, one must be there.
 _VARIANTS: tuple[tuple[tuple[tuple[str, ...], ...], str], ...] = (
-    ((("distilled_guidance_layer.norms.0.scale", "distilled_guidance_layer.norms.0.weight"),), "Chroma"),
-    ((("distilled_guidance_layer.0.norms.0.scale", "distilled_guidance_layer.0.norms.0.weight"),), "Chroma"),
+    ((("nerf_blocks.0.norm.scale", "nerf_blocks.0.norm.weight"),), "Chroma Radiance"),
     ((("double_blocks.0.img_mlp.gate_proj.weight",),), "Ovis-Image or LongCat-Image"),
     (
         (("double_blocks.0.img_attn.qkv.weight",), ("txt_norm.scale", "txt_norm.weight")),
@@ -69,7 +69,6 @@ _VARIANTS: tuple[tuple[tuple[tuple[str, ...], ...], str], ...] = (
 )
 # Starts of keys of other families, checked in this order where a file is none of ours. Some share our block names.
 _FOREIGN = (
-    ("distilled_guidance_layer.", "Chroma"),
     ("nerf_blocks.", "Chroma Radiance"),
     ("img_in.proj.", "HunyuanVideo or HunyuanImage"),
     ("latent_in.", "Hunyuan3D"),

@@ -42,7 +42,7 @@ class FamilyConfig:
     patch: latent pixels of a patch's edge.
     float16: whether its activations fit that type.
     timestep_scale: the timestep at sigma 1, as ComfyUI gives it.
-    takes_guidance: whether ComfyUI gives its prompts a guidance.
+    takes_guidance: whether ComfyUI gives its prompts a guidance other than 0 unless it is told.
     takes_control: whether ControlNets may add to its blocks.
     skips_blocks: whether blocks may be left out.
     blocks_differ: whether blocks of one kind differ in the tensors that they have.
@@ -180,18 +180,19 @@ class Transformer(nn.Module):
         else says where tokens lie: tables whose rows are tokens, as `forward` takes those of this rank."""
         raise NotImplementedError
 
-    def modulations(self) -> list[Linear]:
-        """The layers that give the adaLN outputs. Joined in this order, those make a row of modulation_width values.
-        A rank may have only some of these layers; the others' weights are on the meta device then."""
+    def modulations(self) -> list[nn.Module]:
+        """The layers that give the adaLN outputs, with `out_features`: Linear, or networks. Joined in this order, those
+        make a row of modulation_width values. A rank may have only some of these layers; the others' weights are on the
+        meta device then."""
         raise NotImplementedError
 
     @property
     def modulation_width(self) -> int:
         """Values per evaluation and batch item."""
-        return sum(len(layer.weight) for layer in self.modulations())
+        return sum(layer.out_features for layer in self.modulations())
 
     def modulation_input(self, timesteps: torch.Tensor, prompt: Prompt, dtype: torch.dtype) -> torch.Tensor:
-        """timesteps (n, B) -> (n, B, hidden) in `dtype`: what each of `modulations` is applied to."""
+        """timesteps (n, B) -> (n, B, K) in `dtype`: what each of `modulations` is applied to."""
         raise NotImplementedError
 
     def split_modulations(self, rows: torch.Tensor) -> Any:

@@ -122,7 +122,7 @@ def model_and_plans(header: dict[str, TensorInfo], spec: ModelSpec) -> tuple[Tra
 def unpacked_plans(model: Transformer, plans: dict[str, StoragePlan], spec: ModelSpec) -> dict[str, StoragePlan]:
     """The forms of a model whose layers compute with what lies in memory, in place of `plans`; the same where they do
     that anyway. Layers of modulations, which are used once a prompt, keep theirs."""
-    seldom = {id(layer) for layer in model.modulations()}
+    seldom = {id(part) for layer in model.modulations() for part in layer.modules()}
     compute = getattr(torch, spec.compute)
 
     def form(name: str, plan: StoragePlan) -> StoragePlan:

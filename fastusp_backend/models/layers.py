@@ -34,6 +34,10 @@ class Linear(nn.Module):
         self.packing = ""
 
     @property
+    def out_features(self) -> int:
+        return len(self.weight)
+
+    @property
     def stored(self) -> Stored:
         """The weight as it lies in memory."""
         return Stored(self.weight, self.scale, self.packing, self.low_rank)

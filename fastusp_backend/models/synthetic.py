@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from .chroma import ChromaConfig
 from .family import FamilyConfig
 from .flux import FluxConfig
 from .flux2 import Flux2Config
@@ -57,6 +58,27 @@ FLUX2_DEV = Flux2Config(
     guidance=True,
 )
 """FLUX.2-dev's own sizes."""
+CHROMA = ChromaConfig(
+    hidden=3072,
+    heads=24,
+    channels=16,
+    context=4096,
+    mlp=12288,
+    double_blocks=19,
+    single_blocks=38,
+    approximator=5120,
+)
+"""Chroma1's own sizes."""
+TINY_CHROMA = ChromaConfig(
+    hidden=512,
+    heads=4,
+    channels=16,
+    context=4096,
+    mlp=2048,
+    double_blocks=2,
+    single_blocks=2,
+    approximator=512,
+)
 QWEN_IMAGE = QwenImageConfig(hidden=3072, heads=24, channels=16, context=3584, mlp=12288, blocks=60)
 """Qwen-Image's own sizes."""
 TINY_QWEN_IMAGE = QwenImageConfig(hidden=512, heads=4, channels=16, context=3584, mlp=2048, blocks=2)
@@ -99,6 +121,7 @@ class FullAndTiny(NamedTuple):
 MODELS = {
     "flux": FullAndTiny(FLUX_DEV, TINY_FLUX),
     "flux2": FullAndTiny(FLUX2_DEV, TINY_FLUX2),
+    "chroma": FullAndTiny(CHROMA, TINY_CHROMA),
     "qwen": FullAndTiny(QWEN_IMAGE, TINY_QWEN_IMAGE),
     "sd3": FullAndTiny(SD35_LARGE, TINY_SD3),
 }

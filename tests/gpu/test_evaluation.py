@@ -5,11 +5,19 @@ import torch
 from support import OneRank, inputs
 
 from fastusp_backend.config import Settings
+from fastusp_backend.models.chroma import Chroma
 from fastusp_backend.models.flux import Flux
 from fastusp_backend.models.flux2 import Flux2
 from fastusp_backend.models.qwen_image import QwenImage
 from fastusp_backend.models.sd3 import SD3
-from fastusp_backend.models.synthetic import TINY_FLUX, TINY_FLUX2, TINY_QWEN_IMAGE, TINY_SD3, random_state
+from fastusp_backend.models.synthetic import (
+    TINY_CHROMA,
+    TINY_FLUX,
+    TINY_FLUX2,
+    TINY_QWEN_IMAGE,
+    TINY_SD3,
+    random_state,
+)
 from fastusp_backend.prompt import Prompt
 
 pytestmark = [
@@ -34,7 +42,14 @@ def model_of(family, config):
 
 
 @pytest.fixture(
-    scope="module", params=[(Flux, TINY_FLUX), (Flux2, TINY_FLUX2), (QwenImage, TINY_QWEN_IMAGE), (SD3, TINY_SD3)]
+    scope="module",
+    params=[
+        (Flux, TINY_FLUX),
+        (Flux2, TINY_FLUX2),
+        (Chroma, TINY_CHROMA),
+        (QwenImage, TINY_QWEN_IMAGE),
+        (SD3, TINY_SD3),
+    ],
 )
 def model(request):
     return model_of(*request.param)

@@ -14,7 +14,7 @@ from browser import Page
 from comfy import ComfyUI
 from ending import wait_for_the_end
 from safetensors.torch import save_file
-from workflows import DEV, QWEN_IMAGE, SCHNELL, SMALL, SMALL_FLUX2
+from workflows import DEV, QWEN_IMAGE, SCHNELL, SMALL, SMALL_CHROMA, SMALL_FLUX2
 
 from fastusp_backend.models.synthetic import TINY_SD3, write_checkpoint
 
@@ -103,6 +103,15 @@ def flux2(host):
     """A FLUX.2 file, as of dev."""
     path = host.base / "models/diffusion_models/flux2_dev.safetensors"
     write_checkpoint(str(path), SMALL_FLUX2)
+    yield path.name
+    path.unlink()
+
+
+@pytest.fixture(scope="session")
+def chroma(host):
+    """A Chroma file, whose sizes the hosts take from it: see the tests' node pack."""
+    path = host.base / "models/diffusion_models/chroma.safetensors"
+    write_checkpoint(str(path), SMALL_CHROMA)
     yield path.name
     path.unlink()
 

@@ -162,6 +162,26 @@ def sd3_names(hidden: int, seed: int) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def chroma_names(hidden: int, approximator: int, seed: int) -> dict[str, torch.Tensor]:
+    """The file's own names, as ai-toolkit and kohya's trainer write them, and diffusers'."""
+    random, tensors = _Random(seed), {}
+    for name, out, width in (
+        ("diffusion_model.double_blocks.0.img_attn.qkv", 3 * hidden, hidden),
+        ("diffusion_model.single_blocks.1.linear2", hidden, 5 * hidden),
+        ("diffusion_model.distilled_guidance_layer.layers.3.in_layer", approximator, approximator),
+        ("diffusion_model.distilled_guidance_layer.out_proj", hidden, approximator),
+        ("transformer.transformer_blocks.1.attn.add_k_proj", hidden, hidden),
+        ("transformer.transformer_blocks.0.ff_context.net.2", hidden, 4 * hidden),
+        ("transformer.single_transformer_blocks.0.proj_mlp", 4 * hidden, hidden),
+    ):
+        tensors[f"{name}.lora_A.weight"] = random(RANK, width)
+        tensors[f"{name}.lora_B.weight"] = random(out, RANK)
+    kohya = "lora_unet_double_blocks_1_txt_mlp_0"
+    down, up = random(RANK, hidden), random(4 * hidden, RANK)
+    more = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(2.0)}
+    return tensors | {f"{kohya}.{part}": tensor for part, tensor in more.items()}
+
+
 def flux2_names(hidden: int, mlp: int, seed: int) -> dict[str, torch.Tensor]:
     """BFL's own names and diffusers', whose single blocks have one fused projection in FLUX.2, too."""
     random, tensors = _Random(seed), {}

@@ -66,7 +66,7 @@ def test_a_choice_that_is_not_offered(host):
     [
         ("truncated", ["is truncated", "Download it again"]),
         ("pointer", ["is a git-lfs pointer", "run git lfs pull"]),
-        ("chroma", ["holds Chroma", "FLUX.2 dev and klein, FLUX.1 dev, schnell", "use Load Diffusion Model"]),
+        ("radiance", ["holds Chroma Radiance", "FLUX.2 dev and klein, FLUX.1 dev, schnell", "use Load Diffusion"]),
         ("lora", ["holds a LoRA", "LoraLoaderModelOnly"]),
         ("mxfp4", ["is quantised as mxfp4", "int8 and GGUF"]),
         ("incomplete", ["incomplete", "final_layer.linear.weight"]),
@@ -81,8 +81,8 @@ def test_files_of_other_models(host, name, words):
     elif name == "pointer":
         file.write_text("version https://git-lfs.github.com/spec/v1\n")
     else:
-        if name == "chroma":
-            state["distilled_guidance_layer.norms.0.scale"] = torch.zeros(4)
+        if name == "radiance":
+            state["nerf_blocks.0.norm.scale"] = torch.zeros(4)
         elif name == "lora":
             state = {"transformer.single_blocks.0.linear1.lora_A.weight": torch.zeros(4, 4)}
         elif name == "mxfp4":

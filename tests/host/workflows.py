@@ -4,12 +4,13 @@ from dataclasses import replace
 
 from comfy import ComfyUI, Outcome
 
-from fastusp_backend.models.synthetic import TINY_FLUX, TINY_FLUX2, TINY_QWEN_IMAGE
+from fastusp_backend.models.synthetic import TINY_CHROMA, TINY_FLUX, TINY_FLUX2, TINY_QWEN_IMAGE
 
 SMALL = replace(TINY_FLUX, hidden=256, heads=2, mlp=1024, double_blocks=1, single_blocks=1)
 WIDE = replace(SMALL, hidden=512, heads=4, mlp=2048)
 """Of as many heads as there are ranks in the tests of layouts."""
 SMALL_FLUX2 = replace(TINY_FLUX2, hidden=256, heads=2, mlp=768)
+SMALL_CHROMA = replace(TINY_CHROMA, hidden=256, heads=2, mlp=1024)
 DEV, SCHNELL = "dev.safetensors", "schnell.safetensors"
 # ComfyUI takes every Qwen-Image for one of this width: one block is 1.4 GB. Those that follow another are compared with
 # the reference in tests/unit and tests/dist.

@@ -11,12 +11,13 @@ from fastusp_backend.kernels import fp8_product
 from fastusp_backend.kernels.eight_bits import quantise
 from fastusp_backend.kernels.fp8_product import Quantised, check_fp8_sizes
 from fastusp_backend.kernels.tokens import quantise_reference
+from fastusp_backend.models.chroma import Chroma
 from fastusp_backend.models.flux import Flux
 from fastusp_backend.models.flux2 import Flux2
 from fastusp_backend.models.layers import Linear
 from fastusp_backend.models.qwen_image import QwenImage
 from fastusp_backend.models.sd3 import SD3
-from fastusp_backend.models.synthetic import TINY_FLUX, TINY_FLUX2, TINY_QWEN_IMAGE, TINY_SD3
+from fastusp_backend.models.synthetic import TINY_CHROMA, TINY_FLUX, TINY_FLUX2, TINY_QWEN_IMAGE, TINY_SD3
 from fastusp_backend.weights.stored import Stored
 
 pytestmark = pytest.mark.unit
@@ -82,7 +83,14 @@ def test_a_changed_weight_gets_new_scales_by_row():
 
 
 @pytest.mark.parametrize(
-    "kind, config", [(Flux, TINY_FLUX), (Flux2, TINY_FLUX2), (QwenImage, TINY_QWEN_IMAGE), (SD3, TINY_SD3)]
+    "kind, config",
+    [
+        (Flux, TINY_FLUX),
+        (Flux2, TINY_FLUX2),
+        (Chroma, TINY_CHROMA),
+        (QwenImage, TINY_QWEN_IMAGE),
+        (SD3, TINY_SD3),
+    ],
 )
 def test_the_large_layers_are_those_of_the_blocks_without_modulations(kind, config):
     with torch.device("meta"):
@@ -94,7 +102,7 @@ def test_the_large_layers_are_those_of_the_blocks_without_modulations(kind, conf
             assert (module in large) == inside, name
 
 
-@pytest.mark.parametrize("config", [*FULL_SIZE.values(), TINY_FLUX, TINY_FLUX2, TINY_QWEN_IMAGE, TINY_SD3])
+@pytest.mark.parametrize("config", [*FULL_SIZE.values(), TINY_FLUX, TINY_FLUX2, TINY_CHROMA, TINY_QWEN_IMAGE, TINY_SD3])
 def test_gpus_can_multiply_all_that_the_blocks_do(config):
     """Sizes, rows and their first bytes at multiples of 16, as torch and the GPUs' copy engines want them."""
     for part in parts(config):

@@ -7,7 +7,7 @@ from support import load_model, spec_of
 
 from fastusp_backend.errors import CheckpointError
 from fastusp_backend.models.detection import OTHERS, family_of
-from fastusp_backend.models.synthetic import TINY_FLUX, TINY_QWEN_IMAGE, TINY_SD3
+from fastusp_backend.models.synthetic import MODELS
 from fastusp_backend.weights.tensor_info import TensorInfo
 
 pytestmark = pytest.mark.unit
@@ -23,7 +23,6 @@ def refusal(path) -> str:
 @pytest.mark.parametrize(
     "family, keys",
     [
-        ("Chroma", ["distilled_guidance_layer.in_proj.weight", "double_blocks.0.img_attn.qkv.weight", "img_in.weight"]),
         ("Chroma Radiance", ["nerf_blocks.0.param_generator.weight", "double_blocks.0.img_attn.qkv.weight"]),
         ("Qwen-Image-Layered", ["time_text_embed.addition_t_embedding.weight", "txt_norm.weight", "img_in.weight"]),
         ("Lens", ["transformer_blocks.0.img_mlp.w1.weight", "txt_norm.weight", "img_in.weight"]),
@@ -35,7 +34,7 @@ def refusal(path) -> str:
         ("Ovis-Image", ["double_blocks.0.img_attn.qkv.weight", "img_in.weight", "txt_norm.scale"]),
         ("Stable Diffusion U-Net", ["input_blocks.0.0.weight"]),
         ("Stable Diffusion U-Net", ["model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.x.weight"]),
-        ("not a FLUX.2 or FLUX.1 or Qwen-Image or Stable Diffusion 3 transformer", ["something.else"]),
+        ("not a FLUX.2 or FLUX.1 or Chroma or Qwen-Image or Stable Diffusion 3 transformer", ["something.else"]),
         ("no tensors at all", []),
     ],
 )
@@ -118,7 +117,6 @@ LAYER = "diffusion_model.double_blocks.0.img_attn.qkv"
         ("a text encoder", ["encoder.final_layer_norm.weight"]),
         ("a vision encoder", ["vision_model.x"]),
         ("a VAE", ["encoder.conv_in.weight", "decoder.conv_in.weight", "first_stage_model.x"]),
-        ("Chroma", ["distilled_guidance_layer.x"]),
         ("Chroma Radiance", ["nerf_blocks.0.x"]),
         ("HunyuanVideo or HunyuanImage", ["img_in.proj.weight"]),
         ("Hunyuan3D", ["latent_in.weight"]),
@@ -139,10 +137,8 @@ def test_a_single_name_may_tell_what_a_file_holds(found, keys):
 @pytest.mark.parametrize(
     ("whole", "variant", "keys"),
     [
-        ("FLUX.1", "Chroma", ["distilled_guidance_layer.norms.0.scale"]),
-        ("FLUX.1", "Chroma", ["distilled_guidance_layer.norms.0.weight"]),
-        ("FLUX.1", "Chroma", ["distilled_guidance_layer.0.norms.0.scale"]),
-        ("FLUX.1", "Chroma", ["distilled_guidance_layer.0.norms.0.weight"]),
+        ("Chroma", "Chroma Radiance", ["nerf_blocks.0.norm.scale"]),
+        ("Chroma", "Chroma Radiance", ["nerf_blocks.0.norm.weight"]),
         ("FLUX.1", "Ovis-Image or LongCat-Image", ["double_blocks.0.img_mlp.gate_proj.weight"]),
         ("FLUX.1", "Ovis-Image or LongCat-Image", ["txt_norm.scale"]),
         ("FLUX.1", "Ovis-Image or LongCat-Image", ["txt_norm.weight"]),
@@ -157,7 +153,7 @@ def test_a_single_name_may_tell_what_a_file_holds(found, keys):
 )
 def test_what_has_all_of_a_familys_tensors_may_be_another_model(whole, variant, keys):
     with torch.device("meta"):
-        model = {"FLUX.1": TINY_FLUX, "Qwen-Image": TINY_QWEN_IMAGE, "Stable Diffusion 3": TINY_SD3}[whole].build()
+        model = {config.family: config for _, config in MODELS.values()}[whole].build()
     shapes = {model.file_key(name): tuple(p.shape) for name, p in model.named_parameters()}
     header = {name: TensorInfo(shape, torch.bfloat16) for name, shape in shapes.items()}
     assert family_of(header, "file").family == whole
@@ -170,8 +166,8 @@ def test_what_has_all_of_a_familys_tensors_may_be_another_model(whole, variant, 
     [
         ("text_model.embeddings.position_ids", torch.arange(77)[None], "a text encoder"),
         ("encoder.down.0.norm.num_batches_tracked", torch.tensor(1), "a VAE"),
-        ("distilled_guidance_layer.in_proj.weight", torch.zeros(2, 2, dtype=torch.int8), "Chroma"),
-        ("spiece_model", torch.zeros(8, dtype=torch.uint8), "not a FLUX.2 or FLUX.1 or Qwen-Image"),
+        ("nerf_blocks.0.norm.scale", torch.zeros(2, dtype=torch.int8), "Chroma Radiance"),
+        ("spiece_model", torch.zeros(8, dtype=torch.uint8), "not a FLUX.2 or FLUX.1 or Chroma or"),
     ],
 )
 def test_integers_in_other_families_are_no_quantisation(tmp_path, key, tensor, family):

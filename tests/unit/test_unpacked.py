@@ -12,7 +12,7 @@ from fake_workers import SPEC, X, rank, script
 from formats import MINI, write
 from patched import LORA, QKV, TENSORS, everything
 from placing import header
-from support import inputs, randn, spec_of
+from support import SMALL_CHROMA, inputs, randn, spec_of
 
 from fastusp_backend.config import Layout, Settings, WeightPatch
 from fastusp_backend.engine import Engine, engine
@@ -87,6 +87,15 @@ def test_what_a_layer_would_unpack_at_each_use(path):
     for layer in wide.model.modulations():  # used once a prompt
         name = next(name for name, module in wide.model.named_modules() if module is layer)
         assert wide.plans[f"{name}.weight"].small is None
+
+
+def test_a_network_that_gives_modulations_is_used_once_a_prompt(tmp_path):
+    write_checkpoint(str(tmp_path / "plain"), SMALL_CHROMA)
+    write("fp8_e4m3fn", tmp_path / "plain", tmp_path / "model")
+    plans = loaded(tmp_path / "model", unpack=True).plans
+    unpacked = {name for name, plan in plans.items() if plan.small is not None}
+    assert "double_blocks.0.img.mlp.2.weight" in unpacked
+    assert not any(name.startswith("distilled_guidance_layer.") for name in unpacked)
 
 
 def test_patches_change_the_files_form(path):

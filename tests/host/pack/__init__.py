@@ -4,6 +4,7 @@ scheduler, registered as other packs do."""
 import time
 
 import comfy.k_diffusion.sampling
+import comfy.model_detection
 import comfy.samplers
 import torch
 from comfy.controlnet import ControlBase
@@ -245,6 +246,20 @@ def squares(model_sampling, steps):
     return torch.linspace(1, 0, steps + 1) ** 2 * model_sampling.sigma_max
 
 
+_detect = comfy.model_detection.detect_unet_config
+
+
+def detect_small_chroma(state_dict, key_prefix, *args, **kwargs):
+    """ComfyUI takes every Chroma for one of full size: 1.1 GB for the network that gives modulations."""
+    found = _detect(state_dict, key_prefix, *args, **kwargs)
+    if found and found.get("image_model") == "chroma":
+        shape = state_dict[f"{key_prefix}distilled_guidance_layer.out_proj.weight"].shape
+        found["out_dim"], found["hidden_dim"] = shape
+        found["hidden_size"], found["num_heads"] = shape[0], shape[0] // 128  # old ComfyUI: those of FLUX.1, too
+    return found
+
+
+comfy.model_detection.detect_unet_config = detect_small_chroma
 comfy.k_diffusion.sampling.sample_test_midpoint = sample_test_midpoint
 comfy.samplers.KSampler.SAMPLERS.append("test_midpoint")
 comfy.samplers.SCHEDULER_HANDLERS["test_squares"] = comfy.samplers.SchedulerHandler(squares)
