@@ -6,7 +6,7 @@ import re
 import pytest
 from browser import PROGRAM
 from comfy import REPOSITORY
-from conversion import BACK, CHECKPOINT, OURS, PROMPT, UNET, USE, command, load, nodes, plain, refused
+from conversion import BACK, CHECKPOINT, OURS, PROMPT, TRACKER, UNET, USE, command, load, nodes, plain, refused
 from workflows import DEV, SMALL_FLUX2
 
 from fastusp_backend.models.synthetic import TINY_QWEN_IMAGE, write_checkpoint
@@ -89,6 +89,8 @@ def test_templates(host, page, wanted):
             wrong.append(f"{name}: of {files}, {refused(host, ours)} are refused")
         if plain(again) != plain(before):
             wrong.append(f"{name}: does not come back")
+        if (steps := page.evaluate(f"({TRACKER}.captureCanvasState(), {TRACKER}.undoQueue.length)")) != 2:
+            wrong.append(f"{name}: {steps} steps in the history")
     assert not wrong, "\n".join(wrong)
 
 
