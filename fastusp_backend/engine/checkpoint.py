@@ -194,11 +194,15 @@ class Checkpoint:
             for name, info in infos.items()
             for number, piece in enumerate(info.pieces)
         }
+        return _in_one(self._pieces(pieces, buffers, shares), infos)
+
+    def _pieces(
+        self, pieces: dict[str, TensorInfo], buffers: dict[str, torch.Tensor], shares: Shares
+    ) -> Iterable[tuple[str, torch.Tensor]]:
+        """Gives (name, bytes) of pieces of the file in turn: CPU ranks map them, others read their share of them."""
         if self._device.type == "cpu":
-            read = zip(pieces, map_tensors(self.source, list(pieces.values())), strict=True)
-        else:
-            read = read_tensors(self.source, pieces, buffers, shares, self._device)
-        return _in_one(read, infos)
+            return zip(pieces, map_tensors(self.source, list(pieces.values())), strict=True)
+        return read_tensors(self.source, pieces, buffers, shares, self._device)
 
     def _reread(self, names: Iterable[str]) -> Iterator[tuple[str, tuple[torch.Tensor, ...]]]:
         names = list(names)

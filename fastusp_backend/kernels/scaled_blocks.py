@@ -31,7 +31,8 @@ def unpack(
 ) -> None:
     """packed (R, bytes) uint8, any row pitch, of a format whose blocks hold `values` values -> out (R, n), contiguous.
     scale: () or (R, 1) float32, any pitch; none for mxfp8. added (R, n): a float type, added in float32."""
-    assert packed.stride(1) == 1 and out.is_contiguous()
+    assert packed.dtype == torch.uint8 and packed.stride(1) == 1 and out.is_contiguous()
+    assert scale is None or scale.dtype == torch.float32
     assert added is None or (added.is_contiguous() and added.shape == out.shape)
     assert (scale is None) == (packing == "mxfp8")
     kind, _, rotated = packing.partition("_")

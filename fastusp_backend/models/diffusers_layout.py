@@ -94,8 +94,12 @@ def with_original_names(contents: Contents) -> Contents:
     for name, parts in _layers(tensors):
         infos = [rest.pop(part) for part in parts]
         if name.startswith(_SWAPPED):
-            infos = _halves(infos[0])[::-1]
+            infos = _halves(contents.path, infos[0], parts[0])[::-1]
         renamed[name] = infos[0] if len(infos) == 1 else _joined(contents.path, infos, parts)
+    if both := renamed.keys() & rest.keys():
+        raise CheckpointError(
+            f"{ORIGINALS}. {contents.path} has {min(both)!r} twice, under diffusers' name and under the original one"
+        )
     used = {part.rpartition(".")[0] for part in tensors.keys() - rest.keys()}
     split = [key.rpartition(".") for key in rest]
     telling = [f"{layer}.{leaf}" for layer, _, leaf in split if layer in used and leaf not in ("weight", "bias")]
@@ -124,9 +128,11 @@ def _layers(tensors: dict[str, TensorInfo]) -> Iterator[tuple[str, list[str]]]:
                     yield name, names
 
 
-def _halves(info: TensorInfo) -> list[TensorInfo]:
-    """The upper and the lower half of a tensor's rows; itself where that cannot be."""
-    if not info.shape or info.shape[0] % 2 or info.dtype is None or info.packing and len(info.shape) < 2:
+def _halves(path: str, info: TensorInfo, name: str) -> list[TensorInfo]:
+    """The upper and the lower half of a tensor's rows; itself where its shape is refused later."""
+    if info.packing and len(info.shape) < 2:
+        raise CheckpointError(f"{ORIGINALS}. In {path} {name!r}, of which halves change places, is packed as one")
+    if not info.shape or info.shape[0] % 2 or info.dtype is None:
         return [info]
     upper = replace(info, shape=(info.shape[0] // 2, *info.shape[1:]))
     return [upper, replace(upper, start=info.start + upper.size)]
@@ -135,9 +141,11 @@ def _halves(info: TensorInfo) -> list[TensorInfo]:
 def _joined(path: str, parts: Sequence[TensorInfo], names: Sequence[str]) -> TensorInfo:
     """The tensor that has the rows of these."""
     first = parts[0]
-    if len({(info.shape[1:], info.dtype, info.packing, info.unknown, bool(info.shape)) for info in parts}) > 1:
+    kinds = {(info.shape[1:], info.dtype, info.packing, info.unknown, bool(info.shape)) for info in parts}
+    apart = parts[:3] if len(parts) > 2 else ()  # queries, keys and values, where they are not fused
+    if len(kinds) > 1 or len({info.shape[:1] for info in apart}) > 1:
         raise CheckpointError(
-            f"{ORIGINALS}. In {path} {', '.join(map(repr, names))}, which make one layer, are not of one type and width"
+            f"{ORIGINALS}. In {path} {', '.join(map(repr, names))}, which make one layer, are not of one type and size"
         )
     if not first.shape or first.packing and len(first.shape) < 2:
         return first  # its shape is refused

@@ -83,7 +83,11 @@ def _integers(path: str, layer: str, form: str, entry: dict[str, Any]) -> str:
     said = (params if isinstance(params, dict) else {}) | entry
     if form == "int8_tensorwise" and not said.get("convrot", False):
         return "int8"
-    group = said.get("convrot_groupsize", _DEFAULT_GROUP)
+    wanted = said.get("convrot_groupsize", _DEFAULT_GROUP)
+    try:
+        group = int(wanted)  # as ComfyUI reads it
+    except (TypeError, ValueError, OverflowError):
+        group = None
     if group not in GROUPS:
-        raise refusal(path, f"{form} with convrot in groups of {group}", layer)
+        raise refusal(path, f"{form} with convrot in groups of {wanted}", layer)
     return rotated(8 if form == "int8_tensorwise" else 4, group)

@@ -64,7 +64,7 @@ def _compare(rank: int, ranks: int, folder: str, paths: dict[str, str]) -> None:
         checkpoint = Checkpoint(spec_of(path), rank, ranks)
         checkpoint.allocate(CPU, dist.group.WORLD)
         # As GPUs read: shares of what all hold, then what is this rank's own.
-        checkpoint._read = lambda *given, source=checkpoint.source: read_tensors(source, *given, CPU)
+        checkpoint._pieces = lambda *given, source=checkpoint.source: read_tensors(source, *given, CPU)
         held, group = checkpoint.read(), rank % 2
         for layer, tensor in alone[name].named_parameters():
             mine = held.get_parameter(layer)

@@ -109,10 +109,11 @@ def test_packed_in_gguf(flux, tmp_path):
     [
         (lambda s: s.pop(K), "incomplete FLUX.1 file, without 1 of its"),
         (lambda s: s.pop("proj_out.weight"), "is a part of FLUX in diffusers' key layout, or lacks some of it"),
-        (lambda s: s.update({K: s[K].half()}), "which make one layer, are not of one type and width"),
-        (lambda s: s.update({K: s[K][:, :128].contiguous()}), "are not of one type and width"),
-        (lambda s: s.update({K: s[K][:128].contiguous()}), "is (640, 256), expected (768, 256)"),
-        (lambda s: s.update({K: torch.zeros(())}), "are not of one type and width"),
+        (lambda s: s.update({"img_in.weight": s["x_embedder.weight"].clone()}), "has 'img_in.weight' twice"),
+        (lambda s: s.update({K: s[K].half()}), "which make one layer, are not of one type and size"),
+        (lambda s: s.update({K: s[K][:, :128].contiguous()}), "are not of one type and size"),
+        (lambda s: s.update({K: s[K][:128].contiguous()}), "are not of one type and size"),
+        (lambda s: s.update({K: torch.zeros(())}), "are not of one type and size"),
         (
             lambda s: s.update({Q: torch.zeros(()), K: torch.zeros(()), V: torch.zeros(())}),
             "is (), expected (768, 256)",

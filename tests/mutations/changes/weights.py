@@ -61,8 +61,8 @@ CHANGES = [
     (
         "fastusp_backend/models/diffusers_layout.py",
         "the final layer's shift and scale stay in diffusers' order",
-        "infos = _halves(infos[0])[::-1]",
-        "infos = _halves(infos[0])",
+        "infos = _halves(contents.path, infos[0], parts[0])[::-1]",
+        "infos = _halves(contents.path, infos[0], parts[0])",
         "unit/test_diffusers_layout.py",
     ),
     (
