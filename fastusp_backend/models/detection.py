@@ -69,6 +69,7 @@ _VARIANTS: tuple[tuple[tuple[tuple[str, ...], ...], str], ...] = (
 # Starts of keys of other families, checked in this order where a file is none of ours. Some share our block names.
 _FOREIGN = (
     ("nerf_blocks.", "Chroma Radiance"),
+    ("distilled_guidance_layer.layers.0.linear_1.", "Chroma in diffusers' key layout"),
     ("img_in.proj.", "HunyuanVideo or HunyuanImage"),
     ("latent_in.", "Hunyuan3D"),
     ("joint_transformer_blocks.", "AuraFlow"),
