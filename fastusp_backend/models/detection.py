@@ -22,8 +22,8 @@ from .flux2 import Flux2Config
 from .qwen_image import QwenImageConfig
 from .sd3 import SD3Config
 
-FAMILIES: tuple[type[FamilyConfig], ...] = (Flux2Config, FluxConfig, ChromaConfig, QwenImageConfig, SD3Config)
-"""In the order of asking: files of FLUX.2 and Chroma have FLUX.1's marks, too, but no whole FLUX.1."""
+FAMILIES: tuple[type[FamilyConfig], ...] = (Flux2Config, ChromaConfig, FluxConfig, QwenImageConfig, SD3Config)
+"""In the order of asking: files of FLUX.2 and Chroma have FLUX.1's marks, too."""
 RUNS = ", ".join(family.runs for family in FAMILIES)
 OTHERS = "for other diffusion models use Load Diffusion Model, or Load Checkpoint for an all-in-one checkpoint"
 CONTROLNET = "a ControlNet"
@@ -70,6 +70,7 @@ _VARIANTS: tuple[tuple[tuple[tuple[str, ...], ...], str], ...] = (
 # Starts of keys of other families, checked in this order where a file is none of ours. Some share our block names.
 _FOREIGN = (
     ("nerf_blocks.", "Chroma Radiance"),
+    ("distilled_guidance_layer.layers.0.linear_1.", "Chroma in diffusers' key layout"),
     ("img_in.proj.", "HunyuanVideo or HunyuanImage"),
     ("latent_in.", "Hunyuan3D"),
     ("joint_transformer_blocks.", "AuraFlow"),
@@ -104,6 +105,8 @@ def family_of(header: dict[str, TensorInfo], path: str, names: Collection[str] =
     fit = functools.cache(lambda family: _Fit(family, header, path))
     marked = [family for family in FAMILIES if family.marks <= header.keys()]
     whole = next((family for family in marked if not fit(family).missing), None)
+    if whole is FluxConfig and any(key.startswith("distilled_guidance_layer.") for key in header):
+        raise _foreign(path, "a part of Chroma beside FLUX.1")  # which ComfyUI takes for Chroma
     if whole is not None:
         return whole
     nearest = _nearest([fit(family) for family in FAMILIES])

@@ -1,5 +1,6 @@
 """Chroma gives the same latents as stock UNETLoader + KSampler."""
 
+import controlnets
 import loras
 import pytest
 from comfy import PromptFailed
@@ -107,17 +108,22 @@ def test_scales_in_comfyuis_own_spelling(host, folder, chroma):
     both.check(host)
 
 
-@pytest.mark.any_host
 def test_control(host, chroma):
-    """Residuals after all blocks, as ControlNets for FLUX.1 give them."""
+    """XLabs' kind for FLUX.1 at the same width, and one that adds after all blocks."""
+    net = controlnets.write_xlabs(host.base / "models/controlnet")
     control = Comparison()
     graph = control.graph
     plain, other = prompt(graph, 7), prompt(graph, 5)
-    applied = graph.node("TestAppliedControl", conditioning=plain, hidden=SMALL_CHROMA.hidden, blocks=0)
+    whole = graph.node("TestAppliedControl", conditioning=plain, hidden=SMALL_CHROMA.hidden, blocks=0)
     stock, usp = graph.stock(chroma), graph.usp("cpu:2", file=chroma)
-    for cfg in (1.0, 2.5):
-        got, want = (graph.sample(m, positive=applied, negative=other, steps=2, cfg=cfg) for m in (usp, stock))
-        control.add(f"cfg {cfg}", got, want, STEPPING)
+    for label, (positive, negative), cfg in (
+        ("XLabs", controlnets.applied(graph, net, plain, other), 1.0),
+        ("XLabs, cfg", controlnets.applied(graph, net, plain, other, start_percent=0.4), 2.5),
+        ("all blocks", (whole, other), 2.5),
+    ):
+        given = {"positive": positive, "negative": negative, "steps": 2, "cfg": cfg}
+        got, want = (graph.sample(model, **given) for model in (usp, stock))
+        control.add(label, got, want, STEPPING)
     without = graph.save(graph.sample(stock, positive=plain, negative=other, steps=2))
     latents = control.check(host).latents
     assert difference(latents[control.pairs[0][4]], latents[without]) > 1e-2  # it counts

@@ -24,6 +24,10 @@ def refusal(path) -> str:
     "family, keys",
     [
         ("Chroma Radiance", ["nerf_blocks.0.param_generator.weight", "double_blocks.0.img_attn.qkv.weight"]),
+        (
+            "Chroma in diffusers' key layout",
+            ["distilled_guidance_layer.layers.0.linear_1.weight", "single_transformer_blocks.0.attn.to_q.weight"],
+        ),
         ("Qwen-Image-Layered", ["time_text_embed.addition_t_embedding.weight", "txt_norm.weight", "img_in.weight"]),
         ("Lens", ["transformer_blocks.0.img_mlp.w1.weight", "txt_norm.weight", "img_in.weight"]),
         (
@@ -118,6 +122,7 @@ LAYER = "diffusion_model.double_blocks.0.img_attn.qkv"
         ("a vision encoder", ["vision_model.x"]),
         ("a VAE", ["encoder.conv_in.weight", "decoder.conv_in.weight", "first_stage_model.x"]),
         ("Chroma Radiance", ["nerf_blocks.0.x"]),
+        ("Chroma in diffusers' key layout", ["distilled_guidance_layer.layers.0.linear_1.bias"]),
         ("HunyuanVideo or HunyuanImage", ["img_in.proj.weight"]),
         ("Hunyuan3D", ["latent_in.weight"]),
         ("Stable Diffusion 3 in diffusers' key layout", ["pos_embed.proj.weight"]),
