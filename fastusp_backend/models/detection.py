@@ -78,6 +78,8 @@ _FOREIGN = (
     ("input_blocks.", "a Stable Diffusion U-Net"),
     ("cap_embedder.", "Lumina or Z-Image"),
 )
+_CHROMA = {f"distilled_guidance_layer.{part}norms.0.{name}" for part in ("", "0.") for name in ("scale", "weight")}
+"""By any of which ComfyUI takes a file for Chroma."""
 _FLUX_IN_DIFFUSERS = ("single_transformer_blocks.", "transformer_blocks.0.norm1_context.linear.")
 _BLOCK = re.compile(r"^(\w+)\.(\d+)\.")
 _NEARLY = 0.9
@@ -105,8 +107,8 @@ def family_of(header: dict[str, TensorInfo], path: str, names: Collection[str] =
     fit = functools.cache(lambda family: _Fit(family, header, path))
     marked = [family for family in FAMILIES if family.marks <= header.keys()]
     whole = next((family for family in marked if not fit(family).missing), None)
-    if whole is FluxConfig and any(key.startswith("distilled_guidance_layer.") for key in header):
-        raise _foreign(path, "a part of Chroma beside FLUX.1")  # which ComfyUI takes for Chroma
+    if whole is FluxConfig and not _CHROMA.isdisjoint(header):
+        raise _foreign(path, "a part of Chroma beside FLUX.1")
     if whole is not None:
         return whole
     nearest = _nearest([fit(family) for family in FAMILIES])

@@ -134,10 +134,10 @@ def test_formats(tmp_path, name):
 
 
 def test_a_whole_flux_beside_an_approximator():
-    """ComfyUI takes what has any of an approximator for Chroma: it is never FLUX.1 in silence."""
+    """ComfyUI takes what has an approximator's norms for Chroma: it is never FLUX.1 in silence."""
     both = full_header(FLUX_DEV) | full_header(CHROMA)
     assert family_of(both, "x").family == CHROMA.family
-    for some in ("layers.0.in_layer.weight", "norms.0.scale", "0.norms.0.scale"):
+    for some in ("norms.0.scale", "norms.0.weight", "0.norms.0.scale"):
         header = full_header(FLUX_DEV) | {f"{APPROXIMATOR}.{some}": TensorInfo((64,), torch.bfloat16)}
         with pytest.raises(CheckpointError, match="a part of Chroma beside FLUX.1"):
             family_of(header, "x")
