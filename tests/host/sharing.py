@@ -157,7 +157,7 @@ seen = []
 wrappers = {WrappersMP.DIFFUSION_MODEL: {"test": [lambda _executor, *args, **kwargs: seen.append((args, kwargs))]}}
 call = {"context": 3, "control": 4, "ref_latents": 5, "ref_latents_method": 6}
 for kind in (QwenImageTransformer2DModel, RemoteQwenImage):
-    stub = types.SimpleNamespace(_forward=None, _evaluate=None, _arrived=None)
+    stub = types.SimpleNamespace(_forward=None, _evaluate=None, _note_arrival=lambda _options: None)
     stub._through_wrappers = functools.partial(RemoteQwenImage._through_wrappers, stub)
     stub._ORDER = RemoteQwenImage._ORDER
     kind.forward(stub, 1, 2, transformer_options={"wrappers": wrappers}, **call)

@@ -66,7 +66,14 @@ def test_a_choice_that_is_not_offered(host):
     [
         ("truncated", ["is truncated", "Download it again"]),
         ("pointer", ["is a git-lfs pointer", "run git lfs pull"]),
-        ("radiance", ["holds Chroma Radiance", "FLUX.2 dev and klein, FLUX.1 dev, schnell", "use Load Diffusion"]),
+        (
+            "radiance",
+            [
+                "holds Chroma Radiance",
+                "FLUX.2 dev and klein, Chroma1-HD, Base and Flash, FLUX.1 dev, schnell",
+                "use Load Diffusion",
+            ],
+        ),
         ("lora", ["holds a LoRA", "LoraLoaderModelOnly"]),
         ("mxfp4", ["is quantised as mxfp4", "int8 and GGUF"]),
         ("incomplete", ["incomplete", "final_layer.linear.weight"]),
