@@ -4,6 +4,7 @@ import controlnets
 import loras
 import pytest
 from comfy import PromptFailed
+from conftest import knows_small_flux
 from formats import write
 from safetensors.torch import save_file
 from workflows import IN_WORKERS, STEPPING, Comparison, Graph, difference
@@ -137,7 +138,7 @@ def test_formats(host, sd3):
         listed = f"{path.name} [checkpoints]" if name == "all_in_one" else file
         got = graph.sample(graph.usp(file=listed), **inputs)
         formats.add(name, got, graph.sample(graph.stock(plain.name), **inputs))
-        if name == "scaled_old_prefixed":
+        if name == "scaled_old_prefixed" and knows_small_flux(host.path):  # older ones leave its convolution unscaled
             formats.add(f"{name}, file", got, graph.sample(graph.stock(file), **inputs))
     try:
         formats.check(host)
