@@ -167,7 +167,7 @@ def main() -> None:
     a = parser.parse_args()
     device, (doubles, singles) = torch.device(a.device), map(int, a.blocks.split(","))
     torch.manual_seed(0)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # whose backward pass fails with cuDNN 9.15 on H200
+    torch.backends.cuda.enable_cudnn_sdp(False)  # whose backward pass failed with cuDNN 9.19 on H200
     config = replace(
         synthetic.TINY_FLUX,
         hidden=a.hidden,
