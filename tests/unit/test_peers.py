@@ -61,10 +61,6 @@ class ThreadArena:
         time.sleep(self._dawdle.random() * 2e-3)
         return contextlib.nullcontext()
 
-    def write(self, part, sources):
-        for position, source in sources.items():
-            part.of(position).copy_(source)
-
     def put_signals(self, peers, channel):
         for signal in [(peer, self.position, channel) for peer in peers]:
             time.sleep(self._dawdle.random() * 1e-3)
