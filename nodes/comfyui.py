@@ -197,6 +197,7 @@ __all__ = [
     "QwenImageTransformer2DModel",
     "WrapperExecutor",
     "WrappersMP",
+    "advanced",
     "command_line",
     "common_ksampler",
     "folder_paths",
@@ -211,6 +212,12 @@ __all__ = [
     "swap_scale_shift",
     "weight_adapter",
 ]
+
+
+def advanced(entry: io.Input) -> io.Input:
+    """The input, which the page then shows among the advanced ones. (As a parameter, ComfyUI has it since 0.10.)"""
+    entry.extra_dict["advanced"] = True
+    return entry
 
 
 def search_aliases(*words: str) -> dict[str, list[str]]:

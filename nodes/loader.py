@@ -12,7 +12,7 @@ from ..fastusp_backend.planner import plan_batches
 from ..fastusp_backend.pool import Session
 from ..fastusp_backend.weights.dtypes import choose_types, main_dtype
 from ..fastusp_backend.weights.tensor_info import TensorInfo
-from .comfyui import command_line, io, search_aliases
+from .comfyui import advanced, command_line, io, search_aliases
 from .fewer_gpus import faster_with_fewer
 from .files import model_names, model_path
 from .pools import pool_for
@@ -76,32 +76,38 @@ class USPLoader(io.ComfyNode):
                     "visible GPU. 0,1,3: these, in nvidia-smi's order; cuda:0,1: these, as torch counts. cpu:2: two "
                     "CPU ranks.",
                 ),
-                io.Int.Input(
-                    "ulysses",
-                    default=0,
-                    min=0,
-                    max=64,
-                    tooltip="Ranks that share attention heads; must divide the head count. 0: chosen for you.",
+                advanced(
+                    io.Int.Input(
+                        "ulysses",
+                        default=0,
+                        min=0,
+                        max=64,
+                        tooltip="Ranks that share attention heads; must divide the head count. 0: chosen for you.",
+                    )
                 ),
-                io.Int.Input(
-                    "ring",
-                    default=0,
-                    min=0,
-                    max=64,
-                    tooltip="Ranks that pass keys and values round. ulysses x ring is the number of ranks. 0: "
-                    "chosen for you.",
+                advanced(
+                    io.Int.Input(
+                        "ring",
+                        default=0,
+                        min=0,
+                        max=64,
+                        tooltip="Ranks that pass keys and values round. ulysses x ring is the number of ranks. 0: "
+                        "chosen for you.",
+                    )
                 ),
                 SettingsType.Input(
                     "settings", optional=True, tooltip="From USP Optimization Settings; without it the defaults apply."
                 ),
-                io.Combo.Input(
-                    "batch_parallel",
-                    options=list(get_args(BatchParallel)),
-                    default="auto",
-                    optional=True,
-                    tooltip="Let groups of ranks evaluate the positive and negative prompt (cfg above 1), or the "
-                    "images of a batch, at the same time. auto: wherever the groups come out even. on: likewise, "
-                    "ulysses and ring are those of a group, and an odd number of ranks is refused. off: never.",
+                advanced(
+                    io.Combo.Input(
+                        "batch_parallel",
+                        options=list(get_args(BatchParallel)),
+                        default="auto",
+                        optional=True,
+                        tooltip="Let groups of ranks evaluate the positive and negative prompt (cfg above 1), or the "
+                        "images of a batch, at the same time. auto: wherever the groups come out even. on: likewise, "
+                        "ulysses and ring are those of a group, and an odd number of ranks is refused. off: never.",
+                    )
                 ),
             ],
             outputs=[
