@@ -8,6 +8,8 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import controlnets
+import loras
 import pytest
 import torch
 from browser import Page
@@ -121,6 +123,29 @@ def qwen(host):
     """A Qwen-Image file. In float32: CPU ranks convert others at each use, which takes longer than the products."""
     path = host.base / "models/diffusion_models/qwen.safetensors"
     write_checkpoint(str(path), QWEN_IMAGE)
+    yield path.name
+    path.unlink()
+
+
+@pytest.fixture(scope="session")
+def qwen_control_net(host, qwen):
+    """A ControlNet for `qwen`, whose tensors make most of it."""
+    models = host.base / "models"
+    name = controlnets.write_qwen(models / "controlnet", models / "diffusion_models" / qwen)
+    yield name
+    (models / "controlnet" / name).unlink()
+
+
+@pytest.fixture(scope="session")
+def qwen_lora(host):
+    return loras.write(host.base / "models/loras", "qwen", loras.qwen_names(QWEN_IMAGE.hidden, seed=0))
+
+
+@pytest.fixture(scope="session")
+def fill(host):
+    """A file of FLUX.1 Fill's kind, which takes an image and a mask."""
+    path = host.base / "models/diffusion_models/fill.safetensors"
+    write_checkpoint(str(path), replace(SMALL, concat_channels=80), seed=2)
     yield path.name
     path.unlink()
 
