@@ -91,10 +91,11 @@ def second_hosts():
 
 @pytest.fixture
 def second_host(host, second_hosts, tmp_path_factory):
-    """Another ComfyUI with the dev file, which was told to keep all weights in fp8; tests may end it."""
+    """Another ComfyUI with the dev file, which was told to keep all weights in fp8, and has the pack installed as the
+    registry gives it; tests may end it."""
     if not second_hosts or second_hosts[-1].path != host.path or second_hosts[-1].process.poll() is not None:
         base = tmp_path_factory.mktemp("second")
-        second_hosts.append(ComfyUI(host.path, base, ("--cpu", "--fp8_e4m3fn-unet")))
+        second_hosts.append(ComfyUI(host.path, base, ("--cpu", "--fp8_e4m3fn-unet"), installed=True))
         (base / "models/diffusion_models" / DEV).symlink_to(host.base / "models/diffusion_models" / DEV)
         second_hosts[-1].wait_until_ready()
     return second_hosts[-1]
