@@ -101,7 +101,14 @@ USED = {
         "OFTAdapter",
         "WeightAdapterBase",
     ],
-    "comfy_api.latest": ["ComfyExtension", "io.ComfyNode", "io.Custom", "io.NodeOutput", "io.Schema"],
+    "comfy_api.latest": [
+        "ComfyExtension",
+        "io.ComfyNode",
+        "io.Custom",
+        "io.Input(extra_dict)",
+        "io.NodeOutput",
+        "io.Schema",
+    ],
     "comfy_execution.utils": ["get_executing_context()"],
     "execution": ["PromptQueue.get_current_queue_volatile()"],
     "folder_paths": [

@@ -143,6 +143,7 @@ def test_the_node_points_at_the_log(node_module, fewer):
     nodes = {
         "comfyui": {
             "command_line": None,
+            "advanced": None,
             "search_aliases": None,
             "io": SimpleNamespace(ComfyNode=object, Schema=None, NodeOutput=list),
         },
