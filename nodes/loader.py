@@ -48,15 +48,15 @@ class USPLoader(io.ComfyNode):
             node_id="FastUSPLoader",
             display_name="USP Loader",
             category="FastUSP",
-            description="Loads a FLUX.1, FLUX.2, Qwen-Image or Stable Diffusion 3 transformer onto several GPUs (or "
-            "CPU ranks) that compute every step of one image together.",
+            description="Loads a FLUX.1, FLUX.2, Qwen-Image, Stable Diffusion 3 or Z-Image transformer onto several "
+            "GPUs (or CPU ranks) that compute every step of one image together.",
             inputs=[
                 io.Combo.Input(
                     "unet_name",
                     options=model_names(),
                     tooltip="A FLUX.1 (dev, schnell, Kontext, Fill, Canny, Depth), FLUX.2 (dev, klein), Qwen-Image, "
-                    "Qwen-Image-Edit or Stable Diffusion 3 (3, 3.5 medium, 3.5 large) file in models/diffusion_models "
-                    "(safetensors or GGUF), or an all-in-one checkpoint in models/checkpoints.",
+                    "Qwen-Image-Edit, Stable Diffusion 3 (3, 3.5 medium, 3.5 large) or Z-Image (Turbo, Base) file in "
+                    "models/diffusion_models (safetensors or GGUF), or an all-in-one checkpoint in models/checkpoints.",
                 ),
                 io.Combo.Input(
                     "weight_dtype",
