@@ -9,7 +9,14 @@ from support import OneRank
 
 from fastusp_backend.config import Settings
 from fastusp_backend.models.family import NO_RESIDUALS, Residuals
-from fastusp_backend.models.synthetic import TINY_FLUX, TINY_FLUX2, TINY_QWEN_IMAGE, TINY_SD3, random_state
+from fastusp_backend.models.synthetic import (
+    TINY_FLUX,
+    TINY_FLUX2,
+    TINY_QWEN_IMAGE,
+    TINY_SD3,
+    TINY_Z_IMAGE,
+    random_state,
+)
 from fastusp_backend.prompt import Prompt
 
 pytestmark = [
@@ -24,6 +31,7 @@ CONFIGS = {
     "flux2": TINY_FLUX2,
     "qwen": TINY_QWEN_IMAGE,
     "sd3": TINY_SD3,
+    "z_image": TINY_Z_IMAGE,
 }
 
 
@@ -56,6 +64,7 @@ def prompt(family: str, randn, references: int, method: str | None) -> Prompt:
         ("qwen", 2, "index", True),
         ("qwen", 2, "index_timestep_zero", False),
         ("sd3", 0, None, True),
+        ("z_image", 0, None, False),
     ],
 )
 def test_options_change_speed_only(family, references, method, controlled, settings):

@@ -9,7 +9,15 @@ from fastusp_backend.models.flux import Flux
 from fastusp_backend.models.flux2 import Flux2
 from fastusp_backend.models.qwen_image import QwenImage
 from fastusp_backend.models.sd3 import SD3
-from fastusp_backend.models.synthetic import TINY_FLUX, TINY_FLUX2, TINY_QWEN_IMAGE, TINY_SD3, random_state
+from fastusp_backend.models.synthetic import (
+    TINY_FLUX,
+    TINY_FLUX2,
+    TINY_QWEN_IMAGE,
+    TINY_SD3,
+    TINY_Z_IMAGE,
+    random_state,
+)
+from fastusp_backend.models.z_image import ZImage
 from fastusp_backend.prompt import Prompt
 
 pytestmark = [
@@ -34,7 +42,14 @@ def model_of(family, config):
 
 
 @pytest.fixture(
-    scope="module", params=[(Flux, TINY_FLUX), (Flux2, TINY_FLUX2), (QwenImage, TINY_QWEN_IMAGE), (SD3, TINY_SD3)]
+    scope="module",
+    params=[
+        (Flux, TINY_FLUX),
+        (Flux2, TINY_FLUX2),
+        (QwenImage, TINY_QWEN_IMAGE),
+        (SD3, TINY_SD3),
+        (ZImage, TINY_Z_IMAGE),
+    ],
 )
 def model(request):
     return model_of(*request.param)
