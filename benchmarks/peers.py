@@ -141,8 +141,8 @@ def _xdit(ring: bool):
     return setup
 
 
-PLANNED = tuple(name for name in MODELS if name != "sd3")
-"""diffusers has no plan for running Stable Diffusion 3 in parallel."""
+PLANNED = tuple(name for name in MODELS if name not in ("sd3", "z_image"))
+"""diffusers has no plan for running Stable Diffusion 3 and Z-Image in parallel."""
 
 PEERS = {
     "diffusers-1gpu": Peer(module="diffusers", setup=_one_gpu, alone=True, models=MODELS),

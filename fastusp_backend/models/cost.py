@@ -33,8 +33,8 @@ def step_cost(config: FamilyConfig, layout: Layout, *, size: tuple[int, int], te
     """layout: of whose groups one evaluates the prompt. size: pixels (width, height). text: tokens."""
     width, height = (edge // config.downscale for edge in size)
     rows, columns = patch_grid(height, width, config.patch)
-    image = rows * columns
-    tokens = text + image
+    image = config.filled(rows * columns)
+    tokens = config.filled(text) + image
     with torch.device("meta"):
         model = config.build()
     large = {id(layer) for layer in model.products()}
@@ -42,14 +42,15 @@ def step_cost(config: FamilyConfig, layout: Layout, *, size: tuple[int, int], te
     for number, block in enumerate(blocks):
         of_block = sum(layer.weight.numel() for layer in block.modules() if id(layer) in large)
         parameters += of_block
+        seen = image if number < config.image_blocks else tokens
         # Each of two streams' layers see that stream's tokens alone.
-        flops += (1 if number < config.two_stream_blocks else 2) * of_block * tokens
-        flops += 4 * tokens**2 * config.hidden
+        flops += (1 if number < config.two_stream_blocks else 2) * of_block * seen
+        flops += 4 * seen**2 * config.hidden
         if number < config.second_attentions:
             flops += 4 * image**2 * config.hidden
             # All its layers', counted for half of the tokens, see those of the image alone.
             flops += 4 * config.hidden**2 * (2 * image - tokens)
     ulysses, ring = layout.ulysses, layout.ring
-    attended = len(blocks) * tokens + config.second_attentions * image
+    attended = (len(blocks) - config.image_blocks) * tokens + (config.image_blocks + config.second_attentions) * image
     values = attended / layout.sequence_ranks * config.hidden * (4 * (ulysses - 1) / ulysses + 2 * (ring - 1))
     return StepCost(parameters, flops, values * torch.bfloat16.itemsize)

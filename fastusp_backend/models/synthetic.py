@@ -91,7 +91,7 @@ TINY_SD3 = SD3Config(
 Z_IMAGE = ZImageConfig(hidden=3840, heads=30, channels=16, context=2560, mlp=10240, blocks=30)
 """Z-Image's own sizes, Turbo's and Base's."""
 TINY_Z_IMAGE = ZImageConfig(
-    hidden=512, heads=4, channels=16, context=2560, mlp=1536, timestep=512, image_blocks=1, context_refiners=1, blocks=2
+    hidden=512, heads=4, channels=16, context=2560, mlp=1536, image_blocks=1, context_refiners=1, blocks=2
 )
 
 
