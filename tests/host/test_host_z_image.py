@@ -20,7 +20,7 @@ def test_layouts_and_guidance(host, z_image):
     graph = layouts.graph
     stock = graph.stock(z_image)
     inputs = {"positive": prompt(graph, 35), "negative": prompt(graph, 6), "latent_image": graph.empty(112, 80)}
-    for cfg, steps, under in ((1.0, 2, LAYOUTS[1:2]), (3.0, 1, LAYOUTS)):
+    for cfg, steps, under in ((1.0, 2, LAYOUTS[1:2]), (3.0, 1, LAYOUTS[1:])):
         inputs |= {"cfg": cfg, "steps": steps, "sampler_name": "res_multistep"}
         want = graph.sample(stock, **inputs)
         for gpus, ulysses, ring in under:
@@ -75,3 +75,12 @@ def test_what_only_variants_take_is_refused(host, z_image):
     with pytest.raises(PromptFailed) as refused:
         host.run(graph)
     assert "A prompt with images (Z-Image Omni)" in refused.value.text
+
+
+def test_a_control_net_is_refused(host, z_image):
+    graph = Graph()
+    model = graph.node("TestChangedModel", model=graph.usp("cpu:2", file=z_image), change="refiner patch")
+    graph.save(graph.sample(model, positive=prompt(graph, 6), negative=prompt(graph, 6), steps=1))
+    with pytest.raises(PromptFailed) as refused:
+        host.run(graph)
+    assert "patch inside the transformer (patches: noise_refiner)" in refused.value.text

@@ -120,7 +120,7 @@ CHANGES = [
     ),
     (
         "fastusp_backend/models/z_image.py",
-        "the text is filled up before it is embedded",
+        "the text is filled up with zeros",
         "self.cap_pad_token.to(x.dtype)",
         "0 * self.cap_pad_token.to(x.dtype)",
         "unit/test_oracle_z_image.py",
