@@ -7,7 +7,6 @@ learnt token each to a multiple of 32 tokens, which are attended as all others.
 Shapes: B batch, n evaluations, L tokens of this rank (text first: Lt, then the image's Li), C hidden.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -31,6 +30,8 @@ from .z_image_blocks import QK_EPS, Block, BlockModulation, ContextBlock
 AXES = (32, 48, 48)
 """Place in the text, row and column."""
 THETA = 256.0
+_EMBEDDER = {"cap_embedder.0.": "cap_embedder.norm.", "cap_embedder.1.": "cap_embedder.linear."}
+"""Beginnings of names in a file -> in the module."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,13 +136,16 @@ class ZImage(Transformer):
 
     @staticmethod
     def module_key(key: str) -> str:
-        for number, name in enumerate(("norm", "linear")):
-            key = re.sub(rf"^cap_embedder\.{number}\.", f"cap_embedder.{name}.", key)
+        for part, ours in _EMBEDDER.items():
+            if key.startswith(part):
+                return ours + key.removeprefix(part)
         return key
 
     @staticmethod
     def file_key(name: str) -> str:
-        return name.replace("cap_embedder.norm.", "cap_embedder.0.").replace("cap_embedder.linear.", "cap_embedder.1.")
+        for part, ours in _EMBEDDER.items():
+            name = name.replace(ours, part)
+        return name
 
     def products(self) -> Iterator[Linear]:
         for block in self.blocks():
