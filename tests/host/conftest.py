@@ -14,7 +14,7 @@ from browser import Page
 from comfy import ComfyUI
 from ending import wait_for_the_end
 from safetensors.torch import save_file
-from workflows import DEV, QWEN_IMAGE, SCHNELL, SMALL, SMALL_CHROMA, SMALL_FLUX2
+from workflows import DEV, ONE_Z_IMAGE, QWEN_IMAGE, SCHNELL, SMALL, SMALL_CHROMA, SMALL_FLUX2
 
 from fastusp_backend.models.synthetic import TINY_SD3, write_checkpoint
 
@@ -130,6 +130,15 @@ def sd3(host):
     """A file of Stable Diffusion 3.5 medium's kind, with as many blocks as heads, as ComfyUI takes it to have."""
     path = host.base / "models/diffusion_models/sd3.safetensors"
     write_checkpoint(str(path), TINY_SD3)
+    yield path.name
+    path.unlink()
+
+
+@pytest.fixture(scope="session")
+def z_image(host):
+    """A Z-Image file, in float32 as that of Qwen-Image."""
+    path = host.base / "models/diffusion_models/z_image.safetensors"
+    write_checkpoint(str(path), ONE_Z_IMAGE)
     yield path.name
     path.unlink()
 

@@ -8,7 +8,7 @@ import pytest
 pytestmark = pytest.mark.unit
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "example_workflows"
-NAMES = ["chroma_usp", "flux2_usp", "flux_usp", "qwen_image_usp", "sd3_usp"]
+NAMES = ["chroma_usp", "flux2_usp", "flux_usp", "qwen_image_usp", "sd3_usp", "z_image_usp"]
 
 # Fixed: links first, then widgets, in the page's order. Inputs added later are optional and come last.
 LINKED = {
