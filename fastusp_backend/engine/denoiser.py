@@ -177,16 +177,22 @@ class Denoiser:
         if prompt not in self._prompts:
             beat(USUAL_SECONDS)
             mine = prompt.of_images(images)
-            text = self._model.embed_text(mine.context.to(self._dtype))
-            shards = SequenceShards(self._mesh.layout, text.shape[1], 0)
             patch = self._model.config.patch
             patches = [patchify(_flat(latent).to(self._dtype), patch) for latent in mine.references]
             self._prompts[prompt] = PromptTensors(
-                shards.take_text(text, self._mesh.sequence_position, dim=1),
+                self._embedded(mine.context.to(self._dtype)),
                 None if mine.concat is None else _flat(mine.concat).to(self._dtype),
                 torch.cat(patches, dim=1) if patches else None,
             )
         return self._prompts[prompt]
+
+    def _embedded(self, context: torch.Tensor) -> torch.Tensor:
+        """context (B, T, E) -> this rank's part of the text, (B, Lt, hidden)."""
+        config, embed = self._model.config, self._model.embed_text
+        shards = SequenceShards(self._mesh.layout, config.filled(context.shape[1]), 0)
+        text = embed(context) if config.embeds_whole_text else context
+        local = shards.take_text(text, self._mesh.sequence_position, dim=1)
+        return local if config.embeds_whole_text else embed(local)
 
     def _evaluation(self, shape: Shape) -> Evaluation:
         if self._transport.generation != self._generation:

@@ -46,6 +46,7 @@ class FamilyConfig:
     takes_control: whether ControlNets may add to its blocks.
     skips_blocks: whether blocks may be left out.
     blocks_differ: whether blocks of one kind differ in the tensors that they have.
+    embeds_whole_text: whether its text's tokens see each other as they are embedded, so that every rank embeds all.
     multiple: of what each stream's tokens are a multiple: the model fills them up with learnt ones, which are attended
         as all others.
     qk_eps: epsilon of the norms of queries and keys.
@@ -76,6 +77,7 @@ class FamilyConfig:
     takes_control: ClassVar[bool] = False
     skips_blocks: ClassVar[bool] = False
     blocks_differ: ClassVar[bool] = False
+    embeds_whole_text: ClassVar[bool] = False
     multiple: ClassVar[int] = 1
     qk_eps: ClassVar[float] = 1e-6
     reference_methods: ClassVar[frozenset[str]] = frozenset()
@@ -184,7 +186,8 @@ class Transformer(nn.Module):
             raise RequestError(f"latents {tuple(x.shape)} do not fit the model: expected (B, {channels}, h, w)")
 
     def embed_text(self, context: torch.Tensor) -> torch.Tensor:
-        """context (B, T, E) -> (B, `filled(T)`, hidden), of the whole text; computed once per prompt."""
+        """context (B, Lt, E) -> (B, Lt, hidden), or where the whole text is embedded (B, T, E) -> (B, `filled(T)`,
+        hidden); computed once per prompt."""
         raise NotImplementedError
 
     def rope(self, text: int, grid: Grid, references: References, device: torch.device) -> tuple[Rope, Rope]:
