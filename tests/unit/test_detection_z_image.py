@@ -67,7 +67,8 @@ def test_the_full_sized_header():
         ("cap_embedder.0.weight", None, "'cap_embedder.0.weight'"),
         ("layers.1.feed_forward.w3.weight", None, "'layers.1.feed_forward.w3.weight'"),
         ("context_refiner.0.attention_norm2.weight", None, "'context_refiner.0.attention_norm2.weight'"),
-        ("x_pad_token", (128,), "tensor 'x_pad_token' is (128,), expected (1, 128)"),
+        ("x_pad_token", (2, 128), "tensor 'x_pad_token' is (2, 128), expected (1, 128)"),
+        ("cap_pad_token", (64,), "tensor 'cap_pad_token' is (64,), expected (1, 128)"),
         ("x_embedder.weight", (128, 192), "takes 192 values per patch and gives 64"),
         ("final_layer.linear.weight", (192, 128), "takes 64 values per patch and gives 192"),
         ("layers.0.attention.qkv.weight", (256, 128), "is (256, 128), expected (384, 128)"),
@@ -84,6 +85,17 @@ def test_unfit_files(tmp_path, name, shape, words):
     with pytest.raises(CheckpointError) as refused:
         load_model(spec_of(path), CPU)
     assert str(path) in str(refused.value) and words in str(refused.value)
+
+
+def test_a_token_may_lack_its_leading_dimension(tmp_path):
+    """As GGUF's writers leave it out."""
+    path = tmp_path / "z_image.safetensors"
+    write_checkpoint(str(path), MINI)
+    state = load_file(path)
+    save_file(state | {name: state[name][0] for name in ("x_pad_token", "cap_pad_token")}, path)
+    model = load_model(spec_of(path), CPU)
+    assert torch.equal(model.x_pad_token, state["x_pad_token"])
+    assert torch.equal(model.cap_pad_token, state["cap_pad_token"])
 
 
 def test_lumina_2_is_another_model(tmp_path):
