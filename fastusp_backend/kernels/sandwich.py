@@ -1,8 +1,8 @@
 """Sandwich norms in one pass over the tokens: what a residual addition takes is normed before it is added, and the sum
 again for what follows. And SwiGLU of two products.
 
-See tokens.py for why a program holds a whole token, which modulations there are, and how tokens are quantised. Weights
-of norms and modulations are vectors of a token's width that every program reads from the cache, so that nothing is made
+See tokens.py for why a program holds a whole token, which modulations there are, and how tokens are quantised. Products
+leave float16's range: what is normed behind one, and SwiGLU's result, is bounded, as ComfyUI does. Weights of norms and modulations are vectors of a token's width that every program reads from the cache, so that nothing is made
 of them ahead of it.
 
 Shapes: x, y (B, L, C), gate, scale (B, 1, C), before, after (C,).
@@ -11,11 +11,13 @@ Shapes: x, y (B, L, C), gate, scale (B, 1, C), before, after (C,).
 import torch
 import torch.nn.functional as F
 
+from .tokens import bounded
+
 try:
     import triton
     import triton.language as tl
 
-    from .tokens import store_token
+    from .tokens import bounded_values, store_token
 except ImportError:  # a CPU build of torch brings no Triton
     triton = None
 
@@ -29,12 +31,12 @@ def norm_reference(x: torch.Tensor, before: torch.Tensor, scale: torch.Tensor) -
 
 def add_reference(x: torch.Tensor, y: torch.Tensor, after: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """x + tanh(gate) rms_norm(y) after."""
-    return torch.addcmul(x, gate.tanh(), _rms_norm(y, after))
+    return torch.addcmul(x, gate.tanh(), _rms_norm(bounded(y), after))
 
 
 def swiglu_reference(gate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """silu(gate) value."""
-    return F.silu(gate) * value
+    return bounded(F.silu(gate) * value)
 
 
 def _rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -84,6 +86,7 @@ if triton is not None:
         NORM: tl.constexpr,
         GATED: tl.constexpr,
         FP8: tl.constexpr,
+        BOUNDED: tl.constexpr,
         eps: tl.constexpr,
     ):
         # One program: one token.
@@ -98,7 +101,11 @@ if triton is not None:
             other = tl.load(y + item * y_batch + token * C + column, mask=inside, other=0.0).to(tl.float32)
             if GATED:
                 value *= tl.sigmoid(value) * other
+                if BOUNDED:
+                    value = bounded_values(value)
             else:
+                if BOUNDED:
+                    other = bounded_values(other)
                 other *= tl.rsqrt(tl.sum(other * other, axis=0) / C + eps)
                 other *= tl.load(after + column, mask=inside, other=0.0).to(tl.float32)
                 gates = tl.load(gate + vector, mask=inside, other=0.0).to(tl.float32)
@@ -147,6 +154,7 @@ def _launch(
         NORM=norm,
         GATED=gated,
         FP8=fp8,
+        BOUNDED=x.dtype == torch.float16,
         eps=EPS,
         num_warps=min(16, max(1, block // 512)),
     )

@@ -14,7 +14,8 @@ from torch import nn
 
 from ..attention import ONLY_K, ONLY_Q, ONLY_V, JointAttention, Rope
 from ..kernels.place import rotate
-from ..kernels.sandwich import EPS
+from ..kernels.sandwich import EPS, swiglu_reference
+from ..kernels.tokens import bounded
 from .layers import Activations, Linear, RMSNorm
 from .segments import Segments
 
@@ -83,9 +84,9 @@ class ContextBlock(Sandwich):
 
     def forward(self, x: torch.Tensor, rope: Rope) -> torch.Tensor:
         """x (B, T, C) -> (B, T, C)."""
-        x = x + self.attention_norm2(self.attention(self.attention_norm1(x), rope))
+        x = x + self.attention_norm2(bounded(self.attention(self.attention_norm1(x), rope)))
         mlp, normed = self.feed_forward, self.ffn_norm1(x)
-        return x + self.ffn_norm2(mlp.w2(F.silu(mlp.w1(normed)) * mlp.w3(normed)))
+        return x + self.ffn_norm2(mlp.w2(swiglu_reference(mlp.w1(normed), mlp.w3(normed))))
 
 
 class Block(Sandwich):

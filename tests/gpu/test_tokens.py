@@ -173,6 +173,22 @@ def test_sandwiched_norms_equal_their_references(dtype, width):
             torch.testing.assert_close(mine, expected, rtol=4 * BOUNDS[dtype], atol=16 * BOUNDS[dtype])
 
 
+def test_sandwiched_float16_stays_finite():
+    x, y, gate, before, scale = given(torch.float16, 512)
+    before, after = before[0, 0].contiguous(), scale[1, 0].contiguous()
+    y[0, 0, :3] = torch.tensor([float("inf"), float("-inf"), float("nan")])
+    wide, value = 300 * x, 300 * y
+    wide[0, 1, :2], value[0, 1, :2] = float("inf"), torch.tensor([0.0, 1.0])
+    wanted = sandwich.add_reference(x, y, after, gate)
+    for mine, expected in (
+        (sandwich.add(x, y, after, gate), wanted),
+        (sandwich.add_norm(x, y, after, gate, before, scale, fp8=False)[0], wanted),
+        (sandwich.swiglu(wide, value, fp8=False)[0], sandwich.swiglu_reference(wide, value)),
+    ):
+        assert mine.isfinite().all()
+        torch.testing.assert_close(mine, expected, rtol=4 * BOUNDS[torch.float16], atol=16 * BOUNDS[torch.float16])
+
+
 def test_sandwiched_norms_in_fp8():
     """The values that are not quantised, rounded."""
     x, y, gate, before, scale = given(torch.bfloat16, 3840)

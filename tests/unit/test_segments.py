@@ -125,6 +125,27 @@ def test_sandwiched_norms(fp8):
     assert relative_difference(gated.double(), F.silu(x.double()) * y.double()) < (0.07 if fp8 else 1e-6)
 
 
+@pytest.mark.parametrize("fp8", [False, True])
+def test_sandwiched_float16_stays_finite(fp8):
+    """A product that left the type's range counts as its largest value, as in ComfyUI, and no number as zero."""
+    segments = Segments(torch.device("cpu"), fused=False, fp8=fp8)
+    after = RMSNorm(16, EPS)
+    after.weight.data = torch.ones(16)
+    x, gate = torch.zeros(1, 1, 16, dtype=torch.float16), torch.full((1, 1, 16), 20.0, dtype=torch.float16)
+    y = torch.cat([torch.tensor([torch.inf, -torch.inf, torch.nan]), torch.full((13,), 65504.0)]).half()[None, None]
+    unit = (16 / 15) ** 0.5
+    wanted = torch.tensor([unit, -unit, 0.0, *[unit] * 13])
+    for summed in (
+        segments.normed_add(x, y, after, gate),
+        segments.normed_add_norm(x, y, after, gate, after, torch.zeros_like(gate))[0],
+    ):
+        torch.testing.assert_close(summed.flatten().float(), wanted, rtol=1e-3, atol=0)
+    large = torch.tensor([300.0, 300.0, torch.inf]).half()[None, None]
+    value = torch.tensor([300.0, -300.0, 0.0]).half()[None, None]
+    got = values_of(segments.swiglu(large, value)).flatten().float()
+    torch.testing.assert_close(got, torch.tensor([65504.0, -65504, 0]), rtol=1e-3, atol=0)
+
+
 def values_of(activations) -> torch.Tensor:
     """What quantised ones stand for."""
     if isinstance(activations, torch.Tensor):
