@@ -14,7 +14,7 @@ from browser import Page
 from comfy import ComfyUI
 from ending import wait_for_the_end
 from safetensors.torch import save_file
-from workflows import DEV, ONE_Z_IMAGE, QWEN_IMAGE, SCHNELL, SMALL, SMALL_CHROMA, SMALL_FLUX2
+from workflows import DEV, QWEN_IMAGE, SCHNELL, SMALL, SMALL_CHROMA, SMALL_FLUX2, SMALL_Z_IMAGE
 
 from fastusp_backend.models.synthetic import TINY_SD3, write_checkpoint
 
@@ -136,9 +136,9 @@ def sd3(host):
 
 @pytest.fixture(scope="session")
 def z_image(host):
-    """A Z-Image file, in float32 as that of Qwen-Image."""
+    """A Z-Image file, whose sizes the host takes from it: see the tests' node pack."""
     path = host.base / "models/diffusion_models/z_image.safetensors"
-    write_checkpoint(str(path), ONE_Z_IMAGE)
+    write_checkpoint(str(path), SMALL_Z_IMAGE)
     yield path.name
     path.unlink()
 

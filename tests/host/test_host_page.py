@@ -6,7 +6,7 @@ import urllib.request
 
 import pytest
 from comfy import REPOSITORY
-from workflows import DEV, ONE_Z_IMAGE, QWEN_IMAGE, SMALL_FLUX2
+from workflows import DEV, QWEN_IMAGE, SMALL_FLUX2, SMALL_Z_IMAGE
 
 pytestmark = pytest.mark.host
 
@@ -153,7 +153,7 @@ def test_example_runs(host, flux2, chroma, qwen, sd3, z_image, path):
     """As it is, but for what cannot be had in a test: text encoders, VAE and weights, and a size for CPUs."""
     prompt = json.loads(path.read_text())
     files = {"flux": (DEV, 4096), "flux2": (flux2, SMALL_FLUX2.context), "qwen": (qwen, QWEN_IMAGE.context)}
-    files |= {"chroma": (chroma, 4096), "sd3": (sd3, 4096), "z": (z_image, ONE_Z_IMAGE.context)}
+    files |= {"chroma": (chroma, 4096), "sd3": (sd3, 4096), "z": (z_image, SMALL_Z_IMAGE.context)}
     file, context = files[path.name.partition("_")[0]]
     for number, node in list(prompt.items()):
         kind, inputs = node["class_type"], node["inputs"]

@@ -3,7 +3,8 @@
 import loras
 import pytest
 from comfy import PromptFailed
-from workflows import IN_WORKERS, ONE_Z_IMAGE, STEPPING, Comparison, Graph, difference
+from safetensors.torch import load_file, save_file
+from workflows import IN_WORKERS, SMALL_Z_IMAGE, STEPPING, Comparison, Graph, difference
 
 pytestmark = pytest.mark.host
 
@@ -11,7 +12,7 @@ LAYOUTS = (("cpu:1", 1, 1), ("cpu:2", 2, 1), ("cpu:2", 1, 2))
 
 
 def prompt(graph: Graph, tokens: int, seed: int = 1):
-    return graph.prompt(seed, tokens, width=ONE_Z_IMAGE.context)
+    return graph.prompt(seed, tokens, width=SMALL_Z_IMAGE.context)
 
 
 def test_layouts_and_guidance(host, z_image):
@@ -50,9 +51,8 @@ def test_shift_odd_sizes_masks_and_stepping(host, z_image):
 
 
 def test_loras(host, z_image):
-    names = [
-        loras.write(host.base / "models/loras", f"z{i}", loras.z_image_names(3840, 10240, seed=i)) for i in range(2)
-    ]
+    folder, sizes = host.base / "models/loras", (SMALL_Z_IMAGE.hidden, SMALL_Z_IMAGE.mlp)
+    names = [loras.write(folder, f"z{i}", loras.z_image_names(*sizes, seed=i)) for i in range(2)]
     both = Comparison()
     graph = both.graph
     models = []
@@ -66,6 +66,26 @@ def test_loras(host, z_image):
     plain = graph.save(graph.sample(graph.stock(z_image), positive=positive, negative=positive, steps=1))
     latents = both.check(host).latents
     assert difference(latents[both.pairs[0][4]], latents[plain]) > 1e-2
+
+
+def test_float16_whose_range_products_leave(host, z_image):
+    """As Model Compute Dtype has it. What comes out beyond its largest value is that value, in the workers as in
+    stock."""
+    path = host.base / "models/diffusion_models/z_image_large.safetensors"
+    large = (".qkv.weight", ".out.weight", ".w1.weight", ".w3.weight")
+    state = load_file(path.with_name(z_image))
+    for name, tensor in state.items():
+        if name.endswith(large) and not name.startswith("context_refiner"):
+            tensor *= 300
+    save_file(state, path)
+    graph, runs = Graph(), {}
+    usp, stock = graph.usp("cpu:2", file=path.name), graph.stock(path.name)
+    for name, model, dtype in (("usp", usp, "fp16"), ("stock", stock, "fp16"), ("wide", stock, "fp32")):
+        computing = graph.node("ModelComputeDtype", model=model, dtype=dtype)
+        runs[name] = graph.save(graph.sample(computing, positive=prompt(graph, 6), steps=2))
+    latents = host.run(graph).latents
+    assert difference(latents[runs["stock"]], latents[runs["wide"]]) > 0.1
+    assert difference(latents[runs["usp"]], latents[runs["stock"]]) < 0.01
 
 
 def test_what_only_variants_take_is_refused(host, z_image):
