@@ -1,9 +1,10 @@
 """Sandwich norms in one pass over the tokens: what a residual addition takes is normed before it is added, and the sum
 again for what follows. And SwiGLU of two products.
 
-See tokens.py for why a program holds a whole token, which modulations there are, and how tokens are quantised. Products
-leave float16's range: what is normed behind one, and SwiGLU's result, is bounded, as ComfyUI does. Weights of norms and modulations are vectors of a token's width that every program reads from the cache, so that nothing is made
-of them ahead of it.
+See tokens.py for why a program holds a whole token, which modulations there are, and how tokens are quantised. Weights
+of norms and modulations are vectors of a token's width that every program reads from the cache, so that nothing is made
+of them ahead of it. Products leave float16's range: what is normed behind one, and what SwiGLU gives, is bounded, as in
+ComfyUI.
 
 Shapes: x, y (B, L, C), gate, scale (B, 1, C), before, after (C,).
 """

@@ -251,14 +251,15 @@ _detect = comfy.model_detection.detect_unet_config
 
 
 def detect_small(state_dict, key_prefix, *args, **kwargs):
-    """ComfyUI takes every Chroma for one of full size: 1.1 GB for the network that gives modulations; and knows
-    Z-Image by its width: 3.6 GB with one block."""
+    """ComfyUI takes every Chroma for one of full size: 1.1 GB for the network that gives modulations. And it knows
+    Z-Image at one width alone: 3.6 GB with one block."""
     found = _detect(state_dict, key_prefix, *args, **kwargs)
     if found and found.get("image_model") == "chroma":
         shape = state_dict[f"{key_prefix}distilled_guidance_layer.out_proj.weight"].shape
         found["out_dim"], found["hidden_dim"] = shape
         found["hidden_size"], found["num_heads"] = shape[0], shape[0] // 128  # old ComfyUI: those of FLUX.1, too
-    if found and found.get("image_model") == "lumina2" and f"{key_prefix}cap_pad_token" in state_dict:
+    filled = f"{key_prefix}cap_pad_token" in state_dict
+    if found and found.get("image_model") == "lumina2" and filled and "n_heads" not in found:
         heads = found["dim"] // 128
         found |= {"n_heads": heads, "n_kv_heads": heads, "axes_dims": [32, 48, 48], "axes_lens": [1536, 512, 512]}
         found |= {"rope_theta": 256.0, "ffn_dim_multiplier": 8 / 3, "time_scale": 1000.0}
