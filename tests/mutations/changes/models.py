@@ -134,6 +134,20 @@ CHANGES = [
     ),
     (
         "fastusp_backend/kernels/sandwich.py",
+        "what a product gives in float16 is normed unbounded",
+        "_rms_norm(bounded(y), after)",
+        "_rms_norm(y, after)",
+        "unit/test_segments.py",
+    ),
+    (
+        "fastusp_backend/engine/denoiser.py",
+        "every rank embeds the whole text of all families",
+        "text = embed(context) if config.embeds_whole_text else context",
+        "text = embed(context)",
+        "unit/test_denoiser.py",
+    ),
+    (
+        "fastusp_backend/kernels/sandwich.py",
         "the norms' epsilon is that of other families",
         "EPS = 1e-5",
         "EPS = 1e-6",
