@@ -258,12 +258,12 @@ def detect_small(state_dict, key_prefix, *args, **kwargs):
         shape = state_dict[f"{key_prefix}distilled_guidance_layer.out_proj.weight"].shape
         found["out_dim"], found["hidden_dim"] = shape
         found["hidden_size"], found["num_heads"] = shape[0], shape[0] // 128  # old ComfyUI: those of FLUX.1, too
-    filled = f"{key_prefix}cap_pad_token" in state_dict
-    if found and found.get("image_model") == "lumina2" and filled and "n_heads" not in found:
-        heads = found["dim"] // 128
-        found |= {"n_heads": heads, "n_kv_heads": heads, "axes_dims": [32, 48, 48], "axes_lens": [1536, 512, 512]}
-        found |= {"rope_theta": 256.0, "ffn_dim_multiplier": 8 / 3, "time_scale": 1000.0}
-        found |= {"z_image_modulation": True, "pad_tokens_multiple": 32}
+    key, filled = f"{key_prefix}cap_embedder.1.weight", f"{key_prefix}cap_pad_token" in state_dict
+    if found and found.get("image_model") == "lumina2" and filled:
+        width, context = state_dict[key].shape
+        full = state_dict | {key: torch.empty(3840, context, device="meta")}
+        found = _detect(full, key_prefix, *args, **kwargs)
+        found |= {"dim": width, "n_heads": width // 128, "n_kv_heads": width // 128}
     return found
 
 
