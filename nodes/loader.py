@@ -50,16 +50,16 @@ class USPLoader(io.ComfyNode):
             display_name="USP Loader",
             category="FastUSP",
             **search_aliases("multi gpu", "multigpu", "parallel", "gpus", "flux loader", "load diffusion model"),
-            description="Loads a FLUX.1, FLUX.2, Chroma, Qwen-Image or Stable Diffusion 3 transformer onto several "
-            "GPUs (or CPU ranks) that compute every step of one image together.",
+            description="Loads a FLUX.1, FLUX.2, Chroma, Qwen-Image, Stable Diffusion 3 or Z-Image transformer onto "
+            "several GPUs (or CPU ranks) that compute every step of one image together.",
             inputs=[
                 io.Combo.Input(
                     "unet_name",
                     options=model_names(),
                     tooltip="A FLUX.1 (dev, schnell, Kontext, Fill, Canny, Depth), FLUX.2 (dev, klein), Chroma1 (HD, "
-                    "Base, Flash), Qwen-Image, Qwen-Image-Edit or Stable Diffusion 3 (3, 3.5 medium, 3.5 large) file "
-                    "in models/diffusion_models (safetensors or GGUF), or an all-in-one checkpoint in "
-                    "models/checkpoints.",
+                    "Base, Flash), Qwen-Image, Qwen-Image-Edit, Stable Diffusion 3 (3, 3.5 medium, 3.5 large) or "
+                    "Z-Image (Turbo, Base) file in models/diffusion_models (safetensors or GGUF), or an all-in-one "
+                    "checkpoint in models/checkpoints.",
                 ),
                 io.Combo.Input(
                     "weight_dtype",

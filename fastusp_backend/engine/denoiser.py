@@ -155,7 +155,7 @@ class Denoiser:
         if evaluation is not None and evaluation.captured:
             return
         rows, columns = patch_grid(*x.shape[-2:], self._model.config.patch)
-        tokens = rows * columns + shape.references.tokens
+        tokens = self._model.config.filled(rows * columns + shape.references.tokens)
         tokens = SequenceShards(self._mesh.layout, shape.text, tokens).local
         count = WORKING_SET * len(x) * tokens * self._model.config.hidden
         torch.empty(count, dtype=self._dtype, device=x.device)  # and free it
@@ -165,7 +165,7 @@ class Denoiser:
     def _shape(self, x: torch.Tensor, prompt: Prompt, residuals: Residuals) -> Shape:
         return Shape(
             tuple(x.shape),
-            prompt.context.shape[1],
+            self._model.config.filled(prompt.context.shape[1]),
             references_of(self._model.config, prompt),
             tuple(tuple(tensor.shape) for tensor in residuals.tensors),
             residuals.input,
@@ -177,16 +177,22 @@ class Denoiser:
         if prompt not in self._prompts:
             beat(USUAL_SECONDS)
             mine = prompt.of_images(images)
-            shards = SequenceShards(self._mesh.layout, mine.context.shape[1], 0)
-            local = shards.take_text(mine.context.to(self._dtype), self._mesh.sequence_position, dim=1)
             patch = self._model.config.patch
             patches = [patchify(_flat(latent).to(self._dtype), patch) for latent in mine.references]
             self._prompts[prompt] = PromptTensors(
-                self._model.embed_text(local),
+                self._embedded(mine.context.to(self._dtype)),
                 None if mine.concat is None else _flat(mine.concat).to(self._dtype),
                 torch.cat(patches, dim=1) if patches else None,
             )
         return self._prompts[prompt]
+
+    def _embedded(self, context: torch.Tensor) -> torch.Tensor:
+        """context (B, T, E) -> this rank's part of the text, (B, Lt, hidden)."""
+        config, embed = self._model.config, self._model.embed_text
+        shards = SequenceShards(self._mesh.layout, config.filled(context.shape[1]), 0)
+        text = embed(context) if config.embeds_whole_text else context
+        local = shards.take_text(text, self._mesh.sequence_position, dim=1)
+        return local if config.embeds_whole_text else embed(local)
 
     def _evaluation(self, shape: Shape) -> Evaluation:
         if self._transport.generation != self._generation:

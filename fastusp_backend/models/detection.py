@@ -21,8 +21,16 @@ from .flux import FluxConfig
 from .flux2 import Flux2Config
 from .qwen_image import QwenImageConfig
 from .sd3 import SD3Config
+from .z_image import ZImageConfig
 
-FAMILIES: tuple[type[FamilyConfig], ...] = (Flux2Config, ChromaConfig, FluxConfig, QwenImageConfig, SD3Config)
+FAMILIES: tuple[type[FamilyConfig], ...] = (
+    Flux2Config,
+    ChromaConfig,
+    FluxConfig,
+    QwenImageConfig,
+    SD3Config,
+    ZImageConfig,
+)
 """In the order of asking: files of FLUX.2 and Chroma have FLUX.1's marks, too."""
 RUNS = ", ".join(family.runs for family in FAMILIES)
 OTHERS = "for other diffusion models use Load Diffusion Model, or Load Checkpoint for an all-in-one checkpoint"
@@ -39,6 +47,11 @@ _PARTS: tuple[tuple[re.Pattern, str, str], ...] = tuple(
             "load it with LoraLoaderModelOnly after USP Loader",
         ),
         (
+            r"^control_(layers|noise_refiner|all_x_embedder)\.",
+            "a ControlNet of Z-Image's, which FastUSP does not run",
+            "load it with ModelPatchLoader, and the model with Load Diffusion Model",
+        ),
+        (
             r"^control(net_|_blocks\.|_model\.)",
             CONTROLNET,
             "load it with Load ControlNet Model and apply it to the prompt",
@@ -48,7 +61,7 @@ _PARTS: tuple[tuple[re.Pattern, str, str], ...] = tuple(
             r"|^encoder\.(block|embed_tokens|final_layer_norm)\.",
             "a text encoder",
             "load it with DualCLIPLoader (FLUX.1), TripleCLIPLoader (Stable Diffusion 3) or CLIPLoader (FLUX.2, "
-            "Chroma, Qwen-Image), from models/text_encoders",
+            "Chroma, Qwen-Image, Z-Image), from models/text_encoders",
         ),
         (r"^vision_model\.", "a vision encoder", "load it with Load CLIP Vision, from models/clip_vision"),
         (r"^(encoder|decoder|first_stage_model)\.", "a VAE", "load it with Load VAE, from models/vae"),
@@ -65,6 +78,9 @@ _VARIANTS: tuple[tuple[tuple[tuple[str, ...], ...], str], ...] = (
     ),
     ((("time_text_embed.addition_t_embedding.weight",),), "Qwen-Image-Layered"),
     ((("transformer_blocks.0.img_mlp.w1.weight",),), "Lens"),
+    ((("noise_refiner.0.adaLN_modulation.1.weight",),), "Lumina 2"),
+    ((("siglip_embedder.0.weight",),), "Z-Image Omni"),
+    ((("dec_net.cond_embed.weight",),), "Z-Image in pixel space"),
     ((("context_processor.layers.0.attn.qkv.weight",),), "a Stable Diffusion 3 with a context processor"),
 )
 # Starts of keys of other families, checked in this order where a file is none of ours. Some share our block names.
@@ -76,7 +92,8 @@ _FOREIGN = (
     ("joint_transformer_blocks.", "AuraFlow"),
     ("pos_embed.proj.", "Stable Diffusion 3 in diffusers' key layout"),
     ("input_blocks.", "a Stable Diffusion U-Net"),
-    ("cap_embedder.", "Lumina or Z-Image"),
+    ("all_x_embedder.", "Z-Image in diffusers' key layout"),
+    ("cap_embedder.", "Lumina"),
 )
 _CHROMA = {f"distilled_guidance_layer.{part}norms.0.{name}" for part in ("", "0.") for name in ("scale", "weight")}
 """By any of which ComfyUI takes a file for Chroma."""

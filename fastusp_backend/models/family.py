@@ -46,6 +46,10 @@ class FamilyConfig:
     takes_control: whether ControlNets may add to its blocks.
     skips_blocks: whether blocks may be left out.
     blocks_differ: whether blocks of one kind differ in the tensors that they have.
+    embeds_whole_text: whether its text's tokens see each other as they are embedded, so that every rank embeds all.
+    multiple: of what each stream's tokens are a multiple: the model fills them up with learnt ones, which are attended
+        as all others.
+    qk_eps: epsilon of the norms of queries and keys.
     reference_methods: those of `positions.METHODS` that it knows, none where it takes no reference images; ComfyUI
         takes any other for `offset`.
 
@@ -57,6 +61,7 @@ class FamilyConfig:
     concat_channels: channels of further input beside the latents.
     guidance: whether it is embedded; without, two prompts may be evaluated in a step.
     second_attentions: how many blocks, the first ones, have a second attention, of the image's tokens alone.
+    image_blocks: how many blocks, the first ones, see the image's tokens alone.
     reference_method: how references are placed where the prompt says nothing.
     """
 
@@ -72,6 +77,9 @@ class FamilyConfig:
     takes_control: ClassVar[bool] = False
     skips_blocks: ClassVar[bool] = False
     blocks_differ: ClassVar[bool] = False
+    embeds_whole_text: ClassVar[bool] = False
+    multiple: ClassVar[int] = 1
+    qk_eps: ClassVar[float] = 1e-6
     reference_methods: ClassVar[frozenset[str]] = frozenset()
 
     hidden: int
@@ -82,6 +90,7 @@ class FamilyConfig:
     concat_channels: int = 0
     guidance: bool = False
     second_attentions: int = 0
+    image_blocks: int = 0
     reference_method: str = "offset"
 
     @classmethod
@@ -93,6 +102,11 @@ class FamilyConfig:
     def two_stream_blocks(self) -> int:
         """How many blocks, the first ones, have weights of their own for text and for the image."""
         raise NotImplementedError
+
+    @classmethod
+    def filled(cls, tokens: int) -> int:
+        """How many tokens a stream of so many has with those that fill it up."""
+        return -(-tokens // cls.multiple) * cls.multiple
 
     def build(self) -> "Transformer":
         """The transformer, with parameters as torch's default device and type have them."""
@@ -172,12 +186,14 @@ class Transformer(nn.Module):
             raise RequestError(f"latents {tuple(x.shape)} do not fit the model: expected (B, {channels}, h, w)")
 
     def embed_text(self, context: torch.Tensor) -> torch.Tensor:
-        """context (B, Lt, E) -> (B, Lt, hidden); computed once per prompt."""
+        """context (B, Lt, E) -> (B, Lt, hidden), or where the whole text is embedded (B, T, E) -> (B, `filled(T)`,
+        hidden); computed once per prompt."""
         raise NotImplementedError
 
     def rope(self, text: int, grid: Grid, references: References, device: torch.device) -> tuple[Rope, Rope]:
-        """Rotary tables (cos, sin) of all T text tokens, and of all S of the image and R of its references; or what
-        else says where tokens lie: tables whose rows are tokens, as `forward` takes those of this rank."""
+        """Rotary tables (cos, sin) of all T text tokens, and of all S of the image and R of its references, with those
+        that fill either up; or what else says where tokens lie: tables whose rows are tokens, as `forward` takes those
+        of this rank."""
         raise NotImplementedError
 
     def modulations(self) -> list[nn.Module]:
@@ -210,8 +226,8 @@ class Transformer(nn.Module):
         ops: Segments,
         residuals: Residuals = NO_RESIDUALS,
     ) -> torch.Tensor:
-        """img (B, Li, p^2 (C + C')) patches and txt (B, Lt, hidden) of this rank, residuals for its image tokens ->
-        velocity patches (B, Li, p^2 C)."""
+        """img (B, Li, p^2 (C + C')) patches, zeros where the stream is filled up, and txt (B, Lt, hidden) of this rank,
+        residuals for its image tokens -> velocity patches (B, Li, p^2 C)."""
         raise NotImplementedError
 
 

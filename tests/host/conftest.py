@@ -16,7 +16,7 @@ from browser import Page
 from comfy import ComfyUI
 from ending import wait_for_the_end
 from safetensors.torch import save_file
-from workflows import DEV, QWEN_IMAGE, SCHNELL, SMALL, SMALL_CHROMA, SMALL_FLUX2
+from workflows import DEV, QWEN_IMAGE, SCHNELL, SMALL, SMALL_CHROMA, SMALL_FLUX2, SMALL_Z_IMAGE
 
 from fastusp_backend.models.synthetic import TINY_SD3, write_checkpoint
 
@@ -156,6 +156,15 @@ def sd3(host):
     """A file of Stable Diffusion 3.5 medium's kind, with as many blocks as heads, as ComfyUI takes it to have."""
     path = host.base / "models/diffusion_models/sd3.safetensors"
     write_checkpoint(str(path), TINY_SD3)
+    yield path.name
+    path.unlink()
+
+
+@pytest.fixture(scope="session")
+def z_image(host):
+    """A Z-Image file, whose sizes the host takes from it: see the tests' node pack."""
+    path = host.base / "models/diffusion_models/z_image.safetensors"
+    write_checkpoint(str(path), SMALL_Z_IMAGE)
     yield path.name
     path.unlink()
 

@@ -7,7 +7,7 @@ import urllib.request
 import pytest
 from comfy import REPOSITORY
 from PIL import Image
-from workflows import DEV, QWEN_IMAGE, SMALL_FLUX2, Graph
+from workflows import DEV, QWEN_IMAGE, SMALL_FLUX2, SMALL_Z_IMAGE, Graph
 
 pytestmark = pytest.mark.host
 
@@ -173,10 +173,11 @@ def picture(host):
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_example_runs(host, picture, fill, flux2, chroma, qwen, qwen_lora, qwen_control_net, sd3, path):
+def test_example_runs(host, picture, fill, flux2, chroma, qwen, qwen_lora, qwen_control_net, sd3, z_image, path):
     """As it is, but for what cannot be had in a test: text encoders, VAE and weights, and sizes for CPUs."""
     files = {"flux.1_fill": (fill, 4096), "flux.1": (DEV, 4096), "flux.2": (flux2, SMALL_FLUX2.context)}
     files |= {"chroma": (chroma, 4096), "qwen": (qwen, QWEN_IMAGE.context), "stable": (sd3, 4096)}
+    files |= {"z-image": (z_image, SMALL_Z_IMAGE.context)}
     file, context = next(files[start] for start in files if path.name.startswith(start))
     small = {"unet_name": file, "gpus": "cpu:2", "width": 64, "height": 64, "steps": 2, "image": picture}
     small |= {"lora_name": qwen_lora, "control_net_name": qwen_control_net}

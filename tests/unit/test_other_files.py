@@ -38,7 +38,10 @@ def refusal(path) -> str:
         ("Ovis-Image", ["double_blocks.0.img_attn.qkv.weight", "img_in.weight", "txt_norm.scale"]),
         ("Stable Diffusion U-Net", ["input_blocks.0.0.weight"]),
         ("Stable Diffusion U-Net", ["model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.x.weight"]),
-        ("not a FLUX.2 or Chroma or FLUX.1 or Qwen-Image or Stable Diffusion 3 transformer", ["something.else"]),
+        (
+            "not a FLUX.2 or Chroma or FLUX.1 or Qwen-Image or Stable Diffusion 3 or Z-Image transformer",
+            ["something.else"],
+        ),
         ("no tensors at all", []),
     ],
 )
@@ -128,7 +131,10 @@ LAYER = "diffusion_model.double_blocks.0.img_attn.qkv"
         ("Stable Diffusion 3 in diffusers' key layout", ["pos_embed.proj.weight"]),
         ("AuraFlow", ["joint_transformer_blocks.0.x"]),
         ("a Stable Diffusion U-Net", ["input_blocks.0.0.weight"]),
-        ("Lumina or Z-Image", ["cap_embedder.0.weight"]),
+        ("Lumina", ["cap_embedder.0.weight"]),
+        ("Z-Image in diffusers' key layout", ["all_x_embedder.2-1.weight"]),
+        ("a ControlNet of Z-Image's", ["control_layers.0.adaLN_modulation.0.weight"]),
+        ("a ControlNet of Z-Image's", ["control_all_x_embedder.2-1.weight"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -154,11 +160,14 @@ def test_a_single_name_may_tell_what_a_file_holds(found, keys):
             "a Stable Diffusion 3 with a context processor",
             ["context_processor.layers.0.attn.qkv.weight"],
         ),
+        ("Z-Image", "Z-Image Omni", ["siglip_embedder.0.weight"]),
+        ("Z-Image", "Z-Image in pixel space", ["dec_net.cond_embed.weight"]),
+        ("Z-Image", "Lumina 2", ["noise_refiner.0.adaLN_modulation.1.weight"]),
     ],
 )
 def test_what_has_all_of_a_familys_tensors_may_be_another_model(whole, variant, keys):
     with torch.device("meta"):
-        model = {config.family: config for _, config in MODELS.values()}[whole].build()
+        (model,) = (sizes.tiny.build() for sizes in MODELS.values() if sizes.tiny.family == whole)
     shapes = {model.file_key(name): tuple(p.shape) for name, p in model.named_parameters()}
     header = {name: TensorInfo(shape, torch.bfloat16) for name, shape in shapes.items()}
     assert family_of(header, "file").family == whole

@@ -15,7 +15,7 @@ from fastusp_backend.models.prediction import (
     link_of,
     slowest_card,
 )
-from fastusp_backend.models.synthetic import FLUX2_DEV, FLUX_DEV, QWEN_IMAGE
+from fastusp_backend.models.synthetic import FLUX2_DEV, FLUX_DEV, QWEN_IMAGE, Z_IMAGE
 from fastusp_backend.planner import plan_batches
 from fastusp_backend.weights.tensor_info import TensorInfo
 
@@ -170,6 +170,17 @@ def test_operations_are_those_of_the_papers_formulas():
     around = step_cost(FLUX_DEV, Layout(ulysses=1, ring=4), size=(1024, 1024), text=512)
     assert around.sent_bytes == 57 * 2 * 2 * (tokens / 4) * c * 3 and around.messages == 57 * 3
     assert step_cost(QWEN_IMAGE, Layout(ulysses=1, ring=1), size=(1024, 1024), text=35).sent_bytes == 0
+
+
+def test_blocks_of_the_image_alone_cost_its_tokens():
+    """Z-Image's first two; both streams are filled up to a multiple of 32."""
+    cost = step_cost(Z_IMAGE, Layout(ulysses=2, ring=1), size=(1024, 1008), text=35)
+    image, tokens, width = 4032, 4096, 3840
+    weights = 4 * width**2 + 3 * width * 10240
+    assert cost.parameters == 32 * weights
+    seen = ((2, image), (30, tokens))
+    assert cost.flops == pytest.approx(sum(n * (2 * weights * seen + 4 * seen**2 * width) for n, seen in seen))
+    assert cost.sent_bytes == pytest.approx(sum(n * seen for n, seen in seen) / 2 * width * 2 * 2)
 
 
 def test_weights_from_the_host_come_over_its_own_link():
