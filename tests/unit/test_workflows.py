@@ -74,16 +74,29 @@ def test_templates_have_a_picture_and_only_the_page_form_is_one():
         assert (EXAMPLES / f"{name}.jpg").stat().st_size < 60_000
 
 
-def test_every_node_is_told_where_it_comes_from(page):
+def origins(nodes: list[dict]) -> None:
     """ComfyUI's page names the packs, and the versions, of nodes that are missing."""
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     name, version = re.search(r'^name = "(.+)"\nversion = "(.+)"', project, re.MULTILINE).groups()
-    for node in page["nodes"]:
+    for node in nodes:
         properties = node["properties"]
         if node["type"].startswith("FastUSP"):
             assert (properties["cnr_id"], properties["ver"]) == (name, version)
         elif node["type"] != NOTE:
             assert properties["cnr_id"] == "comfy-core" and re.fullmatch(r"\d+\.\d+\.\d+", properties["ver"])
+
+
+def test_every_node_is_told_where_it_comes_from(page):
+    origins(page["nodes"])
+
+
+def test_the_blueprint_too_with_its_files():
+    (file,) = (ROOT / "subgraphs").glob("*.json")
+    (graph,) = json.loads(file.read_text(encoding="utf-8"))["definitions"]["subgraphs"]
+    origins(graph["nodes"])
+    named = [model["name"] for node in graph["nodes"] for model in node["properties"].get("models", ())]
+    values = [str(value) for node in graph["nodes"] for value in node.get("widgets_values") or ()]
+    assert named == [value for value in values if value.endswith(".safetensors")]
 
 
 def test_every_file_can_be_downloaded(page):
