@@ -65,6 +65,7 @@ class Control:
 class Engine:
     device, patches = torch.device("cpu"), 0
     spec, parked, nbytes, transport, placement, streams, unpacked = None, False, 0, "", "", False, False
+    shares_memory, spare = False, 0
 
     def __init__(self, describe=lambda: None, load=lambda: None):
         self._describe, self.load = describe, load
@@ -181,6 +182,37 @@ def test_an_evaluation_that_does_not_fit_drops_what_others_left_but_not_the_weig
     assert (engine.releases, engine.drops) == (0, 1)
 
 
+def test_an_evaluation_that_fits_but_beside_another_layouts_is_made_without_them():
+    """On all ranks alike, whichever lacks the room; once."""
+
+    class LateCrew(Crew):
+        def all_gather(self, text):
+            return [text, "out_of_memory\nnot enough" if engine.shares_memory else ""]
+
+    class Denoiser:
+        def check(self, *_, **more):
+            spares.append(more.get("spare"))
+
+        probe_memory = check
+
+        def __call__(self, *_):
+            return [torch.ones(1)]
+
+    def drop():
+        engine.drops += 1
+        engine.shares_memory, engine.spare = False, 0
+
+    def denoiser(*_):
+        if not engine.drops:
+            engine.shares_memory, engine.spare = True, 8
+        return Denoiser()
+
+    spares, engine, control = [], Engine(), Control({"timestep": torch.ones(1)})
+    engine.denoiser, engine.drop_evaluations, engine.check_file = denoiser, drop, lambda: None
+    Runner(LateCrew(""), engine, control).serve()
+    assert isinstance(control.sent[-1], Done) and engine.drops == 1 and spares == [None, 8, None, 0]
+
+
 def test_a_lack_of_memory_on_one_rank_alone_while_a_mesh_is_made_ends_the_pool():
     """The others wait for it in the mesh's exchanges: they would not come to be told."""
     engine, crew = Engine(), Crew("")
@@ -199,7 +231,7 @@ def test_a_lack_of_memory_that_all_ranks_know_of_is_refused():
 
 def test_what_was_prepared_is_gone_when_evaluations_are_dropped():
     class Denoiser:
-        def check(self, *_):
+        def check(self, *_, **__):
             pass
 
         probe_memory = check
@@ -222,7 +254,7 @@ def test_what_was_prepared_is_gone_when_evaluations_are_dropped():
 
 def test_a_lack_of_memory_within_an_evaluation_ends_the_pool_and_says_why():
     class Denoiser:
-        def check(self, *_):
+        def check(self, *_, **__):
             pass
 
         probe_memory = check
