@@ -51,6 +51,7 @@ class ChromaConfig(FamilyConfig):
     float16: ClassVar[bool] = True
     takes_control: ClassVar[bool] = True
     encoders: ClassVar[str] = "that of CLIPLoader, type chroma (T5-XXL, width 4096)"
+    text: ClassVar[int] = 128  # about a hundred words: ComfyUI pads no more than is there
 
     mlp: int
     double_blocks: int

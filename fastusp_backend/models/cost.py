@@ -43,10 +43,9 @@ def step_cost(config: FamilyConfig, layout: Layout, *, size: tuple[int, int], te
     tokens = text + image
     blocks, both = _parameters(config), config.two_stream_blocks
     second = config.second_attentions  # of the image's tokens alone
-    # Each of two streams' layers see that stream's tokens alone.
+    # Each of two streams' layers see that stream's tokens alone: half of the parameters all tokens, as it were.
     products = 2.0 * tokens * (sum(blocks[:both]) / 2 + sum(blocks[both:]))
-    # All layers of second attentions, counted for half of the tokens, see those of the image.
-    products += second * 4.0 * config.hidden**2 * (2 * image - tokens)
+    products += config.image_alone * (2.0 * image - tokens)  # not the half of them
     attention = 4.0 * config.hidden * (tokens**2 * len(blocks) + image**2 * second)
     ulysses, ring = layout.ulysses, layout.ring
     attended = len(blocks) * tokens + second * image

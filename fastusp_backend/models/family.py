@@ -38,6 +38,8 @@ class FamilyConfig:
     runs: the models of the family that FastUSP runs, for refusals of others.
     marks: keys that tell its files from other families'.
     encoders: for people, what makes its text, of which width.
+    text: tokens of a usual prompt, of which steps are predicted.
+    timed: whether steps of it were measured, from which others are predicted.
     downscale: pixels of the image's edge per latent pixel.
     patch: latent pixels of a patch's edge.
     float16: whether its activations fit that type.
@@ -64,6 +66,8 @@ class FamilyConfig:
     runs: ClassVar[str]
     marks: ClassVar[frozenset[str]]
     encoders: ClassVar[str]
+    text: ClassVar[int] = 512
+    timed: ClassVar[bool] = False
     downscale: ClassVar[int]
     patch: ClassVar[int]
     float16: ClassVar[bool] = False
@@ -93,6 +97,11 @@ class FamilyConfig:
     def two_stream_blocks(self) -> int:
         """How many blocks, the first ones, have weights of their own for text and for the image."""
         raise NotImplementedError
+
+    @property
+    def image_alone(self) -> int:
+        """Parameters of these blocks' products which the image's tokens have beyond those of the text."""
+        return 0
 
     def build(self) -> "Transformer":
         """The transformer, with parameters as torch's default device and type have them."""
