@@ -129,7 +129,10 @@ class Approximator(nn.Module):
         numbers = torch.arange(self.vectors, device=x.device)
         numbers[-2:] += NUMBERS - self.vectors
         embedded = timestep_embedding(numbers, 2 * EMBEDDED).to(x.dtype)
-        return torch.stack([self._vectors(torch.cat([row.expand(self.vectors, -1), embedded], -1)) for row in x])
+        rows = x.new_empty(len(x), self.out_features)
+        for row, out in zip(x, rows, strict=True):
+            out.copy_(self._vectors(torch.cat([row.expand(self.vectors, -1), embedded], -1)))
+        return rows
 
     def _vectors(self, x: torch.Tensor) -> torch.Tensor:
         """x (V, 4 EMBEDDED) -> (V C)."""
