@@ -71,6 +71,7 @@ _VARIANTS: tuple[tuple[tuple[tuple[str, ...], ...], str], ...] = (
 _CHROMA = {f"distilled_guidance_layer.{part}norms.0.{name}" for part in ("", "0.") for name in ("scale", "weight")}
 """By any of which ComfyUI takes a file for Chroma."""
 _OTHER_SPELLING = "distilled_guidance_layer.0."
+"""Where ComfyUI looks for an approximator too, and loads none."""
 _FLUX_IN_DIFFUSERS = ("single_transformer_blocks.", "transformer_blocks.0.norm1_context.linear.")
 _BLOCK = re.compile(r"^(\w+)\.(\d+)\.")
 _NEARLY = 0.9
