@@ -20,7 +20,8 @@ import torch.distributed as dist
 
 from ..comm.collective import GroupExchange
 from ..comm.groups import world
-from ..models.family import Transformer, references_of
+from ..models.family import Transformer
+from ..models.prompts import references_of
 from ..prompt import Prompt
 
 CACHED_ROWS = 64

@@ -47,8 +47,7 @@ def step_cost(config: FamilyConfig, layout: Layout, *, size: tuple[int, int], te
     layers = [2.0 * n * parameters for n, parameters in zip(seen, blocks, strict=True)]
     # Each of two streams' layers see that stream's tokens alone.
     products = sum(layers[:both]) / 2 + sum(layers[both:])
-    # All layers of second attentions, counted for half of the tokens, see those of the image.
-    products += second * 4.0 * config.hidden**2 * (2 * image - tokens)
+    products += config.image_alone * (2.0 * image - tokens)  # not the half of all tokens
     attention = 4.0 * config.hidden * (sum(n**2 for n in seen) + image**2 * second)
     ulysses, ring = layout.ulysses, layout.ring
     attended = sum(seen) + second * image

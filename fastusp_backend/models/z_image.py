@@ -50,6 +50,7 @@ class ZImageConfig(FamilyConfig):
     marks: ClassVar[frozenset[str]] = frozenset(("cap_pad_token", "noise_refiner.0.attention.qkv.weight"))
     downscale: ClassVar[int] = 8
     patch: ClassVar[int] = 2
+    text: ClassVar[int] = 128  # about a hundred words, as Chroma's
     embeds_whole_text: ClassVar[bool] = True
     multiple: ClassVar[int] = 32
     qk_eps: ClassVar[float] = QK_EPS

@@ -81,10 +81,12 @@ def test_memory_is_tried_for_every_image_and_token(one_rank, monkeypatch, batch,
     asked, make = [], torch.empty
     monkeypatch.setattr(denoisers.torch, "empty", lambda *shape, **more: (asked.append(shape), make(0, **more))[1])
     one_rank.probe_memory(given.x, [prompt])
+    one_rank.probe_memory(given.x, [prompt], spare=8000)
     monkeypatch.undo()
     patches = -(-size[0] // 2) * -(-size[1] // 2) + references
     local = -(-text // ranks) + -(-patches // ranks)
-    assert (WORKING_SET * batch * local * HIDDEN,) in asked
+    count = WORKING_SET * batch * local * HIDDEN
+    assert (count,) in asked and (count + 2000,) in asked
 
 
 def test_memory_of_the_modulations_is_allocated_while_an_evaluations_is_tried(one_rank, monkeypatch):

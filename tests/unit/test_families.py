@@ -12,7 +12,8 @@ import torch
 
 from fastusp_backend.models import synthetic
 from fastusp_backend.models.detection import FAMILIES
-from fastusp_backend.models.family import FamilyConfig, Residuals, Transformer, check_control, check_prompt
+from fastusp_backend.models.family import FamilyConfig, Residuals, Transformer
+from fastusp_backend.models.prompts import check_control, check_prompt
 from fastusp_backend.prompt import Prompt
 
 pytestmark = pytest.mark.unit

@@ -12,7 +12,7 @@ import fastusp_backend.models.prediction  # noqa: F401 - the node takes it as a 
 from fastusp_backend.config import Settings
 from fastusp_backend.devices import Devices, GpuState
 from fastusp_backend.errors import DeviceError
-from fastusp_backend.models.synthetic import FLUX_DEV, QWEN_IMAGE
+from fastusp_backend.models.synthetic import CHROMA, FLUX_DEV, QWEN_IMAGE
 from fastusp_backend.planner import plan_batches
 
 pytestmark = [pytest.mark.unit, pytest.mark.any_processor]
@@ -64,6 +64,15 @@ def test_the_remedy_comes_first_and_once(node, caplog):
     with caplog.at_level(logging.WARNING):
         module.faster_with_fewer(*session_on((0, 1), wire="int8"))
     assert "132 ms on gpu 0,1" in caplog.records[1].getMessage() and "wire" not in caplog.records[1].getMessage()
+
+
+def test_a_family_of_which_nothing_was_measured(node, caplog):
+    with caplog.at_level(logging.WARNING):
+        assert node().faster_with_fewer(*session_on((0, 1), CHROMA, batch_parallel="off"))
+    assert (
+        "of Chroma at" in caplog.records[0].getMessage()
+        and "Steps of Chroma were not" in caplog.records[0].getMessage()
+    )
 
 
 def test_a_ring_of_five_sends_more_than_four_gpus_do(node):

@@ -1,13 +1,16 @@
 """Files that hold another model, or part of one, are refused by name, with the node that loads them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from support import load_model, spec_of
 
 from fastusp_backend.errors import CheckpointError
-from fastusp_backend.models.detection import OTHERS, family_of
-from fastusp_backend.models.synthetic import MODELS
+from fastusp_backend.models import other_models
+from fastusp_backend.models.detection import OTHERS, RUNS, family_of
+from fastusp_backend.models.synthetic import MODELS, TINY_FLUX, write_checkpoint
 from fastusp_backend.weights.tensor_info import TensorInfo
 
 pytestmark = pytest.mark.unit
@@ -50,6 +53,37 @@ def test_other_families_are_refused_by_name(tmp_path, family, keys):
     save_file({key: torch.zeros(2, 2) for key in keys}, path)
     text = refusal(path)
     assert family in text and text.endswith(OTHERS)
+
+
+REFINER = "txt_in.individual_token_refiner.blocks.0.norm1.weight"
+
+
+@pytest.mark.parametrize(
+    ("more", "model"),
+    [
+        (["vector_in.in_layer.weight", "guidance_in.in_layer.weight"], "HunyuanVideo"),
+        (["vision_in.proj.0.weight", "byt5_in.fc1.weight", "cond_type_embedding.weight"], "HunyuanVideo 1.5"),
+        (["byt5_in.fc1.weight"], "HunyuanImage"),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_models_with_flux_blocks_are_no_incomplete_flux(tmp_path, prefix, more, model):
+    """Nine in ten of FLUX.1's tensors are there."""
+    path = tmp_path / "video.safetensors"
+    write_checkpoint(str(path), replace(TINY_FLUX, double_blocks=20, single_blocks=40, hidden=128, heads=1, mlp=128))
+    blocks = {name: t[:1].clone() for name, t in load_file(path).items() if name.startswith(("double", "single"))}
+    others = [REFINER, "img_in.proj.weight", "time_in.in_layer.weight", "final_layer.linear.weight", *more]
+    save_file({prefix + name: t for name, t in (blocks | {name: torch.zeros(1) for name in others}).items()}, path)
+    text = refusal(path)
+    assert f"holds {model}, which FastUSP does not run yet; it runs {RUNS}; {OTHERS}" in text
+
+
+@pytest.mark.parametrize(("keys", "model"), other_models._KEYS)
+def test_each_model_is_told_by_its_keys_and_by_nothing_less(keys, model):
+    """Whatever else is there; a LoRA's names, which go on behind a module's, are none of them."""
+    assert other_models.told_by_keys([*keys, "x"]) == model
+    assert all(other_models.told_by_keys(set(keys) - {key}) != model for key in keys)
+    assert other_models.told_by_keys([key.replace(".weight", ".lora_A.weight") + ".x" for key in keys]) is None
 
 
 @pytest.mark.parametrize(
