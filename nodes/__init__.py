@@ -1,6 +1,6 @@
 """The nodes, and everything else that touches ComfyUI. Nothing outside this folder imports the host."""
 
-from . import control, memory, status
+from . import control, memory, planning, status
 from .comfyui import ComfyExtension, io
 from .loader import USPLoader
 from .sampler import USPSampler
@@ -15,5 +15,6 @@ class FastUSPExtension(ComfyExtension):
 async def comfy_entrypoint() -> ComfyExtension:
     status.add_routes()
     control.add_routes()
+    planning.add_routes()
     memory.weights.follow_unload_all()
     return FastUSPExtension()
