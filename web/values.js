@@ -1,0 +1,75 @@
+// The values of a node's widgets in the open workflow, wherever they are set: in the node, in a primitive, on the boxes
+// of the subgraphs that show them.
+
+import { app } from "../../scripts/app.js";
+
+/** The id that links from a subgraph's own inputs have as their origin. */
+const INPUTS = -10;
+
+const root = () => app.rootGraph ?? app.graph.rootGraph ?? app.graph;
+
+/** The nodes that stand for a subgraph. */
+function boxes(subgraph) {
+  const all = [root(), ...(root().subgraphs?.values() ?? [])];
+  return all.flatMap((graph) => graph.nodes.filter((node) => node.subgraph === subgraph));
+}
+
+function linkInto(node, name) {
+  const id = node.inputs?.find((input) => input.name === name)?.link;
+  return id == null ? undefined : (node.graph.getLink?.(id) ?? node.graph.links[id]);
+}
+
+/** [node, widget] wherever a node's widget is set; null for a value that another node computes. */
+export function holders(node, name) {
+  const link = linkInto(node, name);
+  if (!link) {
+    const widget = node.widgets?.find((own) => own.name === name);
+    return widget ? [[node, widget]] : [];
+  }
+  if (Number(link.origin_id) === INPUTS) {
+    const shown = node.graph.inputs[link.origin_slot].name;
+    return boxes(node.graph).flatMap((box) => holders(box, shown));
+  }
+  const origin = node.graph.getNodeById(link.origin_id);
+  if (origin?.type === "Reroute") return holders(origin, origin.inputs[0].name);
+  return origin?.type === "PrimitiveNode" ? [[origin, origin.widgets[0]]] : [null];
+}
+
+/** A widget's value; null where another node computes it, or boxes of a subgraph differ in it; undefined without. */
+export function valueOf(node, name) {
+  const found = holders(node, name);
+  if (found.includes(null)) return null;
+  const values = found.map(([, widget]) => widget.value);
+  return values.every((value) => value === values[0]) ? values[0] : null;
+}
+
+/** Sets a widget's value wherever it is set, as its user would. Answers whether it could. */
+export function setValue(node, name, value) {
+  const found = holders(node, name);
+  if (!found.length || found.includes(null)) return false;
+  for (const [holder, widget] of found) {
+    widget.value = value;
+    widget.callback?.(value, app.canvas, holder);
+    holder.setDirtyCanvas?.(true, true);
+  }
+  return true;
+}
+
+/** The node whose output comes to an input, through reroutes and out of subgraphs; undefined for none. */
+export function sourceOf(node, name) {
+  const link = linkInto(node, name);
+  if (!link) return undefined;
+  if (Number(link.origin_id) === INPUTS) {
+    const [box] = boxes(node.graph);
+    return box && sourceOf(box, node.graph.inputs[link.origin_slot].name);
+  }
+  const origin = node.graph.getNodeById(link.origin_id);
+  return origin?.type === "Reroute" ? sourceOf(origin, origin.inputs[0].name) : origin;
+}
+
+/** Has the workflow's history take what was changed as one step. */
+export function keepStep() {
+  const tracker = app.extensionManager?.workflow?.activeWorkflow?.changeTracker;
+  // checkState: as older front ends call it.
+  (tracker?.captureCanvasState ?? tracker?.checkState)?.call(tracker);
+}
