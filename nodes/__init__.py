@@ -3,13 +3,14 @@
 from . import control, memory, planning, status
 from .comfyui import ComfyExtension, io
 from .loader import USPLoader
+from .measuring import USPMeasure
 from .sampler import USPSampler
 from .settings import USPSettings
 
 
 class FastUSPExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [USPLoader, USPSampler, USPSettings]
+        return [USPLoader, USPMeasure, USPSampler, USPSettings]
 
 
 async def comfy_entrypoint() -> ComfyExtension:

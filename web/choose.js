@@ -3,17 +3,18 @@
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
-import { keepStep, setValue, sourceOf, valueOf } from "./values.js";
+import { element } from "./element.js";
+import { measureHere } from "./measure.js";
+import { keepStep, setValue, settingsOf, valueOf } from "./values.js";
 
 const LOADER = "FastUSPLoader";
-const SETTINGS = "FastUSPSettings";
 const INPUTS = ["unet_name", "weight_dtype", "gpus", "ulysses", "ring", "batch_parallel"];
 
 /** Between the last edit and the question. */
 const PAUSE_MS = 300;
 /** How old what GPUs have free may be. */
 const FRESH_MS = 5000;
-const HEIGHT = 128;
+const HEIGHT = 150;
 
 const STYLE = `
 .fastusp-choose { display: flex; flex-direction: column; gap: 4px; height: 100%; min-height: ${HEIGHT}px; padding: 2px 4px;
@@ -28,21 +29,6 @@ const STYLE = `
 `;
 
 const choosers = new Set();
-
-/** An element with children; strings become text nodes, so that no name from a machine is ever read as HTML. */
-function element(tag, ...children) {
-  const made = document.createElement(tag);
-  made.append(...children);
-  return made;
-}
-
-/** The options of a loader's USP Optimization Settings; none where there is none, or another node gives them. */
-export function settingsOf(node) {
-  const source = sourceOf(node, "settings");
-  if (source?.comfyClass !== SETTINGS || source.mode !== 0) return {};
-  const options = source.widgets.map(({ name }) => [name, valueOf(source, name)]);
-  return Object.fromEntries(options.filter(([, value]) => value != null));
-}
 
 /** What a loader's inputs are; null for one that another node computes. */
 export function valuesOf(node) {
@@ -84,7 +70,10 @@ class Chooser {
     this.picker.setAttribute("aria-label", "Devices");
     this.told = element("section");
     this.told.setAttribute("role", "status"); // changes are announced
-    this.root = element("section", element("style", STYLE), this.picker, this.told);
+    const measure = element("button", "Measure here ...");
+    measure.title = "Times steps on these devices, to choose by";
+    measure.onclick = () => measureHere(node);
+    this.root = element("section", element("style", STYLE), this.picker, this.told, element("div", measure));
     this.root.className = "fastusp-choose";
     const options = { serialize: false, getMinHeight: () => HEIGHT, hideOnZoom: true };
     const widget = node.addDOMWidget("fastusp", "fastusp", this.root, options);

@@ -5,6 +5,7 @@ import { app } from "../../scripts/app.js";
 
 /** The id that links from a subgraph's own inputs have as their origin. */
 const INPUTS = -10;
+const SETTINGS = "FastUSPSettings";
 
 const root = () => app.rootGraph ?? app.graph.rootGraph ?? app.graph;
 
@@ -66,6 +67,28 @@ export function sourceOf(node, name) {
   const origin = node.graph.getNodeById(link.origin_id);
   return origin?.type === "Reroute" ? sourceOf(origin, origin.inputs[0].name) : origin;
 }
+
+/** A loader's USP Optimization Settings; undefined where there is none that works, or another node gives them. */
+export function settingsNode(node) {
+  const source = sourceOf(node, "settings");
+  return source?.comfyClass === SETTINGS && source.mode === 0 ? source : undefined;
+}
+
+/** The options in it that are known; none without it. */
+export function settingsOf(node) {
+  const source = settingsNode(node);
+  const options = (source?.widgets ?? []).map(({ name }) => [name, valueOf(source, name)]);
+  return Object.fromEntries(options.filter(([, value]) => value != null));
+}
+
+/** The id under which a node is executed: behind those of the boxes around it. */
+export function executionId(node) {
+  const [box] = node.graph === root() ? [] : boxes(node.graph);
+  return box ? `${executionId(box)}:${node.id}` : String(node.id);
+}
+
+/** The open workflow as ComfyUI saves it, for prompts. */
+export const workflow = () => root().serialize();
 
 /** Has the workflow's history take what was changed as one step. */
 export function keepStep() {
