@@ -5,7 +5,7 @@ import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { applyRow } from "./apply.js";
 import { element } from "./element.js";
-import { executionId, settingsOf, settingsNode, valueOf, workflow } from "./values.js";
+import { executionId, finder, settingsNode, settingsOf, valueOf, workflow } from "./values.js";
 
 const STYLE = `
 .fastusp-measure { position: fixed; top: 90px; right: 24px; z-index: 1000; max-width: min(720px, 90vw); max-height: 80vh;
@@ -18,7 +18,7 @@ const STYLE = `
   border: 1px solid var(--border-color); border-radius: 4px; padding: 1px 4px; }
 .fastusp-measure progress { width: 100%; accent-color: var(--p-primary-color, #3b82f6); }
 .fastusp-measure table { border-collapse: collapse; }
-.fastusp-measure th, .fastusp-measure td { padding: 2px 10px 2px 0; text-align: left; font-weight: normal; vertical-align: top; }
+.fastusp-measure th, .fastusp-measure td { padding: 2px 10px 2px 0; text-align: left; font-weight: normal; }
 .fastusp-measure th { color: var(--descrip-text); }
 .fastusp-measure tr.best td { font-weight: 600; }
 .fastusp-measure button { padding: 2px 10px; border: 1px solid var(--border-color); border-radius: 4px; cursor: pointer;
@@ -63,7 +63,7 @@ export function promptFor(node, options) {
 /** One measurement, from the question to its end: a window in the page. */
 class Measurement {
   constructor(node) {
-    this.node = node;
+    this.find = finder(node);
     this.fields = {};
     const fields = Object.entries(FIELDS).map(([name, [label, value]]) => this.field(name, label, "number", { value }));
     const switches = Object.entries(SWITCHES).map(([name, label]) => this.field(name, label, "checkbox", {}));
@@ -87,6 +87,12 @@ class Measurement {
     document.body.append(this.root);
   }
 
+  node() {
+    const node = this.find();
+    if (!node) throw new Error("Open the workflow that was measured: its USP Loader is not in this one");
+    return node;
+  }
+
   field(name, label, type, more) {
     const input = Object.assign(element("input"), { type, ...more });
     this.fields[name] = input;
@@ -95,14 +101,20 @@ class Measurement {
 
   button(label, act) {
     const made = element("button", label);
-    made.onclick = () => Promise.resolve(act()).catch((error) => this.ended(String(error.message ?? error)));
+    made.onclick = async () => {
+      try {
+        await act();
+      } catch (error) {
+        this.line.textContent = String(error.message ?? error);
+      }
+    };
     return made;
   }
 
   async queue() {
     const numbers = Object.keys(FIELDS).map((name) => [name, this.fields[name].valueAsNumber || 0]);
     const switches = Object.keys(SWITCHES).map((name) => [name, this.fields[name].checked]);
-    const output = promptFor(this.node, Object.fromEntries([...numbers, ...switches]));
+    const output = promptFor(this.node(), Object.fromEntries([...numbers, ...switches]));
     this.start.disabled = true;
     this.show({ rows: [], said: [] });
     this.line.textContent = "waiting for its turn in ComfyUI's queue";
@@ -168,7 +180,7 @@ class Measurement {
     if (drawn === this.drawn) return;
     this.drawn = drawn;
     const lines = rows.map((row, at) => {
-      const use = this.button("Apply", () => applyRow(this.node, row));
+      const use = this.button("Apply", () => applyRow(this.node(), row));
       use.hidden = row.ms === null;
       const line = element("tr", ...cells(row).map((text) => element("td", text)), element("td", use));
       line.className = at === best || at === quickest ? "best" : "";

@@ -81,6 +81,20 @@ export function settingsOf(node) {
   return Object.fromEntries(options.filter(([, value]) => value != null));
 }
 
+const opened = () => app.extensionManager?.workflow?.activeWorkflow;
+
+/** Finds a node again when its workflow was loaded anew, as undo does; what it answers is undefined in another one. */
+export function finder(node) {
+  const { id, type } = node;
+  const flow = opened();
+  const graph = node.graph === root() ? undefined : node.graph.id; // the workflow's own may get another id
+  return () => {
+    const home = graph === undefined ? root() : root().subgraphs.get(graph);
+    const found = opened() === flow ? home?.getNodeById(id) : undefined;
+    return found?.type === type ? found : undefined;
+  };
+}
+
 /** The id under which a node is executed: behind those of the boxes around it. */
 export function executionId(node) {
   const [box] = node.graph === root() ? [] : boxes(node.graph);
@@ -92,7 +106,7 @@ export const workflow = () => root().serialize();
 
 /** Has the workflow's history take what was changed as one step. */
 export function keepStep() {
-  const tracker = app.extensionManager?.workflow?.activeWorkflow?.changeTracker;
+  const tracker = opened()?.changeTracker;
   // checkState: as older front ends call it.
   (tracker?.captureCanvasState ?? tracker?.checkState)?.call(tracker);
 }

@@ -1,13 +1,17 @@
-"""What is below USP Loader's widgets: GPUs to be picked, and what the node's values would come to."""
+"""What is below USP Loader's widgets: GPUs to be picked, what the node's values would come to, Measure here."""
 
 import json
+import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 from browser import PROGRAM, Page
+from comfy import ComfyUI
 from conversion import node, open_prompt, user
-from workflows import DEV
+from ending import wait_for_the_end
+from workflows import DEV, Graph
 
 pytestmark = [pytest.mark.host, pytest.mark.skipif(PROGRAM is None, reason="no Chromium")]
 
@@ -145,3 +149,106 @@ def test_who_is_answered(host, body, headers, code, said):
 def test_only_files_that_comfyui_lists(host, name):
     answer = host.post("/fastusp/plan", {"gpus": "cpu:2", "unet_name": name})
     assert answer["problem"].startswith("unet_name: there is no ")
+
+
+WINDOW = "document.querySelector('.fastusp-measure')"
+LINE = f"({WINDOW}.querySelector('[role=status]').innerText)"
+ROWS = f"[...{WINDOW}.querySelectorAll('tr')].slice(1).map(row => [...row.cells].map(cell => cell.innerText))"
+
+
+def press(page: Page, label: str, within: str = WINDOW) -> None:
+    buttons = f"[...{within}.querySelectorAll('button')]"
+    page.evaluate(f"{buttons}.find(button => button.textContent.startsWith('{label}')).click()")
+
+
+def measure(page: Page, **options) -> None:
+    """Opens the window of the open workflow's loader, and presses Measure."""
+    page.wait_for("!!document.querySelector('.fastusp-choose')")
+    press(page, "Measure here", "document.querySelector('.fastusp-choose')")
+    page.evaluate(f"""{{
+        const [width, height, steps] = {WINDOW}.querySelectorAll("input");
+        [width.value, height.value, steps.value] = [64, 64, 1];
+    }} 0""")
+    press(page, "Measure")
+
+
+def descendants(pid: int) -> list[int]:
+    children = [int(one) for task in Path(f"/proc/{pid}/task").glob("*/children") for one in task.read_text().split()]
+    return [*children, *(one for child in children for one in descendants(child))]
+
+
+def starts(host: ComfyUI) -> int:
+    return sum(pool["starts"] for pool in host.get("/fastusp/status")["pools"])
+
+
+def test_measured_and_applied(host, page):
+    graph = Graph()
+    graph.save(graph.sample(graph.usp("cpu:1"), steps=1))
+    host.run(graph)
+    before = starts(host)
+    loader(page)
+    measure(page)
+    page.wait_for(f"{LINE} == 'measured'", 90)
+    rows = page.evaluate(ROWS)
+    assert [row[:4] for row in rows[:3]] == [
+        ["1", "ulysses 1 x ring 1", "exact", "exact"],
+        ["2", "ulysses 2 x ring 1", "exact", "exact"],
+        ["2", "ulysses 2 x ring 1", "int8", "exact"],
+    ]
+    assert len(rows) == 7 and all(float(row[4]) > 0 and float(row[6]) > 0 for row in rows)
+    assert starts(host) > before, "workers that had to leave are there again"
+    values = "app.graph.getNodeById(1).widgets.map(({ value }) => value).slice(2, 5)"
+    press(page, "Apply", f"{WINDOW}.querySelectorAll('tr')[3]")
+    prompt = page.evaluate("app.graphToPrompt().then(({ output }) => output)")
+    settings = prompt[prompt["1"]["inputs"]["settings"][0]]["inputs"]
+    assert page.evaluate(values) == ["cpu:2", 0, 0] and (settings["wire"], settings["linear"]) == ("int8", "exact")
+    page.evaluate(UNDO)
+    assert "settings" not in page.evaluate("app.graphToPrompt().then(({ output }) => output)")["1"]["inputs"]
+    press(page, "Apply", f"{WINDOW}.querySelectorAll('tr')[1]")
+    assert page.evaluate(values) == ["cpu:1", 0, 0]
+    loader(page)
+    press(page, "Apply", f"{WINDOW}.querySelectorAll('tr')[1]")
+    assert "Open the workflow that was measured" in page.evaluate(LINE)
+    assert page.evaluate(values) == ["cpu:2", 0, 0], "another workflow's node of the same number"
+    press(page, "Close")
+    assert page.evaluate(WINDOW) is None
+
+
+def test_cancelled_its_processes_end(host, page):
+    loader(page)
+    known = {*descendants(host.process.pid)}
+    measure(page)
+    page.wait_for(f"{LINE}.includes('starting 1 worker(s) on cpu:1')", 60)
+    deadline = time.monotonic() + 30
+    while not (workers := [*{*descendants(host.process.pid)} - known]):
+        assert time.monotonic() < deadline
+    press(page, "Cancel")
+    page.wait_for(f"{LINE}.startsWith('cancelled: ')", 30)
+    assert not wait_for_the_end(workers, 10)
+    press(page, "Close")
+
+
+def test_it_waits_for_its_turn_and_leaves_the_queue(host, page):
+    graph = Graph()
+    inputs = {"latent_image": graph.empty(384, 384), "positive": graph.prompt(1, 256)}
+    graph.save(graph.sample(graph.usp("cpu:1"), steps=4000, seed=330, **inputs))
+    running = host.post("/prompt", {"prompt": graph, "client_id": host.client})["prompt_id"]
+    try:
+        loader(page)
+        measure(page)
+        page.wait_for(f"{LINE}.startsWith('waiting for its turn') && !{WINDOW}.querySelectorAll('button')[1].disabled")
+        assert len(host.get("/queue")["queue_pending"]) == 1
+        press(page, "Cancel")
+        page.wait_for(f"{LINE} == 'cancelled before it began'")
+        queue = host.get("/queue")
+        assert not queue["queue_pending"] and [one[1] for one in queue["queue_running"]] == [running]
+    finally:
+        host.post("/interrupt", {})
+    press(page, "Close")
+
+
+def test_a_file_that_cannot_be_measured_is_refused_with_the_reason(host, page):
+    loader(page, gpus="cpu:77")
+    measure(page)
+    page.wait_for(f"{LINE}.includes('between 1 and 16 CPU ranks can be used')")
+    press(page, "Close")
