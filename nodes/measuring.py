@@ -127,7 +127,8 @@ class Told:
         self._rows: list[bench.Row] = []
         self._differences: dict[bench.Row, dict] = {}
         self._done, self._doing, self._sent = 0, "", 0.0
-        self._node = get_executing_context().node_id
+        context = get_executing_context()
+        self._of = {"node": context.node_id, "prompt": context.prompt_id}
 
     def expect(self, evaluations: int) -> None:
         self._total, self._bar = evaluations, ProgressBar(evaluations)
@@ -220,7 +221,7 @@ class Told:
         if server.client_id is None or not now and moment - self._sent < PUSH_SECONDS:
             return
         self._sent = moment
-        event = {"node": self._node, "doing": self._doing, "done": self._done, "total": self._total}
+        event = {**self._of, "doing": self._doing, "done": self._done, "total": self._total}
         server.send_sync("fastusp.measuring", event | {"table": self.table()}, server.client_id)
 
 

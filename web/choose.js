@@ -14,12 +14,13 @@ const INPUTS = ["unet_name", "weight_dtype", "gpus", "ulysses", "ring", "batch_p
 const PAUSE_MS = 300;
 /** How old what GPUs have free may be. */
 const FRESH_MS = 5000;
-const HEIGHT = 150;
+const HEIGHT = 128;
 
 const STYLE = `
 .fastusp-choose { display: flex; flex-direction: column; gap: 4px; height: 100%; min-height: ${HEIGHT}px; padding: 2px 4px;
   box-sizing: border-box; overflow-y: auto; color: var(--descrip-text); font-size: 11px; line-height: 1.35; }
 .fastusp-choose div { display: flex; flex-wrap: wrap; gap: 4px; }
+.fastusp-choose div div { display: contents; }
 .fastusp-choose button { padding: 1px 8px; border: 1px solid var(--border-color); border-radius: 4px; cursor: pointer;
   background: var(--comfy-input-bg); color: var(--input-text); font: inherit; }
 .fastusp-choose button[aria-pressed="true"] { border-color: var(--p-primary-color, #3b82f6); }
@@ -73,7 +74,7 @@ class Chooser {
     const measure = element("button", "Measure here ...");
     measure.title = "Times steps on these devices, to choose by";
     measure.onclick = () => measureHere(node);
-    this.root = element("section", element("style", STYLE), this.picker, this.told, element("div", measure));
+    this.root = element("section", element("style", STYLE), element("div", this.picker, measure), this.told);
     this.root.className = "fastusp-choose";
     const options = { serialize: false, getMinHeight: () => HEIGHT, hideOnZoom: true };
     const widget = node.addDOMWidget("fastusp", "fastusp", this.root, options);

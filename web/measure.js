@@ -5,7 +5,7 @@ import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { applyRow } from "./apply.js";
 import { element } from "./element.js";
-import { executionId, finder, settingsNode, settingsOf, valueOf, workflow } from "./values.js";
+import { allOf, executionId, finder, settingsNode, settingsOf, valueOf, workflow } from "./values.js";
 
 const STYLE = `
 .fastusp-measure { position: fixed; top: 90px; right: 24px; z-index: 1000; max-width: min(720px, 90vw); max-height: 80vh;
@@ -65,6 +65,7 @@ class Measurement {
   constructor(node) {
     this.find = finder(node);
     this.fields = {};
+    this.stopping = false;
     const fields = Object.entries(FIELDS).map(([name, [label, value]]) => this.field(name, label, "number", { value }));
     const switches = Object.entries(SWITCHES).map(([name, label]) => this.field(name, label, "checkbox", {}));
     this.line = element("p", "Times steps on 1, 2, ... all of the node's devices. The workers of other pools, and ComfyUI's models, leave them meanwhile.");
@@ -83,8 +84,12 @@ class Measurement {
     this.root.className = "fastusp-measure";
     this.root.setAttribute("role", "dialog");
     this.root.setAttribute("aria-label", "FastUSP: Measure here");
-    this.root.onkeydown = (event) => event.stopPropagation(); // keys of the canvas: Delete would delete nodes
+    this.root.onkeydown = (event) => {
+      event.stopPropagation(); // keys of the canvas: Delete would delete nodes
+      if (event.key === "Escape") this.close();
+    };
     document.body.append(this.root);
+    this.start.focus();
   }
 
   node() {
@@ -119,17 +124,21 @@ class Measurement {
     this.show({ rows: [], said: [] });
     this.line.textContent = "waiting for its turn in ComfyUI's queue";
     this.id = undefined;
+    this.early = [];
     try {
       this.id = (await api.queuePrompt(0, { output, workflow: workflow() })).prompt_id;
     } catch (error) {
       return this.ended(refusal(error));
     }
-    this.cancel.disabled = false;
+    this.cancel.disabled = this.stopping = false;
+    const early = this.early;
+    this.early = undefined;
+    for (const [type, detail] of early) this.heard(type, detail);
   }
 
   /** Takes it from the queue; what runs already is interrupted, and its processes end. */
   async stop() {
-    this.cancel.disabled = true;
+    this.cancel.disabled = this.stopping = true;
     this.line.textContent = "stopping";
     const post = (route, body) =>
       api.fetchApi(route, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
@@ -138,19 +147,17 @@ class Measurement {
     else this.ended("cancelled before it began");
   }
 
+  /** While it is measured the window is only hidden: Measure here of the node brings it back, and so does the end. */
   close() {
-    if (!this.cancel.disabled) return this.hide();
+    this.root.hidden = true;
+    if (!this.cancel.disabled) return;
     this.root.remove();
     if (current === this) current = undefined;
   }
 
-  /** Measure here of the node brings it back. */
-  hide() {
-    this.root.hidden = true;
-  }
-
   heard(type, detail) {
-    if (detail.prompt_id !== this.id || this.id === undefined) return;
+    if (this.id === undefined) this.early?.push([type, detail]); // before the answer that names the prompt
+    if (this.id === undefined || detail.prompt_id !== this.id) return;
     if (type === "execution_start") this.running = true;
     if (type === "executed" && detail.output?.fastusp) this.show(detail.output.fastusp[0]);
     if (type === "execution_success") this.ended("measured");
@@ -158,9 +165,11 @@ class Measurement {
     if (type === "execution_error") this.ended(detail.exception_message);
   }
 
-  measuring({ doing, done, total, table }) {
-    this.running = true;
-    this.line.textContent = doing;
+  measuring({ prompt, doing, done, total, table }) {
+    this.id ??= prompt;
+    this.running = this.start.disabled = true;
+    this.cancel.disabled = this.stopping;
+    if (!this.stopping) this.line.textContent = doing;
     this.bar.hidden = false;
     [this.bar.max, this.bar.value] = [total, done];
     this.show(table);
@@ -168,7 +177,7 @@ class Measurement {
 
   ended(text) {
     this.line.textContent = text;
-    this.running = false;
+    this.running = this.stopping = false;
     this.bar.hidden = true;
     this.start.disabled = false;
     this.cancel.disabled = true;
@@ -209,11 +218,19 @@ export function measureHere(node) {
   }
 }
 
+/** The measurement that an event is of; a page that was loaded meanwhile has no window for it yet. */
+function followed({ node: id, prompt }) {
+  if (current?.id === prompt) return current;
+  const node = allOf("FastUSPLoader").find((loader) => executionId(loader) === id);
+  if (!current && node) measureHere(node);
+  return current?.id === undefined ? current : undefined;
+}
+
 app.registerExtension({
   name: "FastUSP.Measure",
   setup() {
     for (const type of ["execution_start", "executed", "execution_success", "execution_interrupted", "execution_error"])
       api.addEventListener(type, ({ detail }) => current?.heard(type, detail));
-    api.addEventListener("fastusp.measuring", ({ detail }) => current?.measuring(detail));
+    api.addEventListener("fastusp.measuring", ({ detail }) => followed(detail)?.measuring(detail));
   },
 });

@@ -15,6 +15,12 @@ function boxes(subgraph) {
   return all.flatMap((graph) => graph.nodes.filter((node) => node.subgraph === subgraph));
 }
 
+/** The nodes of a kind, in the workflow and in its subgraphs. */
+export function allOf(comfyClass) {
+  const all = [root(), ...(root().subgraphs?.values() ?? [])];
+  return all.flatMap((graph) => graph.nodes.filter((node) => node.comfyClass === comfyClass));
+}
+
 function linkInto(node, name) {
   const id = node.inputs?.find((input) => input.name === name)?.link;
   return id == null ? undefined : (node.graph.getLink?.(id) ?? node.graph.links[id]);

@@ -38,7 +38,7 @@ def measuring(node_module):
             "ProgressBar": lambda total: SimpleNamespace(update_absolute=lambda value: None),
             "PromptServer": server,
             "dev_only": dict,
-            "get_executing_context": lambda: SimpleNamespace(node_id="7"),
+            "get_executing_context": lambda: SimpleNamespace(node_id="7", prompt_id="p"),
             "io": SimpleNamespace(ComfyNode=object, Schema=None, NodeOutput=SimpleNamespace),
             "model_management": management,
         },
@@ -108,8 +108,8 @@ def test_the_page_is_told_meanwhile(measuring, monkeypatch):
         measuring.stop.append(True)
         assert progress.interrupted()
     told.add(row(1, 100))
-    assert [(event, data["node"], client) for event, data, client in measuring.sent] == [
-        ("fastusp.measuring", "7", "page")
+    assert [(event, data["node"], data["prompt"], client) for event, data, client in measuring.sent] == [
+        ("fastusp.measuring", "7", "p", "page")
     ] * 2, "steps come often, and are left out"
     assert measuring.sent[0][1]["doing"] == "two ranks: loading the model"
     assert measuring.sent[1][1]["done"] == 3, "of a run that was given up, too"
