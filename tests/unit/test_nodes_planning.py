@@ -1,5 +1,6 @@
 """What the page is told of USP Loader's values before anything runs."""
 
+import re
 import sys
 from types import SimpleNamespace
 
@@ -55,6 +56,22 @@ def test_two_gpus(planning, nvml):
     assert weights.startswith("weights: whole, ") and weights.endswith(" GB a device, of 25.8 GB")
     assert step.startswith("a step at 1024 x 1024, predicted for RTX 4090: ") and step.endswith(" x one GPU")
     assert "cfg above 1" not in step, "its guidance is a number"
+
+
+def milliseconds(told):
+    return int(re.search(r"(\d+) ms", told["lines"][-1])[1])
+
+
+def test_settings_count(planning, nvml):
+    """Tokens in 8 bits take less of a slow link; without peer access blocks that do not fit come from the host."""
+    small = RTX_4090 | {"memory": [20 * GIB, GIB]}
+    nvml(small | JOINED, small)
+    module = planning()
+    exact, wire = previewed(module), previewed(module, settings={"wire": "int8"})
+    assert milliseconds(wire) < milliseconds(exact)
+    assert "come from host memory" in exact["lines"][1]
+    assert " shared: " in previewed(module, settings={"weights": "shared"})["lines"][1]
+    assert "whole, " in previewed(module, settings={"linear": "fp8"})["lines"][1]
 
 
 def test_both_kinds_of_steps_where_the_model_is_guided_by_two_prompts(planning, nvml):
