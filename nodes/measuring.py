@@ -64,11 +64,14 @@ class USPMeasure(io.ComfyNode):
         )
 
     @classmethod
-    async def validate_inputs(cls, unet_name, gpus) -> bool:
+    async def validate_inputs(cls, unet_name=None, gpus=None) -> bool:
         """As USP Loader's."""
 
         def check() -> bool:
-            read_named(unet_name), local_devices(gpus)
+            if gpus is not None:
+                local_devices(gpus)
+            if unet_name is not None:
+                read_named(unet_name)
             return True
 
         return await asyncio.to_thread(check)

@@ -23,9 +23,9 @@ from .loader import read_named, spec_on, state_of
 class Values(msgspec.Struct, frozen=True):
     """The inputs of USP Loader, and those of its USP Optimization Settings; None for one that another node computes."""
 
-    unet_name: str | None = None
+    unet_name: str | None = ""
     weight_dtype: str | None = "default"
-    gpus: str | None = None
+    gpus: str | None = "auto"
     ulysses: int | None = 0
     ring: int | None = 0
     batch_parallel: str | None = "auto"

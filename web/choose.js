@@ -142,7 +142,7 @@ class Chooser {
       this.buttons[at].disabled = value === null;
       this.buttons[at].onclick = () => this.pick(text());
     });
-    this.say(lines, problem ?? error);
+    this.say(lines, problem ?? (/^\s*cpu/i.test(value) ? undefined : error)); // CPU ranks need no driver
   }
 
   pick(text) {

@@ -252,3 +252,10 @@ def test_a_file_that_cannot_be_measured_is_refused_with_the_reason(host, page):
     measure(page)
     page.wait_for(f"{LINE}.includes('between 1 and 16 CPU ranks can be used')")
     press(page, "Close")
+
+
+def test_the_node_is_the_pages_alone(host):
+    info = host.get("/object_info/FastUSPMeasure")["FastUSPMeasure"]
+    assert (info["output_node"], info.get("dev_only", True)) == (True, True)
+    inputs = [of for group in ("required", "optional") for of in info["input"][group].values()]
+    assert all(options["tooltip"] for _, options in inputs)
