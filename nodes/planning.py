@@ -33,7 +33,7 @@ class Values(msgspec.Struct, frozen=True):
 
 
 def preview(values: Values) -> dict:
-    """gpus: nvidia-smi's indices of those that would be used; lines: the layouts, the weights, the time of a step; or
+    """gpus: nvidia-smi's indices of those that would be used; lines: the time of a step, the layouts, the weights; or
     problem: why it cannot be. Either may be missing where an input is not known yet."""
     found: dict = {"gpus": [], "lines": []}
     try:
@@ -51,7 +51,8 @@ def preview(values: Values) -> dict:
             ring=values.ring or 0,
             batch_parallel=values.batch_parallel or "auto",
         )
-        found["lines"] = [_layouts(devices, layouts), *_costs(values, devices, file, layouts)]
+        step, weights = _costs(values, devices, file, layouts)
+        found["lines"] = [step, _layouts(devices, layouts), weights]
     except FastUSPError as error:
         found["problem"] = str(error)
     return found
@@ -66,34 +67,34 @@ def _read(unet_name: str, _state: FileState) -> ModelFile:
 def _layouts(devices: Devices, layouts: tuple[Layout, ...]) -> str:
     one = layouts[-1]
     guided = next(layout for layout in layouts if 2 % layout.batch == 0)
-    several = f"; at cfg above 1, or for 2 images, {guided}" if guided != one else ""
+    several = f"; for 2 prompts or images {guided}" if guided != one else ""
     return f"{devices}: {one}{several}"
 
 
-def _costs(values: Values, devices: Devices, file: ModelFile, layouts: tuple[Layout, ...]) -> list[str]:
-    """What the weights take, and a step. Raises RequestError where there is no room for the weights."""
+def _costs(values: Values, devices: Devices, file: ModelFile, layouts: tuple[Layout, ...]) -> tuple[str, str]:
+    """What a step takes, and the weights. Raises RequestError where there is no room for them."""
     settings = values.settings
     spec = spec_on(devices, file, values.weight_dtype or "default")
     described = File(file.header, file.config, msgspec.structs.replace(spec, weights=settings.weights))
     if not devices.gpus:
         whole = described.whole(1, settings.linear).device_bytes / 1e9
-        return [f"weights: {whole:.2f} GB, which the ranks share", "no times are known for CPU ranks: measure them"]
+        return "no times are known for CPU ranks: measure them", f"weights: {whole:.2f} GB, which the ranks share"
     used = [gpu for gpu in list_gpus() if gpu.index in devices.gpus]
     card = slowest_card(gpu.name for gpu in used)
     known = known_links(devices.gpus, CARDS[card]) if card is not None else None
     links, memory = known if known is not None else (None, _least_memory(devices))
+    unknown = f"no times are known for {', '.join(sorted({gpu.name for gpu in used}))}: measure them"
     if memory is None:
         whole = described.whole(devices.ranks, settings.linear).device_bytes / 1e9
-        return [f"weights: {whole:.1f} GB on each GPU, if they stay whole; NVML tells no size of these GPUs' memory"]
+        return unknown, f"weights: {whole:.1f} GB on each GPU, if they stay whole; NVML tells no size of its memory"
     link = links[devices.ranks] if links else None
     # Over PCIe GPUs may reach each other or not; who wants weights to be shared knows that they do.
     peers = settings.weights == "shared" or card is not None and link is CARDS[card].nvlink
     found, kept = described.settle(devices.ranks, settings.linear, memory, peers=peers and devices.ranks > 1)
     room = "" if found.device_bytes <= memory - kept else "; little room for images above 1024 x 1024"
-    told = [f"weights: {found}, of {memory / 1e9:.1f} GB{room}"]
+    weights = f"weights: {found}, of {memory / 1e9:.1f} GB{room}"
     if link is None:
-        names = ", ".join(sorted({gpu.name for gpu in used}))
-        return [*told, f"no times are known for {names}{' and its links' * (card is not None)}: measure them"]
+        return unknown, weights
 
     def seconds(found: Placement, layouts: tuple[Layout, ...], link: Link) -> list[float]:
         made = Prediction(file.header, file.config, layouts, CARDS[card], settings.linear, settings.wire)
@@ -105,12 +106,11 @@ def _costs(values: Values, devices: Devices, file: ModelFile, layouts: tuple[Lay
             whole, _ = described.settle(1, settings.linear, memory, peers=False)
             alone = seconds(whole, plan_batches(1, file.config.heads), links[1])
         except RequestError:
-            told.append("one GPU has no room for it")
-    ms = [f"{1000 * step:.0f} ms" for step in steps]
+            weights += "; one GPU has no room for them"
+    ms = [f"{1000 * step:.0f} ms a step" for step in steps]
     if alone is not None:
-        ms = [f"{text}, {one / step:.2f} x one GPU" for text, step, one in zip(ms, steps, alone, strict=True)]
-    size = f"a step at {SIZE[0]} x {SIZE[1]}, predicted for {card}"
-    return [*told, f"{size}: " + "; at cfg above 1 ".join(ms)]
+        ms = [f"{text} ({one / step:.2f} x one GPU)" for text, step, one in zip(ms, steps, alone, strict=True)]
+    return f"{', cfg above 1: '.join(ms)}, predicted for {card} at {SIZE[0]} x {SIZE[1]}", weights
 
 
 def _least_memory(devices: Devices) -> int | None:

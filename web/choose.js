@@ -14,7 +14,7 @@ const INPUTS = ["unet_name", "weight_dtype", "gpus", "ulysses", "ring", "batch_p
 const PAUSE_MS = 300;
 /** How old what GPUs have free may be. */
 const FRESH_MS = 5000;
-const HEIGHT = 128;
+const HEIGHT = 112;
 
 const STYLE = `
 .fastusp-choose { display: flex; flex-direction: column; gap: 4px; height: 100%; min-height: ${HEIGHT}px; padding: 2px 4px;

@@ -59,7 +59,7 @@ def renderer(request, page):
 
 def test_what_the_values_would_come_to(page, renderer):
     loader(page)
-    page.wait_for(f"({TOLD}).includes('cpu:2: ulysses 2 x ring 1; at cfg above 1')")
+    page.wait_for(f"({TOLD}).includes('cpu:2: ulysses 2 x ring 1; for 2 prompts')")
     assert "weights: 0.0" in page.evaluate(TOLD) and not page.evaluate(PROBLEM)
     typed(page, "ulysses", 3)
     page.wait_for(f"({PROBLEM}).startsWith('Set 0, or a legal layout (ulysses 2 x ring 1, ')")
