@@ -43,7 +43,7 @@ def faster_with_fewer(session: Session, file: ModelFile) -> Devices | None:
     if session.layouts != plan_batches(devices.ranks, file.config.heads, batch_parallel=batches):
         return None  # degrees that somebody has set would not go with fewer GPUs, and may be what is slow
     card = slowest_card(gpu.name for gpu in list_gpus() if gpu.index in devices.gpus)
-    found = _links(devices.gpus, CARDS[card]) if card is not None else None
+    found = known_links(devices.gpus, CARDS[card]) if card is not None else None
     if found is None:
         return None
     links, memory = found
@@ -78,7 +78,7 @@ def _tell(text: str) -> None:
     log.warning("FastUSP: %s. bench measures it: python -m fastusp_backend bench FILE", text)
 
 
-def _links(gpus: tuple[int, ...], card: Card) -> tuple[dict[int, Link], int] | None:
+def known_links(gpus: tuple[int, ...], card: Card) -> tuple[dict[int, Link], int] | None:
     """What joins the first 1, 2, ... of some GPUs, and the bytes of the smallest one's memory; None where NVML does not
     tell it."""
     told = _joined()

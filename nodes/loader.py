@@ -4,8 +4,8 @@ import asyncio
 import os
 from typing import get_args
 
-from ..fastusp_backend.config import BatchParallel, FileState, Settings, Storage
-from ..fastusp_backend.devices import local_devices, supports_bfloat16
+from ..fastusp_backend.config import BatchParallel, FileState, ModelSpec, Settings, Storage
+from ..fastusp_backend.devices import Devices, local_devices, supports_bfloat16
 from ..fastusp_backend.errors import CheckpointError, FastUSPError
 from ..fastusp_backend.models.files import ModelFile, read_model
 from ..fastusp_backend.planner import plan_batches
@@ -133,7 +133,7 @@ class USPLoader(io.ComfyNode):
         devices = local_devices(gpus) if gpus is not None else None
         if unet_name is None:
             return True
-        heads = _read(unet_name).config.heads
+        heads = read_named(unet_name).config.heads
         if devices is not None and ulysses is not None and ring is not None:
             wish = "auto" if batch_parallel is None else batch_parallel
             plan_batches(devices.ranks, heads, ulysses=ulysses, ring=ring, batch_parallel=wish)
@@ -142,7 +142,7 @@ class USPLoader(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, unet_name, **_others):
         """Runs again when the file was replaced or written to."""
-        return f"{unet_name} {FileState.of(os.stat(_path(unet_name)))}"
+        return f"{unet_name} {state_of(unet_name)}"
 
     @classmethod
     def execute(
@@ -160,18 +160,11 @@ class USPLoader(io.ComfyNode):
 
     @classmethod
     def _load(cls, unet_name, weight_dtype, gpus, ulysses, ring, settings: Settings, batch_parallel) -> io.NodeOutput:
-        file = _read(unet_name)
+        file = read_named(unet_name)
         devices = local_devices(gpus)
-        types = choose_types(
-            _storage(weight_dtype, file.header),
-            main_dtype(file.header),
-            cpu=devices.type == "cpu",
-            bfloat16=supports_bfloat16(devices),
-            float16=file.config.float16,
-        )
         session = Session(
             pool_for(devices),
-            file.spec(**types),
+            spec_on(devices, file, weight_dtype),
             plan_batches(devices.ranks, file.config.heads, ulysses=ulysses, ring=ring, batch_parallel=batch_parallel),
             settings,
         )
@@ -182,6 +175,18 @@ class USPLoader(io.ComfyNode):
         hint = f"; {fewer} may be faster: see ComfyUI's log" if fewer is not None else ""
         show(f"{file.config.family} on {devices}{hint}")
         return io.NodeOutput(model)
+
+
+def spec_on(devices: Devices, file: ModelFile, weight_dtype: str) -> ModelSpec:
+    """How a file is loaded on `devices`. Raises as `_storage`."""
+    types = choose_types(
+        _storage(weight_dtype, file.header),
+        main_dtype(file.header),
+        cpu=devices.type == "cpu",
+        bfloat16=supports_bfloat16(devices),
+        float16=file.config.float16,
+    )
+    return file.spec(**types)
 
 
 def _storage(weight_dtype: str, header: dict[str, TensorInfo]) -> Storage | None:
@@ -205,8 +210,13 @@ def _path(unet_name: str) -> str:
     return path
 
 
-def _read(unet_name: str) -> ModelFile:
-    """Raises CheckpointError, naming the input."""
+def state_of(unet_name: str) -> FileState:
+    """Changes when the file is replaced or written to."""
+    return FileState.of(os.stat(_path(unet_name)))
+
+
+def read_named(unet_name: str) -> ModelFile:
+    """What the file of a value of `unet_name` says of its model. Raises CheckpointError, naming the input."""
     path = _path(unet_name)
     try:
         return read_model(path)

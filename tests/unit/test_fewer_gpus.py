@@ -167,7 +167,8 @@ def test_the_node_points_at_the_log(node_module, fewer):
     file = SimpleNamespace(
         header=header(FLUX_DEV), config=FLUX_DEV, spec=lambda **types: spec_with("auto"), log_ignored=lambda: None
     )
-    module._read, module.local_devices, module.supports_bfloat16 = lambda _: file, lambda _: devices, lambda _: True
+    module.read_named, module.local_devices = lambda _: file, lambda _: devices
+    module.supports_bfloat16 = lambda _: True
     module.USPLoader._load("x", "bf16", "0,1", 0, 0, Settings(), "auto")
     hint = "; gpu 0 may be faster: see ComfyUI's log" if fewer else ""
     assert order == ["started", "asked", f"FLUX.1 on gpu 0,1{hint}"]
