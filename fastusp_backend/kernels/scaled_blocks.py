@@ -88,7 +88,8 @@ if triton is not None:
             code = (byte >> (4 - column % 2 * 4)) & 15
             exponent = (code & 7) >> 1
             halves = tl.where(exponent == 0, code & 1, (2 | (code & 1)) << tl.maximum(exponent - 1, 0))
-            value = tl.where(code > 7, -halves, halves).to(tl.float32) * 0.5 * (factor * of_block)
+            half = tl.where(code > 7, -0.5, 0.5)  # of a zero too, which has a sign
+            value = halves.to(tl.float32) * half * (factor * of_block)
         elif KIND == "mxfp8":
             block = begin + column // 32 * 33
             power = (tl.load(block, mask=inside, other=0).to(tl.uint32) << 23).to(tl.float32, bitcast=True)

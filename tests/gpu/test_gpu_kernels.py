@@ -126,7 +126,7 @@ def test_scaled_blocks_are_unpacked_as_the_reference_does(kind, group, dtype):
         want = packings.unpack(stored.data[:, within], stored.packing, torch.float32, None, stored.scale).cuda()
         out = torch.empty(want.shape, dtype=dtype, device="cuda")
         scaled_kernel.unpack(data[:, within], stored.packing, values, scale, out)
-        assert torch.equal(out, want.to(dtype))
+        assert torch.equal(out, want.to(dtype)) and torch.equal(out.signbit(), want.signbit())
         if want.shape[1] == 1024:
             scaled_kernel.unpack(data[:, within], stored.packing, values, scale, out, added)
             assert torch.equal(out, (want + added.float()).to(dtype))
