@@ -65,6 +65,12 @@ class Page:
             time.sleep(0.1)
         return value
 
+    def press(self, key: str, code: int) -> None:
+        """A key, on what has the focus. code: the key's number."""
+        for kind in ("keyDown", "keyUp"):
+            text = {"text": "\r"} if key == "Enter" and kind == "keyDown" else {}
+            self._call("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code, **text)
+
     def _call(self, method: str, **params):
         self._number += 1
         self._socket.send(json.dumps({"id": self._number, "method": method, "params": params}))
