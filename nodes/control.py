@@ -72,11 +72,11 @@ def add_routes() -> None:
         if _foreign(request):
             return _refused(403, _FOREIGN)
         devices, number = request.query.get("devices"), request.query.get("from", "0")
+        if not re.fullmatch("[0-9]{1,15}", number):
+            return _refused(400, f"Send from=N, the number of a line, not {number}")
         pool = _pool(devices)
         if pool is None:
             return _refused(404, _NO_POOL.format(devices))
-        if not re.fullmatch("[0-9]{1,15}", number):
-            return _refused(400, f"Send from=N, the number of a line, not {number}")
         lines, following = await asyncio.to_thread(pool.log_since, int(number))
         return web.json_response({"lines": lines, "next": following})
 

@@ -71,14 +71,15 @@ function speed(run, pool, pools) {
   return "";
 }
 
-/** A run that ended well, in two lines: what it was, and where its time went. */
+/** A run that ended well, in two lines: what it was, and where its time went, if not all into sampling. */
 export function runLines(run, pool, pools) {
   const clock = new Date(run.ended * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
   const images = run.images > 1 ? `, ${run.images} images` : "";
   const each = run.ms_per_step ? `, ${run.ms_per_step} ms a step` : "";
   const what = `${clock} ${run.width} x ${run.height}${images}: ${run.steps} steps in ${run.seconds} s${each}`;
   const phases = Object.entries(run.phases).filter(([, seconds]) => seconds >= 0.1);
-  return [what + speed(run, pool, pools), phases.map(([phase, seconds]) => `${phase} ${seconds} s`).join(", ")];
+  const parts = phases.length > 1 ? phases.map(([phase, seconds]) => `${phase} ${seconds} s`).join(", ") : "";
+  return [what + speed(run, pool, pools), parts];
 }
 
 /** A pool's facts as pairs. While it has no processes, or they have not answered yet, there is no more than its state. */

@@ -37,6 +37,7 @@ class Reader {
     tools.className = "tools";
     this.root = element("div", element("style", STYLE), tools, this.lines);
     this.root.className = "fastusp-log";
+    container.style.height = "100%"; // or the tab would be as high as the log, and its end cut off
     container.replaceChildren(this.root);
     this.shown = null;
     this.clear();

@@ -3,7 +3,7 @@
 
 import { api } from "../../scripts/api.js";
 import { ACTIONS, Card } from "./card.js";
-import { act, element, readLoads, readPools, toast } from "./pools.js";
+import { act, copyReport, element, readLoads, readPools, toast } from "./pools.js";
 
 // Between two looks at pools of which nothing is sent: workers may end without a run.
 const REFRESH_MS = 4000;
@@ -13,7 +13,7 @@ const EMPTY =
   "Its worker processes start when you run the workflow; they are listed here and stay warm for the next run.";
 
 const STYLE = `
-.fastusp { padding: 12px; color: var(--fg-color); font-size: 13px; line-height: 1.5; user-select: text; }
+.fastusp { padding: 12px; container-type: inline-size; color: var(--fg-color); font-size: 13px; line-height: 1.5; user-select: text; }
 .fastusp h2 { margin: 0 0 12px; font-size: 15px; font-weight: 600; }
 .fastusp p { margin: 0; color: var(--descrip-text); overflow-wrap: anywhere; }
 .fastusp section { margin-bottom: 12px; padding: 10px; border: 1px solid var(--border-color); border-radius: 6px; }
@@ -29,6 +29,7 @@ const STYLE = `
 .fastusp th { padding-right: 12px; font-weight: normal; text-align: left; white-space: nowrap; color: var(--descrip-text); }
 .fastusp th, .fastusp td { vertical-align: top; }
 .fastusp td { overflow-wrap: anywhere; white-space: pre-wrap; }
+@container (max-width: 240px) { .fastusp tr, .fastusp th, .fastusp td { display: block; } }
 .fastusp .actions { display: flex; flex-wrap: wrap; gap: 6px; margin-top: 8px; }
 .fastusp button { padding: 2px 10px; border: 1px solid var(--border-color); border-radius: 4px; cursor: pointer;
   background: var(--comfy-input-bg); color: var(--input-text); font: inherit; }
@@ -99,9 +100,19 @@ async function onAll(action, label) {
   for (const pool of pools) await act(action, pool.devices, label);
 }
 
-export const commands = ACTIONS.map(([action, label]) => ({
-  id: `FastUSP.${action}`,
-  label: `FastUSP: ${label} (all pools)`,
-  icon: "pi pi-microchip",
-  function: () => onAll(action, label),
-}));
+/** The report on the pool that failed last, else on the first. */
+async function report() {
+  const pools = await readPools();
+  const pool = pools.find(({ error }) => error) ?? pools[0];
+  if (pool) await copyReport(pool.devices);
+  else toast("info", "FastUSP: no report", EMPTY);
+}
+
+const icon = "pi pi-microchip";
+
+export const commands = [
+  ...ACTIONS.map(([action, label]) => {
+    return { id: `FastUSP.${action}`, label: `FastUSP: ${label} (all pools)`, icon, function: () => onAll(action, label) };
+  }),
+  { id: "FastUSP.report", label: "FastUSP: Copy report", icon, function: report },
+];

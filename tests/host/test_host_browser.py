@@ -53,6 +53,16 @@ def test_a_reload_in_the_middle_of_a_run(host, page):
         host.post("/interrupt", {})
 
 
+def test_a_run_of_another_page_shows_nothing_here(host, page):
+    """On nodes that happen to have the same numbers."""
+    graph = Graph()
+    graph.save(graph.sample(graph.usp("cpu:1"), steps=2, seed=323))
+    page.evaluate(f"app.loadApiJson({json.dumps(graph)}, 'words')")
+    assert any(IN_WORKERS in text for _, text in host.run(graph).texts)
+    page.evaluate("new Promise(done => setTimeout(done, 500))")
+    assert IN_WORKERS not in page.evaluate(TEXTS)
+
+
 def test_an_error_on_the_node_and_in_the_panel(host, page):
     graph = Graph()
     positive = graph.node("TestSeededConditioning", seed=1, tokens=7, width=2048, guidance=3.5)
@@ -84,7 +94,7 @@ def test_the_panel_follows_a_run_and_stops_a_pool(host, page):
     given = {"latent_image": graph.empty(256, 256), "positive": graph.prompt(1, 64)}
     graph.save(graph.sample(graph.usp("cpu:1"), steps=3, seed=321, **given))
     queue(page, graph)
-    page.wait_for(f"/256 x 256: 3 steps in [0-9.]+ s, [0-9.]+ ms a step/.test({PANEL})", 60)
+    page.wait_for(f"/256 x 256: 3 steps in [0-9.]+ s, [0-9.]+ ms a step\\s+.*sampling [0-9.]+ s/.test({PANEL})", 60)
     focused = f"({button('Stop', 'cpu:1')}).focus(), document.activeElement.textContent"
     assert page.evaluate(focused) == "Stop"
     host.pool("cpu:1")  # is there
@@ -142,6 +152,8 @@ def test_the_workers_log(host, page):
     host.run(_short("cpu:1"))
     page.wait_for(f"{LOG}.split('(Sample)').length > {lines + 1}")
     assert copied(page, "document.querySelector('.fastusp-log button')") in page.evaluate(LOG)
+    inside = "document.querySelector('.fastusp-log pre').getBoundingClientRect().bottom < innerHeight"
+    assert page.evaluate(inside), "its end is in sight"
     focusable = "[...document.querySelectorAll('.fastusp-log select, .fastusp-log button, .fastusp-log pre')]"
     assert page.evaluate(f"{focusable}.every(node => node.tabIndex == 0)")
     page.evaluate("app.extensionManager.command.execute('Workspace.ToggleBottomPanelTab.fastusp-log')")
@@ -189,14 +201,22 @@ def test_workers_that_die_are_told_and_reported(host, page):
     page.wait_for(f"!{has(PANEL, died)}")
 
 
+STATE = """document.querySelector('.fastusp section[aria-label="Pool on cpu:1"] p').textContent"""
+
+
 def test_steps_of_comfyui_count_too(host, page):
+    """The pool is busy in all of them, and the node says why, by the menu's name."""
     panel(page)
     graph = Graph()
     model = graph.node("TestAfterEveryEvaluation", model=graph.usp("cpu:1"), seconds=0.3, error="")
-    graph.save(graph.sample(model, steps=5, seed=330))
+    graph.save(graph.sample(model, steps=5, seed=330, sampler_name="uni_pc_bh2"))
     queue(page, graph)
-    page.wait_for(f"/step [1-4] of 5, [0-9.]+ ms a step/.test({PANEL})", 60)
+    page.wait_for(f"/step [1-4] of 5, [0-9.]+ ms a step/.test({STATE})", 60)
+    page.evaluate(f"window.states = new Set(), window.looks = setInterval(() => states.add({STATE}), 20), 0")
+    assert "stepping (no uni_pc_bh2 in the workers)" in page.evaluate(TEXTS)
     page.wait_for(f"/64 x 64: 5 steps in [0-9.]+ s, [0-9.]+ ms a step/.test({PANEL})")
+    states = page.evaluate("clearInterval(looks), [...states]")
+    assert all(state.startswith("step ") for state in states[:-1]) and states[-1].startswith("idle"), states
     assert host.pool("cpu:1")["history"][0]["ms_per_step"] > 250
 
 
@@ -238,6 +258,8 @@ def test_themes_narrow_bars_and_the_keyboard(host, page):
         page.wait_for(f"{CONTRAST} >= 4", 5)
     root = "document.querySelector('.fastusp')"
     page.evaluate(f"{root}.style.width = '180px'")
+    cell = "getComputedStyle(document.querySelector('.fastusp td')).display"
+    assert page.evaluate(cell) == "block", "below its name, not in a column of four letters"
     wider = f"[...{root}.querySelectorAll('*:not(.spoken)')].filter(node => node.scrollWidth > {root}.clientWidth)"
     assert page.evaluate(f"{wider}.map(node => node.outerHTML)") == []
     page.evaluate(f"{root}.style.width = ''")
