@@ -78,8 +78,8 @@ export function runLines(run, pool, pools) {
   const each = run.ms_per_step ? `, ${run.ms_per_step} ms a step` : "";
   const what = `${clock} ${run.width} x ${run.height}${images}: ${run.steps} steps in ${run.seconds} s${each}`;
   const phases = Object.entries(run.phases).filter(([, seconds]) => seconds >= 0.1);
-  const parts = phases.length > 1 ? phases.map(([phase, seconds]) => `${phase} ${seconds} s`).join(", ") : "";
-  return [what + speed(run, pool, pools), parts];
+  const elsewhere = phases.some(([phase]) => phase !== "sampling");
+  return [what + speed(run, pool, pools), elsewhere ? phases.map(([phase, seconds]) => `${phase} ${seconds} s`).join(", ") : ""];
 }
 
 /** A pool's facts as pairs. While it has no processes, or they have not answered yet, there is no more than its state. */
