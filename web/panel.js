@@ -7,6 +7,8 @@ import { act, copyReport, element, readLoads, readPools, toast } from "./pools.j
 
 // Between two looks at pools of which nothing is sent: workers may end without a run.
 const REFRESH_MS = 4000;
+// The same while the seconds of a phase are shown.
+const SECOND_MS = 1000;
 
 const EMPTY =
   "No pool yet. Add USP Loader (Add Node > FastUSP) and connect its model to USP Sampler or KSampler. " +
@@ -53,6 +55,7 @@ function show(list, cards, pools, loads) {
 async function follow(list) {
   const cards = new Map();
   let loads = [];
+  let counting = false;
   let wake = () => {};
   const sent = (event) => show(list, cards, event.detail.pools, loads);
   const changed = () => wake();
@@ -62,6 +65,7 @@ async function follow(list) {
     try {
       const pools = await readPools();
       loads = await readLoads(pools);
+      counting = pools.some(({ phase, steps }) => phase && !steps);
       show(list, cards, pools, loads);
     } catch (error) {
       cards.clear();
@@ -69,7 +73,7 @@ async function follow(list) {
     }
     await new Promise((resolve) => {
       wake = resolve;
-      setTimeout(resolve, REFRESH_MS);
+      setTimeout(resolve, counting ? SECOND_MS : REFRESH_MS);
     });
   } while (list.isConnected);
   api.removeEventListener("fastusp.pools", sent);

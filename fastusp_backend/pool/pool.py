@@ -48,7 +48,8 @@ class Pool:
         self._lifecycle_lock = threading.Lock()
         self._closed = False
         self.changed: Callable[[], None] = lambda: None
-        """Called, on a thread of its own, when the processes are ready, and when they have ended."""
+        """Called, on a thread of its own, when the processes are ready, and when they have ended; not in a run, which
+        hears of it itself."""
         _pools.add(self)
 
     def start(self) -> Workers:
@@ -133,7 +134,7 @@ class Pool:
         return self._account.following(progress)
 
     def _tell(self) -> None:
-        if not self._closed:
+        if not (self._closed or self.busy or self._account.sampling):
             self.changed()
 
     def _still_at_what_was_left(self) -> bool:
@@ -209,7 +210,7 @@ class Pool:
             status["model"] = os.path.basename(held.model.path) if held.model else None
         if (activity := self._account.activity) is not None:
             status |= activity.facts()
-        if self._account.error is None and workers is not None and not alive:
+        if self._account.error is None and workers is not None and not alive and not busy:
             self._account.error = str(workers.failure("stopped"))  # nobody has asked them for anything since
         if self._account.error is not None:
             status["error"] = self._account.error

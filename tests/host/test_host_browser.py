@@ -97,12 +97,7 @@ def test_the_panel_follows_a_run_and_stops_a_pool(host, page):
     page.wait_for(f"/256 x 256: 3 steps in [0-9.]+ s, [0-9.]+ ms a step/.test({PANEL})", 60)
     focused = f"({button('Stop', 'cpu:1')}).focus(), document.activeElement.textContent"
     assert page.evaluate(focused) == "Stop"
-    host.pool("cpu:1")  # is there
-    graph = Graph()
-    given = {"latent_image": graph.empty(384, 384), "positive": graph.prompt(1, 256)}
-    graph.save(graph.sample(graph.usp("cpu:1"), steps=4000, seed=322, **given))
-    queue(page, graph)
-    page.wait_for(f"/step [0-9]+ of 4000, [0-9.]+ ms a step, [0-9]+ s left/.test({PANEL})", 60)
+    _in_mid_run(page)
     assert page.evaluate("document.activeElement.textContent") == "Stop", "what is focused stays in the page"
     assert page.evaluate(f"({button('Release memory', 'cpu:1')}).disabled") is True
     page.press("Enter", 13)  # on what is focused: Stop
@@ -197,6 +192,12 @@ def test_workers_that_die_are_told_and_reported(host, page):
     ):
         assert part in report, report
     assert str(host.base) not in report and str(host.path) not in report and "/models/" not in report
+    _in_mid_run(page)
+    pid = host.pool("cpu:1")["pids"][0]
+    os.kill(pid, signal.SIGKILL)
+    page.wait_for(has(TOASTS, f"stopped while a prompt ran: rank 0 (process {pid}) was ended"), 60)
+    page.evaluate("new Promise(done => setTimeout(done, 500))")
+    assert page.evaluate(TOASTS).count(f"process {pid}") == 1, "the pool and the run tell it once"
     host.run(_short("cpu:1"))
     page.wait_for(f"!{has(PANEL, died)} && /starting 1 worker.s. on cpu:1 [0-9.]+ s/.test({PANEL})")
 
@@ -267,6 +268,15 @@ def test_themes_narrow_bars_and_the_keyboard(host, page):
     assert page.evaluate(reached)
     announced = "[...document.querySelectorAll('.fastusp [role=status]')].map(node => node.textContent)"
     assert "cpu:1: idle: warm, waiting for a run" in page.evaluate(announced)
+
+
+def _in_mid_run(page: Page) -> None:
+    """Of a long one on cpu:1, as the panel shows it."""
+    graph = Graph()
+    given = {"latent_image": graph.empty(384, 384), "positive": graph.prompt(1, 256)}
+    graph.save(graph.sample(graph.usp("cpu:1"), steps=4000, seed=next(SEEDS), **given))
+    queue(page, graph)
+    page.wait_for(f"/step [0-9]+ of 4000, [0-9.]+ ms a step, [0-9]+ s left/.test({PANEL})", 60)
 
 
 def _short(gpus: str) -> Graph:
