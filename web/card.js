@@ -1,6 +1,6 @@
 // A pool's card in the side panel.
 
-import { act, copyReport, element } from "./pools.js";
+import { act, copyReport, element, interrupt } from "./pools.js";
 import { showLog } from "./log.js";
 
 // What Pool.status calls a pool's states, in words for people.
@@ -141,9 +141,13 @@ export class Card {
     this.table = element("table");
     this.runs = element("ol");
     this.history = element("div", element("h4", "Last runs"), this.runs);
-    this.buttons = ACTIONS.map(([action, label, tip, states]) => {
-      return { button: button(label, tip, () => act(action, devices, label)), states };
-    });
+    const stops = "Ends the run as ComfyUI's own button does: after the step that it is at; the workers stay warm";
+    this.buttons = [
+      { button: button("Interrupt", stops, interrupt), states: ["busy"] },
+      ...ACTIONS.map(([action, label, tip, states]) => {
+        return { button: button(label, tip, () => act(action, devices, label)), states };
+      }),
+    ];
     const more = [
       button("Show log", "What the workers write, as they write it", () => showLog(devices)),
       button("Copy report", "Versions, layout, options, the last error and log lines, for a bug report; no paths, no prompts", () =>

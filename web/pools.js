@@ -49,6 +49,9 @@ export async function act(action, devices, label) {
   document.dispatchEvent(new CustomEvent("fastusp.changed"));
 }
 
+/** As ComfyUI's own button does. */
+export const interrupt = () => api.fetchApi("/interrupt", { method: "POST" });
+
 /** Puts a text on the clipboard. Browsers offer theirs to pages of the same machine and of https alone. */
 export async function copy(text, what) {
   let copied = false;

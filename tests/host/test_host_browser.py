@@ -15,6 +15,7 @@ pytestmark = [pytest.mark.host, pytest.mark.skipif(PROGRAM is None, reason="no C
 TEXTS = """app.graph.nodes.flatMap(node => (node.widgets ?? []).filter(widget => widget.name == "$$node-text-preview")
     .map(widget => `${node.type}: ${widget.value}`)).join("; ")"""
 PANEL = 'document.querySelector(".fastusp")?.innerText'
+STATE = """document.querySelector('.fastusp section[aria-label="Pool on cpu:1"] p').textContent"""
 LOG = "document.querySelector('.fastusp-log pre')?.textContent"
 TOASTS = "document.querySelector('.p-toast')?.innerText"
 
@@ -97,6 +98,9 @@ def test_the_panel_follows_a_run_and_stops_a_pool(host, page):
     page.wait_for(f"/256 x 256: 3 steps in [0-9.]+ s, [0-9.]+ ms a step/.test({PANEL})", 60)
     focused = f"({button('Stop', 'cpu:1')}).focus(), document.activeElement.textContent"
     assert page.evaluate(focused) == "Stop"
+    _in_mid_run(page)
+    page.evaluate(f"({button('Interrupt', 'cpu:1')}).click()")
+    page.wait_for(f"{has(STATE, 'idle: warm')} && ({button('Interrupt', 'cpu:1')}).disabled")
     _in_mid_run(page)
     assert page.evaluate("document.activeElement.textContent") == "Stop", "what is focused stays in the page"
     assert page.evaluate(f"({button('Release memory', 'cpu:1')}).disabled") is True
@@ -200,9 +204,6 @@ def test_workers_that_die_are_told_and_reported(host, page):
     assert page.evaluate(TOASTS).count(f"process {pid}") == 1, "the pool and the run tell it once"
     host.run(_short("cpu:1"))
     page.wait_for(f"!{has(PANEL, died)} && /starting 1 worker.s. on cpu:1 [0-9.]+ s/.test({PANEL})")
-
-
-STATE = """document.querySelector('.fastusp section[aria-label="Pool on cpu:1"] p').textContent"""
 
 
 def test_steps_of_comfyui_count_too(host, page):
