@@ -53,11 +53,32 @@ function load(gpu) {
   return parts.join(", ");
 }
 
-/** What a rank's memory is used for, in bytes: of a GPU all of it, by parts; of a CPU's rank its own. */
-export function memory({ weights, own, free, total }, onGpu) {
-  if (!onGpu) return `${gigabytes(own)} GB of memory`;
-  const parts = { weights, buffers: Math.max(0, own - weights), other: Math.max(0, total - free - own), free };
-  return Object.entries(parts).map(([name, bytes]) => `${name} ${gigabytes(bytes)}`).join(", ") + " GB";
+/** What a GPU's memory is used for, by its rank, in bytes. */
+function shares({ weights, own, free, total }) {
+  return { weights, buffers: Math.max(0, own - weights), other: Math.max(0, total - free - own), free };
+}
+
+/** A rank's device and process, what of the device's memory is used for what, and that as shares for a bar. */
+function rankRow(pool, rank) {
+  const who = `${pool.names[rank]}, process ${pool.pids[rank]}`;
+  const shown = pool.memory[rank];
+  if (!shown) return [`Rank ${rank}`, who];
+  if (pool.gpus.length === 0) return [`Rank ${rank}`, `${who}\n${gigabytes(shown.own)} GB of memory`];
+  const parts = shares(shown);
+  const text = Object.entries(parts).map(([name, bytes]) => `${name} ${gigabytes(bytes)}`).join(", ");
+  return [`Rank ${rank}`, `${who}\n${text} GB`, parts];
+}
+
+/** A bar for the eye alone: what it says is in words beside it. */
+function bar(parts) {
+  const pieces = Object.entries(parts).map(([name, bytes]) => {
+    const piece = classed(name, element("span"));
+    piece.style.flexGrow = bytes;
+    return piece;
+  });
+  const made = classed("memory", element("div", ...pieces));
+  made.setAttribute("aria-hidden", "true");
+  return made;
 }
 
 /** How much faster a run was than the same on one rank, where that was measured here. */
@@ -82,15 +103,12 @@ export function runLines(run, pool, pools) {
   return [what + speed(run, pool, pools), elsewhere ? phases.map(([phase, seconds]) => `${phase} ${seconds} s`).join(", ") : ""];
 }
 
-/** A pool's facts as pairs. While it has no processes, or they have not answered yet, there is no more than its state. */
+/** A pool's facts: names, words, and shares where there is a bar for them. While it has no processes, or they have not answered yet, there is no more than its state. */
 export function facts(pool, loads) {
   const rows = [["Ranks", String(pool.ranks)]];
   for (const gpu of loads.filter(({ index }) => pool.gpus.includes(index))) rows.push([`GPU ${gpu.index}`, load(gpu)]);
   if (pool.pids) {
-    pool.pids.forEach((pid, rank) => {
-      const shown = pool.memory[rank] ? [memory(pool.memory[rank], pool.gpus.length > 0)] : [];
-      rows.push([`Rank ${rank}`, [`${pool.names[rank]}, process ${pid}`, ...shown].join("\n")]);
-    });
+    pool.pids.forEach((_, rank) => rows.push(rankRow(pool, rank)));
     if (pool.model) rows.push(["Model", pool.model]);
     if (pool.layout) rows.push(["Layout", pool.layout]);
     if (pool.options) rows.push(["Options", pool.options]);
@@ -170,7 +188,9 @@ export class Card {
     const runs = pool.history.map((run) => runLines(run, pool, pools));
     redraw(this.runs, runs, () => runs.map(([what, phases]) => element("li", what, element("small", phases))));
     const rows = facts(pool, loads);
-    const cells = ([name, value]) => element("tr", element("th", name), element("td", value));
+    const cells = ([name, value, parts]) => {
+      return element("tr", element("th", name), element("td", value, ...(parts ? [bar(parts)] : [])));
+    };
     redraw(this.table, rows, () => rows.map(cells));
     for (const { button, states } of this.buttons) button.disabled = !states.includes(pool.state);
   }

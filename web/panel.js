@@ -32,6 +32,11 @@ const STYLE = `
 .fastusp th, .fastusp td { vertical-align: top; }
 .fastusp td { overflow-wrap: anywhere; white-space: pre-wrap; }
 @container (max-width: 240px) { .fastusp tr, .fastusp th, .fastusp td { display: block; } }
+.fastusp .memory { display: flex; height: 8px; margin: 2px 0 6px; border: 1px solid var(--border-color); }
+.fastusp .memory span { flex-basis: 0; }
+.fastusp .weights { background: var(--p-primary-color, #3b82f6); }
+.fastusp .buffers { background: color-mix(in srgb, var(--p-primary-color, #3b82f6) 50%, transparent); }
+.fastusp .other { background: var(--descrip-text); }
 .fastusp .actions { display: flex; flex-wrap: wrap; gap: 6px; margin-top: 8px; }
 .fastusp button { padding: 2px 10px; border: 1px solid var(--border-color); border-radius: 4px; cursor: pointer;
   background: var(--comfy-input-bg); color: var(--input-text); font: inherit; }
