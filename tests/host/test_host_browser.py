@@ -7,7 +7,7 @@ import os
 import signal
 
 import pytest
-from browser import PROGRAM, Page
+from browser import CONTRAST, PROGRAM, Page
 from workflows import IN_WORKERS, Graph
 
 pytestmark = [pytest.mark.host, pytest.mark.skipif(PROGRAM is None, reason="no Chromium")]
@@ -52,6 +52,16 @@ def test_a_reload_in_the_middle_of_a_run(host, page):
         assert page.evaluate(TEXTS) == "", "on the nodes of another workflow, which happen to have the same numbers"
     finally:
         host.post("/interrupt", {})
+
+
+def test_found_by_what_people_search_for(page):
+    page.evaluate("app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
+    page.wait_for("document.activeElement.role == 'combobox'")
+    page.type("multi gpu")
+    page.wait_for(
+        has("[...document.querySelectorAll('[role=option]')].map(found => found.innerText).join()", "USP Loader")
+    )
+    page.press("Escape", 27)
 
 
 def test_a_run_of_another_page_shows_nothing_here(host, page):
@@ -234,26 +244,6 @@ def test_runs_on_one_rank_and_on_two_are_compared(host, page):
         graph.save(graph.sample(graph.usp(gpus), steps=2, seed=331, latent_image=graph.empty(96, 64)))
         host.run(graph)
     page.wait_for(f"/96 x 64: 2 steps in [^]*, [0-9.]+ times as fast as on cpu:1/.test({PANEL})")
-
-
-CONTRAST = """(() => {
-    const rgb = text => text.match(/[0-9.]+/g).map(Number);
-    const seen = node => {
-        for (let at = node; at; at = at.parentElement) {
-            const [r, g, b, a = 1] = rgb(getComputedStyle(at).backgroundColor);
-            if (a > 0.9) return [r, g, b];
-        }
-        return [255, 255, 255];
-    };
-    const light = ([r, g, b]) => [r, g, b].map(v => v / 255)
-        .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
-        .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-    const texts = ['h3', 'p', 'td', 'th', 'li', 'small', 'button:enabled'].map(tag => `.fastusp ${tag}`).join();
-    return Math.min(...[...document.querySelectorAll(texts)].map(node => {
-        const [a, b] = [light(rgb(getComputedStyle(node).color)), light(seen(node))];
-        return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-    }));
-})()"""
 
 
 def test_themes_narrow_bars_and_the_keyboard(host, page):
