@@ -16,6 +16,7 @@ const STYLE = `
   overflow-wrap: anywhere; font-size: 12px; border: 1px solid var(--border-color); background: var(--comfy-input-bg); }
 .fastusp-log select, .fastusp-log button { padding: 2px 10px; border: 1px solid var(--border-color); border-radius: 4px;
   background: var(--comfy-input-bg); color: var(--input-text); font: inherit; }
+.fastusp-log :focus-visible { outline: 2px solid var(--p-primary-color, #3b82f6); }
 `;
 
 /** The devices of the pool whose log is shown; none before there is a pool. */
@@ -33,7 +34,7 @@ class Reader {
     const copied = element("button", "Copy");
     copied.type = "button";
     copied.onclick = () => copy(this.written.join("\n"), "log");
-    const tools = element("div", element("label", "Pool"), this.pools, copied);
+    const tools = element("div", element("span", "Pool"), this.pools, copied);
     tools.className = "tools";
     this.root = element("div", element("style", STYLE), tools, this.lines);
     this.root.className = "fastusp-log";

@@ -40,6 +40,7 @@ const STYLE = `
 .fastusp .actions { display: flex; flex-wrap: wrap; gap: 6px; margin-top: 8px; }
 .fastusp button { padding: 2px 10px; border: 1px solid var(--border-color); border-radius: 4px; cursor: pointer;
   background: var(--comfy-input-bg); color: var(--input-text); font: inherit; }
+.fastusp button:focus-visible, .fastusp pre:focus-visible { outline: 2px solid var(--p-primary-color, #3b82f6); }
 .fastusp button:disabled { opacity: 0.5; cursor: default; }
 `;
 

@@ -114,7 +114,11 @@ def test_the_panel_follows_a_run_and_stops_a_pool(host, page):
     _in_mid_run(page)
     assert page.evaluate("document.activeElement.textContent") == "Stop", "what is focused stays in the page"
     assert page.evaluate(f"({button('Release memory', 'cpu:1')}).disabled") is True
-    page.press("Enter", 13)  # on what is focused: Stop
+    page.press("Tab", 9)
+    outline = "getComputedStyle(document.activeElement).outlineStyle"
+    assert page.evaluate(f"document.activeElement.textContent + ' ' + {outline}") == "Restart solid"
+    page.evaluate(focused)
+    page.press("Enter", 13)
     page.wait_for(has(PANEL, "they were stopped from the page"), 30)
     page.wait_for(has(TOASTS, "they were stopped from the page"))
     assert host.pool("cpu:1")["state"] == "off"
