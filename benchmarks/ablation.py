@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common(made)
     made.add_argument("--size", type=int, default=1024, help="edge of the image in pixels")
-    made.add_argument("--text", help="token count; default 512 for FLUX and Chroma, 256 Qwen-Image, 154 SD3")
+    made.add_argument("--text", help="token count; default 512 FLUX and Chroma, 256 Qwen-Image, 154 SD3, 128 Z-Image")
     made.add_argument("--layouts", help="one layout for all levels, ulysses x ring such as 2x1; default: planned")
     made.set_defaults(guided=False)
     return made

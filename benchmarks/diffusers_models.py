@@ -10,6 +10,7 @@ from fastusp_backend.models.flux import FluxConfig
 from fastusp_backend.models.flux2 import Flux2Config
 from fastusp_backend.models.patchify import patch_grid, patchify, unpatchify
 from fastusp_backend.models.sd3 import SD3Config
+from fastusp_backend.models.z_image import ZImageConfig
 
 
 def diffusers_model(ours: Transformer) -> torch.nn.Module:
@@ -50,6 +51,17 @@ def diffusers_model(ours: Transformer) -> torch.nn.Module:
         with torch.device("meta"):
             theirs = diffusers.SD3Transformer2DModel(**sd3_sizes(config))
         state = convert_sd3_transformer_checkpoint_to_diffusers(dict(state))
+    elif isinstance(config, ZImageConfig):
+        from diffusers.loaders.single_file_utils import convert_z_image_transformer_checkpoint_to_diffusers
+        from diffusers.models.transformers.transformer_z_image import FeedForward
+
+        with torch.device("meta"):
+            theirs = diffusers.ZImageTransformer2DModel(**z_image_sizes(config))
+            for block in (*theirs.noise_refiner, *theirs.context_refiner, *theirs.layers):
+                block.feed_forward = FeedForward(config.hidden, config.mlp)  # of tiny sizes another width than theirs
+        state = convert_z_image_transformer_checkpoint_to_diffusers(
+            {ours.file_key(name): t for name, t in state.items()}
+        )
     else:
         from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
 
@@ -111,8 +123,24 @@ def sd3_sizes(config: SD3Config) -> dict:
     }
 
 
-def latents(config: FamilyConfig, output: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Returns what diffusers' forward gave as latents: Stable Diffusion 3's cuts patches by itself."""
+def z_image_sizes(config: ZImageConfig) -> dict:
+    """Returns the sizes of diffusers' Z-Image, whose refiners of text and image are as many."""
+    return {
+        "in_channels": config.channels,
+        "dim": config.hidden,
+        "n_layers": config.blocks,
+        "n_refiner_layers": config.image_blocks,
+        "n_heads": config.heads,
+        "n_kv_heads": config.heads,
+        "cap_feat_dim": config.context,
+    }
+
+
+def latents(config: FamilyConfig, output: torch.Tensor | list[torch.Tensor], grid: tuple[int, int]) -> torch.Tensor:
+    """Returns what diffusers' forward gave as latents: those of Stable Diffusion 3 and Z-Image cut patches by
+    themselves, and Z-Image's runs the other way."""
+    if isinstance(config, ZImageConfig):
+        return -torch.stack(list(output)).squeeze(2)
     return output if isinstance(config, SD3Config) else unpatchify(output, grid, config.patch)
 
 
@@ -123,6 +151,9 @@ def arguments(config: FamilyConfig, given: Inputs, dtype: torch.dtype) -> list[d
         shared = {"hidden_states": x.to(dtype), "timestep": given.timestep.to(x.device, dtype), "return_dict": False}
         prompts = [{"encoder_hidden_states": p.context, "pooled_projections": p.y} for p in given.prompts]
         return [shared | prompt for prompt in prompts]
+    if isinstance(config, ZImageConfig):
+        images, t = list(x.to(dtype)[:, :, None]), 1 - given.timestep.to(x.device)
+        return [{"x": images, "t": t, "cap_feats": list(p.context), "return_dict": False} for p in given.prompts]
     grid = patch_grid(*x.shape[-2:], config.patch)
     shared = {"hidden_states": patchify(x, config.patch).to(dtype), "timestep": given.timestep.to(x.device, dtype)}
     axes = {FluxConfig: 3, ChromaConfig: 3, Flux2Config: 4}.get(type(config))

@@ -141,8 +141,8 @@ def _xdit(ring: bool):
     return setup
 
 
-PLANNED = tuple(name for name in MODELS if name not in ("chroma", "sd3"))
-"""diffusers has no plan for running Chroma or Stable Diffusion 3 in parallel."""
+PLANNED = tuple(name for name in MODELS if name not in ("chroma", "sd3", "z_image"))
+"""diffusers has no plan for running Chroma, Stable Diffusion 3 or Z-Image in parallel."""
 
 PEERS = {
     "diffusers-1gpu": Peer(module="diffusers", setup=_one_gpu, alone=True, models=MODELS),

@@ -20,7 +20,7 @@ from variants import VARIANTS
 from fastusp_backend.config import Layout
 from fastusp_backend.planner import plan
 
-TEXTS = {"flux": "512", "flux2": "512", "chroma": "512", "qwen": "256", "sd3": "154"}
+TEXTS = {"flux": "512", "flux2": "512", "chroma": "512", "qwen": "256", "sd3": "154", "z_image": "128"}
 GUIDED_TEXTS = "35,6"
 
 
@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--levels", default=",".join(LEVELS), help="how peers run")
     made.add_argument("--sizes", default="1024", help="edges of the image in pixels")
     made.add_argument(
-        "--text", help="token counts; default 512 for FLUX and Chroma, 256 Qwen-Image, 154 SD3; 35,6 guided"
+        "--text", help="token counts; default 512 FLUX and Chroma, 256 Qwen-Image, 154 SD3, 128 Z-Image; 35,6 guided"
     )
     made.add_argument("--batch", default="1", help="images")
     made.add_argument("--layouts", help="ulysses x ring, such as 2x1,1x2, or batch x ulysses x ring; default: planned")

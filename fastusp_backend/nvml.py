@@ -80,8 +80,9 @@ def states(nvml) -> list[dict]:
 
 
 def loads(nvml) -> list[dict]:
-    """Returns of each GPU what it does just now: index; used and total bytes of its memory, by everybody; utilisation,
-    the percent of the last moment in which a kernel ran; temperature in degrees Celsius. None for what is not told."""
+    """Returns of each GPU what it does just now: index and name; used and total bytes of its memory, by everybody;
+    utilisation, the percent of the last moment in which a kernel ran; temperature in degrees Celsius. None for what is
+    not told."""
     found = []
     for index, gpu in _handles(nvml):
         memory = _told(nvml, nvml.nvmlDeviceGetMemoryInfo, gpu)
@@ -89,6 +90,7 @@ def loads(nvml) -> list[dict]:
         found.append(
             {
                 "index": index,
+                "name": nvml.nvmlDeviceGetName(gpu),
                 "used": memory.total - memory.free if memory else None,
                 "total": memory.total if memory else None,
                 "utilisation": rates.gpu if rates else None,

@@ -91,7 +91,7 @@ USED = {
         "BASE.process_unet_state_dict(state_dict)",
         "BASE.set_inference_dtype(dtype)",
     ],
-    "comfy.utils": ["swap_scale_shift(weight)"],
+    "comfy.utils": ["ProgressBar(total)", "ProgressBar.update_absolute(value)", "swap_scale_shift(weight)"],
     "comfy.weight_adapter": [
         "BOFTAdapter",
         "GLoRAAdapter",
@@ -101,7 +101,14 @@ USED = {
         "OFTAdapter",
         "WeightAdapterBase",
     ],
-    "comfy_api.latest": ["ComfyExtension", "io.ComfyNode", "io.Custom", "io.NodeOutput", "io.Schema"],
+    "comfy_api.latest": [
+        "ComfyExtension",
+        "io.ComfyNode",
+        "io.Custom",
+        "io.Input(extra_dict)",
+        "io.NodeOutput",
+        "io.Schema",
+    ],
     "comfy_execution.utils": ["get_executing_context()"],
     "execution": ["PromptQueue.get_current_queue_volatile()"],
     "folder_paths": [
@@ -184,7 +191,7 @@ from comfy.model_detection import model_config_from_unet  # noqa: E402
 from comfy.model_patcher import ModelPatcher  # noqa: E402
 from comfy.model_sampling import CONST  # noqa: E402
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers  # noqa: E402
-from comfy.utils import swap_scale_shift  # noqa: E402
+from comfy.utils import ProgressBar, swap_scale_shift  # noqa: E402
 from comfy_api.latest import ComfyExtension, io  # noqa: E402
 from comfy_execution.utils import get_executing_context  # noqa: E402
 from server import PromptServer  # noqa: E402
@@ -195,12 +202,15 @@ __all__ = [
     "CONST",
     "ComfyExtension",
     "ModelPatcher",
+    "ProgressBar",
     "PromptServer",
     "QwenImageTransformer2DModel",
     "WrapperExecutor",
     "WrappersMP",
+    "advanced",
     "command_line",
     "common_ksampler",
+    "dev_only",
     "folder_paths",
     "get_all_wrappers",
     "get_executing_context",
@@ -216,7 +226,18 @@ __all__ = [
 ]
 
 
+def advanced(entry: io.Input) -> io.Input:
+    """The input, which the page then shows among the advanced ones. (As a parameter, ComfyUI has it since 0.10.)"""
+    entry.extra_dict["advanced"] = True
+    return entry
+
+
 def search_aliases(*words: str) -> dict[str, list[str]]:
     """What a node is found by in the page beside its name, for `io.Schema`; nothing in a ComfyUI that does not know
     it."""
     return {"search_aliases": [*words]} if "search_aliases" in inspect.signature(io.Schema).parameters else {}
+
+
+def dev_only() -> dict[str, bool]:
+    """For `io.Schema`: a node that is listed in ComfyUI's developer mode alone, where ComfyUI knows that."""
+    return {"is_dev_only": True} if "is_dev_only" in inspect.signature(io.Schema).parameters else {}

@@ -181,11 +181,47 @@ class RemoteSD3(RemoteTransformer):
         return self._on_workers(x, timesteps, Prompt(context, y), control, skipped=skipped, output=blocks)
 
 
+class RemoteZImage(RemoteTransformer):
+    ignored = frozenset(("num_tokens", "clip_text_pooled"))
+
+    @classmethod
+    def fits(cls, unet_config: dict, config: FamilyConfig) -> bool:
+        """ComfyUI knows Lumina 2 by the same name, and a Z-Image of one width, with two refiners a stream."""
+        filled = unet_config.get("pad_tokens_multiple") == config.multiple
+        return filled and unet_config["dim"] == config.hidden and config.image_blocks == config.context_refiners == 2
+
+    def forward(self, x, timesteps, context, num_tokens=None, attention_mask=None, **kwargs):
+        args = x, timesteps, context, num_tokens, attention_mask
+        return self._through_wrappers(kwargs.get("transformer_options", {}), *args, **kwargs)
+
+    def _evaluate(
+        self,
+        x,
+        timesteps,
+        context,
+        num_tokens,
+        attention_mask=None,
+        ref_latents=None,
+        ref_contexts=None,
+        siglip_feats=None,
+        transformer_options={},  # noqa: B006 - ComfyUI's own signature
+        clip_text_pooled=None,
+        **kwargs,
+    ):
+        if attention_mask is not None and not masks_nothing(attention_mask):
+            raise Unsupported("A prompt with an attention mask")
+        if ref_latents or ref_contexts or siglip_feats:
+            raise Unsupported("A prompt with images (Z-Image Omni)", "Remove the images from the prompt")
+        refuse_unsupported(transformer_options, kwargs, self.stock)
+        return self._on_workers(x, timesteps, Prompt(context), None)
+
+
 TRANSFORMERS: dict[str, tuple[str | None, type[RemoteTransformer]]] = {
     "FLUX.1": ("flux", RemoteFlux),
     "FLUX.2": ("flux2", RemoteFlux),
     "Chroma": ("chroma", RemoteChroma),
     "Qwen-Image": ("qwen_image", RemoteQwenImage),
     "Stable Diffusion 3": (None, RemoteSD3),
+    "Z-Image": ("lumina2", RemoteZImage),
 }
 """Family -> the name that ComfyUI's detection gives it, if any, and what stands for its transformer."""

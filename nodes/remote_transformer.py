@@ -53,6 +53,8 @@ class RemoteTransformer(torch.nn.Module, metaclass=_Sealed):
 
     shown_as = "transformer"
     """What a status line calls it."""
+    ignored: frozenset[str] = frozenset()
+    """What ComfyUI gives its own transformer of the family with a prompt, and that one makes nothing of."""
 
     def __init__(self, session: Session, header: dict[str, TensorInfo], stock: torch.nn.Module, config: FamilyConfig):
         super().__init__()
@@ -148,7 +150,7 @@ class RemoteTransformer(torch.nn.Module, metaclass=_Sealed):
         if name != self.session.model.compute:
             self.session = replace(self.session, model=msgspec.structs.replace(self.session.model, compute=name))
 
-    def _through_wrappers(self, transformer_options: dict, *args, **kwargs) -> torch.Tensor:
+    def _through_wrappers(self, transformer_options: dict, /, *args, **kwargs) -> torch.Tensor:
         """`_evaluate`, a subclass's own, inside the wrappers that nodes put around the transformer."""
         self._note_arrival(transformer_options)
         wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, transformer_options)

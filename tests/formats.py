@@ -143,7 +143,8 @@ CENTRES = {"Q4_1": 7.5, "Q5_1": 15.5, "Q2_K": -1.5, "Q4_K": -7.5, "Q5_K": -15.5}
 
 
 def as_gguf(state: State, path: Path, packing: str) -> State:
-    """The matrices of blocks in `packing`, other matrices in BF16 or F16, vectors in F32, as converters write them."""
+    """The matrices of blocks in `packing`, other matrices in BF16 or F16, vectors in F32, and a leading dimension of 1
+    left out, as converters write them."""
     kind = gguf.GGMLQuantizationType[packing]
     writer = gguf.GGUFWriter(path, "flux")
     values = {}
@@ -152,16 +153,14 @@ def as_gguf(state: State, path: Path, packing: str) -> State:
             data = random_blocks(packing, *tensor.shape, seed=i)
             writer.add_tensor(name, data, raw_dtype=kind)
             values[name] = torch.from_numpy(gguf.quants.dequantize(data, kind).copy())
-        elif not is_matrix(tensor):
-            writer.add_tensor(name, tensor.float().numpy())
-            values[name] = tensor.float()
-        elif i % 2:
-            writer.add_tensor(name, tensor.half().numpy())
-            values[name] = tensor.half().float()
+            continue
+        held = tensor.to((torch.bfloat16, torch.float16)[i % 2] if is_matrix(tensor) else torch.float32)
+        values[name] = held.float()
+        held = held[0] if held.shape[:1] == (1,) else held
+        if held.dtype == torch.bfloat16:
+            writer.add_tensor(name, held.view(torch.uint8).numpy(), raw_dtype=gguf.GGMLQuantizationType.BF16)
         else:
-            data = tensor.bfloat16().view(torch.uint8).numpy()
-            writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType.BF16)
-            values[name] = tensor.bfloat16().float()
+            writer.add_tensor(name, held.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

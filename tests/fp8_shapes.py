@@ -11,7 +11,7 @@ from fastusp_backend.models import layers
 from fastusp_backend.models.family import FamilyConfig
 from fastusp_backend.models.positions import References
 from fastusp_backend.models.segments import Segments
-from fastusp_backend.models.synthetic import CHROMA, FLUX2_DEV, FLUX_DEV, QWEN_IMAGE, SD35_LARGE, SD35_MEDIUM
+from fastusp_backend.models.synthetic import CHROMA, FLUX2_DEV, FLUX_DEV, QWEN_IMAGE, SD35_LARGE, SD35_MEDIUM, Z_IMAGE
 
 FULL_SIZE = {
     "FLUX.1": FLUX_DEV,
@@ -22,6 +22,7 @@ FULL_SIZE = {
     "Qwen-Image": QWEN_IMAGE,
     "Stable Diffusion 3.5 large": SD35_LARGE,
     "Stable Diffusion 3.5 medium": replace(SD35_MEDIUM, second_attentions=1),
+    "Z-Image": Z_IMAGE,
 }
 
 
@@ -70,5 +71,6 @@ def parts(config: FamilyConfig) -> set[Part]:
         mods = model.split_modulations(torch.empty(1, 1, model.modulation_width, dtype=torch.bfloat16))
         joint = _Joint(torch.empty(1, 6, config.hidden, dtype=torch.bfloat16), text=3)
         rope = model.rope(3, (1, 3), References(config.patch), img.device)
+        rope = tuple(tuple(table[:3] for table in tables) for tables in rope)  # without what fills a stream up
         model(patches, txt, mods, rope, joint, Segments(img.device, fused=False, fp8=True))
     return found

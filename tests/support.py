@@ -18,6 +18,7 @@ from fastusp_backend.models.flux import FluxConfig
 from fastusp_backend.models.flux2 import Flux2Config
 from fastusp_backend.models.qwen_image import QwenImageConfig
 from fastusp_backend.models.sd3 import SD3Config
+from fastusp_backend.models.z_image import ZImageConfig
 from fastusp_backend.prompt import Prompt
 
 SMALL = FluxConfig(
@@ -63,6 +64,7 @@ SMALL_SD3 = SD3Config(
     second_attentions=2,
     positions=12,
 )
+SMALL_Z_IMAGE = ZImageConfig(hidden=512, heads=4, channels=16, context=64, mlp=768, blocks=2)
 
 
 SOME_FILE = FileState(device=1 << 40, inode=1 << 62, size=1 << 35, mtime_ns=1 << 60)

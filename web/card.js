@@ -1,6 +1,7 @@
 // A pool's card in the side panel.
 
-import { act, copyReport, element, interrupt } from "./pools.js";
+import { element } from "./element.js";
+import { act, copyReport, interrupt } from "./pools.js";
 import { showLog } from "./log.js";
 
 // What Pool.status calls a pool's states, in words for people.

@@ -1,7 +1,8 @@
 // A tab of ComfyUI's bottom panel: what a pool's workers write, as GET /fastusp/pools/log gives it, while it is open.
 
 import { app } from "../../scripts/app.js";
-import { copy, element, readLog, readPools } from "./pools.js";
+import { element } from "./element.js";
+import { copy, readLog, readPools } from "./pools.js";
 
 const ID = "fastusp-log";
 const REFRESH_MS = 1000;

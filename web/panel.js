@@ -3,7 +3,8 @@
 
 import { api } from "../../scripts/api.js";
 import { ACTIONS, Card } from "./card.js";
-import { act, copyReport, element, readLoads, readPools, toast } from "./pools.js";
+import { element } from "./element.js";
+import { act, copyReport, readLoads, readPools, toast } from "./pools.js";
 
 // Between two looks at pools of which nothing is sent: workers may end without a run.
 const REFRESH_MS = 4000;

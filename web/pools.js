@@ -1,15 +1,9 @@
-// What the page asks the server about the worker pools, and has it do with them; and small things that all of FastUSP's
-// files here share.
+// What the page asks the server about the worker pools, and has it do with them; and small things that the panel and
+// the log share.
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
-
-/** An element with children; strings become text nodes, so that no name from a machine is ever read as HTML. */
-export function element(tag, ...children) {
-  const made = document.createElement(tag);
-  made.append(...children);
-  return made;
-}
+import { element } from "./element.js";
 
 export function toast(severity, summary, detail) {
   app.extensionManager?.toast?.add({ severity, summary, detail, life: severity === "error" ? 15000 : 4000 });

@@ -16,7 +16,7 @@ from ..comm.links import K, Links, Q, V
 from ..comm.mesh import Mesh
 from ..comm.shards import SequenceShards
 from ..kernels.merge import merge
-from ..kernels.place import place
+from ..kernels.place import EPS, place
 from ..pulse import beat
 from .local import Attend
 
@@ -31,11 +31,12 @@ class JointAttention:
 
     A layer calls `project` once or more (in the same order on all ranks), then `attend`, then `collect`; or
     `attend(text_first=True)`, `collect_text` and `collect_image`. One in which the image's tokens attend to each other
-    alone projects those and calls `attend(image_only=True)` and `collect_image`; it follows a layer of both.
+    alone projects those and calls `attend(image_only=True)` and `collect_image`.
 
     overlap: exchanges run while the layer computes what lies between these calls; else each is awaited where it starts.
     pipelined: the ring's next block travels while the current one is attended.
     arrived, returned: called as a layer attends and when its tokens are back: nothing of Ulysses travels then.
+    eps: epsilon of the norms of queries and keys.
     """
 
     def __init__(
@@ -49,10 +50,11 @@ class JointAttention:
         pipelined: bool,
         arrived: Callable[[], None] = lambda: None,
         returned: Callable[[], None] = lambda: None,
+        eps: float = EPS,
     ):
         self._attend, self._shards, self._ulysses, self._ring = attend, shards, links.ulysses, links.ring
         self._overlap, self._pipelined = overlap, pipelined
-        self._tokens_arrived, self._tokens_returned = arrived, returned
+        self._tokens_arrived, self._tokens_returned, self._eps = arrived, returned, eps
         self._returned: torch.Tensor | None = None
         self._own_regions = shards.regions(self._ulysses.position)
         positions = range(mesh.layout.ring)
@@ -89,6 +91,7 @@ class JointAttention:
             ulysses.outgoing,
             ulysses.position,
             self._own_regions,
+            self._eps,
         )
         self._ulysses.send(which, text=text, image=image)
         if not self._overlap:
@@ -98,8 +101,9 @@ class JointAttention:
         """Waits for what was projected, attends, and starts returning the tokens to their owners.
 
         text_first: the text's, so that a layer computes with them while the image's travel.
-        image_only: to the image's tokens. The text's queries, of the layer before, do so as well, and nobody takes what
-            comes of it: one call over neighbouring rows costs less than to cut the few of the text out.
+        image_only: to the image's tokens. The text's queries, of the layer before or of nothing, do so as well, and
+            nobody takes what comes of it: one call over neighbouring rows costs less than to cut the few of the text
+            out.
         """
         self._ulysses.wait()
         self._tokens_arrived()

@@ -33,7 +33,7 @@ class Shape(NamedTuple):
     """What an `Evaluation` is made for.
 
     x: the latents' shape (B, C, h, w).
-    text: tokens of the prompt's text, over all ranks.
+    text: tokens of the prompt's text, over all ranks, with those that fill it up.
     references: the sizes and places of reference images.
     residuals: the shapes (B or 1, n, hidden) of a ControlNet's tensors.
     input, output: which of them is added after each block, see `models.residuals.Residuals`.
@@ -83,7 +83,8 @@ class Evaluation:
         self._patch = patch = config.patch
         self._grid = patch_grid(*size, patch)
         self._tokens = self._grid[0] * self._grid[1]
-        self._shards = shards = SequenceShards(mesh.layout, shape.text, self._tokens + references.tokens)
+        filled = config.filled(self._tokens + references.tokens)
+        self._shards = shards = SequenceShards(mesh.layout, shape.text, filled)
         links = transport.connect(
             shards,
             batch,
@@ -103,6 +104,7 @@ class Evaluation:
             pipelined=settings.ring_pipeline,
             arrived=model.tokens_arrived,
             returned=model.tokens_returned,
+            eps=config.qk_eps,
         )
         text, image = model.rope(shards.text, self._grid, references, device)
         self._rope = (

@@ -20,12 +20,13 @@ import torch.distributed as dist
 
 from ..comm.collective import GroupExchange
 from ..comm.groups import world
-from ..models.family import Transformer, references_of
+from ..models.family import Transformer
+from ..models.prompts import references_of
 from ..prompt import Prompt
 
 CACHED_ROWS = 64
-"""Evaluations whose modulations are cached per prompt: 2.1 MB each for FLUX.1 and Chroma, 0.2 for FLUX.2, 4.4 for
-Qwen-Image in bf16, batch 1."""
+"""Evaluations whose modulations are cached per prompt: 2.1 MB each for FLUX.1 and Chroma, 0.2 for FLUX.2, 1.0 for
+Z-Image, 4.4 for Qwen-Image in bf16, batch 1."""
 ROWS_AT_ONCE = 64
 """Rows, each for one image, that are computed and gathered at a time: 135 MB of FLUX.1's, 280 of Qwen-Image's, as they
 are gathered and once more in order. Fewer where one rank has more than its share: all others gather as much."""

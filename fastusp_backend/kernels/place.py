@@ -40,6 +40,7 @@ def place(
     outgoing: torch.Tensor,
     position: int,
     regions: Regions,
+    eps: float = EPS,
 ) -> None:
     """Writes tensors `which` of local rows [first_row, first_row + R).
 
@@ -49,14 +50,15 @@ def place(
     outgoing: (3, U, B, L, h, D), or packed (3, U, B, L, pitch) uint8 or int8: see comm/links.py.
     position: this rank's in its Ulysses group.
     regions: where its own rows go.
+    eps: epsilon of the norms.
     """
     if projected.is_cuda and triton is not None:
-        _launch(projected, scales, rope, which, first_row, received, outgoing, position, regions)
+        _launch(projected, scales, rope, which, first_row, received, outgoing, position, regions, eps)
     else:
-        place_reference(projected, scales, rope, which, first_row, received, outgoing, position, regions)
+        place_reference(projected, scales, rope, which, first_row, received, outgoing, position, regions, eps)
 
 
-def place_reference(projected, scales, rope, which, first_row, received, outgoing, position, regions) -> None:
+def place_reference(projected, scales, rope, which, first_row, received, outgoing, position, regions, eps=EPS) -> None:
     """The same in plain torch."""
     d = received.shape[-1]
     x = projected.unflatten(-1, (len(scales), -1, d))  # B, R, T, H, D
@@ -65,7 +67,7 @@ def place_reference(projected, scales, rope, which, first_row, received, outgoin
     for i, (tensor, scale) in enumerate(zip(range(*which.indices(3)), scales, strict=True)):
         value = x[:, :, i]
         if scale is not None:
-            value = F.rms_norm(value, (d,), scale.to(value.dtype), eps=EPS)
+            value = F.rms_norm(value, (d,), scale.to(value.dtype), eps=eps)
             value = value if rope is None else rotate(value, *rope)
         for rank, part in enumerate(value.split(local_heads, dim=2)):
             if rank != position:
@@ -163,7 +165,7 @@ if triton is not None:
                 store_packed(outgoing + leaving * PITCH, value, slot, inside, LOCAL_HEADS, D, INTEGER)
 
 
-def _launch(projected, scales, rope, which, first_row, received, outgoing, position, regions) -> None:
+def _launch(projected, scales, rope, which, first_row, received, outgoing, position, regions, eps) -> None:
     batch, rows = projected.shape[:2]
     d = received.shape[-1]
     heads = projected.shape[2] // (len(scales) * d)
@@ -201,6 +203,6 @@ def _launch(projected, scales, rope, which, first_row, received, outgoing, posit
         NORMED=any(s is not None for s in scales),
         ROTATED=rope is not None,
         ROWS=rows_per_program,
-        eps=EPS,
+        eps=eps,
         num_warps=4,
     )

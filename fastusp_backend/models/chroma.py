@@ -51,6 +51,7 @@ class ChromaConfig(FamilyConfig):
     float16: ClassVar[bool] = True
     takes_control: ClassVar[bool] = True
     encoders: ClassVar[str] = "that of CLIPLoader, type chroma (T5-XXL, width 4096)"
+    text: ClassVar[int] = 128  # about a hundred words: ComfyUI pads no more than is there
 
     mlp: int
     double_blocks: int
@@ -128,7 +129,10 @@ class Approximator(nn.Module):
         numbers = torch.arange(self.vectors, device=x.device)
         numbers[-2:] += NUMBERS - self.vectors
         embedded = timestep_embedding(numbers, 2 * EMBEDDED).to(x.dtype)
-        return torch.stack([self._vectors(torch.cat([row.expand(self.vectors, -1), embedded], -1)) for row in x])
+        rows = x.new_empty(len(x), self.out_features)
+        for row, out in zip(x, rows, strict=True):
+            out.copy_(self._vectors(torch.cat([row.expand(self.vectors, -1), embedded], -1)))
+        return rows
 
     def _vectors(self, x: torch.Tensor) -> torch.Tensor:
         """x (V, 4 EMBEDDED) -> (V C)."""

@@ -39,17 +39,18 @@ def step_cost(config: FamilyConfig, layout: Layout, *, size: tuple[int, int], te
     """layout: of whose groups one evaluates the prompt. size: pixels (width, height). text: tokens."""
     width, height = (edge // config.downscale for edge in size)
     rows, columns = patch_grid(height, width, config.patch)
-    image = rows * columns
-    tokens = text + image
+    image = config.filled(rows * columns)
+    tokens = config.filled(text) + image
     blocks, both = _parameters(config), config.two_stream_blocks
-    second = config.second_attentions  # of the image's tokens alone
+    alone, second = config.image_blocks, config.second_attentions  # of the image's tokens
+    seen = [image] * alone + [tokens] * (len(blocks) - alone)  # by each block
+    layers = [2.0 * n * parameters for n, parameters in zip(seen, blocks, strict=True)]
     # Each of two streams' layers see that stream's tokens alone.
-    products = 2.0 * tokens * (sum(blocks[:both]) / 2 + sum(blocks[both:]))
-    # All layers of second attentions, counted for half of the tokens, see those of the image.
-    products += second * 4.0 * config.hidden**2 * (2 * image - tokens)
-    attention = 4.0 * config.hidden * (tokens**2 * len(blocks) + image**2 * second)
+    products = sum(layers[:both]) / 2 + sum(layers[both:])
+    products += config.image_alone * (2.0 * image - tokens)  # not the half of all tokens
+    attention = 4.0 * config.hidden * (sum(n**2 for n in seen) + image**2 * second)
     ulysses, ring = layout.ulysses, layout.ring
-    attended = len(blocks) * tokens + second * image
+    attended = sum(seen) + second * image
     values = attended / layout.sequence_ranks * config.hidden * (4 * (ulysses - 1) / ulysses + 2 * (ring - 1))
     return StepCost(
         sum(blocks),

@@ -53,6 +53,7 @@ class SD3Config(FamilyConfig):
     skips_blocks: ClassVar[bool] = True
     blocks_differ: ClassVar[bool] = True
     encoders: ClassVar[str] = "those of TripleCLIPLoader (CLIP-L, CLIP-G and T5-XXL, width 4096)"
+    text: ClassVar[int] = 154  # 77 each of CLIP's and T5's, as ComfyUI pads them
 
     mlp: int
     blocks: int
@@ -62,6 +63,11 @@ class SD3Config(FamilyConfig):
     @property
     def two_stream_blocks(self) -> int:
         return self.blocks
+
+    @property
+    def image_alone(self) -> int:
+        """Second attentions, and in the last block all behind the attention."""
+        return (4 * self.second_attentions + 1) * self.hidden**2 + 2 * self.hidden * self.mlp
 
     @classmethod
     def from_sizes(cls, sizes: Sizes) -> "SD3Config":

@@ -13,6 +13,7 @@ from .flux import FluxConfig
 from .flux2 import Flux2Config
 from .qwen_image import QwenImageConfig
 from .sd3 import SD3Config
+from .z_image import ZImageConfig
 
 TINY_FLUX = FluxConfig(
     hidden=512,
@@ -109,6 +110,11 @@ TINY_SD3 = SD3Config(
     second_attentions=1,
     positions=64,
 )
+Z_IMAGE = ZImageConfig(hidden=3840, heads=30, channels=16, context=2560, mlp=10240, blocks=30)
+"""Z-Image's own sizes, Turbo's and Base's."""
+TINY_Z_IMAGE = ZImageConfig(
+    hidden=512, heads=4, channels=16, context=2560, mlp=1536, image_blocks=1, context_refiners=1, blocks=2
+)
 
 
 class FullAndTiny(NamedTuple):
@@ -124,6 +130,7 @@ MODELS = {
     "chroma": FullAndTiny(CHROMA, TINY_CHROMA),
     "qwen": FullAndTiny(QWEN_IMAGE, TINY_QWEN_IMAGE),
     "sd3": FullAndTiny(SD35_LARGE, TINY_SD3),
+    "z_image": FullAndTiny(Z_IMAGE, TINY_Z_IMAGE),
 }
 """One entry per family, by the name that the benchmarks' command lines take."""
 

@@ -34,13 +34,14 @@ class Sizes:
         return shape
 
     def table(self, name: str) -> int:
-        """Returns the rows of a table (1, rows, width) that the file has. Raises CheckpointError where it is none."""
+        """Returns the rows of a table (1, rows, width) that the file has, whose writer may have left out the leading 1.
+        Raises CheckpointError where it is none."""
         shape = self.header[name].shape
-        if len(shape) != 3 or shape[0] != 1 or not 0 < shape[1] <= WIDEST_MATRIX:
+        if len(shape) < 2 or shape[:-2] not in ((), (1,)) or not 0 < shape[-2] <= WIDEST_MATRIX:
             raise CheckpointError(
                 f"{self.path} is not a {self.family} file: tensor {name!r} is {shape}, expected (1, rows, width)"
             )
-        return shape[1]
+        return shape[-2]
 
     def heads(self, hidden: int, dim: int) -> int:
         """Returns how many attention heads of `dim` a width has. Raises CheckpointError where that leaves a rest."""

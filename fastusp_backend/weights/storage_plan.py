@@ -7,7 +7,7 @@ with a scale per row for products in fp8.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -102,14 +102,15 @@ class StoragePlan:
         stored = Stored.in_file(raw, self.info, scales)
         if self._kept:
             return stored.by_rows() if self.by_rows else stored
-        if len(self.info.shape) < 2 or self._rows_of_piece >= len(stored.data):
+        if len(self.info.shape) < 2 or self._rows_of_piece * self._row >= math.prod(self.info.shape):
             return self._convert(stored, ...)  # all, of a tensor without dimensions as well
         data = torch.empty(self.shape, dtype=self.dtype, device=raw.device)
         scale = None if self.scale is None else torch.empty(self.scale, dtype=torch.float32, device=raw.device)
-        for first in range(0, len(data), self._rows_of_piece):
+        stored, out = replace(stored, data=stored.data.flatten(0, -2)), data.flatten(0, -2)
+        for first in range(0, len(out), self._rows_of_piece):
             rows = slice(first, first + self._rows_of_piece)
             piece = self._convert(stored, rows)
-            data[rows] = piece.data
+            out[rows] = piece.data
             if scale is not None:
                 scale[rows] = piece.scale
         return Stored(data, scale)
@@ -126,8 +127,8 @@ class StoragePlan:
 
     @property
     def _row(self) -> int:
-        """Values of a row; of a vector all, whose packed form cannot be cut by values."""
-        return math.prod(self.info.shape[1:] if len(self.info.shape) > 1 else self.info.shape)
+        """Values of a row, along the last dimension, as packed forms are cut; of a vector, which cannot be, all."""
+        return self.info.shape[-1] if self.info.shape else 1
 
     @property
     def _rows_of_piece(self) -> int:

@@ -133,7 +133,8 @@ class Runner:
             inputs = sampling_inputs(request, self._here(sent))
             denoiser = self._engine.denoiser(request.layout, request.settings)
             denoiser.check(inputs.x, inputs.prompts)
-            denoiser.probe_memory(inputs.x, inputs.prompts, evaluations=len(inputs.timesteps))
+            more = {"evaluations": len(inputs.timesteps), "spare": self._engine.spare}
+            denoiser.probe_memory(inputs.x, inputs.prompts, **more)
             return denoiser, inputs
 
         denoiser, inputs = self._prepare(request, prepare)
@@ -174,7 +175,7 @@ class Runner:
             x, timestep, residuals = evaluation_inputs(request, tensors)
             denoiser = self._engine.denoiser(request.layout, request.settings)
             denoiser.check(x, [prompt], residuals)
-            denoiser.probe_memory(x, [prompt], residuals)
+            denoiser.probe_memory(x, [prompt], residuals, spare=self._engine.spare)
             return denoiser, prompt, x, timestep, residuals
 
         denoiser, prompt, x, timestep, residuals = self._prepare(request, prepare)

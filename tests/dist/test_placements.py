@@ -8,7 +8,7 @@ import pytest
 import torch
 from formats import write
 from pools import GIVEN, PROMPT, SHORT, evaluate, pids, session
-from support import SMALL_CHROMA, SMALL_FLUX2, SMALL_QWEN, SMALL_SD3, randn, spec_of
+from support import SMALL_CHROMA, SMALL_FLUX2, SMALL_QWEN, SMALL_SD3, SMALL_Z_IMAGE, randn, spec_of
 
 from fastusp_backend.config import Layout, Settings, WeightPatch
 from fastusp_backend.errors import RequestError
@@ -33,6 +33,7 @@ def files(dev, tmp_path_factory):
     folder = tmp_path_factory.mktemp("placements")
     write_checkpoint(str(folder / "qwen"), SMALL_QWEN, seed=3)
     write_checkpoint(str(folder / "sd3"), SMALL_SD3, seed=4)
+    write_checkpoint(str(folder / "z_image"), SMALL_Z_IMAGE, seed=5)
     write_checkpoint(str(folder / "flux2"), SMALL_FLUX2, seed=4)
     write_checkpoint(str(folder / "chroma"), SMALL_CHROMA, seed=5)
     for name in ("scaled_tensors", "mixed", "gguf_Q8_0"):
@@ -66,7 +67,7 @@ def test_layouts(pool, park, files, layout):
             assert torch.equal(outcome(pool, files["flux"], layout, weights=weights), expected), weights
 
 
-@pytest.mark.parametrize("name", ["qwen", "flux2", "chroma", "sd3", "scaled_tensors", "mixed", "gguf_Q8_0"])
+@pytest.mark.parametrize("name", ["qwen", "flux2", "chroma", "sd3", "z_image", "scaled_tensors", "mixed", "gguf_Q8_0"])
 def test_families_and_formats(pool, park, files, name):
     expected = whole(pool, park, files[name], LAYOUTS[0])
     for weights in TRAVELLING:

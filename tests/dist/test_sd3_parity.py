@@ -102,6 +102,14 @@ def test_prompts_in_batch_groups(shared_pool, session_of, expected):
     assert relative_difference(sample(grouped, 2.5), expected(sample, 2.5)) < TOLERANCE
 
 
+def test_two_layouts_take_turns(shared_pool, session_of, expected):
+    """Batch groups for the images of a batch, all ranks for one that leaves out a block: what either has is kept."""
+    layouts = Layout(batch=2, ulysses=1, ring=1), Layout(ulysses=2, ring=1)
+    both = Session(shared_pool(2), session_of(1, 1).model, layouts, Settings())
+    for case in 2 * ((6, (10, 9), 2), (6, (10, 9), 1, True)):
+        assert relative_difference(evaluate(both, *case), expected(evaluate, *case)) < TOLERANCE
+
+
 def test_latents_that_are_too_large_are_refused(session_of):
     prompt = Prompt(randn(1, 6, SMALL_SD3.context, seed=0))
     with pytest.raises(RequestError, match="up to 192 x 192 pixels"):

@@ -15,6 +15,7 @@ from fastusp_backend.models.synthetic import (
     TINY_FLUX2,
     TINY_QWEN_IMAGE,
     TINY_SD3,
+    TINY_Z_IMAGE,
     random_state,
 )
 from fastusp_backend.prompt import Prompt
@@ -32,6 +33,7 @@ CONFIGS = {
     "qwen": TINY_QWEN_IMAGE,
     "sd3": TINY_SD3,
     "chroma": TINY_CHROMA,
+    "z_image": TINY_Z_IMAGE,
 }
 
 
@@ -65,6 +67,7 @@ def prompt(family: str, randn, references: int, method: str | None) -> Prompt:
         ("qwen", 2, "index_timestep_zero", False),
         ("sd3", 0, None, True),
         ("chroma", 0, None, True),
+        ("z_image", 0, None, False),
     ],
 )
 def test_options_change_speed_only(family, references, method, controlled, settings):

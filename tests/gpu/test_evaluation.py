@@ -16,8 +16,10 @@ from fastusp_backend.models.synthetic import (
     TINY_FLUX2,
     TINY_QWEN_IMAGE,
     TINY_SD3,
+    TINY_Z_IMAGE,
     random_state,
 )
+from fastusp_backend.models.z_image import ZImage
 from fastusp_backend.prompt import Prompt
 
 pytestmark = [
@@ -49,6 +51,7 @@ def model_of(family, config):
         (Chroma, TINY_CHROMA),
         (QwenImage, TINY_QWEN_IMAGE),
         (SD3, TINY_SD3),
+        (ZImage, TINY_Z_IMAGE),
     ],
 )
 def model(request):

@@ -182,6 +182,33 @@ def chroma_names(hidden: int, approximator: int, seed: int) -> dict[str, torch.T
     return tensors | {f"{kohya}.{part}": tensor for part, tensor in more.items()}
 
 
+def z_image_names(hidden: int, mlp: int, seed: int) -> dict[str, torch.Tensor]:
+    """diffusers' names, whose queries, keys and values are parts of one weight, the file's own, and kohya's."""
+    random, tensors = _Random(seed), {}
+    for name, out, width in (
+        ("transformer.layers.0.attention.to_q", hidden, hidden),
+        ("transformer.layers.0.attention.to_v", hidden, hidden),
+        ("transformer.layers.0.attention.to_out.0", hidden, hidden),
+        ("transformer.noise_refiner.1.attention.to_k", hidden, hidden),
+        ("transformer.context_refiner.1.feed_forward.w2", hidden, mlp),
+        ("diffusion_model.layers.0.feed_forward.w3", mlp, hidden),
+        ("diffusion_model.noise_refiner.0.attention.qkv", 3 * hidden, hidden),
+        ("diffusion_model.context_refiner.0.attention.qkv", 3 * hidden, hidden),
+        ("diffusion_model.layers.0.adaLN_modulation.0", 4 * hidden, 256),
+        ("diffusion_model.cap_embedder.1", hidden, 2560),
+        ("diffusion_model.final_layer.adaLN_modulation.1", hidden, 256),
+    ):
+        tensors[f"{name}.lora_A.weight"] = random(RANK, width)
+        tensors[f"{name}.lora_B.weight"] = random(out, RANK)
+    kohya = "lora_unet_layers_0_feed_forward_w1"
+    tensors |= {
+        f"{kohya}.lora_up.weight": random(mlp, RANK),
+        f"{kohya}.lora_down.weight": random(RANK, hidden),
+        f"{kohya}.alpha": torch.tensor(2.0),
+    }
+    return tensors
+
+
 def flux2_names(hidden: int, mlp: int, seed: int) -> dict[str, torch.Tensor]:
     """BFL's own names and diffusers', whose single blocks have one fused projection in FLUX.2, too."""
     random, tensors = _Random(seed), {}

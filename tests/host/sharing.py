@@ -183,7 +183,7 @@ def noted(known, *args):
 
 
 loader.local_devices = functools.partial(noted, loader.local_devices)
-loader._read = functools.partial(noted, loader._read)
+loader.read_named = functools.partial(noted, loader.read_named)
 folder_paths.add_model_folder_path("diffusion_models", os.path.dirname(FILE))
 choice = {"unet_name": os.path.basename(FILE), "ulysses": 0, "ring": 0}
 assert asyncio.run(USPLoader.validate_inputs(gpus="cpu:2", **choice)) is True

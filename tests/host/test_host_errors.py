@@ -45,10 +45,10 @@ def refusal(host, *args, **inputs) -> str:
     [
         ("7", 0, 0, ["'7'", "GPU 7 does not exist", "cpu:N"]),
         ("foo", 0, 0, ["'foo' is not understood", "'auto'", "'cpu:N'"]),
-        ("cpu:4", 2, 1, ["ulysses x ring = 2 is not the number of ranks, 4", "Legal layouts", "2"]),
+        ("cpu:4", 2, 1, ["ulysses x ring = 2 is not the number of ranks, 4", "Set 0, or a legal layout"]),
         ("cpu:2", -1, 0, ["ulysses = -1", "at least 1, or 0"]),
         ("cpu:17", 0, 0, ["'cpu:17'", "between 1 and 16 CPU ranks"]),
-        ("cpu:5", 5, 1, ["Ulysses degree of 5", "attention heads", "Legal layouts: ulysses 1 x ring 5"]),
+        ("cpu:5", 5, 1, ["Ulysses degree of 5", "attention heads", "a legal layout (ulysses 1 x ring 5)"]),
     ],
 )
 def test_impossible_combinations(host, gpus, ulysses, ring, words):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from comfy import ComfyUI
 from conftest import host_paths, knows_small_flux
-from workflows import IN_WORKERS, QWEN_IMAGE, STEPPING, WIDE, Graph
+from workflows import IN_WORKERS, ONE_Z_IMAGE, QWEN_IMAGE, STEPPING, WIDE, Graph
 
 from fastusp_backend.models.synthetic import TINY_FLUX2, TINY_SD3, write_checkpoint
 
@@ -26,6 +26,7 @@ def gpu_host(tmp_path_factory):
         write_checkpoint(str(models / "flux2.safetensors"), TINY_FLUX2, **bf16)
         write_checkpoint(str(models / "qwen.safetensors"), QWEN_IMAGE, **bf16)
         write_checkpoint(str(models / "sd3.safetensors"), TINY_SD3, **bf16)
+        write_checkpoint(str(models / "z_image.safetensors"), ONE_Z_IMAGE, **bf16)
         comfyui.wait_until_ready()
         yield comfyui
     finally:
@@ -40,6 +41,7 @@ def gpu_host(tmp_path_factory):
         ("flux2.safetensors", TINY_FLUX2.context, 3.5, "EmptyFlux2LatentImage"),  # 3500 is no bfloat16
         ("qwen.safetensors", 3584, 1.0, "EmptySD3LatentImage"),
         ("sd3.safetensors", TINY_SD3.context, 1.0, "EmptySD3LatentImage"),
+        ("z_image.safetensors", ONE_Z_IMAGE.context, 1.0, "EmptySD3LatentImage"),
     ],
 )
 def test_16_bits(gpu_host, file, width, guidance, empty, sampler, where):

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from comfy import ComfyUI, Outcome
 
-from fastusp_backend.models.synthetic import TINY_CHROMA, TINY_FLUX, TINY_FLUX2, TINY_QWEN_IMAGE
+from fastusp_backend.models.synthetic import TINY_CHROMA, TINY_FLUX, TINY_FLUX2, TINY_QWEN_IMAGE, TINY_Z_IMAGE, Z_IMAGE
 
 SMALL = replace(TINY_FLUX, hidden=256, heads=2, mlp=1024, double_blocks=1, single_blocks=1)
 WIDE = replace(SMALL, hidden=512, heads=4, mlp=2048)
@@ -15,6 +15,9 @@ DEV, SCHNELL = "dev.safetensors", "schnell.safetensors"
 # ComfyUI takes every Qwen-Image for one of this width: one block is 1.4 GB. Those that follow another are compared with
 # the reference in tests/unit and tests/dist.
 QWEN_IMAGE = replace(TINY_QWEN_IMAGE, hidden=3072, heads=24, mlp=12288, blocks=1)
+ONE_Z_IMAGE = replace(Z_IMAGE, blocks=1)
+# Of Z-Image it knows two refiners a stream, and a feed-forward and a timestep that follow from the width.
+SMALL_Z_IMAGE = replace(TINY_Z_IMAGE, hidden=256, heads=2, mlp=768, timestep=256, image_blocks=2, context_refiners=2)
 IN_WORKERS, STEPPING = "loop in the workers", "stepping ("
 TOLERANCE = 2e-5
 """Of the latents' largest value: float32 rounding in another order, over the steps of a run."""

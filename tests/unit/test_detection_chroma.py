@@ -141,3 +141,14 @@ def test_a_whole_flux_beside_an_approximator():
         header = full_header(FLUX_DEV) | {f"{APPROXIMATOR}.{some}": TensorInfo((64,), torch.bfloat16)}
         with pytest.raises(CheckpointError, match="a part of Chroma beside FLUX.1"):
             family_of(header, "x")
+
+
+@pytest.mark.parametrize("spelling", ["scale", "weight"])
+def test_an_approximator_under_another_name_is_told(spelling):
+    """ComfyUI takes such a file for Chroma, too, and loads none of these tensors."""
+    header = {
+        name.replace(f"{APPROXIMATOR}.", f"{APPROXIMATOR}.0.").replace(".scale", f".{spelling}"): info
+        for name, info in full_header(CHROMA).items()
+    }
+    with pytest.raises(CheckpointError, match=r"tensors distilled_guidance_layer\.0\.\* should be disti"):
+        family_of(header, "x")

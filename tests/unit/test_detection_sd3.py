@@ -75,7 +75,7 @@ def test_full_sized_headers(config, billions, last):
         ("joint_blocks.0.x_block.attn2.ln_q.weight", None, "'joint_blocks.0.x_block.attn2.ln_q.weight'"),
         ("joint_blocks.2.x_block.attn.proj.bias", None, "'joint_blocks.2.x_block.attn.proj.bias'"),
         ("pos_embed", (1, 15, 64), "has 15 learnt positions, no square: it is not one of"),
-        ("pos_embed", (16, 64), "tensor 'pos_embed' is (16, 64), expected (1, rows, width)"),
+        ("pos_embed", (2, 16, 64), "tensor 'pos_embed' is (2, 16, 64), expected (1, rows, width)"),
         ("pos_embed", (1, 16, 32), "tensor 'pos_embed' is (1, 16, 32), expected (1, 16, 64)"),
         ("x_embedder.proj.weight", (64, 16, 1, 1), "is (64, 16, 1, 1), expected (64, 16, 2, 2)"),
         ("x_embedder.proj.weight", (64, 32, 2, 2), "is (64, 32, 2, 2), expected (64, 16, 2, 2)"),

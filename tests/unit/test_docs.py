@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RECORDS = ROOT / "benchmarks/results"  # of what was so on a day
 PAGES = [
     page
-    for pattern in ("*.md", "docs/**/*.md", "web/docs/*.md", "benchmarks/**/*.md")
+    for pattern in ("*.md", "docs/**/*.md", "web/docs/**/*.md", "benchmarks/**/*.md")
     for page in sorted(ROOT.glob(pattern))
     if not page.name.startswith(".")
 ]

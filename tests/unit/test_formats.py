@@ -7,7 +7,7 @@ import pytest
 import torch
 from formats import FORMATS, MINI, write
 from safetensors.torch import load_file, save_file
-from support import REORDERED, SMALL_SD3, OneRank, inputs, load_model, relative_difference, spec_of
+from support import REORDERED, SMALL_SD3, SMALL_Z_IMAGE, OneRank, inputs, load_model, relative_difference, spec_of
 
 from fastusp_backend.config import ModelSpec, Settings
 from fastusp_backend.engine.checkpoint import Checkpoint
@@ -58,18 +58,26 @@ def test_a_format_means_what_its_plain_file_means(mini, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["fp8_e4m3fn", "scaled_old_prefixed", "scaled_tensors", "all_in_one", "gguf_Q8_0"])
-def test_tensors_that_are_no_matrices(tmp_path, name):
-    """Stable Diffusion 3 begins with a convolution and a table of positions, which are converted where they are fp8."""
+@pytest.mark.parametrize(
+    "config, parameters",
+    [
+        (replace(SMALL_SD3, context=256, pooled=256), ("pos_embed", "x_embedder.proj.weight")),
+        (replace(SMALL_Z_IMAGE, context=256), ("x_pad_token", "cap_pad_token", "cap_embedder.norm.weight")),
+    ],
+    ids=["Stable Diffusion 3", "Z-Image"],
+)
+def test_tensors_that_are_no_matrices(tmp_path, name, config, parameters):
+    """Stable Diffusion 3 begins with a convolution and a table of positions, and Z-Image's streams are filled up with
+    tokens: all are converted where they are fp8."""
     source, path, plain = (tmp_path / part for part in ("source.safetensors", name, "plain.safetensors"))
-    config = replace(SMALL_SD3, context=256, pooled=256)
     write_checkpoint(str(source), config, seed=4)
     values = write(name, source, path)
     save_file(values, plain)
     models = [load_model(spec_of(file), CPU) for file in (path, plain)]
     assert models[0].config == config
-    for parameter in ("pos_embed", "x_embedder.proj.weight"):
+    for parameter in parameters:
         held = models[0].get_parameter(parameter)
-        assert held.dtype.itemsize > 1 and torch.equal(held.float(), values[parameter])
+        assert held.dtype.itemsize > 1 and torch.equal(held.float(), values[models[0].file_key(parameter)])
     given = inputs(config, text=5, size=(6, 5))
     one, other = (OneRank(model)(given.x, given.timestep, Prompt(given.context, given.y)) for model in models)
     assert relative_difference(one, other) < REORDERED

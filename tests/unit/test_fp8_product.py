@@ -17,7 +17,8 @@ from fastusp_backend.models.flux2 import Flux2
 from fastusp_backend.models.layers import Linear
 from fastusp_backend.models.qwen_image import QwenImage
 from fastusp_backend.models.sd3 import SD3
-from fastusp_backend.models.synthetic import TINY_CHROMA, TINY_FLUX, TINY_FLUX2, TINY_QWEN_IMAGE, TINY_SD3
+from fastusp_backend.models.synthetic import TINY_CHROMA, TINY_FLUX, TINY_FLUX2, TINY_QWEN_IMAGE, TINY_SD3, TINY_Z_IMAGE
+from fastusp_backend.models.z_image import ZImage
 from fastusp_backend.weights.stored import Stored
 
 pytestmark = pytest.mark.unit
@@ -90,19 +91,23 @@ def test_a_changed_weight_gets_new_scales_by_row():
         (Chroma, TINY_CHROMA),
         (QwenImage, TINY_QWEN_IMAGE),
         (SD3, TINY_SD3),
+        (ZImage, TINY_Z_IMAGE),
     ],
 )
 def test_the_large_layers_are_those_of_the_blocks_without_modulations(kind, config):
     with torch.device("meta"):
         model = kind(config)
     large = set(model.products())
+    of_blocks = {layer for block in model.blocks() for layer in block.modules()}
     for name, module in model.named_modules():
         if isinstance(module, Linear):
-            inside = "blocks." in name and "mod" not in name.removeprefix("modules")
+            inside = module in of_blocks and "mod" not in name
             assert (module in large) == inside, name
 
 
-@pytest.mark.parametrize("config", [*FULL_SIZE.values(), TINY_FLUX, TINY_FLUX2, TINY_CHROMA, TINY_QWEN_IMAGE, TINY_SD3])
+@pytest.mark.parametrize(
+    "config", [*FULL_SIZE.values(), TINY_FLUX, TINY_FLUX2, TINY_CHROMA, TINY_QWEN_IMAGE, TINY_SD3, TINY_Z_IMAGE]
+)
 def test_gpus_can_multiply_all_that_the_blocks_do(config):
     """Sizes, rows and their first bytes at multiples of 16, as torch and the GPUs' copy engines want them."""
     for part in parts(config):

@@ -10,7 +10,7 @@ from collections import Counter
 
 import pytest
 from formats import write
-from support import SMALL_CHROMA, SMALL_FLUX2, SMALL_QWEN, SMALL_SD3
+from support import SMALL_CHROMA, SMALL_FLUX2, SMALL_QWEN, SMALL_SD3, SMALL_Z_IMAGE
 
 from fastusp_backend.errors import CheckpointError
 from fastusp_backend.models.files import read_model
@@ -18,7 +18,7 @@ from fastusp_backend.models.synthetic import write_checkpoint
 
 pytestmark = pytest.mark.unit
 
-OTHERS = {"flux2": SMALL_FLUX2, "chroma": SMALL_CHROMA, "qwen": SMALL_QWEN, "sd3": SMALL_SD3}
+OTHERS = {"flux2": SMALL_FLUX2, "chroma": SMALL_CHROMA, "qwen": SMALL_QWEN, "sd3": SMALL_SD3, "z_image": SMALL_Z_IMAGE}
 
 SOON = 5.0
 """Seconds for a file, of which each takes some thousandths."""
@@ -131,9 +131,7 @@ def damaged(data: bytes, start: int, stop: int, chance: random.Random) -> bytes:
     return bytes(data)
 
 
-@pytest.mark.parametrize(
-    "name", ["flux", "flux2", "chroma", "qwen", "sd3", "scaled_old", "scaled_tensors", "mixed", "all_in_one"]
-)
+@pytest.mark.parametrize("name", ["flux", *OTHERS, "scaled_old", "scaled_tensors", "mixed", "all_in_one"])
 def test_safetensors(mini, tmp_path, name):
     path = tmp_path / "x.safetensors"
     if name == "flux":

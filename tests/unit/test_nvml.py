@@ -59,8 +59,9 @@ def test_states(nvml):
 
 def test_loads(nvml):
     nvml({"memory": [80 * GIB, 60 * GIB], "utilisation": 97, "temperature": 64}, {"memory": None})
-    full = {"index": 0, "used": 20 * GIB, "total": 80 * GIB, "utilisation": 97, "temperature": 64}
-    assert gpu_loads() == [full, {"index": 1} | dict.fromkeys(full.keys() - {"index"})]
+    told = {"index": 0, "name": "NVIDIA H200"}
+    full = {"used": 20 * GIB, "total": 80 * GIB, "utilisation": 97, "temperature": 64}
+    assert gpu_loads() == [told | full, told | {"index": 1} | dict.fromkeys(full)]
 
 
 def test_links_over_switches(nvml):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from formats import write
 from patched import loaded
-from support import SMALL, SMALL_CHROMA, SMALL_FLUX2, SMALL_QWEN, SMALL_SD3, randn, spec_of
+from support import SMALL, SMALL_CHROMA, SMALL_FLUX2, SMALL_QWEN, SMALL_SD3, SMALL_Z_IMAGE, randn, spec_of
 
 from fastusp_backend.config import WeightPatch
 from fastusp_backend.engine.checkpoint import Checkpoint
@@ -27,6 +27,7 @@ from fastusp_backend.models.synthetic import (
     QWEN_IMAGE,
     SD35_LARGE,
     SD35_MEDIUM,
+    Z_IMAGE,
     write_checkpoint,
 )
 from fastusp_backend.weights.stored import Stored
@@ -38,7 +39,7 @@ CPU = torch.device("cpu")
 MINI = replace(SMALL, hidden=256, heads=2, mlp=512, double_blocks=1, single_blocks=2, context=256, pooled=256)
 PAGE = (Path(__file__).resolve().parents[2] / "docs/memory.md").read_text(encoding="utf-8")
 FULL_SIZES = {"FLUX.1-dev": FLUX_DEV, "FLUX.2-dev": FLUX2_DEV, "Chroma": CHROMA, "Qwen-Image": QWEN_IMAGE}
-FULL_SIZES |= {"SD 3.5 large": SD35_LARGE, "SD 3.5 medium": SD35_MEDIUM}
+FULL_SIZES |= {"SD 3.5 large": SD35_LARGE, "SD 3.5 medium": SD35_MEDIUM, "Z-Image": Z_IMAGE}
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
@@ -73,6 +74,7 @@ def files(tmp_path_factory):
     write_checkpoint(str(folder / "flux2"), SMALL_FLUX2, seed=3)
     write_checkpoint(str(folder / "sd3"), SMALL_SD3, seed=4)
     write_checkpoint(str(folder / "chroma"), SMALL_CHROMA, seed=5)
+    write_checkpoint(str(folder / "z_image"), SMALL_Z_IMAGE, seed=6)
     for name in ("scaled_tensors", "gguf_Q8_0"):
         write(name, folder / "flux", folder / name)
     return folder
@@ -93,6 +95,8 @@ def files(tmp_path_factory):
         ("qwen", {}, 3),
         ("sd3", {}, 3),
         ("sd3", {"linear": "fp8"}, 2),
+        ("z_image", {}, 3),
+        ("z_image", {"linear": "fp8"}, 2),
         ("scaled_tensors", {}, 2),
         ("scaled_tensors", {"linear": "fp8"}, 2),
         ("gguf_Q8_0", {}, 2),

@@ -223,6 +223,7 @@ def test_a_request_that_lacks_room_is_asked_again_without(pool, had):  # noqa: F
 
 
 def test_room_that_the_files_form_lacks_too_says_nothing_of_unpacking(pool):  # noqa: F811
+    """The file's form stays, and serves what follows: nothing is read, or fails, twice again."""
     own = session(pool)
     ask(own)
     held(pool, "nothing")
@@ -230,6 +231,12 @@ def test_room_that_the_files_form_lacks_too_says_nothing_of_unpacking(pool):  # 
     with pytest.raises(OutOfRoom):
         ask(own)
     assert not pool.crowded and own.spec.unpack
+    held(pool, "as in the file")
+    before = len(rank(pool).sent(Evaluate))
+    script("out_of_memory")
+    with pytest.raises(OutOfRoom):
+        ask(own)
+    assert len(rank(pool).sent(Evaluate)) == before + 1 and not pool.crowded
 
 
 def test_what_is_lost_on_the_way_is_sent_again_too(pool):  # noqa: F811

@@ -60,6 +60,7 @@ ABOVE_ALL = {"cli", "__main__"}
 FOR_NODES = (
     BASE
     | {"prompt", "pool", "planner", "devices", "sampling"}
+    | {"cli.bench", "cli.file", "cli.inputs", "cli.verify"}
     | {"models.detection", "models.files", "models.placement", "models.prediction"}
     | {"weights.tensor_info", "weights.dtypes", "weights.adapters"}
 )

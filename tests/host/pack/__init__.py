@@ -6,6 +6,7 @@ import time
 import comfy.k_diffusion.sampling
 import comfy.model_detection
 import comfy.samplers
+import comfy.supported_models
 import torch
 from comfy.controlnet import ControlBase
 
@@ -249,17 +250,26 @@ def squares(model_sampling, steps):
 _detect = comfy.model_detection.detect_unet_config
 
 
-def detect_small_chroma(state_dict, key_prefix, *args, **kwargs):
-    """ComfyUI takes every Chroma for one of full size: 1.1 GB for the network that gives modulations."""
+def detect_small(state_dict, key_prefix, *args, **kwargs):
+    """ComfyUI takes every Chroma for one of full size: 1.1 GB for the network that gives modulations. And it knows
+    Z-Image at one width alone: 3.6 GB with one block."""
     found = _detect(state_dict, key_prefix, *args, **kwargs)
     if found and found.get("image_model") == "chroma":
         shape = state_dict[f"{key_prefix}distilled_guidance_layer.out_proj.weight"].shape
         found["out_dim"], found["hidden_dim"] = shape
         found["hidden_size"], found["num_heads"] = shape[0], shape[0] // 128  # old ComfyUI: those of FLUX.1, too
+    key, filled = f"{key_prefix}cap_embedder.1.weight", f"{key_prefix}cap_pad_token" in state_dict
+    if found and found.get("image_model") == "lumina2" and filled:
+        width, context = state_dict[key].shape
+        full = state_dict | {key: torch.empty(3840, context, device="meta")}
+        found = _detect(full, key_prefix, *args, **kwargs)
+        found |= {"dim": width, "n_heads": width // 128, "n_kv_heads": width // 128}
     return found
 
 
-comfy.model_detection.detect_unet_config = detect_small_chroma
+comfy.model_detection.detect_unet_config = detect_small
+if hasattr(comfy.supported_models, "ZImage"):
+    comfy.supported_models.ZImage.unet_config = {"image_model": "lumina2", "pad_tokens_multiple": 32}
 comfy.k_diffusion.sampling.sample_test_midpoint = sample_test_midpoint
 comfy.samplers.KSampler.SAMPLERS.append("test_midpoint")
 comfy.samplers.SCHEDULER_HANDLERS["test_squares"] = comfy.samplers.SchedulerHandler(squares)

@@ -52,7 +52,7 @@ class ChangedModel:
     @classmethod
     def INPUT_TYPES(cls):
         kinds = ["object patch", "sigmas", "own key", "own option", "function", "read key", "empty", "weight wrapper"]
-        kinds += ["two parts", "patched in the run", "unread patches", "batch function", "left out"]
+        kinds += ["two parts", "patched in the run", "unread patches", "batch function", "left out", "refiner patch"]
         return {"required": {"model": ("MODEL",), "change": (kinds,)}}
 
     RETURN_TYPES = ("MODEL",)
@@ -92,6 +92,8 @@ class ChangedModel:
         elif change == "unread patches":
             model.set_model_attn2_patch(lambda *args: args)
             model.set_model_output_block_patch(lambda *args: args)
+        elif change == "refiner patch":
+            inner["patches"] = {"noise_refiner": [lambda given: {}]}  # as a ControlNet of Z-Image's
         else:
             model.add_weight_wrapper("diffusion_model.img_in.weight", lambda weight: weight)
         return (model,)
