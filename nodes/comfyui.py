@@ -112,6 +112,7 @@ USED = {
     "comfy_execution.utils": ["get_executing_context()"],
     "execution": ["PromptQueue.get_current_queue_volatile()"],
     "folder_paths": [
+        "base_path",
         "folder_names_and_paths",
         "get_filename_list(folder_name)",
         "get_full_path(folder_name, filename)",
@@ -142,7 +143,7 @@ def check() -> None:
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise UnsupportedComfyUI(
-            f"FastUSP does not run in this ComfyUI ({_version()}): {missing[0]}{more}. It was tested with "
+            f"FastUSP does not run in this ComfyUI (version {version()}): {missing[0]}{more}. It was tested with "
             f"ComfyUI {TESTED}: update ComfyUI, or FastUSP if ComfyUI is newer"
         )
 
@@ -169,11 +170,12 @@ def _missing(module: str, use: str) -> str | None:
     return None
 
 
-def _version() -> str:
+def version() -> str:
+    """What this ComfyUI calls its version."""
     try:
-        return f"version {importlib.import_module('comfyui_version').__version__}"
+        return importlib.import_module("comfyui_version").__version__
     except (ImportError, AttributeError):
-        return "of unknown version"
+        return "unknown"
 
 
 check()
@@ -219,6 +221,7 @@ __all__ = [
     "samplers",
     "search_aliases",
     "swap_scale_shift",
+    "version",
     "weight_adapter",
 ]
 

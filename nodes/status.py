@@ -12,7 +12,7 @@ from aiohttp import web
 from ..fastusp_backend.devices import gpu_loads
 from ..fastusp_backend.errors import DeviceError
 from .comfyui import PromptServer, get_executing_context, model_management
-from .pools import all_pools
+from .pools import all_pools, on_change
 
 log = logging.getLogger(__name__)
 
@@ -187,6 +187,7 @@ def add_routes() -> None:
     """GET /fastusp/status: the pools, as `Pool.status` gives them. GET /fastusp/gpus: what the GPUs do just now, as
     `nvml.loads` does. GET /fastusp/texts?client=ID: the status lines of that client's running prompt, for a page that
     was loaded anew. None changes anything."""
+    on_change(push_pools)
     routes = PromptServer.instance.routes
 
     @routes.get("/fastusp/status")

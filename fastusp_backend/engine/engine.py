@@ -20,6 +20,8 @@ from ..config import Layout, ModelSpec, Settings
 from ..kernels.fp8_product import check_fp8_products, check_fp8_sizes
 from ..models.family import FamilyConfig
 from ..models.placement import Placement
+from ..pulse import Memory
+from . import host_memory
 from .checkpoint import Checkpoint
 from .denoiser import Denoiser
 from .patching import PatchedWeights, Patches
@@ -241,6 +243,17 @@ class Engine:
             rest = torch.cuda.memory_allocated(self.device) - (weights - self._mapped_bytes())
             text += f" and {rest / 1e9:.1f} GB of other tensors; {free / 1e9:.1f} of {total / 1e9:.1f} GB were free"
         return text
+
+    def memory(self) -> Memory | None:
+        """What this rank's memory is used for, for the pool to show; None where the system does not say."""
+        weights = 0 if self.parked else self.nbytes
+        if self.device.type == "cuda":
+            own = torch.cuda.memory_reserved(self.device) + self._mapped_bytes()
+            return Memory(weights, own, *torch.cuda.mem_get_info(self.device))
+        own, free = host_memory.resident(), host_memory.available()
+        if own is None or free is None:
+            return None
+        return Memory(weights, own, free, host_memory.total())
 
     def _mapped_bytes(self) -> int:
         """Bytes of the weights that torch's allocator does not count."""

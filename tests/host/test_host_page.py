@@ -125,6 +125,12 @@ def test_status_route(host):
 @pytest.mark.parametrize(
     ("action", "body", "headers", "code", "said"),
     [
+        ("log?devices=cpu:77", None, {}, 404, "There is no pool on cpu:77"),
+        ("log?devices=../../etc", None, {}, 404, "There is no pool on"),
+        ("log?devices=cpu:2&from=-1", None, {}, 400, "Send from=N"),
+        ("log?devices=cpu:2", None, {"Sec-Fetch-Site": "cross-site"}, 403, ""),
+        ("report?devices=cpu:2", None, {"Sec-Fetch-Site": "same-site"}, 403, ""),
+        ("report", None, {}, 404, "There is no pool on"),
         ("explode", {"devices": "cpu:2"}, {}, 404, "Choose one of release, stop, restart, not explode"),
         ("stop", {"devices": "cpu:77"}, {}, 404, "There is no pool on cpu:77"),
         ("stop", ["cpu:2"], {}, 400, 'Send {"devices": ...}'),
@@ -136,7 +142,7 @@ def test_status_route(host):
 def test_what_is_done_to_pools_is_named_and_comes_from_this_page(host, action, body, headers, code, said):
     request = urllib.request.Request(
         f"http://127.0.0.1:{host.port}/fastusp/pools/{action}",
-        data=json.dumps(body).encode(),
+        data=None if body is None else json.dumps(body).encode(),
         headers={"Content-Type": "application/json"} | headers,
     )
     with pytest.raises(urllib.error.HTTPError) as error:

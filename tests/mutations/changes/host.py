@@ -55,7 +55,7 @@ CHANGES = [
     (
         "fastusp_backend/pool/account.py",
         "a run that has ended still shows its steps",
-        "        finally:\n            self.activity = None\n",
+        "        finally:\n            if not self.sampling:\n                self._turn(None)\n",
         "",
         "unit/test_account.py",
     ),
