@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common(made)
     made.add_argument("--size", type=int, default=1024, help="edge of the image in pixels")
-    made.add_argument("--text", help="token count; default 512 for FLUX.1 and FLUX.2, 256 for Qwen-Image")
+    made.add_argument("--text", help="token count; default 512 FLUX and Chroma, 256 Qwen-Image, 154 SD3, 128 Z-Image")
     made.add_argument("--layouts", help="one layout for all levels, ulysses x ring such as 2x1; default: planned")
     made.set_defaults(guided=False)
     return made
@@ -50,6 +50,8 @@ def table(levels: list[tuple[str, dict]], link: str) -> str:
 
 def main() -> None:
     a = parser().parse_args()
+    if a.model not in BASELINES:
+        raise SystemExit(f"choose a --model of {', '.join(BASELINES)}: no other engine runs {a.model} in parallel")
     baseline = BASELINES[a.model]
     case = {"size": a.size, "texts": numbers(a.text or TEXTS[a.model])[:1], "batch": 1}
     levels = [level for level in ABLATION if a.device == "cuda" or not VARIANTS[level.variant].gpu_only]

@@ -72,7 +72,7 @@ def random_inputs(config: FamilyConfig, case: Case, device: torch.device, dtype:
 
         return config.example_prompt(draw, text=text, size=(edge, edge), batch=b, guidance=GUIDANCE)
 
-    return Inputs(x, torch.full((b,), TIMESTEP), tuple(map(prompt, case.texts)))
+    return Inputs(x, torch.full((b,), config.timestep_scale * TIMESTEP), tuple(map(prompt, case.texts)))
 
 
 def synchronize(device: torch.device) -> None:

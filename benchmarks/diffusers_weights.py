@@ -1,4 +1,4 @@
-"""FLUX weights of a file in the original key layout, under diffusers' names and cut as its module holds them."""
+"""FLUX.1's and Chroma's weights in the original key layout, under diffusers' names and cut as its modules hold them."""
 
 import torch
 
@@ -38,6 +38,10 @@ def to_diffusers(state: dict[str, torch.Tensor], hidden: int) -> dict[str, torch
         module, _, kind = key.rpartition(".")
         if module in OUTER:
             out[f"{OUTER[module]}.{kind}"] = tensor
+            continue
+        if module.startswith("distilled_guidance_layer."):
+            renamed = module.replace("in_layer", "linear_1").replace("out_layer", "linear_2")
+            out[f"{renamed}.{'weight' if kind == 'scale' else kind}"] = tensor
             continue
         if module == "final_layer.adaLN_modulation.1":
             shift, scale = tensor.chunk(2)

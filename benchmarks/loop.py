@@ -63,7 +63,9 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common(made)
     made.add_argument("--size", type=int, default=1024, help="edge of the image in pixels")
-    made.add_argument("--text", type=int, help="token count; default 512 for FLUX.1 and FLUX.2, 256 for Qwen-Image")
+    made.add_argument(
+        "--text", type=int, help="token count; default 512 FLUX and Chroma, 256 Qwen-Image, 154 SD3, 128 Z-Image"
+    )
     made.add_argument("--steps", type=int, default=20)
     made.add_argument("--variant", help="default: overlap, on CPU ranks eager-overlap")
     made.add_argument("--file", type=Path, help="model file, written if it is not there; default: a temporary one")

@@ -12,10 +12,10 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from common import MODELS, Case, random_inputs
-from diffusers_models import arguments, diffusers_model, flux_sizes
+from diffusers_models import arguments, diffusers_model, flux_sizes, latents
 
 from fastusp_backend.models.family import FamilyConfig, Transformer
-from fastusp_backend.models.patchify import patch_grid, unpatchify
+from fastusp_backend.models.patchify import patch_grid
 
 LEVELS = ("eager", "compile", "graph")
 
@@ -141,11 +141,14 @@ def _xdit(ring: bool):
     return setup
 
 
+PLANNED = tuple(name for name in MODELS if name not in ("chroma", "sd3", "z_image"))
+"""diffusers has no plan for running Chroma, Stable Diffusion 3 or Z-Image in parallel."""
+
 PEERS = {
     "diffusers-1gpu": Peer(module="diffusers", setup=_one_gpu, alone=True, models=MODELS),
-    "diffusers-ulysses": Peer(module="diffusers", setup=_diffusers("ulysses"), models=MODELS),
-    "diffusers-ring": Peer(module="diffusers", setup=_diffusers("ring"), models=MODELS),
-    "diffusers-fsdp": Peer(module="diffusers", setup=_fsdp, compile="wrapped blocks", models=MODELS),
+    "diffusers-ulysses": Peer(module="diffusers", setup=_diffusers("ulysses"), models=PLANNED),
+    "diffusers-ring": Peer(module="diffusers", setup=_diffusers("ring"), models=PLANNED),
+    "diffusers-fsdp": Peer(module="diffusers", setup=_fsdp, compile="wrapped blocks", models=PLANNED),
     "paraattention-ulysses": Peer(module="para_attn", setup=_paraattention(ring=False), models=("flux",)),
     "paraattention-ring": Peer(module="para_attn", setup=_paraattention(ring=True), models=("flux",)),
     "xdit-ulysses": Peer(module="xfuser", setup=_xdit(ring=False), compile="whole", models=("flux",)),
@@ -173,12 +176,12 @@ def runs(job: dict, ours: Transformer, dtype, device) -> Iterator[tuple[dict, Ca
 
     def evaluation(model, case: Case) -> Run:
         given = random_inputs(ours.config, case, device, dtype)
-        keywords, patch = arguments(ours.config, given, dtype), ours.config.patch
-        grid = patch_grid(*given.x.shape[-2:], patch)
+        keywords = arguments(ours.config, given, dtype)
+        grid = patch_grid(*given.x.shape[-2:], ours.config.patch)
 
         @torch.no_grad()
         def run() -> torch.Tensor:
-            return torch.stack([unpatchify(model(**each)[0], grid, patch) for each in keywords])
+            return torch.stack([latents(ours.config, model(**each)[0], grid) for each in keywords])
 
         return run
 

@@ -86,7 +86,7 @@ def rank(a: argparse.Namespace) -> None:
         denoiser = Denoiser(model, mesh, transport, settings, dtype)
 
         def velocity(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-            return denoiser(x, timestep, [prompt], lambda: None)[0].float()
+            return denoiser(x, config.timestep_scale * timestep, [prompt], lambda: None)[0].float()
 
         found = [velocity(given.x, torch.tensor([t])) for t in TIMESTEPS]
         x, sigmas = given.x.float(), torch.linspace(1, 0, a.steps + 1)

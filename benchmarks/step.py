@@ -20,7 +20,7 @@ from variants import VARIANTS
 from fastusp_backend.config import Layout
 from fastusp_backend.planner import plan
 
-TEXTS = {"flux": "512", "flux2": "512", "qwen": "256"}
+TEXTS = {"flux": "512", "flux2": "512", "chroma": "512", "qwen": "256", "sd3": "154", "z_image": "128"}
 GUIDED_TEXTS = "35,6"
 
 
@@ -35,7 +35,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--peers", default="diffusers,paraattention", help=f"of: {', '.join(PEERS)}; or parts of names")
     made.add_argument("--levels", default=",".join(LEVELS), help="how peers run")
     made.add_argument("--sizes", default="1024", help="edges of the image in pixels")
-    made.add_argument("--text", help="token counts; default 512 for FLUX.1 and FLUX.2, 256 for Qwen-Image, 35,6 guided")
+    made.add_argument(
+        "--text", help="token counts; default 512 FLUX and Chroma, 256 Qwen-Image, 154 SD3, 128 Z-Image; 35,6 guided"
+    )
     made.add_argument("--batch", default="1", help="images")
     made.add_argument("--layouts", help="ulysses x ring, such as 2x1,1x2, or batch x ulysses x ring; default: planned")
     made.add_argument("--guided", action="store_true", help="one step of two prompts, of --text's two lengths")

@@ -9,7 +9,6 @@ of ten captions is held back; at the end pictures of 200 of them are checked in 
 import argparse
 import contextlib
 import copy
-import functools
 import math
 import time
 from collections.abc import Callable
@@ -20,7 +19,8 @@ import paths  # noqa: F401
 import torch
 from common import random_model
 from diffusers_models import diffusers_model, flux_sizes
-from safetensors.torch import save_file
+from muon import Muon
+from safetensors.torch import load_file, save_file
 from torch.nn.utils import parametrize
 
 from fastusp_backend.models import synthetic
@@ -29,7 +29,7 @@ from fastusp_backend.shapes import captions, decode, encode, unmet
 from fastusp_backend.shapes.scenes import Scenes, all_captions, draw, examples, held_back, middle, vary
 
 SIZES = ((256, 256), (256, 384), (384, 256), (512, 512))
-SHARES = (0.7, 0.1, 0.1, 0.1)
+SHARES = (0.88, 0.04, 0.04, 0.04)
 """Heights and widths in pixels, and how often each is trained on."""
 ONE_SHAPE = 0.2
 """Share of pictures with one shape."""
@@ -58,11 +58,12 @@ class Data:
         self._scenes = {name: getattr(middle(known), name).to(device) for name in Scenes.__slots__}
         self._tokens = torch.tensor([captions.numbers(caption) for caption in known], device=device)
         single = self._scenes["radii"][:, 1] == 0
-        self._weights = torch.where(single, ONE_SHAPE / single.sum(), (1 - ONE_SHAPE) / (~single).sum())
+        self._until = torch.where(single, ONE_SHAPE / single.sum(), (1 - ONE_SHAPE) / (~single).sum()).cumsum(0)
 
     def batch(self, count: int, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         """-> latents (count, 16, h, w), tokens (count, TOKENS)."""
-        chosen = torch.multinomial(self._weights, count, replacement=True, generator=self.generator)
+        uniform = torch.rand(count, generator=self.generator, device=self._until.device)
+        chosen = torch.searchsorted(self._until, uniform).clamp_(max=len(self._until) - 1)
         scenes = Scenes(**{name: values[chosen] for name, values in self._scenes.items()})
         return self._draw(vary(scenes, self.generator), *size), self._tokens[chosen]
 
@@ -141,6 +142,25 @@ def file_tensors(trained: dict[str, torch.Tensor], config: FluxConfig) -> dict[s
     return {key: tensor.to(types[key]).contiguous() for key, tensor in state.items()}
 
 
+def made(config: FluxConfig, weights: Path | None) -> torch.nn.Module:
+    """diffusers' model with first weights, or with those of a file that `file_tensors` made."""
+    import diffusers
+
+    if weights is not None:
+        tensors, ours = load_file(weights), random_model(config, torch.device("cpu"), torch.float32)
+        with torch.no_grad():
+            for name, tensor in ours.state_dict().items():
+                tensor.copy_(tensors[ours.file_key(name)])
+        return diffusers_model(ours).requires_grad_(True)
+    model = diffusers.FluxTransformer2DModel(**flux_sizes(config))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.normal_(module.weight, std=module.in_features**-0.5 * 0.7)
+            torch.nn.init.zeros_(module.bias)
+    torch.nn.init.normal_(model.proj_out.weight, std=1e-2)
+    return model
+
+
 def plain(model) -> dict[str, torch.Tensor]:
     """The state without parametrisations, rounded."""
     state = {}
@@ -154,84 +174,117 @@ def plain_name(name: str) -> str:
     return name.replace(".parametrizations.weight.original", ".weight")
 
 
+class Training:
+    """Steps of training: on a GPU one CUDA graph for each size, since Python takes longer than the GPU otherwise."""
+
+    def __init__(self, model: torch.nn.Module, data: Data, batch: int):
+        self.averaged = copy.deepcopy(model)
+        for module in [module for module in model.modules() if isinstance(module, torch.nn.Linear)]:
+            parametrize.register_parametrization(module, "weight", Rounded())
+        named = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+        self._parameters = [named[name] for name, _ in self.averaged.named_parameters()]
+        device = self._parameters[0].device
+        self._cuda = device.type == "cuda"
+        self.rate, self._losses = torch.zeros((), device=device), torch.zeros(2, device=device)
+        matrices = [p for name, p in named.items() if p.dim() == 2 and "transformer_blocks" in name]
+        others = [p for name, p in named.items() if p.dim() != 2 or "transformer_blocks" not in name]
+        self._muon = Muon(matrices, self.rate)
+        self._adam = torch.optim.AdamW(
+            others, lr=self.rate, betas=(0.9, 0.99), weight_decay=0, capturable=self._cuda, foreach=self._cuda
+        )
+        self._model, self._data, self._batch = model, data, batch
+        self._quick = torch.compile(velocity, dynamic=False) if self._cuda else velocity
+        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+
+    def precision(self):
+        device = self.rate.device.type
+        return torch.autocast(device, torch.bfloat16, cache_enabled=False) if self._cuda else contextlib.nullcontext()
+
+    def step(self, size: tuple[int, int]) -> None:
+        """One step on pictures of a size, (height, width) in pixels, at `rate`."""
+        if not self._cuda:
+            self._step(size)
+            return
+        if size not in self._graphs:
+            self._graphs[size] = self._captured(size)
+        self._graphs[size].replay()
+
+    def mean_loss(self) -> float:
+        """Of the steps since the last call."""
+        total, count = self._losses.tolist()
+        self._losses.zero_()
+        return total / count
+
+    def _captured(self, size: tuple[int, int]) -> torch.cuda.CUDAGraph:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self._step(size)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self._data.generator)
+        with torch.cuda.graph(graph):
+            self._step(size)
+        return graph
+
+    def _step(self, size: tuple[int, int]) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+        # The other sizes' code would take longer to compile than it saves.
+        how = self._quick if size == SIZES[0] else velocity
+        count = self._batch * SIZES[0][0] * SIZES[0][1] // (size[0] * size[1])
+        loss = loss_of(how, self._model, self._data, count, size, self.precision)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        self._muon.step()
+        self._adam.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.averaged.parameters()), self._parameters, 1 - EMA)
+        self._losses += torch.stack([loss.detach(), torch.ones_like(loss)])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--weights", type=Path, help="a file that was trained before, to go on from")
     parser.add_argument("--blocks", default="1,1", help="double and single ones")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--batch", type=int, default=256, help="pictures of 256 x 256, of larger ones as many tokens")
-    parser.add_argument("--steps", type=int, default=40_000)
+    parser.add_argument("--steps", type=int, default=60_000)
     parser.add_argument("--seconds", type=float, default=math.inf, help="end the schedule sooner")
-    parser.add_argument("--rate", type=float, default=1.2e-3)
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--rate", type=float, default=3e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     a = parser.parse_args()
     device, (doubles, singles) = torch.device(a.device), map(int, a.blocks.split(","))
-    torch.manual_seed(0)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # whose backward pass fails with cuDNN 9.15 on H200
-    config = replace(
-        synthetic.TINY_FLUX,
-        hidden=a.hidden,
-        heads=a.hidden // 128,
-        mlp=4 * a.hidden,
-        double_blocks=doubles,
-        single_blocks=singles,
-    )
-    import diffusers
-
-    model = diffusers.FluxTransformer2DModel(**flux_sizes(config)).to(device)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear):
-            torch.nn.init.normal_(module.weight, std=module.in_features**-0.5 * 0.7)
-            torch.nn.init.zeros_(module.bias)
-    torch.nn.init.normal_(model.proj_out.weight, std=1e-2)
-    averaged = copy.deepcopy(model)
-    for module in [module for module in model.modules() if isinstance(module, torch.nn.Linear)]:
-        parametrize.register_parametrization(module, "weight", Rounded())
-    by_name = {plain_name(name): parameter for name, parameter in model.named_parameters()}
-    parameters = [by_name[name] for name, _ in averaged.named_parameters()]
-    compiled = functools.partial(torch.compile, dynamic=False) if a.device == "cuda" else lambda function: function
-    quick, data = compiled(velocity), Data(device, 0, compiled(drawn))
-    optimizer = torch.optim.AdamW(parameters, lr=a.rate, betas=(0.9, 0.99), weight_decay=0, fused=a.device == "cuda")
-
-    def precision():
-        return torch.autocast(a.device, torch.bfloat16) if a.device == "cuda" else contextlib.nullcontext()
-
-    which = torch.Generator().manual_seed(0)
-    started, means = time.perf_counter(), []
-    count = sum(p.numel() for p in parameters)
-    print(f"{count} parameters on {torch.cuda.get_device_name() if a.device == 'cuda' else 'CPU'}", flush=True)
+    torch.manual_seed(a.seed)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # whose backward pass failed with cuDNN 9.19 on H200
+    sizes = {"hidden": a.hidden, "heads": a.hidden // 128, "mlp": 4 * a.hidden}
+    config = replace(synthetic.TINY_FLUX, **sizes, double_blocks=doubles, single_blocks=singles)
+    drawing = torch.compile(drawn, dynamic=False) if a.device == "cuda" else drawn
+    training = Training(made(config, a.weights).to(device), Data(device, a.seed, drawing), a.batch)
+    which = torch.Generator().manual_seed(a.seed)
+    started, done = time.perf_counter(), 0
+    machine = torch.cuda.get_device_name() if a.device == "cuda" else "CPU"
+    print(f"{sum(p.numel() for p in training.averaged.parameters())} parameters on {machine}", flush=True)
     for step in range(a.steps):
         elapsed = time.perf_counter() - started
         progress = max(step / a.steps, elapsed / a.seconds)
         if progress >= 1:
             break
-        rate = a.rate * min(1, (step + 1) / 300) * (0.5 + 0.5 * math.cos(math.pi * progress))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        size = SIZES[torch.multinomial(torch.tensor(SHARES), 1, generator=which).item()]
-        how = quick if size == SIZES[0] else velocity  # the others' graphs would take longer to compile than they save
-        loss = loss_of(how, model, data, a.batch * 65536 // (size[0] * size[1]), size, precision)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        decay = min(EMA, (step + 1) / (step + 10))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(averaged.parameters()), parameters, 1 - decay)
-        means.append(loss.detach())
-        if step % 1000 == 999:
-            print(f"{step + 1} steps, {elapsed:.0f} s: loss {torch.stack(means).mean():.4f}", flush=True)
-            means.clear()
-    trained = plain(averaged)
-    metadata = {
-        "title": "FastUSP shapes",
-        "trained": f"{step + 1} steps of {a.batch}, {time.perf_counter() - started:.0f} s",
-    }
-    save_file(file_tensors(trained, config), str(a.out), metadata)
-    averaged.load_state_dict(trained)
-    print(f"{a.out}: {a.out.stat().st_size} bytes", flush=True)
+        training.rate.fill_(a.rate * min(1, (step + 1) / 300) * (0.5 + 0.5 * math.cos(math.pi * progress)))
+        training.step(SIZES[torch.multinomial(torch.tensor(SHARES), 1, generator=which).item()])
+        done = step + 1
+        if done % 1000 == 0:
+            print(f"{done} steps, {elapsed:.0f} s: loss {training.mean_loss():.4f}", flush=True)
+    trained = plain(training.averaged)
+    much = f"{done} steps of {a.batch}, {time.perf_counter() - started:.0f} s on {machine}"
+    save_file(file_tensors(trained, config), str(a.out), {"title": "FastUSP shapes", "trained": much})
+    print(f"{a.out}: {a.out.stat().st_size} bytes, {much}", flush=True)
+    training.averaged.load_state_dict(trained)
     for size in (SIZES[0], SIZES[3]):
-        share, wrong = met(averaged, device, size, precision)
+        share, wrong = met(training.averaged, device, size, training.precision)
         print(f"{size[0]} x {size[1]}, {STEPS} steps: {share:.1%} of {CHECKED} held-back captions met", flush=True)
         print("\n".join(wrong[:12]), flush=True)
 

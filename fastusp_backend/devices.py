@@ -87,6 +87,11 @@ def gpu_states() -> tuple[GpuState, ...]:
     return tuple(GpuState(**state | {"pcie": state["pcie"] and tuple(state["pcie"])}) for state in states)
 
 
+def gpu_loads() -> list[dict]:
+    """Returns what GPUs do just now, as `nvml.loads` does. Raises DeviceError likewise."""
+    return nvml.ask("loads")
+
+
 def gpu_links() -> dict[str, str]:
     """Returns how pairs of GPUs are joined, as `nvml.links` does. Raises DeviceError likewise."""
     return dict(nvml.ask("links"))

@@ -1,7 +1,7 @@
 """What NVML, the driver's library below nvidia-smi, tells of this machine's GPUs.
 
-`python -m fastusp_backend.nvml gpus` (or `states`, `links`) prints it as JSON; `ask` runs that in a process of its own,
-for the reasons that `command` gives. Indices are nvidia-smi's. Looking initialises no CUDA.
+`python -m fastusp_backend.nvml gpus` (or `states`, `loads`, `links`) prints it as JSON; `ask` runs that in a process of
+its own, for the reasons that `command` gives. Indices are nvidia-smi's. Looking initialises no CUDA.
 """
 
 import json
@@ -18,7 +18,8 @@ _CPU = "use 'cpu:N' for N CPU ranks"
 
 
 def ask(question: str) -> Any:
-    """Returns the answer to `gpus`, `states` or `links`: what the function of that name returns, [] without a driver.
+    """Returns the answer to `gpus`, `states`, `loads` or `links`: what the function of that name returns, [] without a
+    driver.
 
     Raises DeviceError where the driver, or the Python package nvidia-ml-py, fails.
     """
@@ -73,6 +74,27 @@ def states(nvml) -> list[dict]:
                 "mig": bool(mig and mig[0]),
                 "pcie": (generation, width) if generation and width else None,
                 "driver": driver,
+            }
+        )
+    return found
+
+
+def loads(nvml) -> list[dict]:
+    """Returns of each GPU what it does just now: index and name; used and total bytes of its memory, by everybody;
+    utilisation, the percent of the last moment in which a kernel ran; temperature in degrees Celsius. None for what is
+    not told."""
+    found = []
+    for index, gpu in _handles(nvml):
+        memory = _told(nvml, nvml.nvmlDeviceGetMemoryInfo, gpu)
+        rates = _told(nvml, nvml.nvmlDeviceGetUtilizationRates, gpu)
+        found.append(
+            {
+                "index": index,
+                "name": nvml.nvmlDeviceGetName(gpu),
+                "used": memory.total - memory.free if memory else None,
+                "total": memory.total if memory else None,
+                "utilisation": rates.gpu if rates else None,
+                "temperature": _told(nvml, nvml.nvmlDeviceGetTemperature, gpu, nvml.NVML_TEMPERATURE_GPU),
             }
         )
     return found
@@ -145,7 +167,7 @@ def _told(nvml, function: Callable[..., Any], *arguments) -> Any:
 def main() -> None:
     import pynvml  # not above: that it is missing is told by `ask`
 
-    question = {"gpus": gpus, "states": states, "links": links}[sys.argv[1]]
+    question = {"gpus": gpus, "states": states, "loads": loads, "links": links}[sys.argv[1]]
     try:
         pynvml.nvmlInit()
         answer = question(pynvml)

@@ -41,9 +41,7 @@ def plan(ranks: int, heads: int, *, ulysses: int = 0, ring: int = 0) -> Layout:
         degree = ulysses or ranks // ring
         reason = f"a Ulysses degree of {degree} does not divide the model's {heads} attention heads"
     options = ", ".join(str(x) for x in legal)
-    raise LayoutError(
-        f"{wish} cannot be used on {ranks} ranks: {reason}. Legal layouts: {options}; 0 lets FastUSP choose"
-    )
+    raise LayoutError(f"Set 0, or a legal layout ({options}): {wish} cannot be used on {ranks} ranks, since {reason}")
 
 
 def plan_batches(

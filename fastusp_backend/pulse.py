@@ -4,6 +4,7 @@ A rank counts what it has done and says by when it will have done more. Nothing 
 and a rank that has stopped, or waits for one that has, shows it by saying nothing.
 """
 
+import array
 import contextlib
 import mmap
 import os
@@ -13,6 +14,7 @@ from typing import NamedTuple
 # Words of eight bytes: each is written and read in one piece, so that no reader meets half of one.
 _COUNT, _SECONDS, _PROCESS = range(3)
 _TEXT = slice(8 * 3, 128)
+_MEMORY = slice(16, 20)
 _BYTES = 4096
 
 COLD_SECONDS = 600.0
@@ -35,6 +37,20 @@ class Sign(NamedTuple):
     count: int
     seconds: float
     doing: str
+
+
+class Memory(NamedTuple):
+    """What a rank last showed of its memory, in bytes.
+
+    weights: on its device.
+    own: all that it has: of a GPU, by torch; of a host, resident.
+    free, total: the device's, or the host's.
+    """
+
+    weights: int
+    own: int
+    free: int
+    total: int
 
 
 class Pulse:
@@ -73,6 +89,9 @@ class Pulse:
         text = doing.encode()[: _TEXT.stop - _TEXT.start]
         self._memory[_TEXT] = text.ljust(_TEXT.stop - _TEXT.start, b"\0")
 
+    def show_memory(self, memory: Memory) -> None:
+        self._integers[_MEMORY] = memoryview(array.array("Q", memory))
+
 
 _own = Pulse()
 
@@ -93,6 +112,11 @@ def turn_to(doing: str) -> None:
     _own.turn_to(doing)
 
 
+def show_memory(memory: Memory) -> None:
+    """This process' `Pulse.show_memory`."""
+    _own.show_memory(memory)
+
+
 class Reader:
     """The pool's end: a rank's file, mapped as soon as it is there. It may be removed afterwards."""
 
@@ -102,12 +126,8 @@ class Reader:
 
     def read(self) -> Sign | None:
         """What the rank shows; None before it has made its file."""
-        if self._memory is None:
-            try:
-                with open(self._path, "rb") as file:
-                    self._memory = mmap.mmap(file.fileno(), _BYTES, prot=mmap.PROT_READ)
-            except (OSError, ValueError):  # it is not there, or being made; or this process can open no file now
-                return None
+        if not self._mapped():
+            return None
         try:
             with memoryview(self._memory) as memory, memory.cast("Q") as integers, memory.cast("d") as floats:
                 pid, count, seconds = integers[_PROCESS], integers[_COUNT], floats[_SECONDS]
@@ -115,6 +135,26 @@ class Reader:
         except ValueError:
             return None  # it was closed
         return Sign(pid, count, seconds, text) if pid else None
+
+    def memory(self) -> Memory | None:
+        """What the rank shows of its memory; None before it has."""
+        if not self._mapped():
+            return None
+        try:
+            with memoryview(self._memory) as memory, memory.cast("Q") as integers:
+                shown = Memory(*integers[_MEMORY])
+        except ValueError:
+            return None  # it was closed
+        return shown if shown.total else None
+
+    def _mapped(self) -> bool:
+        if self._memory is None:
+            try:
+                with open(self._path, "rb") as file:
+                    self._memory = mmap.mmap(file.fileno(), _BYTES, prot=mmap.PROT_READ)
+            except (OSError, ValueError):  # it is not there, or being made; or this process can open no file now
+                return False
+        return True
 
     def close(self) -> None:
         """Lets go of the file. May be called while another thread reads."""

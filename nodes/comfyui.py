@@ -91,7 +91,7 @@ USED = {
         "BASE.process_unet_state_dict(state_dict)",
         "BASE.set_inference_dtype(dtype)",
     ],
-    "comfy.utils": ["swap_scale_shift(weight)"],
+    "comfy.utils": ["ProgressBar(total)", "ProgressBar.update_absolute(value)", "swap_scale_shift(weight)"],
     "comfy.weight_adapter": [
         "BOFTAdapter",
         "GLoRAAdapter",
@@ -101,10 +101,18 @@ USED = {
         "OFTAdapter",
         "WeightAdapterBase",
     ],
-    "comfy_api.latest": ["ComfyExtension", "io.ComfyNode", "io.Custom", "io.NodeOutput", "io.Schema"],
+    "comfy_api.latest": [
+        "ComfyExtension",
+        "io.ComfyNode",
+        "io.Custom",
+        "io.Input(extra_dict)",
+        "io.NodeOutput",
+        "io.Schema",
+    ],
     "comfy_execution.utils": ["get_executing_context()"],
     "execution": ["PromptQueue.get_current_queue_volatile()"],
     "folder_paths": [
+        "base_path",
         "folder_names_and_paths",
         "get_filename_list(folder_name)",
         "get_full_path(folder_name, filename)",
@@ -135,7 +143,7 @@ def check() -> None:
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise UnsupportedComfyUI(
-            f"FastUSP does not run in this ComfyUI ({_version()}): {missing[0]}{more}. It was tested with "
+            f"FastUSP does not run in this ComfyUI (version {version()}): {missing[0]}{more}. It was tested with "
             f"ComfyUI {TESTED}: update ComfyUI, or FastUSP if ComfyUI is newer"
         )
 
@@ -162,11 +170,12 @@ def _missing(module: str, use: str) -> str | None:
     return None
 
 
-def _version() -> str:
+def version() -> str:
+    """What this ComfyUI calls its version."""
     try:
-        return f"version {importlib.import_module('comfyui_version').__version__}"
+        return importlib.import_module("comfyui_version").__version__
     except (ImportError, AttributeError):
-        return "of unknown version"
+        return "unknown"
 
 
 check()
@@ -182,7 +191,7 @@ from comfy.model_detection import model_config_from_unet  # noqa: E402
 from comfy.model_patcher import ModelPatcher  # noqa: E402
 from comfy.model_sampling import CONST  # noqa: E402
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers  # noqa: E402
-from comfy.utils import swap_scale_shift  # noqa: E402
+from comfy.utils import ProgressBar, swap_scale_shift  # noqa: E402
 from comfy_api.latest import ComfyExtension, io  # noqa: E402
 from comfy_execution.utils import get_executing_context  # noqa: E402
 from server import PromptServer  # noqa: E402
@@ -193,12 +202,15 @@ __all__ = [
     "CONST",
     "ComfyExtension",
     "ModelPatcher",
+    "ProgressBar",
     "PromptServer",
     "QwenImageTransformer2DModel",
     "WrapperExecutor",
     "WrappersMP",
+    "advanced",
     "command_line",
     "common_ksampler",
+    "dev_only",
     "folder_paths",
     "get_all_wrappers",
     "get_executing_context",
@@ -209,11 +221,23 @@ __all__ = [
     "samplers",
     "search_aliases",
     "swap_scale_shift",
+    "version",
     "weight_adapter",
 ]
+
+
+def advanced(entry: io.Input) -> io.Input:
+    """The input, which the page then shows among the advanced ones. (As a parameter, ComfyUI has it since 0.10.)"""
+    entry.extra_dict["advanced"] = True
+    return entry
 
 
 def search_aliases(*words: str) -> dict[str, list[str]]:
     """What a node is found by in the page beside its name, for `io.Schema`; nothing in a ComfyUI that does not know
     it."""
     return {"search_aliases": [*words]} if "search_aliases" in inspect.signature(io.Schema).parameters else {}
+
+
+def dev_only() -> dict[str, bool]:
+    """For `io.Schema`: a node that is listed in ComfyUI's developer mode alone, where ComfyUI knows that."""
+    return {"is_dev_only": True} if "is_dev_only" in inspect.signature(io.Schema).parameters else {}

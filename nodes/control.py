@@ -1,7 +1,9 @@
 """What people may do with a pool from the page: POST /fastusp/pools/ACTION with {"devices": ...}, of those that
-GET /fastusp/status names. Nothing else is taken, and nothing from another site."""
+GET /fastusp/status names, and read: GET /fastusp/pools/log?devices=...&from=N, and /fastusp/pools/report?devices=...
+Nothing else is taken, and nothing from another site."""
 
 import asyncio
+import re
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
@@ -11,7 +13,11 @@ from ..fastusp_backend.errors import FastUSPError
 from ..fastusp_backend.pool import Pool
 from .comfyui import PromptServer
 from .pools import all_pools
+from .report import report
+from .status import push_pools
 
+_FOREIGN = "Open ComfyUI's own page: another site has sent this"
+_NO_POOL = "There is no pool on {}"
 _BUSY = "Stop the run first: the pool on {} works on a prompt"
 
 
@@ -36,27 +42,62 @@ ACTIONS: dict[str, Callable[[Pool], None]] = {"release": _release, "stop": _stop
 
 
 def add_routes() -> None:
-    @PromptServer.instance.routes.post("/fastusp/pools/{action}")
+    routes = PromptServer.instance.routes
+
+    @routes.post("/fastusp/pools/{action}")
     async def act(request: web.Request) -> web.Response:
         action = ACTIONS.get(request.match_info["action"])
         if action is None:
             return _refused(404, f"Choose one of {', '.join(ACTIONS)}, not {request.match_info['action']}")
-        if not same_site(request.headers.get("Origin"), request.headers.get("Sec-Fetch-Site"), request.host):
-            return _refused(403, "Open ComfyUI's own page: another site has sent this")
+        if _foreign(request):
+            return _refused(403, _FOREIGN)
         if request.content_type != "application/json":
             return _refused(415, "Send JSON")
         try:
             devices = (await request.json())["devices"]
         except (ValueError, KeyError, TypeError):
             return _refused(400, 'Send {"devices": ...}, as GET /fastusp/status names them')
-        pool = next((pool for pool in all_pools() if str(pool.devices) == devices), None)
+        pool = _pool(devices)
         if pool is None:
-            return _refused(404, f"There is no pool on {devices}")
+            return _refused(404, _NO_POOL.format(devices))
         try:
             await asyncio.get_running_loop().run_in_executor(None, action, pool)
         except FastUSPError as error:
             return _refused(409, str(error))
+        push_pools()
         return web.json_response(pool.status())
+
+    @routes.get("/fastusp/pools/log")
+    async def log(request: web.Request) -> web.Response:
+        if _foreign(request):
+            return _refused(403, _FOREIGN)
+        devices, number = request.query.get("devices"), request.query.get("from", "0")
+        if not re.fullmatch("[0-9]{1,15}", number):
+            return _refused(400, f"Send from=N, the number of a line, not {number}")
+        pool = _pool(devices)
+        if pool is None:
+            return _refused(404, _NO_POOL.format(devices))
+        lines, following = await asyncio.to_thread(pool.log_since, int(number))
+        return web.json_response({"lines": lines, "next": following})
+
+    @routes.get("/fastusp/pools/report")
+    async def told(request: web.Request) -> web.Response:
+        if _foreign(request):
+            return _refused(403, _FOREIGN)
+        devices = request.query.get("devices")
+        pool = _pool(devices)
+        if pool is None:
+            return _refused(404, _NO_POOL.format(devices))
+        return web.json_response({"report": await asyncio.to_thread(report, pool)})
+
+
+def _pool(devices: object) -> Pool | None:
+    return next((pool for pool in all_pools() if str(pool.devices) == devices), None)
+
+
+def _foreign(request: web.Request) -> bool:
+    headers = request.headers
+    return not same_site(headers.get("Origin"), headers.get("Sec-Fetch-Site"), request.host)
 
 
 def same_site(origin: str | None, fetched: str | None, host: str) -> bool:

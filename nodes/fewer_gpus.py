@@ -12,7 +12,16 @@ from ..fastusp_backend.devices import Devices, GpuState, gpu_links, gpu_states, 
 from ..fastusp_backend.errors import DeviceError
 from ..fastusp_backend.models.files import ModelFile
 from ..fastusp_backend.models.placement import place_file
-from ..fastusp_backend.models.prediction import CARDS, Card, Link, Prediction, fewer_are_faster, link_of, slowest_card
+from ..fastusp_backend.models.prediction import (
+    CARDS,
+    Card,
+    Link,
+    Prediction,
+    fewer_are_faster,
+    link_of,
+    not_timed,
+    slowest_card,
+)
 from ..fastusp_backend.planner import plan_batches
 from ..fastusp_backend.pool import Session
 
@@ -34,7 +43,7 @@ def faster_with_fewer(session: Session, file: ModelFile) -> Devices | None:
     if session.layouts != plan_batches(devices.ranks, file.config.heads, batch_parallel=batches):
         return None  # degrees that somebody has set would not go with fewer GPUs, and may be what is slow
     card = slowest_card(gpu.name for gpu in list_gpus() if gpu.index in devices.gpus)
-    found = _links(devices.gpus, CARDS[card]) if card is not None else None
+    found = known_links(devices.gpus, CARDS[card]) if card is not None else None
     if found is None:
         return None
     links, memory = found
@@ -54,10 +63,11 @@ def faster_with_fewer(session: Session, file: ModelFile) -> Devices | None:
         return None
     some, ms = devices.first(fewer), {count: round(1000 * seconds) for count, seconds in kinds[0].items()}
     wire = "; wire = auto in USP Optimization Settings sends less" if session.settings.wire == "exact" else ""
+    unsure = not_timed(file.config)
     _tell(
         f"Set gpus to {','.join(map(str, some.gpus))} in USP Loader: a step of {file.config.family} at 1024 x 1024 and "
         f"cfg 1 is predicted to take {ms[fewer]} ms there, and {ms[devices.ranks]} ms on {devices} over "
-        f"{links[devices.ranks]}{wire}"
+        f"{links[devices.ranks]}{wire}{f'. {unsure}' if unsure else ''}"
     )
     return some
 
@@ -68,7 +78,7 @@ def _tell(text: str) -> None:
     log.warning("FastUSP: %s. bench measures it: python -m fastusp_backend bench FILE", text)
 
 
-def _links(gpus: tuple[int, ...], card: Card) -> tuple[dict[int, Link], int] | None:
+def known_links(gpus: tuple[int, ...], card: Card) -> tuple[dict[int, Link], int] | None:
     """What joins the first 1, 2, ... of some GPUs, and the bytes of the smallest one's memory; None where NVML does not
     tell it."""
     told = _joined()

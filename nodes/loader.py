@@ -4,15 +4,15 @@ import asyncio
 import os
 from typing import get_args
 
-from ..fastusp_backend.config import BatchParallel, FileState, Settings, Storage
-from ..fastusp_backend.devices import local_devices, supports_bfloat16
+from ..fastusp_backend.config import BatchParallel, FileState, ModelSpec, Settings, Storage
+from ..fastusp_backend.devices import Devices, local_devices, supports_bfloat16
 from ..fastusp_backend.errors import CheckpointError, FastUSPError
 from ..fastusp_backend.models.files import ModelFile, read_model
 from ..fastusp_backend.planner import plan_batches
 from ..fastusp_backend.pool import Session
 from ..fastusp_backend.weights.dtypes import choose_types, main_dtype
 from ..fastusp_backend.weights.tensor_info import TensorInfo
-from .comfyui import command_line, io, search_aliases
+from .comfyui import advanced, command_line, io, search_aliases
 from .fewer_gpus import faster_with_fewer
 from .files import model_names, model_path
 from .pools import pool_for
@@ -50,14 +50,15 @@ class USPLoader(io.ComfyNode):
             display_name="USP Loader",
             category="FastUSP",
             **search_aliases("multi gpu", "multigpu", "parallel", "gpus", "flux loader", "load diffusion model"),
-            description="Loads a FLUX.1, FLUX.2 or Qwen-Image transformer onto several GPUs (or CPU ranks) that "
-            "compute every step of one image together.",
+            description="Loads a FLUX.1, FLUX.2, Chroma, Qwen-Image, Stable Diffusion 3 or Z-Image transformer onto "
+            "several GPUs (or CPU ranks) that compute every step of one image together.",
             inputs=[
                 io.Combo.Input(
                     "unet_name",
                     options=model_names(),
-                    tooltip="A FLUX.1 (dev, schnell, Kontext, Fill, Canny, Depth), FLUX.2 (dev, klein), Qwen-Image or "
-                    "Qwen-Image-Edit file in models/diffusion_models (safetensors or GGUF), or an all-in-one "
+                    tooltip="A FLUX.1 (dev, schnell, Kontext, Fill, Canny, Depth), FLUX.2 (dev, klein), Chroma1 (HD, "
+                    "Base, Flash), Qwen-Image, Qwen-Image-Edit, Stable Diffusion 3 (3, 3.5 medium, 3.5 large) or "
+                    "Z-Image (Turbo, Base) file in models/diffusion_models (safetensors or GGUF), or an all-in-one "
                     "checkpoint in models/checkpoints.",
                 ),
                 io.Combo.Input(
@@ -65,7 +66,8 @@ class USPLoader(io.ComfyNode):
                     options=list(STORAGE),
                     default="default",
                     tooltip="The type in which weights are stored. default: as in the file, or what ComfyUI was "
-                    "started with (--bf16-unet and the like); fp8 and GGUF are unpacked once where GPUs have the room.",
+                    "started with (--bf16-unet and the like); fp8 and packed files are unpacked once where GPUs have "
+                    "the room.",
                 ),
                 io.String.Input(
                     "gpus",
@@ -74,32 +76,38 @@ class USPLoader(io.ComfyNode):
                     "visible GPU. 0,1,3: these, in nvidia-smi's order; cuda:0,1: these, as torch counts. cpu:2: two "
                     "CPU ranks.",
                 ),
-                io.Int.Input(
-                    "ulysses",
-                    default=0,
-                    min=0,
-                    max=64,
-                    tooltip="Ranks that share attention heads; must divide the head count. 0: chosen for you.",
+                advanced(
+                    io.Int.Input(
+                        "ulysses",
+                        default=0,
+                        min=0,
+                        max=64,
+                        tooltip="Ranks that share attention heads; must divide the head count. 0: chosen for you.",
+                    )
                 ),
-                io.Int.Input(
-                    "ring",
-                    default=0,
-                    min=0,
-                    max=64,
-                    tooltip="Ranks that pass keys and values round. ulysses x ring is the number of ranks. 0: "
-                    "chosen for you.",
+                advanced(
+                    io.Int.Input(
+                        "ring",
+                        default=0,
+                        min=0,
+                        max=64,
+                        tooltip="Ranks that pass keys and values round. ulysses x ring is the number of ranks. 0: "
+                        "chosen for you.",
+                    )
                 ),
                 SettingsType.Input(
                     "settings", optional=True, tooltip="From USP Optimization Settings; without it the defaults apply."
                 ),
-                io.Combo.Input(
-                    "batch_parallel",
-                    options=list(get_args(BatchParallel)),
-                    default="auto",
-                    optional=True,
-                    tooltip="Let groups of ranks evaluate the positive and negative prompt (cfg above 1), or the "
-                    "images of a batch, at the same time. auto: wherever the groups come out even. on: likewise, "
-                    "ulysses and ring are those of a group, and an odd number of ranks is refused. off: never.",
+                advanced(
+                    io.Combo.Input(
+                        "batch_parallel",
+                        options=list(get_args(BatchParallel)),
+                        default="auto",
+                        optional=True,
+                        tooltip="Let groups of ranks evaluate the positive and negative prompt (cfg above 1), or the "
+                        "images of a batch, at the same time. auto: wherever the groups come out even. on: likewise, "
+                        "ulysses and ring are those of a group, and an odd number of ranks is refused. off: never.",
+                    )
                 ),
             ],
             outputs=[
@@ -125,7 +133,7 @@ class USPLoader(io.ComfyNode):
         devices = local_devices(gpus) if gpus is not None else None
         if unet_name is None:
             return True
-        heads = _read(unet_name).config.heads
+        heads = read_named(unet_name).config.heads
         if devices is not None and ulysses is not None and ring is not None:
             wish = "auto" if batch_parallel is None else batch_parallel
             plan_batches(devices.ranks, heads, ulysses=ulysses, ring=ring, batch_parallel=wish)
@@ -134,7 +142,7 @@ class USPLoader(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, unet_name, **_others):
         """Runs again when the file was replaced or written to."""
-        return f"{unet_name} {FileState.of(os.stat(_path(unet_name)))}"
+        return f"{unet_name} {state_of(unet_name)}"
 
     @classmethod
     def execute(
@@ -152,18 +160,11 @@ class USPLoader(io.ComfyNode):
 
     @classmethod
     def _load(cls, unet_name, weight_dtype, gpus, ulysses, ring, settings: Settings, batch_parallel) -> io.NodeOutput:
-        file = _read(unet_name)
+        file = read_named(unet_name)
         devices = local_devices(gpus)
-        types = choose_types(
-            _storage(weight_dtype, file.header),
-            main_dtype(file.header),
-            cpu=devices.type == "cpu",
-            bfloat16=supports_bfloat16(devices),
-            float16=file.config.float16,
-        )
         session = Session(
             pool_for(devices),
-            file.spec(**types),
+            spec_on(devices, file, weight_dtype),
             plan_batches(devices.ranks, file.config.heads, ulysses=ulysses, ring=ring, batch_parallel=batch_parallel),
             settings,
         )
@@ -174,6 +175,18 @@ class USPLoader(io.ComfyNode):
         hint = f"; {fewer} may be faster: see ComfyUI's log" if fewer is not None else ""
         show(f"{file.config.family} on {devices}{hint}")
         return io.NodeOutput(model)
+
+
+def spec_on(devices: Devices, file: ModelFile, weight_dtype: str) -> ModelSpec:
+    """How a file is loaded on `devices`. Raises as `_storage`."""
+    types = choose_types(
+        _storage(weight_dtype, file.header),
+        main_dtype(file.header),
+        cpu=devices.type == "cpu",
+        bfloat16=supports_bfloat16(devices),
+        float16=file.config.float16,
+    )
+    return file.spec(**types)
 
 
 def _storage(weight_dtype: str, header: dict[str, TensorInfo]) -> Storage | None:
@@ -197,8 +210,13 @@ def _path(unet_name: str) -> str:
     return path
 
 
-def _read(unet_name: str) -> ModelFile:
-    """Raises CheckpointError, naming the input."""
+def state_of(unet_name: str) -> FileState:
+    """Changes when the file is replaced or written to."""
+    return FileState.of(os.stat(_path(unet_name)))
+
+
+def read_named(unet_name: str) -> ModelFile:
+    """What the file of a value of `unet_name` says of its model. Raises CheckpointError, naming the input."""
     path = _path(unet_name)
     try:
         return read_model(path)

@@ -76,7 +76,10 @@ def _in_conditioning(guider) -> str | None:
         if prompts is None or len(prompts) != 1:
             return f"{len(prompts or ())} parts of the {name} conditioning"
         (prompt,) = prompts
-        special = {key for key, value in prompt["model_conds"].items() if not _is_taken(key, value)}
+        given = prompt["model_conds"].items()
+        special = {
+            key for key, value in given if not _is_taken(key, value)
+        } - guider.inner_model.diffusion_model.ignored
         if special:
             return f"{', '.join(sorted(special))} on the {name} conditioning"
         if "c_crossattn" not in prompt["model_conds"]:

@@ -1,22 +1,35 @@
 """The pools of this ComfyUI: one per device list, kept warm between prompts, closed when ComfyUI ends."""
 
 import threading
+from collections.abc import Callable
 
 from ..fastusp_backend.devices import Devices
 from ..fastusp_backend.pool import Pool
 
 _pools: dict[Devices, Pool] = {}
 _lock = threading.Lock()
+_listeners: list[Callable[[], None]] = []
 
 
 def pool_for(devices: Devices) -> Pool:
     """The pool on `devices`; it starts its processes itself, when it is told to or first used."""
     with _lock:
         if devices not in _pools:
-            _pools[devices] = Pool(devices)
+            _pools[devices] = pool = Pool(devices)
+            pool.changed = _tell
         return _pools[devices]
 
 
 def all_pools() -> list[Pool]:
     with _lock:
         return list(_pools.values())
+
+
+def on_change(listener: Callable[[], None]) -> None:
+    """listener is called, on some thread, when a pool's processes are ready, and when they have ended."""
+    _listeners.append(listener)
+
+
+def _tell() -> None:
+    for listener in _listeners:
+        listener()

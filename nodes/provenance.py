@@ -97,6 +97,13 @@ def code_of(value: object) -> CodeType | None:
     return None if function is None else function.__code__
 
 
+def leaves_out(replacement: object) -> bool:
+    """Whether what runs in a block's place is the function of ComfyUI's nodes for Skip Layer Guidance, which gives the
+    tokens back as they came."""
+    code = code_of(replacement)
+    return code is not None and code.co_name == "skip" and code.co_filename.startswith(join(_ROOT, "comfy_extras", ""))
+
+
 def is_foreign(code: CodeType) -> bool:
     """Whether code comes from neither ComfyUI's library, FastUSP, torch nor Python."""
     file = code.co_filename

@@ -29,6 +29,7 @@ def reached(module: ModuleType, name: str, library: str) -> tuple[Place, ...]:
         if place not in found:
             found[place] = None
             open_places += _decorators(place)
+            open_places += _bases(place, library)
             for code in codes_at(place):
                 open_places += _named(place.module, provenance.names_in(code), library)
     return tuple(found)
@@ -49,6 +50,14 @@ def _decorators(place: Place) -> Iterator[Place]:
         if name is not None:
             yield Place(place.module, name.partition(".")[0])
         value = getattr(value, "__wrapped__", None)
+
+
+def _bases(place: Place, library: str) -> Iterator[Place]:
+    """The library's classes that the one at a place inherits from: its own code need not name them."""
+    value = vars(place.module).get(place.name)
+    for base in value.__bases__ if isinstance(value, type) else ():
+        if base.__module__.startswith(library):
+            yield Place(sys.modules[base.__module__], base.__name__)
 
 
 def _named(module: ModuleType, used: frozenset[str], library: str) -> Iterator[Place]:

@@ -52,6 +52,8 @@ def rehearse(
             model(x, sigmas[0] * x.new_ones(len(x)), **extra_args | {"model_options": options})
         tracer.check_names()
         _check_transformer_options(options.get("transformer_options", {}), arrived, tracer, transformer.stock)
+        if transformer.left_out(arrived):
+            tracer.fail("blocks are left out")
     except Obstacle:
         pass  # told by what the tracer has found, as are those that somebody swallowed
     except Exception:

@@ -9,6 +9,7 @@ from ..fastusp_backend.models.detection import FamilyConfig
 from ..fastusp_backend.prompt import Prompt
 from .comfyui import QwenImageTransformer2DModel
 from .host import Unsupported
+from .provenance import leaves_out
 from .remote_transformer import RemoteTransformer, masks_nothing, refuse_unsupported
 from .weight_patches import PREFIX
 
@@ -68,6 +69,29 @@ class RemoteFlux(RemoteTransformer):
         return self._on_workers(x[:, :own], timestep, prompt, control, **counts)
 
 
+class RemoteChroma(RemoteFlux):
+    """Its wrappers see no pooled text and no references, which have no effect in ComfyUI."""
+
+    def forward(
+        self,
+        x,
+        timestep,
+        context,
+        guidance=None,
+        control=None,
+        transformer_options={},  # noqa: B006 - ComfyUI's own signature
+        **kwargs,
+    ):
+        args = x, timestep, context, guidance, control, transformer_options
+        return self._through_wrappers(transformer_options, *args, **kwargs)
+
+    def _evaluate(
+        self, x, timestep, context, guidance, control, transformer_options, *, y=None, ref_latents=None, **kwargs
+    ):
+        args = x, timestep, context, y, guidance, ref_latents, control, transformer_options
+        return super()._evaluate(*args, **kwargs)
+
+
 class RemoteQwenImage(RemoteTransformer):
     _POSITIONS = inspect.signature(QwenImageTransformer2DModel.forward).parameters
     """The order of arguments differs between versions of ComfyUI; it calls by name, wrappers are called by position."""
@@ -110,9 +134,94 @@ class RemoteQwenImage(RemoteTransformer):
         return self._on_workers(x, timestep, prompt, control, input=self._config.blocks)
 
 
-TRANSFORMERS: dict[str, tuple[str, type[RemoteTransformer]]] = {
+class RemoteSD3(RemoteTransformer):
+    """Stable Diffusion 3, around whose transformer ComfyUI runs no wrappers."""
+
+    @classmethod
+    def fits(cls, unet_config: dict, config: FamilyConfig) -> bool:
+        """ComfyUI tells it by its sizes alone, and takes it to have as many blocks as heads."""
+        return unet_config.get("depth") == config.blocks and "pos_embed_max_size" in unet_config
+
+    @property
+    def y_embedder(self):
+        """What Stability's ControlNets copy the weights of, or `x_embedder`'s."""
+        raise Unsupported(
+            "A ControlNet that needs the model's own weights (Stability's for 3.5 large)",
+            "Use one of diffusers' kind (InstantX), or load the model with Load Diffusion Model",
+        )
+
+    x_embedder = y_embedder
+
+    def left_out(self, transformer_options: dict) -> list[int]:
+        """Those that ComfyUI's Skip Layer Guidance replaces by nothing."""
+        return [number for number, by in self._replaced(transformer_options).items() if leaves_out(by)]
+
+    def _replaced(self, transformer_options: dict) -> dict:
+        """Number of a block -> what runs in its place."""
+        given = transformer_options.get("patches_replace", {}).get("dit", {})
+        blocks = [("double_block", number) for number in range(self._config.blocks)]
+        return {key[1]: given[key] for key in blocks if key in given}
+
+    def forward(
+        self,
+        x,
+        timesteps,
+        context=None,
+        y=None,
+        control=None,
+        transformer_options={},  # noqa: B006 - ComfyUI's own signature
+        **kwargs,
+    ):
+        self._note_arrival(transformer_options)
+        skipped = self.left_out(transformer_options)
+        others = [number for number in self._replaced(transformer_options) if number not in skipped]
+        replaced = transformer_options.get("patches_replace", {}) | {"dit": others}
+        refuse_unsupported(transformer_options | {"patches_replace": replaced}, kwargs, self.stock)
+        blocks = self._config.blocks
+        return self._on_workers(x, timesteps, Prompt(context, y), control, skipped=skipped, output=blocks)
+
+
+class RemoteZImage(RemoteTransformer):
+    ignored = frozenset(("num_tokens", "clip_text_pooled"))
+
+    @classmethod
+    def fits(cls, unet_config: dict, config: FamilyConfig) -> bool:
+        """ComfyUI knows Lumina 2 by the same name, and a Z-Image of one width, with two refiners a stream."""
+        filled = unet_config.get("pad_tokens_multiple") == config.multiple
+        return filled and unet_config["dim"] == config.hidden and config.image_blocks == config.context_refiners == 2
+
+    def forward(self, x, timesteps, context, num_tokens=None, attention_mask=None, **kwargs):
+        args = x, timesteps, context, num_tokens, attention_mask
+        return self._through_wrappers(kwargs.get("transformer_options", {}), *args, **kwargs)
+
+    def _evaluate(
+        self,
+        x,
+        timesteps,
+        context,
+        num_tokens,
+        attention_mask=None,
+        ref_latents=None,
+        ref_contexts=None,
+        siglip_feats=None,
+        transformer_options={},  # noqa: B006 - ComfyUI's own signature
+        clip_text_pooled=None,
+        **kwargs,
+    ):
+        if attention_mask is not None and not masks_nothing(attention_mask):
+            raise Unsupported("A prompt with an attention mask")
+        if ref_latents or ref_contexts or siglip_feats:
+            raise Unsupported("A prompt with images (Z-Image Omni)", "Remove the images from the prompt")
+        refuse_unsupported(transformer_options, kwargs, self.stock)
+        return self._on_workers(x, timesteps, Prompt(context), None)
+
+
+TRANSFORMERS: dict[str, tuple[str | None, type[RemoteTransformer]]] = {
     "FLUX.1": ("flux", RemoteFlux),
     "FLUX.2": ("flux2", RemoteFlux),
+    "Chroma": ("chroma", RemoteChroma),
     "Qwen-Image": ("qwen_image", RemoteQwenImage),
+    "Stable Diffusion 3": (None, RemoteSD3),
+    "Z-Image": ("lumina2", RemoteZImage),
 }
-"""Family -> the name that ComfyUI's detection gives it, and what stands for its transformer."""
+"""Family -> the name that ComfyUI's detection gives it, if any, and what stands for its transformer."""

@@ -8,6 +8,9 @@ hands sigmas, noise and conditioning to the workers and follows their steps. Wha
 import contextlib
 import copy
 import inspect
+import itertools
+import time
+from collections.abc import Callable
 
 import torch
 from tqdm.auto import trange
@@ -19,14 +22,14 @@ from . import obstacles
 from .comfyui import k_diffusion
 from .host import interruptible, progress
 from .obstacles import PROMPT_FIELDS, evaluated_conditionings, name_in_workers, neutral, timestep_scale
-from .status import node_status, set_headline
+from .status import node_status, push_pools, set_headline
 
 
 def sample_in_workers(executor, guider, sigmas, extra_args, callback, noise, *args, **kwargs):
     """A SAMPLER_SAMPLE wrapper."""
     obstacle = obstacles.in_sampler(executor.class_obj, guider)
     if obstacle is not None:
-        _step_from_here(obstacle)
+        callback = _step_from_here(obstacle, guider, sigmas, callback)
         return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
     sampler = copy.copy(executor.class_obj)
     sampler.sampler_function = _loop_for(sampler.sampler_function, guider)
@@ -34,8 +37,22 @@ def sample_in_workers(executor, guider, sigmas, extra_args, callback, noise, *ar
     return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
 
 
-def _step_from_here(obstacle: str) -> None:
+def _step_from_here(obstacle: str, guider, sigmas: torch.Tensor, callback: Callable | None) -> Callable:
+    """Says so, and returns the callback by which the steps are told of, too."""
     set_headline("stepping", reason=obstacle)
+    pool, last, count = guider.inner_model.diffusion_model.session.pool, None, itertools.count()
+
+    def stepped(*args) -> None:
+        nonlocal last
+        now = time.monotonic()
+        # How much of the first was the loading of weights is not known.
+        pool.stepped(next(count), len(sigmas) - 1, now - last if last is not None else None)
+        last = now
+        push_pools(now=False)
+        if callback is not None:
+            callback(*args)
+
+    return stepped
 
 
 class _LatentsChanged(Exception):
@@ -58,7 +75,7 @@ def _loop_for(function, guider):
                 return in_workers(model, x, sigmas, extra_args, callback, disable, options)
             except _LatentsChanged:
                 obstacle = "a callback that changes the latents"
-        _step_from_here(obstacle)
+        callback = _step_from_here(obstacle, guider, sigmas, callback)
         return function(model, x, sigmas, extra_args=extra_args, callback=callback, disable=disable, **options)
 
     def in_workers(model, x, sigmas, extra_args, callback, disable, options):

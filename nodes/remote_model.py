@@ -156,6 +156,6 @@ def remote_model(session: Session, header: dict[str, TensorInfo]) -> RemotePatch
         load_device=device,
         offload_device=model_management.unet_offload_device(),
     )
-    patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "fastusp", functools.partial(sampling_run, session.pool))
+    patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "fastusp", functools.partial(sampling_run, session))
     patcher.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, "fastusp", sample_in_workers)
     return patcher

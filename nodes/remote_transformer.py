@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import msgspec
@@ -53,6 +53,8 @@ class RemoteTransformer(torch.nn.Module, metaclass=_Sealed):
 
     shown_as = "transformer"
     """What a status line calls it."""
+    ignored: frozenset[str] = frozenset()
+    """What ComfyUI gives its own transformer of the family with a prompt, and that one makes nothing of."""
 
     def __init__(self, session: Session, header: dict[str, TensorInfo], stock: torch.nn.Module, config: FamilyConfig):
         super().__init__()
@@ -148,22 +150,33 @@ class RemoteTransformer(torch.nn.Module, metaclass=_Sealed):
         if name != self.session.model.compute:
             self.session = replace(self.session, model=msgspec.structs.replace(self.session.model, compute=name))
 
-    def _through_wrappers(self, transformer_options: dict, *args, **kwargs) -> torch.Tensor:
+    def _through_wrappers(self, transformer_options: dict, /, *args, **kwargs) -> torch.Tensor:
         """`_evaluate`, a subclass's own, inside the wrappers that nodes put around the transformer."""
-        if self._arrived is not None:
-            self._arrived.update(transformer_options)
+        self._note_arrival(transformer_options)
         wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, transformer_options)
         return WrapperExecutor.new_class_executor(self._evaluate, self, wrappers).execute(*args, **kwargs)
 
+    def _note_arrival(self, transformer_options: dict) -> None:
+        """For a rehearsal."""
+        if self._arrived is not None:
+            self._arrived.update(transformer_options)
+
+    def left_out(self, transformer_options: dict) -> list[int]:
+        """The numbers of blocks that nodes leave out of an evaluation; a family that runs so overrides it."""
+        return []
+
     @torch.compiler.disable  # Torch Compile Model has nothing to compile here
-    def _on_workers(self, x, timestep, prompt: Prompt, control: dict | None, **blocks: int) -> torch.Tensor:
-        """blocks: of a ControlNet's residuals under `input` and `output`, how many the model has a block for."""
+    def _on_workers(
+        self, x, timestep, prompt: Prompt, control: dict | None, *, skipped: Sequence[int] = (), **blocks: int
+    ) -> torch.Tensor:
+        """skipped: the numbers of blocks that are left out. blocks: of a ControlNet's residuals under `input` and
+        `output`, how many the model has a block for."""
         refuse_replaced(self.stock)
         if self._arrived is not None:
             return torch.zeros_like(x)
         used = {kind: (control.get(kind) or [])[:count] for kind, count in blocks.items()} if control else None
         with ends_told(), interruptible():
-            output = self.session.evaluate(x, timestep, prompt, progress(), used)
+            output = self.session.evaluate(x, timestep, prompt, progress(), used, skipped)
         node_status().restore()
         return output.to(x.device)
 

@@ -8,7 +8,7 @@ from typing import get_args
 import msgspec
 
 from ..fastusp_backend.config import Settings
-from .comfyui import io, search_aliases
+from .comfyui import advanced, io, search_aliases
 
 SettingsType = io.Custom("USP_SETTINGS")
 
@@ -36,12 +36,16 @@ TOOLTIPS = {
 }
 _REQUIRED = {"wire", "attention"}
 """What every saved workflow has; those that came later may lack in one."""
+_ADVANCED = {"compile", "cuda_graphs", "overlap", "ring_pipeline"}
+"""What is there to measure what each brings, or to rule one out."""
 
 
 def _input(option: msgspec.structs.FieldInfo) -> io.Input:
     kind, choices = (io.Boolean, {}) if option.type is bool else (io.Combo, {"options": list(get_args(option.type))})
     optional = option.name not in _REQUIRED
-    return kind.Input(option.name, **choices, default=option.default, optional=optional, tooltip=TOOLTIPS[option.name])
+    choices |= {"default": option.default, "optional": optional, "tooltip": TOOLTIPS[option.name]}
+    entry = kind.Input(option.name, **choices)
+    return advanced(entry) if option.name in _ADVANCED else entry
 
 
 class USPSettings(io.ComfyNode):

@@ -1,5 +1,6 @@
 """What people see of the pools: a line of text on the running node and in ComfyUI's log, and routes for the page."""
 
+import asyncio
 import contextlib
 import logging
 import time
@@ -8,8 +9,10 @@ from contextvars import ContextVar
 
 from aiohttp import web
 
+from ..fastusp_backend.devices import gpu_loads
+from ..fastusp_backend.errors import DeviceError
 from .comfyui import PromptServer, get_executing_context, model_management
-from .pools import all_pools
+from .pools import all_pools, on_change
 
 log = logging.getLogger(__name__)
 
@@ -181,13 +184,22 @@ def _pools() -> dict:
 
 
 def add_routes() -> None:
-    """GET /fastusp/status: the pools, as `Pool.status` gives them. GET /fastusp/texts?client=ID: the status lines of
-    that client's running prompt, for a page that was loaded anew. Neither changes anything."""
+    """GET /fastusp/status: the pools, as `Pool.status` gives them. GET /fastusp/gpus: what the GPUs do just now, as
+    `nvml.loads` does. GET /fastusp/texts?client=ID: the status lines of that client's running prompt, for a page that
+    was loaded anew. None changes anything."""
+    on_change(push_pools)
     routes = PromptServer.instance.routes
 
     @routes.get("/fastusp/status")
     async def status(_request: web.Request) -> web.Response:
         return web.json_response(_pools())
+
+    @routes.get("/fastusp/gpus")
+    async def gpus(_request: web.Request) -> web.Response:
+        try:
+            return web.json_response({"gpus": await asyncio.to_thread(gpu_loads)})
+        except DeviceError as error:
+            return web.json_response({"gpus": [], "error": str(error)})
 
     @routes.get("/fastusp/texts")
     async def texts(request: web.Request) -> web.Response:

@@ -8,6 +8,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
+from packed_layers import LAYERS
 from safetensors.torch import load_file, save_file
 from support import SMALL
 
@@ -76,6 +77,32 @@ def scaled_fp8_tensors(state: State, path: Path, dtype: torch.dtype) -> State:
     return values
 
 
+def packed_layers(state: State, path: Path, *kinds: str, metadata: bool = False, **more) -> State:
+    """The matrices of blocks in these formats in turn, "" for none. more: what is said of each layer beside its format;
+    in the metadata, else in `comfy_quant` tensors."""
+    tensors, said, values = {}, {}, {}
+    matrices = [name for name, tensor in state.items() if is_matrix(tensor) and "blocks" in name]
+    for name, tensor in state.items():
+        layer, kind = name.removesuffix(".weight"), ""
+        if name in matrices:
+            kind = kinds[matrices.index(name) % len(kinds)]
+        if kind:
+            made, entry, values[name] = LAYERS[kind](*tensor.shape, seed=len(values))
+            tensors |= {f"{layer}.{leaf}": part for leaf, part in made.items()}
+            said[layer] = entry | more
+        else:
+            tensors[name] = tensor.bfloat16()
+            values[name] = tensors[name].float()
+    header = {}
+    if metadata:
+        header["_quantization_metadata"] = json.dumps({"format_version": "1.0", "layers": said})
+    else:
+        for layer, entry in said.items():
+            tensors[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps(entry).encode()), dtype=torch.uint8)
+    save_file(tensors, path, header)
+    return values
+
+
 def all_in_one(state: State, path: Path) -> State:
     """A transformer beside a text encoder and a VAE, which are not to be looked at."""
     tensors = {PREFIX + name: tensor for name, tensor in state.items()}
@@ -116,7 +143,8 @@ CENTRES = {"Q4_1": 7.5, "Q5_1": 15.5, "Q2_K": -1.5, "Q4_K": -7.5, "Q5_K": -15.5}
 
 
 def as_gguf(state: State, path: Path, packing: str) -> State:
-    """The matrices of blocks in `packing`, other matrices in BF16 or F16, vectors in F32, as converters write them."""
+    """The matrices of blocks in `packing`, other matrices in BF16 or F16, vectors in F32, and a leading dimension of 1
+    left out, as converters write them."""
     kind = gguf.GGMLQuantizationType[packing]
     writer = gguf.GGUFWriter(path, "flux")
     values = {}
@@ -125,16 +153,14 @@ def as_gguf(state: State, path: Path, packing: str) -> State:
             data = random_blocks(packing, *tensor.shape, seed=i)
             writer.add_tensor(name, data, raw_dtype=kind)
             values[name] = torch.from_numpy(gguf.quants.dequantize(data, kind).copy())
-        elif not is_matrix(tensor):
-            writer.add_tensor(name, tensor.float().numpy())
-            values[name] = tensor.float()
-        elif i % 2:
-            writer.add_tensor(name, tensor.half().numpy())
-            values[name] = tensor.half().float()
+            continue
+        held = tensor.to((torch.bfloat16, torch.float16)[i % 2] if is_matrix(tensor) else torch.float32)
+        values[name] = held.float()
+        held = held[0] if held.shape[:1] == (1,) else held
+        if held.dtype == torch.bfloat16:
+            writer.add_tensor(name, held.view(torch.uint8).numpy(), raw_dtype=gguf.GGMLQuantizationType.BF16)
         else:
-            data = tensor.bfloat16().view(torch.uint8).numpy()
-            writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType.BF16)
-            values[name] = tensor.bfloat16().float()
+            writer.add_tensor(name, held.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -152,6 +178,12 @@ FORMATS: dict[str, Callable[[State, Path], State]] = {
     "scaled_metadata_e5m2": lambda state, path: scaled_fp8_metadata(state, path, E5M2),
     "scaled_tensors": lambda state, path: scaled_fp8_tensors(state, path, E4M3),
     "all_in_one": all_in_one,
+    "nvfp4": lambda state, path: packed_layers(state, path, "nvfp4"),
+    "mxfp8": lambda state, path: packed_layers(state, path, "mxfp8", metadata=True),
+    "int8_rows": lambda state, path: packed_layers(state, path, "int8_rows"),
+    "int8_convrot": lambda state, path: packed_layers(state, path, "int8_convrot", metadata=True),
+    "int4_convrot": lambda state, path: packed_layers(state, path, "int4_convrot"),
+    "mixed": lambda state, path: packed_layers(state, path, "", *LAYERS),
     "gguf_Q8_0": lambda state, path: as_gguf(state, path, "Q8_0"),
     "gguf_Q4_K": lambda state, path: as_gguf(state, path, "Q4_K"),
 }

@@ -9,15 +9,20 @@ import torch
 
 from fastusp_backend.models import layers
 from fastusp_backend.models.family import FamilyConfig
+from fastusp_backend.models.positions import References
 from fastusp_backend.models.segments import Segments
-from fastusp_backend.models.synthetic import FLUX2_DEV, FLUX_DEV, QWEN_IMAGE
+from fastusp_backend.models.synthetic import CHROMA, FLUX2_DEV, FLUX_DEV, QWEN_IMAGE, SD35_LARGE, SD35_MEDIUM, Z_IMAGE
 
 FULL_SIZE = {
     "FLUX.1": FLUX_DEV,
     "FLUX.2 dev": FLUX2_DEV,
     "FLUX.2 klein 4B": replace(FLUX2_DEV, hidden=3072, heads=24, mlp=9216, context=7680, guidance=False),
     "FLUX.2 klein 9B": replace(FLUX2_DEV, hidden=4096, heads=32, mlp=12288, context=12288, guidance=False),
+    "Chroma": CHROMA,
     "Qwen-Image": QWEN_IMAGE,
+    "Stable Diffusion 3.5 large": SD35_LARGE,
+    "Stable Diffusion 3.5 medium": replace(SD35_MEDIUM, second_attentions=1),
+    "Z-Image": Z_IMAGE,
 }
 
 
@@ -43,7 +48,7 @@ class _Joint:
     def project(self, *_, **__) -> None:
         pass
 
-    def attend(self, *, text_first: bool = False) -> None:
+    def attend(self, *, text_first: bool = False, image_only: bool = False) -> None:
         pass
 
 
@@ -63,8 +68,9 @@ def parts(config: FamilyConfig) -> set[Part]:
             layer.stored = layer.stored.by_rows()
         txt, img = torch.empty(2, 1, 3, config.hidden, dtype=torch.bfloat16)
         patches = torch.empty(1, 3, config.patch**2 * (config.channels + config.concat_channels), dtype=torch.bfloat16)
-        table = torch.empty(3, 64)
         mods = model.split_modulations(torch.empty(1, 1, model.modulation_width, dtype=torch.bfloat16))
         joint = _Joint(torch.empty(1, 6, config.hidden, dtype=torch.bfloat16), text=3)
-        model(patches, txt, mods, ((table, table), (table, table)), joint, Segments(img.device, fused=False, fp8=True))
+        rope = model.rope(3, (1, 3), References(config.patch), img.device)
+        rope = tuple(tuple(table[:3] for table in tables) for tables in rope)  # without what fills a stream up
+        model(patches, txt, mods, rope, joint, Segments(img.device, fused=False, fp8=True))
     return found

@@ -12,10 +12,13 @@ from fastusp_backend.comm.transport import Transport
 from fastusp_backend.config import FileState, ModelSpec, Settings
 from fastusp_backend.engine import Denoiser
 from fastusp_backend.engine.checkpoint import Checkpoint
+from fastusp_backend.models.chroma import ChromaConfig
 from fastusp_backend.models.family import NO_RESIDUALS, FamilyConfig, Residuals, Transformer
 from fastusp_backend.models.flux import FluxConfig
 from fastusp_backend.models.flux2 import Flux2Config
 from fastusp_backend.models.qwen_image import QwenImageConfig
+from fastusp_backend.models.sd3 import SD3Config
+from fastusp_backend.models.z_image import ZImageConfig
 from fastusp_backend.prompt import Prompt
 
 SMALL = FluxConfig(
@@ -39,7 +42,29 @@ SMALL_FLUX2 = Flux2Config(
     single_blocks=2,
     guidance=True,
 )
+SMALL_CHROMA = ChromaConfig(
+    hidden=512,
+    heads=4,
+    channels=16,
+    context=64,
+    mlp=1024,
+    double_blocks=2,
+    single_blocks=2,
+    approximator=64,
+)
 SMALL_QWEN = QwenImageConfig(hidden=512, heads=4, channels=16, context=64, mlp=1024, blocks=2)
+SMALL_SD3 = SD3Config(
+    hidden=256,
+    heads=4,
+    channels=16,
+    context=64,
+    pooled=32,
+    mlp=1024,
+    blocks=3,
+    second_attentions=2,
+    positions=12,
+)
+SMALL_Z_IMAGE = ZImageConfig(hidden=512, heads=4, channels=16, context=64, mlp=768, blocks=2)
 
 
 SOME_FILE = FileState(device=1 << 40, inode=1 << 62, size=1 << 35, mtime_ns=1 << 60)
@@ -75,7 +100,7 @@ def inputs(config: FamilyConfig, *, text: int, size: tuple[int, int], batch: int
     def draw(*shape: int) -> torch.Tensor:
         return randn(*shape, seed=next(seeds))
 
-    x, timestep = draw(batch, config.channels, *size), torch.linspace(0.7, 0.3, batch)
+    x, timestep = draw(batch, config.channels, *size), config.timestep_scale * torch.linspace(0.7, 0.3, batch)
     prompt = config.example_prompt(draw, text=text, size=size, batch=batch)
     return Inputs(x, timestep, prompt.context, prompt.y, prompt.guidance)
 

@@ -1,9 +1,13 @@
-// What the page has of FastUSP: the side panel and its commands (panel.js), and the status lines on nodes, which a page
-// that is loaded in the middle of a run has not heard.
+// What the page has of FastUSP: the side panel and its commands (panel.js), the workers' log (log.js), news (toasts.js),
+// and the status lines on nodes, which a page that is loaded in the middle of a run has not heard.
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
-import { commands, tab } from "./panel.js";
+import { logCommand, logTab } from "./log.js";
+import { commands as poolCommands, tab } from "./panel.js";
+import { followNews } from "./toasts.js";
+
+const commands = [...poolCommands, logCommand];
 
 // The id of graphs that have none; they get one when the page is loaded anew.
 const NO_ID = "00000000-0000-0000-0000-000000000000";
@@ -29,10 +33,12 @@ app.registerExtension({
   name: "FastUSP.Pools",
   commands,
   menuCommands: [{ path: ["Extensions", "FastUSP"], commands: commands.map((command) => command.id) }],
+  bottomPanelTabs: [logTab],
   afterConfigureGraph: showTextsSoon,
   setup() {
     // Older front ends have no side bar; the nodes do not need it.
     app.extensionManager?.registerSidebarTab?.(tab);
     api.addEventListener("reconnected", showTextsSoon);
+    followNews();
   },
 });

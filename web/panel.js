@@ -2,163 +2,56 @@
 // them while a run goes on ("fastusp.pools"), and what may be done with them.
 
 import { api } from "../../scripts/api.js";
-import { app } from "../../scripts/app.js";
+import { ACTIONS, Card } from "./card.js";
+import { element } from "./element.js";
+import { act, copyReport, readLoads, readPools, toast } from "./pools.js";
 
 // Between two looks at pools of which nothing is sent: workers may end without a run.
 const REFRESH_MS = 4000;
+// The same while the seconds of a phase are shown.
+const SECOND_MS = 1000;
 
 const EMPTY =
   "No pool yet. Add USP Loader (Add Node > FastUSP) and connect its model to USP Sampler or KSampler. " +
   "Its worker processes start when you run the workflow; they are listed here and stay warm for the next run.";
 
-// What Pool.status calls a pool's states, in words for people.
-const STATES = {
-  off: "off: starts with the next run",
-  starting: "starting",
-  idle: "idle: warm, waiting for a run",
-  busy: "busy: a run is under way",
-  stopping: "stopping: coming to the end of what was cancelled",
-};
-
-const TIMES = ["not yet", "once", "twice"];
-
-// What Pool.status calls the whereabouts of the weights.
-const HELD = {
-  resident: (size) => `on the devices, at most ${size} on one`,
-  parked: (size) => `parked in host memory, at most ${size} by one rank`,
-  none: () => "released: loads with the next run",
-};
-
-// The actions of nodes/control.py, and in which states each makes sense.
-const ACTIONS = [
-  ["release", "Release memory", "Drops the weights; the workers stay warm", ["idle"]],
-  ["stop", "Stop", "Ends the workers; the next run starts new ones", ["starting", "idle", "busy", "stopping"]],
-  ["restart", "Restart", "Ends the workers and starts new ones", ["off", "starting", "idle", "busy", "stopping"]],
-];
-
 const STYLE = `
-.fastusp { padding: 12px; color: var(--fg-color); font-size: 13px; line-height: 1.5; user-select: text; }
+.fastusp { padding: 12px; container-type: inline-size; color: var(--fg-color); font-size: 13px; line-height: 1.5; user-select: text; }
 .fastusp h2 { margin: 0 0 12px; font-size: 15px; font-weight: 600; }
 .fastusp p { margin: 0; color: var(--descrip-text); overflow-wrap: anywhere; }
 .fastusp section { margin-bottom: 12px; padding: 10px; border: 1px solid var(--border-color); border-radius: 6px; }
 .fastusp h3 { margin: 0; font-size: 13px; font-weight: 600; }
+.fastusp h4 { margin: 8px 0 0; font-size: 13px; font-weight: 600; }
+.fastusp ol { margin: 0; padding: 0; list-style: none; overflow-wrap: anywhere; }
+.fastusp small { display: block; color: var(--descrip-text); }
+.fastusp pre { max-height: 200px; margin: 4px 0 0; padding: 6px; overflow: auto; font-size: 12px; white-space: pre-wrap;
+  overflow-wrap: anywhere; border-left: 3px solid var(--error-text, #d33); background: var(--comfy-input-bg); }
+.fastusp .spoken { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 .fastusp progress { width: 100%; margin-top: 6px; accent-color: var(--p-primary-color, #3b82f6); }
 .fastusp table { width: 100%; margin-top: 8px; border-collapse: collapse; }
 .fastusp th { padding-right: 12px; font-weight: normal; text-align: left; white-space: nowrap; color: var(--descrip-text); }
 .fastusp th, .fastusp td { vertical-align: top; }
 .fastusp td { overflow-wrap: anywhere; white-space: pre-wrap; }
+@container (max-width: 240px) { .fastusp tr, .fastusp th, .fastusp td { display: block; } }
+.fastusp .memory { display: flex; height: 8px; margin: 2px 0 6px; border: 1px solid var(--border-color); }
+.fastusp .memory span { flex-basis: 0; }
+.fastusp .weights { background: var(--p-primary-color, #3b82f6); }
+.fastusp .buffers { background: color-mix(in srgb, var(--p-primary-color, #3b82f6) 50%, transparent); }
+.fastusp .other { background: var(--descrip-text); }
 .fastusp .actions { display: flex; flex-wrap: wrap; gap: 6px; margin-top: 8px; }
 .fastusp button { padding: 2px 10px; border: 1px solid var(--border-color); border-radius: 4px; cursor: pointer;
   background: var(--comfy-input-bg); color: var(--input-text); font: inherit; }
+.fastusp button:focus-visible, .fastusp pre:focus-visible { outline: 2px solid var(--p-primary-color, #3b82f6); }
 .fastusp button:disabled { opacity: 0.5; cursor: default; }
 `;
 
-/** An element with children; strings become text nodes, so that no name from a machine is ever read as HTML. */
-function element(tag, ...children) {
-  const made = document.createElement(tag);
-  made.append(...children);
-  return made;
-}
-
-function toast(severity, summary, detail) {
-  app.extensionManager?.toast?.add({ severity, summary, detail, life: severity === "error" ? 15000 : 4000 });
-}
-
-/** One line on what a pool does: its state, or the phase or step that a run is at. */
-function said(pool) {
-  const state = STATES[pool.state] ?? pool.state;
-  if (pool.steps) {
-    const left = pool.seconds_left >= 1 ? `, ${Math.round(pool.seconds_left)} s left` : "";
-    return `step ${pool.step} of ${pool.steps}, ${pool.ms_per_step} ms a step${left}`;
-  }
-  if (pool.phase) return `${pool.phase} (${Math.round(pool.phase_seconds)} s)`;
-  return state;
-}
-
-/** A pool's facts as pairs. While it has no processes, or they have not answered yet, there is no more than its state. */
-function facts(pool) {
-  const rows = [["Ranks", String(pool.ranks)]];
-  if (pool.last) {
-    const { steps, seconds, ms_per_step } = pool.last;
-    rows.push(["Last run", `${steps} steps in ${seconds} s, ${ms_per_step} ms a step`]);
-  }
-  if (pool.pids) {
-    pool.pids.forEach((pid, rank) => rows.push([`Rank ${rank}`, `${pool.names[rank]}, process ${pid}`]));
-    if (pool.model) rows.push(["Model", pool.model]);
-    if (pool.layout) rows.push(["Layout", pool.layout]);
-    if (pool.held) rows.push(["Weights", HELD[pool.held](`${(pool.nbytes / 1e9).toFixed(1)} GB`)]);
-    rows.push(["Process group", pool.backend]);
-    if (pool.transport) rows.push(["Exchanges", pool.transport]);
-    if (pool.weights) rows.push(["Weights", pool.weights]);
-    rows.push(["PyTorch", pool.torch]);
-  }
-  rows.push(["Started", TIMES[pool.starts] ?? `${pool.starts} times`]);
-  if (pool.error) rows.push(["Last error", pool.error]);
-  return rows;
-}
-
-/** A pool's card. It stays in the page as long as the pool is there: what is in it changes, so that the keyboard's focus
- *  and a selection of text stay where they are. */
-class Card {
-  constructor(devices) {
-    this.devices = devices;
-    this.state = element("p");
-    this.state.setAttribute("role", "status"); // changes are announced
-    this.bar = element("progress");
-    this.bar.setAttribute("aria-label", `Run on ${devices}`);
-    this.table = element("table");
-    this.buttons = ACTIONS.map(([action, label, tip, states]) => {
-      const button = element("button", label);
-      button.title = tip;
-      button.onclick = () => act(action, devices, label);
-      return { button, states };
-    });
-    const actions = element("div", ...this.buttons.map(({ button }) => button));
-    actions.className = "actions";
-    this.section = element("section", element("h3", devices), this.state, this.bar, this.table, actions);
-    this.section.setAttribute("aria-label", `Pool on ${devices}`);
-  }
-
-  show(pool) {
-    const line = said(pool);
-    if (this.state.textContent !== line) this.state.textContent = line;
-    this.bar.hidden = !pool.steps;
-    if (pool.steps) [this.bar.max, this.bar.value] = [pool.steps, pool.step];
-    const rows = facts(pool);
-    const text = JSON.stringify(rows);
-    if (text !== this.drawn)
-      this.table.replaceChildren(...rows.map(([name, value]) => element("tr", element("th", name), element("td", value))));
-    this.drawn = text;
-    for (const { button, states } of this.buttons) button.disabled = !states.includes(pool.state);
-  }
-}
-
-/** Has the server do something with a pool; whoever waits is told how it ended. */
-export async function act(action, devices, label) {
-  const answer = await api.fetchApi(`/fastusp/pools/${action}`, {
-    method: "POST",
-    headers: { "Content-Type": "application/json" },
-    body: JSON.stringify({ devices }),
-  });
-  const { error } = await answer.json();
-  if (error) toast("error", `FastUSP: ${label}, ${devices}`, error);
-  else toast("success", `FastUSP: ${label}, ${devices}`, "Done");
-  document.dispatchEvent(new CustomEvent("fastusp.changed"));
-}
-
-export async function readPools() {
-  const answer = await api.fetchApi("/fastusp/status");
-  if (!answer.ok) throw new Error(`/fastusp/status answered ${answer.status}`);
-  return (await answer.json()).pools;
-}
-
 /** Shows pools in `list`, whose cards are kept by devices. */
-function show(list, cards, pools) {
+function show(list, cards, pools, loads) {
   for (const devices of cards.keys())
     if (!pools.some((pool) => pool.devices === devices)) cards.delete(devices);
   for (const pool of pools) {
     if (!cards.has(pool.devices)) cards.set(pool.devices, new Card(pool.devices));
-    cards.get(pool.devices).show(pool);
+    cards.get(pool.devices).show(pool, loads, pools);
   }
   const wanted = cards.size > 0 ? [...cards.values()].map((card) => card.section) : [element("p", EMPTY)];
   if (wanted.length !== list.children.length || wanted.some((node, i) => node !== list.children[i]))
@@ -168,21 +61,26 @@ function show(list, cards, pools) {
 /** Keeps `list` up to date while it is in the page. The front end does not tell a tab that another one took its place. */
 async function follow(list) {
   const cards = new Map();
+  let loads = [];
+  let counting = false;
   let wake = () => {};
-  const sent = (event) => show(list, cards, event.detail.pools);
+  const sent = (event) => show(list, cards, event.detail.pools, loads);
   const changed = () => wake();
   api.addEventListener("fastusp.pools", sent);
   document.addEventListener("fastusp.changed", changed);
   do {
     try {
-      show(list, cards, await readPools());
+      const pools = await readPools();
+      loads = await readLoads(pools);
+      counting = pools.some(({ phase, steps }) => phase && !steps);
+      show(list, cards, pools, loads);
     } catch (error) {
       cards.clear();
       list.replaceChildren(element("p", `ComfyUI does not answer (${error}). Trying again.`));
     }
     await new Promise((resolve) => {
       wake = resolve;
-      setTimeout(resolve, REFRESH_MS);
+      setTimeout(resolve, counting ? SECOND_MS : REFRESH_MS);
     });
   } while (list.isConnected);
   api.removeEventListener("fastusp.pools", sent);
@@ -213,9 +111,19 @@ async function onAll(action, label) {
   for (const pool of pools) await act(action, pool.devices, label);
 }
 
-export const commands = ACTIONS.map(([action, label]) => ({
-  id: `FastUSP.${action}`,
-  label: `FastUSP: ${label} (all pools)`,
-  icon: "pi pi-microchip",
-  function: () => onAll(action, label),
-}));
+/** The report on the pool that failed last, else on the first. */
+async function report() {
+  const pools = await readPools();
+  const pool = pools.find(({ error }) => error) ?? pools[0];
+  if (pool) await copyReport(pool.devices);
+  else toast("info", "FastUSP: no report", EMPTY);
+}
+
+const icon = "pi pi-microchip";
+
+export const commands = [
+  ...ACTIONS.map(([action, label]) => {
+    return { id: `FastUSP.${action}`, label: `FastUSP: ${label} (all pools)`, icon, function: () => onAll(action, label) };
+  }),
+  { id: "FastUSP.report", label: "FastUSP: Copy report", icon, function: report },
+];

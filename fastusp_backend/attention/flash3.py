@@ -14,6 +14,8 @@ _MODULE = "fa3_fwd_interface"
 _QUERIES, _ROUNDS = 128, 3
 """Queries of one tile, and how often tiles must fill the GPU for this kernel to lead cuDNN's: on an H100 12 heads x
 4608 tokens (3.3 times) took 220 us for 235, 6 heads 131 for 124, 6 x 16896 (6 times) 1249 for 1348."""
+_DIM = 128
+"""The head dim of which that was measured: its tiles are others for any other."""
 
 
 @functools.cache
@@ -41,7 +43,8 @@ def flash3(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> t
 
 
 def leads(q: torch.Tensor) -> bool:
-    """Whether it is the fastest for queries (B, L, h, D) of so many tokens and heads."""
-    batch, length, heads, _ = q.shape
+    """Whether it is the fastest for queries (B, L, h, D) of so many tokens and heads. Of another head dim than
+    128 it is not known to be."""
+    batch, length, heads, dim = q.shape
     units = torch.cuda.get_device_properties(q.device).multi_processor_count
-    return batch * heads * -(-length // _QUERIES) >= _ROUNDS * units
+    return dim == _DIM and batch * heads * -(-length // _QUERIES) >= _ROUNDS * units

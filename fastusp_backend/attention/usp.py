@@ -16,7 +16,7 @@ from ..comm.links import K, Links, Q, V
 from ..comm.mesh import Mesh
 from ..comm.shards import SequenceShards
 from ..kernels.merge import merge
-from ..kernels.place import place
+from ..kernels.place import EPS, place
 from ..pulse import beat
 from .local import Attend
 
@@ -30,11 +30,13 @@ class JointAttention:
     """Attention over the whole sequence for one rank's tokens, for tensors of one shape.
 
     A layer calls `project` once or more (in the same order on all ranks), then `attend`, then `collect`; or
-    `attend(text_first=True)`, `collect_text` and `collect_image`.
+    `attend(text_first=True)`, `collect_text` and `collect_image`. One in which the image's tokens attend to each other
+    alone projects those and calls `attend(image_only=True)` and `collect_image`.
 
     overlap: exchanges run while the layer computes what lies between these calls; else each is awaited where it starts.
     pipelined: the ring's next block travels while the current one is attended.
     arrived, returned: called as a layer attends and when its tokens are back: nothing of Ulysses travels then.
+    eps: epsilon of the norms of queries and keys.
     """
 
     def __init__(
@@ -48,20 +50,23 @@ class JointAttention:
         pipelined: bool,
         arrived: Callable[[], None] = lambda: None,
         returned: Callable[[], None] = lambda: None,
+        eps: float = EPS,
     ):
         self._attend, self._shards, self._ulysses, self._ring = attend, shards, links.ulysses, links.ring
         self._overlap, self._pipelined = overlap, pipelined
-        self._tokens_arrived, self._tokens_returned = arrived, returned
+        self._tokens_arrived, self._tokens_returned, self._eps = arrived, returned, eps
         self._returned: torch.Tensor | None = None
         self._own_regions = shards.regions(self._ulysses.position)
-        self._valid = [shards.valid(position) for position in range(mesh.layout.ring)]
+        positions = range(mesh.layout.ring)
+        self._valid = [shards.valid(position) for position in positions]
+        self._valid_image = [shards.valid(position, text=False) for position in positions]
         self._scale = self._ulysses.received.shape[-1] ** -0.5
 
     def project(
         self,
         projected: torch.Tensor,
         scales: tuple[torch.Tensor | None, ...],
-        rope: Rope,
+        rope: Rope | None,
         which: slice = ALL,
         *,
         text: bool = True,
@@ -70,8 +75,8 @@ class JointAttention:
         """Norms, rotates and starts sending T tensors of this rank's text rows, image rows or both.
 
         projected (B, R, T C): the tensors `which` of q, k, v.
-        scales: their norms' weights (D,), None for v, which is neither normed nor rotated.
-        rope: cos, sin of these rows, (R, D / 2).
+        scales: their norms' weights (D,), None for what is neither normed nor rotated, as v.
+        rope: cos, sin of these rows, (R, D / 2), None for no rotation.
         """
         first_row = 0 if text else self._shards.local_text
         ulysses = self._ulysses
@@ -86,18 +91,28 @@ class JointAttention:
             ulysses.outgoing,
             ulysses.position,
             self._own_regions,
+            self._eps,
         )
         self._ulysses.send(which, text=text, image=image)
         if not self._overlap:
             self._ulysses.wait()
 
-    def attend(self, *, text_first: bool = False) -> None:
-        """Waits for what was projected, attends, and starts returning the tokens to their owners. text_first: the
-        text's, so that a layer computes with them while the image's travel."""
+    def attend(self, *, text_first: bool = False, image_only: bool = False) -> None:
+        """Waits for what was projected, attends, and starts returning the tokens to their owners.
+
+        text_first: the text's, so that a layer computes with them while the image's travel.
+        image_only: to the image's tokens. The text's queries, of the layer before or of nothing, do so as well, and
+            nobody takes what comes of it: one call over neighbouring rows costs less than to cut the few of the text
+            out.
+        """
         self._ulysses.wait()
         self._tokens_arrived()
         q, k, v = self._ulysses.received.unbind(0)
-        attended = self._over_ring(q, self._ulysses.received[K:]) if self._ring else self._over_own(q, k, v)
+        valid = self._valid_image if image_only else self._valid
+        if self._ring:
+            attended = self._over_ring(q, self._ulysses.received[K:], valid)
+        else:
+            attended = self._attend(q, k[:, valid[0]], v[:, valid[0]], self._scale)[0]
         self._ulysses.give_back(attended, text_first=text_first)
         if not self._overlap:
             self._returned = self._ulysses.take_back()
@@ -114,18 +129,15 @@ class JointAttention:
         return attended[:, : self._shards.local_text]
 
     def collect_image(self) -> torch.Tensor:
-        """Returns the attended image tokens of this rank (B, Li, C), behind `collect_text`."""
+        """Returns the attended image tokens of this rank (B, Li, C), behind `collect_text` where there is text."""
         return self.collect()[:, self._shards.local_text :]
 
-    def _over_own(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        valid = self._valid[0]
-        return self._attend(q, k[:, valid], v[:, valid], self._scale)[0]
-
-    def _over_ring(self, q: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        """Attends q (B, N, h, D) over all ring positions' keys and values; own (2, B, N, h, D) are this one's."""
+    def _over_ring(self, q: torch.Tensor, own: torch.Tensor, valid_of: list[slice]) -> torch.Tensor:
+        """Attends q (B, N, h, D) over the valid ones of all ring positions' keys and values; own (2, B, N, h, D) are
+        this one's."""
         merged: tuple[torch.Tensor, torch.Tensor] | None = None
         for position, (k, v) in self._ring.rotate(own, pipelined=self._pipelined):
-            valid = self._valid[position]
+            valid = valid_of[position]
             if valid.start >= valid.stop:
                 continue
             out, lse = self._attend(q, k[:, valid], v[:, valid], self._scale)

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 
+import msgspec
 import torch
-from tqdm import tqdm
 
 from ..config import Layout, ModelSpec, Settings
 from ..devices import Devices, local_devices
@@ -16,6 +16,7 @@ from ..planner import legal_layouts
 from ..pool import Pool, Progress, Session
 from ..prompt import Prompt
 from .arguments import add_gpus, add_sizes
+from .bar import Watch, bar
 from .inputs import describe, random_inputs
 from .limit import limit
 from .table import Column, Table
@@ -60,6 +61,10 @@ class Row:
     def exact(self) -> bool:
         return self.settings.wire == self.settings.linear == "exact"
 
+    @property
+    def name(self) -> str:
+        return f"{self.layout}, {self.settings.wire} wire, {self.settings.linear} products"
+
     def choice(self, devices: Devices) -> str:
         """Says what to set for it in ComfyUI, and what that gives."""
         some = devices.first(self.layout.ranks)
@@ -97,40 +102,107 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.steps < 1:
         raise RequestError(f"--steps {arguments.steps}: at least 1 step must be timed")
     _, config, spec = describe(path, devices)
-    given = random_inputs(config, arguments.size, arguments.text)
+    bench = Bench(
+        spec=spec,
+        given=random_inputs(config, arguments.size, arguments.text),
+        steps=arguments.steps,
+        every_layout=arguments.layouts == "all",
+        seconds=arguments.seconds,
+    )
     print(
         f"{path}: {config.family}, {spec.compute}, on {devices}; {'x'.join(map(str, arguments.size))} px, "
         f"{arguments.text} text tokens of random values; medians of {arguments.steps} evaluations"
     )
     print(TABLE.head(), flush=True)
     rows: list[Row] = []
-    for row in _rows(devices, config.heads, spec, given, arguments):
+    for row in bench.rows(devices, config.heads):
         rows.append(row)
         print(line(row, rows[0]), flush=True)
     print("\n".join(recommend(rows, devices)))
     return 0 if any(row.seconds for row in rows) else 1
 
 
-def _rows(devices: Devices, heads: int, spec: ModelSpec, given, arguments) -> Iterator[Row]:
-    for ranks in rank_counts(devices.ranks):
-        layouts = legal_layouts(ranks, heads)
-        some = []
-        with closing(Pool(devices.first(ranks))) as pool:
-            for layout in layouts if arguments.layouts == "all" else layouts[:1]:
-                row = Row(layout=layout, settings=Settings(), automatic=layout == layouts[0])
-                some.append(_measured(row, pool, spec, given, arguments))
-                yield some[-1]
-            if ranks < devices.ranks:
-                continue
-            best = min(some, key=lambda row: row.seconds or float("inf"))
-            for settings in options(ranks):
-                if best.problem and settings.linear == "exact":
-                    continue  # as large as what did not run, and nothing to be compared with
-                row = Row(layout=best.layout, settings=settings, automatic=best.automatic)
-                row = _measured(row, pool, spec, given, arguments)
-                yield row
-                if row.problem and settings.linear == "fp8":
-                    return  # these devices have no such products, or no room for them, over any wire
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bench:
+    """What is measured, and how.
+
+    given: latents and a prompt.
+    steps: how many are timed in each row.
+    every_layout: whether all legal ones are, or FastUSP's own choice for each number of ranks.
+    seconds: time limit of each row.
+    base: the options beside those that are measured.
+    """
+
+    spec: ModelSpec
+    given: tuple[torch.Tensor, Prompt]
+    steps: int
+    every_layout: bool = False
+    seconds: float = 1800.0
+    base: Settings = Settings()
+    watch: Watch = bar
+
+    def rows(self, devices: Devices, heads: int) -> Iterator[Row]:
+        """Measures 1, 2, 4, ... of the devices, then the options on all of them. Workers run between two rows alone."""
+        exact = msgspec.structs.replace(self.base, wire="exact", linear="exact")
+        for ranks in rank_counts(devices.ranks):
+            layouts = legal_layouts(ranks, heads)
+            some = []
+            with closing(Pool(devices.first(ranks))) as pool:
+                for layout in layouts if self.every_layout else layouts[:1]:
+                    row = Row(layout=layout, settings=exact, automatic=layout == layouts[0])
+                    some.append(self.measured(row, pool))
+                    yield some[-1]
+                if ranks < devices.ranks:
+                    continue
+                fastest = min(some, key=lambda row: row.seconds or float("inf"))
+                for option in options(ranks):
+                    if fastest.problem and option["linear"] == "exact":
+                        continue  # as large as what did not run, and nothing to be compared with
+                    settings = msgspec.structs.replace(exact, **option)
+                    row = Row(layout=fastest.layout, settings=settings, automatic=fastest.automatic)
+                    row = self.measured(row, pool)
+                    yield row
+                    if row.problem and option["linear"] == "fp8":
+                        return  # these devices have no such products, or no room for them, over any wire
+
+    def count(self, devices: Devices, heads: int) -> int:
+        """How many rows there are at most."""
+        layouts = [len(legal_layouts(n, heads)) if self.every_layout else 1 for n in rank_counts(devices.ranks)]
+        return sum(layouts) + len(options(devices.ranks))
+
+    def measured(self, row: Row, pool: Pool) -> Row:
+        """Times the steps of a sampling run. What the workers refuse, die of, or take too long for is the row's
+        problem. Raises Cancelled where whoever watches interrupts it."""
+        x, prompt = self.given
+        warm_up, seconds = WARM_UP[pool.devices.type], []
+        steps = warm_up + self.steps
+        try:
+            with self.watch(row.name, steps) as watched, limit(pool, self.seconds) as late:
+
+                def step(event, tensors) -> None:
+                    seconds.append(event.seconds)
+                    watched.step(event, tensors)
+
+                def interrupted() -> bool:
+                    return late() or watched.interrupted()
+
+                Session(pool, self.spec, (row.layout,), row.settings).sample(
+                    x,
+                    torch.linspace(1, 0, steps + 1),
+                    sampler="euler",
+                    positive=prompt,
+                    progress=Progress(step=step, phase=watched.phase, interrupted=interrupted),
+                )
+        except (RequestError, PoolError) as error:
+            return replace(row, problem=str(error))
+        held = pool.held
+        return replace(
+            row,
+            seconds=statistics.median(seconds[warm_up:]),
+            first=sum(seconds[:2]),
+            nbytes=held.nbytes,
+            transport=held.transport,
+        )
 
 
 def rank_counts(ranks: int) -> list[int]:
@@ -138,45 +210,13 @@ def rank_counts(ranks: int) -> list[int]:
     return [2**n for n in range(ranks.bit_length()) if 2**n < ranks] + [ranks]
 
 
-def options(ranks: int) -> list[Settings]:
-    """Returns what may make it faster at the price of exactness. The weights are loaded once for each `linear`."""
+def options(ranks: int) -> list[dict[str, str]]:
+    """Returns what may make it faster at the price of exactness: values of `Settings`. The weights are loaded once for
+    each `linear`."""
     wires = WIRES if ranks > 1 else ("exact",)
     return [
-        Settings(wire=wire, linear=linear) for linear in LINEARS for wire in wires if (wire, linear) != ("exact",) * 2
+        {"wire": wire, "linear": linear} for linear in LINEARS for wire in wires if (wire, linear) != ("exact", "exact")
     ]
-
-
-def _measured(row: Row, pool: Pool, spec: ModelSpec, given: tuple[torch.Tensor, Prompt], arguments) -> Row:
-    """Times the steps of a sampling run. What the workers refuse, die of, or take too long for is the row's problem."""
-    x, prompt = given
-    warm_up, seconds = WARM_UP[pool.devices.type], []
-    steps = warm_up + arguments.steps
-    name = f"{row.layout}, {row.settings.wire} wire, {row.settings.linear} products"
-    with closing(tqdm(total=steps, desc=name, unit="evaluation", leave=False)) as bar:
-
-        def step(event, _tensors) -> None:
-            seconds.append(event.seconds)
-            bar.update()
-
-        try:
-            with limit(pool, arguments.seconds) as interrupted:
-                Session(pool, spec, (row.layout,), row.settings).sample(
-                    x,
-                    torch.linspace(1, 0, steps + 1),
-                    sampler="euler",
-                    positive=prompt,
-                    progress=Progress(step=step, phase=bar.set_postfix_str, interrupted=interrupted),
-                )
-        except (RequestError, PoolError) as error:
-            return replace(row, problem=str(error))
-    held = pool.held
-    return replace(
-        row,
-        seconds=statistics.median(seconds[warm_up:]),
-        first=sum(seconds[:2]),
-        nbytes=held.nbytes,
-        transport=held.transport,
-    )
 
 
 def line(row: Row, alone: Row) -> str:
@@ -194,7 +234,7 @@ def recommend(rows: Sequence[Row], devices: Devices) -> list[str]:
     if not ran:
         return ["Nothing could be measured; `python -m fastusp_backend doctor` looks for the reason."]
     found = []
-    exact, quickest = _best([row for row in ran if row.exact]), _best(ran)
+    exact, quickest = best([row for row in ran if row.exact]), best(ran)
     if exact:
         most = max((row for row in ran if row.exact), key=lambda row: (row.layout.ranks, -row.seconds))
         if exact.layout.ranks < most.layout.ranks:
@@ -210,8 +250,9 @@ def recommend(rows: Sequence[Row], devices: Devices) -> list[str]:
     return found
 
 
-def _best(rows: Sequence[Row]) -> Row | None:
-    """Picks among those as fast as the fastest, to MARGIN: exact first, then the fewest ranks, then the fastest."""
+def best(rows: Sequence[Row]) -> Row | None:
+    """Picks of rows that ran, among those as fast as the fastest, to MARGIN: exact first, then the fewest ranks, then
+    the fastest."""
     near = min((row.seconds for row in rows), default=0.0) * (1 + MARGIN)
     fast = [row for row in rows if row.seconds <= near]
     return min(fast, key=lambda row: (not row.exact, row.layout.ranks, row.seconds), default=None)

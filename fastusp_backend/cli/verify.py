@@ -3,22 +3,24 @@ that is shipped: the latents of another file cannot be looked at without its VAE
 
 import argparse
 from contextlib import closing
+from dataclasses import replace
 
 import torch
-from tqdm import tqdm
 
 from .. import shapes
 from ..config import Layout, ModelSpec, Settings
 from ..devices import local_devices
-from ..errors import FastUSPError
+from ..errors import Cancelled, FastUSPError
 from ..models.files import read_model
 from ..planner import plan
 from ..pool import Pool, Progress, Session
 from .arguments import add_degrees, add_gpus, add_sizes
+from .bar import Watch, bar
 from .inputs import BOUNDS, describe, difference, random_inputs
 from .table import Column, Table
 
 TIMESTEPS = (0.95, 0.6, 0.2)
+STEPS = 28
 CAPTIONS, PIXELS, PICTURE_STEPS = 16, 256, 20
 """Of the shipped model's pictures."""
 
@@ -32,14 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_gpus(parser)
     add_degrees(parser)
     add_sizes(parser)
-    parser.add_argument("--steps", type=int, default=28, help="steps of the sampling runs (default 28)")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"steps of the sampling runs (default {STEPS})")
 
 
 def run(arguments: argparse.Namespace) -> int:
     path, devices = arguments.model, local_devices(arguments.gpus)
     _, config, spec = describe(path, devices)
     layout = plan(devices.ranks, config.heads, ulysses=arguments.ulysses, ring=arguments.ring)
-    given = random_inputs(config, arguments.size, arguments.text)
+    given = *random_inputs(config, arguments.size, arguments.text), config.timestep_scale
     print(
         f"{path}: {config.family}, {spec.compute}; {layout} on {devices}; {'x'.join(map(str, arguments.size))} px, "
         f"{arguments.text} text tokens of random values"
@@ -55,9 +57,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     options = (_SHARED if devices.ranks > 1 else {}) | _ANYWHERE | (_BOTH if devices.ranks > 1 else {})
     with closing(Pool(devices)) as pool:
-        exact = _results(Session(pool, spec, (layout,), Settings()), given, arguments.steps, "exact")
+        exact = results(Session(pool, spec, (layout,), Settings()), given, arguments.steps, "exact", bar)
         rows = {
-            name: _attempt(pool, spec, layout, Settings(**o), given, arguments, name) for name, o in options.items()
+            name: attempt(Session(pool, spec, (layout,), Settings(**o)), given, arguments.steps, name, bar)
+            for name, o in options.items()
         }
         drawn = {name: _pictures(pool, spec.compute, Settings(**o)) for name, o in ({"": {}} | options).items()}
     shown = drawn.pop("")
@@ -67,7 +70,9 @@ def run(arguments: argparse.Namespace) -> int:
     if devices.ranks == 1:
         return 0
     with closing(Pool(devices.first(1))) as pool:
-        alone = _attempt(pool, spec, Layout(ulysses=1, ring=1), Settings(), given, arguments, "one rank")
+        alone = attempt(
+            Session(pool, spec, (Layout(ulysses=1, ring=1),), Settings()), given, arguments.steps, "one rank", bar
+        )
         by_one = _pictures(pool, spec.compute, Settings())
     print(_line(table, f"{devices.ranks} ranks, against one", exact, alone, shown, by_one))
     if isinstance(alone, str):
@@ -79,25 +84,30 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _attempt(pool: Pool, spec, layout, settings: Settings, given, arguments, name: str) -> list[torch.Tensor] | str:
-    """Returns the results, or why there are none."""
+def attempt(session: Session, given, steps: int, name: str, watch: Watch) -> list[torch.Tensor] | str:
+    """Returns `results`, or why there are none. Raises Cancelled where whoever watches interrupts it."""
     try:
-        return _results(Session(pool, spec, (layout,), settings), given, arguments.steps, name)
+        return results(session, given, steps, name, watch)
+    except Cancelled:
+        raise
     except FastUSPError as error:
         return str(error)
 
 
-def _results(session: Session, given, steps: int, name: str) -> list[torch.Tensor]:
-    """Returns the velocities at TIMESTEPS, then the latents after `steps`."""
-    x, prompt = given
-    with closing(tqdm(total=len(TIMESTEPS) + steps, desc=name, unit="evaluation", leave=False)) as bar:
+def results(session: Session, given, steps: int, name: str, watch: Watch) -> list[torch.Tensor]:
+    """Returns the velocities at TIMESTEPS, then the latents after `steps`. given: latents, a prompt, the timestep at
+    sigma 1."""
+    x, prompt, scale = given
+    with watch(name, len(TIMESTEPS) + steps) as watched:
+        quiet = replace(watched, step=lambda *_: None)
         found = []
         for timestep in TIMESTEPS:
-            found.append(session.evaluate(x, torch.tensor([timestep]), prompt, Progress(phase=bar.set_postfix_str)))
-            bar.update()
+            at = torch.tensor([scale * timestep])
+            found.append(session.evaluate(x, at, prompt, quiet))
+            watched.step(None, {})
         sigmas = torch.linspace(1, 0, steps + 1)
-        progress = Progress(step=lambda *_: bar.update())
-        found.append(session.sample(x, sigmas, sampler="euler", positive=prompt, progress=progress))
+        more = {"timestep_scale": scale, "progress": watched}
+        found.append(session.sample(x, sigmas, sampler="euler", positive=prompt, **more))
     return found
 
 

@@ -4,7 +4,7 @@ Two kinds of arena offer it: symmetric.py, where GPUs map each other's memory, a
 peers.py orders what is written and read there, alike for both.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,10 +39,6 @@ class Arena(Protocol):
 
     def side_stream(self) -> AbstractContextManager:
         """Queues what is called inside on a stream of its own, behind what the main stream has been given so far."""
-
-    def write(self, part: "Part", sources: Mapping[int, torch.Tensor]) -> None:
-        """Queues, on the current stream, copies of each source to `part` of the peer at that position. Sources are of
-        one shape, and lie at equal distances from position to position."""
 
     def put_signals(self, peers: Iterable[int], channel: int) -> None:
         """Signals to `peers`, behind what was queued before on the current stream. They must have heard the last

@@ -78,8 +78,8 @@ class PeerUlysses:
         mine = self._arrival(self.position, which, text=text, image=image)
         with self._arena.side_stream():
             for part, rows in mine:
-                sources = {self._members[to]: self.outgoing[(which, to, *rows)] for to in self._targets}
-                self._arena.write(part, sources)
+                for to in self._targets:
+                    copy(part.of(self._members[to]), self.outgoing[(which, to, *rows)])
             self._arena.put_signals(self._peers, channel)
         for source in self._targets:
             parts = [part for part, _ in self._arrival(source, which, text=text, image=image)]
@@ -112,8 +112,8 @@ class PeerUlysses:
             for stream, (rows, _) in enumerate(regions[self.position]):
                 for b in range(self._batch):
                     part = self._place_of(self.position, b, rows)
-                    sources = {self._members[to]: rows_of[b, regions[to][stream][1]] for to in self._targets}
-                    self._arena.write(part, sources)
+                    for to in self._targets:
+                        copy(part.of(self._members[to]), rows_of[b, regions[to][stream][1]])
             self._arena.put_signals(self._peers, channel)
             if not self._wire.packed:
                 for rows, own in regions[self.position]:

@@ -74,13 +74,14 @@ class SequenceShards:
             found.append((slice(t, t + i), slice(start, start + i)))
         return found
 
-    def valid(self, ring_position: int) -> slice:
-        """Returns the rows without padding of what the Ulysses group at `ring_position` gathers; they may be none."""
+    def valid(self, ring_position: int, *, text: bool = True) -> slice:
+        """Returns the rows without padding of what the Ulysses group at `ring_position` gathers, or those of the image
+        alone; they may be none."""
         u = self.layout.ulysses
         first = ring_position * u  # the group's first sequence position
         text_start = min(u * self.local_text, max(0, self._text_padding - first * self.local_text))
         image_count = min(u * self.local_image, max(0, self.image - first * self.local_image))
-        return slice(text_start, u * self.local_text + image_count)
+        return slice(text_start if text else u * self.local_text, u * self.local_text + image_count)
 
 
 def _take(x: torch.Tensor, dim: int, start: int, length: int) -> torch.Tensor:

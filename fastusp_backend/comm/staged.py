@@ -11,7 +11,7 @@ to be woken for each message of each layer.
 
 import ctypes
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -64,10 +64,6 @@ class StagedArena:
 
     def side_stream(self):
         return self._on(self._sending)
-
-    def write(self, part: Part, sources: Mapping[int, torch.Tensor]) -> None:
-        for position, source in sources.items():
-            copy(part.of(position), source)
 
     def put_signals(self, peers: Iterable[int], channel: int) -> None:
         for peer in peers:

@@ -6,7 +6,7 @@ signal to one peer at a time, and a step of 8 ranks would take some thousands of
 take longer than kernels in a graph: 8.0 us from rank to rank for 6.6, on H100s.)
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,6 @@ import torch.distributed._symmetric_memory as symmetric_memory
 
 from ..kernels import signals
 from .arena import CHANNELS, Part
-from .copies import copy
 from .groups import allocate_together
 
 
@@ -50,10 +49,6 @@ class SymmetricArena:
     def side_stream(self):
         self._stream.wait_stream(torch.cuda.current_stream())
         return torch.cuda.stream(self._stream)
-
-    def write(self, part: Part, sources: Mapping[int, torch.Tensor]) -> None:
-        for position, source in sources.items():
-            copy(part.of(position), source)
 
     def put_signals(self, peers: Iterable[int], channel: int) -> None:
         signals.put(self._pads, _mask(peers), self.position * CHANNELS + channel)

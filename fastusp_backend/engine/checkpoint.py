@@ -111,7 +111,7 @@ class Checkpoint:
             parts = [(shared | own, self._shares)]  # in one go
         for infos, shares in parts:
             for name, raw in self._read(infos, self._buffers, shares):
-                stored = self.plans[name].load(raw)
+                stored = self.plans[name].load(*raw)
                 if self.streams(name):
                     self.stream.load(name, stored)
                 else:
@@ -145,16 +145,19 @@ class Checkpoint:
 
         Raises CheckpointError when the file was written to meanwhile, also where none of them lies here.
         """
-        return ((name, self.plans[name].load(raw)) for name, raw in self._reread(names))
+        return ((name, self.plans[name].load(*raw)) for name, raw in self._reread(names))
 
     def reread_small(self, names: Iterable[str]) -> Iterator[tuple[str, Stored]]:
         """Reads some tensors that were unpacked in the form that they had otherwise (`StoragePlan.small`). Otherwise as
         `reread`."""
-        return ((name, self.plans[name].small.load(raw)) for name, raw in self._reread(names))
+        return ((name, self.plans[name].small.load(*raw)) for name, raw in self._reread(names))
 
     def file_values(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Reads the values, in float32, that some tensors have in the file. Otherwise as `reread`."""
-        return ((name, Stored.in_file(raw, self.plans[name].info).dequantise()) for name, raw in self._reread(names))
+        return (
+            (name, Stored.in_file(raw, self.plans[name].info, *scales).dequantise())
+            for name, (raw, *scales) in self._reread(names)
+        )
 
     def stored(self, name: str) -> Stored:
         """Returns a tensor of the model, by the module's name, as it lies in memory, here or on another rank."""
@@ -182,12 +185,26 @@ class Checkpoint:
         else:
             setattr(module, leaf, nn.Parameter(stored.data, requires_grad=False))
 
-    def _read(self, infos: dict[str, TensorInfo], buffers: dict[str, torch.Tensor], shares: Shares):
-        if self._device.type == "cpu":
-            return zip(infos, map_tensors(self.source, list(infos.values())), strict=True)
-        return read_tensors(self.source, infos, buffers, shares, self._device)
+    def _read(
+        self, infos: dict[str, TensorInfo], buffers: dict[str, torch.Tensor], shares: Shares
+    ) -> Iterator[tuple[str, tuple[torch.Tensor, ...]]]:
+        """Gives (name, its bytes, and those of its scales where they lie apart) in turn."""
+        pieces = {
+            name if piece is info else f"{name}, piece {number}": piece
+            for name, info in infos.items()
+            for number, piece in enumerate(info.pieces)
+        }
+        return _in_one(self._pieces(pieces, buffers, shares), infos)
 
-    def _reread(self, names: Iterable[str]):
+    def _pieces(
+        self, pieces: dict[str, TensorInfo], buffers: dict[str, torch.Tensor], shares: Shares
+    ) -> Iterable[tuple[str, torch.Tensor]]:
+        """Gives (name, bytes) of pieces of the file in turn: CPU ranks map them, others read their share of them."""
+        if self._device.type == "cpu":
+            return zip(pieces, map_tensors(self.source, list(pieces.values())), strict=True)
+        return read_tensors(self.source, pieces, buffers, shares, self._device)
+
+    def _reread(self, names: Iterable[str]) -> Iterator[tuple[str, tuple[torch.Tensor, ...]]]:
         names = list(names)
         if names:
             self.check_file()
@@ -195,3 +212,20 @@ class Checkpoint:
 
     def _shares_of(self, name: str) -> Shares:
         return self._shares if self._owner(name) is None else Shares()
+
+
+def _in_one(
+    read: Iterable[tuple[str, torch.Tensor]], infos: dict[str, TensorInfo]
+) -> Iterator[tuple[str, tuple[torch.Tensor, ...]]]:
+    """Puts the pieces of each tensor together, which come one behind the other: parts of its data in one."""
+    wanted, pieces = iter(infos.items()), []
+    name, info = next(wanted, ("", None))
+    for _, raw in read:
+        pieces.append(raw)
+        if len(pieces) == len(info.pieces):
+            if info.parts:
+                count = len(info.parts)
+                pieces[:count] = [torch.cat(pieces[:count])]
+            yield name, tuple(pieces)
+            name, info = next(wanted, ("", None))
+            pieces = []

@@ -22,8 +22,9 @@ from ..comm.shards import SequenceShards
 from ..comm.transport import Transport
 from ..config import Settings
 from ..errors import RequestError
-from ..models.family import NO_RESIDUALS, Residuals, Transformer, check_control, references_of
+from ..models.family import NO_RESIDUALS, Residuals, Transformer
 from ..models.patchify import patch_grid, patchify
+from ..models.prompts import check_control, references_of
 from ..models.segments import Segments
 from ..prompt import Prompt
 from ..pulse import USUAL_SECONDS, beat
@@ -90,16 +91,23 @@ class Denoiser:
         self._modulations.prepare(timesteps, prompts, self.shares(prompts))
 
     def probe_memory(
-        self, x: torch.Tensor, prompts: Sequence[Prompt], residuals: Residuals = NO_RESIDUALS, *, evaluations: int = 1
+        self,
+        x: torch.Tensor,
+        prompts: Sequence[Prompt],
+        residuals: Residuals = NO_RESIDUALS,
+        *,
+        evaluations: int = 1,
+        spare: int = 0,
     ) -> None:
         """Allocates, and frees again, what this group's evaluations of x take beside the modulations of `evaluations`
         of them, while all ranks can still refuse together: within an evaluation, a rank that fails leaves the others
-        waiting. Raises torch.OutOfMemoryError."""
+        waiting. spare: bytes of a GPU that must be left where buffers are still to be made. Raises
+        torch.OutOfMemoryError."""
         shares = self.shares(prompts)
         _rows = self._modulations.probe_memory(evaluations, prompts, shares)  # allocated while evaluations are tried
         for prompt, images in zip(prompts, shares, strict=True):
             if images != NO_IMAGES:
-                self._probe_evaluation(x[images], prompt, residuals.of_images(images))
+                self._probe_evaluation(x[images], prompt, residuals.of_images(images), spare)
 
     def __call__(
         self,
@@ -149,15 +157,17 @@ class Denoiser:
             self._graph_memory = torch.cuda.graph_pool_handle()
         return evaluation.run(x, self._tensors_of(prompt, images), modulations, residuals.tensors, self._graph_memory)
 
-    def _probe_evaluation(self, x: torch.Tensor, prompt: Prompt, residuals: Residuals) -> None:
+    def _probe_evaluation(self, x: torch.Tensor, prompt: Prompt, residuals: Residuals, spare: int) -> None:
         shape = self._shape(_flat(x), prompt, residuals)
         evaluation = self._evaluations.get(shape)
         if evaluation is not None and evaluation.captured:
             return
         rows, columns = patch_grid(*x.shape[-2:], self._model.config.patch)
-        tokens = rows * columns + shape.references.tokens
+        tokens = self._model.config.filled(rows * columns + shape.references.tokens)
         tokens = SequenceShards(self._mesh.layout, shape.text, tokens).local
         count = WORKING_SET * len(x) * tokens * self._model.config.hidden
+        if evaluation is None:
+            count += spare // self._dtype.itemsize
         torch.empty(count, dtype=self._dtype, device=x.device)  # and free it
         if x.is_cuda and evaluation is None:
             torch.cuda.empty_cache()  # exchanges' buffers do not come from torch's cache
@@ -165,27 +175,34 @@ class Denoiser:
     def _shape(self, x: torch.Tensor, prompt: Prompt, residuals: Residuals) -> Shape:
         return Shape(
             tuple(x.shape),
-            prompt.context.shape[1],
+            self._model.config.filled(prompt.context.shape[1]),
             references_of(self._model.config, prompt),
             tuple(tuple(tensor.shape) for tensor in residuals.tensors),
             residuals.input,
             residuals.output,
+            residuals.skipped,
         )
 
     def _tensors_of(self, prompt: Prompt, images: slice) -> PromptTensors:
         if prompt not in self._prompts:
             beat(USUAL_SECONDS)
             mine = prompt.of_images(images)
-            shards = SequenceShards(self._mesh.layout, mine.context.shape[1], 0)
-            local = shards.take_text(mine.context.to(self._dtype), self._mesh.sequence_position, dim=1)
             patch = self._model.config.patch
             patches = [patchify(_flat(latent).to(self._dtype), patch) for latent in mine.references]
             self._prompts[prompt] = PromptTensors(
-                self._model.embed_text(local),
+                self._embedded(mine.context.to(self._dtype)),
                 None if mine.concat is None else _flat(mine.concat).to(self._dtype),
                 torch.cat(patches, dim=1) if patches else None,
             )
         return self._prompts[prompt]
+
+    def _embedded(self, context: torch.Tensor) -> torch.Tensor:
+        """context (B, T, E) -> this rank's part of the text, (B, Lt, hidden)."""
+        config, embed = self._model.config, self._model.embed_text
+        shards = SequenceShards(self._mesh.layout, config.filled(context.shape[1]), 0)
+        text = embed(context) if config.embeds_whole_text else context
+        local = shards.take_text(text, self._mesh.sequence_position, dim=1)
+        return local if config.embeds_whole_text else embed(local)
 
     def _evaluation(self, shape: Shape) -> Evaluation:
         if self._transport.generation != self._generation:

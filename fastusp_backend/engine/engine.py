@@ -20,13 +20,18 @@ from ..config import Layout, ModelSpec, Settings
 from ..kernels.fp8_product import check_fp8_products, check_fp8_sizes
 from ..models.family import FamilyConfig
 from ..models.placement import Placement
+from ..pulse import Memory
+from . import host_memory
 from .checkpoint import Checkpoint
 from .denoiser import Denoiser
 from .patching import PatchedWeights, Patches
 from .resident import Resident
-from .room import check_host_room, make_store, measure_room
+from .room import LEAST_FREE, check_host_room, make_store, measure_room
 
 log = logging.getLogger(__name__)
+
+CACHED_LAYOUTS = 2
+"""Layouts whose buffers and graphs are cached: that of a guided step, and that of its further evaluations."""
 
 
 class Engine:
@@ -168,22 +173,37 @@ class Engine:
         transport.wire(settings.wire)
 
     def denoiser(self, layout: Layout, settings: Settings) -> Denoiser:
-        """The resident model under a layout and options; the last one asked for is cached, with its graphs.
-        Collective before `connect`.
+        """The resident model under a layout and options, with its graphs. Those of the last `CACHED_LAYOUTS` layouts
+        are cached: evaluations of one prompt and of two may take turns. Other options drop them. Collective before
+        `connect`.
 
         Raises ValueError for options this device does not have.
         """
         resident = self._on_device()
-        if resident.denoiser is None or resident.denoiser[:2] != (layout, settings):
-            resident.denoiser = None
-            mesh, transport = self.mesh(layout)
-            self._transport = transport
-            wire = transport.wire(settings.wire)
-            log.info("%s over %s, sending %s values", layout, transport, wire)
+        mesh, self._transport = self.mesh(layout)
+        cached, key = resident.denoisers, (layout, settings)
+        if key not in cached:
+            if any(options != settings for _, options in cached):
+                cached.clear()
+            while len(cached) >= CACHED_LAYOUTS:
+                cached.popitem(last=False)
+            wire = self._transport.wire(settings.wire)
+            log.info("%s over %s, sending %s values", layout, self._transport, wire)
             dtype, owners = getattr(torch, resident.spec.compute), resident.checkpoint.ownership.owners
-            denoiser = Denoiser(resident.model, mesh, transport, settings, dtype, owners)
-            resident.denoiser = layout, settings, denoiser
-        return resident.denoiser[2]
+            cached[key] = Denoiser(resident.model, mesh, self._transport, settings, dtype, owners)
+        cached.move_to_end(key)
+        return cached[key]
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether buffers and graphs of several layouts are cached; the same on all ranks."""
+        return self._resident is not None and len(self._resident.denoisers) > 1
+
+    @property
+    def spare(self) -> int:
+        """Bytes of a GPU that must be left where an evaluation's buffers are made beside those of another layout, for
+        what it takes that is not counted: weights leave it for those of one."""
+        return LEAST_FREE if self.shares_memory and self.device.type == "cuda" else 0
 
     def park(self) -> None:
         """Moves the weights to host memory, 1/P on each rank, and drops what was computed with them. Raises MemoryError
@@ -204,7 +224,7 @@ class Engine:
     def drop_evaluations(self) -> None:
         """Drops buffers, graphs and what was computed of prompts; the weights stay."""
         if self._resident is not None:
-            self._resident.denoiser = None
+            self._resident.denoisers.clear()
         self._free_caches()
 
     def release(self) -> None:
@@ -223,6 +243,17 @@ class Engine:
             rest = torch.cuda.memory_allocated(self.device) - (weights - self._mapped_bytes())
             text += f" and {rest / 1e9:.1f} GB of other tensors; {free / 1e9:.1f} of {total / 1e9:.1f} GB were free"
         return text
+
+    def memory(self) -> Memory | None:
+        """What this rank's memory is used for, for the pool to show; None where the system does not say."""
+        weights = 0 if self.parked else self.nbytes
+        if self.device.type == "cuda":
+            own = torch.cuda.memory_reserved(self.device) + self._mapped_bytes()
+            return Memory(weights, own, *torch.cuda.mem_get_info(self.device))
+        own, free = host_memory.resident(), host_memory.available()
+        if own is None or free is None:
+            return None
+        return Memory(weights, own, free, host_memory.total())
 
     def _mapped_bytes(self) -> int:
         """Bytes of the weights that torch's allocator does not count."""

@@ -33,10 +33,11 @@ class Shape(NamedTuple):
     """What an `Evaluation` is made for.
 
     x: the latents' shape (B, C, h, w).
-    text: tokens of the prompt's text, over all ranks.
+    text: tokens of the prompt's text, over all ranks, with those that fill it up.
     references: the sizes and places of reference images.
     residuals: the shapes (B or 1, n, hidden) of a ControlNet's tensors.
-    input, output: which of them is added after each block, see `models.family.Residuals`.
+    input, output: which of them is added after each block, see `models.residuals.Residuals`.
+    skipped: the numbers of blocks that are left out.
     """
 
     x: tuple[int, ...]
@@ -45,6 +46,7 @@ class Shape(NamedTuple):
     residuals: tuple[tuple[int, ...], ...] = ()
     input: tuple[int | None, ...] = ()
     output: tuple[int | None, ...] = ()
+    skipped: tuple[int, ...] = ()
 
 
 class PromptTensors(NamedTuple):
@@ -81,7 +83,8 @@ class Evaluation:
         self._patch = patch = config.patch
         self._grid = patch_grid(*size, patch)
         self._tokens = self._grid[0] * self._grid[1]
-        self._shards = shards = SequenceShards(mesh.layout, shape.text, self._tokens + references.tokens)
+        filled = config.filled(self._tokens + references.tokens)
+        self._shards = shards = SequenceShards(mesh.layout, shape.text, filled)
         links = transport.connect(
             shards,
             batch,
@@ -101,6 +104,7 @@ class Evaluation:
             pipelined=settings.ring_pipeline,
             arrived=model.tokens_arrived,
             returned=model.tokens_returned,
+            eps=config.qk_eps,
         )
         text, image = model.rope(shards.text, self._grid, references, device)
         self._rope = (
@@ -116,6 +120,7 @@ class Evaluation:
             tuple(torch.zeros(b, shards.local_image, hidden, **like) for b, _, hidden in shape.residuals),
             shape.input,
             shape.output,
+            shape.skipped,
         )
         self._rows = torch.empty(batch, 2 if references.at_timestep_zero else 1, model.modulation_width, **like)
         self._modulations = model.split_modulations(self._rows)

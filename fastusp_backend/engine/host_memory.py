@@ -1,10 +1,12 @@
 """Host memory that can still be allocated, by the system's account and by those of the control groups (cgroups) that
 limit containers. It has to be asked for first: Linux grants memory that it does not have, and ends processes later."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 _MEMINFO = Path("/proc/meminfo")
+_STATM = Path("/proc/self/statm")
 _OWN_GROUPS = Path("/proc/self/cgroup")
 _GROUPS = Path("/sys/fs/cgroup")
 
@@ -17,6 +19,19 @@ def available() -> int | None:
     except (OSError, StopIteration):
         return None
     return min([system, *_left_in_groups()])
+
+
+def total() -> int:
+    """Bytes that the host has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def resident() -> int | None:
+    """Bytes of this process that lie in memory, what it maps of files included; None where the system does not say."""
+    try:
+        return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return None
 
 
 def _left_in_groups() -> Iterator[int]:

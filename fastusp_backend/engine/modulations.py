@@ -20,15 +20,16 @@ import torch.distributed as dist
 
 from ..comm.collective import GroupExchange
 from ..comm.groups import world
-from ..models.family import Transformer, references_of
+from ..models.family import Transformer
+from ..models.prompts import references_of
 from ..prompt import Prompt
 
 CACHED_ROWS = 64
-"""Evaluations whose modulations are cached per prompt: 2.1 MB each for FLUX.1, 0.2 for FLUX.2, 4.4 for Qwen-Image in
-bf16, batch 1."""
+"""Evaluations whose modulations are cached per prompt: 2.1 MB each for FLUX.1 and Chroma, 0.2 for FLUX.2, 1.0 for
+Z-Image, 4.4 for Qwen-Image in bf16, batch 1."""
 ROWS_AT_ONCE = 64
 """Rows, each for one image, that are computed and gathered at a time: 135 MB of FLUX.1's, 280 of Qwen-Image's, as they
-are gathered and once more in order."""
+are gathered and once more in order. Fewer where one rank has more than its share: all others gather as much."""
 
 Timesteps = tuple[float, ...]
 """One timestep per image of the batch."""
@@ -53,10 +54,11 @@ class ModulationTable:
         widths = [0] * ranks
         self._places: list[tuple[int, slice]] = []  # of each layer: its owner, and where in that rank's part
         for layer, owner in zip(layers, owners or [0] * len(layers), strict=True):
-            start, widths[owner] = widths[owner], widths[owner] + len(layer.weight)
+            start, widths[owner] = widths[owner], widths[owner] + layer.out_features
             self._places.append((owner, slice(start, widths[owner])))
         self._own = [(layer, c) for layer, (owner, c) in zip(layers, self._places, strict=True) if owner == rank]
         self._widest, self._ranks = max(widths), ranks
+        self._uneven = round(ranks * self._widest / sum(widths))
         self._rows: weakref.WeakKeyDictionary[Prompt, Rows] = weakref.WeakKeyDictionary()
 
     def prepare(self, timesteps: list[float], prompts: Sequence[Prompt], shares: Sequence[slice]) -> None:
@@ -84,8 +86,12 @@ class ModulationTable:
         like = {"dtype": self._dtype, "device": prompts[0].context.device}
         table = torch.empty(cached * self._model.modulation_width, **like)
         gathered = self._widest * (1 + self._ranks if self._exchange else 1)
-        torch.empty(min(rows, ROWS_AT_ONCE) * (gathered + self._model.modulation_width), **like)  # and free it
+        torch.empty(min(rows, self._at_once) * (gathered + self._model.modulation_width), **like)  # and free it
         return table
+
+    @property
+    def _at_once(self) -> int:
+        return max(1, ROWS_AT_ONCE // self._uneven)
 
     def forget(self) -> None:
         """Drops all rows."""
@@ -128,11 +134,12 @@ class ModulationTable:
             places += [(first_image + n * batch, row) for n, row in enumerate(made[-1])]
             first += len(inputs[-1])
         active = torch.cat(inputs)
-        for start in range(0, len(active), ROWS_AT_ONCE):
-            parts = self._gather(active[start : start + ROWS_AT_ONCE])
+        at_once = self._at_once
+        for start in range(0, len(active), at_once):
+            parts = self._gather(active[start : start + at_once])
             whole = torch.cat([parts[owner, :, columns] for owner, columns in self._places], dim=-1)
             for place, row in places:
-                a, b = max(start, place), min(start + ROWS_AT_ONCE, place + len(row))
+                a, b = max(start, place), min(start + at_once, place + len(row))
                 if a < b:
                     row[a - place : b - place] = whole[a - start : b - start]
         return made

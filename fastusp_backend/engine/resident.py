@@ -1,5 +1,6 @@
 """The loaded model, with all that lives and dies with it."""
 
+from collections import OrderedDict
 from collections.abc import Mapping
 
 import torch
@@ -18,7 +19,7 @@ class Resident:
 
     patched: how the weights differ from those of the checkpoint, which was read.
     parked: whether they are in host memory.
-    denoiser: the model under the layout and settings that were asked for last, with buffers and graphs.
+    denoisers: the model under the layouts that were asked for last, with buffers and graphs; see `Engine.denoiser`.
 
     Nothing that it owns may refer to it: its memory must be free when the engine lets go of it, not when Python's
     collector finds a cycle.
@@ -27,7 +28,7 @@ class Resident:
     def __init__(self, checkpoint: Checkpoint, patched: PatchedWeights, device: torch.device):
         self.checkpoint, self.patched = checkpoint, patched
         self.parked = False
-        self.denoiser: tuple[Layout, Settings, Denoiser] | None = None
+        self.denoisers: OrderedDict[tuple[Layout, Settings], Denoiser] = OrderedDict()
         self._mapped = device.type == "cpu"  # CPU ranks compute from the file's mapping
         self._host = HostShard(device)
         self._device_bytes = self._measure()
@@ -64,8 +65,8 @@ class Resident:
         """Returns how many weights were restored and how many patched. Raises as `PatchedWeights.change`."""
         changed = self.patched.change(weights, tensors, base=base, number=number)
         self._device_bytes = self._measure()
-        if self.denoiser is not None:
-            self.denoiser[2].forget_prompts()
+        for denoiser in self.denoisers.values():
+            denoiser.forget_prompts()
         return changed
 
     def park(self) -> None:

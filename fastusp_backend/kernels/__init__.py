@@ -1,2 +1,2 @@
 """Triton kernels, each in one file with its launcher and its reference in plain torch, which is what CPU ranks run; the
-reference of `packed` is weights/gguf_blocks.py, which knows GGUF's formats."""
+references of packed formats are in weights/gguf_blocks.py and weights/scaled_blocks.py, which know them."""

@@ -148,7 +148,8 @@ def check_fp8_products(device: torch.device, dtype: torch.dtype) -> None:
 
 def check_fp8_sizes(device: torch.device, shapes: Iterable[tuple[int, ...]]) -> None:
     """Raises ValueError where GPUs cannot multiply weights (N, K) of these shapes in fp8. Parts of fused layers begin
-    and end at multiples of the model's width, itself one of the head dim, 128: they need no check of their own."""
+    and end at multiples of the model's width, itself one of the head dim, 64 or 128: they need no check of their
+    own."""
     for shape in shapes:
         if device.type == "cuda" and any(size % _MULTIPLE for size in shape):
             raise ValueError(

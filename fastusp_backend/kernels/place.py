@@ -33,30 +33,32 @@ Regions = list[tuple[slice, slice]]
 def place(
     projected: torch.Tensor,
     scales: tuple[torch.Tensor | None, ...],
-    rope: tuple[torch.Tensor, torch.Tensor],
+    rope: tuple[torch.Tensor, torch.Tensor] | None,
     which: slice,
     first_row: int,
     received: torch.Tensor,
     outgoing: torch.Tensor,
     position: int,
     regions: Regions,
+    eps: float = EPS,
 ) -> None:
     """Writes tensors `which` of local rows [first_row, first_row + R).
 
-    scales: per tensor the RMS norm's weight (D,), or None for one that is neither normed nor rotated (v).
-    rope: cos, sin (R, D / 2) float32, of neighbouring pairs.
+    scales: per tensor the RMS norm's weight (D,), or None for one that is neither normed nor rotated: v, or all three.
+    rope: cos, sin (R, D / 2) float32, of neighbouring pairs; None where nothing is rotated.
     received: (3, B, N, h, D).
     outgoing: (3, U, B, L, h, D), or packed (3, U, B, L, pitch) uint8 or int8: see comm/links.py.
     position: this rank's in its Ulysses group.
     regions: where its own rows go.
+    eps: epsilon of the norms.
     """
     if projected.is_cuda and triton is not None:
-        _launch(projected, scales, rope, which, first_row, received, outgoing, position, regions)
+        _launch(projected, scales, rope, which, first_row, received, outgoing, position, regions, eps)
     else:
-        place_reference(projected, scales, rope, which, first_row, received, outgoing, position, regions)
+        place_reference(projected, scales, rope, which, first_row, received, outgoing, position, regions, eps)
 
 
-def place_reference(projected, scales, rope, which, first_row, received, outgoing, position, regions) -> None:
+def place_reference(projected, scales, rope, which, first_row, received, outgoing, position, regions, eps=EPS) -> None:
     """The same in plain torch."""
     d = received.shape[-1]
     x = projected.unflatten(-1, (len(scales), -1, d))  # B, R, T, H, D
@@ -65,7 +67,8 @@ def place_reference(projected, scales, rope, which, first_row, received, outgoin
     for i, (tensor, scale) in enumerate(zip(range(*which.indices(3)), scales, strict=True)):
         value = x[:, :, i]
         if scale is not None:
-            value = rotate(F.rms_norm(value, (d,), scale.to(value.dtype), eps=EPS), *rope)
+            value = F.rms_norm(value, (d,), scale.to(value.dtype), eps=eps)
+            value = value if rope is None else rotate(value, *rope)
         for rank, part in enumerate(value.split(local_heads, dim=2)):
             if rank != position:
                 if outgoing.dtype in eight_bits.LARGEST:
@@ -116,6 +119,8 @@ if triton is not None:
         D: tl.constexpr,
         PITCH: tl.constexpr,
         INTEGER: tl.constexpr,
+        NORMED: tl.constexpr,
+        ROTATED: tl.constexpr,
         ROWS: tl.constexpr,
         eps: tl.constexpr,
     ):
@@ -129,19 +134,21 @@ if triton is not None:
         column = tl.arange(0, D)[None, :]
         source = x + item * x_batch + row[:, None].to(tl.int64) * x_row + (index * HEADS + head) * D + column
         value = tl.load(source, mask=inside, other=0.0)
-        if tensor < 2:
-            weight = tl.load((q_scale if tensor == 0 else k_scale) + column).to(tl.float32)
-            wide = value.to(tl.float32)
-            mean_square = tl.sum(wide * wide, axis=1) / D
-            # Rounded where the separate operations would round, so that kernel and reference agree to the bit or
-            # nearly.
-            wide = (wide * tl.rsqrt(mean_square + eps)[:, None] * weight).to(value.dtype).to(tl.float32)
-            half = tl.arange(0, D // 2)[None, :]
-            c = tl.load(cos + row[:, None] * (D // 2) + half, mask=inside, other=0.0)
-            s = tl.load(sin + row[:, None] * (D // 2) + half, mask=inside, other=0.0)
-            even, odd = tl.split(tl.reshape(wide, (ROWS, D // 2, 2)))
-            turned = tl.join(even * c - odd * s, even * s + odd * c)
-            value = tl.reshape(turned, (ROWS, D)).to(value.dtype)
+        if NORMED:
+            if tensor < 2:
+                weight = tl.load((q_scale if tensor == 0 else k_scale) + column).to(tl.float32)
+                wide = value.to(tl.float32)
+                mean_square = tl.sum(wide * wide, axis=1) / D
+                # Rounded where the separate operations would round, so that kernel and reference agree to the bit or
+                # nearly.
+                value = (wide * tl.rsqrt(mean_square + eps)[:, None] * weight).to(value.dtype)
+                if ROTATED:
+                    half = tl.arange(0, D // 2)[None, :]
+                    c = tl.load(cos + row[:, None] * (D // 2) + half, mask=inside, other=0.0)
+                    s = tl.load(sin + row[:, None] * (D // 2) + half, mask=inside, other=0.0)
+                    even, odd = tl.split(tl.reshape(value.to(tl.float32), (ROWS, D // 2, 2)))
+                    turned = tl.join(even * c - odd * s, even * s + odd * c)
+                    value = tl.reshape(turned, (ROWS, D)).to(value.dtype)
         rank = head // LOCAL_HEADS
         slot = head % LOCAL_HEADS
         local_row = first_row + row
@@ -158,13 +165,13 @@ if triton is not None:
                 store_packed(outgoing + leaving * PITCH, value, slot, inside, LOCAL_HEADS, D, INTEGER)
 
 
-def _launch(projected, scales, rope, which, first_row, received, outgoing, position, regions) -> None:
+def _launch(projected, scales, rope, which, first_row, received, outgoing, position, regions, eps) -> None:
     batch, rows = projected.shape[:2]
     d = received.shape[-1]
     heads = projected.shape[2] // (len(scales) * d)
     first = which.indices(3)[0]
     q_scale, k_scale = ({first + i: s for i, s in enumerate(scales)}.get(t) for t in (0, 1))
-    some = next((s for s in scales if s is not None), rope[0])
+    some = next((s for s in scales if s is not None), projected)  # in the place of what is not read
     assert projected.stride(2) == 1 and received.is_contiguous() and outgoing.is_contiguous()
     (text_rows, text_region), (image_rows, image_region) = regions
     rows_per_program = 32
@@ -174,7 +181,7 @@ def _launch(projected, scales, rope, which, first_row, received, outgoing, posit
         projected.stride(0),
         some if q_scale is None else q_scale,
         some if k_scale is None else k_scale,
-        *rope,
+        *((some, some) if rope is None else rope),
         received,
         outgoing,
         rows,
@@ -193,7 +200,9 @@ def _launch(projected, scales, rope, which, first_row, received, outgoing, posit
         D=d,
         PITCH=outgoing.shape[4] if outgoing.dtype in eight_bits.LARGEST else 0,
         INTEGER=outgoing.dtype == torch.int8,
+        NORMED=any(s is not None for s in scales),
+        ROTATED=rope is not None,
         ROWS=rows_per_program,
-        eps=EPS,
+        eps=eps,
         num_warps=4,
     )

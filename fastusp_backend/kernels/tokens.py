@@ -30,7 +30,7 @@ def available(device: torch.device) -> bool:
 
 
 def bounded(x: torch.Tensor) -> torch.Tensor:
-    """Keeps a float16 residual stream finite; other types pass through."""
+    """Keeps float16 finite; other types pass through."""
     return torch.nan_to_num(x, nan=0.0, posinf=65504.0, neginf=-65504.0) if x.dtype == torch.float16 else x
 
 
@@ -105,6 +105,23 @@ def quantise_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 if triton is not None:
 
     @triton.jit
+    def bounded_values(value):
+        """`bounded` of float32."""
+        return tl.where(value != value, 0.0, tl.minimum(tl.maximum(value, -65504.0), 65504.0))
+
+    @triton.jit
+    def store_token(value, out, out_scale, inside, FP8: tl.constexpr):
+        """Stores a token's values at `out`; FP8: quantised, with their scale at `out_scale`."""
+        if FP8:
+            largest = tl.max(tl.where(inside, magnitudes(value), 0.0), axis=0)
+            divisor = tl.where(largest > 0, largest / 448.0, 1.0)
+            scaled = tl.minimum(tl.maximum(value / divisor, -448.0), 448.0)
+            tl.store(out, scaled.to(out.dtype.element_ty), mask=inside)
+            tl.store(out_scale, tl.where(largest < float("inf"), largest / 448.0, float("nan")))
+        else:
+            tl.store(out, value.to(out.dtype.element_ty), mask=inside)
+
+    @triton.jit
     def _token_kernel(
         x,
         x_batch,
@@ -147,7 +164,7 @@ if triton is not None:
             gates = tl.load(gate + vector, mask=inside, other=0.0).to(tl.float32)
             value += gates * tl.load(y + item * y_batch + token * C + column, mask=inside, other=0.0).to(tl.float32)
             if BOUNDED:
-                value = tl.where(value != value, 0.0, tl.minimum(tl.maximum(value, -65504.0), 65504.0))
+                value = bounded_values(value)
             if NORM:  # what is normed is what is stored
                 value = value.to(summed.dtype.element_ty).to(tl.float32)
                 tl.store(summed + place + column, value.to(summed.dtype.element_ty), mask=inside)
@@ -162,16 +179,7 @@ if triton is not None:
             value *= tl.sigmoid(1.5957691216057308 * (value + 0.044715 * value * value * value))
         if GATED:
             value *= tl.sigmoid(value) * tl.load(source + C, mask=inside, other=0.0).to(tl.float32)
-        if FP8:
-            largest = tl.max(tl.where(inside, magnitudes(value), 0.0), axis=0)
-            divisor = tl.where(largest > 0, largest / 448.0, 1.0)
-            scaled = tl.minimum(tl.maximum(value / divisor, -448.0), 448.0)
-            tl.store(out + place + column, scaled.to(out.dtype.element_ty), mask=inside)
-            tl.store(
-                out_scales + item * tokens + token, tl.where(largest < float("inf"), largest / 448.0, float("nan"))
-            )
-        else:
-            tl.store(out + place + column, value.to(out.dtype.element_ty), mask=inside)
+        store_token(value, out + place + column, out_scales + item * tokens + token, inside, FP8)
 
 
 def _launch(

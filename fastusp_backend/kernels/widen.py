@@ -49,6 +49,15 @@ def widen_reference(data: torch.Tensor, scale: torch.Tensor | None, dtype: torch
 
 if triton is not None:
 
+    @triton.jit
+    def e4m3(code):
+        """The values, float32, of codes uint32."""
+        # Exponent and mantissa where float32 has them, times what the exponents differ by: exact, subnormals too.
+        value = ((code & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
+        value = tl.where((code & 0x7F) == 0x7F, float("nan"), value)
+        signed = value.to(tl.uint32, bitcast=True) | (code & 0x80) << 24  # -value would make 0 of -0
+        return signed.to(tl.float32, bitcast=True)
+
     @triton.jit(do_not_specialize=["scale_pitch"])
     def _widen_kernel(
         data,
@@ -66,11 +75,7 @@ if triton is not None:
         mask = column < columns
         code = tl.load(data + row * pitch + column, mask=mask, other=0).to(tl.uint32)
         if E4M3:
-            # Exponent and mantissa where float32 has them, times what the exponents differ by: exact, subnormals too.
-            value = ((code & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
-            value = tl.where((code & 0x7F) == 0x7F, float("nan"), value)
-            signed = value.to(tl.uint32, bitcast=True) | (code & 0x80) << 24  # -value would make 0 of -0
-            value = signed.to(tl.float32, bitcast=True)
+            value = e4m3(code)
         else:  # the upper byte of a float16
             value = (code << 8).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
         wide = value.to(out.dtype.element_ty)

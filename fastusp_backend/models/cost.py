@@ -39,21 +39,26 @@ def step_cost(config: FamilyConfig, layout: Layout, *, size: tuple[int, int], te
     """layout: of whose groups one evaluates the prompt. size: pixels (width, height). text: tokens."""
     width, height = (edge // config.downscale for edge in size)
     rows, columns = patch_grid(height, width, config.patch)
-    tokens = text + rows * columns
+    image = config.filled(rows * columns)
+    tokens = config.filled(text) + image
     blocks, both = _parameters(config), config.two_stream_blocks
+    alone, second = config.image_blocks, config.second_attentions  # of the image's tokens
+    seen = [image] * alone + [tokens] * (len(blocks) - alone)  # by each block
+    layers = [2.0 * n * parameters for n, parameters in zip(seen, blocks, strict=True)]
     # Each of two streams' layers see that stream's tokens alone.
-    products = 2.0 * tokens * (sum(blocks[:both]) / 2 + sum(blocks[both:]))
-    attention = 4.0 * tokens**2 * config.hidden * len(blocks)
+    products = sum(layers[:both]) / 2 + sum(layers[both:])
+    products += config.image_alone * (2.0 * image - tokens)  # not the half of all tokens
+    attention = 4.0 * config.hidden * (sum(n**2 for n in seen) + image**2 * second)
     ulysses, ring = layout.ulysses, layout.ring
-    values = tokens / layout.sequence_ranks * config.hidden * (4 * (ulysses - 1) / ulysses + 2 * (ring - 1))
-    sent = values * torch.bfloat16.itemsize
+    attended = sum(seen) + second * image
+    values = attended / layout.sequence_ranks * config.hidden * (4 * (ulysses - 1) / ulysses + 2 * (ring - 1))
     return StepCost(
         sum(blocks),
         products + attention,
         attention,
         len(blocks) + both,
-        sent * len(blocks),
-        (ulysses - 1 + ring - 1) * len(blocks),
+        values * torch.bfloat16.itemsize,
+        (ulysses - 1 + ring - 1) * (len(blocks) + second),
     )
 
 

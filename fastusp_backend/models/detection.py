@@ -14,13 +14,25 @@ import torch
 from ..errors import CheckpointError
 from ..weights.sizes import AnySizes, OneOfEach, Sizes
 from ..weights.tensor_info import TensorInfo
+from .chroma import ChromaConfig
+from .diffusers_layout import ORIGINALS
 from .family import FamilyConfig, Transformer
 from .flux import FluxConfig
 from .flux2 import Flux2Config
+from .other_models import told_by_keys, told_by_starts
 from .qwen_image import QwenImageConfig
+from .sd3 import SD3Config
+from .z_image import ZImageConfig
 
-FAMILIES: tuple[type[FamilyConfig], ...] = (Flux2Config, FluxConfig, QwenImageConfig)
-"""In the order of asking: FLUX.2's files have FLUX.1's marks, too."""
+FAMILIES: tuple[type[FamilyConfig], ...] = (
+    Flux2Config,
+    ChromaConfig,
+    FluxConfig,
+    QwenImageConfig,
+    SD3Config,
+    ZImageConfig,
+)
+"""In the order of asking: files of FLUX.2 and Chroma have FLUX.1's marks, too."""
 RUNS = ", ".join(family.runs for family in FAMILIES)
 OTHERS = "for other diffusion models use Load Diffusion Model, or Load Checkpoint for an all-in-one checkpoint"
 CONTROLNET = "a ControlNet"
@@ -36,6 +48,11 @@ _PARTS: tuple[tuple[re.Pattern, str, str], ...] = tuple(
             "load it with LoraLoaderModelOnly after USP Loader",
         ),
         (
+            r"^control_(layers|noise_refiner|all_x_embedder)\.",
+            "a ControlNet of Z-Image's, which FastUSP does not run",
+            "load it with ModelPatchLoader, and the model with Load Diffusion Model",
+        ),
+        (
             r"^control(net_|_blocks\.|_model\.)",
             CONTROLNET,
             "load it with Load ControlNet Model and apply it to the prompt",
@@ -44,7 +61,8 @@ _PARTS: tuple[tuple[re.Pattern, str, str], ...] = tuple(
             r"^(text_model|model\.layers|language_model|transformer\.resblocks|enc\.blk|blk)\.|^shared\.weight"
             r"|^encoder\.(block|embed_tokens|final_layer_norm)\.",
             "a text encoder",
-            "load it with DualCLIPLoader (FLUX.1) or CLIPLoader (FLUX.2, Qwen-Image), from models/text_encoders",
+            "load it with DualCLIPLoader (FLUX.1), TripleCLIPLoader (Stable Diffusion 3) or CLIPLoader (FLUX.2, "
+            "Chroma, Qwen-Image, Z-Image), from models/text_encoders",
         ),
         (r"^vision_model\.", "a vision encoder", "load it with Load CLIP Vision, from models/clip_vision"),
         (r"^(encoder|decoder|first_stage_model)\.", "a VAE", "load it with Load VAE, from models/vae"),
@@ -53,8 +71,7 @@ _PARTS: tuple[tuple[re.Pattern, str, str], ...] = tuple(
 
 # Keys that make another model of what has all of a family's: of each group, one must be there.
 _VARIANTS: tuple[tuple[tuple[tuple[str, ...], ...], str], ...] = (
-    ((("distilled_guidance_layer.norms.0.scale", "distilled_guidance_layer.norms.0.weight"),), "Chroma"),
-    ((("distilled_guidance_layer.0.norms.0.scale", "distilled_guidance_layer.0.norms.0.weight"),), "Chroma"),
+    ((("nerf_blocks.0.norm.scale", "nerf_blocks.0.norm.weight"),), "Chroma Radiance"),
     ((("double_blocks.0.img_mlp.gate_proj.weight",),), "Ovis-Image or LongCat-Image"),
     (
         (("double_blocks.0.img_attn.qkv.weight",), ("txt_norm.scale", "txt_norm.weight")),
@@ -62,25 +79,16 @@ _VARIANTS: tuple[tuple[tuple[tuple[str, ...], ...], str], ...] = (
     ),
     ((("time_text_embed.addition_t_embedding.weight",),), "Qwen-Image-Layered"),
     ((("transformer_blocks.0.img_mlp.w1.weight",),), "Lens"),
+    ((("noise_refiner.0.adaLN_modulation.1.weight",),), "Lumina 2"),
+    ((("siglip_embedder.0.weight",),), "Z-Image Omni"),
+    ((("dec_net.cond_embed.weight",),), "Z-Image in pixel space"),
+    ((("context_processor.layers.0.attn.qkv.weight",),), "a Stable Diffusion 3 with a context processor"),
 )
-# Starts of keys of other families, checked in this order where a file is none of ours. Some share our block names.
-_FOREIGN = (
-    ("distilled_guidance_layer.", "Chroma"),
-    ("nerf_blocks.", "Chroma Radiance"),
-    ("img_in.proj.", "HunyuanVideo or HunyuanImage"),
-    ("latent_in.", "Hunyuan3D"),
-    ("joint_blocks.", "Stable Diffusion 3"),
-    ("joint_transformer_blocks.", "AuraFlow"),
-    ("pos_embed.proj.", "Stable Diffusion 3 in diffusers' key layout"),
-    ("input_blocks.", "a Stable Diffusion U-Net"),
-    ("cap_embedder.", "Lumina or Z-Image"),
-)
+_CHROMA = {f"distilled_guidance_layer.{part}norms.0.{name}" for part in ("", "0.") for name in ("scale", "weight")}
+"""By any of which ComfyUI takes a file for Chroma."""
+_OTHER_SPELLING = "distilled_guidance_layer.0."
+"""Where ComfyUI looks for an approximator too, and loads none."""
 _FLUX_IN_DIFFUSERS = ("single_transformer_blocks.", "transformer_blocks.0.norm1_context.linear.")
-_ORIGINALS = (
-    "Use the model's original file, at the top of its Hugging Face repository and not in its folder transformer/ "
-    "(flux1-dev.safetensors of black-forest-labs/FLUX.1-dev, flux2-dev.safetensors of black-forest-labs/FLUX.2-dev), "
-    "or convert this one, if it is in one piece: Load Diffusion Model with ModelSave writes the original layout"
-)
 _BLOCK = re.compile(r"^(\w+)\.(\d+)\.")
 _NEARLY = 0.9
 """A file with this share of a family's tensors is one of its files, even without the marks."""
@@ -107,8 +115,12 @@ def family_of(header: dict[str, TensorInfo], path: str, names: Collection[str] =
     fit = functools.cache(lambda family: _Fit(family, header, path))
     marked = [family for family in FAMILIES if family.marks <= header.keys()]
     whole = next((family for family in marked if not fit(family).missing), None)
+    if whole is FluxConfig and not _CHROMA.isdisjoint(header):
+        raise _foreign(path, "a part of Chroma beside FLUX.1")
     if whole is not None:
         return whole
+    if (other := told_by_keys(header)) is not None:
+        raise _foreign(path, other)
     nearest = _nearest([fit(family) for family in FAMILIES])
     if nearest.share < _NEARLY:
         for found in (header, names):
@@ -146,6 +158,8 @@ def needed_tensors(
     sizes = AnySizes(left, path, family.family)
     # One block stands for all of its kind: a model of them all would take long to make.
     model, names = _needed(family.from_sizes(OneOfEach(left, path, family.family)))
+    if family.blocks_differ:
+        return _needed(family.from_sizes(sizes))
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(_block_of(name), []).append(name)
@@ -207,6 +221,12 @@ def _incomplete(fit: _Fit, header: dict[str, TensorInfo], path: str) -> Checkpoi
     for mark, part, advice in _PARTS:
         if part == CONTROLNET and any(map(mark.search, header)):
             return CheckpointError(f"{path} holds {part}, not a diffusion model: {advice}")
+    if fit.family is ChromaConfig and any(key.startswith(_OTHER_SPELLING) for key in header):
+        own = _OTHER_SPELLING.removesuffix("0.")
+        return CheckpointError(
+            f"Use another file: {path} is a Chroma file whose tensors {_OTHER_SPELLING}* should be {own}*; ComfyUI "
+            "loads none of them either"
+        )
     return Incomplete(
         f"{_whole(path)}: it is an incomplete {fit.family.family} file, without {len(fit.missing)} of its {fit.needed} "
         f"tensors: {first_of(fit.missing)}",
@@ -250,15 +270,10 @@ def _refuse_parts(names: Collection[str], path: str) -> None:
 
 def _refuse_foreign(names: Collection[str], path: str) -> None:
     """Raises CheckpointError naming the family of a file that is no whole model of ours, if that can be told."""
-    for mark, foreign in _FOREIGN:
-        if _begins(names, mark):
-            raise _foreign(path, foreign)
-    if any(_begins(names, mark) for mark in _FLUX_IN_DIFFUSERS):
-        raise CheckpointError(f"{_ORIGINALS}. FastUSP does not read FLUX in diffusers' key layout, as in {path}")
-
-
-def _begins(names: Iterable[str], mark: str) -> bool:
-    return any(name.startswith(mark) for name in names)
+    if (other := told_by_starts(names)) is not None:
+        raise _foreign(path, other)
+    if any(name.startswith(_FLUX_IN_DIFFUSERS) for name in names):
+        raise CheckpointError(f"{ORIGINALS}. {path} is a part of FLUX in diffusers' key layout, or lacks some of it")
 
 
 def _foreign(path: str, foreign: str) -> CheckpointError:

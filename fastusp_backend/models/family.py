@@ -10,7 +10,7 @@ E width of the text.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -20,44 +20,14 @@ from ..errors import RequestError
 from ..prompt import Prompt
 from ..weights.sizes import Sizes
 from .layers import Linear
-from .patchify import patch_grid
-from .positions import METHODS, References
+from .positions import References
+from .prompts import check_prompt
+from .residuals import NO_RESIDUALS, Residuals
 from .segments import Segments
 from .stream import Stream
 
 HEAD_DIM = 128
 Grid = tuple[int, int]
-
-
-class Residuals(NamedTuple):
-    """What a ControlNet adds to the image stream.
-
-    tensors: (B or 1, n, hidden), each for the stream's first n tokens.
-    input: block by block, the index of what is added after it, or None; may be shorter or longer than the model's
-        blocks.
-    output: the same of FLUX's single blocks.
-    """
-
-    tensors: tuple[torch.Tensor, ...] = ()
-    input: tuple[int | None, ...] = ()
-    output: tuple[int | None, ...] = ()
-
-    def after_input(self, block: int) -> torch.Tensor | None:
-        return self._at(self.input, block)
-
-    def after_output(self, block: int) -> torch.Tensor | None:
-        return self._at(self.output, block)
-
-    def _at(self, places: tuple[int | None, ...], block: int) -> torch.Tensor | None:
-        place = places[block] if block < len(places) else None
-        return None if place is None else self.tensors[place]
-
-    def of_images(self, images: slice) -> "Residuals":
-        """The residuals of some images of the batch."""
-        return self._replace(tensors=tuple(t if len(t) == 1 else t[images] for t in self.tensors))
-
-
-NO_RESIDUALS = Residuals()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,11 +38,20 @@ class FamilyConfig:
     runs: the models of the family that FastUSP runs, for refusals of others.
     marks: keys that tell its files from other families'.
     encoders: for people, what makes its text, of which width.
+    text: tokens of a usual prompt, of which steps are predicted.
+    timed: whether steps of it were measured, from which others are predicted.
     downscale: pixels of the image's edge per latent pixel.
     patch: latent pixels of a patch's edge.
     float16: whether its activations fit that type.
-    takes_guidance: whether ComfyUI gives its prompts a guidance.
+    timestep_scale: the timestep at sigma 1, as ComfyUI gives it.
+    takes_guidance: whether ComfyUI gives its prompts a guidance other than 0 unless it is told.
     takes_control: whether ControlNets may add to its blocks.
+    skips_blocks: whether blocks may be left out.
+    blocks_differ: whether blocks of one kind differ in the tensors that they have.
+    embeds_whole_text: whether its text's tokens see each other as they are embedded, so that every rank embeds all.
+    multiple: of what each stream's tokens are a multiple: the model fills them up with learnt ones, which are attended
+        as all others.
+    qk_eps: epsilon of the norms of queries and keys.
     reference_methods: those of `positions.METHODS` that it knows, none where it takes no reference images; ComfyUI
         takes any other for `offset`.
 
@@ -83,6 +62,8 @@ class FamilyConfig:
     pooled: width of the pooled text; 0 where there is none.
     concat_channels: channels of further input beside the latents.
     guidance: whether it is embedded; without, two prompts may be evaluated in a step.
+    second_attentions: how many blocks, the first ones, have a second attention, of the image's tokens alone.
+    image_blocks: how many blocks, the first ones, see the image's tokens alone.
     reference_method: how references are placed where the prompt says nothing.
     """
 
@@ -90,11 +71,19 @@ class FamilyConfig:
     runs: ClassVar[str]
     marks: ClassVar[frozenset[str]]
     encoders: ClassVar[str]
+    text: ClassVar[int] = 512
+    timed: ClassVar[bool] = False
     downscale: ClassVar[int]
     patch: ClassVar[int]
     float16: ClassVar[bool] = False
+    timestep_scale: ClassVar[float] = 1.0
     takes_guidance: ClassVar[bool] = False
     takes_control: ClassVar[bool] = False
+    skips_blocks: ClassVar[bool] = False
+    blocks_differ: ClassVar[bool] = False
+    embeds_whole_text: ClassVar[bool] = False
+    multiple: ClassVar[int] = 1
+    qk_eps: ClassVar[float] = 1e-6
     reference_methods: ClassVar[frozenset[str]] = frozenset()
 
     hidden: int
@@ -104,6 +93,8 @@ class FamilyConfig:
     pooled: int = 0
     concat_channels: int = 0
     guidance: bool = False
+    second_attentions: int = 0
+    image_blocks: int = 0
     reference_method: str = "offset"
 
     @classmethod
@@ -115,6 +106,16 @@ class FamilyConfig:
     def two_stream_blocks(self) -> int:
         """How many blocks, the first ones, have weights of their own for text and for the image."""
         raise NotImplementedError
+
+    @classmethod
+    def filled(cls, tokens: int) -> int:
+        """How many tokens a stream of so many has with those that fill it up."""
+        return -(-tokens // cls.multiple) * cls.multiple
+
+    @property
+    def image_alone(self) -> int:
+        """Parameters of these blocks' products which the image's tokens have beyond those of the text."""
+        return 0
 
     def build(self) -> "Transformer":
         """The transformer, with parameters as torch's default device and type have them."""
@@ -152,7 +153,8 @@ class Transformer(nn.Module):
         raise NotImplementedError
 
     def begin_block(self, number: int) -> None:
-        """To be called by `forward` before it uses the weights of block `number` of `blocks`."""
+        """To be called by `forward` before it uses the weights of block `number` of `blocks`: of all, in order,
+        those too that are left out."""
         if self.stream is not None:
             self.stream.begin(number)
 
@@ -193,25 +195,29 @@ class Transformer(nn.Module):
             raise RequestError(f"latents {tuple(x.shape)} do not fit the model: expected (B, {channels}, h, w)")
 
     def embed_text(self, context: torch.Tensor) -> torch.Tensor:
-        """context (B, Lt, E) -> (B, Lt, hidden); computed once per prompt."""
+        """context (B, Lt, E) -> (B, Lt, hidden), or where the whole text is embedded (B, T, E) -> (B, `filled(T)`,
+        hidden); computed once per prompt."""
         raise NotImplementedError
 
     def rope(self, text: int, grid: Grid, references: References, device: torch.device) -> tuple[Rope, Rope]:
-        """Rotary tables (cos, sin) of all T text tokens, and of all S of the image and R of its references."""
+        """Rotary tables (cos, sin) of all T text tokens, and of all S of the image and R of its references, with those
+        that fill either up; or what else says where tokens lie: tables whose rows are tokens, as `forward` takes those
+        of this rank."""
         raise NotImplementedError
 
-    def modulations(self) -> list[Linear]:
-        """The layers that give the adaLN outputs. Joined in this order, those make a row of modulation_width values.
-        A rank may have only some of these layers; the others' weights are on the meta device then."""
+    def modulations(self) -> list[nn.Module]:
+        """The layers that give the adaLN outputs, with `out_features`: Linear, or networks. Joined in this order, those
+        make a row of modulation_width values. A rank may have only some of these layers; the others' weights are on the
+        meta device then."""
         raise NotImplementedError
 
     @property
     def modulation_width(self) -> int:
         """Values per evaluation and batch item."""
-        return sum(len(layer.weight) for layer in self.modulations())
+        return sum(layer.out_features for layer in self.modulations())
 
     def modulation_input(self, timesteps: torch.Tensor, prompt: Prompt, dtype: torch.dtype) -> torch.Tensor:
-        """timesteps (n, B) -> (n, B, hidden) in `dtype`: what each of `modulations` is applied to."""
+        """timesteps (n, B) -> (n, B, K) in `dtype`: what each of `modulations` is applied to."""
         raise NotImplementedError
 
     def split_modulations(self, rows: torch.Tensor) -> Any:
@@ -227,73 +233,8 @@ class Transformer(nn.Module):
         rope: tuple[Rope, Rope],
         joint: JointAttention,
         ops: Segments,
-        residuals: Residuals,
+        residuals: Residuals = NO_RESIDUALS,
     ) -> torch.Tensor:
-        """img (B, Li, p^2 (C + C')) patches and txt (B, Lt, hidden) of this rank, residuals for its image tokens ->
-        velocity patches (B, Li, p^2 C)."""
+        """img (B, Li, p^2 (C + C')) patches, zeros where the stream is filled up, and txt (B, Lt, hidden) of this rank,
+        residuals for its image tokens -> velocity patches (B, Li, p^2 C)."""
         raise NotImplementedError
-
-
-def references_of(config: FamilyConfig, prompt: Prompt) -> References:
-    """How the model places a prompt's references."""
-    if not prompt.references:
-        return References(config.patch)
-    method = prompt.reference_method or config.reference_method
-    sizes = tuple(tuple(latent.shape[-2:]) for latent in prompt.references)
-    return References(config.patch, sizes, method if method in config.reference_methods else "offset")
-
-
-def check_prompt(x: torch.Tensor, prompt: Prompt, config: FamilyConfig) -> str | None:
-    """What is wrong with a prompt for latents x (B, ...) and a model; None if nothing."""
-    context, guidance, b = prompt.context, prompt.guidance, len(x)
-    if context.dim() != 3 or context.shape[0] != b or context.shape[1] < 1 or context.shape[2] != config.context:
-        return (
-            f"the prompt's tensor {tuple(context.shape)} does not fit the model: expected ({b}, T, {config.context}). "
-            f"Was it made by the text encoders of another model? {config.family} takes {config.encoders}"
-        )
-    if guidance is not None and guidance.shape not in ((1,), (b,)):
-        return f"the guidance {tuple(guidance.shape)} does not fit the latents: expected ({b},)"
-    return _check_concat(x, prompt.concat, config) or _check_references(x, prompt, config)
-
-
-def _check_concat(x: torch.Tensor, concat: torch.Tensor | None, config: FamilyConfig) -> str | None:
-    expected = (len(x), config.concat_channels, *x.shape[2:])
-    given = None if concat is None else tuple(concat.shape)
-    if given == (expected if config.concat_channels else None):
-        return None
-    if concat is None:
-        return f"the model takes {config.concat_channels} channels of an image or mask beside the latents; got none"
-    wanted = f"expected {expected}" if config.concat_channels else "it takes latents alone"
-    return f"the image or mask channels {given} do not fit the model: {wanted}"
-
-
-def _check_references(x: torch.Tensor, prompt: Prompt, config: FamilyConfig) -> str | None:
-    method = prompt.reference_method
-    if method is not None and method not in METHODS:
-        return f"the reference method {method!r} is not one of: {', '.join(METHODS)}"
-    for latent in prompt.references:
-        shape, frames = tuple(latent.shape), tuple(latent.shape[2:-2])
-        if shape[:2] != (len(x), config.channels) or frames not in ((), (1,)) or not latent.numel():
-            expected = f"({len(x)}, {config.channels}, [1,] h, w)"
-            return f"a reference latent {shape} does not fit the model: expected {expected}"
-    if prompt.references and not config.reference_methods:
-        return f"remove the reference images from the prompt: {config.family} takes none"
-    if prompt.references and config.concat_channels:
-        return "a model of Fill, Canny or Depth kind takes no reference latents"
-    return None
-
-
-def check_control(x: torch.Tensor, prompt: Prompt, residuals: Residuals, config: FamilyConfig) -> str | None:
-    """What is wrong with a ControlNet's tensors for latents x (B, ..., h, w); None if nothing."""
-    if residuals.tensors and not config.takes_control:
-        return f"remove the ControlNet from the prompt: FastUSP runs none with {config.family}"
-    rows, columns = patch_grid(*x.shape[-2:], config.patch)
-    most = rows * columns + references_of(config, prompt).tokens
-    for tensor in residuals.tensors:
-        fits = tensor.dim() == 3 and tensor.shape[0] in (1, len(x)) and tensor.shape[2] == config.hidden
-        if not fits or not 0 < tensor.shape[1] <= most:
-            return (
-                f"a ControlNet's tensor {tuple(tensor.shape)} does not fit the model: expected ({len(x)}, up to "
-                f"{most}, {config.hidden}). Was it made for another model?"
-            )
-    return None

@@ -1,9 +1,10 @@
 """From a file to the tensors that its transformer needs. All others in it are left alone, whatever they are."""
 
+import itertools
 import logging
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,6 +17,7 @@ from ..weights.source import Source, changed
 from ..weights.storage_plan import StoragePlan, Use, plan_storage
 from ..weights.tensor_info import TensorInfo
 from .detection import FAMILIES, Incomplete, detect, family_of, first_of, needed_tensors
+from .diffusers_layout import MARKS, with_original_names
 from .family import FamilyConfig, Transformer
 from .layers import Linear
 
@@ -73,7 +75,8 @@ def read_model(path: str, state: FileState | None = None) -> ModelFile:
 
 
 def _read(source: Source) -> ModelFile:
-    path, contents = source.path, read_contents(source, [family.marks for family in FAMILIES])
+    path, marks = source.path, [family.marks for family in FAMILIES]
+    contents = with_original_names(read_contents(source, [*marks, MARKS]))
     try:
         family = family_of(contents.tensors, path, contents.names)
     except Incomplete as error:
@@ -93,21 +96,29 @@ def _read(source: Source) -> ModelFile:
     config = family.from_sizes(Sizes(header, path, family.family))
     with torch.device("meta"):
         model = config.build()
-    _check_shapes(model, header, path, family.family)
+    header = _shaped(model, header, path, family.family)
     others = (key for key in contents.tensors if key not in header and not used_for_scales(key, header))
     return ModelFile(source, config, model, header, tuple(others))
 
 
-def _check_shapes(model: Transformer, header: dict[str, TensorInfo], path: str, family: str) -> None:
+def _shaped(model: Transformer, header: dict[str, TensorInfo], path: str, family: str) -> dict[str, TensorInfo]:
+    """The tensors in the shapes that the model has them in: writers of GGUF leave out leading dimensions of 1. Raises
+    CheckpointError for other shapes."""
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    wanted = {key: shapes[model.module_key(key)] for key in header}
     problems = [
-        f"tensor {key!r} is {info.shape}, expected {shapes[model.module_key(key)]}"
+        f"tensor {key!r} is {info.shape}, expected {wanted[key]}"
         for key, info in header.items()
-        if info.shape != shapes[model.module_key(key)]
+        if _without_ones(info.shape) != _without_ones(wanted[key])
     ]
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise CheckpointError(f"{path} is not a {family} file: {'; '.join(problems[:3])}{more}")
+    return {key: replace(info, shape=wanted[key]) for key, info in header.items()}
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(itertools.dropwhile(lambda size: size == 1, shape))
 
 
 def model_and_plans(header: dict[str, TensorInfo], spec: ModelSpec) -> tuple[Transformer, dict[str, StoragePlan]]:
@@ -120,7 +131,7 @@ def model_and_plans(header: dict[str, TensorInfo], spec: ModelSpec) -> tuple[Tra
 def unpacked_plans(model: Transformer, plans: dict[str, StoragePlan], spec: ModelSpec) -> dict[str, StoragePlan]:
     """The forms of a model whose layers compute with what lies in memory, in place of `plans`; the same where they do
     that anyway. Layers of modulations, which are used once a prompt, keep theirs."""
-    seldom = {id(layer) for layer in model.modulations()}
+    seldom = {id(part) for layer in model.modulations() for part in layer.modules()}
     compute = getattr(torch, spec.compute)
 
     def form(name: str, plan: StoragePlan) -> StoragePlan:

@@ -1,4 +1,4 @@
-"""The blocks of FLUX.1 and FLUX.2 and what they are made of, with the names of the original (BFL) key layout.
+"""The blocks of FLUX.1, FLUX.2 and Chroma and what they are made of, with the names of the original (BFL) key layout.
 
 The blocks are schedules: they start an exchange as soon as its payload exists and compute what does not need it before
 they await it. Each residual addition is fused with the next block's norm, so blocks pass on (x, normed x).
@@ -151,7 +151,7 @@ class SingleStreamBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    def __init__(self, hidden: int, out: int, *, bias: bool):
+    def __init__(self, hidden: int, out: int, *, bias: bool, modulated: bool):
         super().__init__()
         self.linear = Linear(hidden, out, bias=bias)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(hidden, 2 * hidden, bias=bias))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(hidden, 2 * hidden, bias=bias)) if modulated else None

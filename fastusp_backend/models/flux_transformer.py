@@ -1,5 +1,5 @@
-"""What FLUX.1 and FLUX.2 have alike: two streams, text and image, run 'double' blocks that attend jointly; their joined
-sequence then runs 'single' blocks.
+"""What FLUX.1, FLUX.2 and Chroma have alike: two streams, text and image, run 'double' blocks that attend jointly;
+their joined sequence then runs 'single' blocks.
 
 Everything around attention works token by token, so a rank runs it on its own tokens.
 
@@ -33,20 +33,22 @@ class Modulations(NamedTuple):
 
 
 class FluxTransformer(Transformer):
-    """What is built from a config that also has the counts `double_blocks` and `single_blocks`, and `guidance`, whether
-    it is embedded."""
+    """What is built from a config that also has the counts `double_blocks` and `single_blocks`.
 
-    def __init__(self, config: FamilyConfig, blocks: BlockConfig):
+    timed: whether it embeds timesteps, and guidance if the config has it, for layers of modulations.
+    """
+
+    def __init__(self, config: FamilyConfig, blocks: BlockConfig, *, timed: bool = True):
         super().__init__(config)
         hidden, bias = config.hidden, blocks.bias
         width, further = (channels * config.patch**2 for channels in (config.channels, config.concat_channels))
         self.img_in = Linear(width + further, hidden, bias=bias)
         self.txt_in = Linear(config.context, hidden, bias=bias)
-        self.time_in = Embedder(256, hidden, bias=bias)
+        self.time_in = Embedder(256, hidden, bias=bias) if timed else None
         self.guidance_in = Embedder(256, hidden, bias=bias) if config.guidance else None
         self.double_blocks = nn.ModuleList(DoubleStreamBlock(blocks) for _ in range(config.double_blocks))
         self.single_blocks = nn.ModuleList(SingleStreamBlock(blocks) for _ in range(config.single_blocks))
-        self.final_layer = FinalLayer(hidden, width, bias=bias)
+        self.final_layer = FinalLayer(hidden, width, bias=bias, modulated=timed)
 
     def blocks(self) -> list[nn.Module]:
         return [*self.double_blocks, *self.single_blocks]

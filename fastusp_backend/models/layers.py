@@ -34,6 +34,10 @@ class Linear(nn.Module):
         self.packing = ""
 
     @property
+    def out_features(self) -> int:
+        return len(self.weight)
+
+    @property
     def stored(self) -> Stored:
         """The weight as it lies in memory."""
         return Stored(self.weight, self.scale, self.packing, self.low_rank)
@@ -92,14 +96,16 @@ class HeadNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) times a learnt weight, over the last dimension. Where it is a head's, kernels/place.py applies it."""
+    """x / rms(x) times a learnt weight, over the last dimension. Where it is a head's, kernels/place.py applies it, and
+    where it lies between residual additions kernels/sandwich.py may."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, eps: float = 1e-6):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim), requires_grad=False)
+        self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), eps=1e-6)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), eps=self.eps)
 
 
 class ModulationOut(NamedTuple):

@@ -21,8 +21,7 @@ class Ownership:
 
     def __init__(self, model: Transformer, plans: dict[str, StoragePlan], ranks: int):
         names = {module: name for name, module in model.named_modules()}
-        own = [[f"{names[layer]}.{leaf}" for leaf in ("weight", "bias")] for layer in model.modulations()]
-        layers = [[name for name in layer if name in plans] for layer in own]  # some have no bias
+        layers = [[f"{names[layer]}.{leaf}" for leaf, _ in layer.named_parameters()] for layer in model.modulations()]
         self.owners = balanced([sum(plans[name].nbytes for name in layer) for layer in layers], ranks)
         self._owner = {name: owner for layer, owner in zip(layers, self.owners, strict=True) for name in layer}
         self.nbytes = [

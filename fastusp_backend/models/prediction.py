@@ -21,7 +21,7 @@ from .cost import step_cost
 from .family import FamilyConfig
 from .placement import Placement
 
-SIZE, TEXT = (1024, 1024), 512
+SIZE = 1024, 1024
 
 SUSTAINED = 0.65
 """Share of a card's rate that products and attention had on one GPU: FLUX.1 0.66 on H200 and 0.62 on H100, FLUX.2 and
@@ -123,6 +123,13 @@ def link_of(card: Card, words: Iterable[str], pcie: Iterable[tuple[int, int] | N
     return min((over_pcie(*(found or (card.pcie, 16))) for found in pcie), key=lambda link: link.peers)
 
 
+def not_timed(config: FamilyConfig) -> str:
+    """Says, for people, that steps of a family are predicted by others'; empty where some of its own were measured."""
+    if config.timed:
+        return ""
+    return f"Steps of {config.family} were not measured: it is taken to have the share of a card's rate that FLUX.1 has"
+
+
 def fewer_are_faster(seconds: Sequence[Mapping[int, float]], count: int) -> int | None:
     """The number of GPUs below `count` on which steps are faster by more than `MARGIN`, the fastest of several; None
     where there is none. seconds: of one or more kinds of steps, by the number of GPUs."""
@@ -131,7 +138,7 @@ def fewer_are_faster(seconds: Sequence[Mapping[int, float]], count: int) -> int 
 
 
 class Prediction:
-    """Predicts steps of a file's model at SIZE pixels with TEXT tokens.
+    """Predicts steps of a file's model at SIZE pixels, with as much text as is usual for its family.
 
     layouts: as `plan_batches` gives them.
     linear, wire: as the options; `auto` as if links were slow.
@@ -156,7 +163,7 @@ class Prediction:
         computes hide each other; but tokens that come by the link of the weights hide nothing, nor do other GPUs'
         weights on such a link."""
         layout = next(layout for layout in self._layouts if prompts % layout.batch == 0)
-        cost = step_cost(self._config, layout, size=SIZE, text=TEXT)
+        cost = step_cost(self._config, layout, size=SIZE, text=self._config.text)
         products = (cost.flops - cost.attention) * (FP8_PRODUCTS if self._linear == "fp8" else 1)
         computing = (products + cost.attention) / layout.sequence_ranks / (SUSTAINED * self._card.tflops * 1e12)
         if layout.sequence_ranks > 1:

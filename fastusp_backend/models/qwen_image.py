@@ -47,6 +47,8 @@ class QwenImageConfig(FamilyConfig):
     patch: ClassVar[int] = 2
     takes_control: ClassVar[bool] = True
     encoders: ClassVar[str] = "that of CLIPLoader, type qwen_image (Qwen2.5-VL 7B, width 3584)"
+    text: ClassVar[int] = 256  # as measured
+    timed: ClassVar[bool] = True
     reference_methods: ClassVar[frozenset[str]] = frozenset(METHODS) - {"uxo"}
 
     mlp: int

@@ -1,9 +1,10 @@
 """The element-wise segments between matrix products and exchanges: pure functions of tokens.
 
-On GPUs each is one pass over the tokens by a kernel of our own (kernels/tokens.py), and gelu is the epilogue of the
-library's product. Only SwiGLU that is not quantised is left to the compiler: nothing is reduced in it, so that one pass
-is what it makes anyway, once for all blocks, with a dynamic token dimension. On CPU ranks, and where fusing is switched
-off, all are torch's separate operations, against which the kernels are tested. The compiler never sees a collective.
+On GPUs each is one pass over the tokens by a kernel of our own (kernels/tokens.py, kernels/sandwich.py), and gelu is
+the epilogue of the library's product. Only SwiGLU of one product's halves that is not quantised is left to the
+compiler: nothing is reduced in it, so that one pass is what it makes anyway, once for all blocks, with a dynamic token
+dimension. On CPU ranks, and where fusing is switched off, all are torch's separate operations, against which the
+kernels are tested. The compiler never sees a collective.
 
 Shapes: x, y (B, L, C); shift, scale, gate (B, 1, C), or (B, n, C) where each token takes one of n rows (`by_row`).
 """
@@ -13,17 +14,17 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from ..kernels import tokens
+from ..kernels import sandwich, tokens
 from ..kernels.fp8_product import Quantised
-from .layers import Activations, Linear
+from .layers import Activations, Linear, RMSNorm
 
 
 class Segments:
     """What happens to tokens between two products.
 
     fused: in one pass over the tokens, on GPUs; else as torch's separate operations.
-    fp8: what norm, add_norm and mlp_in give is quantised in the same pass, for products in fp8; `activations` does so
-    with what comes from elsewhere.
+    fp8: what products take of norms and activations is quantised in the same pass, for products in fp8; `activations`
+    does so with what comes from elsewhere.
     rows: (L,) int64, see `by_row`.
     exact: the same segments without quantisation.
     """
@@ -56,6 +57,30 @@ class Segments:
             return x, self._as_activations(x, *normed)
         x, normed = tokens.add_norm_reference(x, y, gate, shift, scale, rows)
         return x, self.activations(normed)
+
+    def scaled_norm(self, x: torch.Tensor, before: RMSNorm, scale: torch.Tensor) -> Activations:
+        """(1 + scale) before(x)."""
+        if self._fused:
+            return self._as_activations(x, *sandwich.norm(x, before.weight, scale, fp8=self._fp8))
+        return self.activations(sandwich.norm_reference(x, before.weight, scale))
+
+    def normed_add(self, x: torch.Tensor, y: torch.Tensor, after: RMSNorm, gate: torch.Tensor) -> torch.Tensor:
+        """x + tanh(gate) after(y)."""
+        return (sandwich.add if self._fused else sandwich.add_reference)(x, y, after.weight, gate)
+
+    def normed_add_norm(self, x, y, after: RMSNorm, gate, before: RMSNorm, scale) -> tuple[torch.Tensor, Activations]:
+        """x + tanh(gate) after(y), and (1 + scale) times that normed by `before`."""
+        if self._fused:
+            x, *normed = sandwich.add_norm(x, y, after.weight, gate, before.weight, scale, fp8=self._fp8)
+            return x, self._as_activations(x, *normed)
+        x = self.normed_add(x, y, after, gate)
+        return x, self.scaled_norm(x, before, scale)
+
+    def swiglu(self, gate: torch.Tensor, value: torch.Tensor) -> Activations:
+        """silu(gate) value."""
+        if self._fused:
+            return self._as_activations(gate, *sandwich.swiglu(gate, value, fp8=self._fp8))
+        return self.activations(sandwich.swiglu_reference(gate, value))
 
     def mlp_in(self, layer: Linear, x: Activations, rows: slice = slice(None), *, gated: bool = False) -> Activations:
         """gelu_tanh(layer(x)) for some of the layer's outputs; gated: silu of their first half times the second."""

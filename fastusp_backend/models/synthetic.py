@@ -7,10 +7,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from .chroma import ChromaConfig
 from .family import FamilyConfig
 from .flux import FluxConfig
 from .flux2 import Flux2Config
 from .qwen_image import QwenImageConfig
+from .sd3 import SD3Config
+from .z_image import ZImageConfig
 
 TINY_FLUX = FluxConfig(
     hidden=512,
@@ -56,9 +59,62 @@ FLUX2_DEV = Flux2Config(
     guidance=True,
 )
 """FLUX.2-dev's own sizes."""
+CHROMA = ChromaConfig(
+    hidden=3072,
+    heads=24,
+    channels=16,
+    context=4096,
+    mlp=12288,
+    double_blocks=19,
+    single_blocks=38,
+    approximator=5120,
+)
+"""Chroma1's own sizes."""
+TINY_CHROMA = ChromaConfig(
+    hidden=512,
+    heads=4,
+    channels=16,
+    context=4096,
+    mlp=2048,
+    double_blocks=2,
+    single_blocks=2,
+    approximator=512,
+)
 QWEN_IMAGE = QwenImageConfig(hidden=3072, heads=24, channels=16, context=3584, mlp=12288, blocks=60)
 """Qwen-Image's own sizes."""
 TINY_QWEN_IMAGE = QwenImageConfig(hidden=512, heads=4, channels=16, context=3584, mlp=2048, blocks=2)
+SD35_LARGE = SD3Config(
+    hidden=2432, heads=38, channels=16, context=4096, pooled=2048, mlp=9728, blocks=38, positions=192
+)
+"""Stable Diffusion 3.5 large's own sizes."""
+SD35_MEDIUM = SD3Config(
+    hidden=1536,
+    heads=24,
+    channels=16,
+    context=4096,
+    pooled=2048,
+    mlp=6144,
+    blocks=24,
+    second_attentions=13,
+    positions=384,
+)
+"""Stable Diffusion 3.5 medium's own sizes."""
+TINY_SD3 = SD3Config(
+    hidden=256,
+    heads=4,
+    channels=16,
+    context=4096,
+    pooled=2048,
+    mlp=1024,
+    blocks=4,
+    second_attentions=1,
+    positions=64,
+)
+Z_IMAGE = ZImageConfig(hidden=3840, heads=30, channels=16, context=2560, mlp=10240, blocks=30)
+"""Z-Image's own sizes, Turbo's and Base's."""
+TINY_Z_IMAGE = ZImageConfig(
+    hidden=512, heads=4, channels=16, context=2560, mlp=1536, image_blocks=1, context_refiners=1, blocks=2
+)
 
 
 class FullAndTiny(NamedTuple):
@@ -71,7 +127,10 @@ class FullAndTiny(NamedTuple):
 MODELS = {
     "flux": FullAndTiny(FLUX_DEV, TINY_FLUX),
     "flux2": FullAndTiny(FLUX2_DEV, TINY_FLUX2),
+    "chroma": FullAndTiny(CHROMA, TINY_CHROMA),
     "qwen": FullAndTiny(QWEN_IMAGE, TINY_QWEN_IMAGE),
+    "sd3": FullAndTiny(SD35_LARGE, TINY_SD3),
+    "z_image": FullAndTiny(Z_IMAGE, TINY_Z_IMAGE),
 }
 """One entry per family, by the name that the benchmarks' command lines take."""
 

@@ -1,10 +1,11 @@
-"""What people want to know of a pool beside its processes: whether somebody samples with it, how far that is, what went
-wrong last."""
+"""What people want to know of a pool beside its processes: whether somebody samples with it, how far that is, how the
+last runs went, what went wrong last."""
 
 import contextlib
 import statistics
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -15,12 +16,14 @@ from .progress import Progress
 
 _RECENT = 8
 """Steps by which the time of the others is judged: the first ones may compile."""
+RUNS = 5
+"""How many runs are remembered."""
 
 
 @dataclass(frozen=True, slots=True)
 class Activity:
     """What a request does: a phase before its steps, since a time of `time.monotonic`; or steps, of which so many are
-    done, and the seconds that the last ones took each."""
+    done, and the seconds that each took of which that is known."""
 
     phase: str
     since: float
@@ -28,20 +31,20 @@ class Activity:
     steps: int = 0
     seconds: tuple[float, ...] = ()
 
+    @property
+    def seconds_per_step(self) -> float | None:
+        return statistics.median(self.seconds[-_RECENT:]) if self.seconds else None
+
     def facts(self) -> dict:
-        """For `Pool.status`: phase and phase_seconds; step, steps, ms_per_step and seconds_left where there are
-        steps."""
+        """For `Pool.status`: phase and phase_seconds; where there are steps, step and steps; where their time is known,
+        ms_per_step and seconds_left."""
         found = {"phase": self.phase, "phase_seconds": round(time.monotonic() - self.since, 1)}
-        if not self.steps:
-            return found
-        each = statistics.median(self.seconds[-_RECENT:])
-        left = (self.steps - self.step) * each
-        return found | {
-            "step": self.step,
-            "steps": self.steps,
-            "ms_per_step": round(each * 1000, 1),
-            "seconds_left": round(left, 1),
-        }
+        if self.steps:
+            found |= {"step": self.step, "steps": self.steps}
+        if (each := self.seconds_per_step) is not None:
+            left = (self.steps - self.step) * each
+            found |= {"ms_per_step": round(each * 1000, 1), "seconds_left": round(left, 1)}
+        return found
 
 
 class Account:
@@ -49,13 +52,15 @@ class Account:
 
     error: the text of what the last one to fail raised, until one succeeds.
     activity: what the current one does, None where none says so.
-    last: steps, seconds and ms_per_step of the last run that ended well.
+    history: the last runs that ended well, the newest first: what `run` was told about each; ended, in seconds since
+        the epoch; seconds; steps; ms_per_step, where it is known; phases, the seconds of each part, in order.
     """
 
     def __init__(self):
         self.error: str | None = None
         self.activity: Activity | None = None
-        self.last: dict | None = None
+        self.history: deque[dict] = deque(maxlen=RUNS)
+        self._phases: dict[str, float] = {}
         self._lock = threading.Lock()
         self._runs = 0
 
@@ -65,41 +70,63 @@ class Account:
         return self._runs > 0
 
     @contextlib.contextmanager
-    def run(self) -> Iterator[None]:
+    def run(self, about: dict) -> Iterator[None]:
         """A sampling run, from its beginning to its end or failure, as `request` accounts for it. Runs may lie in each
-        other."""
+        other. about: what `history` is to tell of it."""
+        began = time.monotonic()
         with self._lock:
+            if not self._runs:
+                self._phases = {}
             self._runs += 1
         try:
             with self.request():
                 yield
+            if (now := self.activity) is not None and now.steps:
+                self._turn(None)
+                self._remember(about, now, time.monotonic() - began)
         finally:
             with self._lock:
                 self._runs -= 1
+            self._turn(None)
+
+    def _remember(self, about: dict, now: Activity, seconds: float) -> None:
+        each = now.seconds_per_step
+        self.history.appendleft(
+            about
+            | {
+                "ended": round(time.time()),
+                "seconds": round(seconds, 1),
+                "steps": now.step,
+                "ms_per_step": each and round(each * 1000, 1),
+                "phases": {phase: round(took, 1) for phase, took in self._phases.items()},
+            }
+        )
 
     def following(self, progress: Progress) -> Progress:
         """Returns a progress that tells this account too."""
 
         def phase(text: str) -> None:
-            self.activity = Activity(text, time.monotonic())
+            self._turn(Activity(text, time.monotonic()))
             progress.phase(text)
 
         def step(event: Step, tensors: Tensors) -> None:
-            now = self.activity
-            if now is None or not now.steps:
-                now = Activity("sampling", time.monotonic() - event.seconds)
-            self.activity = replace(now, step=event.index + 1, steps=event.total, seconds=(*now.seconds, event.seconds))
+            self.stepped(event.index, event.total, event.seconds)
             progress.step(event, tensors)
 
         return replace(progress, phase=phase, step=step)
 
+    def stepped(self, index: int, total: int, seconds: float | None) -> None:
+        """Step `index` of `total` is done. seconds: what it took, None where that is not known."""
+        now = self.activity
+        if now is None or not now.steps:
+            now = Activity("sampling", time.monotonic() - (seconds or 0))
+            self._turn(now)
+        known = () if seconds is None else (seconds,)
+        self.activity = replace(now, step=index + 1, steps=max(total, index + 1), seconds=now.seconds + known)
+
     def ended_well(self) -> None:
         """A request has succeeded."""
-        self.error, now = None, self.activity
-        if now is not None and now.steps:
-            each = statistics.median(now.seconds[-_RECENT:])
-            seconds = time.monotonic() - now.since
-            self.last = {"steps": now.step, "seconds": round(seconds, 1), "ms_per_step": round(each * 1000, 1)}
+        self.error = None
 
     @contextlib.contextmanager
     def request(self) -> Iterator[None]:
@@ -112,4 +139,12 @@ class Account:
             self.error = str(error)
             raise
         finally:
-            self.activity = None
+            if not self.sampling:
+                self._turn(None)
+
+    def _turn(self, activity: Activity | None) -> None:
+        """What is done from now on."""
+        if (past := self.activity) is not None:
+            until = activity.since if activity is not None else time.monotonic()
+            self._phases[past.phase] = self._phases.get(past.phase, 0.0) + max(0.0, until - past.since)
+        self.activity = activity

@@ -31,7 +31,7 @@ def find_cause(directory: Path, torchrun: subprocess.Popen, killed: bool, model:
     where nobody else can be, and one that merely lost another goes last.
     """
     causes: list[tuple[int, float, str]] = []  # the least first
-    records = [r for path in _listed(directory, "failure-*.json") if (r := _read_json(path))]
+    records = [r for path in listed(directory, "failure-*.json") if (r := _read_json(path))]
     told, turns = {record["rank"] for record in records}, {}
     for turn, exited in enumerate(_read_json(directory / "exit.json") or []):
         rank, code = exited["rank"], exited["exitcode"]
@@ -113,7 +113,7 @@ def printed_lines(directory: Path) -> list[str]:
     """What the ranks printed last (NCCL writes to stdout), in the order of ranks: of each as many lines as of the
     others, warnings and errors before anything else."""
     ranks: dict[int, list[str]] = {}
-    for path in _listed(directory, "ranks/**/std*.log"):
+    for path in listed(directory, "ranks/**/std*.log"):
         lines = [f"[rank {path.parent.name} {path.stem}] {line}" for line in _tail(path, PRINTED_LINES)]
         ranks.setdefault(int(path.parent.name), []).extend(lines)
     turns = []  # quiet, turn of its rank, rank, place
@@ -125,7 +125,8 @@ def printed_lines(directory: Path) -> list[str]:
     return [ranks[rank][place] for rank, place in chosen]
 
 
-def _listed(directory: Path, pattern: str) -> list[Path]:
+def listed(directory: Path, pattern: str) -> list[Path]:
+    """The files of a run directory that a pattern fits, in order; none where it cannot be read."""
     try:
         return sorted(directory.glob(pattern))
     except OSError:

@@ -72,6 +72,11 @@ class HangDetector:
         self._waited = 0.0
         self._last = time.monotonic()
 
+    @property
+    def pulses(self) -> list[pulse.Reader]:
+        """What the ranks show, in their order."""
+        return [rank.pulse for rank in self._ranks]
+
     def look(self, awaited: Awaited | None) -> Suspicion | None:
         """Whether anybody hangs. awaited: what somebody waits for; only while that is something do ranks hang."""
         now = time.monotonic()

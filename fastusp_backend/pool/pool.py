@@ -15,6 +15,7 @@ from ..errors import PoolError
 from ..protocol import Held, Park, Release, Shutdown, Unmap
 from .account import Account
 from .link import POLL_SECONDS
+from .log import WorkerLog
 from .progress import QUIET, Progress
 from .request import NotSent, follow
 from .workers import Workers
@@ -40,11 +41,15 @@ class Pool:
         self.crowded = False
         """Whether weights that were unpacked had to leave, for a request or for others: they are not unpacked again."""
         self._account = Account()
+        self._log = WorkerLog()
         self._workers: Workers | None = None
         self._turn_lock = threading.Lock()
         self._running = False
         self._lifecycle_lock = threading.Lock()
         self._closed = False
+        self.changed: Callable[[], None] = lambda: None
+        """Called, on a thread of its own, when the processes are ready, and when they have ended; not in a run, which
+        hears of it itself."""
         _pools.add(self)
 
     def start(self) -> Workers:
@@ -57,8 +62,8 @@ class Pool:
             if self._workers is not None and self._workers.alive:
                 return self._workers
             if self._workers is not None:
-                self._workers.dispose()
-            self._workers = Workers(self.devices)
+                self._dispose(self._workers)
+            self._workers = Workers(self.devices, self._tell)
             self.starts += 1
             return self._workers
 
@@ -114,13 +119,23 @@ class Pool:
         fetches them."""
         return self._running
 
-    def sampling(self) -> contextlib.AbstractContextManager[None]:
-        """A run of several requests: `status` says `busy` from its beginning to its end, also between them."""
-        return self._account.run()
+    def sampling(self, **about) -> contextlib.AbstractContextManager[None]:
+        """A run of several requests: `status` says `busy` from its beginning to its end, also between them, and keeps
+        `about` with what it took."""
+        return self._account.run(about)
+
+    def stepped(self, index: int, total: int, seconds: float | None) -> None:
+        """For who steps himself by evaluations: step `index` of `total` is done. seconds: None where they are not
+        known."""
+        self._account.stepped(index, total, seconds)
 
     def following(self, progress: Progress) -> Progress:
         """Returns a progress by which `status` also tells how far a request is."""
         return self._account.following(progress)
+
+    def _tell(self) -> None:
+        if not (self._closed or self.busy or self._account.sampling):
+            self.changed()
 
     def _still_at_what_was_left(self) -> bool:
         """Whether the workers still work on a request that was left behind: it may yet load the weights."""
@@ -168,36 +183,45 @@ class Pool:
 
     def status(self) -> dict:
         """What people want to know: devices, state (`off`, `starting`, `idle`, `busy`, `stopping`: at what was
-        cancelled), processes, the model; how far a request is, as `Activity.facts`; last: steps, seconds and
-        ms_per_step of the last run that ended well; error: the last one's text, until a request succeeds."""
+        cancelled), processes and the model that they hold; of the last request the layout and the options that are not
+        the default; memory, as `Workers.memory`; how far a request is, as `Activity.facts`; history, as `Account`'s;
+        error: the last one's text, until a request succeeds."""
         workers = self._workers
         alive = workers is not None and workers.alive
-        ready = workers.ready if alive else None
+        ready = workers.ready if workers is not None else None
         busy = self.busy or self._account.sampling
         state = "off"
         if alive:
             state = "starting" if ready is None else "stopping" if workers.behind else "busy" if busy else "idle"
         status = {
             "devices": str(self.devices),
+            "gpus": list(self.devices.gpus),
             "ranks": self.devices.ranks,
             "state": state,
             "starts": self.starts,
+            "history": list(self._account.history),
         }
         if ready is not None:
-            status |= {"pids": ready.pids, "names": ready.devices, "torch": ready.torch, "backend": ready.backend}
-            status["layout"] = str(workers.layout) if workers.layout else None
+            status |= {"names": ready.devices, "torch": ready.torch, "backend": ready.backend} | workers.last_request()
+            if alive:
+                status |= {"pids": ready.pids, "memory": workers.memory()}
         if held := self.held:
             status |= {"held": held.state, "nbytes": held.nbytes, "transport": held.transport, "weights": held.weights}
             status["model"] = os.path.basename(held.model.path) if held.model else None
         if (activity := self._account.activity) is not None:
             status |= activity.facts()
-        if self._account.last is not None:
-            status["last"] = self._account.last
-        if self._account.error is None and workers is not None and not alive:
+        if self._account.error is None and workers is not None and not alive and not busy:
             self._account.error = str(workers.failure("stopped"))  # nobody has asked them for anything since
         if self._account.error is not None:
             status["error"] = self._account.error
         return status
+
+    def log_since(self, number: int) -> tuple[list[str], int]:
+        """What the workers have written, those before them too: the lines from `number` on, of the newest
+        `log.LINES`, and the number of the next one."""
+        if (workers := self._workers) is not None:
+            self._log.take(workers.run_dir.path)
+        return self._log.since(number)
 
     def stop(self, why: str) -> None:
         """Ends the processes, if any run; the next request starts new ones. why: for a prompt that it is taken from."""
@@ -221,6 +245,10 @@ class Pool:
                 workers.processes.wait_until_ended(SHUTDOWN_SECONDS)
             finally:
                 self._turn_lock.release()
+        self._dispose(workers, why)
+
+    def _dispose(self, workers: Workers, why: str | None = None) -> None:
+        self._log.take(workers.run_dir.path)
         workers.dispose(why)
 
     def _ready_workers(self, progress: Progress) -> Workers:

@@ -22,7 +22,7 @@ from .workers import Workers
 
 ControlNetResiduals = Mapping[str, Sequence[torch.Tensor | None]]
 """A ControlNet's residuals as ComfyUI has them: under `input` (FLUX's double blocks, Qwen-Image's) and `output` (FLUX's
-single blocks), per block (B or 1, n, hidden) or None."""
+single blocks, Stable Diffusion 3's), per block (B or 1, n, hidden) or None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +46,10 @@ class Session:
         prompt: Prompt,
         progress: Progress,
         control: ControlNetResiduals | None = None,
+        skipped: Sequence[int] = (),
     ) -> torch.Tensor:
-        """Evaluates the model once: x (B, C, h, w), timestep (B,) -> velocity (B, C, h, w) on the CPU. Raises as
-        `submit`."""
+        """Evaluates the model once: x (B, C, h, w), timestep (B,) -> velocity (B, C, h, w) on the CPU. skipped: the
+        numbers of blocks that are left out. Raises as `submit`."""
         progress = self.pool.following(progress)
         places, residuals = _distinct(control or {}, getattr(torch, self.model.compute))
 
@@ -62,6 +63,7 @@ class Session:
                 forget=delivery.forget,
                 reference_method=prompt.reference_method,
                 control=places,
+                skipped=sorted(skipped),
             )
             answer = submit(workers, message, {"x": x, "timestep": timestep, **delivery.send, **residuals}, progress)
             workers.tensors.confirm(delivery)

@@ -2,12 +2,13 @@
 
 import itertools
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing import AuthenticationError
 
-from ..config import Layout, ModelSpec
+from ..config import Layout, ModelSpec, Settings
 from ..devices import Devices, cuda_visible
 from ..errors import PoolError, ProtocolError
 from ..prompt import Tensors
@@ -47,19 +48,22 @@ class Workers:
 
     processes: torchrun and its ranks.
     ready: what they said when they were ready, None before.
-    layout, model: those of the last request.
+    layout, settings, model: those of the last request.
     sent, answered: the last request or order that went to them, and the last one that they answered, in order.
     held: what they last said of their weights.
     tensors, patches: what they were sent and have, for the caller whose turn it is.
     """
 
-    def __init__(self, devices: Devices):
-        """Raises DeviceError where one does not exist."""
+    def __init__(self, devices: Devices, changed: Callable[[], None] = lambda: None):
+        """changed: called when they are ready, and when they have ended. Raises DeviceError where a device does not
+        exist."""
         cuda_visible(devices)
         self.devices = devices
+        self._changed = changed
         self.run_dir = RunDir()
         self.ready: Ready | None = None
         self.layout: Layout | None = None
+        self.settings: Settings | None = None
         self.model: ModelSpec | None = None
         self.sent = self.answered = 0
         self.held: Held | None = None
@@ -103,6 +107,7 @@ class Workers:
                     self._link.close()  # perhaps after `dispose`
                 who, seconds = f"{self.devices} ({', '.join(reply.devices)})", time.monotonic() - began
                 log.info("FastUSP: the workers on %s are ready, %.1f s after their start", who, seconds)
+                self._changed()
                 return
 
     def _guard(self) -> None:
@@ -114,6 +119,7 @@ class Workers:
         except Exception as error:
             log.exception("the FastUSP workers on %s cannot be watched any more", self.devices)
             self._end(f"they could not be watched any more ({type(error).__name__}: {error})")
+        self._changed()
 
     @property
     def _awaited(self) -> Awaited | None:
@@ -130,6 +136,20 @@ class Workers:
             self._refused = True
         elif isinstance(message, Done | Failed):
             self.answered = max(self.answered, message.id)
+
+    def last_request(self) -> dict:
+        """For `Pool.status`: model, layout and options of the last request, in words; of the options those that are not
+        the default."""
+        given, usual = self.settings or Settings(), Settings()
+        options = {name: getattr(given, name) for name in Settings.__struct_fields__}
+        changed = [f"{name} {value}" for name, value in options.items() if value != getattr(usual, name)]
+        model = os.path.basename(self.model.path) if self.model else None
+        return {"model": model, "layout": str(self.layout) if self.layout else None, "options": ", ".join(changed)}
+
+    def memory(self) -> list[dict | None]:
+        """What each rank last showed of its memory, as `pulse.Memory`; None before it has shown any."""
+        shown = [pulse.memory() for pulse in self._hangs.pulses]
+        return [memory._asdict() if memory is not None else None for memory in shown]
 
     @property
     def alive(self) -> bool:
@@ -162,7 +182,7 @@ class Workers:
         last one's did, as soon as those were read."""
         evaluates = isinstance(message, Evaluate)
         if isinstance(message, Evaluate | Sample):
-            self.layout = message.layout
+            self.layout, self.settings = message.layout, message.settings
         if isinstance(message, Evaluate | Sample | Patch):
             self.model = message.model
         if isinstance(message, Release | Unmap) or (evaluates and self._memory_in_doubt):

@@ -10,7 +10,7 @@ import msgspec
 
 from ..config import Layout, ModelSpec, Settings, WeightPatch
 
-VERSION = 7
+VERSION = 8
 """Raised whenever a message or the framing changes: client and workers of different versions refuse each other."""
 
 
@@ -87,6 +87,7 @@ class Evaluate(Request):
     reference_method: how references are placed, None for the model's own way.
     control: what a ControlNet adds to the image stream: under `input` and `output`, for each block the N of a tensor
         control.N (B or 1, n, hidden), or None.
+    skipped: the numbers of blocks that are left out, in rising order.
 
     Tensors: x (B, C, h, w), timestep (B,), control.N, and a prompt's as in `prompt.Prompt`.
     """
@@ -96,6 +97,7 @@ class Evaluate(Request):
     forget: list[int] = []
     reference_method: str | None = None
     control: dict[Literal["input", "output"], list[int | None]] = {}
+    skipped: list[int] = []
 
 
 class Patch(Message):

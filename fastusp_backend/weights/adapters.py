@@ -124,7 +124,7 @@ def low_rank(
 
 def _unpackable(what: str) -> RequestError:
     return RequestError(
-        f"packed GGUF weights take plain LoRAs alone, not {what}; set weight_dtype of USP Loader to bf16 or fp16, "
+        f"packed weights take plain LoRAs alone, not {what}; set weight_dtype of USP Loader to bf16 or fp16, "
         "which unpacks them when they are loaded, or use an fp8 file"
     )
 

@@ -7,44 +7,9 @@ operations is the reference's (src/ggml-quants.c), so that values are bit-equal 
 Below, a function takes blocks (N, bytes) uint8 and gives (N, values) float32.
 """
 
-from collections.abc import Callable
-
 import torch
 
-from ..kernels import gguf_blocks as kernel
-from ..kernels.tokens import available
-
-PIECE = 1 << 24
-"""Values that the CPU unpacks at a time: what is in between takes a few times 64 MB."""
-
-
-def unpack(
-    data: torch.Tensor, packing: str, dtype: torch.dtype, low_rank: tuple[torch.Tensor, torch.Tensor] | None = None
-) -> torch.Tensor:
-    """data (..., bytes) uint8 -> (..., values) in `dtype`, rounded once from float32. low_rank: up (rows, R) and down
-    (R, values), whose product, computed in their type, is added to a matrix before that."""
-    values, size, function = PACKINGS[packing]
-    rows = data.reshape(-1, data.shape[-1])
-    out = torch.empty(len(rows), data.shape[-1] // size * values, dtype=dtype, device=data.device)
-    if available(data.device):
-        kernel.unpack(rows, packing, values, size, out, low_rank and low_rank[0] @ low_rank[1])
-        return out.view(*data.shape[:-1], -1)
-    count = max(1, PIECE // out.shape[1])
-    for start in range(0, len(rows), count):
-        piece = slice(start, start + count)
-        unpacked = function(rows[piece].reshape(-1, size)).view(-1, out.shape[1])
-        if low_rank is not None:
-            up, down = low_rank
-            unpacked += up[piece] @ down
-        out[piece] = unpacked
-    return out.view(*data.shape[:-1], -1)
-
-
-def bytes_of(columns: slice, packing: str, width: int) -> slice | None:
-    """Where the values of some columns lie in rows of `width` bytes; None where they do not begin and end at blocks."""
-    values, size, _ = PACKINGS[packing]
-    start, stop, _ = columns.indices(width // size * values)
-    return None if start % values or stop % values else slice(start // values * size, stop // values * size)
+from .packing_type import Packing
 
 
 def _half(blocks: torch.Tensor, start: int) -> torch.Tensor:
@@ -136,16 +101,16 @@ def _q2_k(b):
     return ((_half(b, 80) * scales)[..., None] * quants - (_half(b, 82) * minima)[..., None]).flatten(1)
 
 
-PACKINGS: dict[str, tuple[int, int, Callable[[torch.Tensor], torch.Tensor]]] = {
-    "Q8_0": (32, 34, _q8_0),
-    "Q4_0": (32, 18, _q4_0),
-    "Q4_1": (32, 20, _q4_1),
-    "Q5_0": (32, 22, _q5_0),
-    "Q5_1": (32, 24, _q5_1),
-    "Q2_K": (256, 84, _q2_k),
-    "Q3_K": (256, 110, _q3_k),
-    "Q4_K": (256, 144, _q4_k),
-    "Q5_K": (256, 176, _q5_k),
-    "Q6_K": (256, 210, _q6_k),
+BLOCKS = {
+    "Q8_0": Packing(32, 34, _q8_0),
+    "Q4_0": Packing(32, 18, _q4_0),
+    "Q4_1": Packing(32, 20, _q4_1),
+    "Q5_0": Packing(32, 22, _q5_0),
+    "Q5_1": Packing(32, 24, _q5_1),
+    "Q2_K": Packing(256, 84, _q2_k),
+    "Q3_K": Packing(256, 110, _q3_k),
+    "Q4_K": Packing(256, 144, _q4_k),
+    "Q5_K": Packing(256, 176, _q5_k),
+    "Q6_K": Packing(256, 210, _q6_k),
 }
-"""By GGUF's names: values of a block, its bytes, how it is unpacked."""
+"""By GGUF's names."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from .gguf_blocks import PACKINGS
+from .gguf_blocks import BLOCKS
 from .limits import (
     DEEPEST_ARRAYS,
     LONGEST_HEADER,
@@ -115,9 +115,9 @@ def gguf_tensors(read: Callable[[int, int], bytes], length: int) -> dict[str, Te
     overlap or are no whole blocks."""
     tensors = {}
     for name, kind, shape, start in gguf_header(read, length):
-        packing = kind if kind in PACKINGS else ""
+        packing = kind if kind in BLOCKS else ""
         dtype = torch.float32 if packing else _DTYPES.get(kind)
-        if packing and (not shape or shape[-1] % PACKINGS[packing][0]):
+        if packing and (not shape or shape[-1] % BLOCKS[packing].values):
             raise ValueError(f"tensor {name!r} of shape {shape} is not a whole number of {kind}'s blocks")
         tensors[name] = TensorInfo(shape, dtype, start, packing, unknown="" if dtype is not None else f"GGUF {kind}")
     end = 0

@@ -1,12 +1,14 @@
-"""Which scale belongs to which fp8 weight, and the refusal of every other quantisation by its name.
+"""Which scale belongs to which fp8 or packed weight, and the refusal of every other quantisation by its name.
 
-Three ways to say it, all per tensor, as ComfyUI reads them:
+Three ways to say it, as ComfyUI reads them; the last two also of layers in nvfp4, mxfp8 and int8 (packed_layers.py),
+among others that may have another format, or none:
 - old: a tensor `scaled_fp8` marks the file, `layer.scale_weight` and `layer.scale_input` hold the scales;
 - new: the metadata's `_quantization_metadata`, {"layers": {layer: {"format": ...}}}, with `layer.weight_scale` and
   `layer.input_scale`;
 - the same with a tensor `layer.comfy_quant` of JSON bytes, {"format": ...}, for each layer.
 
-The inputs' scales are not used: products in fp8 measure a scale for each token. What a file says of layers that the
+The inputs' scales are not used: what a weight's values are does not depend on them, and products in fp8 measure a scale
+for each token. What a file says of layers that the
 transformer does not have is not looked at.
 """
 
@@ -21,13 +23,12 @@ import torch
 from ..errors import CheckpointError
 from .contents import Contents
 from .limits import LONGEST_MARK
+from .packed_layers import FORMATS, read_layer
+from .refusals import READS, contradicts, lacks, refusal, type_of
 from .tensor_info import FP8, TensorInfo
 
-READS = "bf16, fp16, fp32, fp8 (e4m3fn, e5m2), scaled fp8 and GGUF"
 _FORMATS = {str(dtype).removeprefix("torch."): dtype for dtype in FP8}
 _INPUT_SCALES = ("scale_input", "input_scale")
-_LONGEST_FORM = 100
-"""Characters that an error quotes of a format's name."""
 
 # Parts of tensor names that only one foreign quantisation has, checked in this order.
 _FOREIGN = (
@@ -49,7 +50,7 @@ def refuse_foreign(contents: Contents, layers: Iterable[str] | None = None) -> N
     for mark, name in _FOREIGN:
         for key in contents.tensors:
             if mark in key and (layers is None or _any_begins(key, layers, deepest)):
-                raise _refusal(contents.path, name, key)
+                raise refusal(contents.path, name, key)
 
 
 def fold_scales(contents: Contents, needed: Iterable[str]) -> dict[str, TensorInfo]:
@@ -63,10 +64,12 @@ def fold_scales(contents: Contents, needed: Iterable[str]) -> dict[str, TensorIn
         info, scale = tensors[name], None
         layer, _, leaf = name.rpartition(".")
         if leaf == "weight":
-            scale = _scale_of(contents, layer)
+            info, scale = _weight(contents, layer)
         if not _readable(info):
             raise _unread(contents, name)
-        folded[name] = info if scale is None else replace(info, scale=_value(contents, scale))
+        if scale is not None:
+            info = replace(info, scale=_value(contents, scale, info.packing or "fp8"))
+        folded[name] = info
     _refuse_unmarked(contents, folded)
     return folded
 
@@ -74,33 +77,33 @@ def fold_scales(contents: Contents, needed: Iterable[str]) -> dict[str, TensorIn
 def used_for_scales(name: str, needed: dict[str, TensorInfo]) -> bool:
     """Whether a tensor says how to read a needed one, or would scale its inputs."""
     layer, _, leaf = name.rpartition(".")
-    telling = ("scale_weight", "weight_scale", "comfy_quant", *_INPUT_SCALES)
+    telling = ("scale_weight", "weight_scale", "weight_scale_2", "comfy_quant", *_INPUT_SCALES)
     return name == "scaled_fp8" or leaf in telling and f"{layer}.weight" in needed
 
 
-def _scale_of(contents: Contents, layer: str) -> str | None:
-    """The name of the tensor that holds a layer's scale; None where its weight has none."""
+def _weight(contents: Contents, layer: str) -> tuple[TensorInfo, str | None]:
+    """A layer's weight, and the name of the tensor that holds its scale; None where it has none."""
     path, tensors = contents.path, contents.tensors
     entry, weight = _declared(contents, layer), tensors[f"{layer}.weight"]
     if entry is None:
         scale = f"{layer}.scale_weight"
         if contents.scaled and scale in tensors:
-            return scale
+            return weight, scale
         unmarked = any(f"{layer}.{leaf}" in tensors for leaf in ("scale_weight", "weight_scale"))
         told = contents.scaled or any(f"{layer}.{leaf}" in tensors for leaf in _INPUT_SCALES)
         if weight.dtype in FP8 and len(weight.shape) > 1 and told and not unmarked:
-            raise _lacks(path, scale if contents.scaled else f"{layer}.weight_scale")
-        return None
+            raise lacks(path, "scaled fp8", scale if contents.scaled else f"{layer}.weight_scale")
+        return weight, None
     form, scale = entry.get("format"), f"{layer}.weight_scale"
+    if isinstance(form, str) and form in FORMATS:
+        return read_layer(contents, layer, form, entry)
     if not isinstance(form, str) or form not in _FORMATS:
-        raise _refusal(path, str(form)[:_LONGEST_FORM], layer)
+        raise refusal(path, str(form), layer)
     if weight.dtype != _FORMATS[form]:
-        raise CheckpointError(
-            f"{path}: {layer!r} is said to be {form}, but its weight is {weight.dtype or weight.unknown}"
-        )
+        raise contradicts(path, layer, form, weight)
     if scale not in tensors:
-        raise _lacks(path, scale)
-    return scale
+        raise lacks(path, "scaled fp8", scale)
+    return weight, scale
 
 
 def _declared(contents: Contents, layer: str) -> dict[str, Any] | None:
@@ -123,12 +126,12 @@ def _declared(contents: Contents, layer: str) -> dict[str, Any] | None:
         ) from error
 
 
-def _value(contents: Contents, name: str) -> float:
+def _value(contents: Contents, name: str, form: str) -> float:
     info = contents.tensors[name]
     if not _readable(info):
-        raise _refusal(contents.path, f"fp8 with scales of type {type_of(info)}", name)
+        raise refusal(contents.path, f"{form} with scales of type {type_of(info)}", name)
     if info.size != info.dtype.itemsize:
-        raise _refusal(contents.path, f"fp8 with more than one scale per tensor, {info.shape},", name)
+        raise refusal(contents.path, f"{form} with more than one scale per tensor, {info.shape},", name)
     value = torch.frombuffer(bytearray(contents.source.read(info.start, info.size)), dtype=info.dtype).item()
     if value == 0 or not math.isfinite(value):
         raise CheckpointError(f"Download {contents.path} again, or use another file: its scale {name!r} is {value}")
@@ -142,32 +145,21 @@ def _refuse_unmarked(contents: Contents, folded: dict[str, TensorInfo]) -> None:
         weight = folded.get(f"{layer}.weight")
         if weight is None or key in folded or leaf in _INPUT_SCALES or "scale" not in leaf and "zero" not in leaf:
             continue
-        told = weight.scale is not None
+        told = weight.scale is not None or weight.scales is not None
         if leaf == "scale_weight" and not contents.scaled and not told:
             missing = "the tensor 'scaled_fp8', which marks such files,"
         elif leaf == "weight_scale" and not told:
             missing = (
                 f"the tensor '{layer}.comfy_quant', or _quantization_metadata in its header, which says its format,"
             )
-        elif leaf in ("scale_weight", "weight_scale"):
+        elif leaf in ("scale_weight", "weight_scale") or leaf == "weight_scale_2" and weight.packing == "nvfp4":
             continue
         else:
-            raise _refusal(contents.path, f"something with a {leaf!r}", key)
+            raise refusal(contents.path, f"something with a {leaf!r}", key)
         raise CheckpointError(
             f"Use another file, or add the mark to {contents.path}: {key!r} is the scale of a weight, but {missing} "
             "is missing"
         )
-
-
-def _lacks(path: str, scale: str) -> CheckpointError:
-    return CheckpointError(
-        f"Download {path} again, or use another file: it is an incomplete scaled fp8 file, without tensor {scale!r}"
-    )
-
-
-def type_of(info: TensorInfo) -> str:
-    """The name of a tensor's type, for people."""
-    return info.unknown or info.packing or str(info.dtype).removeprefix("torch.")
 
 
 def _readable(info: TensorInfo) -> bool:
@@ -178,7 +170,7 @@ def _readable(info: TensorInfo) -> bool:
 def _unread(contents: Contents, name: str) -> CheckpointError:
     info, layer = contents.tensors[name], name.rpartition(".")[0]
     if info.dtype not in (torch.int8, torch.uint8):
-        return _refusal(contents.path, type_of(info), name)
+        return refusal(contents.path, type_of(info), name)
     return CheckpointError(
         f"{contents.path} is quantised as {type_of(info)} ({name!r}), and neither a tensor '{layer}.comfy_quant' nor "
         f"_quantization_metadata in its header says what these bytes mean. FastUSP reads {READS}"
@@ -189,7 +181,3 @@ def _any_begins(key: str, layers: set[str], deepest: int) -> bool:
     """Whether a tensor's name begins with that of one of these layers, whose names have up to `deepest` parts."""
     parts = key.split(".")[: deepest + 1]
     return any(".".join(parts[:end]) in layers for end in range(1, len(parts)))
-
-
-def _refusal(path: str, kind: str, where: str) -> CheckpointError:
-    return CheckpointError(f"{path} is quantised as {kind} ({where!r}), which FastUSP does not read; it reads {READS}")

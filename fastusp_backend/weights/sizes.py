@@ -7,7 +7,7 @@ from .limits import MOST_BLOCKS, WIDEST_MATRIX
 from .tensor_info import TensorInfo
 
 _SMALLEST = 128
-"""The head dim of all families."""
+"""A multiple of the head dim of all families."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,16 @@ class Sizes:
             )
         return shape
 
+    def table(self, name: str) -> int:
+        """Returns the rows of a table (1, rows, width) that the file has, whose writer may have left out the leading 1.
+        Raises CheckpointError where it is none."""
+        shape = self.header[name].shape
+        if len(shape) < 2 or shape[:-2] not in ((), (1,)) or not 0 < shape[-2] <= WIDEST_MATRIX:
+            raise CheckpointError(
+                f"{self.path} is not a {self.family} file: tensor {name!r} is {shape}, expected (1, rows, width)"
+            )
+        return shape[-2]
+
     def heads(self, hidden: int, dim: int) -> int:
         """Returns how many attention heads of `dim` a width has. Raises CheckpointError where that leaves a rest."""
         if hidden % dim or not hidden:
@@ -57,6 +67,9 @@ class AnySizes(Sizes):
 
     def matrix(self, name: str) -> tuple[int, int]:
         return _SMALLEST, _SMALLEST
+
+    def table(self, name: str) -> int:
+        return 1
 
     def count(self, blocks: str) -> int:
         return max(super().count(blocks), 1)  # no model is without: the first one's tensors are missing then

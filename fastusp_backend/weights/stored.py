@@ -1,4 +1,4 @@
-"""A weight in memory: in a float type, in fp8 with or without a scale, or packed (GGUF), and what it means.
+"""A weight in memory: in a float type, in fp8 with or without a scale, or packed, and what it means.
 
 Weights are converted where they are used, a layer's or some rows' at a time: a wide copy of them would take two to four
 times their memory. Which form a weight has, storage_plan.py decides.
@@ -10,7 +10,8 @@ import torch
 
 from ..kernels.eight_bits import quantise
 from ..kernels.widen import widen
-from .gguf_blocks import bytes_of, unpack
+from .packings import PACKINGS, bytes_of, unpack
+from .scaled_blocks import with_scales
 from .tensor_info import FP8, TensorInfo
 
 
@@ -19,8 +20,8 @@ class Stored:
     """A tensor in memory.
 
     data: (..., n) values, or (..., bytes) uint8 where packed.
-    scale: () float32, what fp8 values are multiplied by, or (rows, 1), one for each row of a matrix.
-    packing: GGUF's block format, "" for none.
+    scale: () float32, what fp8 or packed values are multiplied by, or (rows, 1), one for each row of a matrix.
+    packing: the format of the blocks (see packings.py), "" for none.
     low_rank: up (rows, R) and down (R, n) beside a packed matrix, whose product is added to its values at each use.
     """
 
@@ -30,26 +31,32 @@ class Stored:
     low_rank: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @classmethod
-    def in_file(cls, raw: torch.Tensor, info: TensorInfo) -> "Stored":
-        """A tensor as its file has it, over the memory of its bytes `raw`, (n,) uint8."""
+    def in_file(cls, raw: torch.Tensor, info: TensorInfo, scales: torch.Tensor | None = None) -> "Stored":
+        """A tensor as its file has it, over the memory of its bytes `raw`, (n,) uint8; but scales of blocks, which lie
+        apart there, come into them. scales: the bytes of `info.scales`."""
         shape, dtype = info.raw_form
+        data = raw.view(dtype).view(shape)
         scale = None if info.scale is None else torch.tensor(info.scale, dtype=torch.float32, device=raw.device)
-        return cls(raw.view(dtype).view(shape), scale, info.packing)
+        if info.form != info.raw_form:
+            data = with_scales(data, scales, PACKINGS[info.packing])
+        elif info.scales is not None:
+            scale = scales.view(info.scales.dtype).to(torch.float32).view(info.scale_shape)
+        return cls(data, scale, info.packing)
 
     def values(self, dtype: torch.dtype, rows: slice = slice(None), columns: slice | None = None) -> torch.Tensor:
         """Returns the values of some rows (and of a matrix some columns) in `dtype`. fp8 is converted, then multiplied
         by its scale, both in `dtype`, as ComfyUI does; packed values are rounded once from float32."""
         data = self.data[rows]
+        scale = self.scale[rows] if self.scale is not None and self.scale.dim() else self.scale
         if self.packing:
             low_rank = self.low_rank and (self.low_rank[0][rows], self.low_rank[1])
             within = None if columns is None else bytes_of(columns, self.packing, data.shape[1])
             if within is None:
-                values = unpack(data, self.packing, dtype, low_rank)
+                values = unpack(data, self.packing, dtype, low_rank, scale)
                 return values if columns is None else values[:, columns]
             low_rank = low_rank and (low_rank[0], low_rank[1][:, columns])
-            return unpack(data[:, within], self.packing, dtype, low_rank)
+            return unpack(data[:, within], self.packing, dtype, low_rank, scale)
         data = data if columns is None else data[:, columns]
-        scale = self.scale[rows] if self.scale is not None and self.scale.dim() else self.scale
         if data.dtype in FP8:
             return widen(data, scale, dtype)
         return data.to(dtype) if scale is None else data.to(dtype, copy=True).mul_(scale.to(dtype))

@@ -61,13 +61,18 @@ class Agreement:
         return result
 
     def together_or_drop(self, part: Callable[[], T], doing: str) -> T:
-        """`together`; where memory ran out, buffers and graphs are given back."""
-        try:
-            return self.together(part, doing)
-        except Refused as refused:
-            if refused.kind == "out_of_memory":
+        """`together`; where memory ran out, buffers and graphs are given back. If they were more than one layout's, the
+        part is tried once more: an evaluation may have the room that it has without another layout's."""
+        while True:
+            try:
+                return self.together(part, doing)
+            except Refused as refused:
+                if refused.kind != "out_of_memory":
+                    raise
+                others = self._engine.shares_memory
                 self._engine.drop_evaluations()
-            raise
+                if not others:
+                    raise
 
     def connect(self, request: Request) -> None:
         """Has the ranks of the request's layout know each other. What one rank fails in alone is raised and ends it, as

@@ -77,8 +77,8 @@ def sampling_inputs(request: Sample, tensors: Tensors) -> SamplingInputs:
 
 
 def evaluation_inputs(request: Evaluate, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor, Residuals]:
-    """x (B, C, h, w), timestep (B,) on the CPU, and what a ControlNet adds. Raises RequestError for tensors that are
-    missing or do not fit each other."""
+    """x (B, C, h, w), timestep (B,) on the CPU, what a ControlNet adds and which blocks are left out. Raises
+    RequestError for tensors that are missing or do not fit each other."""
     x, timestep = take(tensors, "x"), take(tensors, "timestep").cpu()
     if timestep.shape != x.shape[:1]:
         raise RequestError(f"timestep {tuple(timestep.shape)} does not fit the latents: expected {len(x)} values")
@@ -89,6 +89,7 @@ def evaluation_inputs(request: Evaluate, tensors: Tensors) -> tuple[torch.Tensor
         Residuals(
             tuple(take(tensors, f"{RESIDUAL}{n}") for n in range(last + 1)),
             *(tuple(request.control.get(kind, ())) for kind in ("input", "output")),
+            tuple(request.skipped),
         ),
     )
 

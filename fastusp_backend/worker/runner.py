@@ -20,7 +20,7 @@ from ..models.family import NO_RESIDUALS, Residuals
 from ..prompt import Prompt, Tensors
 from ..protocol import Done, Evaluate, Failed, Park, Patch, Phase, Release, Sample, Shutdown, Step, Unmap
 from ..protocol.messages import Request
-from ..pulse import beat, turn_to
+from ..pulse import beat, show_memory, turn_to
 from ..sampling import SAMPLERS, GuidedModel, StepState
 from .activity import EVALUATING, PATCHING, PREPARING, RECEIVING, WAITING, explain, out_of_memory_in
 from .agreement import Agreement, Refused
@@ -40,6 +40,9 @@ IN_FLIGHT = 2
 IDLE_SECONDS = 30.0
 """From when a request was sent until rank 0 takes it, and from then until all ranks have it."""
 
+MEMORY_SECONDS = 0.5
+"""Between two times that a rank looks at its memory for evaluations: the driver takes its time to tell."""
+
 
 class Runner:
     """control is given on rank 0 alone: the others follow."""
@@ -52,6 +55,7 @@ class Runner:
         self._residency = Residency(self._agreement, crew, engine, self._reply)
         self._prompts = PromptCache()
         self._work = msgspec.msgpack.Decoder(Work)
+        self._looked = 0.0  # at this rank's memory
         self._launched: deque[torch.cuda.Event] = deque()
         self._handlers: dict[type, Callable[[Any, Tensors], None]] = {
             Sample: self._sample,
@@ -84,7 +88,15 @@ class Runner:
         except Refused as refused:
             self._residency.tell(message.id)
             self._reply(Failed(id=message.id, kind=refused.kind, rank=refused.rank, text=str(refused)))
+        self._show_memory(often=isinstance(message, Evaluate))
         log.info("request %d (%s) took %.3f s", message.id, type(message).__name__, time.perf_counter() - started)
+
+    def _show_memory(self, *, often: bool) -> None:
+        now = time.monotonic()
+        if not often or now - self._looked > MEMORY_SECONDS:
+            self._looked = now
+            if (memory := self._engine.memory()) is not None:
+                show_memory(memory)
 
     def _next(self) -> tuple[Work, Tensors]:
         message = body = tensors = None
@@ -121,7 +133,8 @@ class Runner:
             inputs = sampling_inputs(request, self._here(sent))
             denoiser = self._engine.denoiser(request.layout, request.settings)
             denoiser.check(inputs.x, inputs.prompts)
-            denoiser.probe_memory(inputs.x, inputs.prompts, evaluations=len(inputs.timesteps))
+            more = {"evaluations": len(inputs.timesteps), "spare": self._engine.spare}
+            denoiser.probe_memory(inputs.x, inputs.prompts, **more)
             return denoiser, inputs
 
         denoiser, inputs = self._prepare(request, prepare)
@@ -162,7 +175,7 @@ class Runner:
             x, timestep, residuals = evaluation_inputs(request, tensors)
             denoiser = self._engine.denoiser(request.layout, request.settings)
             denoiser.check(x, [prompt], residuals)
-            denoiser.probe_memory(x, [prompt], residuals)
+            denoiser.probe_memory(x, [prompt], residuals, spare=self._engine.spare)
             return denoiser, prompt, x, timestep, residuals
 
         denoiser, prompt, x, timestep, residuals = self._prepare(request, prepare)
@@ -214,6 +227,7 @@ class Runner:
         self._agreement.connect(request)
         prepared = self._agreement.together_or_drop(build, PREPARING)
         self._residency.tell(request.id)
+        self._show_memory(often=isinstance(request, Evaluate))
         return prepared
 
     def _check(self, request: Request) -> None:

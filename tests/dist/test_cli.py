@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from contextlib import closing, nullcontext
 from dataclasses import replace
 
@@ -20,7 +19,7 @@ from support import spec_of
 
 from fastusp_backend.__main__ import main
 from fastusp_backend.cli import bench, verify
-from fastusp_backend.cli.bench import Row, _measured
+from fastusp_backend.cli.bench import Bench, Row
 from fastusp_backend.cli.doctor.trial import Job
 from fastusp_backend.config import Layout, Settings
 from fastusp_backend.errors import PoolError
@@ -127,8 +126,8 @@ def test_trials_have_a_limit(new_pool, dev, monkeypatch):
         replace(job, seconds=0.1).run(pool, one)
     assert time.monotonic() - began < 10 and said == ["ulysses 1 x ring 1: starting 1 worker(s) on cpu:1"]
     assert pool.status()["state"] == "off"
-    arguments = Namespace(steps=1, seconds=0.1)
-    row = _measured(Row(layout=one, settings=Settings()), pool, job.spec, job.given, arguments)
+    short = Bench(spec=job.spec, given=job.given, steps=1, seconds=0.1)
+    row = short.measured(Row(layout=one, settings=Settings()), pool)
     assert row.seconds is None and "gave no result within 0.1 s" in row.problem
 
     assert job.run(pool, one)[1] > 0

@@ -8,7 +8,7 @@ import pytest
 import torch
 from formats import write
 from pools import GIVEN, PROMPT, SHORT, evaluate, pids, session
-from support import SMALL_FLUX2, SMALL_QWEN, randn, spec_of
+from support import SMALL_CHROMA, SMALL_FLUX2, SMALL_QWEN, SMALL_SD3, SMALL_Z_IMAGE, randn, spec_of
 
 from fastusp_backend.config import Layout, Settings, WeightPatch
 from fastusp_backend.errors import RequestError
@@ -32,8 +32,11 @@ def pool(shared_pool):
 def files(dev, tmp_path_factory):
     folder = tmp_path_factory.mktemp("placements")
     write_checkpoint(str(folder / "qwen"), SMALL_QWEN, seed=3)
+    write_checkpoint(str(folder / "sd3"), SMALL_SD3, seed=4)
+    write_checkpoint(str(folder / "z_image"), SMALL_Z_IMAGE, seed=5)
     write_checkpoint(str(folder / "flux2"), SMALL_FLUX2, seed=4)
-    for name in ("scaled_tensors", "gguf_Q8_0"):
+    write_checkpoint(str(folder / "chroma"), SMALL_CHROMA, seed=5)
+    for name in ("scaled_tensors", "mixed", "gguf_Q8_0"):
         write(name, dev, folder / name)
     return {"flux": dev, **{path.name: path for path in folder.iterdir()}}
 
@@ -64,7 +67,7 @@ def test_layouts(pool, park, files, layout):
             assert torch.equal(outcome(pool, files["flux"], layout, weights=weights), expected), weights
 
 
-@pytest.mark.parametrize("name", ["qwen", "flux2", "scaled_tensors", "gguf_Q8_0"])
+@pytest.mark.parametrize("name", ["qwen", "flux2", "chroma", "sd3", "z_image", "scaled_tensors", "mixed", "gguf_Q8_0"])
 def test_families_and_formats(pool, park, files, name):
     expected = whole(pool, park, files[name], LAYOUTS[0])
     for weights in TRAVELLING:
@@ -94,13 +97,28 @@ def test_controlnets(pool, park, files):
     assert all(torch.equal(controlled(weights), expected) for weights in TRAVELLING)
 
 
+def test_blocks_left_out(pool, park, files):
+    """Their weights come in their turn, or the next block would not find its own."""
+    x, timestep, prompt = given_to(read_model(str(files["sd3"])).config)
+
+    def evaluated(weights, *skipped):
+        over = Session(pool, spec_of(files["sd3"]), (LAYOUTS[0],), Settings(weights=weights))
+        return over.evaluate(x, timestep, prompt, Progress(), None, skipped)
+
+    whole(pool, park, files["sd3"], LAYOUTS[0])
+    expected = {skipped: evaluated("whole", *skipped) for skipped in ((1,), (0,), (2,), (0, 1), ())}
+    for weights in TRAVELLING:
+        for skipped, whole_gives in expected.items():
+            assert torch.equal(evaluated(weights, *skipped), whole_gives), (weights, skipped)
+
+
 def lora(key: str, shape: tuple[int, int], seed: int) -> WeightPatches:
     up, down = randn(shape[0], 4, seed=seed) * 0.05, randn(4, shape[1], seed=seed + 1)
     patch = WeightPatch(kind="lora", tensors={"up": name_of(up), "down": name_of(down)}, strength=0.8, alpha=4.0)
     return WeightPatches({key: (patch,)}, {name_of(up): up, name_of(down): down})
 
 
-@pytest.mark.parametrize("name", ["flux", "scaled_tensors", "gguf_Q8_0"])
+@pytest.mark.parametrize("name", ["flux", "scaled_tensors", "mixed", "gguf_Q8_0"])
 def test_patches_and_their_undoing(pool, park, files, name):
     one = lora("double_blocks.1.img_mlp.0.weight", (1024, 512), 21)
     other = lora("single_blocks.0.linear2.weight", (512, 1536), 23)

@@ -101,7 +101,7 @@ def test_close_in_mid_run_leaves_nothing(run_dirs, shared_pool, dev, expected):
     pool, other = Pool(Devices(ranks=2)), shared_pool(2)
     evaluate(other, dev)
     shm, descriptors = set(os.listdir("/dev/shm")), open_descriptors()
-    assert pool.status() == {"devices": "cpu:2", "ranks": 2, "state": "off", "starts": 0}
+    assert pool.status() == {"devices": "cpu:2", "gpus": [], "ranks": 2, "state": "off", "starts": 0, "history": []}
     pool.release()
     pool.start()
     pool.start()

@@ -180,8 +180,8 @@ def test_ctrl_c_leaves_no_half_frame(mortal, dev):
     expected, before = sample(mortal, dev), pids(mortal)
     for n in range(12):
         timer = threading.Timer(0.002 + 0.004 * n, os.kill, (os.getpid(), signal.SIGINT))
-        timer.start()
         with pytest.raises((KeyboardInterrupt, Cancelled)):
+            timer.start()  # on a busy machine it may fire before this returns
             while True:
                 sample(mortal, dev)
         timer.join()

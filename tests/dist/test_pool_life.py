@@ -60,6 +60,9 @@ def test_phases_and_states_are_told(pool, dev, still_right):
     assert phases == ["loading the model"] and states == ["busy"] * 3
     sample(pool, dev, progress=Progress(phase=phases.append))
     assert len(phases) == 1
+    assert all(0 < rank["weights"] < rank["own"] < rank["total"] for rank in pool.status()["memory"])
+    lines, following = pool.log_since(0)
+    assert any("[rank 1]" in line for line in lines) and pool.log_since(following) == ([], following)
 
 
 def test_a_run_of_several_requests_is_busy_between_them(pool, dev, still_right):

@@ -16,6 +16,8 @@ USUAL = {
     "compute_capability": [9, 0],
     "memory": [143771 << 20, 143000 << 20],  # total, free; null: not told
     "compute_mode": 0,
+    "utilisation": None,  # percent; null: not told
+    "temperature": None,  # null: not told
     "pcie": None,  # generation, lanes; null: not told
     "mig": None,  # 0 or 1; null: the GPU has no such mode
     "ancestors": {},  # by the other GPU's index: a level
@@ -25,6 +27,7 @@ USUAL = {
 NVML_COMPUTEMODE_DEFAULT, NVML_COMPUTEMODE_EXCLUSIVE_THREAD = 0, 1
 NVML_COMPUTEMODE_PROHIBITED, NVML_COMPUTEMODE_EXCLUSIVE_PROCESS = 2, 3
 NVML_NVLINK_MAX_LINKS = 36
+NVML_TEMPERATURE_GPU = 0
 NVML_NVLINK_DEVICE_TYPE_GPU, NVML_NVLINK_DEVICE_TYPE_SWITCH = 0, 2
 NVML_TOPOLOGY_INTERNAL, NVML_TOPOLOGY_SINGLE, NVML_TOPOLOGY_MULTIPLE = 0, 10, 20
 NVML_TOPOLOGY_HOSTBRIDGE, NVML_TOPOLOGY_NODE, NVML_TOPOLOGY_SYSTEM = 30, 40, 50
@@ -113,6 +116,14 @@ def nvmlDeviceGetCudaComputeCapability(gpu):
 def nvmlDeviceGetMemoryInfo(gpu):
     total, free = _supported(gpu["memory"])
     return SimpleNamespace(total=total, free=free)
+
+
+def nvmlDeviceGetUtilizationRates(gpu):
+    return SimpleNamespace(gpu=_supported(gpu["utilisation"]))
+
+
+def nvmlDeviceGetTemperature(gpu, sensor):
+    return _supported(gpu["temperature"])
 
 
 def nvmlDeviceGetComputeMode(gpu):

@@ -26,8 +26,8 @@ BOUNDS = {None: 1e-2, torch.uint8: 6e-2, torch.int8: 3e-2}
 
 
 def layer(joint: JointAttention, gather, text, image, scales, rope) -> torch.Tensor:
-    """A double block's calls, then a single block's on its result, then the final gather: all kinds of messages
-    alternate as in the model. -> the image rows of all ranks (P, B, Li, H D)."""
+    """A double block's calls with the image's own attention, then a single block's on its result, then the final
+    gather: all kinds of messages alternate as in the models. -> the image rows of all ranks (P, B, Li, H D)."""
     local_text = text.shape[1]
     text_rope, image_rope = tuple(r[:local_text] for r in rope), tuple(r[local_text:] for r in rope)
     c = HEADS * DIM
@@ -37,6 +37,10 @@ def layer(joint: JointAttention, gather, text, image, scales, rope) -> torch.Ten
     joint.project(text, scales, text_rope, ALL, image=False)
     joint.attend(text_first=True)
     first = torch.cat([joint.collect_text(), joint.collect_image()], 1)
+    for which in (ONLY_V, ONLY_K, ONLY_Q):
+        joint.project(image[..., which.start * c : which.stop * c], scales[which], None, which, text=False)
+    joint.attend(image_only=True)
+    first[:, local_text:] += joint.collect_image()
     joint.project(torch.cat([text, image], 1) + first.repeat(1, 1, 3), scales, rope)
     joint.attend()
     done = (first + joint.collect())[:, local_text:]

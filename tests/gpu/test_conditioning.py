@@ -9,7 +9,15 @@ from support import OneRank
 
 from fastusp_backend.config import Settings
 from fastusp_backend.models.family import NO_RESIDUALS, Residuals
-from fastusp_backend.models.synthetic import TINY_FLUX, TINY_FLUX2, TINY_QWEN_IMAGE, random_state
+from fastusp_backend.models.synthetic import (
+    TINY_CHROMA,
+    TINY_FLUX,
+    TINY_FLUX2,
+    TINY_QWEN_IMAGE,
+    TINY_SD3,
+    TINY_Z_IMAGE,
+    random_state,
+)
 from fastusp_backend.prompt import Prompt
 
 pytestmark = [
@@ -23,6 +31,9 @@ CONFIGS = {
     "fill": replace(TINY_FLUX, concat_channels=80),
     "flux2": TINY_FLUX2,
     "qwen": TINY_QWEN_IMAGE,
+    "sd3": TINY_SD3,
+    "chroma": TINY_CHROMA,
+    "z_image": TINY_Z_IMAGE,
 }
 
 
@@ -54,6 +65,9 @@ def prompt(family: str, randn, references: int, method: str | None) -> Prompt:
         ("flux2", 2, "index_timestep_zero", False),
         ("qwen", 2, "index", True),
         ("qwen", 2, "index_timestep_zero", False),
+        ("sd3", 0, None, True),
+        ("chroma", 0, None, True),
+        ("z_image", 0, None, False),
     ],
 )
 def test_options_change_speed_only(family, references, method, controlled, settings):

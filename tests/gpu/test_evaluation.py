@@ -5,10 +5,21 @@ import torch
 from support import OneRank, inputs
 
 from fastusp_backend.config import Settings
+from fastusp_backend.models.chroma import Chroma
 from fastusp_backend.models.flux import Flux
 from fastusp_backend.models.flux2 import Flux2
 from fastusp_backend.models.qwen_image import QwenImage
-from fastusp_backend.models.synthetic import TINY_FLUX, TINY_FLUX2, TINY_QWEN_IMAGE, random_state
+from fastusp_backend.models.sd3 import SD3
+from fastusp_backend.models.synthetic import (
+    TINY_CHROMA,
+    TINY_FLUX,
+    TINY_FLUX2,
+    TINY_QWEN_IMAGE,
+    TINY_SD3,
+    TINY_Z_IMAGE,
+    random_state,
+)
+from fastusp_backend.models.z_image import ZImage
 from fastusp_backend.prompt import Prompt
 
 pytestmark = [
@@ -32,7 +43,17 @@ def model_of(family, config):
     return model.cuda().eval()
 
 
-@pytest.fixture(scope="module", params=[(Flux, TINY_FLUX), (Flux2, TINY_FLUX2), (QwenImage, TINY_QWEN_IMAGE)])
+@pytest.fixture(
+    scope="module",
+    params=[
+        (Flux, TINY_FLUX),
+        (Flux2, TINY_FLUX2),
+        (Chroma, TINY_CHROMA),
+        (QwenImage, TINY_QWEN_IMAGE),
+        (SD3, TINY_SD3),
+        (ZImage, TINY_Z_IMAGE),
+    ],
+)
 def model(request):
     return model_of(*request.param)
 
@@ -102,5 +123,5 @@ def test_fp8_products_are_those_of_eager(model):
         x, prompt = request_of(model, turn, 32, 32, 24)
         t = torch.tensor([0.9 - 0.1 * turn])
         without, expected, got = (run(x, t, prompt).float() for run in (exact, plain, fast))
-        assert ((got - expected).norm() / expected.norm()).item() < 4e-2, f"turn {turn}"
+        assert ((got - expected).norm() / expected.norm()).item() < 5e-2, f"turn {turn}"
         assert 1e-3 < ((got - without).norm() / without.norm()).item() < 0.15, f"turn {turn}"

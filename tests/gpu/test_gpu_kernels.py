@@ -1,20 +1,24 @@
 """The Triton kernels of the fp8 wire, the ring's merge, fp8 and packed weights against their plain torch references."""
 
+from itertools import product
+
 import pytest
 import torch
 from formats import HALVES, random_blocks
+from packed_layers import in_memory
 
 from fastusp_backend.kernels import eight_bits, merge, widen
 from fastusp_backend.kernels import gguf_blocks as kernel
-from fastusp_backend.weights import gguf_blocks
+from fastusp_backend.kernels import scaled_blocks as scaled_kernel
+from fastusp_backend.weights import packings, scaled_blocks
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-DIM = 128
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+SCALED = [(kind, None) for kind in ("nvfp4", "mxfp8", "int8", "int8_rows")]
 
 
 def rows(*shape, dtype=torch.float32, seed=0):
@@ -23,29 +27,31 @@ def rows(*shape, dtype=torch.float32, seed=0):
     return (x * torch.randn(*shape[:-1], 1, device="cuda", generator=generator).exp()).to(dtype)
 
 
+@pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1e-4, 1.0, 100.0])
 @pytest.mark.parametrize("heads", [1, 3, 12])
 @pytest.mark.parametrize("carrier", eight_bits.LARGEST)
-def test_packed_bits_are_the_references(carrier, heads, size, dtype):
-    x = (rows(2, 77, heads, DIM) * size).to(dtype)
+def test_packed_bits_are_the_references(dim, carrier, heads, size, dtype):
+    x = (rows(2, 77, heads, dim) * size).to(dtype)
     x[0, 5] = 0
     for source in (x, x.transpose(1, 2).contiguous().transpose(1, 2)):
         kernel, reference = (
-            torch.zeros(2, 77, eight_bits.pitch(heads, DIM), dtype=carrier, device="cuda") for _ in "ab"
+            torch.zeros(2, 77, eight_bits.pitch(heads, dim), dtype=carrier, device="cuda") for _ in "ab"
         )
         eight_bits.pack(source, kernel)
         eight_bits.pack_reference(source, reference)
         assert torch.equal(kernel, reference)
 
 
+@pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_a_head_that_is_not_finite_arrives_as_nan(bad, dtype):
-    x = rows(1, 77, 3, DIM, dtype=dtype)
+def test_a_head_that_is_not_finite_arrives_as_nan(dim, bad, dtype):
+    x = rows(1, 77, 3, dim, dtype=dtype)
     x[0, 5, 1, 7] = x[0, 60, 2, 0] = bad
     packed, out = (
-        torch.zeros(1, 1, 1, 77, eight_bits.pitch(3, DIM), dtype=torch.uint8, device="cuda"),
+        torch.zeros(1, 1, 1, 77, eight_bits.pitch(3, dim), dtype=torch.uint8, device="cuda"),
         torch.zeros_like(x)[None],
     )
     for pack, unpack in (
@@ -59,6 +65,7 @@ def test_a_head_that_is_not_finite_arrives_as_nan(bad, dtype):
         assert torch.equal(out[0, 0].isnan().all(-1), expected) and torch.equal(out[0, 0].isnan().any(-1), expected)
 
 
+@pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "to, gathered, heads",
@@ -69,20 +76,21 @@ def test_a_head_that_is_not_finite_arrives_as_nan(bad, dtype):
     ],
 )
 @pytest.mark.parametrize("carrier", eight_bits.LARGEST)
-def test_rows_are_unpacked_as_the_reference_does(carrier, to, gathered, heads, dtype):
-    packed = torch.zeros(2 * 3 * 2, 70, eight_bits.pitch(3, DIM), dtype=carrier, device="cuda")
-    eight_bits.pack_reference(rows(12, 70, 3, DIM), packed)
+def test_rows_are_unpacked_as_the_reference_does(dim, carrier, to, gathered, heads, dtype):
+    packed = torch.zeros(2 * 3 * 2, 70, eight_bits.pitch(3, dim), dtype=carrier, device="cuda")
+    eight_bits.pack_reference(rows(12, 70, 3, dim), packed)
     packed = packed.unflatten(0, (2, 3, 2))
-    kernel, reference = (torch.zeros(2, 2, gathered, heads, DIM, dtype=dtype, device="cuda") for _ in "ab")
+    kernel, reference = (torch.zeros(2, 2, gathered, heads, dim, dtype=dtype, device="cuda") for _ in "ab")
     eight_bits.unpack(packed, kernel, to)
     eight_bits.unpack_reference(packed, reference, to)
     assert kernel.any() and torch.equal(kernel, reference)
 
 
+@pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_merge_equals_its_reference(dtype):
-    out, lse = rows(2, 77, 3, DIM), rows(2, 3, 77, 1, seed=1)[..., 0].contiguous()
-    part = rows(2, 3, 77, DIM, dtype=dtype, seed=2).transpose(1, 2)
+def test_the_merge_equals_its_reference(dim, dtype):
+    out, lse = rows(2, 77, 3, dim), rows(2, 3, 77, 1, seed=1)[..., 0].contiguous()
+    part = rows(2, 3, 77, dim, dtype=dtype, seed=2).transpose(1, 2)
     part_lse = rows(2, 3, 96, 1, seed=3)[:, :, :77, 0]
     expected, expected_lse = out.clone(), lse.clone()
     merge.merge(out, lse, part, part_lse)
@@ -94,16 +102,33 @@ def test_the_merge_equals_its_reference(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", HALVES)
 def test_blocks_are_unpacked_as_the_reference_does(name, dtype):
-    values, size, _ = gguf_blocks.PACKINGS[name]
+    values, size, *_ = packings.PACKINGS[name]
     data, added = torch.from_numpy(random_blocks(name, 77, 768, seed=1)), rows(77, 512, dtype=dtype)
     for within in (slice(None), slice(256 // values * size, None)):
         part = data[:, within]
-        want, columns = gguf_blocks.unpack(part, name, torch.float32).cuda(), part.shape[1] // size * values
+        want, columns = packings.unpack(part, name, torch.float32).cuda(), part.shape[1] // size * values
         out = torch.empty(77, columns, dtype=dtype, device="cuda")
         kernel.unpack(data.cuda()[:, within], name, values, size, out)
         assert torch.equal(out, want.to(dtype))
         if columns == 512:
             kernel.unpack(data.cuda()[:, within], name, values, size, out, added)
+            assert torch.equal(out, (want + added.float()).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind, group", [*SCALED, *product(("int8_convrot", "int4_convrot"), scaled_blocks.GROUPS)])
+def test_scaled_blocks_are_unpacked_as_the_reference_does(kind, group, dtype):
+    stored, _ = in_memory(kind, 77, 2048, seed=1, **({"group": group} if group else {}))
+    values, size, *_ = packings.PACKINGS[stored.packing]
+    data, added = stored.data.cuda(), rows(77, 1024, dtype=dtype)
+    scale = None if stored.scale is None else stored.scale.cuda()
+    for within in (slice(None), slice(1024 // values * size, None)):
+        want = packings.unpack(stored.data[:, within], stored.packing, torch.float32, None, stored.scale).cuda()
+        out = torch.empty(want.shape, dtype=dtype, device="cuda")
+        scaled_kernel.unpack(data[:, within], stored.packing, values, scale, out)
+        assert torch.equal(out, want.to(dtype)) and torch.equal(out.signbit(), want.signbit())
+        if want.shape[1] == 1024:
+            scaled_kernel.unpack(data[:, within], stored.packing, values, scale, out, added)
             assert torch.equal(out, (want + added.float()).to(dtype))
 
 

@@ -44,7 +44,9 @@ def test_a_gpu_holds_what_the_cpu_holds(plain, tmp_path, monkeypatch, name, stor
             assert torch.equal(theirs.stored.dequantise(), ours.stored.dequantise().cpu()), layer
 
 
-@pytest.mark.parametrize("name", ["fp8_e4m3fn", "scaled_metadata", "gguf_Q8_0", "gguf_Q4_K"])
+@pytest.mark.parametrize(
+    "name", ["fp8_e4m3fn", "scaled_metadata", "nvfp4", "int8_convrot", "mixed", "gguf_Q8_0", "gguf_Q4_K"]
+)
 def test_graphs_convert_as_they_run(plain, tmp_path, name):
     """Captured evaluations with the weights as stored, against eager ones with weights converted at load."""
     write(name, plain, tmp_path / name)

@@ -14,26 +14,37 @@ pytestmark = [
 ]
 
 BATCH, HEADS, DIM = 2, 4, 128
+KINDS = {
+    "rotated": (128, True, True),
+    "of 64 values": (64, True, True),
+    "normed": (64, True, False),
+    "as is": (64, False, False),
+}
+"""Head dim, whether q and k are normed, and whether they are rotated."""
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 2**-7), (torch.float16, 2**-10), (torch.float32, 1e-6)])
 @pytest.mark.parametrize("which", [slice(0, 3), slice(0, 1), slice(1, 2), slice(2, 3)])
 @pytest.mark.parametrize("text, image", [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("ulysses, position", [(1, 0), (2, 0), (2, 1), (4, 2)])
-def test_kernel_equals_reference(ulysses, position, text, image, which, dtype, bound):
+def test_kernel_equals_reference(ulysses, position, text, image, which, dtype, bound, kind):
+    dim, normed, rotated = KINDS[kind]
     generator = torch.Generator("cuda").manual_seed(0)
     like = {"device": "cuda", "generator": generator}
     shards = SequenceShards(Layout(ulysses=ulysses, ring=1), 37, 101)
     rows = (shards.local_text if text else 0) + (shards.local_image if image else 0)
     tensors = which.stop - which.start
-    wide = torch.randn(BATCH, rows, tensors * HEADS * DIM + 64, **like).to(dtype)
-    projected = wide[..., : tensors * HEADS * DIM]  # rows further apart than they are long, as in a fused projection
-    scales = (torch.randn(DIM, **like).to(dtype), torch.randn(DIM, **like).to(dtype), None)[which]
-    rope = torch.randn(rows, DIM // 2, **like), torch.randn(rows, DIM // 2, **like)
+    wide = torch.randn(BATCH, rows, tensors * HEADS * dim + 64, **like).to(dtype)
+    projected = wide[..., : tensors * HEADS * dim]  # rows further apart than they are long, as in a fused projection
+    scales = (torch.randn(dim, **like).to(dtype), torch.randn(dim, **like).to(dtype), None)[which]
+    if not normed:
+        scales = (None,) * tensors
+    rope = (torch.randn(rows, dim // 2, **like), torch.randn(rows, dim // 2, **like)) if rotated else None
     results = []
     for function in (place, place_reference):
-        received = torch.zeros(3, BATCH, shards.gathered, HEADS // ulysses, DIM, device="cuda", dtype=dtype)
-        outgoing = torch.zeros(3, ulysses, BATCH, shards.local, HEADS // ulysses, DIM, device="cuda", dtype=dtype)
+        received = torch.zeros(3, BATCH, shards.gathered, HEADS // ulysses, dim, device="cuda", dtype=dtype)
+        outgoing = torch.zeros(3, ulysses, BATCH, shards.local, HEADS // ulysses, dim, device="cuda", dtype=dtype)
         first_row = 0 if text else shards.local_text
         function(projected, scales, rope, which, first_row, received, outgoing, position, shards.regions(position))
         results.append(torch.cat([received.flatten(), outgoing.flatten()]).float())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastusp_backend.kernels import tokens
+from fastusp_backend.kernels import sandwich, tokens
 from fastusp_backend.kernels.fp8_product import Quantised
 from fastusp_backend.models.layers import Linear
 from fastusp_backend.models.segments import Segments
@@ -150,3 +150,56 @@ def test_products_equal_those_of_the_quantised_values(rows, columns):
     weight = layer.stored.dequantise().double()[rows, columns]
     expected = values @ weight.T + layer.bias.double()[rows]
     assert ((got.double() - expected).norm() / expected.norm()).item() < 1e-2
+
+
+@pytest.mark.parametrize("width", [512, 3840])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_sandwiched_norms_equal_their_references(dtype, width):
+    """Also of a stream's end, whose images do not lie one behind the other."""
+    x, y, gate, before, scale = given(dtype, width)
+    before, after = before[0, 0].contiguous(), scale[1, 0].contiguous()
+    for first in (0, 23):
+        part, other = x[:, first:], y[:, first:]
+        wanted = sandwich.add_reference(part, other, after, gate)
+        pairs = [
+            (sandwich.add(part, other, after, gate), wanted),
+            (sandwich.norm(part, before, scale, fp8=False)[0], sandwich.norm_reference(part, before, scale)),
+            (sandwich.swiglu(part, other, fp8=False)[0], sandwich.swiglu_reference(part, other)),
+        ]
+        summed, normed = sandwich.add_norm(part, other, after, gate, before, scale, fp8=False)
+        pairs += [(summed, wanted), (normed, sandwich.norm_reference(summed, before, scale))]
+        for mine, expected in pairs:
+            assert mine.dtype == dtype
+            torch.testing.assert_close(mine, expected, rtol=4 * BOUNDS[dtype], atol=16 * BOUNDS[dtype])
+
+
+def test_sandwiched_float16_stays_finite():
+    x, y, gate, before, scale = given(torch.float16, 512)
+    before, after = before[0, 0].contiguous(), scale[1, 0].contiguous()
+    y[0, 0, :3] = torch.tensor([float("inf"), float("-inf"), float("nan")])
+    wide, value = 300 * x, 300 * y
+    wide[0, 1, :2], value[0, 1, :2] = float("inf"), torch.tensor([0.0, 1.0])
+    wanted = sandwich.add_reference(x, y, after, gate)
+    for mine, expected in (
+        (sandwich.add(x, y, after, gate), wanted),
+        (sandwich.add_norm(x, y, after, gate, before, scale, fp8=False)[0], wanted),
+        (sandwich.swiglu(wide, value, fp8=False)[0], sandwich.swiglu_reference(wide, value)),
+    ):
+        assert mine.isfinite().all()
+        torch.testing.assert_close(mine, expected, rtol=4 * BOUNDS[torch.float16], atol=16 * BOUNDS[torch.float16])
+
+
+def test_sandwiched_norms_in_fp8():
+    """The values that are not quantised, rounded."""
+    x, y, gate, before, scale = given(torch.bfloat16, 3840)
+    before, after = before[0, 0].contiguous(), scale[1, 0].contiguous()
+    plain = sandwich.add_norm(x, y, after, gate, before, scale, fp8=False)
+    summed, values, scales = sandwich.add_norm(x, y, after, gate, before, scale, fp8=True)
+    assert torch.equal(summed, plain[0])
+    for (mine, by), wanted in (
+        ((values, scales), plain[1]),
+        (sandwich.norm(x, before, scale, fp8=True), sandwich.norm(x, before, scale, fp8=False)[0]),
+        (sandwich.swiglu(x, y, fp8=True), sandwich.swiglu(x, y, fp8=False)[0]),
+    ):
+        error = (mine.float() * by - wanted.float()).abs()
+        assert (error <= 2**-4 * wanted.float().abs() + by).all()

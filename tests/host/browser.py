@@ -15,6 +15,26 @@ PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 
 SETTLED = "window.app?.graph && document.querySelector('canvas') && window.app.extensionManager ? true : false"
 
+CONTRAST = """(() => {
+    const rgb = text => text.match(/[0-9.]+/g).map(Number);
+    const seen = node => {
+        for (let at = node; at; at = at.parentElement) {
+            const [r, g, b, a = 1] = rgb(getComputedStyle(at).backgroundColor);
+            if (a > 0.9) return [r, g, b];
+        }
+        return [255, 255, 255];
+    };
+    const light = ([r, g, b]) => [r, g, b].map(v => v / 255)
+        .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+    const texts = ['h3', 'p', 'td', 'th', 'li', 'small', 'button:enabled'].map(tag => `.fastusp ${tag}`).join();
+    return Math.min(...[...document.querySelectorAll(texts)].map(node => {
+        const [a, b] = [light(rgb(getComputedStyle(node).color)), light(seen(node))];
+        return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    }));
+})()"""
+"""Of the panel's texts, the least with what is behind them, as WCAG counts it."""
+
 
 class Page:
     """One tab of a browser of its own. profile: an empty folder."""
@@ -64,6 +84,16 @@ class Page:
             assert time.monotonic() < deadline, f"{expression} is {value!r}"
             time.sleep(0.1)
         return value
+
+    def type(self, text: str) -> None:
+        """Into what has the focus."""
+        self._call("Input.insertText", text=text)
+
+    def press(self, key: str, code: int) -> None:
+        """A key, on what has the focus. code: the key's number."""
+        for kind in ("keyDown", "keyUp"):
+            text = {"text": "\r"} if key == "Enter" and kind == "keyDown" else {}
+            self._call("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code, **text)
 
     def _call(self, method: str, **params):
         self._number += 1

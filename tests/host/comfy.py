@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import time
@@ -19,6 +20,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def install(folder: Path) -> None:
+    """This pack as the registry gives it: without what .comfyignore names, and what git does not have."""
+    lists = [(REPOSITORY / name).read_text(encoding="utf-8").splitlines() for name in (".gitignore", ".comfyignore")]
+    left_out = [line.strip("/") for lines in lists for line in lines if not line.startswith("#")]
+    shutil.copytree(REPOSITORY, folder, ignore=shutil.ignore_patterns(".git", *left_out))
 
 
 @dataclass
@@ -49,19 +57,20 @@ class PromptFailed(Exception):
 
 class ComfyUI:
     """Starts `path`'s ComfyUI, on the CPU if nothing else is said, with this repository and the test pack as its custom
-    nodes."""
+    nodes. installed: with a copy of what the registry gives, instead."""
 
-    def __init__(self, path: Path, base: Path, arguments: Sequence[str] = ("--cpu",)):
+    def __init__(self, path: Path, base: Path, arguments: Sequence[str] = ("--cpu",), *, installed: bool = False):
         self.path, self.base = path, base
         for folder in ("custom_nodes", "models/diffusion_models", "output", "input", "temp", "user"):
             (base / folder).mkdir(parents=True, exist_ok=True)
-        (base / "custom_nodes/ComfyUI-FastUSP").symlink_to(REPOSITORY)
+        pack = base / "custom_nodes/ComfyUI-FastUSP"
+        install(pack) if installed else pack.symlink_to(REPOSITORY)
         (base / "custom_nodes/fastusp-test-pack").symlink_to(REPOSITORY / "tests/host/pack")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        python = os.environ.get("COMFYUI_PYTHON") or str(path / "venv/bin/python")
-        command = [python, "main.py", *arguments, "--listen", "127.0.0.1", "--port", str(self.port)]
+        self.python = os.environ.get("COMFYUI_PYTHON") or str(path / "venv/bin/python")
+        command = [self.python, "main.py", *arguments, "--listen", "127.0.0.1", "--port", str(self.port)]
         command += ["--disable-auto-launch", "--base-directory", str(base), "--preview-method", "latent2rgb"]
         command += ["--disable-api-nodes"]  # a third of its start, and nothing here has to do with them
         command += ["--database-url", f"sqlite:///{base}/user/comfyui.db"]

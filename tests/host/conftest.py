@@ -8,14 +8,17 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import controlnets
+import loras
 import pytest
 import torch
+from browser import Page
 from comfy import ComfyUI
 from ending import wait_for_the_end
 from safetensors.torch import save_file
-from workflows import DEV, QWEN_IMAGE, SCHNELL, SMALL, SMALL_FLUX2
+from workflows import DEV, QWEN_IMAGE, SCHNELL, SMALL, SMALL_CHROMA, SMALL_FLUX2, SMALL_Z_IMAGE
 
-from fastusp_backend.models.synthetic import write_checkpoint
+from fastusp_backend.models.synthetic import TINY_SD3, write_checkpoint
 
 FULL_SIZE = replace(SMALL, hidden=3072, heads=24, mlp=12288)
 
@@ -69,6 +72,14 @@ def host(request, tmp_path_factory):
     assert not wait_for_the_end(pids, 5), "workers outlive their host"
 
 
+@pytest.fixture(scope="module")
+def page(host, tmp_path_factory):
+    """The host's page in a browser of its own."""
+    page = Page(f"http://127.0.0.1:{host.port}/", tmp_path_factory.mktemp("browser"))
+    yield page
+    page.close()
+
+
 @pytest.fixture(scope="session")
 def second_hosts():
     """Those that `second_host` has started, the one that runs last."""
@@ -80,10 +91,11 @@ def second_hosts():
 
 @pytest.fixture
 def second_host(host, second_hosts, tmp_path_factory):
-    """Another ComfyUI with the dev file, which was told to keep all weights in fp8; tests may end it."""
+    """Another ComfyUI with the dev file, which was told to keep all weights in fp8, and has the pack installed as the
+    registry gives it; tests may end it."""
     if not second_hosts or second_hosts[-1].path != host.path or second_hosts[-1].process.poll() is not None:
         base = tmp_path_factory.mktemp("second")
-        second_hosts.append(ComfyUI(host.path, base, ("--cpu", "--fp8_e4m3fn-unet")))
+        second_hosts.append(ComfyUI(host.path, base, ("--cpu", "--fp8_e4m3fn-unet"), installed=True))
         (base / "models/diffusion_models" / DEV).symlink_to(host.base / "models/diffusion_models" / DEV)
         second_hosts[-1].wait_until_ready()
     return second_hosts[-1]
@@ -99,10 +111,60 @@ def flux2(host):
 
 
 @pytest.fixture(scope="session")
+def chroma(host):
+    """A Chroma file, whose sizes the hosts take from it: see the tests' node pack."""
+    path = host.base / "models/diffusion_models/chroma.safetensors"
+    write_checkpoint(str(path), SMALL_CHROMA)
+    yield path.name
+    path.unlink()
+
+
+@pytest.fixture(scope="session")
 def qwen(host):
     """A Qwen-Image file. In float32: CPU ranks convert others at each use, which takes longer than the products."""
     path = host.base / "models/diffusion_models/qwen.safetensors"
     write_checkpoint(str(path), QWEN_IMAGE)
+    yield path.name
+    path.unlink()
+
+
+@pytest.fixture(scope="session")
+def qwen_control_net(host, qwen):
+    """A ControlNet for `qwen`, whose tensors make most of it."""
+    models = host.base / "models"
+    name = controlnets.write_qwen(models / "controlnet", models / "diffusion_models" / qwen)
+    yield name
+    (models / "controlnet" / name).unlink()
+
+
+@pytest.fixture(scope="session")
+def qwen_lora(host):
+    return loras.write(host.base / "models/loras", "qwen", loras.qwen_names(QWEN_IMAGE.hidden, seed=0))
+
+
+@pytest.fixture(scope="session")
+def fill(host):
+    """A file of FLUX.1 Fill's kind, which takes an image and a mask."""
+    path = host.base / "models/diffusion_models/fill.safetensors"
+    write_checkpoint(str(path), replace(SMALL, concat_channels=80), seed=2)
+    yield path.name
+    path.unlink()
+
+
+@pytest.fixture(scope="session")
+def sd3(host):
+    """A file of Stable Diffusion 3.5 medium's kind, with as many blocks as heads, as ComfyUI takes it to have."""
+    path = host.base / "models/diffusion_models/sd3.safetensors"
+    write_checkpoint(str(path), TINY_SD3)
+    yield path.name
+    path.unlink()
+
+
+@pytest.fixture(scope="session")
+def z_image(host):
+    """A Z-Image file, whose sizes the host takes from it: see the tests' node pack."""
+    path = host.base / "models/diffusion_models/z_image.safetensors"
+    write_checkpoint(str(path), SMALL_Z_IMAGE)
     yield path.name
     path.unlink()
 

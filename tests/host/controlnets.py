@@ -4,12 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from diffusers import FluxControlNetModel, QwenImageControlNetModel
+from diffusers import FluxControlNetModel, QwenImageControlNetModel, SD3ControlNetModel
 from safetensors.torch import load_file, save_file
 from workflows import SMALL, Graph, Link
 
 from fastusp_backend.models.flux import Flux
-from fastusp_backend.models.synthetic import random_state
+from fastusp_backend.models.synthetic import TINY_SD3, random_state
 
 DEEP = replace(SMALL, double_blocks=3, single_blocks=3)
 """A FLUX with enough blocks for residuals that differ from block to block."""
@@ -60,6 +60,32 @@ def write_qwen(folder: Path, base: Path) -> str:
     for name, parameter in own.items():
         tensors[name] = torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5
     return _save({name: tensors[name] for name in model.state_dict()}, folder, "qwen.safetensors")
+
+
+def write_sd3(folder: Path) -> str:
+    """diffusers' kind for `TINY_SD3`: fewer blocks than the model's, which ComfyUI takes one after the other."""
+    with torch.device("meta"):
+        model = SD3ControlNetModel(
+            num_layers=2,
+            num_attention_heads=TINY_SD3.heads,
+            joint_attention_dim=TINY_SD3.context,
+            caption_projection_dim=TINY_SD3.hidden,
+            pooled_projection_dim=TINY_SD3.pooled,
+            pos_embed_max_size=TINY_SD3.positions,
+        )
+    state = random_state(model, seed=3, dtype=torch.float32)
+    return _save(
+        state | {"pos_embed.pos_embed": torch.zeros(model.pos_embed.pos_embed.shape)}, folder, "sd3.safetensors"
+    )
+
+
+def write_sd35(folder: Path) -> str:
+    """As much of one of Stability's as tells ComfyUI its kind and sizes."""
+    shapes = {"pos_embed_input.proj": (64, 16, 2, 2), "controlnet_blocks.0": (64, 64), "y_embedder.mlp.0": (64, 2048)}
+    tensors = {f"{name}.weight": torch.ones(shape) for name, shape in shapes.items()}
+    return _save(
+        tensors | {"transformer_blocks.0.adaLN_modulation.1.bias": torch.ones(384)}, folder, "sd35.safetensors"
+    )
 
 
 def write_qwen_fun(folder: Path) -> str:

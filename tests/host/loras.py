@@ -143,6 +143,72 @@ def qwen_names(hidden: int, seed: int) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def sd3_names(hidden: int, seed: int) -> dict[str, torch.Tensor]:
+    """diffusers' names, whose queries, keys and values are parts of one weight, and the file's own."""
+    random, tensors = _Random(seed), {}
+    block = "transformer.transformer_blocks.0"
+    for name, out, width in (
+        (f"{block}.attn.to_q", hidden, hidden),
+        (f"{block}.attn.add_v_proj", hidden, hidden),
+        (f"{block}.attn2.to_k", hidden, hidden),
+        (f"{block}.ff.net.2", hidden, 4 * hidden),
+        ("transformer.norm_out.linear", 2 * hidden, hidden),
+        ("diffusion_model.joint_blocks.1.x_block.adaLN_modulation.1", 6 * hidden, hidden),
+    ):
+        tensors[f"{name}.lora_A.weight"] = random(RANK, width)
+        tensors[f"{name}.lora_B.weight"] = random(out, RANK)
+    tensors["diffusion_model.x_embedder.proj.lora_A.weight"] = random(RANK, 16, 2, 2)
+    tensors["diffusion_model.x_embedder.proj.lora_B.weight"] = random(hidden, RANK, 1, 1)
+    return tensors
+
+
+def chroma_names(hidden: int, approximator: int, seed: int) -> dict[str, torch.Tensor]:
+    """The file's own names, as ai-toolkit and kohya's trainer write them, and diffusers'."""
+    random, tensors = _Random(seed), {}
+    for name, out, width in (
+        ("diffusion_model.double_blocks.0.img_attn.qkv", 3 * hidden, hidden),
+        ("diffusion_model.single_blocks.1.linear2", hidden, 5 * hidden),
+        ("diffusion_model.distilled_guidance_layer.layers.3.in_layer", approximator, approximator),
+        ("diffusion_model.distilled_guidance_layer.out_proj", hidden, approximator),
+        ("transformer.transformer_blocks.1.attn.add_k_proj", hidden, hidden),
+        ("transformer.transformer_blocks.0.ff_context.net.2", hidden, 4 * hidden),
+        ("transformer.single_transformer_blocks.0.proj_mlp", 4 * hidden, hidden),
+    ):
+        tensors[f"{name}.lora_A.weight"] = random(RANK, width)
+        tensors[f"{name}.lora_B.weight"] = random(out, RANK)
+    kohya = "lora_unet_double_blocks_1_txt_mlp_0"
+    down, up = random(RANK, hidden), random(4 * hidden, RANK)
+    more = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(2.0)}
+    return tensors | {f"{kohya}.{part}": tensor for part, tensor in more.items()}
+
+
+def z_image_names(hidden: int, mlp: int, seed: int) -> dict[str, torch.Tensor]:
+    """diffusers' names, whose queries, keys and values are parts of one weight, the file's own, and kohya's."""
+    random, tensors = _Random(seed), {}
+    for name, out, width in (
+        ("transformer.layers.0.attention.to_q", hidden, hidden),
+        ("transformer.layers.0.attention.to_v", hidden, hidden),
+        ("transformer.layers.0.attention.to_out.0", hidden, hidden),
+        ("transformer.noise_refiner.1.attention.to_k", hidden, hidden),
+        ("transformer.context_refiner.1.feed_forward.w2", hidden, mlp),
+        ("diffusion_model.layers.0.feed_forward.w3", mlp, hidden),
+        ("diffusion_model.noise_refiner.0.attention.qkv", 3 * hidden, hidden),
+        ("diffusion_model.context_refiner.0.attention.qkv", 3 * hidden, hidden),
+        ("diffusion_model.layers.0.adaLN_modulation.0", 4 * hidden, 256),
+        ("diffusion_model.cap_embedder.1", hidden, 2560),
+        ("diffusion_model.final_layer.adaLN_modulation.1", hidden, 256),
+    ):
+        tensors[f"{name}.lora_A.weight"] = random(RANK, width)
+        tensors[f"{name}.lora_B.weight"] = random(out, RANK)
+    kohya = "lora_unet_layers_0_feed_forward_w1"
+    tensors |= {
+        f"{kohya}.lora_up.weight": random(mlp, RANK),
+        f"{kohya}.lora_down.weight": random(RANK, hidden),
+        f"{kohya}.alpha": torch.tensor(2.0),
+    }
+    return tensors
+
+
 def flux2_names(hidden: int, mlp: int, seed: int) -> dict[str, torch.Tensor]:
     """BFL's own names and diffusers', whose single blocks have one fused projection in FLUX.2, too."""
     random, tensors = _Random(seed), {}

@@ -157,7 +157,7 @@ seen = []
 wrappers = {WrappersMP.DIFFUSION_MODEL: {"test": [lambda _executor, *args, **kwargs: seen.append((args, kwargs))]}}
 call = {"context": 3, "control": 4, "ref_latents": 5, "ref_latents_method": 6}
 for kind in (QwenImageTransformer2DModel, RemoteQwenImage):
-    stub = types.SimpleNamespace(_forward=None, _evaluate=None, _arrived=None)
+    stub = types.SimpleNamespace(_forward=None, _evaluate=None, _note_arrival=lambda _options: None)
     stub._through_wrappers = functools.partial(RemoteQwenImage._through_wrappers, stub)
     stub._ORDER = RemoteQwenImage._ORDER
     kind.forward(stub, 1, 2, transformer_options={"wrappers": wrappers}, **call)
@@ -183,7 +183,7 @@ def noted(known, *args):
 
 
 loader.local_devices = functools.partial(noted, loader.local_devices)
-loader._read = functools.partial(noted, loader._read)
+loader.read_named = functools.partial(noted, loader.read_named)
 folder_paths.add_model_folder_path("diffusion_models", os.path.dirname(FILE))
 choice = {"unet_name": os.path.basename(FILE), "ulysses": 0, "ring": 0}
 assert asyncio.run(USPLoader.validate_inputs(gpus="cpu:2", **choice)) is True

@@ -163,8 +163,8 @@ def test_a_function_around_a_weight(host):
     assert "function around a weight (diffusion_model.img_in.weight)" in failure(host, graph, model)
 
 
-def test_the_stand_in_answers_as_stock_does(host, flux2, qwen):
-    for file in (None, flux2, qwen):
+def test_the_stand_in_answers_as_stock_does(host, flux2, chroma, qwen, sd3, z_image):
+    for file in (None, flux2, chroma, qwen, sd3, z_image):
         graph = Graph()
         named = {} if file is None else {"file": file}
         model = graph.node("TestSameFacts", model=graph.usp(**named), stock=graph.stock(**named))

@@ -45,10 +45,10 @@ def refusal(host, *args, **inputs) -> str:
     [
         ("7", 0, 0, ["'7'", "GPU 7 does not exist", "cpu:N"]),
         ("foo", 0, 0, ["'foo' is not understood", "'auto'", "'cpu:N'"]),
-        ("cpu:4", 2, 1, ["ulysses x ring = 2 is not the number of ranks, 4", "Legal layouts", "2"]),
+        ("cpu:4", 2, 1, ["ulysses x ring = 2 is not the number of ranks, 4", "Set 0, or a legal layout"]),
         ("cpu:2", -1, 0, ["ulysses = -1", "at least 1, or 0"]),
         ("cpu:17", 0, 0, ["'cpu:17'", "between 1 and 16 CPU ranks"]),
-        ("cpu:5", 5, 1, ["Ulysses degree of 5", "attention heads", "Legal layouts: ulysses 1 x ring 5"]),
+        ("cpu:5", 5, 1, ["Ulysses degree of 5", "attention heads", "a legal layout (ulysses 1 x ring 5)"]),
     ],
 )
 def test_impossible_combinations(host, gpus, ulysses, ring, words):
@@ -66,9 +66,16 @@ def test_a_choice_that_is_not_offered(host):
     [
         ("truncated", ["is truncated", "Download it again"]),
         ("pointer", ["is a git-lfs pointer", "run git lfs pull"]),
-        ("chroma", ["holds Chroma", "FLUX.2 dev and klein, FLUX.1 dev, schnell", "use Load Diffusion Model"]),
+        (
+            "radiance",
+            [
+                "holds Chroma Radiance",
+                "FLUX.2 dev and klein, Chroma1-HD, Base and Flash, FLUX.1 dev, schnell",
+                "use Load Diffusion",
+            ],
+        ),
         ("lora", ["holds a LoRA", "LoraLoaderModelOnly"]),
-        ("nvfp4", ["is quantised as nvfp4", "scaled fp8 and GGUF"]),
+        ("mxfp4", ["is quantised as mxfp4", "int8 and GGUF"]),
         ("incomplete", ["incomplete", "final_layer.linear.weight"]),
     ],
 )
@@ -81,12 +88,12 @@ def test_files_of_other_models(host, name, words):
     elif name == "pointer":
         file.write_text("version https://git-lfs.github.com/spec/v1\n")
     else:
-        if name == "chroma":
-            state["distilled_guidance_layer.norms.0.scale"] = torch.zeros(4)
+        if name == "radiance":
+            state["nerf_blocks.0.norm.scale"] = torch.zeros(4)
         elif name == "lora":
             state = {"transformer.single_blocks.0.linear1.lora_A.weight": torch.zeros(4, 4)}
-        elif name == "nvfp4":
-            state["img_in.comfy_quant"] = torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
+        elif name == "mxfp4":
+            state["img_in.comfy_quant"] = torch.tensor(list(b'{"format": "mxfp4"}'), dtype=torch.uint8)
         else:
             del state["final_layer.linear.weight"]
         save_file(state, file)

@@ -5,8 +5,9 @@ import torch
 from formats import write
 from safetensors.torch import load_file, save_file
 from support import REORDERED
-from workflows import DEV, SCHNELL, SMALL, Comparison, Graph, difference
+from workflows import DEV, SCHNELL, SMALL, TOLERANCE, Comparison, Graph, difference
 
+from benchmarks.diffusers_weights import to_diffusers
 from fastusp_backend.models.synthetic import write_checkpoint
 
 pytestmark = pytest.mark.host
@@ -30,27 +31,57 @@ def names_of(host) -> list[str]:
     return more[0]["options"] if kind == "COMBO" else kind
 
 
-def compare(host, models, names: dict[str, str]) -> None:
-    """Formats and their files against a plain float32 file of the same values, and stock with the file it reads."""
-    formats = Comparison()
+def compare(host, models, names: dict[str, str], *, inputs_too: bool = False) -> list[float]:
+    """Formats and their files against a plain float32 file of the same values, and stock with the file it reads. Where
+    stock rounds layers' inputs too, returns how far its latents are."""
+    formats, rounded = Comparison(), []
     graph = formats.graph
     inputs = {"positive": graph.prompt(), "negative": graph.prompt(2), "latent_image": graph.empty()}
     for name, file in names.items():
         save_file(write(name, models / DEV, models / file), models / f"plain_{name}.safetensors")
         got = graph.sample(graph.usp(file=file), **inputs)
         formats.add(f"{name}, values", got, graph.sample(graph.stock(f"plain_{name}.safetensors"), **inputs))
-        if not file.endswith(".gguf"):
+        if inputs_too:
+            rounded.append((graph.save(got), graph.save(graph.sample(graph.stock(file), **inputs))))
+        elif not file.endswith(".gguf"):
             formats.add(f"{name}, file", got, graph.sample(graph.stock(file), **inputs))
     assert set(names.values()) <= set(names_of(host))
-    formats.check(host)
+    latents = formats.check(host).latents
+    return [difference(latents[got], latents[want]) for got, want in rounded]
 
 
 def test_fp8(host, models):
     compare(host, models, {name: f"{name}.safetensors" for name in ("fp8_e4m3fn", "scaled_old", "scaled_metadata")})
 
 
+def test_packed_layers(host, models):
+    compare(host, models, {name: f"{name}.safetensors" for name in ("nvfp4", "mxfp8")})
+
+
+def test_layers_of_integers(host, models):
+    """Alone, and among layers of all other formats. Stock rounds these layers' inputs to 8 or 4 bits too."""
+    near = compare(
+        host,
+        models,
+        {name: f"{name}.safetensors" for name in ("int8_convrot", "int4_convrot", "mixed")},
+        inputs_too=True,
+    )
+    assert all(TOLERANCE < distance < 0.1 for distance in near), near
+
+
 def test_gguf(host, models):
     compare(host, models, {name: f"{name}.gguf" for name in ("gguf_Q8_0", "gguf_Q4_K")})
+
+
+def test_diffusers_layout(host, models):
+    state = to_diffusers(load_file(models / DEV), SMALL.hidden)
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, models / "diffusers.safetensors")
+    both = Comparison()
+    graph = both.graph
+    got = graph.sample(graph.usp(file="diffusers.safetensors"), steps=4)
+    both.add("values", got, graph.sample(graph.stock(), steps=4))
+    both.add("file", got, graph.sample(graph.stock("diffusers.safetensors"), steps=4))
+    both.check(host)
 
 
 def test_bf16(host, models):

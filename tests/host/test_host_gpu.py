@@ -4,9 +4,9 @@ import pytest
 import torch
 from comfy import ComfyUI
 from conftest import host_paths, knows_small_flux
-from workflows import IN_WORKERS, QWEN_IMAGE, STEPPING, WIDE, Graph
+from workflows import IN_WORKERS, ONE_Z_IMAGE, QWEN_IMAGE, STEPPING, WIDE, Graph
 
-from fastusp_backend.models.synthetic import TINY_FLUX2, write_checkpoint
+from fastusp_backend.models.synthetic import TINY_FLUX2, TINY_SD3, write_checkpoint
 
 PATHS = [path for path in host_paths() if knows_small_flux(path)]
 pytestmark = [
@@ -25,6 +25,8 @@ def gpu_host(tmp_path_factory):
         write_checkpoint(str(models / "flux.safetensors"), WIDE, **bf16)
         write_checkpoint(str(models / "flux2.safetensors"), TINY_FLUX2, **bf16)
         write_checkpoint(str(models / "qwen.safetensors"), QWEN_IMAGE, **bf16)
+        write_checkpoint(str(models / "sd3.safetensors"), TINY_SD3, **bf16)
+        write_checkpoint(str(models / "z_image.safetensors"), ONE_Z_IMAGE, **bf16)
         comfyui.wait_until_ready()
         yield comfyui
     finally:
@@ -38,13 +40,15 @@ def gpu_host(tmp_path_factory):
         ("flux.safetensors", 4096, 3.5, "EmptySD3LatentImage"),
         ("flux2.safetensors", TINY_FLUX2.context, 3.5, "EmptyFlux2LatentImage"),  # 3500 is no bfloat16
         ("qwen.safetensors", 3584, 1.0, "EmptySD3LatentImage"),
+        ("sd3.safetensors", TINY_SD3.context, 1.0, "EmptySD3LatentImage"),
+        ("z_image.safetensors", ONE_Z_IMAGE.context, 1.0, "EmptySD3LatentImage"),
     ],
 )
 def test_16_bits(gpu_host, file, width, guidance, empty, sampler, where):
-    graph = Graph()
+    graph, pooled = Graph(), {"pooled": TINY_SD3.pooled} if file == "sd3.safetensors" else {}
     inputs = {
-        "positive": graph.prompt(1, 24, guidance, width),
-        "negative": graph.prompt(2, 7, guidance, width),
+        "positive": graph.prompt(1, 24, guidance, width, **pooled),
+        "negative": graph.prompt(2, 7, guidance, width, **pooled),
         "latent_image": graph.node(empty, width=256, height=192, batch_size=1),
         "cfg": 2.0,
         "steps": 8,

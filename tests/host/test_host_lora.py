@@ -147,7 +147,7 @@ def test_packed_weights(host, files):
     try:
         both.check(host)
         with pytest.raises(
-            PromptFailed, match="packed GGUF weights take plain LoRAs alone, not .* patches; set weight_dtype"
+            PromptFailed, match="packed weights take plain LoRAs alone, not .* patches; set weight_dtype"
         ):
             host.run(refused)
     finally:

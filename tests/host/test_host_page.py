@@ -6,10 +6,14 @@ import urllib.request
 
 import pytest
 from comfy import REPOSITORY
-from workflows import DEV, QWEN_IMAGE, SMALL_FLUX2
+from PIL import Image
+from workflows import DEV, QWEN_IMAGE, SMALL_FLUX2, SMALL_Z_IMAGE, Graph
 
 pytestmark = pytest.mark.host
 
+FILES = {"unet_name", "clip_name", "clip_name1", "clip_name2", "vae_name", "lora_name", "control_net_name", "ckpt_name"}
+FILES |= {"image"}
+"""Inputs that name what the user has."""
 EXAMPLES = sorted(p for p in (REPOSITORY / "example_workflows").rglob("*.json") if "api" in p.name)
 
 # id: (display name, [(input, type, default)], outputs); new inputs are appended, as optional ones.
@@ -63,6 +67,17 @@ def test_schema(host, node):
     assert info["description"]
 
 
+ADVANCED = {"ulysses", "ring", "batch_parallel", "compile", "cuda_graphs", "overlap", "ring_pipeline"}
+
+
+@pytest.mark.any_host
+@pytest.mark.parametrize("node", NODES)
+def test_what_is_seldom_set_is_advanced(host, node):
+    groups = host.get(f"/object_info/{node}")[node]["input"].values()
+    marked = {name: of[1]["advanced"] for group in groups for name, of in group.items() if "advanced" in of[1]}
+    assert marked.keys() <= ADVANCED and all(marked.values()) and bool(marked) == (node != "FastUSPSampler")
+
+
 @pytest.mark.parametrize("node", NODES)
 def test_found_by_what_people_search_for(host, node):
     assert {"multi gpu", "parallel"} <= set(host.get(f"/object_info/{node}")[node]["search_aliases"])
@@ -110,6 +125,12 @@ def test_status_route(host):
 @pytest.mark.parametrize(
     ("action", "body", "headers", "code", "said"),
     [
+        ("log?devices=cpu:77", None, {}, 404, "There is no pool on cpu:77"),
+        ("log?devices=../../etc", None, {}, 404, "There is no pool on"),
+        ("log?devices=cpu:2&from=-1", None, {}, 400, "Send from=N"),
+        ("log?devices=cpu:2", None, {"Sec-Fetch-Site": "cross-site"}, 403, ""),
+        ("report?devices=cpu:2", None, {"Sec-Fetch-Site": "same-site"}, 403, ""),
+        ("report", None, {}, 404, "There is no pool on"),
         ("explode", {"devices": "cpu:2"}, {}, 404, "Choose one of release, stop, restart, not explode"),
         ("stop", {"devices": "cpu:77"}, {}, 404, "There is no pool on cpu:77"),
         ("stop", ["cpu:2"], {}, 400, 'Send {"devices": ...}'),
@@ -121,7 +142,7 @@ def test_status_route(host):
 def test_what_is_done_to_pools_is_named_and_comes_from_this_page(host, action, body, headers, code, said):
     request = urllib.request.Request(
         f"http://127.0.0.1:{host.port}/fastusp/pools/{action}",
-        data=json.dumps(body).encode(),
+        data=None if body is None else json.dumps(body).encode(),
         headers={"Content-Type": "application/json"} | headers,
     )
     with pytest.raises(urllib.error.HTTPError) as error:
@@ -135,36 +156,56 @@ def test_what_is_done_to_pools_is_named_and_comes_from_this_page(host, action, b
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example_fits_the_nodes_of_the_host(host, path):
     """Its inputs are the ones that each node has, and its choices are offered, but for files, which are the user's."""
-    if path.name.startswith("flux2") and "EmptyFlux2LatentImage" not in host.get("/object_info"):
+    if path.name.startswith("flux.2") and "EmptyFlux2LatentImage" not in host.get("/object_info"):
         pytest.skip("this ComfyUI does not know FLUX.2")
     for node in json.loads(path.read_text()).values():
         kind, given = node["class_type"], node["inputs"]
         info = host.get(f"/object_info/{kind}")[kind]["input"]
         known = info["required"] | info.get("optional", {})
         assert info["required"].keys() <= given.keys() <= known.keys(), kind
-        for name in given.keys() - {"unet_name", "clip_name", "clip_name1", "clip_name2", "vae_name"}:
+        for name in given.keys() - FILES:
             choices, *more = known[name]
             choices = more[0]["options"] if choices == "COMBO" else choices
             assert not isinstance(choices, list) or given[name] in choices, (kind, name)
 
 
+@pytest.fixture(scope="module")
+def picture(host):
+    """A small picture with a mask."""
+    image = Image.new("RGBA", (64, 64), (64, 160, 240, 255))
+    image.paste((0, 0, 0, 0), (0, 0, 32, 64))
+    image.save(host.base / "input/picture.png")
+    return "picture.png"
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_example_runs(host, flux2, qwen, path):
-    """As it is, but for what cannot be had in a test: text encoders, VAE and weights, and a size for CPUs."""
-    prompt = json.loads(path.read_text())
-    files = {"flux": (DEV, 4096), "flux2": (flux2, SMALL_FLUX2.context), "qwen": (qwen, QWEN_IMAGE.context)}
-    file, context = files[path.name.partition("_")[0]]
-    for number, node in list(prompt.items()):
+def test_example_runs(host, picture, fill, flux2, chroma, qwen, qwen_lora, qwen_control_net, sd3, z_image, path):
+    """As it is, but for what cannot be had in a test: text encoders, VAE and weights, and sizes for CPUs."""
+    files = {"flux.1_fill": (fill, 4096), "flux.1": (DEV, 4096), "flux.2": (flux2, SMALL_FLUX2.context)}
+    files |= {"chroma": (chroma, 4096), "qwen": (qwen, QWEN_IMAGE.context), "stable": (sd3, 4096)}
+    files |= {"z-image": (z_image, SMALL_Z_IMAGE.context)}
+    file, context = next(files[start] for start in files if path.name.startswith(start))
+    small = {"unet_name": file, "gpus": "cpu:2", "width": 64, "height": 64, "steps": 2, "image": picture}
+    small |= {"lora_name": qwen_lora, "control_net_name": qwen_control_net}
+    graph = Graph(json.loads(path.read_text()))
+    for number, node in list(graph.items()):
         kind, inputs = node["class_type"], node["inputs"]
-        if kind.startswith("CLIPTextEncode"):
-            conditioning = {"seed": int(number), "tokens": 7, "width": context, "guidance": 3.5}
-            prompt[number] = {"class_type": "TestSeededConditioning", "inputs": conditioning}
+        if kind in ("CLIPTextEncode", "TextEncodeQwenImageEditPlus"):
+            prompt = graph.prompt(int(number), width=context, pooled=2048 if file == sd3 else 768)
+            if kind != "CLIPTextEncode":
+                prompt = graph.referring(prompt, (64, 64), framed=True)
+            graph[number] = graph.pop(prompt[0])
+        elif kind == "VAELoader":
+            graph[number] = {"class_type": "TestVAE", "inputs": {"framed": file == qwen}}
+        elif kind == "FluxKontextImageScale":
+            size = {"upscale_method": "bilinear", "width": 64, "height": 64, "crop": "disabled"}
+            graph[number] = {"class_type": "ImageScale", "inputs": inputs | size}
         elif kind == "VAEDecode":
-            latents = {"samples": inputs["samples"], "filename_prefix": "example"}
-            prompt[number] = {"class_type": "SaveLatent", "inputs": latents}
-        elif kind in ("CLIPLoader", "DualCLIPLoader", "VAELoader", "SaveImage", "PreviewImage"):
-            del prompt[number]
+            graph[number] = {
+                "class_type": "SaveLatent",
+                "inputs": {"samples": inputs["samples"], "filename_prefix": "x"},
+            }
         else:
-            small = {"unet_name": file, "gpus": "cpu:2", "width": 64, "height": 64, "steps": 2}
-            inputs |= {name: value for name, value in small.items() if name in inputs}
-    assert host.run(prompt).latents
+            inputs |= {name: small[name] for name in small if isinstance(inputs.get(name), str | int)}
+    left_out = ("CLIPLoader", "DualCLIPLoader", "CheckpointLoaderSimple", "SaveImage")
+    assert host.run({number: node for number, node in graph.items() if node["class_type"] not in left_out}).latents

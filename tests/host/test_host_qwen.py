@@ -101,11 +101,9 @@ def test_references(host, qwen):
     edit.check(host)
 
 
-def test_control_nets(host, qwen):
+def test_control_nets(host, qwen, qwen_control_net):
     """One, and a second one for the last step alone."""
-    models = host.base / "models"
-    net = controlnets.write_qwen(models / "controlnet", models / "diffusion_models" / qwen)
-    control = Comparison()
+    net, control = qwen_control_net, Comparison()
     graph = control.graph
     stock, usp = graph.stock(qwen), graph.usp("cpu:2", file=qwen)
     plain, other = prompt(graph, 7), prompt(graph, 5)
@@ -121,7 +119,6 @@ def test_control_nets(host, qwen):
     runs = [graph.save(graph.sample(stock, **short, positive=p)) for p in (plain, one[0])]
     latents = control.check(host).latents
     assert difference(*(latents[run] for run in runs)) > 1e-2  # it counts
-    (models / "controlnet" / net).unlink()
 
 
 def skip_old(host, what: str) -> None:

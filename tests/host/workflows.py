@@ -4,16 +4,20 @@ from dataclasses import replace
 
 from comfy import ComfyUI, Outcome
 
-from fastusp_backend.models.synthetic import TINY_FLUX, TINY_FLUX2, TINY_QWEN_IMAGE
+from fastusp_backend.models.synthetic import TINY_CHROMA, TINY_FLUX, TINY_FLUX2, TINY_QWEN_IMAGE, TINY_Z_IMAGE, Z_IMAGE
 
 SMALL = replace(TINY_FLUX, hidden=256, heads=2, mlp=1024, double_blocks=1, single_blocks=1)
 WIDE = replace(SMALL, hidden=512, heads=4, mlp=2048)
 """Of as many heads as there are ranks in the tests of layouts."""
 SMALL_FLUX2 = replace(TINY_FLUX2, hidden=256, heads=2, mlp=768)
+SMALL_CHROMA = replace(TINY_CHROMA, hidden=256, heads=2, mlp=1024)
 DEV, SCHNELL = "dev.safetensors", "schnell.safetensors"
 # ComfyUI takes every Qwen-Image for one of this width: one block is 1.4 GB. Those that follow another are compared with
 # the reference in tests/unit and tests/dist.
 QWEN_IMAGE = replace(TINY_QWEN_IMAGE, hidden=3072, heads=24, mlp=12288, blocks=1)
+ONE_Z_IMAGE = replace(Z_IMAGE, blocks=1)
+# Of Z-Image it knows two refiners a stream, and a feed-forward and a timestep that follow from the width.
+SMALL_Z_IMAGE = replace(TINY_Z_IMAGE, hidden=256, heads=2, mlp=768, timestep=256, image_blocks=2, context_refiners=2)
 IN_WORKERS, STEPPING = "loop in the workers", "stepping ("
 TOLERANCE = 2e-5
 """Of the latents' largest value: float32 rounding in another order, over the steps of a run."""
@@ -36,8 +40,10 @@ class Graph(dict):
         inputs = {"unet_name": file, "weight_dtype": "default", "gpus": gpus, "ulysses": ulysses, "ring": ring}
         return self.node("FastUSPLoader", **(inputs | more))
 
-    def prompt(self, seed: int = 1, tokens: int = 7, guidance: float = 3.5, width: int = 4096) -> Link:
-        return self.node("TestSeededConditioning", seed=seed, tokens=tokens, width=width, guidance=guidance)
+    def prompt(self, seed: int = 1, tokens: int = 7, guidance: float = 3.5, width: int = 4096, **pooled: int) -> Link:
+        """pooled: the width of the pooled text, where it is not FLUX.1's."""
+        kind = "TestSeededConditioning"
+        return self.node(kind, seed=seed, tokens=tokens, width=width, guidance=guidance, **pooled)
 
     def latent(
         self, width: int = 64, height: int = 64, batch: int = 1, *, seed: int = 3, masked=False, framed=False, **more

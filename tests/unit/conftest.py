@@ -20,9 +20,9 @@ torch.set_num_threads(1)
 
 ANY_PROCESSOR = """
     account bench call_tracer cause channel_refusals comfyui command_line config control devices docs doctor
-    doctor_facts documents errors fuzzed_headers gguf_header hangs large_headers link mutations no_driver nodes_memory
-    nodes_status nvml obstacles once other_files planner pool_log ports processes provenance readme rehearsal request
-    rundir visible walls worker_ends workflows
+    doctor_facts documents errors fuzzed_headers gguf_header hangs large_headers link locales mutations no_driver
+    nodes_memory nodes_status nvml obstacles once other_files planner pool_log ports processes provenance readme
+    registry rehearsal request rundir visible walls worker_ends workflows
 """.split()
 """Tests of text, headers, sockets and processes: nothing is computed in them, or copied, that another processor's
 vector instructions could make something else of. `make test-portable` leaves them out; what is not named here is in

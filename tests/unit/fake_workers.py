@@ -49,9 +49,9 @@ class FakeWorkers(Workers):
     script: list[str] = []
     """Of whichever workers are alive."""
 
-    def __init__(self, devices):
+    def __init__(self, devices, changed=lambda: None):
         self.rank = Rank(self)
-        super().__init__(devices)
+        super().__init__(devices, changed)
 
     def _connect(self):
         self.channel = SimpleNamespace(

@@ -38,6 +38,10 @@ class Guider:
     def still(x):
         return x
 
+class Derived(Guider):
+    def own(self):
+        return 1
+
 def helper(x):
     inner = lambda y: y * 2
     return inner(x)

@@ -1,4 +1,4 @@
-"""A pool's account: whether a sampling run is under way, and the last error."""
+"""A pool's account: whether a sampling run is under way, the last runs, the last error."""
 
 import threading
 from types import SimpleNamespace
@@ -7,15 +7,15 @@ import pytest
 
 from fastusp_backend.errors import Cancelled, PatchesLost, PoolError, RequestError
 from fastusp_backend.pool import Progress
-from fastusp_backend.pool.account import Account
+from fastusp_backend.pool.account import RUNS, Account
 
 pytestmark = pytest.mark.unit
 
 
 def test_a_run_is_under_way_until_it_ends_or_fails():
     account = Account()
-    with account.run():
-        with pytest.raises(ValueError), account.run():
+    with account.run({}):
+        with pytest.raises(ValueError), account.run({}):
             raise ValueError
         assert account.sampling
     assert not account.sampling
@@ -25,7 +25,7 @@ def test_runs_at_the_same_time():
     account, begun, seen = Account(), threading.Barrier(2), []
 
     def run():
-        with account.run():
+        with account.run({}):
             begun.wait()
         begun.wait()
         seen.append(account.sampling)
@@ -66,16 +66,36 @@ def test_how_far_a_run_is():
         facts = account.activity.facts()
         assert facts["phase"] == "sampling" and (facts["step"], facts["steps"]) == (4, 10)
         assert (facts["ms_per_step"], facts["seconds_left"]) == (100.0, 0.6)
-        account.ended_well()
-    assert account.activity is None and account.last["steps"] == 4 and account.last["ms_per_step"] == 100.0
-    assert 9.0 <= account.last["seconds"] < 10
+    assert account.activity is None
     assert heard == ["loading the model", 0, 1, 2, 3]
 
 
-def test_a_run_that_fails_is_not_the_last_one():
-    account = Account()
+def test_the_last_runs(monkeypatch):
+    """With the time of each of their parts; a run steps by several requests, whose steps somebody else counts."""
+    account, clock = Account(), iter(range(1000))
+    monkeypatch.setattr("fastusp_backend.pool.account.time.monotonic", lambda: next(clock))
     progress = account.following(Progress())
-    with pytest.raises(RequestError), account.request():
-        progress.step(SimpleNamespace(index=0, total=2, seconds=0.1), {})
-        raise RequestError("refused")
-    assert account.activity is None and account.last is None
+    for number in range(RUNS + 2):
+        with account.run({"number": number}):
+            with account.request():
+                progress.phase("loading the model")
+            account.stepped(0, 3, None)
+            assert account.activity.facts().keys() == {"phase", "phase_seconds", "step", "steps"}
+            with account.request():
+                account.stepped(1, 3, 0.2)
+            assert account.activity.facts()["ms_per_step"] == 200.0
+            account.stepped(2, 3, 0.2)
+        assert account.activity is None
+    assert [run["number"] for run in account.history] == [*range(RUNS + 1, 1, -1)]
+    last = account.history[0]
+    assert (last["steps"], last["ms_per_step"]) == (3, 200.0)
+    assert [*last["phases"]] == ["loading the model", "sampling"] and sum(last["phases"].values()) <= last["seconds"]
+
+
+@pytest.mark.parametrize("error", [RequestError("refused"), Cancelled("so wanted")])
+def test_a_run_that_fails_is_no_part_of_the_history(error):
+    account = Account()
+    with pytest.raises(type(error)), account.run({}):
+        account.stepped(0, 2, 0.1)
+        raise error
+    assert account.activity is None and not account.history

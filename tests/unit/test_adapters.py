@@ -188,7 +188,7 @@ def test_factors_of_a_stack_are_its_sum():
 def test_what_has_no_factors_is_refused_by_name(kind, shapes, more, words):
     patch = WeightPatch(kind=kind, tensors={role: role for role in shapes}, strength=1.0, **more)
     check(patch, tensors_of(**shapes), (OUT, IN))
-    with pytest.raises(RequestError, match=f"packed GGUF weights.*{words}; set weight_dtype .* bf16"):
+    with pytest.raises(RequestError, match=f"packed weights.*{words}; set weight_dtype .* bf16"):
         low_rank([patch], tensors_of(**shapes), (OUT, IN), **F32)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from fastusp_backend.cli import bench
 from fastusp_backend.cli.arguments import pixels
-from fastusp_backend.cli.bench import Row, options, rank_counts, recommend
+from fastusp_backend.cli.bench import Bench, Row, options, rank_counts, recommend
 from fastusp_backend.config import Layout, Settings
 from fastusp_backend.devices import Devices
 
@@ -67,8 +67,8 @@ def test_what_did_not_run():
 
 def test_what_is_measured():
     assert [rank_counts(n) for n in (1, 2, 3, 4, 8)] == [[1], [1, 2], [1, 2, 3], [1, 2, 4], [1, 2, 4, 8]]
-    assert [(s.linear, s.wire) for s in options(1)] == [("fp8", "exact")]
-    assert [(s.linear, s.wire) for s in options(2)] == [
+    assert [(s["linear"], s["wire"]) for s in options(1)] == [("fp8", "exact")]
+    assert [(s["linear"], s["wire"]) for s in options(2)] == [
         ("exact", "int8"),
         ("exact", "fp8"),
         ("fp8", "exact"),
@@ -91,8 +91,7 @@ def test_steps_that_warm_up_do_not_count(monkeypatch):
 
     monkeypatch.setattr(bench, "Session", Session)
     pool = SimpleNamespace(devices=Devices(ranks=1), held=SimpleNamespace(nbytes=7, transport="none"))
-    arguments = argparse.Namespace(steps=3, seconds=100.0)
-    found = bench._measured(row(1, None), pool, None, (None, None), arguments)
+    found = Bench(spec=None, given=(None, None), steps=3).measured(row(1, None), pool)
     assert (found.seconds, found.first, found.nbytes, found.problem) == (2.0, 62.0, 7, "")
 
 
@@ -107,13 +106,16 @@ def test_sizes():
 def test_8_bits_are_left_out_where_their_exact_row_did_not_run(monkeypatch, fits):
     """And ring 2, where it is the one that ran, is no automatic choice."""
 
-    def measured(row, *_):
+    def measured(_, row, pool):
         if fits and row.layout.ring == 2 or row.settings.linear == "fp8":
             return replace(row, seconds=1.0)
         return replace(row, problem="rank 0 ran out of memory")
 
-    monkeypatch.setattr(bench, "_measured", measured)
-    arguments = argparse.Namespace(layouts="all", steps=1, seconds=1.0)
-    rows = [row for row in bench._rows(Devices(ranks=2), 24, None, None, arguments) if not row.exact]
+    monkeypatch.setattr(Bench, "measured", measured)
+    every = Bench(spec=None, given=(None, None), steps=1, every_layout=True, base=Settings(attention="math"))
+    found = list(every.rows(Devices(ranks=2), 24))
+    assert {row.settings.attention for row in found} == {"math"}
+    assert len(found) <= every.count(Devices(ranks=2), 24) == 8
+    rows = [row for row in found if not row.exact]
     assert {row.settings.linear for row in rows} == ({"exact", "fp8"} if fits else {"fp8"})
     assert {row.automatic for row in rows} == {not fits}

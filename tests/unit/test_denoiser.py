@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support import OneRank, inputs, randn, relative_difference
+from support import SMALL_Z_IMAGE, OneRank, inputs, randn, relative_difference
 
 from fastusp_backend.config import Layout
 from fastusp_backend.engine import denoiser as denoisers
@@ -28,6 +28,22 @@ def evaluate(one_rank: OneRank, rows: int) -> torch.Tensor:
     """Of an image of 2 x `rows` latents."""
     given = inputs(TINY_FLUX, text=2, size=(2, rows))
     return one_rank(given.x, given.timestep, Prompt(given.context, given.y, given.guidance))
+
+
+@pytest.mark.parametrize("config, tokens, filled", [(TINY_FLUX, 4, 4), (SMALL_Z_IMAGE, 7, 16)])
+def test_a_rank_embeds_no_more_of_a_text_than_it_must(config, tokens, filled):
+    """The second half of seven tokens; all of them where they see each other, and half of what fills them up."""
+    one_rank, given = OneRank(config.build()), []
+
+    def embed(context):
+        given.append(context)
+        return torch.nn.functional.pad(context, (0, 0, 0, config.filled(context.shape[1]) - context.shape[1]))
+
+    one_rank.model.embed_text = embed
+    one_rank._mesh = SimpleNamespace(layout=Layout(ulysses=2, ring=1), sequence_position=1)
+    context = randn(1, 7, config.context, seed=0)
+    mine = one_rank._embedded(context)
+    assert torch.equal(given[0], context[:, -tokens:]) and mine.shape[1] == filled
 
 
 def test_the_shape_that_was_used_longest_ago_makes_room(one_rank):
@@ -65,10 +81,12 @@ def test_memory_is_tried_for_every_image_and_token(one_rank, monkeypatch, batch,
     asked, make = [], torch.empty
     monkeypatch.setattr(denoisers.torch, "empty", lambda *shape, **more: (asked.append(shape), make(0, **more))[1])
     one_rank.probe_memory(given.x, [prompt])
+    one_rank.probe_memory(given.x, [prompt], spare=8000)
     monkeypatch.undo()
     patches = -(-size[0] // 2) * -(-size[1] // 2) + references
     local = -(-text // ranks) + -(-patches // ranks)
-    assert (WORKING_SET * batch * local * HIDDEN,) in asked
+    count = WORKING_SET * batch * local * HIDDEN
+    assert (count,) in asked and (count + 2000,) in asked
 
 
 def test_memory_of_the_modulations_is_allocated_while_an_evaluations_is_tried(one_rank, monkeypatch):

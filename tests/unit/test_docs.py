@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RECORDS = ROOT / "benchmarks/results"  # of what was so on a day
 PAGES = [
     page
-    for pattern in ("*.md", "docs/**/*.md", "web/docs/*.md", "benchmarks/**/*.md")
+    for pattern in ("*.md", "docs/**/*.md", "web/docs/**/*.md", "benchmarks/**/*.md")
     for page in sorted(ROOT.glob(pattern))
     if not page.name.startswith(".")
 ]
@@ -78,7 +78,8 @@ def test_its_words_are_a_users(page):
 
 
 def test_readme_is_read_to_the_end():
-    assert 850 <= len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1000
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert 750 <= sum(len(line.split()) for line in lines if not line.startswith("|")) <= 900  # tables are looked up
 
 
 def test_pictures_are_small():

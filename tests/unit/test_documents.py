@@ -20,11 +20,10 @@ def section(file: str, start: str, end: str) -> str:
     return text[text.index(start) :].partition(end)[0]
 
 
-def rows(text: str) -> dict[str, list[str]]:
-    """Of a section's first table: the name in the first column -> the other columns."""
-    table = re.search(r"(?:^\|.*\n)+", text, re.MULTILINE)[0].splitlines()[2:]
-    cells = ([cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in table)
-    return {name.strip("`"): others for name, *others in cells}
+def rows(text: str) -> dict[str, str]:
+    """Of a section's first list, whose items are "- `name`: meaning": name -> meaning."""
+    items = re.search(r"(?:^- .*\n?)+", text, re.MULTILINE)[0]
+    return dict(re.findall(r"^- `(\w+)`: (.*)$", items, re.MULTILINE))
 
 
 def quoted(text: str) -> list[str]:
@@ -44,7 +43,7 @@ def test_all_options_are_on_the_page():
 
 @pytest.mark.parametrize("name", Settings.__struct_fields__)
 def test_the_page_tells_values_and_default_of(name):
-    meaning, default = PAGE[name][0], getattr(DEFAULTS, name)
+    meaning, default = PAGE[name], getattr(DEFAULTS, name)
     if TYPES[name] is bool:
         assert f"Default: {'on' if default else 'off'}." in meaning
         return

@@ -12,11 +12,14 @@ import torch
 from formats import write
 from support import SMALL, inputs, spec_of
 
+from fastusp_backend.comm.mesh import single_rank_mesh
+from fastusp_backend.comm.transport import Transport
 from fastusp_backend.config import Layout, Settings
 from fastusp_backend.engine import Engine
 from fastusp_backend.engine import checkpoint as checkpoint_module
 from fastusp_backend.engine import engine as engine_module
 from fastusp_backend.engine.checkpoint import Checkpoint
+from fastusp_backend.engine.room import LEAST_FREE
 from fastusp_backend.errors import CheckpointError
 from fastusp_backend.models.synthetic import write_checkpoint
 from fastusp_backend.prompt import Prompt
@@ -89,6 +92,34 @@ def test_a_released_models_memory_is_free_at_once(engine):
         assert [it() for it in there] == [None, None]
     finally:
         gc.enable()
+
+
+def test_layouts_that_take_turns_keep_their_buffers(engine, monkeypatch):
+    """As of the evaluations of guided steps that also leave out blocks. Of few layouts, and of one kind of options."""
+    mesh = single_rank_mesh(engine.device)
+    monkeypatch.setattr(engine, "mesh", lambda layout: (mesh, Transport(mesh)))
+    one, two, three = (Layout(batch=batch, ulysses=1, ring=1) for batch in (1, 2, 3))
+    alone = engine.denoiser(one, Settings())
+    assert not engine.shares_memory and not engine.spare
+    beside = engine.denoiser(two, Settings())
+    assert engine.shares_memory and not engine.spare
+    monkeypatch.setattr(engine, "device", torch.device("cuda"))
+    assert engine.spare == LEAST_FREE
+    monkeypatch.undo()
+    monkeypatch.setattr(engine, "mesh", lambda layout: (mesh, Transport(mesh)))
+    for _ in range(2):
+        assert engine.denoiser(one, Settings()) is alone and engine.denoiser(two, Settings()) is beside
+    forgotten = []
+    for denoiser in (alone, beside):
+        monkeypatch.setattr(denoiser, "forget_prompts", lambda denoiser=denoiser: forgotten.append(denoiser))
+    engine.patch({}, {}, base=0, number=1)
+    assert forgotten == [alone, beside]
+    engine.denoiser(three, Settings())
+    assert engine.denoiser(two, Settings()) is beside and engine.denoiser(one, Settings()) is not alone
+    engine.denoiser(two, Settings(overlap=False))
+    assert not engine.shares_memory
+    engine.drop_evaluations()
+    assert engine.denoiser(two, Settings()) is not beside
 
 
 def test_a_failure_while_ranks_read_together_ends_the_rank(engine, specs, monkeypatch):

@@ -11,7 +11,7 @@ import torch
 from formats import FORMATS, MINI, add_raw, retype_gguf, write
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support import SMALL_QWEN, load_model, spec_of
+from support import SMALL_CHROMA, SMALL_QWEN, SMALL_SD3, SMALL_Z_IMAGE, load_model, spec_of
 
 from fastusp_backend.errors import CheckpointError
 from fastusp_backend.models.files import read_model
@@ -138,7 +138,7 @@ def test_the_formats_have_nothing_to_ignore(mini, tmp_path, name):
 
 
 @pytest.mark.parametrize("prefix", ["model.diffusion_model.", "model.model.", "net.", "model."])
-@pytest.mark.parametrize("family", ["FLUX.1", "FLUX.2", "Qwen-Image"])
+@pytest.mark.parametrize("family", ["FLUX.1", "FLUX.2", "Chroma", "Qwen-Image", "Stable Diffusion 3", "Z-Image"])
 def test_prefixes_are_taken_off(mini, tmp_path, prefix, family):
     plain, path = tmp_path / "plain.safetensors", tmp_path / "x.safetensors"
     if family == "FLUX.2":
@@ -148,6 +148,12 @@ def test_prefixes_are_taken_off(mini, tmp_path, prefix, family):
     elif family == "Qwen-Image":
         small = replace(SMALL_QWEN, hidden=128, heads=1, mlp=256, blocks=1, reference_method="index_timestep_zero")
         write_checkpoint(str(plain), small)
+    elif family == "Chroma":
+        write_checkpoint(str(plain), replace(SMALL_CHROMA, hidden=128, heads=1, mlp=256))
+    elif family == "Stable Diffusion 3":
+        write_checkpoint(str(plain), replace(SMALL_SD3, hidden=64, heads=1, mlp=256, blocks=2, second_attentions=1))
+    elif family == "Z-Image":
+        write_checkpoint(str(plain), replace(SMALL_Z_IMAGE, hidden=128, heads=1, mlp=256, blocks=1))
     else:
         plain.write_bytes(mini.read_bytes())
     others = {"vae.encoder.x": torch.ones(2), "first_stage_model.x": torch.ones(2, dtype=torch.int64)}

@@ -12,7 +12,8 @@ import torch
 
 from fastusp_backend.models import synthetic
 from fastusp_backend.models.detection import FAMILIES
-from fastusp_backend.models.family import FamilyConfig, Residuals, Transformer, check_control, check_prompt
+from fastusp_backend.models.family import FamilyConfig, Residuals, Transformer
+from fastusp_backend.models.prompts import check_control, check_prompt
 from fastusp_backend.prompt import Prompt
 
 pytestmark = pytest.mark.unit
@@ -58,6 +59,8 @@ def test_a_row_of_modulations_is_split_without_a_rest(tiny):
         """The views in a tree of tuples, each once."""
         if isinstance(part, torch.Tensor):
             return {part.storage_offset(): part.shape[-1]}
+        if part is None:  # what this block does not have
+            return {}
         return {start: width for inner in part for start, width in leaves(inner).items()}
 
     assert sum(leaves(model.split_modulations(rows)).values()) == model.modulation_width
@@ -76,10 +79,14 @@ def test_something_stands_for_its_transformer_in_comfyui(family):
 
 
 def test_it_has_a_workflow_and_help(family):
-    """The workflow's text encoder has the type that `encoders` names."""
-    kind = re.search(r"type (\w+)", family.encoders)[1]
+    """The workflow's text encoder is loaded by the node that `encoders` names, with the type if it names one; or with
+    the VAE, from a file that has all."""
+    node, kind = re.match(r"th\S+ of (\w+)(?:, type (\w+))?", family.encoders).groups()
+    if family.family == "Stable Diffusion 3":
+        node, kind = "CheckpointLoaderSimple", None
     workflows = [json.loads(text) for text in texts("example_workflows/api/*.json")]
-    assert any(node["inputs"].get("type") == kind for workflow in workflows for node in workflow.values())
+    loaders = [(n["class_type"], n["inputs"].get("type")) for workflow in workflows for n in workflow.values()]
+    assert (node, kind) in loaders
     for file in ("README.md", "web/docs/FastUSPLoader.md"):
         assert family.family in (ROOT / file).read_text(encoding="utf-8"), file
 
@@ -101,4 +108,5 @@ def test_what_a_family_does_not_claim_is_refused():
     assert check_prompt(x, referring, config) == "remove the reference images from the prompt: Plain takes none"
     control = Residuals((torch.zeros(1, 4, 128),), (0,))
     assert "remove the ControlNet" in check_control(x, prompt, control, config)
+    assert "remove the node that leaves out blocks" in check_control(x, prompt, Residuals(skipped=(0,)), config)
     assert check_control(x, prompt, Residuals(), config) is None

@@ -12,7 +12,7 @@ import fastusp_backend.models.prediction  # noqa: F401 - the node takes it as a 
 from fastusp_backend.config import Settings
 from fastusp_backend.devices import Devices, GpuState
 from fastusp_backend.errors import DeviceError
-from fastusp_backend.models.synthetic import FLUX_DEV, QWEN_IMAGE
+from fastusp_backend.models.synthetic import CHROMA, FLUX_DEV, QWEN_IMAGE
 from fastusp_backend.planner import plan_batches
 
 pytestmark = [pytest.mark.unit, pytest.mark.any_processor]
@@ -64,6 +64,15 @@ def test_the_remedy_comes_first_and_once(node, caplog):
     with caplog.at_level(logging.WARNING):
         module.faster_with_fewer(*session_on((0, 1), wire="int8"))
     assert "132 ms on gpu 0,1" in caplog.records[1].getMessage() and "wire" not in caplog.records[1].getMessage()
+
+
+def test_a_family_of_which_nothing_was_measured(node, caplog):
+    with caplog.at_level(logging.WARNING):
+        assert node().faster_with_fewer(*session_on((0, 1), CHROMA, batch_parallel="off"))
+    assert (
+        "of Chroma at" in caplog.records[0].getMessage()
+        and "Steps of Chroma were not" in caplog.records[0].getMessage()
+    )
 
 
 def test_a_ring_of_five_sends_more_than_four_gpus_do(node):
@@ -143,6 +152,7 @@ def test_the_node_points_at_the_log(node_module, fewer):
     nodes = {
         "comfyui": {
             "command_line": None,
+            "advanced": None,
             "search_aliases": None,
             "io": SimpleNamespace(ComfyNode=object, Schema=None, NodeOutput=list),
         },
@@ -157,7 +167,8 @@ def test_the_node_points_at_the_log(node_module, fewer):
     file = SimpleNamespace(
         header=header(FLUX_DEV), config=FLUX_DEV, spec=lambda **types: spec_with("auto"), log_ignored=lambda: None
     )
-    module._read, module.local_devices, module.supports_bfloat16 = lambda _: file, lambda _: devices, lambda _: True
+    module.read_named, module.local_devices = lambda _: file, lambda _: devices
+    module.supports_bfloat16 = lambda _: True
     module.USPLoader._load("x", "bf16", "0,1", 0, 0, Settings(), "auto")
     hint = "; gpu 0 may be faster: see ComfyUI's log" if fewer else ""
     assert order == ["started", "asked", f"FLUX.1 on gpu 0,1{hint}"]

@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from formats import PREFIX, add_raw, retype_gguf, write
+from formats import FORMATS, PREFIX, add_raw, packed_layers, retype_gguf, write
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support import load_model, spec_of
 
@@ -23,7 +24,7 @@ def refusal(path) -> str:
     return str(refused.value)
 
 
-@pytest.mark.parametrize("kind", ["nvfp4", "mxfp8", "int8_tensorwise", "convrot_w4a4"])
+@pytest.mark.parametrize("kind", ["asym_w4a8_int8", "mxfp4"])
 @pytest.mark.parametrize("where", ["metadata", "prefixed metadata", "tensor"])
 def test_other_formats_are_refused_by_name(mini, tmp_path, kind, where):
     path, state, metadata = tmp_path / "x.safetensors", load_file(mini), {}
@@ -35,7 +36,7 @@ def test_other_formats_are_refused_by_name(mini, tmp_path, kind, where):
         metadata["_quantization_metadata"] = json.dumps({"layers": {f"{prefix}{LAYER}": {"format": kind}}})
     save_file(state, path, metadata)
     text = refusal(path)
-    assert f"quantised as {kind}" in text and LAYER in text and "scaled fp8 and GGUF" in text
+    assert f"quantised as {kind}" in text and LAYER in text and "int8 and GGUF" in text
 
 
 @pytest.mark.parametrize(
@@ -84,13 +85,61 @@ def test_broken_scaled_files_are_refused(mini, tmp_path, change, words):
     assert words in refusal(path)
 
 
+@pytest.mark.parametrize(
+    "name, leaf, value, words",
+    [
+        ("nvfp4", "weight_scale", None, "an incomplete nvfp4 file, without tensor '{leaf}'"),
+        ("nvfp4", "weight_scale_2", None, "an incomplete nvfp4 file, without tensor '{leaf}'"),
+        ("nvfp4", "weight_scale_2", torch.ones(2), "quantised as nvfp4 with more than one scale per tensor, (2,),"),
+        ("nvfp4", "weight_scale_2", torch.tensor(0.0), "its scale '{leaf}' is 0.0"),
+        ("nvfp4", "weight_scale", torch.ones(1280, 16), "nvfp4 with scales of type float32"),
+        ("nvfp4", "weight_scale", torch.ones(1280, 4, dtype=torch.uint8), "nvfp4 with scales (1280, 4), where 20480"),
+        ("nvfp4", "weight", torch.zeros(1280, 100, dtype=torch.uint8), "has 200 columns, where its format nvfp4 has"),
+        ("nvfp4", "weight", torch.zeros(1280, 256), "is said to be nvfp4, but its weight is torch.float32 (1280, 256)"),
+        ("nvfp4", "weight", torch.zeros(1280, dtype=torch.uint8), "its weight is torch.uint8 (1280,)"),
+        ("nvfp4", "pre_quant_scale", torch.ones(256), "quantised as something with a 'pre_quant_scale'"),
+        ("nvfp4", "comfy_quant", None, "says what these bytes mean"),
+        ("mxfp8", "weight_scale", None, "an incomplete mxfp8 file, without tensor '{leaf}'"),
+        ("mxfp8", "weight_scale_2", torch.tensor(1.0), "quantised as something with a 'weight_scale_2'"),
+        ("int4_convrot", "weight_scale", None, "an incomplete convrot_w4a4 file, without tensor '{leaf}'"),
+        ("int4_convrot", "weight", torch.zeros(1280, 96, dtype=torch.int8), "has 192 columns, where its format int4_"),
+        ("int8_rows", "weight_scale", None, "an incomplete int8_tensorwise file, without tensor '{leaf}'"),
+        (
+            "int8_rows",
+            "weight_scale",
+            torch.ones(1279),
+            "int8_tensorwise with scales (1279,), where 1280 were expected",
+        ),
+        ("int8_rows", "weight_scale", torch.ones(1280, dtype=torch.int32), "scales of type int32"),
+        ("int8_rows", "weight_scale", torch.tensor(float("inf")), "its scale '{leaf}' is inf"),
+        ("int8_rows", "weight", torch.zeros(1280, 256, dtype=torch.uint8), "its weight is torch.uint8 (1280, 256)"),
+    ],
+)
+def test_broken_packed_layers_are_refused(mini, tmp_path, name, leaf, value, words):
+    path, leaf = tmp_path / "x.safetensors", f"{LAYER}.{leaf}"
+    FORMATS[name](load_file(mini), path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    state = load_file(path) | {leaf: value}
+    save_file({name: tensor for name, tensor in state.items() if tensor is not None}, path, metadata)
+    assert words.format(leaf=leaf) in refusal(path)
+
+
+@pytest.mark.parametrize("said", [{"convrot_groupsize": 128}, {"convrot_groupsize": "x" * 500}])
+def test_rotations_of_other_groups_are_refused(mini, tmp_path, said):
+    path = tmp_path / "x.safetensors"
+    packed_layers(load_file(mini), path, "int8_convrot", **said)
+    text = refusal(path)
+    assert f"int8_tensorwise with convrot in groups of {said['convrot_groupsize']}"[:100] in text and len(text) < 500
+
+
 @pytest.mark.parametrize("number, kind", [(20, "IQ4_NL"), (39, "MXFP4"), (26, "I32"), (4242, "type 4242")])
 def test_other_gguf_formats_are_refused_by_name(mini, tmp_path, number, kind):
     path = tmp_path / "x.gguf"
     write("gguf_Q8_0", mini, path)
     retype_gguf(path, f"{LAYER}.weight", number)
     text = refusal(path)
-    assert f"quantised as GGUF {kind} ('{LAYER}.weight')" in text and "scaled fp8 and GGUF" in text
+    assert f"quantised as GGUF {kind} ('{LAYER}.weight')" in text and "int8 and GGUF" in text
 
 
 @pytest.mark.parametrize("kind", ["U16", "U32", "F4", "F6_E2M3", "C64", "I64", "BOOL"])

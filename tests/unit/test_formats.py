@@ -1,23 +1,26 @@
-"""fp8, scaled fp8, all-in-one and GGUF files: kept as they are in memory, computed as their values say."""
+"""fp8, scaled fp8, packed, all-in-one and GGUF files: kept as they are in memory, computed as their values say."""
+
+from dataclasses import replace
 
 import msgspec
 import pytest
 import torch
 from formats import FORMATS, MINI, write
 from safetensors.torch import load_file, save_file
-from support import REORDERED, OneRank, inputs, load_model, relative_difference, spec_of
+from support import REORDERED, SMALL_SD3, SMALL_Z_IMAGE, OneRank, inputs, load_model, relative_difference, spec_of
 
 from fastusp_backend.config import ModelSpec, Settings
 from fastusp_backend.engine.checkpoint import Checkpoint
 from fastusp_backend.models.files import read_model
 from fastusp_backend.models.layers import Linear
+from fastusp_backend.models.synthetic import write_checkpoint
 from fastusp_backend.prompt import Prompt
 from fastusp_backend.weights.dtypes import main_dtype
 
 pytestmark = pytest.mark.unit
 
 CPU = torch.device("cpu")
-KEPT = {"fp8_": 1, "scal": 1, "gguf": 1, "all_": 4}
+KEPT = {"fp8_": 1, "scal": 1, "nvfp": 0.52, "mxfp": 1, "int8": 1, "int4": 0.52, "mixe": 2, "gguf": 1, "all_": 4}
 """Bytes a value of a block's matrices at most, by the beginning of the format's name."""
 
 
@@ -54,12 +57,38 @@ def test_a_format_means_what_its_plain_file_means(mini, tmp_path, name):
     assert relative_difference(evaluate(model), evaluate(reference)) < REORDERED
 
 
-@pytest.mark.parametrize("name", ["scaled_old", "gguf_Q4_K", "fp8_e5m2"])
+@pytest.mark.parametrize("name", ["fp8_e4m3fn", "scaled_old_prefixed", "scaled_tensors", "all_in_one", "gguf_Q8_0"])
+@pytest.mark.parametrize(
+    "config, parameters",
+    [
+        (replace(SMALL_SD3, context=256, pooled=256), ("pos_embed", "x_embedder.proj.weight")),
+        (replace(SMALL_Z_IMAGE, context=256), ("x_pad_token", "cap_pad_token", "cap_embedder.norm.weight")),
+    ],
+    ids=["Stable Diffusion 3", "Z-Image"],
+)
+def test_tensors_that_are_no_matrices(tmp_path, name, config, parameters):
+    """Stable Diffusion 3 begins with a convolution and a table of positions, and Z-Image's streams are filled up with
+    tokens: all are converted where they are fp8."""
+    source, path, plain = (tmp_path / part for part in ("source.safetensors", name, "plain.safetensors"))
+    write_checkpoint(str(source), config, seed=4)
+    values = write(name, source, path)
+    save_file(values, plain)
+    models = [load_model(spec_of(file), CPU) for file in (path, plain)]
+    assert models[0].config == config
+    for parameter in parameters:
+        held = models[0].get_parameter(parameter)
+        assert held.dtype.itemsize > 1 and torch.equal(held.float(), values[models[0].file_key(parameter)])
+    given = inputs(config, text=5, size=(6, 5))
+    one, other = (OneRank(model)(given.x, given.timestep, Prompt(given.context, given.y)) for model in models)
+    assert relative_difference(one, other) < REORDERED
+
+
+@pytest.mark.parametrize("name", ["scaled_old", "gguf_Q4_K", "fp8_e5m2", "nvfp4", "int8_rows"])
 def test_bfloat16_values_are_rounded_as_comfyui_rounds_them(mini, tmp_path, name):
     values = write(name, mini, tmp_path / name)
     linear = load_model(spec_of(tmp_path / name), CPU).single_blocks[0].linear1
     weight, _ = linear.rows(slice(None), torch.bfloat16)
-    if linear.scale is None:
+    if linear.packing or linear.scale is None:
         assert torch.equal(weight, values["single_blocks.0.linear1.weight"].bfloat16())
     else:
         assert torch.equal(weight, linear.weight.to(torch.bfloat16) * linear.scale.to(torch.bfloat16))
@@ -86,7 +115,7 @@ def test_a_scale_of_a_weight_that_is_not_fp8_is_multiplied_in(mini, tmp_path, dt
         assert model.get_submodule(LAYER).weight.dtype == dtype
 
 
-@pytest.mark.parametrize("name", ["fp8_e4m3fn", "scaled_metadata", "gguf_Q8_0"])
+@pytest.mark.parametrize("name", ["fp8_e4m3fn", "scaled_metadata", "gguf_Q8_0", "nvfp4"])
 @pytest.mark.parametrize("keep", [True, False])
 def test_storage_of_what_is_quantised(mini, tmp_path, name, keep):
     """keep_quantised: GPUs' default, where the other tensors take the type of computation."""
@@ -113,7 +142,7 @@ def test_a_plain_file_stored_in_fp8(mini, tmp_path, storage):
         assert parameter.dtype == (dtype if expected.dim() == 2 else torch.bfloat16)
 
 
-@pytest.mark.parametrize("name", ["scaled_tensors", "gguf_Q4_K", "all_in_one"])
+@pytest.mark.parametrize("name", ["scaled_tensors", "gguf_Q4_K", "all_in_one", "mxfp8", "int8_rows"])
 def test_what_was_changed_is_read_again(mini, tmp_path, name):
     write(name, mini, tmp_path / name)
     checkpoint = Checkpoint(spec_of(tmp_path / name))
@@ -122,7 +151,8 @@ def test_what_was_changed_is_read_again(mini, tmp_path, name):
     before, scale = linear.weight.clone(), linear.scale
     linear.weight.view(torch.uint8).fill_(1)
     ((_, again),) = checkpoint.reread(["single_blocks.0.linear1.weight"])
-    assert torch.equal(again.data.view(torch.uint8), before.view(torch.uint8)) and again.scale == scale
+    assert torch.equal(again.data.view(torch.uint8), before.view(torch.uint8))
+    assert again.scale is scale is None or torch.equal(again.scale, scale)
     assert again.packing == linear.packing
 
 

@@ -11,11 +11,14 @@ from fastusp_backend.kernels import fp8_product
 from fastusp_backend.kernels.eight_bits import quantise
 from fastusp_backend.kernels.fp8_product import Quantised, check_fp8_sizes
 from fastusp_backend.kernels.tokens import quantise_reference
+from fastusp_backend.models.chroma import Chroma
 from fastusp_backend.models.flux import Flux
 from fastusp_backend.models.flux2 import Flux2
 from fastusp_backend.models.layers import Linear
 from fastusp_backend.models.qwen_image import QwenImage
-from fastusp_backend.models.synthetic import TINY_FLUX, TINY_FLUX2, TINY_QWEN_IMAGE
+from fastusp_backend.models.sd3 import SD3
+from fastusp_backend.models.synthetic import TINY_CHROMA, TINY_FLUX, TINY_FLUX2, TINY_QWEN_IMAGE, TINY_SD3, TINY_Z_IMAGE
+from fastusp_backend.models.z_image import ZImage
 from fastusp_backend.weights.stored import Stored
 
 pytestmark = pytest.mark.unit
@@ -80,18 +83,31 @@ def test_a_changed_weight_gets_new_scales_by_row():
     assert ((stored.dequantise() - value).abs() <= ulp / 2).all()
 
 
-@pytest.mark.parametrize("kind, config", [(Flux, TINY_FLUX), (Flux2, TINY_FLUX2), (QwenImage, TINY_QWEN_IMAGE)])
+@pytest.mark.parametrize(
+    "kind, config",
+    [
+        (Flux, TINY_FLUX),
+        (Flux2, TINY_FLUX2),
+        (Chroma, TINY_CHROMA),
+        (QwenImage, TINY_QWEN_IMAGE),
+        (SD3, TINY_SD3),
+        (ZImage, TINY_Z_IMAGE),
+    ],
+)
 def test_the_large_layers_are_those_of_the_blocks_without_modulations(kind, config):
     with torch.device("meta"):
         model = kind(config)
     large = set(model.products())
+    of_blocks = {layer for block in model.blocks() for layer in block.modules()}
     for name, module in model.named_modules():
         if isinstance(module, Linear):
-            inside = "blocks." in name and "mod" not in name.removeprefix("modules")
+            inside = module in of_blocks and "mod" not in name
             assert (module in large) == inside, name
 
 
-@pytest.mark.parametrize("config", [*FULL_SIZE.values(), TINY_FLUX, TINY_FLUX2, TINY_QWEN_IMAGE])
+@pytest.mark.parametrize(
+    "config", [*FULL_SIZE.values(), TINY_FLUX, TINY_FLUX2, TINY_CHROMA, TINY_QWEN_IMAGE, TINY_SD3, TINY_Z_IMAGE]
+)
 def test_gpus_can_multiply_all_that_the_blocks_do(config):
     """Sizes, rows and their first bytes at multiples of 16, as torch and the GPUs' copy engines want them."""
     for part in parts(config):

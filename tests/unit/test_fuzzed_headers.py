@@ -10,7 +10,7 @@ from collections import Counter
 
 import pytest
 from formats import write
-from support import SMALL_FLUX2, SMALL_QWEN
+from support import SMALL_CHROMA, SMALL_FLUX2, SMALL_QWEN, SMALL_SD3, SMALL_Z_IMAGE
 
 from fastusp_backend.errors import CheckpointError
 from fastusp_backend.models.files import read_model
@@ -18,11 +18,25 @@ from fastusp_backend.models.synthetic import write_checkpoint
 
 pytestmark = pytest.mark.unit
 
+OTHERS = {"flux2": SMALL_FLUX2, "chroma": SMALL_CHROMA, "qwen": SMALL_QWEN, "sd3": SMALL_SD3, "z_image": SMALL_Z_IMAGE}
+
 SOON = 5.0
 """Seconds for a file, of which each takes some thousandths."""
 
 LARGE = 1 << 40
-SIZES = {"F8_E4M3": 1, "U8": 1, "F4": 1, "BOOL": 1, "BF16": 2, "F16": 2, "F32": 4, "I32": 4, "I64": 8}
+SIZES = {
+    "F8_E4M3": 1,
+    "F8_E8M0": 1,
+    "U8": 1,
+    "I8": 1,
+    "F4": 1,
+    "BOOL": 1,
+    "BF16": 2,
+    "F16": 2,
+    "F32": 4,
+    "I32": 4,
+    "I64": 8,
+}
 SHAPES = ((), (0,), (1,), (4096,), (4097,), (2, 0), (0, 2**62), (2**62, 0), (1,) * 5, (1,) * 9, (0,) * 9, (128, 128))
 NUMBERS = (0, 1, 2, 127, 2**24 + 1, 2**31, 2**32 - 1, 2**53 + 1, 2**63 - 1, 2**63, 2**64 - 1, 10**400)
 ODD = (*NUMBERS, -1, None, True, 1.5, 4.0, 1e400, float("nan"), "", "4", "\ud800", [], {}, [[]], [None], {"a": 1})
@@ -117,13 +131,13 @@ def damaged(data: bytes, start: int, stop: int, chance: random.Random) -> bytes:
     return bytes(data)
 
 
-@pytest.mark.parametrize("name", ["flux", "flux2", "qwen", "scaled_old", "scaled_tensors", "all_in_one"])
+@pytest.mark.parametrize("name", ["flux", *OTHERS, "scaled_old", "scaled_tensors", "mixed", "all_in_one"])
 def test_safetensors(mini, tmp_path, name):
     path = tmp_path / "x.safetensors"
     if name == "flux":
         path.write_bytes(mini.read_bytes())
-    elif name in ("flux2", "qwen"):
-        write_checkpoint(str(path), SMALL_FLUX2 if name == "flux2" else SMALL_QWEN)
+    elif name in OTHERS:
+        write_checkpoint(str(path), OTHERS[name])
     else:
         write(name, mini, path)
     data, chance, seen, file = path.read_bytes(), random.Random(name), Counter(), Memory()

@@ -6,7 +6,7 @@ import torch
 from formats import HALVES, random_blocks
 from support import randn
 
-from fastusp_backend.weights import gguf_blocks
+from fastusp_backend.weights import gguf_blocks, packings
 from fastusp_backend.weights.stored import Stored
 
 pytestmark = pytest.mark.unit
@@ -14,12 +14,12 @@ pytestmark = pytest.mark.unit
 
 @pytest.mark.parametrize("name", HALVES)
 def test_unpacking_is_the_reference_bit_by_bit(name, monkeypatch):
-    monkeypatch.setattr(gguf_blocks, "PIECE", 512)
+    monkeypatch.setattr(packings, "PIECE", 512)
     data = random_blocks(name, 7, 512, seed=3)
     expected = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[name])
     assert 0.5 < expected.std() * 512**0.5 < 2 and abs(expected.mean()) < 0.02
     for dtype in (torch.float32, torch.bfloat16):
-        got = gguf_blocks.unpack(torch.from_numpy(data), name, dtype)
+        got = packings.unpack(torch.from_numpy(data), name, dtype)
         assert torch.equal(got, torch.from_numpy(expected).to(dtype))
 
 
@@ -27,9 +27,9 @@ def test_unpacking_is_the_reference_bit_by_bit(name, monkeypatch):
 @pytest.mark.parametrize("columns", [slice(256, 512), slice(None, 256), slice(100, 300), slice(None)])
 def test_only_the_blocks_of_the_columns_are_unpacked(name, columns, monkeypatch):
     unpacked = []
-    function = gguf_blocks.PACKINGS[name][2]
-    counted = (*gguf_blocks.PACKINGS[name][:2], lambda blocks: unpacked.append(function(blocks)) or unpacked[-1])
-    monkeypatch.setitem(gguf_blocks.PACKINGS, name, counted)
+    packing = packings.PACKINGS[name]
+    counted = packing._replace(unpack=lambda blocks: unpacked.append(packing.unpack(blocks)) or unpacked[-1])
+    monkeypatch.setitem(packings.PACKINGS, name, counted)
     low_rank = randn(7, 2, seed=1), randn(2, 512, seed=2)
     stored = Stored(torch.from_numpy(random_blocks(name, 7, 512, seed=3)), None, name, low_rank)
     want = stored.values(torch.float32)[2:5, columns]
@@ -40,4 +40,4 @@ def test_only_the_blocks_of_the_columns_are_unpacked(name, columns, monkeypatch)
 
 
 def test_all_formats_are_tested():
-    assert HALVES.keys() == gguf_blocks.PACKINGS.keys()
+    assert HALVES.keys() == gguf_blocks.BLOCKS.keys()

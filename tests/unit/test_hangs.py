@@ -79,6 +79,18 @@ def beat(ranks, seconds=12.0, which=(0, 1)):
         ranks.pulses[n].beat(seconds)
 
 
+def test_what_a_rank_shows_of_its_memory(tmp_path):
+    reader = pulse.Reader(tmp_path / "pulse")
+    assert reader.memory() is None
+    shows = Pulse(tmp_path / "pulse")
+    assert reader.memory() is None
+    shows.turn_to("x" * 200)
+    shows.show_memory(pulse.Memory(weights=1, own=2, free=3, total=2**40))
+    assert reader.memory() == (1, 2, 3, 2**40) and reader.read().doing == "x" * 104
+    reader.close()
+    assert reader.memory() is None
+
+
 def test_a_stopped_rank_is_named_with_what_it_was_in(ranks):
     ranks.states[1] = "T"
     assert ranks.look(STOPPED_SECONDS - 1) is None

@@ -49,10 +49,6 @@ class Arena:
     def wait_all(self):
         self.calls.append("await")
 
-    def write(self, part, sources):
-        for position, source in sources.items():
-            part.of(position).copy_(source)
-
     def put_signals(self, peers_, channel):
         pass
 

@@ -53,7 +53,7 @@ def path(tmp_path):
     "names, words",
     [
         ((f"t.{i}" for i in range(150_000)), "Use another file: {path} has 150000 tensors, FastUSP reads up to 50000"),
-        ((f"some.block.{i}.weight" for i in range(50_000)), "is not a FLUX.2 or FLUX.1 or Qwen-Image transformer"),
+        ((f"some.block.{i}.weight" for i in range(50_000)), "is not a FLUX.2 or Chroma or FLUX.1 or Qwen-Image or "),
         ((f"{'a.' * 110}{i}.qweight" for i in range(10_000)), "quantised as GPTQ or AWQ"),
         (
             [f"double_blocks.{i}.img_mlp.0.bias" for i in range(20_000)]

@@ -32,7 +32,8 @@ class Pool:
 @pytest.fixture
 def control(node_module, monkeypatch):
     monkeypatch.setitem(sys.modules, "aiohttp", SimpleNamespace(web=SimpleNamespace(Request=object, Response=object)))
-    return node_module("control", comfyui={"PromptServer": None}, pools={"all_pools": lambda: []})
+    neighbours = {"pools": {"all_pools": lambda: []}, "report": {"report": None}, "status": {"push_pools": None}}
+    return node_module("control", comfyui={"PromptServer": None}, **neighbours)
 
 
 def test_actions(control):

@@ -16,6 +16,7 @@ from fastusp_backend.devices import (
     GpuState,
     cuda_visible,
     gpu_links,
+    gpu_loads,
     gpu_states,
     list_gpus,
     parse_devices,
@@ -54,6 +55,13 @@ def test_states(nvml):
         GpuState(index=1, total=80 * GIB, free=79 * GIB, compute_mode="Exclusive_Process", mig=False, **driver),
         GpuState(index=2, total=80 * GIB, free=GIB, compute_mode="Prohibited", mig=True, pcie=(4, 8), **driver),
     )
+
+
+def test_loads(nvml):
+    nvml({"memory": [80 * GIB, 60 * GIB], "utilisation": 97, "temperature": 64}, {"memory": None})
+    told = {"index": 0, "name": "NVIDIA H200"}
+    full = {"used": 20 * GIB, "total": 80 * GIB, "utilisation": 97, "temperature": 64}
+    assert gpu_loads() == [told | full, told | {"index": 1} | dict.fromkeys(full)]
 
 
 def test_links_over_switches(nvml):

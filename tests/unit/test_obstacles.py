@@ -32,6 +32,8 @@ class Flow:
 class Stock:
     """In the place of the remote transformer."""
 
+    ignored = frozenset(("num_tokens",))
+
 
 def sample_euler(model, x, sigmas, s_churn=0.0, s_noise=1.0):
     pass
@@ -103,6 +105,7 @@ def conditioning(mask=None, **more):
     [
         (conditioning(), conditioning(), None),
         (conditioning(mask=[1, 1]), conditioning(), None),
+        (conditioning(num_tokens=3), conditioning(), None),
         (conditioning(mask=[1, 0]), conditioning(), "attention_mask on the positive"),
         (conditioning(), conditioning(control=None), "control on the negative"),
         (2 * conditioning(), conditioning(), "2 parts of the positive"),

@@ -1,13 +1,16 @@
 """Files that hold another model, or part of one, are refused by name, with the node that loads them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from support import load_model, spec_of
 
 from fastusp_backend.errors import CheckpointError
-from fastusp_backend.models.detection import OTHERS, family_of
-from fastusp_backend.models.synthetic import TINY_FLUX, TINY_QWEN_IMAGE
+from fastusp_backend.models import other_models
+from fastusp_backend.models.detection import OTHERS, RUNS, family_of
+from fastusp_backend.models.synthetic import MODELS, TINY_FLUX, write_checkpoint
 from fastusp_backend.weights.tensor_info import TensorInfo
 
 pytestmark = pytest.mark.unit
@@ -23,17 +26,25 @@ def refusal(path) -> str:
 @pytest.mark.parametrize(
     "family, keys",
     [
-        ("Chroma", ["distilled_guidance_layer.in_proj.weight", "double_blocks.0.img_attn.qkv.weight", "img_in.weight"]),
         ("Chroma Radiance", ["nerf_blocks.0.param_generator.weight", "double_blocks.0.img_attn.qkv.weight"]),
+        (
+            "Chroma in diffusers' key layout",
+            ["distilled_guidance_layer.layers.0.linear_1.weight", "single_transformer_blocks.0.attn.to_q.weight"],
+        ),
         ("Qwen-Image-Layered", ["time_text_embed.addition_t_embedding.weight", "txt_norm.weight", "img_in.weight"]),
         ("Lens", ["transformer_blocks.0.img_mlp.w1.weight", "txt_norm.weight", "img_in.weight"]),
-        ("Stable Diffusion 3", ["joint_blocks.0.x_block.attn.qkv.weight", "x_embedder.proj.weight"]),
-        ("Stable Diffusion 3", ["transformer_blocks.0.norm1_context.linear.weight", "pos_embed.proj.weight"]),
+        (
+            "Stable Diffusion 3 in diffusers' key layout",
+            ["transformer_blocks.0.norm1_context.linear.weight", "pos_embed.proj.weight"],
+        ),
         ("HunyuanVideo", ["double_blocks.0.img_attn.qkv.weight", "img_in.proj.weight"]),
         ("Ovis-Image", ["double_blocks.0.img_attn.qkv.weight", "img_in.weight", "txt_norm.scale"]),
         ("Stable Diffusion U-Net", ["input_blocks.0.0.weight"]),
         ("Stable Diffusion U-Net", ["model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.x.weight"]),
-        ("not a FLUX.2 or FLUX.1 or Qwen-Image transformer", ["something.else"]),
+        (
+            "not a FLUX.2 or Chroma or FLUX.1 or Qwen-Image or Stable Diffusion 3 or Z-Image transformer",
+            ["something.else"],
+        ),
         ("no tensors at all", []),
     ],
 )
@@ -42,6 +53,37 @@ def test_other_families_are_refused_by_name(tmp_path, family, keys):
     save_file({key: torch.zeros(2, 2) for key in keys}, path)
     text = refusal(path)
     assert family in text and text.endswith(OTHERS)
+
+
+REFINER = "txt_in.individual_token_refiner.blocks.0.norm1.weight"
+
+
+@pytest.mark.parametrize(
+    ("more", "model"),
+    [
+        (["vector_in.in_layer.weight", "guidance_in.in_layer.weight"], "HunyuanVideo"),
+        (["vision_in.proj.0.weight", "byt5_in.fc1.weight", "cond_type_embedding.weight"], "HunyuanVideo 1.5"),
+        (["byt5_in.fc1.weight"], "HunyuanImage"),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_models_with_flux_blocks_are_no_incomplete_flux(tmp_path, prefix, more, model):
+    """Nine in ten of FLUX.1's tensors are there."""
+    path = tmp_path / "video.safetensors"
+    write_checkpoint(str(path), replace(TINY_FLUX, double_blocks=20, single_blocks=40, hidden=128, heads=1, mlp=128))
+    blocks = {name: t[:1].clone() for name, t in load_file(path).items() if name.startswith(("double", "single"))}
+    others = [REFINER, "img_in.proj.weight", "time_in.in_layer.weight", "final_layer.linear.weight", *more]
+    save_file({prefix + name: t for name, t in (blocks | {name: torch.zeros(1) for name in others}).items()}, path)
+    text = refusal(path)
+    assert f"holds {model}, which FastUSP does not run yet; it runs {RUNS}; {OTHERS}" in text
+
+
+@pytest.mark.parametrize(("keys", "model"), other_models._KEYS)
+def test_each_model_is_told_by_its_keys_and_by_nothing_less(keys, model):
+    """Whatever else is there; a LoRA's names, which go on behind a module's, are none of them."""
+    assert other_models.told_by_keys([*keys, "x"]) == model
+    assert all(other_models.told_by_keys(set(keys) - {key}) != model for key in keys)
+    assert other_models.told_by_keys([key.replace(".weight", ".lora_A.weight") + ".x" for key in keys]) is None
 
 
 @pytest.mark.parametrize(
@@ -116,14 +158,17 @@ LAYER = "diffusion_model.double_blocks.0.img_attn.qkv"
         ("a text encoder", ["encoder.final_layer_norm.weight"]),
         ("a vision encoder", ["vision_model.x"]),
         ("a VAE", ["encoder.conv_in.weight", "decoder.conv_in.weight", "first_stage_model.x"]),
-        ("Chroma", ["distilled_guidance_layer.x"]),
         ("Chroma Radiance", ["nerf_blocks.0.x"]),
+        ("Chroma in diffusers' key layout", ["distilled_guidance_layer.layers.0.linear_1.bias"]),
         ("HunyuanVideo or HunyuanImage", ["img_in.proj.weight"]),
         ("Hunyuan3D", ["latent_in.weight"]),
-        ("Stable Diffusion 3", ["joint_blocks.0.x", "pos_embed.proj.weight"]),
+        ("Stable Diffusion 3 in diffusers' key layout", ["pos_embed.proj.weight"]),
         ("AuraFlow", ["joint_transformer_blocks.0.x"]),
         ("a Stable Diffusion U-Net", ["input_blocks.0.0.weight"]),
-        ("Lumina or Z-Image", ["cap_embedder.0.weight"]),
+        ("Lumina", ["cap_embedder.0.weight"]),
+        ("Z-Image in diffusers' key layout", ["all_x_embedder.2-1.weight"]),
+        ("a ControlNet of Z-Image's", ["control_layers.0.adaLN_modulation.0.weight"]),
+        ("a ControlNet of Z-Image's", ["control_all_x_embedder.2-1.weight"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -137,20 +182,26 @@ def test_a_single_name_may_tell_what_a_file_holds(found, keys):
 @pytest.mark.parametrize(
     ("whole", "variant", "keys"),
     [
-        ("FLUX.1", "Chroma", ["distilled_guidance_layer.norms.0.scale"]),
-        ("FLUX.1", "Chroma", ["distilled_guidance_layer.norms.0.weight"]),
-        ("FLUX.1", "Chroma", ["distilled_guidance_layer.0.norms.0.scale"]),
-        ("FLUX.1", "Chroma", ["distilled_guidance_layer.0.norms.0.weight"]),
+        ("Chroma", "Chroma Radiance", ["nerf_blocks.0.norm.scale"]),
+        ("Chroma", "Chroma Radiance", ["nerf_blocks.0.norm.weight"]),
         ("FLUX.1", "Ovis-Image or LongCat-Image", ["double_blocks.0.img_mlp.gate_proj.weight"]),
         ("FLUX.1", "Ovis-Image or LongCat-Image", ["txt_norm.scale"]),
         ("FLUX.1", "Ovis-Image or LongCat-Image", ["txt_norm.weight"]),
         ("Qwen-Image", "Qwen-Image-Layered", ["time_text_embed.addition_t_embedding.weight"]),
         ("Qwen-Image", "Lens", ["transformer_blocks.0.img_mlp.w1.weight"]),
+        (
+            "Stable Diffusion 3",
+            "a Stable Diffusion 3 with a context processor",
+            ["context_processor.layers.0.attn.qkv.weight"],
+        ),
+        ("Z-Image", "Z-Image Omni", ["siglip_embedder.0.weight"]),
+        ("Z-Image", "Z-Image in pixel space", ["dec_net.cond_embed.weight"]),
+        ("Z-Image", "Lumina 2", ["noise_refiner.0.adaLN_modulation.1.weight"]),
     ],
 )
 def test_what_has_all_of_a_familys_tensors_may_be_another_model(whole, variant, keys):
     with torch.device("meta"):
-        model = {"FLUX.1": TINY_FLUX, "Qwen-Image": TINY_QWEN_IMAGE}[whole].build()
+        (model,) = (sizes.tiny.build() for sizes in MODELS.values() if sizes.tiny.family == whole)
     shapes = {model.file_key(name): tuple(p.shape) for name, p in model.named_parameters()}
     header = {name: TensorInfo(shape, torch.bfloat16) for name, shape in shapes.items()}
     assert family_of(header, "file").family == whole
@@ -163,8 +214,8 @@ def test_what_has_all_of_a_familys_tensors_may_be_another_model(whole, variant, 
     [
         ("text_model.embeddings.position_ids", torch.arange(77)[None], "a text encoder"),
         ("encoder.down.0.norm.num_batches_tracked", torch.tensor(1), "a VAE"),
-        ("distilled_guidance_layer.in_proj.weight", torch.zeros(2, 2, dtype=torch.int8), "Chroma"),
-        ("spiece_model", torch.zeros(8, dtype=torch.uint8), "not a FLUX.2 or FLUX.1 or Qwen-Image"),
+        ("nerf_blocks.0.norm.scale", torch.zeros(2, dtype=torch.int8), "Chroma Radiance"),
+        ("spiece_model", torch.zeros(8, dtype=torch.uint8), "not a FLUX.2 or Chroma or FLUX.1 or"),
     ],
 )
 def test_integers_in_other_families_are_no_quantisation(tmp_path, key, tensor, family):

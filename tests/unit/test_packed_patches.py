@@ -14,7 +14,7 @@ from fastusp_backend.engine.patching import PatchedWeights
 from fastusp_backend.errors import RequestError
 from fastusp_backend.models.synthetic import write_checkpoint
 from fastusp_backend.prompt import Prompt
-from fastusp_backend.weights import gguf_blocks
+from fastusp_backend.weights import packings
 
 pytestmark = pytest.mark.unit
 
@@ -50,7 +50,7 @@ def factors(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Ten
     return torch.cat([up, q_up], 1).to(dtype), torch.cat([down, TENSORS["q_down"]]).to(dtype)
 
 
-@pytest.fixture(scope="module", params=["gguf_Q8_0", "gguf_Q4_K"])
+@pytest.fixture(scope="module", params=["gguf_Q8_0", "gguf_Q4_K", "nvfp4", "int8_convrot"])
 def packed(request, tmp_path_factory):
     """A file, and what it means without a patch."""
     folder = tmp_path_factory.mktemp("packed")
@@ -73,7 +73,7 @@ def assert_same(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor])
 
 
 def test_all_uses_of_a_weight_see_its_loras(packed, monkeypatch):
-    monkeypatch.setattr(gguf_blocks, "PIECE", 2048)
+    monkeypatch.setattr(packings, "PIECE", 2048)
     path, values = packed
     checkpoint = loaded(path)
     weights, before = PatchedWeights(checkpoint), everything(checkpoint)
@@ -81,7 +81,7 @@ def test_all_uses_of_a_weight_see_its_loras(packed, monkeypatch):
     up, down = factors()
     qkv, want = layer(checkpoint, QKV), values[f"{QKV}.weight"] + up @ down
     assert relative_difference(want, values[f"{QKV}.weight"]) > 0.05
-    bias, x = qkv.bias.detach(), randn(1, 5, 256, seed=8)
+    bias, x = qkv.bias.detach().float(), randn(1, 5, 256, seed=8)
     torch.testing.assert_close(qkv(x), F.linear(x, want, bias))
     for rows in (slice(0, 256), slice(256, None)):  # the query's LoRA lies in the second
         torch.testing.assert_close(qkv(x, rows), F.linear(x, want[rows], bias[rows]))
@@ -123,9 +123,7 @@ def test_what_cannot_be_factored_is_refused_before_anything_changes(packed):
     weights.change(PATCHES, TENSORS, base=0, number=1)
     after = everything(checkpoint)
     whole = WeightPatch(kind="diff", tensors={"diff": "whole"}, strength=1.0)
-    with pytest.raises(
-        RequestError, match="packed GGUF weights take plain LoRAs alone, not diff patches; set weight_dtype"
-    ):
+    with pytest.raises(RequestError, match="packed weights take plain LoRAs alone, not diff patches; set weight_dtype"):
         weights.change(
             {f"{MLP}.weight": (), f"{QKV}.weight": (lora(), whole)},
             TENSORS | {"whole": torch.zeros(768, 256)},

@@ -61,10 +61,6 @@ class ThreadArena:
         time.sleep(self._dawdle.random() * 2e-3)
         return contextlib.nullcontext()
 
-    def write(self, part, sources):
-        for position, source in sources.items():
-            part.of(position).copy_(source)
-
     def put_signals(self, peers, channel):
         for signal in [(peer, self.position, channel) for peer in peers]:
             time.sleep(self._dawdle.random() * 1e-3)
@@ -124,7 +120,8 @@ class MirroredArena(ThreadArena):
 
 
 def layers(joint: JointAttention, x, scales, rope, local_text: int, count: int) -> torch.Tensor:
-    """Double and single blocks' calls in turn, each on the result of the one before."""
+    """Double and single blocks' calls in turn, each on the result of the one before; of a double block the image's
+    tokens attend to each other once more."""
     text_rope, image_rope = (tuple(r[rows] for r in rope) for rows in (slice(local_text), slice(local_text, None)))
     c = HEADS * DIM
     for layer in range(count):
@@ -139,7 +136,14 @@ def layers(joint: JointAttention, x, scales, rope, local_text: int, count: int) 
                 joint.project(part, scales[which], image_rope, which, text=False)
             joint.project(text, scales, text_rope, ALL, image=False)
             joint.attend(text_first=True)
-            attended = torch.cat([joint.collect_text() * 2, joint.collect_image()], 1)
+            from_text, from_image = joint.collect_text() * 2, joint.collect_image()
+            for which in (ONLY_V, ONLY_K):
+                part = image[..., which.start * c : which.stop * c]
+                joint.project(part, scales[which], None, which, text=False)
+            from_image = from_image.clone()  # what others give back next comes to where this lies
+            joint.project(2 * image[..., :c], scales[ONLY_Q], None, ONLY_Q, text=False)
+            joint.attend(image_only=True)
+            attended = torch.cat([from_text, from_image + joint.collect_image()], 1)
         x = x + attended.repeat(1, 1, 3)
     return x
 
@@ -204,6 +208,7 @@ def test_ranks_agree_with_one(ulysses, ring, packed, bound, overlap, arena, monk
     for result in results:
         assert relative_difference(result.image, expected) < bound, f"rank {result.rank}"
     assert not grounds[0].raised and not grounds[1].raised, "a signal was never heard"
-    # Three double blocks and two single ones, twice: q, k, v once, or the image's one by one and all with the text.
-    tensors = 3 * (3 if overlap else 6) + 2 * 3
+    # Three double blocks and two single ones, twice: q, k, v once, or the image's one by one and all with the text; and
+    # of the image's own attention.
+    tensors = 3 * (3 if overlap else 6) + 3 * 3 + 2 * 3
     assert sum(unpacked) == (2 * layout.ranks * tensors if packed and ulysses > 1 else 0)

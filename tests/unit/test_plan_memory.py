@@ -16,7 +16,7 @@ from fastusp_backend.engine import room
 from fastusp_backend.errors import RequestError
 from fastusp_backend.models.files import model_and_plans
 from fastusp_backend.models.placement import place_file
-from fastusp_backend.models.synthetic import FLUX2_DEV, FLUX_DEV, TINY_FLUX, write_checkpoint
+from fastusp_backend.models.synthetic import CHROMA, FLUX2_DEV, FLUX_DEV, TINY_FLUX, write_checkpoint
 from fastusp_backend.planner import plan_batches
 from fastusp_backend.weights.tensor_info import TensorInfo
 
@@ -215,6 +215,16 @@ def test_plan_says_what_a_step_takes_on_one_to_eight_gpus():
     assert list(steps_of_flux("H200", 140, counts=3)[0]) == [1, 2, 3, 4, 8]
     (quick, _), (slow, _) = (steps_of_flux("H200", 140, linear=linear) for linear in ("fp8", "exact"))
     assert all(int(quick[n][link].split()[0]) < int(slow[n][link].split()[0]) for n in slow for link in slow[n])
+
+
+def test_plan_says_of_which_families_nothing_was_measured():
+    for config, words in (
+        (FLUX_DEV, "512 tokens of text, wire = exact. Of one\nand"),
+        (CHROMA, "Steps of Chroma were"),
+    ):
+        file, layouts = plan.File(header(config), config, spec_with("auto")), plan_batches(2, config.heads)
+        said = plan.fits(file, layouts, 140 * GB, None, linear="exact", card="H200", hint=False)
+        assert words in said[-1] and f"{config.text} tokens" in said[-1]
 
 
 def test_plan_says_where_more_gpus_are_slower():

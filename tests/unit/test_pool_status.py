@@ -15,7 +15,7 @@ from fastusp_backend.protocol import Held
 
 pytestmark = pytest.mark.unit
 
-PAGE = Path(__file__).resolve().parents[2] / "web/panel.js"
+PAGES = sorted((Path(__file__).resolve().parents[2] / "web").glob("*.js"))
 
 
 def test_the_page_reads_what_a_status_has(monkeypatch):
@@ -29,8 +29,8 @@ def test_the_page_reads_what_a_status_has(monkeypatch):
     )
     status = pool.status()
     pool.close()
-    read = set(re.findall(r"\bpool\.(\w+)", PAGE.read_text()))
-    of_runs = Activity("sampling", 0.0, 1, 2, (0.1,)).facts().keys() | {"last"}
+    read = set(re.findall(r"\bpool\.(\w+)", "".join(page.read_text() for page in PAGES)))
+    of_runs = Activity("sampling", 0.0, 1, 2, (0.1,)).facts().keys()
     assert read - status.keys() == {"error", *of_runs}
     assert status.keys() - read == set()
     assert (status["starts"], status["backend"], status["transport"], status["model"]) == (1, "gloo", "gloo", "m")

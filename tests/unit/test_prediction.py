@@ -5,6 +5,7 @@ import torch
 
 from fastusp_backend.config import FileState, Layout, ModelSpec
 from fastusp_backend.models.cost import step_cost
+from fastusp_backend.models.detection import FAMILIES
 from fastusp_backend.models.placement import place_file
 from fastusp_backend.models.prediction import (
     CARDS,
@@ -13,9 +14,18 @@ from fastusp_backend.models.prediction import (
     fewer_are_faster,
     known_card,
     link_of,
+    not_timed,
     slowest_card,
 )
-from fastusp_backend.models.synthetic import FLUX2_DEV, FLUX_DEV, QWEN_IMAGE
+from fastusp_backend.models.synthetic import (
+    CHROMA,
+    FLUX2_DEV,
+    FLUX_DEV,
+    QWEN_IMAGE,
+    SD35_LARGE,
+    SD35_MEDIUM,
+    Z_IMAGE,
+)
 from fastusp_backend.planner import plan_batches
 from fastusp_backend.weights.tensor_info import TensorInfo
 
@@ -170,6 +180,42 @@ def test_operations_are_those_of_the_papers_formulas():
     around = step_cost(FLUX_DEV, Layout(ulysses=1, ring=4), size=(1024, 1024), text=512)
     assert around.sent_bytes == 57 * 2 * 2 * (tokens / 4) * c * 3 and around.messages == 57 * 3
     assert step_cost(QWEN_IMAGE, Layout(ulysses=1, ring=1), size=(1024, 1024), text=35).sent_bytes == 0
+
+
+def test_blocks_of_the_image_alone_cost_its_tokens():
+    """Z-Image's first two; both streams are filled up to a multiple of 32."""
+    cost = step_cost(Z_IMAGE, Layout(ulysses=2, ring=1), size=(1024, 1008), text=35)
+    image, tokens, width = 4032, 4096, 3840
+    weights = 4 * width**2 + 3 * width * 10240
+    assert cost.parameters == 32 * weights
+    seen = ((2, image), (30, tokens))
+    assert cost.flops == pytest.approx(sum(n * (2 * weights * seen + 4 * seen**2 * width) for n, seen in seen))
+    assert cost.sent_bytes == pytest.approx(sum(n * seen for n, seen in seen) / 2 * width * 2 * 2)
+
+
+@pytest.mark.parametrize("config, second", [(SD35_LARGE, 0), (SD35_MEDIUM, 13)])
+def test_operations_of_the_image_alone(config, second):
+    """Second attentions, 4 C^2 a token, and the last block's text, of which only 3 C^2 are left."""
+    image, text, c, blocks = 4096, 154, config.hidden, config.blocks
+    products = 2 * c * c * (12 * (blocks * image + (blocks - 1) * text) + 3 * text + 4 * second * image)
+    cost = step_cost(config, Layout(ulysses=1, ring=1), size=(1024, 1024), text=text)
+    assert cost.flops - cost.attention == pytest.approx(products, rel=1e-9)
+    assert cost.attention == 4 * c * (blocks * (image + text) ** 2 + second * image**2)
+
+
+def test_steps_are_of_as_much_text_as_is_usual():
+    """Chroma's blocks are FLUX.1's, and its prompts shorter: ComfyUI does not pad them."""
+    assert {family.family: family.text for family in FAMILIES} == {
+        "FLUX.1": 512,
+        "FLUX.2": 512,
+        "Chroma": 128,
+        "Qwen-Image": 256,
+        "Stable Diffusion 3": 154,
+        "Z-Image": 128,
+    }
+    ratio = predicted(CHROMA, 1)[1] / predicted(FLUX_DEV, 1)[1]
+    assert (4096 + 128) / (4096 + 512) * 0.97 < ratio < (4096 + 128) / (4096 + 512) * 1.02
+    assert [family.family for family in FAMILIES if not_timed(family)] == ["Chroma", "Stable Diffusion 3", "Z-Image"]
 
 
 def test_weights_from_the_host_come_over_its_own_link():

@@ -83,6 +83,15 @@ def test_a_replaced_class(world, reachable):
     assert not [*unchanged.changes()]
 
 
+def test_what_a_class_inherits_is_looked_at_too(world, reachable):
+    _, library, pack = world
+    unchanged = reachable.Unchanged(library.Derived)
+    assert not [*unchanged.changes()] and unchanged.reader("read_by_sample") is None
+    library.Guider.predict = pack.wrapped(library.Guider.predict)
+    assert [name for _, name, _ in unchanged.changes()] == ["Guider.predict"]
+    assert unchanged.reader("read_further") == "ldm.helpers.further"
+
+
 def test_what_is_no_function_is_a_change_too(world, reachable):
     """At names that a module defines, and at those that it imports."""
     _, library, pack = world

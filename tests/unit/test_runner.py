@@ -15,6 +15,7 @@ from fastusp_backend.config import Layout, ModelSpec, Settings
 from fastusp_backend.errors import CheckpointError
 from fastusp_backend.protocol import Done, Evaluate, Failed, Park, Shutdown
 from fastusp_backend.worker.activity import WAITING
+from fastusp_backend.worker.agreement import Agreement
 from fastusp_backend.worker.runner import IDLE_SECONDS, Runner
 
 pytestmark = pytest.mark.unit
@@ -65,6 +66,7 @@ class Control:
 class Engine:
     device, patches = torch.device("cpu"), 0
     spec, parked, nbytes, transport, placement, streams, unpacked = None, False, 0, "", "", False, False
+    shares_memory, spare = False, 0
 
     def __init__(self, describe=lambda: None, load=lambda: None):
         self._describe, self.load = describe, load
@@ -91,6 +93,9 @@ class Engine:
 
     def memory_report(self):
         return "9 GB of weights"
+
+    def memory(self):
+        return None
 
     def connect(self, layout, settings):
         self.meshes += 1
@@ -181,6 +186,19 @@ def test_an_evaluation_that_does_not_fit_drops_what_others_left_but_not_the_weig
     assert (engine.releases, engine.drops) == (0, 1)
 
 
+def test_what_fits_but_beside_another_layouts_evaluations_is_made_without_them():
+    """On all ranks alike, whichever lacks the room."""
+
+    def drop():
+        engine.drops, engine.shares_memory = engine.drops + 1, False
+
+    engine, crew, made = Engine(), Crew(""), []
+    engine.shares_memory, engine.drop_evaluations = True, drop
+    crew.all_gather = lambda text: [text, "out_of_memory\nnot enough" if engine.shares_memory else ""]
+    assert Agreement(crew, engine).together_or_drop(lambda: made.append(1) or "made", "") == "made"
+    assert engine.drops == 1 and made == [1, 1]
+
+
 def test_a_lack_of_memory_on_one_rank_alone_while_a_mesh_is_made_ends_the_pool():
     """The others wait for it in the mesh's exchanges: they would not come to be told."""
     engine, crew = Engine(), Crew("")
@@ -199,7 +217,7 @@ def test_a_lack_of_memory_that_all_ranks_know_of_is_refused():
 
 def test_what_was_prepared_is_gone_when_evaluations_are_dropped():
     class Denoiser:
-        def check(self, *_):
+        def check(self, *_, **__):
             pass
 
         probe_memory = check
@@ -225,11 +243,13 @@ def test_a_lack_of_memory_within_an_evaluation_ends_the_pool_and_says_why():
         def check(self, *_):
             pass
 
-        probe_memory = check
+        def probe_memory(self, *_, spare):
+            assert spare == 8
+
         __call__ = fail(torch.OutOfMemoryError(CUDA_ALLOCATOR))
 
     engine = Engine()
-    engine.denoiser = lambda *_: Denoiser()
+    engine.denoiser, engine.spare = lambda *_: Denoiser(), 8
     with pytest.raises(MemoryError, match="while it evaluated the model: it asked for 2.50 GiB; it had 9 GB"):
         serve(engine, "", {"timestep": torch.ones(1)})
 

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support import randn, relative_difference
 
-from fastusp_backend.models.layers import Linear
+from fastusp_backend.kernels.sandwich import EPS
+from fastusp_backend.models.layers import Linear, RMSNorm
 from fastusp_backend.models.segments import Segments
 
 pytestmark = pytest.mark.unit
@@ -98,3 +100,54 @@ def test_rows_in_fp8(name):
             # Half the spacing of e4m3: 2^-4 of a value at most, of those below 2^-6 units 2^-10 units.
             assert ((got - wanted).abs() <= (wanted.abs() * 2**-4).clamp(min=unit * 2**-10) * 1.001).all()
             assert normed.values[item, token].float().abs().max() == 448
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_sandwiched_norms(fp8):
+    """Each against its formula in float64; fp8: to within that type's rounding."""
+    segments = Segments(torch.device("cpu"), fused=False, fp8=fp8)
+    before, after = RMSNorm(16, EPS), RMSNorm(16, EPS)
+    before.weight.data, after.weight.data = randn(16, seed=1), randn(16, seed=2)
+    x, y = 1e-3 * randn(2, 5, 16, seed=3), 1e-3 * randn(2, 5, 16, seed=4)  # so that epsilon shows
+    gate, scale = randn(2, 1, 16, seed=5), randn(2, 1, 16, seed=6)
+
+    def normed(value, norm):
+        return value / (value.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight.double()
+
+    summed = x.double() + gate.double().tanh() * normed(y.double(), after)
+    wanted = normed(summed, before) * (1 + scale.double())
+    got = segments.normed_add_norm(x, y, after, gate, before, scale)
+    assert relative_difference(got[0].double(), summed) < 1e-6
+    assert relative_difference(segments.normed_add(x, y, after, gate).double(), summed) < 1e-6
+    for mine in (got[1], segments.scaled_norm(got[0], before, scale)):
+        assert relative_difference(values_of(mine).double(), wanted) < (0.07 if fp8 else 1e-6)
+    gated = values_of(segments.swiglu(x, y))
+    assert relative_difference(gated.double(), F.silu(x.double()) * y.double()) < (0.07 if fp8 else 1e-6)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_sandwiched_float16_stays_finite(fp8):
+    """A product that left the type's range counts as its largest value, as in ComfyUI, and no number as zero."""
+    segments = Segments(torch.device("cpu"), fused=False, fp8=fp8)
+    after = RMSNorm(16, EPS)
+    after.weight.data = torch.ones(16)
+    x, gate = torch.zeros(1, 1, 16, dtype=torch.float16), torch.full((1, 1, 16), 20.0, dtype=torch.float16)
+    y = torch.cat([torch.tensor([torch.inf, -torch.inf, torch.nan]), torch.full((13,), 65504.0)]).half()[None, None]
+    unit = (16 / 15) ** 0.5
+    wanted = torch.tensor([unit, -unit, 0.0, *[unit] * 13])
+    for summed in (
+        segments.normed_add(x, y, after, gate),
+        segments.normed_add_norm(x, y, after, gate, after, torch.zeros_like(gate))[0],
+    ):
+        torch.testing.assert_close(summed.flatten().float(), wanted, rtol=1e-3, atol=0)
+    large = torch.tensor([300.0, 300.0, torch.inf]).half()[None, None]
+    value = torch.tensor([300.0, -300.0, 0.0]).half()[None, None]
+    got = values_of(segments.swiglu(large, value)).flatten().float()
+    torch.testing.assert_close(got, torch.tensor([65504.0, -65504, 0]), rtol=1e-3, atol=0)
+
+
+def values_of(activations) -> torch.Tensor:
+    """What quantised ones stand for."""
+    if isinstance(activations, torch.Tensor):
+        return activations
+    return activations.values.float() * activations.scales

@@ -28,7 +28,9 @@ def node(node_module):
         Combo=recorder("COMBO"),
         Custom=recorder,
     )
-    return node_module("settings", comfyui={"io": io, "search_aliases": lambda *words: {"search_aliases": words}})
+    return node_module(
+        "settings", comfyui={"io": io, "advanced": lambda entry: entry, "search_aliases": lambda *words: {}}
+    )
 
 
 def test_every_option_is_an_input_in_the_order_of_the_options(node):

@@ -1,14 +1,18 @@
 """The example workflows hold together: links, widgets, and the ids and inputs that saved workflows depend on."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 pytestmark = pytest.mark.unit
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "example_workflows"
-NAMES = ["demo_usp", "flux2_usp", "flux_usp", "qwen_image_usp"]
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "example_workflows"
+NAMES = sorted(path.stem for path in EXAMPLES.glob("*.json"))
+"""The titles that ComfyUI's list of templates shows."""
 
 # Fixed: links first, then widgets, in the page's order. Inputs added later are optional and come last.
 LINKED = {
@@ -23,6 +27,10 @@ WIDGETS = {
 }
 OUTPUTS = {"FastUSPLoader": "MODEL", "FastUSPSampler": "LATENT", "FastUSPSettings": "USP_SETTINGS"}
 SEED_CONTROLS = {"fixed", "increment", "decrement", "randomize"}
+PAGE_ALONE = {"control_after_generate", "upload"}
+"""Widgets whose values are no inputs."""
+NOTE = "MarkdownNote"
+MODEL_INPUTS = re.compile(r"unet_name|clip_name\d?|vae_name|lora_name|control_net_name|ckpt_name")
 
 
 @pytest.fixture(params=NAMES)
@@ -37,7 +45,11 @@ def page(name):
 
 @pytest.fixture
 def api(name):
-    return json.loads((EXAMPLES / "api" / f"{name}_api.json").read_text(encoding="utf-8"))
+    return json.loads(api_file(name).read_text(encoding="utf-8"))
+
+
+def api_file(name: str) -> Path:
+    return EXAMPLES / "api" / f"{name.lower().replace(' ', '_')}_api.json"
 
 
 def widget_values(node: dict) -> dict:
@@ -45,7 +57,7 @@ def widget_values(node: dict) -> dict:
     names = [x["name"] for x in node["inputs"] if "widget" in x]
     if "seed" in names:
         names.insert(names.index("seed") + 1, "control_after_generate")
-    if node["type"] == "Note":
+    if node["type"] == NOTE:
         names = ["text"]
     assert len(node["widgets_values"]) == len(names), node["type"]
     return dict(zip(names, node["widgets_values"], strict=True))
@@ -53,11 +65,63 @@ def widget_values(node: dict) -> dict:
 
 def test_templates_have_a_picture_and_only_the_page_form_is_one():
     """ComfyUI lists every JSON file directly in the folder as a template; one in API form would open empty."""
-    assert sorted(x.name for x in EXAMPLES.glob("*.json")) == [f"{name}.json" for name in NAMES]
-    assert sorted(x.name for x in EXAMPLES.glob("api/*.json")) == [f"{name}_api.json" for name in NAMES]
+    assert len(NAMES) >= 11
+    assert sorted(EXAMPLES.glob("api/*.json")) == sorted(map(api_file, NAMES))
+    assert sorted(path.stem for path in EXAMPLES.glob("*.jpg")) == NAMES
     for name in NAMES:
-        picture = (EXAMPLES / f"{name}.jpg").read_bytes()
-        assert picture.startswith(b"\xff\xd8\xff") and len(picture) < 200_000
+        with Image.open(EXAMPLES / f"{name}.jpg") as picture:
+            assert picture.format == "JPEG" and picture.width == picture.height >= 400, "cards are square"
+        assert (EXAMPLES / f"{name}.jpg").stat().st_size < 60_000
+
+
+def origins(nodes: list[dict]) -> None:
+    """ComfyUI's page names the packs, and the versions, of nodes that are missing."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    name, version = re.search(r'^name = "(.+)"\nversion = "(.+)"', project, re.MULTILINE).groups()
+    for node in nodes:
+        properties = node["properties"]
+        if node["type"].startswith("FastUSP"):
+            assert (properties["cnr_id"], properties["ver"]) == (name, version)
+        elif node["type"] != NOTE:
+            assert properties["cnr_id"] == "comfy-core" and re.fullmatch(r"\d+\.\d+\.\d+", properties["ver"])
+
+
+def test_every_node_is_told_where_it_comes_from(page):
+    origins(page["nodes"])
+
+
+def test_the_blueprint_too_with_its_files():
+    (file,) = (ROOT / "subgraphs").glob("*.json")
+    (graph,) = json.loads(file.read_text(encoding="utf-8"))["definitions"]["subgraphs"]
+    origins(graph["nodes"])
+    named = [model["name"] for node in graph["nodes"] for model in node["properties"].get("models", ())]
+    values = [str(value) for node in graph["nodes"] for value in node.get("widgets_values") or ()]
+    assert named == [value for value in values if value.endswith(".safetensors")]
+
+
+def test_every_file_can_be_downloaded(page):
+    """ComfyUI's page offers what a loader's `models` name and the machine lacks; the note has the same links."""
+    (note,) = [node["widgets_values"][0] for node in page["nodes"] if node["type"] == NOTE]
+    for node in page["nodes"]:
+        named = [str(value) for name, value in widget_values(node).items() if MODEL_INPUTS.fullmatch(name)]
+        models = node["properties"].get("models", [])
+        assert [model["name"] for model in models] == [file.removesuffix(" [checkpoints]") for file in named]
+        for file, model in zip(named, models, strict=True):
+            assert model["url"].startswith("https://huggingface.co/") and "/resolve/main/" in model["url"]
+            assert model["url"].endswith(f"/{model['name']}") and model["url"] in note
+            assert model["directory"] in (
+                "checkpoints",
+                "controlnet",
+                "diffusion_models",
+                "loras",
+                "text_encoders",
+                "vae",
+            )
+            assert (model["directory"] == "checkpoints") == (file.endswith("[checkpoints]") or "ckpt_name" in str(node))
+
+
+def test_titles_say_what_a_node_is_for(page):
+    assert all(node["title"] not in ("", node["type"]) for node in page["nodes"])
 
 
 def test_page_links(page):
@@ -76,7 +140,8 @@ def test_page_links(page):
 
 def test_page_leaves_no_input_unconnected(page):
     for node in page["nodes"]:
-        assert all(x["link"] is not None for x in node["inputs"] if "widget" not in x), node["type"]
+        needed = [x for x in node["inputs"] if "widget" not in x and not re.fullmatch(r"image[23]", x["name"])]
+        assert all(x["link"] is not None for x in needed), node["type"]
 
 
 def test_page_widgets(page):
@@ -104,9 +169,9 @@ def test_api_is_the_page_as_a_prompt(page, api):
     links = {number: [str(source), slot] for number, source, slot, *_ in page["links"]}
     expected = {}
     for node in page["nodes"]:
-        if node["type"] == "Note":
+        if node["type"] == NOTE:
             continue
-        inputs = {k: v for k, v in widget_values(node).items() if k != "control_after_generate"}
+        inputs = {k: v for k, v in widget_values(node).items() if k not in PAGE_ALONE}
         inputs |= {x["name"]: links[x["link"]] for x in node["inputs"] if x["link"] is not None}
         expected[str(node["id"])] = (node["type"], inputs)
     assert {k: (v["class_type"], v["inputs"]) for k, v in api.items()} == expected

@@ -1,11 +1,13 @@
 """Nodes that change a model, or what is around it, as other packs do; and notes that change nothing."""
 
 import unittest.mock
+from types import FunctionType
 
 import comfy.ldm.flux.model
 import comfy.samplers
 import torch
 from comfy.patcher_extension import WrappersMP
+from comfy_extras import nodes_slg
 
 import nodes
 
@@ -50,7 +52,7 @@ class ChangedModel:
     @classmethod
     def INPUT_TYPES(cls):
         kinds = ["object patch", "sigmas", "own key", "own option", "function", "read key", "empty", "weight wrapper"]
-        kinds += ["two parts", "patched in the run", "unread patches", "batch function"]
+        kinds += ["two parts", "patched in the run", "unread patches", "batch function", "left out", "refiner patch"]
         return {"required": {"model": ("MODEL",), "change": (kinds,)}}
 
     RETURN_TYPES = ("MODEL",)
@@ -82,9 +84,16 @@ class ChangedModel:
             model.add_wrapper(WrappersMP.SAMPLER_SAMPLE, _two_parts)
         elif change == "patched in the run":
             model.set_model_unet_function_wrapper(_patching)
+        elif change == "left out":
+            # For all steps and prompts, by the function of ComfyUI's nodes.
+            codes = nodes_slg.SkipLayerGuidanceDiT.execute.__func__.__code__.co_consts
+            skip = next(code for code in codes if getattr(code, "co_name", None) == "skip")
+            model.set_model_patch_replace(FunctionType(skip, {}), "dit", "double_block", 1)
         elif change == "unread patches":
             model.set_model_attn2_patch(lambda *args: args)
             model.set_model_output_block_patch(lambda *args: args)
+        elif change == "refiner patch":
+            inner["patches"] = {"noise_refiner": [lambda given: {}]}  # as a ControlNet of Z-Image's
         else:
             model.add_weight_wrapper("diffusion_model.img_in.weight", lambda weight: weight)
         return (model,)

@@ -29,8 +29,8 @@ CHANGES = [
     (
         BENCH,
         "8-bit wires are tried of what has no exact figure",
-        'if best.problem and settings.linear == "exact":',
-        'if best.problem and settings.linear == "":',
+        'if fastest.problem and option["linear"] == "exact":',
+        'if fastest.problem and option["linear"] == "":',
         "unit/test_bench.py",
     ),
     (

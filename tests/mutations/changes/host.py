@@ -11,6 +11,34 @@ WEIGHT_PATCHES = "nodes/weight_patches.py"
 
 CHANGES = [
     (
+        "nodes/planning.py",
+        "GPUs over PCIe are taken to share weights",
+        'peers = settings.weights == "shared" or card is not None and link is CARDS[card].nvlink',
+        "peers = True",
+        "unit/test_nodes_planning.py",
+    ),
+    (
+        "nodes/planning.py",
+        "what travels in 8 bits is predicted as if it were exact",
+        "CARDS[card], settings.linear, settings.wire)",
+        "CARDS[card], settings.linear)",
+        "unit/test_nodes_planning.py",
+    ),
+    (
+        "nodes/measuring.py",
+        "workers that had to leave stay away after an error",
+        "    finally:\n        for pool in running:\n            pool.start()",
+        "    finally:\n        running.clear()",
+        "unit/test_nodes_measuring.py",
+    ),
+    (
+        "nodes/measuring.py",
+        "8 bits are compared with what is in 8 bits",
+        'exact = msgspec.structs.replace(plan.base, wire="exact", linear="exact")',
+        "exact = plan.base",
+        "unit/test_nodes_measuring.py",
+    ),
+    (
         "nodes/control.py",
         "other sites may stop pools where they send no Origin",
         'if fetched not in (None, "same-origin", "none"):',
@@ -27,7 +55,7 @@ CHANGES = [
     (
         "fastusp_backend/pool/account.py",
         "a run that has ended still shows its steps",
-        "        finally:\n            self.activity = None\n",
+        "        finally:\n            if not self.sampling:\n                self._turn(None)\n",
         "",
         "unit/test_account.py",
     ),

@@ -6,11 +6,33 @@ HANGS = "fastusp_backend/pool/hangs.py"
 LINK = "fastusp_backend/pool/link.py"
 PROCESSES = "fastusp_backend/pool/processes.py"
 REQUEST = "fastusp_backend/pool/request.py"
+LOG = "fastusp_backend/pool/log.py"
 RUNDIR = "fastusp_backend/pool/rundir.py"
 SENT = "fastusp_backend/pool/sent.py"
 WORKERS = "fastusp_backend/pool/workers.py"
 
 CHANGES = [
+    (
+        LOG,
+        "a log that was renamed is read again",
+        "which = directory, os.fstat(file.fileno()).st_ino",
+        "which = directory, path.name",
+        "unit/test_worker_log.py",
+    ),
+    (
+        LOG,
+        "half a line is a line",
+        'whole, newline, _ = file.read().rpartition(b"\\n")',
+        'whole, newline = file.read(), b""',
+        "unit/test_worker_log.py",
+    ),
+    (
+        ACCOUNT,
+        "the first step of ComfyUI's own counts its loading",
+        "known = () if seconds is None else (seconds,)",
+        "known = (seconds or 9.0,)",
+        "unit/test_account.py",
+    ),
     (
         "fastusp_backend/pool/session.py",
         "weights that made room are unpacked again",

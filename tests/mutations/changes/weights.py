@@ -3,6 +3,7 @@
 ADAPTERS = "fastusp_backend/weights/adapters.py"
 GGUF_BLOCKS = "fastusp_backend/weights/gguf_blocks.py"
 GGUF_HEADER = "fastusp_backend/weights/gguf_header.py"
+SCALED_BLOCKS = "fastusp_backend/weights/scaled_blocks.py"
 SCALES = "fastusp_backend/weights/scales.py"
 STORAGE_PLAN = "fastusp_backend/weights/storage_plan.py"
 STORED = "fastusp_backend/weights/stored.py"
@@ -35,6 +36,41 @@ CHANGES = [
         "scales = torch.cat([d & 63, (low & 15) | ((d >> 2) & 48)], dim=1)",
         "scales = torch.cat([d & 63, (low & 15) | ((m >> 2) & 48)], dim=1)",
         "unit/test_gguf_blocks.py",
+    ),
+    (
+        SCALED_BLOCKS,
+        "the lower half of a byte of nvfp4 comes first",
+        "codes = torch.stack([b[..., 1:] >> 4, b[..., 1:] & 15], dim=-1)",
+        "codes = torch.stack([b[..., 1:] & 15, b[..., 1:] >> 4], dim=-1)",
+        "unit/test_scaled_blocks.py",
+    ),
+    (
+        SCALED_BLOCKS,
+        "scales of blocks lie in rows in the file",
+        "in_rows = tiles.permute(0, 3, 2, 1, 4).reshape(-1, tiles.shape[1] * 4)",
+        "in_rows = tiles.reshape(-1, tiles.shape[1] * 4)",
+        "unit/test_scaled_blocks.py",
+    ),
+    (
+        "fastusp_backend/weights/packed_layers.py",
+        "what is said of a layer does not go before its params",
+        "said = (params if isinstance(params, dict) else {}) | entry",
+        "said = entry | (params if isinstance(params, dict) else {})",
+        "unit/test_scaled_blocks.py",
+    ),
+    (
+        "fastusp_backend/models/diffusers_layout.py",
+        "the final layer's shift and scale stay in diffusers' order",
+        "infos = _halves(contents.path, infos[0], parts[0])[::-1]",
+        "infos = _halves(contents.path, infos[0], parts[0])",
+        "unit/test_diffusers_layout.py",
+    ),
+    (
+        "fastusp_backend/models/diffusers_layout.py",
+        "scales of parts are ignored",
+        "if telling or contents.scaled or contents.formats:",
+        "if contents.scaled or contents.formats:",
+        "unit/test_diffusers_layout.py",
     ),
     (
         SCALES,

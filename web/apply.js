@@ -1,0 +1,41 @@
+// What a measured row needs, written into USP Loader and its USP Optimization Settings as one step of the workflow's
+// history.
+
+import { app } from "../../scripts/app.js";
+import { keepStep, setValue, settingsNode, sourceOf } from "./values.js";
+
+const SETTINGS = "FastUSPSettings";
+/** Between the new settings' node and the loader. */
+const GAP = 60;
+
+/** row: of USP Measure's table. */
+export function applyRow(node, row) {
+  const { wire, linear } = row;
+  const left = [];
+  const put = (owner, values) => {
+    for (const [name, value] of Object.entries(values)) if (!setValue(owner, name, value)) left.push(`${name} = ${value}`);
+  };
+  keepStep(); // what was not noticed yet is a step of its own
+  put(node, row.values);
+  const settings = settingsNode(node) ?? newSettings(node, wire, linear);
+  if (settings) put(settings, { wire, linear });
+  else if (sourceOf(node, "settings") && (wire !== "exact" || linear !== "exact")) left.push(`wire = ${wire}`, `linear = ${linear}`);
+  keepStep();
+  const set = Object.entries({ ...row.values, wire, linear }).map(([name, value]) => `${name} = ${value}`);
+  app.extensionManager?.toast?.add({
+    severity: left.length ? "warn" : "success",
+    summary: left.length ? "FastUSP: set these where they come from" : "FastUSP: applied; one undo takes it back",
+    detail: (left.length ? left : set).join(", "),
+    life: 8000,
+  });
+}
+
+/** A settings' node at the left of a loader that has none; undefined where it needs none, or has another kind's. */
+function newSettings(node, wire, linear) {
+  if (sourceOf(node, "settings") || (wire === "exact" && linear === "exact")) return undefined;
+  const made = LiteGraph.createNode(SETTINGS);
+  made.pos = [node.pos[0] - made.size[0] - GAP, node.pos[1]];
+  node.graph.add(made);
+  made.connect(0, node, "settings");
+  return made;
+}

@@ -1,0 +1,198 @@
+// A pool's card in the side panel.
+
+import { element } from "./element.js";
+import { act, copyReport, interrupt } from "./pools.js";
+import { showLog } from "./log.js";
+
+// What Pool.status calls a pool's states, in words for people.
+const STATES = {
+  off: "off: starts with the next run",
+  starting: "starting",
+  idle: "idle: warm, waiting for a run",
+  busy: "busy: a run is under way",
+  stopping: "stopping: coming to the end of what was cancelled",
+};
+
+const TIMES = ["not yet", "once", "twice"];
+
+// What Pool.status calls the whereabouts of the weights.
+const HELD = {
+  resident: (size) => `on the devices, at most ${size} on one`,
+  parked: (size) => `parked in host memory, at most ${size} by one rank`,
+  none: () => "released: loads with the next run",
+};
+
+// The actions of nodes/control.py, and in which states each makes sense.
+export const ACTIONS = [
+  ["release", "Release memory", "Drops the weights; the workers stay warm", ["idle"]],
+  ["stop", "Stop", "Ends the workers; the next run starts new ones", ["starting", "idle", "busy", "stopping"]],
+  ["restart", "Restart", "Ends the workers and starts new ones", ["off", "starting", "idle", "busy", "stopping"]],
+];
+
+/** One line on what a pool does: its state, or the phase or step that a run is at. */
+function said(pool) {
+  if (pool.steps) {
+    const each = pool.ms_per_step ? `, ${pool.ms_per_step} ms a step` : "";
+    const left = pool.seconds_left >= 1 ? `, ${Math.round(pool.seconds_left)} s left` : "";
+    return `step ${pool.step} of ${pool.steps}${each}${left}`;
+  }
+  if (pool.phase) return `${pool.phase} (${Math.round(pool.phase_seconds)} s)`;
+  return STATES[pool.state] ?? pool.state;
+}
+
+/** What is read aloud of it: no seconds, and no single steps. */
+const announced = (pool) => `${pool.devices}: ${pool.phase ?? STATES[pool.state] ?? pool.state}`;
+
+const gigabytes = (bytes) => (bytes / 1e9).toFixed(bytes < 1e9 ? 2 : 1);
+
+/** What a GPU does just now, as GET /fastusp/gpus tells it; what is not told is left out. */
+function load(gpu) {
+  const parts = [];
+  if (gpu.utilisation != null) parts.push(`${gpu.utilisation} % busy`);
+  if (gpu.total) parts.push(`${gigabytes(gpu.used)} of ${gigabytes(gpu.total)} GB in use`);
+  if (gpu.temperature != null) parts.push(`${gpu.temperature} °C`);
+  return parts.join(", ");
+}
+
+/** What a GPU's memory is used for, by its rank, in bytes. */
+function shares({ weights, own, free, total }) {
+  return { weights, buffers: Math.max(0, own - weights), other: Math.max(0, total - free - own), free };
+}
+
+/** A rank's device and process, what of the device's memory is used for what, and that as shares for a bar. */
+function rankRow(pool, rank) {
+  const who = `${pool.names[rank]}, process ${pool.pids[rank]}`;
+  const shown = pool.memory[rank];
+  if (!shown) return [`Rank ${rank}`, who];
+  if (pool.gpus.length === 0) return [`Rank ${rank}`, `${who}\n${gigabytes(shown.own)} GB of memory`];
+  const parts = shares(shown);
+  const text = Object.entries(parts).map(([name, bytes]) => `${name} ${gigabytes(bytes)}`).join(", ");
+  return [`Rank ${rank}`, `${who}\n${text} GB`, parts];
+}
+
+/** A bar for the eye alone: what it says is in words beside it. */
+function bar(parts) {
+  const pieces = Object.entries(parts).map(([name, bytes]) => {
+    const piece = classed(name, element("span"));
+    piece.style.flexGrow = bytes;
+    return piece;
+  });
+  const made = classed("memory", element("div", ...pieces));
+  made.setAttribute("aria-hidden", "true");
+  return made;
+}
+
+/** How much faster a run was than the same on one rank, where that was measured here. */
+function speed(run, pool, pools) {
+  if (pool.ranks < 2 || !run.ms_per_step) return "";
+  const same = ["model", "width", "height", "images", "cfg"];
+  for (const one of pools.filter(({ ranks, gpus }) => ranks === 1 && gpus.length > 0 === pool.gpus.length > 0)) {
+    const found = one.history.find((other) => other.ms_per_step && same.every((name) => other[name] === run[name]));
+    if (found) return `, ${(found.ms_per_step / run.ms_per_step).toFixed(2)} times as fast as on ${one.devices}`;
+  }
+  return "";
+}
+
+/** A run that ended well, in two lines: what it was, and where its time went, if not all into sampling. */
+export function runLines(run, pool, pools) {
+  const clock = new Date(run.ended * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
+  const images = run.images > 1 ? `, ${run.images} images` : "";
+  const each = run.ms_per_step ? `, ${run.ms_per_step} ms a step` : "";
+  const what = `${clock} ${run.width} x ${run.height}${images}: ${run.steps} steps in ${run.seconds} s${each}`;
+  const phases = Object.entries(run.phases).filter(([, seconds]) => seconds >= 0.1);
+  const elsewhere = phases.some(([phase]) => phase !== "sampling");
+  return [what + speed(run, pool, pools), elsewhere ? phases.map(([phase, seconds]) => `${phase} ${seconds} s`).join(", ") : ""];
+}
+
+/** A pool's facts: names, words, and shares where there is a bar for them. While it has no processes, or they have not answered yet, there is no more than its state. */
+export function facts(pool, loads) {
+  const rows = [["Ranks", String(pool.ranks)]];
+  for (const gpu of loads.filter(({ index }) => pool.gpus.includes(index))) rows.push([`GPU ${gpu.index}`, load(gpu)]);
+  if (pool.pids) {
+    pool.pids.forEach((_, rank) => rows.push(rankRow(pool, rank)));
+    if (pool.model) rows.push(["Model", pool.model]);
+    if (pool.layout) rows.push(["Layout", pool.layout]);
+    if (pool.options) rows.push(["Options", pool.options]);
+    if (pool.held) rows.push(["Weights", HELD[pool.held](`${gigabytes(pool.nbytes)} GB`)]);
+    rows.push(["Process group", pool.backend]);
+    if (pool.transport) rows.push(["Exchanges", pool.transport]);
+    if (pool.weights) rows.push(["Blocks", pool.weights]);
+    rows.push(["PyTorch", pool.torch]);
+  }
+  rows.push(["Started", TIMES[pool.starts] ?? `${pool.starts} times`]);
+  return rows;
+}
+
+/** Has an element show `value`, drawn by `draw`, unless it does: what is selected or focused stays so. */
+function redraw(node, value, draw) {
+  const text = JSON.stringify(value);
+  if (node.dataset.drawn !== text) node.replaceChildren(...draw());
+  node.dataset.drawn = text;
+}
+
+function button(label, tip, press) {
+  const made = element("button", label);
+  made.type = "button";
+  made.title = tip;
+  made.onclick = press;
+  return made;
+}
+
+function classed(name, made) {
+  made.className = name;
+  return made;
+}
+
+/** It stays in the page as long as the pool is there: what is in it changes, so that the keyboard's focus and a selection
+ *  of text stay where they are. */
+export class Card {
+  constructor(devices) {
+    this.state = element("p");
+    this.spoken = classed("spoken", element("p"));
+    this.spoken.setAttribute("role", "status");
+    this.bar = element("progress");
+    this.bar.setAttribute("aria-label", `Run on ${devices}`);
+    this.error = element("pre");
+    this.error.tabIndex = 0; // it scrolls
+    this.failure = element("div", element("h4", "Last error"), this.error);
+    this.failure.setAttribute("role", "group");
+    this.failure.setAttribute("aria-label", `Last error on ${devices}`);
+    this.table = element("table");
+    this.runs = element("ol");
+    this.history = element("div", element("h4", "Last runs"), this.runs);
+    const stops = "Ends the run as ComfyUI's own button does: after the step that it is at; the workers stay warm";
+    this.buttons = [
+      { button: button("Interrupt", stops, interrupt), states: ["busy"] },
+      ...ACTIONS.map(([action, label, tip, states]) => {
+        return { button: button(label, tip, () => act(action, devices, label)), states };
+      }),
+    ];
+    const more = [
+      button("Show log", "What the workers write, as they write it", () => showLog(devices)),
+      button("Copy report", "Versions, layout, options, the last error and log lines, for a bug report; no paths, no prompts", () =>
+        copyReport(devices)),
+    ];
+    const actions = classed("actions", element("div", ...this.buttons.map(({ button }) => button), ...more));
+    const parts = [this.state, this.spoken, this.bar, this.failure, this.history, this.table, actions];
+    this.section = element("section", element("h3", devices), ...parts);
+    this.section.setAttribute("aria-label", `Pool on ${devices}`);
+  }
+
+  show(pool, loads, pools) {
+    for (const [node, line] of [[this.state, said(pool)], [this.spoken, announced(pool)]])
+      if (node.textContent !== line) node.textContent = line;
+    this.bar.hidden = !pool.steps;
+    if (pool.steps) [this.bar.max, this.bar.value] = [pool.steps, pool.step];
+    this.failure.hidden = !pool.error;
+    if (this.error.textContent !== (pool.error ?? "")) this.error.textContent = pool.error ?? "";
+    this.history.hidden = pool.history.length === 0;
+    const runs = pool.history.map((run) => runLines(run, pool, pools));
+    redraw(this.runs, runs, () => runs.map(([what, phases]) => element("li", what, element("small", phases))));
+    const rows = facts(pool, loads);
+    const cells = ([name, value, parts]) => {
+      return element("tr", element("th", name), element("td", value, ...(parts ? [bar(parts)] : [])));
+    };
+    redraw(this.table, rows, () => rows.map(cells));
+    for (const { button, states } of this.buttons) button.disabled = !states.includes(pool.state);
+  }
+}

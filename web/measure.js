@@ -1,0 +1,236 @@
+// Measure here, of USP Loader: queues USP Measure (nodes/measuring.py) with the node's values, under its id, shows the
+// rows as they are measured, and writes what one of them needs into the nodes.
+
+import { api } from "../../scripts/api.js";
+import { app } from "../../scripts/app.js";
+import { applyRow } from "./apply.js";
+import { element } from "./element.js";
+import { allOf, executionId, finder, settingsNode, settingsOf, valueOf, workflow } from "./values.js";
+
+const STYLE = `
+.fastusp-measure { position: fixed; top: 90px; right: 24px; z-index: 1000; max-width: min(720px, 90vw); max-height: 80vh;
+  overflow: auto; padding: 12px; border: 1px solid var(--border-color); border-radius: 8px; box-sizing: border-box;
+  background: var(--comfy-menu-bg); color: var(--fg-color); font-size: 13px; line-height: 1.5; user-select: text; }
+.fastusp-measure h2 { margin: 0 0 8px; font-size: 15px; font-weight: 600; }
+.fastusp-measure p { margin: 4px 0; color: var(--descrip-text); overflow-wrap: anywhere; }
+.fastusp-measure div { display: flex; flex-wrap: wrap; align-items: center; gap: 8px; margin: 4px 0; }
+.fastusp-measure input[type="number"] { width: 72px; background: var(--comfy-input-bg); color: var(--input-text);
+  border: 1px solid var(--border-color); border-radius: 4px; padding: 1px 4px; }
+.fastusp-measure progress { width: 100%; accent-color: var(--p-primary-color, #3b82f6); }
+.fastusp-measure table { border-collapse: collapse; }
+.fastusp-measure th, .fastusp-measure td { padding: 2px 10px 2px 0; text-align: left; font-weight: normal; }
+.fastusp-measure th { color: var(--descrip-text); }
+.fastusp-measure tr.best td { font-weight: 600; }
+.fastusp-measure button { padding: 2px 10px; border: 1px solid var(--border-color); border-radius: 4px; cursor: pointer;
+  background: var(--comfy-input-bg); color: var(--input-text); font: inherit; }
+.fastusp-measure button:disabled { opacity: 0.5; cursor: default; }
+`;
+
+const HEADS = ["ranks", "layout", "wire", "linear", "ms a step", "x one rank", "GB a rank", "changes", ""];
+const LOADER_INPUTS = ["unet_name", "weight_dtype", "gpus"];
+
+/** What is asked for beside the node's values: label, and what is in the field at first. */
+const FIELDS = { width: ["width", 1024], height: ["height", 1024], steps: ["timed steps", 8] };
+const SWITCHES = { every_layout: "every legal layout", exactness: "what 8 bits change (verify)" };
+
+/** By how much 8 bits change a step, and the latents at the end. */
+function changed(changes) {
+  if (!changes) return "";
+  if (changes.problem) return changes.problem;
+  return `${(100 * changes.evaluation).toFixed(2)} %, latents ${(100 * changes.latents).toFixed(2)} %`;
+}
+
+/** A row's cells, but for the last. */
+export function cells({ ranks, layout, wire, linear, ms, gain, gigabytes, problem, changes }) {
+  const what = [String(ranks), layout, wire, linear];
+  if (ms === null) return [...what, "not run", "", "", problem];
+  return [...what, ms.toFixed(1), gain === null ? "" : gain.toFixed(2), gigabytes.toFixed(2), changed(changes)];
+}
+
+/** The prompt that measures for a loader: its values and `options`. Raises an Error for one that is not known. */
+export function promptFor(node, options) {
+  const values = Object.fromEntries(LOADER_INPUTS.map((name) => [name, valueOf(node, name)]));
+  const unknown = LOADER_INPUTS.find((name) => values[name] == null);
+  if (unknown) throw new Error(`Set ${unknown} in USP Loader: it comes from another node, and is known when that runs`);
+  const id = executionId(node);
+  const measure = { class_type: "FastUSPMeasure", inputs: { ...values, ...options } };
+  const source = settingsNode(node);
+  if (!source) return { [id]: measure };
+  measure.inputs.settings = [executionId(source), 0];
+  return { [id]: measure, [executionId(source)]: { class_type: "FastUSPSettings", inputs: settingsOf(node) } };
+}
+
+/** One measurement, from the question to its end: a window in the page. */
+class Measurement {
+  constructor(node) {
+    this.find = finder(node);
+    this.fields = {};
+    this.stopping = false;
+    const fields = Object.entries(FIELDS).map(([name, [label, value]]) => this.field(name, label, "number", { value }));
+    const switches = Object.entries(SWITCHES).map(([name, label]) => this.field(name, label, "checkbox", {}));
+    this.line = element("p", "Times steps on 1, 2, ... all of the node's devices. The workers of other pools, and ComfyUI's models, leave them meanwhile.");
+    this.line.setAttribute("role", "status");
+    this.bar = element("progress");
+    this.bar.hidden = true;
+    this.table = element("table");
+    this.said = element("section");
+    this.start = this.button("Measure", () => this.queue());
+    this.cancel = this.button("Cancel", () => this.stop());
+    this.cancel.disabled = true;
+    const actions = element("div", this.start, this.cancel, this.button("Close", () => this.close()));
+    const title = element("h2", `Measure here: ${node.title}`);
+    this.root = element("section", element("style", STYLE), title, element("div", ...fields), element("div", ...switches));
+    this.root.append(actions, this.line, this.bar, this.table, this.said);
+    this.root.className = "fastusp-measure";
+    this.root.setAttribute("role", "dialog");
+    this.root.setAttribute("aria-label", "FastUSP: Measure here");
+    this.root.onkeydown = (event) => {
+      event.stopPropagation(); // keys of the canvas: Delete would delete nodes
+      if (event.key === "Escape") this.close();
+    };
+    document.body.append(this.root);
+    this.start.focus();
+  }
+
+  node() {
+    const node = this.find();
+    if (!node) throw new Error("Open the workflow that was measured: its USP Loader is not in this one");
+    return node;
+  }
+
+  field(name, label, type, more) {
+    const input = Object.assign(element("input"), { type, ...more });
+    this.fields[name] = input;
+    return element("label", ...(type === "number" ? [`${label} `, input] : [input, ` ${label}`]));
+  }
+
+  button(label, act) {
+    const made = element("button", label);
+    made.onclick = async () => {
+      try {
+        await act();
+      } catch (error) {
+        this.line.textContent = String(error.message ?? error);
+      }
+    };
+    return made;
+  }
+
+  async queue() {
+    const numbers = Object.keys(FIELDS).map((name) => [name, this.fields[name].valueAsNumber || 0]);
+    const switches = Object.keys(SWITCHES).map((name) => [name, this.fields[name].checked]);
+    const output = promptFor(this.node(), Object.fromEntries([...numbers, ...switches]));
+    this.start.disabled = true;
+    this.show({ rows: [], said: [] });
+    this.line.textContent = "waiting for its turn in ComfyUI's queue";
+    this.id = undefined;
+    this.early = [];
+    try {
+      this.id = (await api.queuePrompt(0, { output, workflow: workflow() })).prompt_id;
+    } catch (error) {
+      return this.ended(refusal(error));
+    }
+    this.cancel.disabled = this.stopping = false;
+    const early = this.early;
+    this.early = undefined;
+    for (const [type, detail] of early) this.heard(type, detail);
+  }
+
+  /** Takes it from the queue; what runs already is interrupted, and its processes end. */
+  async stop() {
+    this.cancel.disabled = this.stopping = true;
+    this.line.textContent = "stopping";
+    const post = (route, body) =>
+      api.fetchApi(route, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
+    await post("/queue", { delete: [this.id] });
+    if (this.running) await post("/interrupt", { prompt_id: this.id });
+    else this.ended("cancelled before it began");
+  }
+
+  /** While it is measured the window is only hidden: Measure here of the node brings it back, and so does the end. */
+  close() {
+    this.root.hidden = true;
+    if (!this.cancel.disabled) return;
+    this.root.remove();
+    if (current === this) current = undefined;
+  }
+
+  heard(type, detail) {
+    if (this.id === undefined) this.early?.push([type, detail]); // before the answer that names the prompt
+    if (this.id === undefined || detail.prompt_id !== this.id) return;
+    if (type === "execution_start") this.running = true;
+    if (type === "executed" && detail.output?.fastusp) this.show(detail.output.fastusp[0]);
+    if (type === "execution_success") this.ended("measured");
+    if (type === "execution_interrupted") this.ended("cancelled: what was measured before is below");
+    if (type === "execution_error") this.ended(detail.exception_message);
+  }
+
+  measuring({ prompt, doing, done, total, table }) {
+    this.id ??= prompt;
+    this.running = this.start.disabled = true;
+    this.cancel.disabled = this.stopping;
+    if (!this.stopping) this.line.textContent = doing;
+    this.bar.hidden = false;
+    [this.bar.max, this.bar.value] = [total, done];
+    this.show(table);
+  }
+
+  ended(text) {
+    this.line.textContent = text;
+    this.running = this.stopping = false;
+    this.bar.hidden = true;
+    this.start.disabled = false;
+    this.cancel.disabled = true;
+    this.root.hidden = false;
+  }
+
+  show({ rows, best, quickest, said }) {
+    const drawn = JSON.stringify([rows, best, quickest]);
+    if (drawn === this.drawn) return;
+    this.drawn = drawn;
+    const lines = rows.map((row, at) => {
+      const use = this.button("Apply", () => applyRow(this.node(), row));
+      use.hidden = row.ms === null;
+      const line = element("tr", ...cells(row).map((text) => element("td", text)), element("td", use));
+      line.className = at === best || at === quickest ? "best" : "";
+      return line;
+    });
+    const heads = element("tr", ...HEADS.map((text) => element("th", text)));
+    this.table.replaceChildren(...(lines.length ? [heads, ...lines] : []));
+    this.said.replaceChildren(...said.map((text) => element("p", text)));
+  }
+}
+
+/** What ComfyUI says of a prompt that it does not take: the node's own words, if there are any. */
+function refusal(error) {
+  const nodes = Object.values(error.response?.node_errors ?? {});
+  return nodes[0]?.errors?.[0]?.details || error.response?.error?.message || String(error.message ?? error);
+}
+
+let current;
+
+/** Opens the window for a node; the one of a measurement that goes on is shown instead. */
+export function measureHere(node) {
+  if (current && !current.cancel.disabled) current.root.hidden = false;
+  else {
+    current?.root.remove();
+    current = new Measurement(node);
+  }
+}
+
+/** The measurement that an event is of; a page that was loaded meanwhile has no window for it yet. */
+function followed({ node: id, prompt }) {
+  if (current?.id === prompt) return current;
+  const node = allOf("FastUSPLoader").find((loader) => executionId(loader) === id);
+  if (!current && node) measureHere(node);
+  return current?.id === undefined ? current : undefined;
+}
+
+app.registerExtension({
+  name: "FastUSP.Measure",
+  setup() {
+    for (const type of ["execution_start", "executed", "execution_success", "execution_interrupted", "execution_error"])
+      api.addEventListener(type, ({ detail }) => current?.heard(type, detail));
+    api.addEventListener("fastusp.measuring", ({ detail }) => followed(detail)?.measuring(detail));
+  },
+});

@@ -1,0 +1,71 @@
+// What the page asks the server about the worker pools, and has it do with them; and small things that the panel and
+// the log share.
+
+import { api } from "../../scripts/api.js";
+import { app } from "../../scripts/app.js";
+import { element } from "./element.js";
+
+export function toast(severity, summary, detail) {
+  app.extensionManager?.toast?.add({ severity, summary, detail, life: severity === "error" ? 15000 : 4000 });
+}
+
+/** What a route answers. Raises Error where it refuses, with its own words. */
+async function read(route, options) {
+  const answer = await api.fetchApi(route, options);
+  const told = await answer.json().catch(() => ({}));
+  if (!answer.ok) throw new Error(told.error ?? `${route} answered ${answer.status}`);
+  return told;
+}
+
+const named = (devices) => `devices=${encodeURIComponent(devices)}`;
+
+export const readPools = async () => (await read("/fastusp/status")).pools;
+export const readLog = (devices, from) => read(`/fastusp/pools/log?${named(devices)}&from=${from}`);
+const readReport = async (devices) => (await read(`/fastusp/pools/report?${named(devices)}`)).report;
+
+/** What the GPUs do, where a pool has some: of each one that NVML names. */
+export async function readLoads(pools) {
+  if (!pools.some((pool) => pool.gpus.length > 0)) return [];
+  return (await read("/fastusp/gpus")).gpus;
+}
+
+/** Has the server do something with a pool. How it ends is told by toasts.js, but for a refusal. */
+export async function act(action, devices, label) {
+  try {
+    await read(`/fastusp/pools/${action}`, {
+      method: "POST",
+      headers: { "Content-Type": "application/json" },
+      body: JSON.stringify({ devices }),
+    });
+  } catch (error) {
+    toast("error", `FastUSP: ${label}, ${devices}`, error.message);
+  }
+  document.dispatchEvent(new CustomEvent("fastusp.changed"));
+}
+
+/** As ComfyUI's own button does. */
+export const interrupt = () => api.fetchApi("/interrupt", { method: "POST" });
+
+/** Puts a text on the clipboard. Browsers offer theirs to pages of the same machine and of https alone. */
+export async function copy(text, what) {
+  let copied = false;
+  if (navigator.clipboard) copied = await navigator.clipboard.writeText(text).then(() => true, () => false);
+  if (!copied) {
+    const area = element("textarea", text);
+    document.body.append(area);
+    area.select();
+    copied = document.execCommand("copy");
+    area.remove();
+  }
+  if (copied) toast("success", `FastUSP: ${what} copied`);
+  else toast("error", `FastUSP: ${what} not copied`, "The browser does not allow it");
+}
+
+/** Copies what a bug report should have, of a pool. */
+export async function copyReport(devices) {
+  try {
+    await copy(await readReport(devices), "report");
+  } catch (error) {
+    toast("error", "FastUSP: no report", error.message);
+  }
+}

@@ -1,0 +1,118 @@
+// The values of a node's widgets in the open workflow, wherever they are set: in the node, in a primitive, on the boxes
+// of the subgraphs that show them.
+
+import { app } from "../../scripts/app.js";
+
+/** The id that links from a subgraph's own inputs have as their origin. */
+const INPUTS = -10;
+const SETTINGS = "FastUSPSettings";
+
+const root = () => app.rootGraph ?? app.graph.rootGraph ?? app.graph;
+
+/** The nodes that stand for a subgraph. */
+function boxes(subgraph) {
+  const all = [root(), ...(root().subgraphs?.values() ?? [])];
+  return all.flatMap((graph) => graph.nodes.filter((node) => node.subgraph === subgraph));
+}
+
+/** The nodes of a kind, in the workflow and in its subgraphs. */
+export function allOf(comfyClass) {
+  const all = [root(), ...(root().subgraphs?.values() ?? [])];
+  return all.flatMap((graph) => graph.nodes.filter((node) => node.comfyClass === comfyClass));
+}
+
+function linkInto(node, name) {
+  const id = node.inputs?.find((input) => input.name === name)?.link;
+  return id == null ? undefined : (node.graph.getLink?.(id) ?? node.graph.links[id]);
+}
+
+/** [node, widget] wherever a node's widget is set; null for a value that another node computes. */
+export function holders(node, name) {
+  const link = linkInto(node, name);
+  if (!link) {
+    const widget = node.widgets?.find((own) => own.name === name);
+    return widget ? [[node, widget]] : [];
+  }
+  if (Number(link.origin_id) === INPUTS) {
+    const shown = node.graph.inputs[link.origin_slot].name;
+    return boxes(node.graph).flatMap((box) => holders(box, shown));
+  }
+  const origin = node.graph.getNodeById(link.origin_id);
+  if (origin?.type === "Reroute") return holders(origin, origin.inputs[0].name);
+  return origin?.type === "PrimitiveNode" ? [[origin, origin.widgets[0]]] : [null];
+}
+
+/** A widget's value; null where another node computes it, or boxes of a subgraph differ in it; undefined without. */
+export function valueOf(node, name) {
+  const found = holders(node, name);
+  if (found.includes(null)) return null;
+  const values = found.map(([, widget]) => widget.value);
+  return values.every((value) => value === values[0]) ? values[0] : null;
+}
+
+/** Sets a widget's value wherever it is set, as its user would. Answers whether it could. */
+export function setValue(node, name, value) {
+  const found = holders(node, name);
+  if (!found.length || found.includes(null)) return false;
+  for (const [holder, widget] of found) {
+    widget.value = value;
+    widget.callback?.(value, app.canvas, holder);
+    holder.setDirtyCanvas?.(true, true);
+  }
+  return true;
+}
+
+/** The node whose output comes to an input, through reroutes and out of subgraphs; undefined for none. */
+export function sourceOf(node, name) {
+  const link = linkInto(node, name);
+  if (!link) return undefined;
+  if (Number(link.origin_id) === INPUTS) {
+    const [box] = boxes(node.graph);
+    return box && sourceOf(box, node.graph.inputs[link.origin_slot].name);
+  }
+  const origin = node.graph.getNodeById(link.origin_id);
+  return origin?.type === "Reroute" ? sourceOf(origin, origin.inputs[0].name) : origin;
+}
+
+/** A loader's USP Optimization Settings; undefined where there is none that works, or another node gives them. */
+export function settingsNode(node) {
+  const source = sourceOf(node, "settings");
+  return source?.comfyClass === SETTINGS && source.mode === 0 ? source : undefined;
+}
+
+/** The options in it that are known; none without it. */
+export function settingsOf(node) {
+  const source = settingsNode(node);
+  const options = (source?.widgets ?? []).map(({ name }) => [name, valueOf(source, name)]);
+  return Object.fromEntries(options.filter(([, value]) => value != null));
+}
+
+const opened = () => app.extensionManager?.workflow?.activeWorkflow;
+
+/** Finds a node again when its workflow was loaded anew, as undo does; what it answers is undefined in another one. */
+export function finder(node) {
+  const { id, type } = node;
+  const flow = opened();
+  const graph = node.graph === root() ? undefined : node.graph.id; // the workflow's own may get another id
+  return () => {
+    const home = graph === undefined ? root() : root().subgraphs.get(graph);
+    const found = opened() === flow ? home?.getNodeById(id) : undefined;
+    return found?.type === type ? found : undefined;
+  };
+}
+
+/** The id under which a node is executed: behind those of the boxes around it. */
+export function executionId(node) {
+  const [box] = node.graph === root() ? [] : boxes(node.graph);
+  return box ? `${executionId(box)}:${node.id}` : String(node.id);
+}
+
+/** The open workflow as ComfyUI saves it, for prompts. */
+export const workflow = () => root().serialize();
+
+/** Has the workflow's history take what was changed as one step. */
+export function keepStep() {
+  const tracker = opened()?.changeTracker;
+  // checkState: as older front ends call it.
+  (tracker?.captureCanvasState ?? tracker?.checkState)?.call(tracker);
+}
