@@ -150,7 +150,7 @@ def parse_devices(
     Raises DeviceError naming the value and what exists.
     """
     value = text.strip().lower()
-    if match := re.fullmatch(r"cpu(?::(\d+))?", value):
+    if match := re.fullmatch(r"cpu(?::([0-9]{1,9}))?", value):
         ranks = int(match[1] or 1)
         if not 1 <= ranks <= MAX_CPU_RANKS:
             raise DeviceError(f"gpus = {text!r}: between 1 and {MAX_CPU_RANKS} CPU ranks can be used")
@@ -167,9 +167,9 @@ def parse_devices(
         names = [gpu.name for gpu in seen.gpus]
         most = Counter(names).most_common(1)[0][0]
         return _of(tuple(gpu.index for gpu in seen.gpus if value == "all" or gpu.name == most))
-    if re.fullmatch(r"cuda:\d+(\s*,\s*(cuda:)?\d+)*", value):
+    if re.fullmatch(r"cuda:[0-9]{1,9}(\s*,\s*(cuda:)?[0-9]{1,9})*", value):
         return _of(_counted_by_cuda(text, [int(x) for x in re.findall(r"\d+", value)], gpus, visible, counted))
-    if re.fullmatch(r"\d+(\s*,\s*\d+)*", value):
+    if re.fullmatch(r"[0-9]{1,9}(\s*,\s*[0-9]{1,9})*", value):
         wanted = tuple(int(x) for x in value.split(","))
         existing = {g.index for g in gpus}
         missing = [i for i in wanted if i not in existing]

@@ -103,8 +103,8 @@ def _foreign(request: web.Request) -> bool:
 def same_site(origin: str | None, fetched: str | None, host: str) -> bool:
     """Whether a request comes from a page of this server or from no page at all, by what browsers send of it: Origin
     with each POST, and Sec-Fetch-Site, which no page can change."""
-    if fetched not in (None, "same-origin", "none"):
-        return False
+    if fetched is not None:  # behind a proxy, the host may have another name than the page's
+        return fetched in ("same-origin", "none")
     return origin is None or urlsplit(origin).netloc == host
 
 

@@ -211,8 +211,11 @@ def _path(unet_name: str) -> str:
 
 
 def state_of(unet_name: str) -> FileState:
-    """Changes when the file is replaced or written to."""
-    return FileState.of(os.stat(_path(unet_name)))
+    """Changes when the file is replaced or written to. Raises CheckpointError where it is gone."""
+    try:
+        return FileState.of(os.stat(_path(unet_name)))
+    except OSError as error:
+        raise CheckpointError(f"unet_name: {unet_name!r} cannot be read: {error.strerror}") from error
 
 
 def read_named(unet_name: str) -> ModelFile:

@@ -99,8 +99,9 @@ class USPMeasure(io.ComfyNode):
             evaluations = plan.count(devices, file.config.heads) * (bench.WARM_UP[devices.type] + steps)
             lossy = len(bench.options(devices.ranks)) if exactness else -1
             told.expect(evaluations + (1 + lossy) * (len(verify.TIMESTEPS) + verify.STEPS))
-            for row in plan.rows(devices, file.config.heads):
-                told.add(row)
+            with closing(plan.rows(devices, file.config.heads)) as rows:  # which hold a pool
+                for row in rows:
+                    told.add(row)
             if exactness:
                 told.compare(plan, file.config.timestep_scale)
             told.show_result()
@@ -113,13 +114,11 @@ def _devices_to_itself() -> Iterator[None]:
     model_management.unload_all_models()
     model_management.soft_empty_cache()
     running = [pool for pool in all_pools() if pool.status()["state"] != "off"]
-    for pool in running:
-        pool.stop("their devices are measured")
-    try:
-        yield
-    finally:
+    with contextlib.ExitStack() as again:
         for pool in running:
-            pool.start()
+            again.callback(pool.start)
+            pool.stop("their devices are measured")
+        yield
 
 
 class Told:

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+from typing import Literal
 
 import msgspec
 from aiohttp import web
@@ -17,14 +18,14 @@ from ..fastusp_backend.planner import plan_batches
 from .comfyui import PromptServer
 from .control import same_site
 from .fewer_gpus import known_links
-from .loader import read_named, spec_on, state_of
+from .loader import STORAGE, read_named, spec_on, state_of
 
 
 class Values(msgspec.Struct, frozen=True):
     """The inputs of USP Loader, and those of its USP Optimization Settings; None for one that another node computes."""
 
     unet_name: str | None = ""
-    weight_dtype: str | None = "default"
+    weight_dtype: Literal[tuple(STORAGE)] | None = "default"
     gpus: str | None = "auto"
     ulysses: int | None = 0
     ring: int | None = 0
@@ -60,8 +61,11 @@ def preview(values: Values) -> dict:
 
 @functools.lru_cache(maxsize=4)
 def _read(unet_name: str, _state: FileState) -> ModelFile:
-    """Reads a file's header once as long as the file stays as it is."""
-    return read_named(unet_name)
+    """Reads a file's header once as long as the file stays as it is. The file is not kept open: what is deleted would
+    keep its room on the disk."""
+    file = read_named(unet_name)
+    file.source.close()
+    return file
 
 
 def _layouts(devices: Devices, layouts: tuple[Layout, ...]) -> str:
@@ -130,7 +134,7 @@ def add_routes() -> None:
             return _refused(415, "Send JSON")
         try:
             values = msgspec.json.decode(await request.read(), type=Values)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             return _refused(400, f"Send USP Loader's inputs by their names: {error}")
         # In a thread, as the node's own validation: files and drivers may take their time.
         return web.json_response(await asyncio.to_thread(preview, values))

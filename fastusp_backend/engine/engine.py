@@ -196,7 +196,7 @@ class Engine:
 
     @property
     def shares_memory(self) -> bool:
-        """Whether buffers and graphs of several layouts are cached; the same on all ranks."""
+        """Whether buffers and graphs of several layouts are cached; the same on all ranks between requests."""
         return self._resident is not None and len(self._resident.denoisers) > 1
 
     @property

@@ -89,7 +89,7 @@ class SD3Config(FamilyConfig):
             mlp=sizes.matrix("joint_blocks.0.x_block.mlp.fc1.weight")[0],
             blocks=blocks,
             second_attentions=max(second, default=0),
-            normed=sizes.has("joint_blocks.0.x_block.attn.ln_q"),
+            normed=any(sizes.has(f"joint_blocks.0.{part}.attn.ln_q") for part in ("x_block", "context_block")),
             positions=positions,
         )
 

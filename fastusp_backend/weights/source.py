@@ -15,7 +15,7 @@ def changed(path: str, change: str, when: str) -> CheckpointError:
 
 
 class Source:
-    """An open file, closed with the last reference to this. state: its state when it was opened.
+    """An open file, closed with the last reference to this, or by `close`. state: its state when it was opened.
 
     Raises CheckpointError where there is no such file, or it cannot be opened.
     """
@@ -33,7 +33,7 @@ class Source:
             raise CheckpointError(f"Give the path of a file that exists: there is no model file {path}") from error
         except OSError as error:
             raise self._unreadable(error) from error
-        weakref.finalize(self, file.close)
+        self.close = weakref.finalize(self, file.close)
         self.descriptor = file.fileno()
         if not stat.S_ISREG(os.fstat(self.descriptor).st_mode):
             raise CheckpointError(f"Use another file: {path} is not a regular file")

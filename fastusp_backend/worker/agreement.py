@@ -61,29 +61,35 @@ class Agreement:
         return result
 
     def together_or_drop(self, part: Callable[[], T], doing: str) -> T:
-        """`together`; where memory ran out, buffers and graphs are given back. If they were more than one layout's, the
-        part is tried once more: an evaluation may have the room that it has without another layout's."""
+        """`together`; where memory ran out, buffers and graphs are dropped. If they were more than one layout's on any
+        rank, the part is tried once more: it may have the room that it has without another layout's."""
         while True:
             try:
                 return self.together(part, doing)
             except Refused as refused:
                 if refused.kind != "out_of_memory":
                     raise
-                others = self._engine.shares_memory
+                # The ranks may have come differently far in the part, and so may what they have cached.
+                others = self._crew.all_gather("yes" if self._engine.shares_memory else "")
                 self._engine.drop_evaluations()
-                if not others:
+                if not any(others):
                     raise
 
     def connect(self, request: Request) -> None:
         """Has the ranks of the request's layout know each other. What one rank fails in alone is raised and ends it, as
-        the others wait for it in an exchange; memory that ran out where all ranks know of it is Refused."""
+        the others wait for it in an exchange; memory that ran out where a whole group knows of it is Refused."""
         self.doing = PREPARING
+        told = ""
         try:
             self._engine.connect(request.layout, request.settings)
         except OutOfMemoryTogether as error:
-            self._engine.drop_evaluations()
-            text = explain(error, PREPARING, self._engine.memory_report())
-            raise Refused(error.rank, "out_of_memory", text) from error
+            told = f"{error.rank}\n{explain(error, PREPARING, self._engine.memory_report())}"
+        # Groups that evaluate different prompts do not hear of each other's.
+        for text in self._crew.all_gather(told) if request.layout.batch > 1 else [told]:
+            if text:
+                self._engine.drop_evaluations()
+                rank, why = text.split("\n", 1)
+                raise Refused(int(rank), "out_of_memory", why)
 
 
 def _importing(error: BaseException) -> bool:

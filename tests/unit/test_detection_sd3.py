@@ -73,6 +73,7 @@ def test_full_sized_headers(config, billions, last):
         ("pos_embed", None, "incomplete Stable Diffusion 3 file, without 1 of its 89 tensors: 'pos_embed'"),
         ("joint_blocks.1.context_block.mlp.fc2.weight", None, "'joint_blocks.1.context_block.mlp.fc2.weight'"),
         ("joint_blocks.0.x_block.attn2.ln_q.weight", None, "'joint_blocks.0.x_block.attn2.ln_q.weight'"),
+        ("joint_blocks.0.x_block.attn.ln_q.weight", None, "'joint_blocks.0.x_block.attn.ln_q.weight'"),
         ("joint_blocks.2.x_block.attn.proj.bias", None, "'joint_blocks.2.x_block.attn.proj.bias'"),
         ("pos_embed", (1, 15, 64), "has 15 learnt positions, no square: it is not one of"),
         ("pos_embed", (2, 16, 64), "tensor 'pos_embed' is (2, 16, 64), expected (1, rows, width)"),

@@ -71,6 +71,10 @@ def test_understood(text, gpus, visible, expected):
         ("-1", TWINS, "is not understood"),
         ("cpu:-1", TWINS, "is not understood"),
         ("0;1", TWINS, "is not understood"),
+        (f"cpu:{'9' * 5000}", (), "is not understood"),  # more digits than Python reads
+        ("9" * 5000, TWINS, "is not understood"),
+        (f"cuda:{'9' * 5000}", TWINS, "is not understood"),
+        ("cpu:٣", (), "is not understood"),
     ],
 )
 def test_refused_by_name(text, gpus, message):

@@ -58,6 +58,8 @@ def test_nothing_is_released_in_a_run(control, state):
     ("origin", "fetched", "allowed"),
     [
         ("http://127.0.0.1:8188", "same-origin", True),
+        ("https://comfy.example", "same-origin", True),  # a proxy's name
+        ("http://evil.example", "cross-site", False),
         (None, None, True),  # no browser
         ("http://127.0.0.1:8188", None, True),
         ("http://evil.example", None, False),

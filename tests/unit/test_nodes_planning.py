@@ -19,6 +19,7 @@ pytestmark = [pytest.mark.unit, pytest.mark.any_processor]
 
 GIB = 1 << 30
 RTX_4090 = {"name": "NVIDIA GeForce RTX 4090", "memory": [24 * GIB, GIB], "pcie": [4, 16]}
+STORAGE = ("default", "fp8_e4m3fn")
 JOINED = {"ancestors": {"1": 40}}
 
 
@@ -27,17 +28,22 @@ def planning(node_module, monkeypatch):
     """planning(config, dtype) is the node's module where every file has such a model."""
     monkeypatch.setitem(sys.modules, "aiohttp", SimpleNamespace(web=SimpleNamespace(Request=object, Response=object)))
 
+    closed = []
+
     def make(config=FLUX_DEV, dtype=torch.bfloat16):
         def read(name):
             if name == "gone":
                 raise CheckpointError("unet_name: there is no 'gone'")
-            return SimpleNamespace(header=header(config, dtype), config=config)
+            source = SimpleNamespace(close=lambda: closed.append(name))
+            return SimpleNamespace(header=header(config, dtype), config=config, source=source)
 
-        loader = {"read_named": read, "state_of": lambda _: FileState(0, 0, 0, 0)}
+        loader = {"STORAGE": STORAGE, "read_named": read, "state_of": lambda _: FileState(0, 0, 0, 0)}
         loader["spec_on"] = lambda devices, file, dtype: spec_with("auto")
         links = {"known_links": node_module("fewer_gpus").known_links}
         neighbours = {"comfyui": {"PromptServer": None}, "control": {"same_site": None}}
-        return node_module("planning", loader=loader, fewer_gpus=links, **neighbours)
+        module = node_module("planning", loader=loader, fewer_gpus=links, **neighbours)
+        module.closed = closed
+        return module
 
     return make
 
@@ -132,10 +138,29 @@ def test_inputs_that_other_nodes_compute(planning):
     assert "ulysses 2 x ring 1" in previewed(module, gpus="cpu:2", ulysses=None, ring=None)["lines"][1]
 
 
-@pytest.mark.parametrize("body", [b"", b"[]", b'{"gpus": 3}', b'{"ulysses": "2"}', b'{"settings": {"wire": "x"}}'])
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"[]", b'{"gpus": 3}', b'{"ulysses": "2"}', b'{"weight_dtype": "int4"}', b'{"settings": {"wire": "x"}}'],
+)
 def test_only_the_nodes_inputs_are_taken(planning, body):
     with pytest.raises(msgspec.MsgspecError):
         msgspec.json.decode(body, type=planning().Values)
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [(b'{"gpus": "\xff"}', UnicodeDecodeError), (b'{"x": ' + b"[" * 5000 + b"]" * 5000 + b"}", RecursionError)],
+)
+def test_what_the_route_catches_beside(planning, body, error):
+    with pytest.raises(error):
+        msgspec.json.decode(body, type=planning().Values)
+
+
+def test_a_file_that_was_read_is_not_kept_open(planning):
+    module = planning()
+    for _ in range(2):
+        previewed(module, gpus="cpu:2", unet_name="x")
+    assert module.closed == ["x"]
 
 
 def test_settings_have_their_defaults(planning):

@@ -224,7 +224,9 @@ def test_what_was_prepared_is_gone_when_evaluations_are_dropped():
 
     class LateCrew(Crew):
         def all_gather(self, text):
-            return [text, "out_of_memory\nnot enough" if made else ""]
+            late = self.other if made else ""
+            self.other = "" if made else self.other
+            return [text, late]
 
     def denoiser(*_):
         new = Denoiser()
@@ -234,7 +236,7 @@ def test_what_was_prepared_is_gone_when_evaluations_are_dropped():
     made, engine, control = [], Engine(), Control({"timestep": torch.ones(1)})
     engine.denoiser = denoiser
     engine.drop_evaluations = lambda: made.append(made[0]())
-    Runner(LateCrew(""), engine, control).serve()
+    Runner(LateCrew("out_of_memory\nnot enough"), engine, control).serve()
     assert control.sent[-1].kind == "out_of_memory" and made[1] is None
 
 
