@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from common import CONFIGS, MODELS, Case, random_inputs, random_model
 from ours import held_by_rows
-from PIL import Image
+from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
 from fastusp_backend import shapes
@@ -35,8 +35,10 @@ from fastusp_backend.prompt import Prompt
 
 OF_OURS = "FASTUSP_QUALITY"
 """Set for the ranks that are started here, whatever launcher surrounds all."""
-TOGETHER, SHOWN = 50, 6
-"""Pictures that are drawn at a time, and that the sheet shows."""
+TOGETHER = 50
+"""Pictures that are drawn at a time."""
+SHOWN, CELL, MAGNIFIED = 4, 128, 8
+"""Of the sheet: pictures in a row, the edge of each in pixels, and how much their differences are magnified."""
 TIMESTEPS = (0.95, 0.6, 0.2)
 OPTIONS = {
     "exact": {},
@@ -150,10 +152,11 @@ def pictures(a: argparse.Namespace, places: list, alone, dtype: torch.dtype) -> 
 
     def told(layout: str, name: str, found: torch.Tensor, wanted: torch.Tensor) -> None:
         met = sum(not shapes.unmet(caption, picture) for caption, picture in zip(captions, found, strict=True))
-        sheet.append(torch.cat([*found[:SHOWN]], dim=-1))
+        differences = ((found - wanted)[:SHOWN].abs() * MAGNIFIED).clamp(max=1)
+        sheet.append((f"{layout}: {name}", torch.cat([found[:SHOWN], differences])))
         print(picture_table().row(layout, name, shapes.psnr(found, wanted), met / len(captions)), flush=True)
 
-    sheet: list[torch.Tensor] = []
+    sheet: list[tuple[str, torch.Tensor]] = []
     wanted = drawn(model, alone, Transport(alone), Settings(compile=False, cuda_graphs=False, overlap=False))
     if number == 0:
         told("1 rank", "exact, eager", wanted, wanted)
@@ -163,8 +166,19 @@ def pictures(a: argparse.Namespace, places: list, alone, dtype: torch.dtype) -> 
             if number == 0:
                 told(str(mesh.layout), name, found, wanted)
     if number == 0 and a.sheet:
-        pixels = (torch.cat(sheet[: 1 + len(OPTIONS)], dim=-2) * 255).round().byte()
-        Image.fromarray(pixels.movedim(0, -1).numpy()).save(a.sheet)
+        contact_sheet([sheet[0], *sheet[-len(OPTIONS) :]]).save(a.sheet)
+
+
+def contact_sheet(rows: list[tuple[str, torch.Tensor]]) -> Image.Image:
+    """rows: labels, and pictures (B, 3, h, w) from 0 to 1, which are shown at CELL pixels below the label."""
+    label = 18
+    sheet = Image.new("RGB", (len(rows[0][1]) * CELL, len(rows) * (CELL + label)), "white")
+    for i, (text, pictures) in enumerate(rows):
+        small = torch.nn.functional.interpolate(pictures, (CELL, CELL), mode="area")
+        pixels = (torch.cat([*small], dim=-1) * 255).round().byte().movedim(0, -1).numpy()
+        ImageDraw.Draw(sheet).text((4, i * (CELL + label) + 3), text, fill="black")
+        sheet.paste(Image.fromarray(pixels), (0, i * (CELL + label) + label))
+    return sheet
 
 
 def main() -> None:
@@ -175,7 +189,7 @@ def main() -> None:
     parser.add_argument("--text", type=int, default=512)
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--captions", type=int, default=200, help="pictures of the shipped model (default 200)")
-    parser.add_argument("--sheet", type=Path, help="where to save some of them, a row for each option")
+    parser.add_argument("--sheet", type=Path, help="where to save some of them, and differences")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     a = parser.parse_args()

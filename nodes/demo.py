@@ -19,8 +19,8 @@ class USPDemoPrompt(io.ComfyNode):
             node_id="FastUSPDemoPrompt",
             display_name="USP Demo Prompt",
             category="FastUSP/demo",
-            description=f"A prompt for {shapes.MODEL.name}, the small model that comes with FastUSP. It knows "
-            f"{len(shapes.WORDS)} words: {', '.join(shapes.WORDS)}.",
+            description="A prompt for fastusp_shapes.safetensors, the small model that comes with FastUSP and draws "
+            "coloured shapes. A word that it does not know is refused, with all that it knows.",
             inputs=[
                 io.String.Input(
                     "text",
@@ -29,7 +29,7 @@ class USPDemoPrompt(io.ComfyNode):
                     'large purple circle on grey".',
                 )
             ],
-            outputs=[io.Conditioning.Output("conditioning")],
+            outputs=[io.Conditioning.Output(display_name="conditioning", tooltip="For positive, and for negative.")],
         )
 
     @classmethod
@@ -45,9 +45,9 @@ class USPDemoDecode(io.ComfyNode):
             node_id="FastUSPDemoDecode",
             display_name="USP Demo Decode",
             category="FastUSP/demo",
-            description=f"The pictures of {shapes.MODEL.name}'s latents, in the place of VAE Decode.",
+            description="The pictures of fastusp_shapes.safetensors' latents, in the place of VAE Decode.",
             inputs=[io.Latent.Input("samples", tooltip="Latents of 16 channels that the model drew.")],
-            outputs=[io.Image.Output("image")],
+            outputs=[io.Image.Output(display_name="image", tooltip="The pictures.")],
         )
 
     @classmethod

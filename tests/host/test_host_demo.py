@@ -11,7 +11,7 @@ from fastusp_backend import shapes
 
 pytestmark = pytest.mark.host
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "example_workflows/api/demo_usp_api.json"
+EXAMPLE = Path(__file__).resolve().parents[2] / "example_workflows/api/fastusp_demo_shapes_api.json"
 TOLERANCE = 2e-4
 """Of the largest value: a trained model makes more of rounding than random weights do."""
 CAPTION = "a large yellow triangle left of a small purple square on grey"

@@ -14,6 +14,8 @@ pytestmark = pytest.mark.host
 FILES = {"unet_name", "clip_name", "clip_name1", "clip_name2", "vae_name", "lora_name", "control_net_name", "ckpt_name"}
 FILES |= {"image"}
 """Inputs that name what the user has."""
+SHIPPED = "fastusp_demo_shapes_api"
+"""Runs as it is, in test_host_demo.py."""
 EXAMPLES = sorted(p for p in (REPOSITORY / "example_workflows").rglob("*.json") if "api" in p.name)
 
 # id: (display name, [(input, type, default)], outputs); new inputs are appended, as optional ones.
@@ -178,7 +180,7 @@ def picture(host):
     return "picture.png"
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [p for p in EXAMPLES if p.stem != SHIPPED], ids=lambda path: path.stem)
 def test_example_runs(host, picture, fill, flux2, chroma, qwen, qwen_lora, qwen_control_net, sd3, z_image, path):
     """As it is, but for what cannot be had in a test: text encoders, VAE and weights, and sizes for CPUs."""
     files = {"flux.1_fill": (fill, 4096), "flux.1": (DEV, 4096), "flux.2": (flux2, SMALL_FLUX2.context)}

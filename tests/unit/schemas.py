@@ -5,6 +5,7 @@
 
 import ast
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 NODES = Path(__file__).resolve().parents[2] / "nodes"
@@ -12,12 +13,18 @@ NODES = Path(__file__).resolve().parents[2] / "nodes"
 
 def schemas() -> dict[str, dict]:
     """The texts of each node as `locales/en/nodeDefs.json` has them, inputs in the order in which they are defined."""
-    return dict(map(_schema, ("loader", "sampler", "settings")))
+    return dict(entry for file in ("loader", "sampler", "settings", "demo") for entry in _schemas(file))
 
 
-def _schema(file: str) -> tuple[str, dict]:
+def _schemas(file: str) -> Iterator[tuple[str, dict]]:
     tree = ast.parse((NODES / f"{file}.py").read_text(encoding="utf-8"))
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and "io.Schema(" in ast.unparse(node):
+            yield _schema(tree, node)
+
+
+def _schema(tree: ast.Module, node_class: ast.ClassDef) -> tuple[str, dict]:
+    calls = [node for node in ast.walk(node_class) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
     (schema,) = (_texts(call) for call in calls if call.func.attr == "Schema")
     inputs = {
         call.args[0].value: _texts(call)["tooltip"]

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from fastusp_backend import shapes
+
 pytestmark = pytest.mark.unit
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,6 +32,8 @@ SEED_CONTROLS = {"fixed", "increment", "decrement", "randomize"}
 PAGE_ALONE = {"control_after_generate", "upload"}
 """Widgets whose values are no inputs."""
 NOTE = "MarkdownNote"
+SHIPPED = shapes.MODEL.name
+"""Comes with the pack: nothing to download."""
 MODEL_INPUTS = re.compile(r"unet_name|clip_name\d?|vae_name|lora_name|control_net_name|ckpt_name")
 
 
@@ -105,6 +109,7 @@ def test_every_file_can_be_downloaded(page):
     for node in page["nodes"]:
         named = [str(value) for name, value in widget_values(node).items() if MODEL_INPUTS.fullmatch(name)]
         models = node["properties"].get("models", [])
+        named = [file for file in named if file != SHIPPED]
         assert [model["name"] for model in models] == [file.removesuffix(" [checkpoints]") for file in named]
         for file, model in zip(named, models, strict=True):
             assert model["url"].startswith("https://huggingface.co/") and "/resolve/main/" in model["url"]
@@ -118,6 +123,15 @@ def test_every_file_can_be_downloaded(page):
                 "vae",
             )
             assert (model["directory"] == "checkpoints") == (file.endswith("[checkpoints]") or "ckpt_name" in str(node))
+
+
+def test_the_demo_needs_no_file_that_is_not_shipped():
+    page = json.loads((EXAMPLES / "FastUSP demo shapes.json").read_text(encoding="utf-8"))
+    named = [value for node in page["nodes"] if node["type"] == "FastUSPLoader" for value in node["widgets_values"]]
+    assert SHIPPED in named and shapes.MODEL.is_file()
+    assert not [node for node in page["nodes"] if "huggingface" in str(node)]
+    prompts = [node["widgets_values"][0] for node in page["nodes"] if node["type"] == "FastUSPDemoPrompt"]
+    assert all(shapes.Caption.read(prompt) for prompt in prompts) and prompts
 
 
 def test_titles_say_what_a_node_is_for(page):
