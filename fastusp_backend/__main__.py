@@ -9,7 +9,7 @@ from .worker.process import importing, leave
 
 COMMANDS = {
     "bench": "how fast your own file is on 1, 2, ... all GPUs, and which settings are best",
-    "demo": "the main job on what every machine has: CPU ranks and a tiny random FLUX file, checked against one rank",
+    "demo": "the main job on what every machine has: a picture by the shipped model on CPU ranks, checked by one",
     "doctor": "what is wrong with this machine, and what to do about it",
     "plan": "which layouts are legal, the memory that a file's weights take, and what a step takes on 1 to 8 GPUs",
     "verify": "what each lossy option costs in exactness, on your own file and devices",

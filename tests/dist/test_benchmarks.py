@@ -20,7 +20,7 @@ STEP = ("--sizes", "64", "--variants", VARIANTS, "--peers", "diffusers-1gpu,diff
 COMMANDS = {
     "step": (*TINY, *STEP),
     "ablation": (*TINY, "--size", "64", "--model", "qwen"),
-    "quality": ("--tiny", "--device", "cpu", "--size", "64", "--text", "9", "--steps", "1"),
+    "quality": ("--tiny", "--device", "cpu", "--size", "64", "--text", "9", "--steps", "1", "--captions", "1"),
 }
 
 
@@ -99,7 +99,9 @@ def test_the_quality_of_lossy_options(printed):
     of_command, _ = printed
     lines = [line for line in of_command("quality").splitlines() if line.startswith("| ")]
     rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines[2:]]  # behind the head
-    assert len(rows) == 2 * 2 * 5  # weights, layouts, options
+    rows, pictures = rows[: 2 * 2 * 5], rows[2 * 2 * 5 :]  # weights, layouts, options
+    assert [row[1] for row in pictures[2:]] == ["exact, eager", *2 * [row[2] for row in rows[:5]]]
+    assert all((float(row[2]) > 100) == row[1].startswith("exact") for row in pictures[2:])
     for _, _, option, single, _ in rows:
         errors = [float(x) for x in single.split()]
         assert len(errors) == 3 and all(x < 1e-5 if option == "exact" else 1e-4 < x < 0.1 for x in errors), option

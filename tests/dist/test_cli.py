@@ -14,11 +14,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from pools import GIVEN, PROMPT, ROOT, pids
 from support import spec_of
 
 from fastusp_backend.__main__ import main
-from fastusp_backend.cli import bench, verify
+from fastusp_backend.cli import bench, demo, verify
 from fastusp_backend.cli.bench import Bench, Row
 from fastusp_backend.cli.doctor.trial import Job
 from fastusp_backend.config import Layout, Settings
@@ -41,7 +42,7 @@ def run(shared_pool, monkeypatch, capsys):
         closed.append(what.devices.ranks)
         return nullcontext(what)
 
-    for command in (verify, bench):
+    for command in (verify, bench, demo):
         monkeypatch.setattr(command, "Pool", lambda devices: shared_pool(devices.ranks))
         monkeypatch.setattr(command, "closing", close)
 
@@ -101,6 +102,20 @@ def test_bench(run, dev):
     assert float(rows[5][7]) < float(rows[0][7])  # in fp8 the weights are smaller
     assert rows[0][5] == "1.00" and rows[4][8] == "gloo, fp8 wire"
     assert any(line.startswith("Recommended, without loss: gpus = cpu:") for line in table[8:])
+
+
+def test_demo_draws_what_its_caption_says(run, tmp_path):
+    code, printed, errors, closed = run("demo", "--output", str(tmp_path))
+    assert (code, closed) == (0, [1, 2]), printed + errors
+    assert "checked in pixels: the picture is what its caption says" in printed
+    with Image.open(tmp_path / "demo.png") as picture:
+        assert picture.size == (3 * 256, 256)
+
+
+def test_demo_fails_where_the_caption_is_not_met(run, tmp_path):
+    """As after no step at all but one."""
+    code, printed, _, _ = run("demo", "--steps", "1", "--output", str(tmp_path))
+    assert code == 1 and "checked in pixels: the red circle" in printed
 
 
 def test_doctor():

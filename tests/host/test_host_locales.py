@@ -9,7 +9,7 @@ from comfy import REPOSITORY
 
 pytestmark = pytest.mark.host
 
-NODES = ("FastUSPLoader", "FastUSPSampler", "FastUSPSettings")
+NODES = ("FastUSPLoader", "FastUSPSampler", "FastUSPSettings", "FastUSPDemoPrompt", "FastUSPDemoDecode")
 SHOWN = """(() => {
     const node = LiteGraph.createNode("FastUSPSampler");
     return [node.title, ...node.inputs.map(input => input.localized_name), node.outputs[0].localized_name];

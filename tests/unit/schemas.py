@@ -24,7 +24,9 @@ def _schemas(file: str) -> Iterator[tuple[str, dict]]:
 
 
 def _schema(tree: ast.Module, node_class: ast.ClassDef) -> tuple[str, dict]:
-    calls = [node for node in ast.walk(node_class) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    calls = [
+        node for node in ast.walk(node_class) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+    ]
     (schema,) = (_texts(call) for call in calls if call.func.attr == "Schema")
     inputs = {
         call.args[0].value: _texts(call)["tooltip"]

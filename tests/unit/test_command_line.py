@@ -20,6 +20,13 @@ def test_gpus_that_do_not_exist(monkeypatch, capsys, command):
     assert told.err.startswith("gpus = '77,78': GPUs 77, 78 do not exist. This machine has") and not told.out
 
 
+def test_a_word_that_the_demo_does_not_know(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fastusp_backend", "demo", "--prompt", "a pink dog"])
+    assert main() == 2
+    said = capsys.readouterr().err
+    assert said.startswith("Use the demo model's words: a, small") and "It does not know 'pink', 'dog'" in said
+
+
 def test_doctor_starts_where_torch_is_broken(tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('broken')")
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
