@@ -21,7 +21,7 @@ from .table import Column, Table
 
 TIMESTEPS = (0.95, 0.6, 0.2)
 STEPS = 28
-CAPTIONS, PIXELS, PICTURE_STEPS = 16, 256, 20
+CAPTIONS, PIXELS, PICTURE_STEPS = 6, 256, 20
 """Of the shipped model's pictures."""
 
 _SHARED = {"fp8 wire": {"wire": "fp8"}, "int8 wire": {"wire": "int8"}}

@@ -53,12 +53,15 @@ def run(shared_pool, monkeypatch, capsys):
     return of
 
 
-def test_verify(run, dev):
+def test_verify(run, dev, monkeypatch):
+    monkeypatch.setattr(verify, "CAPTIONS", 2)
     arguments = ("verify", str(dev), "--gpus", "cpu:2", "--size", "128", "--text", "9", "--steps", "2")
     code, printed, errors, closed = run(*arguments)
     assert (code, closed) == (0, [2, 1]), printed + errors
     figures = {
-        line[:42].strip(): [float(x) for x in re.findall(r"[0-9.]+e-[0-9]+", line)] for line in printed.splitlines()[2:]
+        line[:42].strip(): [float(x) for x in re.findall(r"[0-9.]+e-[0-9]+", line)]
+        for line in printed.splitlines()[2:]
+        if "against" in line
     }
     lossy = ["fp8 wire", "int8 wire", "fp8 products", "int8 wire and fp8 products"]
     lossy = [f"{name}, against exact" for name in lossy]
@@ -67,6 +70,8 @@ def test_verify(run, dev):
     for name in lossy:
         assert len(figures[name]) == 4 and all(1e-4 < x < 0.1 for x in figures[name]), name
     assert all(x < 2e-5 for x in figures["2 ranks, against one"])
+    decibels = [float(line.split()[-2]) for line in printed.splitlines() if "against" in line]
+    assert all(20 < x < 80 for x in decibels[:-1]) and decibels[-1] > 100 and "exact ones meet" in printed
 
 
 @pytest.mark.parametrize("command", ["verify", "bench", "plan"])
@@ -112,10 +117,17 @@ def test_demo_draws_what_its_caption_says(run, tmp_path):
         assert picture.size == (3 * 256, 256)
 
 
-def test_demo_fails_where_the_caption_is_not_met(run, tmp_path):
-    """As after no step at all but one."""
-    code, printed, _, _ = run("demo", "--steps", "1", "--output", str(tmp_path))
-    assert code == 1 and "checked in pixels: the red circle" in printed
+def test_demo_fails_where_the_ranks_differ(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "TOLERANCE", -1)
+    code, printed, _, _ = run("demo", "--output", str(tmp_path))
+    assert code == 1 and "the ranks do not agree" in printed and "the picture is what" in printed
+
+
+def test_demo_fails_where_the_caption_is_not_met(run, tmp_path, monkeypatch):
+    given, other = demo.shapes.prompt, demo.shapes.Caption.read("a blue square left of a red circle")
+    monkeypatch.setattr(demo.shapes, "prompt", lambda captions: given([other]))
+    code, printed, _, _ = run("demo", "--output", str(tmp_path))
+    assert code == 1 and "rounding" in printed and "checked in pixels: the red circle" in printed
 
 
 def test_doctor():
