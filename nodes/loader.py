@@ -206,7 +206,10 @@ def _storage(weight_dtype: str, header: dict[str, TensorInfo]) -> Storage | None
 def _path(unet_name: str) -> str:
     path = model_path(unet_name) if isinstance(unet_name, str) else None
     if path is None:
-        raise CheckpointError(f"unet_name: there is no {unet_name!r} in models/diffusion_models or models/checkpoints")
+        raise CheckpointError(
+            f"unet_name: choose another file, or put {unet_name!r} in models/diffusion_models (models/checkpoints for "
+            "all-in-one files) and press R: it is not there"
+        )
     return path
 
 
@@ -215,7 +218,9 @@ def state_of(unet_name: str) -> FileState:
     try:
         return FileState.of(os.stat(_path(unet_name)))
     except OSError as error:
-        raise CheckpointError(f"unet_name: {unet_name!r} cannot be read: {error.strerror}") from error
+        raise CheckpointError(
+            f"unet_name: choose another file: {unet_name!r} cannot be read: {error.strerror}"
+        ) from error
 
 
 def read_named(unet_name: str) -> ModelFile:

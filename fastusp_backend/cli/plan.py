@@ -19,8 +19,8 @@ from .table import Column, fitted
 
 WITH, WITHOUT = "that reach each other's memory (doctor tells)", "that do not"
 CLAIM = """Of one
-and two H100 and H200 they are within about 5 % of what was measured where weights stay, else within a fifth. Of 4 and 8
-H200 one rank's share was measured, with NVLink; other cards were not."""
+and two H100 and H200 they are within about 5 % of what was measured where weights stay, else within a fifth. Four H200
+with NVLink were measured with FLUX.1, of eight one rank's share; other cards were not."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

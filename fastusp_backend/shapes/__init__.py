@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from ..prompt import Prompt
-from .captions import TOKENS, WORDS, Caption, embed, numbers
+from .captions import GRAMMAR, TOKENS, WORDS, Caption, embed, numbers
 from .check import psnr, unmet
 from .latents import decode, encode
 from .scenes import examples
@@ -22,4 +22,17 @@ def prompt(captions: list[Caption]) -> Prompt:
     return Prompt(context, pooled, torch.full((len(captions),), GUIDANCE))
 
 
-__all__ = ["GUIDANCE", "MODEL", "TOKENS", "WORDS", "Caption", "decode", "encode", "examples", "prompt", "psnr", "unmet"]
+__all__ = [
+    "GRAMMAR",
+    "GUIDANCE",
+    "MODEL",
+    "TOKENS",
+    "WORDS",
+    "Caption",
+    "decode",
+    "encode",
+    "examples",
+    "prompt",
+    "psnr",
+    "unmet",
+]

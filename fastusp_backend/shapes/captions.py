@@ -26,6 +26,9 @@ GROUNDS = ("white", "grey", "black")
 WORDS = ("a", *filter(None, SIZES), *COLOURS, *KINDS, "left", "right", "of", "above", "below", "at", "the", "top")
 WORDS += ("bottom", "on", *GROUNDS, "background")
 """The vocabulary. A word's number is its place here, from 1 on."""
+GRAMMAR = (
+    'one or two shapes, as "a large red circle at the left" or "a small red circle left of a blue square on black"'
+)
 
 TOKENS, CONTEXT, POOLED = 16, 4096, 768
 """Tokens of each caption, zeros where it has fewer words, and FLUX.1's widths."""
@@ -56,10 +59,7 @@ class Caption:
             )
         found = _CAPTION.fullmatch(" ".join(words))
         if found is None:
-            raise RequestError(
-                'Write one or two shapes, as "a red circle", "a large red circle at the left" or "a small red circle '
-                f'left of a blue square on black", not {text!r}'
-            )
+            raise RequestError(f"Write {GRAMMAR}, not {text!r}")
         parts = found.groupdict(default="")
         count = 2 if parts["kind2"] else 1
         both = [str(i) for i in range(1, count + 1)]

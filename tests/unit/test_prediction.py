@@ -54,7 +54,7 @@ FP8 = torch.float8_e4m3fn
     "config, ranks, given, measured",
     [
         (FLUX_DEV, 1, {}, 118.6),  # H200
-        (FLUX_DEV, 2, {}, 67.8),  # as these of 2, 4, 8, of which one rank's share was measured
+        (FLUX_DEV, 2, {}, 67.8),  # as these of 4 and 8, of which one rank's share was played; four real ones took 35.7
         (FLUX_DEV, 4, {}, 37.0),
         (FLUX_DEV, 8, {}, 22.6),
         (FLUX_DEV, 1, {}, 125),  # H100

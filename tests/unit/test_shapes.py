@@ -39,9 +39,9 @@ def test_what_people_write(text, means):
     ("text", "said"),
     [
         ("a pink dog", "Use the demo model's words: a, small, .*, background. It does not know 'pink', 'dog'"),
-        ("", 'Write one or two shapes, as "a red circle"'),
-        ("a red circle a blue square", 'Write one or two shapes, as "a red circle"'),
-        ("a red circle at the left of a blue square", 'Write one or two shapes, as "a red circle"'),
+        ("", 'Write one or two shapes, as "a large red circle'),
+        ("a red circle a blue square", 'Write one or two shapes, as "a large red circle'),
+        ("a red circle at the left of a blue square", 'Write one or two shapes, as "a large red circle'),
     ],
 )
 def test_what_is_no_caption(text, said):
