@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from pools import GIVEN, LONG, PROMPT, SHORT, TENSORS, Stopwatch, evaluate, pids, sample, session, submit
-from support import SMALL, inputs, randn, relative_difference, spec_of
+from support import SMALL, inputs, randn, relative_difference, spec_of, wait_until
 
 from fastusp_backend.config import Layout, Settings
 from fastusp_backend.errors import Cancelled, FastUSPError, ProtocolError, RequestError
@@ -61,8 +61,13 @@ def test_phases_and_states_are_told(pool, dev, still_right):
     sample(pool, dev, progress=Progress(phase=phases.append))
     assert len(phases) == 1
     assert all(0 < rank["weights"] < rank["own"] < rank["total"] for rank in pool.status()["memory"])
-    lines, following = pool.log_since(0)
-    assert any("[rank 1]" in line for line in lines) and pool.log_since(following) == ([], following)
+
+    def took(rank: int) -> int:
+        return sum(f"[rank {rank}]" in line and " took " in line for line in pool.log_since(0)[0])
+
+    wait_until(lambda: took(0) == took(1) > 0, 20)  # which may write behind the answer
+    following = pool.log_since(0)[1]
+    assert following > 0 and pool.log_since(following) == ([], following)
 
 
 def test_a_run_of_several_requests_is_busy_between_them(pool, dev, still_right):

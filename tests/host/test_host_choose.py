@@ -148,7 +148,7 @@ def test_who_is_answered(host, body, headers, code, said):
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "no.safetensors [checkpoints]"])
 def test_only_files_that_comfyui_lists(host, name):
     answer = host.post("/fastusp/plan", {"gpus": "cpu:2", "unet_name": name})
-    assert answer["problem"].startswith("unet_name: there is no ")
+    assert answer["problem"].startswith("unet_name: choose another file, or put ")
 
 
 WINDOW = "document.querySelector('.fastusp-measure')"
