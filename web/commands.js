@@ -1,4 +1,4 @@
-// "Use FastUSP here" and "Use ComfyUI's own loaders again": commands, for which keys can be set, and entries in nodes'
+// "Use FastUSP here" and "Use the ComfyUI loaders again": commands, for which keys can be set, and entries in nodes'
 // menus. Each is one step of the workflow's history.
 
 import { app } from "../../scripts/app.js";
@@ -104,7 +104,7 @@ app.registerExtension({
     },
     {
       id: "FastUSP.UseComfyUI",
-      label: "Use ComfyUI's own loaders again",
+      label: "Use the ComfyUI loaders again",
       icon: "pi pi-undo",
       tooltip: "ComfyUI's loaders in the place of all USP Loaders of the workflow",
       function: () => run(BACK, () => true),
@@ -114,7 +114,7 @@ app.registerExtension({
   getNodeMenuItems(node) {
     return [
       ...entry(USE, node, "Use FastUSP here", "Use FastUSP here"),
-      ...entry(BACK, node, "Use ComfyUI's own loader again", "Use ComfyUI's own loaders again"),
+      ...entry(BACK, node, "Use the ComfyUI loader again", "Use the ComfyUI loaders again"),
     ];
   },
 });

@@ -9,10 +9,16 @@ from comfy import REPOSITORY
 
 pytestmark = pytest.mark.host
 
-NODES = ("FastUSPLoader", "FastUSPSampler", "FastUSPSettings", "FastUSPDemoPrompt", "FastUSPDemoDecode")
+NODES = sorted(path.stem for path in (REPOSITORY / "web/docs").glob("*.md"))
 SHOWN = """(() => {
     const node = LiteGraph.createNode("FastUSPSampler");
     return [node.title, ...node.inputs.map(input => input.localized_name), node.outputs[0].localized_name];
+})()"""
+ENTRIES = """(() => {
+    const menu = new LiteGraph.ContextMenu(%s.map(content => ({content})), {});
+    const texts = [...menu.root.querySelectorAll(".litemenu-entry")].map(entry => entry.textContent);
+    menu.close();
+    return texts;
 })()"""
 COMMANDS = """app.extensionManager.command.commands.filter(command => command.id.startsWith("FastUSP."))
     .map(command => [command.id.replaceAll(".", "_"), {label: command.label}])"""
@@ -46,5 +52,7 @@ def test_shown(host, page):
         names = {entry["name"] for entry in node["inputs"].values()}
         title, *inputs, output = page.evaluate(SHOWN)
         assert title == node["display_name"] and set(inputs) == names and output == node["outputs"]["0"]["name"]
+        entries = locale("zh", "main")["contextMenu"]
+        assert page.evaluate(ENTRIES % json.dumps([*entries])) == [*entries.values()]
     finally:
         page.evaluate("app.extensionManager.setting.set('Comfy.Locale', 'en')")

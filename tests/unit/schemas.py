@@ -13,7 +13,7 @@ NODES = Path(__file__).resolve().parents[2] / "nodes"
 
 def schemas() -> dict[str, dict]:
     """The texts of each node as `locales/en/nodeDefs.json` has them, inputs in the order in which they are defined."""
-    return dict(entry for file in ("loader", "sampler", "settings", "demo") for entry in _schemas(file))
+    return dict(entry for file in ("loader", "sampler", "settings", "demo", "measuring") for entry in _schemas(file))
 
 
 def _schemas(file: str) -> Iterator[tuple[str, dict]]:

@@ -47,6 +47,15 @@ def test_the_same_texts_in(language, file):
     assert not [path for path in prose if not CHINESE_OR_JAPANESE.search(texts[path])]
 
 
+def test_the_page_finds_what_its_menus_say():
+    """It looks for an entry under its English words, as a path that a dot, quote or bracket would break."""
+    menus = [locale("en", "main")[menu] for menu in ("menuLabels", "contextMenu")]
+    assert all(key == text and not re.search(r"""[.'"\[\]]""", key) for menu in menus for key, text in menu.items())
+    assert list(menus[0]) == [command["label"] for command in locale("en", "commands").values()]
+    of_nodes = re.findall(r"\.\.\.entry\(\w+, node, (.*)\),", (ROOT / "web/commands.js").read_text(encoding="utf-8"))
+    assert set(menus[1]) == {text for entry in of_nodes for text in re.findall(r'"([^"]+)"', entry)}
+
+
 @pytest.mark.parametrize("node", NODES)
 @pytest.mark.parametrize("language", TRANSLATED)
 def test_tooltips_name_every_value_in(language, node):
