@@ -180,7 +180,7 @@ def test_menus(page):
     user(page, "box(3)")
     items = "app.graph.nodes.flatMap(node => app.collectNodeMenuItems(node)).filter(Boolean)"
     use = f"{items}.filter(item => item.content === 'Use FastUSP here')"
-    back = f'{items}.filter(item => item.content.startsWith("Use ComfyUI\'s own"))'
+    back = f"{items}.filter(item => item.content.startsWith('Use the ComfyUI loader'))"
     for converted in (0, 1, 2):
         assert len(nodes(page.evaluate(GRAPH), OURS)) == converted
         assert page.evaluate(f"[{use}.length, {back}.length]") == [2 - converted, converted]
