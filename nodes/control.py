@@ -16,7 +16,7 @@ from .pools import all_pools
 from .report import report
 from .status import push_pools
 
-_FOREIGN = "Open ComfyUI's own page: another site has sent this"
+FOREIGN = "Open ComfyUI's own page: another site has sent this"
 _NO_POOL = "There is no pool on {}"
 _BUSY = "Stop the run first: the pool on {} works on a prompt"
 
@@ -48,46 +48,46 @@ def add_routes() -> None:
     async def act(request: web.Request) -> web.Response:
         action = ACTIONS.get(request.match_info["action"])
         if action is None:
-            return _refused(404, f"Choose one of {', '.join(ACTIONS)}, not {request.match_info['action']}")
-        if _foreign(request):
-            return _refused(403, _FOREIGN)
+            return refused(404, f"Choose one of {', '.join(ACTIONS)}, not {request.match_info['action']}")
+        if foreign(request):
+            return refused(403, FOREIGN)
         if request.content_type != "application/json":
-            return _refused(415, "Send JSON")
+            return refused(415, "Send JSON")
         try:
             devices = (await request.json())["devices"]
         except (ValueError, KeyError, TypeError):
-            return _refused(400, 'Send {"devices": ...}, as GET /fastusp/status names them')
+            return refused(400, 'Send {"devices": ...}, as GET /fastusp/status names them')
         pool = _pool(devices)
         if pool is None:
-            return _refused(404, _NO_POOL.format(devices))
+            return refused(404, _NO_POOL.format(devices))
         try:
             await asyncio.get_running_loop().run_in_executor(None, action, pool)
         except FastUSPError as error:
-            return _refused(409, str(error))
+            return refused(409, str(error))
         push_pools()
         return web.json_response(pool.status())
 
     @routes.get("/fastusp/pools/log")
     async def log(request: web.Request) -> web.Response:
-        if _foreign(request):
-            return _refused(403, _FOREIGN)
+        if foreign(request):
+            return refused(403, FOREIGN)
         devices, number = request.query.get("devices"), request.query.get("from", "0")
         if not re.fullmatch("[0-9]{1,15}", number):
-            return _refused(400, f"Send from=N, the number of a line, not {number}")
+            return refused(400, f"Send from=N, the number of a line, not {number}")
         pool = _pool(devices)
         if pool is None:
-            return _refused(404, _NO_POOL.format(devices))
+            return refused(404, _NO_POOL.format(devices))
         lines, following = await asyncio.to_thread(pool.log_since, int(number))
         return web.json_response({"lines": lines, "next": following})
 
     @routes.get("/fastusp/pools/report")
     async def told(request: web.Request) -> web.Response:
-        if _foreign(request):
-            return _refused(403, _FOREIGN)
+        if foreign(request):
+            return refused(403, FOREIGN)
         devices = request.query.get("devices")
         pool = _pool(devices)
         if pool is None:
-            return _refused(404, _NO_POOL.format(devices))
+            return refused(404, _NO_POOL.format(devices))
         return web.json_response({"report": await asyncio.to_thread(report, pool)})
 
 
@@ -95,7 +95,8 @@ def _pool(devices: object) -> Pool | None:
     return next((pool for pool in all_pools() if str(pool.devices) == devices), None)
 
 
-def _foreign(request: web.Request) -> bool:
+def foreign(request: web.Request) -> bool:
+    """Whether a page of another site sends a request."""
     headers = request.headers
     return not same_site(headers.get("Origin"), headers.get("Sec-Fetch-Site"), request.host)
 
@@ -108,5 +109,6 @@ def same_site(origin: str | None, fetched: str | None, host: str) -> bool:
     return origin is None or urlsplit(origin).netloc == host
 
 
-def _refused(status: int, text: str) -> web.Response:
+def refused(status: int, text: str) -> web.Response:
+    """An answer with a text for people."""
     return web.json_response({"error": text}, status=status)

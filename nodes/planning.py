@@ -16,7 +16,7 @@ from ..fastusp_backend.models.placement import Placement
 from ..fastusp_backend.models.prediction import CARDS, SIZE, Link, Prediction, slowest_card
 from ..fastusp_backend.planner import plan_batches
 from .comfyui import PromptServer
-from .control import same_site
+from .control import FOREIGN, foreign, refused
 from .fewer_gpus import known_links
 from .loader import STORAGE, read_named, spec_on, state_of
 
@@ -31,6 +31,14 @@ class Values(msgspec.Struct, frozen=True):
     ring: int | None = 0
     batch_parallel: str | None = "auto"
     settings: Settings = Settings()
+
+
+def values_of(body: bytes) -> Values:
+    """What the page sends, as JSON. Raises RequestError for anything else."""
+    try:
+        return msgspec.json.decode(body, type=Values)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise RequestError(f"Send USP Loader's inputs by their names: {error}") from error
 
 
 def preview(values: Values) -> dict:
@@ -128,17 +136,13 @@ def _least_memory(devices: Devices) -> int | None:
 def add_routes() -> None:
     @PromptServer.instance.routes.post("/fastusp/plan")
     async def plan(request: web.Request) -> web.Response:
-        if not same_site(request.headers.get("Origin"), request.headers.get("Sec-Fetch-Site"), request.host):
-            return _refused(403, "Open ComfyUI's own page: another site has sent this")
+        if foreign(request):
+            return refused(403, FOREIGN)
         if request.content_type != "application/json":
-            return _refused(415, "Send JSON")
+            return refused(415, "Send JSON")
         try:
-            values = msgspec.json.decode(await request.read(), type=Values)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            return _refused(400, f"Send USP Loader's inputs by their names: {error}")
+            values = values_of(await request.read())
+        except RequestError as error:
+            return refused(400, str(error))
         # In a thread, as the node's own validation: files and drivers may take their time.
         return web.json_response(await asyncio.to_thread(preview, values))
-
-
-def _refused(status: int, text: str) -> web.Response:
-    return web.json_response({"error": text}, status=status)

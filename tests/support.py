@@ -5,13 +5,16 @@ import os
 import time
 from dataclasses import dataclass
 
+import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fastusp_backend.comm.mesh import single_rank_mesh
 from fastusp_backend.comm.transport import Transport
 from fastusp_backend.config import FileState, ModelSpec, Settings
 from fastusp_backend.engine import Denoiser
 from fastusp_backend.engine.checkpoint import Checkpoint
+from fastusp_backend.errors import CheckpointError
 from fastusp_backend.models.chroma import ChromaConfig
 from fastusp_backend.models.family import NO_RESIDUALS, FamilyConfig, Residuals, Transformer
 from fastusp_backend.models.flux import FluxConfig
@@ -72,6 +75,17 @@ SOME_FILE = FileState(device=1 << 40, inode=1 << 62, size=1 << 35, mtime_ns=1 <<
 
 def spec_of(path) -> ModelSpec:
     return ModelSpec.of_file(str(path), storage=None, compute="float32")
+
+
+def refusal_of_changed(path, name: str, shape: tuple[int, ...] | None) -> str:
+    """Why a file is refused of which the tensor `name` has another shape, or is missing (None)."""
+    state = load_file(path)
+    del state[name]
+    save_file(state | ({} if shape is None else {name: torch.zeros(shape)}), path)
+    with pytest.raises(CheckpointError) as refused:
+        load_model(spec_of(path), torch.device("cpu"))
+    assert str(path) in str(refused.value)
+    return str(refused.value)
 
 
 def load_model(spec: ModelSpec, device: torch.device) -> Transformer:

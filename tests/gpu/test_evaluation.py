@@ -123,5 +123,5 @@ def test_fp8_products_are_those_of_eager(model):
         x, prompt = request_of(model, turn, 32, 32, 24)
         t = torch.tensor([0.9 - 0.1 * turn])
         without, expected, got = (run(x, t, prompt).float() for run in (exact, plain, fast))
-        assert ((got - expected).norm() / expected.norm()).item() < 5e-2, f"turn {turn}"
+        assert ((got - expected).norm() / expected.norm()).item() < 4e-2, f"turn {turn}"
         assert 1e-3 < ((got - without).norm() / without.norm()).item() < 0.15, f"turn {turn}"

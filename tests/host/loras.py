@@ -1,10 +1,12 @@
 """Random LoRA files in the names and kinds that trainers write."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from workflows import Comparison, Graph, Link, difference
 
 RANK = 4
 
@@ -230,3 +232,19 @@ def write(folder: Path, name: str, tensors: dict[str, torch.Tensor]) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / f"{name}.safetensors")
     return f"{name}.safetensors"
+
+
+def check_stack(
+    host, file: str, names: list[str], gpus: str, positive: Callable[[Graph], Link], *, steps: int = 1
+) -> None:
+    """Two LoRAs one behind the other change what the workers give as they change what stock gives, and change it."""
+    both = Comparison()
+    graph = both.graph
+    models, prompt = [graph.usp(gpus, file=file), graph.stock(file)], positive(graph)
+    plain = graph.save(graph.sample(models[1], positive=prompt, negative=prompt, steps=steps))
+    for name, strength in zip(names, (0.8, -0.4), strict=True):
+        given = {"lora_name": name, "strength_model": strength}
+        models = [graph.node("LoraLoaderModelOnly", model=model, **given) for model in models]
+    both.add("stack", *(graph.sample(model, positive=prompt, negative=prompt, steps=steps) for model in models))
+    latents = both.check(host).latents
+    assert difference(latents[both.pairs[0][4]], latents[plain]) > 1e-2

@@ -58,20 +58,9 @@ def test_shift_odd_sizes_masks_and_stepping(host, qwen):
 
 
 def test_loras(host, qwen):
-    names = [
-        loras.write(host.base / "models/loras", f"qwen{i}", loras.qwen_names(QWEN_IMAGE.hidden, seed=i))
-        for i in range(2)
-    ]
-    both = Comparison()
-    graph = both.graph
-    models = []
-    for model in (graph.usp("cpu:1", file=qwen), graph.stock(qwen)):
-        for name, strength in zip(names, (0.8, -0.4), strict=True):
-            model = graph.node("LoraLoaderModelOnly", model=model, lora_name=name, strength_model=strength)
-        models.append(model)
-    positive = prompt(graph, 6)
-    both.add("stack", *(graph.sample(model, positive=positive, negative=positive, steps=1) for model in models))
-    both.check(host)
+    folder = host.base / "models/loras"
+    names = [loras.write(folder, f"qwen{i}", loras.qwen_names(QWEN_IMAGE.hidden, seed=i)) for i in range(2)]
+    loras.check_stack(host, qwen, names, "cpu:1", lambda graph: prompt(graph, 6))
 
 
 REFERENCES = ((48, 80), (72, 56))

@@ -100,22 +100,9 @@ def test_other_changes_of_blocks_are_refused(host, sd3):
 
 
 def test_loras(host, sd3):
-    names = [
-        loras.write(host.base / "models/loras", f"sd3{i}", loras.sd3_names(TINY_SD3.hidden, seed=i)) for i in range(2)
-    ]
-    both = Comparison()
-    graph = both.graph
-    models = []
-    for model in (graph.usp("cpu:2", file=sd3), graph.stock(sd3)):
-        for name, strength in zip(names, (0.8, -0.4), strict=True):
-            model = graph.node("LoraLoaderModelOnly", model=model, lora_name=name, strength_model=strength)
-        models.append(model)
-    positive = prompt(graph, 6)
-    got, want = (graph.sample(model, positive=positive, negative=positive, steps=2) for model in models)
-    both.add("stack", got, want)
-    plain = graph.save(graph.sample(graph.stock(sd3), positive=positive, negative=positive, steps=2))
-    latents = both.check(host).latents
-    assert difference(latents[both.pairs[0][4]], latents[plain]) > 1e-2
+    folder = host.base / "models/loras"
+    names = [loras.write(folder, f"sd3{i}", loras.sd3_names(TINY_SD3.hidden, seed=i)) for i in range(2)]
+    loras.check_stack(host, sd3, names, "cpu:2", lambda graph: prompt(graph, 6), steps=2)
 
 
 def test_formats(host, sd3):

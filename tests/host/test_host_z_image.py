@@ -53,19 +53,7 @@ def test_shift_odd_sizes_masks_and_stepping(host, z_image):
 def test_loras(host, z_image):
     folder, sizes = host.base / "models/loras", (SMALL_Z_IMAGE.hidden, SMALL_Z_IMAGE.mlp)
     names = [loras.write(folder, f"z{i}", loras.z_image_names(*sizes, seed=i)) for i in range(2)]
-    both = Comparison()
-    graph = both.graph
-    models = []
-    for model in (graph.usp("cpu:2", file=z_image), graph.stock(z_image)):
-        for name, strength in zip(names, (0.8, -0.4), strict=True):
-            model = graph.node("LoraLoaderModelOnly", model=model, lora_name=name, strength_model=strength)
-        models.append(model)
-    positive = prompt(graph, 6)
-    got, want = (graph.sample(model, positive=positive, negative=positive, steps=1) for model in models)
-    both.add("stack", got, want)
-    plain = graph.save(graph.sample(graph.stock(z_image), positive=positive, negative=positive, steps=1))
-    latents = both.check(host).latents
-    assert difference(latents[both.pairs[0][4]], latents[plain]) > 1e-2
+    loras.check_stack(host, z_image, names, "cpu:2", lambda graph: prompt(graph, 6))
 
 
 def test_float16_whose_range_products_leave(host, z_image):

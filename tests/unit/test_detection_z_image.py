@@ -6,7 +6,7 @@ from math import prod
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import SMALL_Z_IMAGE, load_model, spec_of
+from support import SMALL_Z_IMAGE, load_model, refusal_of_changed, spec_of
 
 from fastusp_backend.errors import CheckpointError
 from fastusp_backend.models.detection import detect
@@ -79,12 +79,7 @@ def test_the_full_sized_header():
 def test_unfit_files(tmp_path, name, shape, words):
     path = tmp_path / "z_image.safetensors"
     write_checkpoint(str(path), MINI)
-    state = load_file(path)
-    del state[name]
-    save_file(state | ({} if shape is None else {name: torch.zeros(shape)}), path)
-    with pytest.raises(CheckpointError) as refused:
-        load_model(spec_of(path), CPU)
-    assert str(path) in str(refused.value) and words in str(refused.value)
+    assert words in refusal_of_changed(path, name, shape)
 
 
 def test_a_token_may_lack_its_leading_dimension(tmp_path):
