@@ -5,6 +5,7 @@ import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { element } from "./element.js";
 import { measureHere } from "./measure.js";
+import { post, readGpus } from "./pools.js";
 import { keepStep, setValue, settingsOf, valueOf } from "./values.js";
 
 const LOADER = "FastUSPLoader";
@@ -47,20 +48,12 @@ let asked = -Infinity;
 let answered;
 
 /** The GPUs as they are now, asked once for all nodes. */
-function readGpus() {
+function gpusNow() {
   if (performance.now() - asked > FRESH_MS) {
     asked = performance.now();
-    answered = api.fetchApi("/fastusp/gpus").then((answer) => answer.json());
+    answered = readGpus();
   }
   return answered;
-}
-
-async function readPlan(body) {
-  const headers = { "Content-Type": "application/json" };
-  const answer = await api.fetchApi("/fastusp/plan", { method: "POST", headers, body });
-  const found = await answer.json();
-  if (!answer.ok) throw new Error(found.error);
-  return found;
 }
 
 class Chooser {
@@ -117,7 +110,7 @@ class Chooser {
     if (body === this.asked && !again) return;
     this.asked = body;
     try {
-      const [plan, { gpus, error }] = await Promise.all([readPlan(body), readGpus()]);
+      const [plan, { gpus, error }] = await Promise.all([post("/fastusp/plan", body), gpusNow()]);
       if (this.asked === body) this.show(plan, gpus, error);
     } catch (error) {
       this.asked = undefined; // comes again with the next edit, or when the server is back

@@ -1,5 +1,5 @@
-// What the page asks the server about the worker pools, and has it do with them; and small things that the panel and
-// the log share.
+// What the page asks the server about the worker pools and GPUs, and has it do with them; and small things that the
+// panel and the log share.
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
@@ -17,6 +17,12 @@ async function read(route, options) {
   return told;
 }
 
+/** Posts JSON, as `read`. body: the text. */
+export const post = (route, body) => read(route, { method: "POST", headers: { "Content-Type": "application/json" }, body });
+
+/** What the GPUs do: gpus, those that NVML names, and error, why it names none. */
+export const readGpus = () => read("/fastusp/gpus");
+
 const named = (devices) => `devices=${encodeURIComponent(devices)}`;
 
 export const readPools = async () => (await read("/fastusp/status")).pools;
@@ -26,17 +32,13 @@ const readReport = async (devices) => (await read(`/fastusp/pools/report?${named
 /** What the GPUs do, where a pool has some: of each one that NVML names. */
 export async function readLoads(pools) {
   if (!pools.some((pool) => pool.gpus.length > 0)) return [];
-  return (await read("/fastusp/gpus")).gpus;
+  return (await readGpus()).gpus;
 }
 
 /** Has the server do something with a pool. How it ends is told by toasts.js, but for a refusal. */
 export async function act(action, devices, label) {
   try {
-    await read(`/fastusp/pools/${action}`, {
-      method: "POST",
-      headers: { "Content-Type": "application/json" },
-      body: JSON.stringify({ devices }),
-    });
+    await post(`/fastusp/pools/${action}`, JSON.stringify({ devices }));
   } catch (error) {
     toast("error", `FastUSP: ${label}, ${devices}`, error.message);
   }
