@@ -5,9 +5,38 @@ PEERS = "fastusp_backend/comm/peers.py"
 COLLECTIVE = "fastusp_backend/comm/collective.py"
 ARENA = "fastusp_backend/comm/arena.py"
 USP = "fastusp_backend/attention/usp.py"
+LOSSY = "unit/test_lossy_attention.py"
 MESH = "fastusp_backend/comm/mesh.py"
 
 CHANGES = [
+    (
+        "fastusp_backend/attention/flash3.py",
+        "the log-sum-exp of 8 bits lacks the keys' mean",
+        "return out, lse.add_(heads.shift, alpha=scale)",
+        "return out, lse",
+        LOSSY,
+    ),
+    (
+        "fastusp_backend/attention/sage.py",
+        "SageAttention 2 corrects the log-sum-exp alone, in 16 bits",
+        "_function()(q, smoothed, v, return_lse=True, **options)\n    return out, lse.add_(shift, alpha=scale)",
+        "_function()(q, k, v, return_lse=True, **options)\n    return out, lse",
+        LOSSY,
+    ),
+    (
+        "fastusp_backend/attention/sage.py",
+        "SageAttention 1 attends to any number of keys",
+        "if gives_lse() or keys % _KEYS == 0:",
+        "if gives_lse() or keys:",
+        LOSSY,
+    ),
+    (
+        "fastusp_backend/attention/local.py",
+        "a ring may have a back end without a log-sum-exp",
+        "lossy.check(choice, device, dtype, ring=ring)",
+        "lossy.check(choice, device, dtype, ring=False)",
+        LOSSY,
+    ),
     (
         "fastusp_backend/comm/block_store.py",
         "what was changed stays out of the other ranks' parts",
