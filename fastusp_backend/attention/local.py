@@ -91,8 +91,7 @@ def choose(
     Raises ValueError when the device, type or ring does not have the chosen one.
     """
     if choice in lossy.BACKENDS:
-        lossy.check(choice, device, dtype, ring=ring)
-        return choice, lossy.BACKENDS[choice]
+        return choice, lossy.back_end(choice, device, dtype, ring=ring)
     have = [name for (kind, name), (_, types) in _BACKENDS.items() if kind == device.type and dtype in types]
     where, hint, capability = f"{device.type} ranks", "", None
     if device.type == "cuda":

@@ -11,8 +11,11 @@ import torch
 from ..config import AttentionChoice
 from . import flash3, sage
 
-BACKENDS: dict[AttentionChoice, Callable] = {"sage": sage.sage, "flash3-fp8": flash3.flash3_fp8}
-"""As those of attention/local.py."""
+BACKENDS: dict[AttentionChoice, tuple[Callable, Callable]] = {
+    "sage": (sage.sage_whole, sage.sage),
+    "flash3-fp8": (flash3.flash3_fp8, flash3.flash3_fp8),
+}
+"""As those of attention/local.py: for all keys at once, whose log-sum-exp nobody asks for, and for parts of them."""
 _TOKENS = 128
 _OTHERWISE = "or choose another attention in USP Optimization Settings"
 
@@ -22,12 +25,13 @@ def installed() -> list[AttentionChoice]:
     return [name for name, there in (("sage", sage.installed()), ("flash3-fp8", flash3.present())) if there]
 
 
-def check(choice: AttentionChoice, device: torch.device, dtype: torch.dtype, *, ring: bool) -> None:
-    """Raises ValueError, which says first what to do, where a back end of BACKENDS does not run on the device, in the
-    type or, ring: in parts that are merged."""
+def back_end(choice: AttentionChoice, device: torch.device, dtype: torch.dtype, *, ring: bool) -> Callable:
+    """Returns that of BACKENDS, ring: for parts that are merged. Raises ValueError, which says first what to do, where
+    it does not run on the device, in the type or in parts."""
     problem = {"sage": _sage, "flash3-fp8": _flash3_fp8}[choice](device, dtype, ring)
     if problem:
         raise ValueError(problem)
+    return BACKENDS[choice][ring]
 
 
 def _sage(device: torch.device, dtype: torch.dtype, ring: bool) -> str:
@@ -83,7 +87,8 @@ def _failure(name: AttentionChoice, device: torch.device, dtype: torch.dtype) ->
     """Attends with a few tokens -> why that fails, empty where it does not."""
     q = torch.zeros(1, _TOKENS, 1, 128, device=device, dtype=dtype)
     try:
-        BACKENDS[name](q, q, q, 1.0)
+        for attend in BACKENDS[name] if name != "sage" or sage.gives_lse() else BACKENDS[name][:1]:
+            attend(q, q, q, 1.0)
     except torch.OutOfMemoryError:
         raise
     except (ImportError, OSError, AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:

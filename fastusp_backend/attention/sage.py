@@ -4,9 +4,9 @@ Queries and keys are int8 with a scale per block of tokens, in version 2 per thr
 or, in version 2 on GPUs from Ada on, e4m3 with a scale per channel. The package takes the kernel that it has for the
 GPU.
 
-Keys go in without their mean (kernels/smooth.py). Version 1 would subtract it from the caller's own keys, which the
-ring still sends; version 2 does so again, from keys that have none, and adds to its log-sum-exp (natural, of scaled
-scores) what that takes from it, in the type of q, too coarse for a mean that counts.
+Keys go in without their mean (kernels/smooth.py). Version 1 would subtract it from the caller's own keys. Version 2
+does so by itself, beside its rounding, and adds to its log-sum-exp (natural, of scaled scores) what that takes from it,
+in the type of q: too coarse for a mean that counts. So where parts are merged it gets keys that have none.
 
 Version 1, which is all that package indices have, gives no log-sum-exp. And it counts keys that are not there where
 their number is no multiple of 64: its last block is filled up with zeros, whose score is 0.
@@ -43,14 +43,19 @@ def installed() -> bool:
     return importlib.util.find_spec(_MODULE) is not None
 
 
-def sage(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """See attention/local.py; without a log-sum-exp in version 1."""
+def sage(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """See attention/local.py; version 2."""
     smoothed, shift = smooth(q, k)
-    options = {"tensor_layout": "NHD", "sm_scale": scale}
-    if not gives_lse():
-        return _function()(q, smoothed, v, smooth_k=False, **options), None
-    out, lse = _function()(q, smoothed, v, return_lse=True, **options)
+    out, lse = _function()(q, smoothed, v, tensor_layout="NHD", sm_scale=scale, return_lse=True)
     return out, lse.add_(shift, alpha=scale)
+
+
+def sage_whole(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, None]:
+    """The same over all keys, without a log-sum-exp; either version."""
+    options = {"tensor_layout": "NHD", "sm_scale": scale}
+    if gives_lse():
+        return _function()(q, k, v, **options), None
+    return _function()(q, smooth(q, k)[0], v, smooth_k=False, **options), None
 
 
 def problem_with(keys: int) -> str:

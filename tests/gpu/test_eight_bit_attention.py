@@ -48,9 +48,9 @@ def exact(q, k, v, scale=SCALE):
 
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("lengths", [(1, 64), (300, 1031), (4608, 4608), (77, 16896)], ids=str)
-@pytest.mark.parametrize("name", EIGHT_BIT_ATTENTION)
-def test_out_and_lse(attend, name, lengths, dim):
-    function = attend(name)
+@pytest.mark.parametrize(("name", "ring"), [("sage", False), ("sage", True), ("flash3-fp8", True)])
+def test_out_and_lse(attend, name, ring, lengths, dim):
+    function = attend(name, ring=ring)
     if name == "sage" and sage.problem_with(lengths[1] - 3):
         lengths = lengths[0], lengths[1] // 64 * 64 + 3  # version 1
     q, k, v = qkv(*lengths, batch=2, heads=5, dim=dim)

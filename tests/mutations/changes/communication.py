@@ -18,9 +18,9 @@ CHANGES = [
     ),
     (
         "fastusp_backend/attention/sage.py",
-        "SageAttention 2 corrects the log-sum-exp alone, in 16 bits",
-        "_function()(q, smoothed, v, return_lse=True, **options)\n    return out, lse.add_(shift, alpha=scale)",
-        "_function()(q, k, v, return_lse=True, **options)\n    return out, lse",
+        "SageAttention 2 corrects the log-sum-exp by itself, in 16 bits",
+        "    smoothed, shift = smooth(q, k)\n    out, lse",
+        "    smoothed, shift = k, smooth(q, k)[1] * 0\n    out, lse",
         LOSSY,
     ),
     (
@@ -33,8 +33,8 @@ CHANGES = [
     (
         "fastusp_backend/attention/local.py",
         "a ring may have a back end without a log-sum-exp",
-        "lossy.check(choice, device, dtype, ring=ring)",
-        "lossy.check(choice, device, dtype, ring=False)",
+        "lossy.back_end(choice, device, dtype, ring=ring)",
+        "lossy.back_end(choice, device, dtype, ring=False)",
         LOSSY,
     ),
     (
