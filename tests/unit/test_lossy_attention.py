@@ -215,7 +215,7 @@ def test_packages_are_tried_once(install, monkeypatch):
         tried.append(given)
         raise AssertionError("SM90 kernel is not available\nand more")
 
-    monkeypatch.setitem(lossy.BACKENDS, "sage", (sage.sage_whole, attend))
+    monkeypatch.setitem(lossy.BACKENDS, "sage", (attend, sage.sage))
     cpu = torch.device("cpu")
     assert [lossy._failure("sage", cpu, torch.bfloat16) for _ in range(2)] == ["SM90 kernel is not available"] * 2
     assert len(tried) == 1
