@@ -250,7 +250,7 @@ def test_it_waits_for_its_turn_and_leaves_the_queue(host, page):
 def test_a_file_that_cannot_be_measured_is_refused_with_the_reason(host, page):
     loader(page, gpus="cpu:77")
     measure(page)
-    page.wait_for(f"{LINE}.includes('between 1 and 16 CPU ranks can be used')")
+    page.wait_for(f"{LINE}.includes('Set 1 to 16 CPU ranks')")
     press(page, "Close")
 
 
