@@ -107,12 +107,15 @@ def test_8_bits_are_left_out_where_their_exact_row_did_not_run(monkeypatch, fits
     """And ring 2, where it is the one that ran, is no automatic choice."""
 
     def measured(_, row, pool):
+        assert pool.crowded, "as the pool that it is for"
         if fits and row.layout.ring == 2 or row.settings.linear == "fp8":
             return replace(row, seconds=1.0)
         return replace(row, problem="rank 0 ran out of memory")
 
     monkeypatch.setattr(Bench, "measured", measured)
-    every = Bench(spec=None, given=(None, None), steps=1, every_layout=True, base=Settings(attention="math"))
+    every = Bench(
+        spec=None, given=(None, None), steps=1, every_layout=True, base=Settings(attention="math"), crowded=True
+    )
     found = list(every.rows(Devices(ranks=2), 24))
     assert {row.settings.attention for row in found} == {"math"}
     assert len(found) <= every.count(Devices(ranks=2), 24) == 8
