@@ -31,6 +31,14 @@ def test_name_and_versions():
     assert f"## {entry('version')}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
+def test_the_changelog_is_dated_newest_first():
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    for version in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
+        days = re.findall(r"^### (\d{4}-\d\d-\d\d)$", version, re.MULTILINE)
+        assert days and days == sorted(days, reverse=True)
+        assert not re.search(r"^- ", version.partition("### ")[0], re.MULTILINE), "an entry without a date"
+
+
 @pytest.mark.parametrize(("name", "shape"), [("Icon", (1, 1)), ("Banner", (21, 9))])
 def test_pictures(name, shape):
     """Of the shapes, and no larger than, the registry shows them."""
