@@ -3,9 +3,9 @@ requirements with pip."""
 
 import shutil
 import subprocess
-from pathlib import Path
 import urllib.parse
 import urllib.request
+from pathlib import Path
 
 import pytest
 from comfy import REPOSITORY
