@@ -20,7 +20,8 @@ OVERLAPS = """(() => {
         return [node.title, x, y - title, x + width, y + height];
     });
     const meet = ([, a, b, c, d], [, e, f, g, h]) => Math.min(c, g) > Math.max(a, e) && Math.min(d, h) > Math.max(b, f);
-    return boxes.flatMap((box, at) => boxes.slice(at + 1).filter(other => meet(box, other)).map(other => [box[0], other[0]]));
+    const pairs = boxes.flatMap((box, at) => boxes.slice(at + 1).map(other => [box, other]));
+    return pairs.filter(pair => meet(...pair)).map(pair => pair.map(([title]) => title));
 })()"""
 """The pairs of nodes that cover each other, as they are drawn."""
 DRAWN = "document.querySelectorAll('[data-node-id]').length"
@@ -69,9 +70,8 @@ def test_files_and_a_pack_that_are_missing(page):
 
 def test_pictures_of_the_templates_are_square(page):
     page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
-    entry = (
-        "[...document.querySelectorAll('[role=dialog] [role=button]')].find(one => one.innerText.trim() == 'FastUSP')"
-    )
+    entries = "[...document.querySelectorAll('[role=dialog] [role=button]')]"
+    entry = f"{entries}.find(one => one.innerText.trim() == 'FastUSP')"
     page.wait_for(f"!!({entry})")
     page.evaluate(f"({entry}).click()")
     page.wait_for(f"{TEMPLATES}.length == {len(EXAMPLES)}")
