@@ -76,7 +76,7 @@ def test_pictures_of_the_templates_are_square(page):
     page.evaluate(f"({entry}).click()")
     page.wait_for(f"{TEMPLATES}.length == {len(EXAMPLES)}")
     titles = page.evaluate(f"{TEMPLATES}.map(one => one.innerText.split('\\n').at(-1))")
-    assert sorted(titles) == [path.stem for path in EXAMPLES]
+    assert {*titles} == {path.stem for path in EXAMPLES}
     sizes = f"{TEMPLATES}.map(one => one.querySelector('img')).map(one => [one.naturalWidth, one.naturalHeight])"
     page.evaluate(f"{TEMPLATES}.forEach(one => one.scrollIntoView())")  # pictures load as they come into sight
     page.wait_for(f"{sizes}.every(([width, height]) => width >= 400 && width == height)")

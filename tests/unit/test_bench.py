@@ -8,6 +8,7 @@ import pytest
 
 from fastusp_backend.cli import bench
 from fastusp_backend.cli.arguments import pixels
+from fastusp_backend.cli.bar import bar
 from fastusp_backend.cli.bench import Bench, Row, options, rank_counts, recommend
 from fastusp_backend.config import Layout, Settings
 from fastusp_backend.devices import Devices
@@ -93,6 +94,14 @@ def test_steps_that_warm_up_do_not_count(monkeypatch):
     pool = SimpleNamespace(devices=Devices(ranks=1), held=SimpleNamespace(nbytes=7, transport="none"))
     found = Bench(spec=None, given=(None, None), steps=3).measured(row(1, None), pool)
     assert (found.seconds, found.first, found.nbytes, found.problem) == (2.0, 62.0, 7, "")
+
+
+def test_the_bar_names_the_phase_that_it_is_in(capsys):
+    with bar("two ranks", 3) as progress:
+        for phase in ("loading the model", "compiling"):
+            progress.phase(phase)
+            assert phase in capsys.readouterr().err
+        progress.step(None, {})
 
 
 def test_sizes():
