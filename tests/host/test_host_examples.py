@@ -77,9 +77,10 @@ def test_pictures_of_the_templates_are_square(page):
     page.wait_for(f"{TEMPLATES}.length == {len(EXAMPLES)}")
     titles = page.evaluate(f"{TEMPLATES}.map(one => one.innerText.split('\\n').at(-1))")
     assert {*titles} == {path.stem for path in EXAMPLES}
-    sizes = f"{TEMPLATES}.map(one => one.querySelector('img')).map(one => [one.naturalWidth, one.naturalHeight])"
-    page.evaluate(f"{TEMPLATES}.forEach(one => one.scrollIntoView())")  # pictures load as they come into sight
-    page.wait_for(f"{sizes}.every(([width, height]) => width >= 400 && width == height)")
+    for at in range(len(EXAMPLES)):
+        page.evaluate(f"{TEMPLATES}[{at}].scrollIntoView()")  # pictures load as they come into sight
+        picture = f"{TEMPLATES}[{at}].querySelector('img')"
+        page.wait_for(f"{picture}?.naturalWidth >= 400 && {picture}.naturalWidth == {picture}.naturalHeight")
     page.press("Escape", 27)
 
 
