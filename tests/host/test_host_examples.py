@@ -1,4 +1,4 @@
-"""The example workflows and the help as the page shows them: room for each node, pictures, what is missing, lines that
+"""The example workflows and the help as the page shows them: room for each node, titles, what is missing, lines that
 wrap."""
 
 import json
@@ -68,7 +68,7 @@ def test_files_and_a_pack_that_are_missing(page):
     assert "Unknown" not in page.evaluate(card)
 
 
-def test_pictures_of_the_templates_are_square(page):
+def test_titles_of_the_templates(page):
     page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     entries = "[...document.querySelectorAll('[role=dialog] [role=button]')]"
     entry = f"{entries}.find(one => one.innerText.trim() == 'FastUSP')"
@@ -77,10 +77,6 @@ def test_pictures_of_the_templates_are_square(page):
     page.wait_for(f"{TEMPLATES}.length == {len(EXAMPLES)}")
     titles = page.evaluate(f"{TEMPLATES}.map(one => one.innerText.split('\\n').at(-1))")
     assert {*titles} == {path.stem for path in EXAMPLES}
-    for at in range(len(EXAMPLES)):
-        page.evaluate(f"{TEMPLATES}[{at}].scrollIntoView()")  # pictures load as they come into sight
-        picture = f"{TEMPLATES}[{at}].querySelector('img')"
-        page.wait_for(f"{picture}?.naturalWidth >= 400 && {picture}.naturalWidth == {picture}.naturalHeight")
     page.press("Escape", 27)
 
 
