@@ -16,7 +16,7 @@ from ..fastusp_backend.cli import bench, verify
 from ..fastusp_backend.cli.inputs import difference, random_inputs
 from ..fastusp_backend.config import Settings
 from ..fastusp_backend.devices import Devices, local_devices
-from ..fastusp_backend.pool import Pool, Progress, Session
+from ..fastusp_backend.pool import Progress, Session
 from .comfyui import ProgressBar, PromptServer, dev_only, get_executing_context, io, model_management
 from .files import model_names
 from .host import interruptible
@@ -95,6 +95,7 @@ class USPMeasure(io.ComfyNode):
                 steps=steps,
                 every_layout=every_layout,
                 base=settings or Settings(),
+                crowded=any(pool.crowded for pool in all_pools() if pool.devices == devices),
                 watch=told.watch,
             )
             evaluations = plan.count(devices, file.config.heads) * (bench.WARM_UP[devices.type] + steps)
@@ -111,14 +112,15 @@ class USPMeasure(io.ComfyNode):
 
 @contextlib.contextmanager
 def _devices_to_itself() -> Iterator[None]:
-    """ComfyUI's models leave the devices, and so do the pools' workers, of which those that ran are started again."""
-    model_management.unload_all_models()
-    model_management.soft_empty_cache()
+    """The pools' workers leave the devices, of which those that ran are started again, and so do ComfyUI's models.
+    Workers first: ComfyUI would have them make room, which costs time and tells the pool that it is crowded."""
     running = [pool for pool in all_pools() if pool.status()["state"] != "off"]
     with contextlib.ExitStack() as again:
         for pool in running:
             again.callback(pool.start)
             pool.stop("their devices are measured")
+        model_management.unload_all_models()
+        model_management.soft_empty_cache()
         yield
 
 
@@ -168,7 +170,7 @@ class Told:
             return
         given = *plan.given, timestep_scale
         exact = plan.base.without_loss()
-        with closing(Pool(self._devices)) as pool:
+        with closing(plan.pool(self._devices)) as pool:
 
             def results(settings: Settings, name: str) -> list[torch.Tensor] | str:
                 session = Session(pool, plan.spec, (lossy[0].layout,), settings)
