@@ -1,11 +1,11 @@
-"""What the fp8 options cost in exactness: full-size random weights, plain and with outlier channels as trained ones.
+"""What the lossy options cost in exactness: full-size random weights, plain and with outlier channels as trained ones.
 
     python benchmarks/quality.py --model flux --ranks 2
 
 Prints per layout and option the relative (Frobenius) error of one evaluation at three timesteps, and of the latents
-after all steps of Euler's method, against one rank that runs eagerly and exactly. Then what the options do to pictures
-of the small model that is shipped: their difference in dB, and the share of captions that they meet. Ranks may share a
-GPU: this measures exactness, not speed.
+after all steps of Euler's method, against one rank that runs eagerly and exactly. Then what the options, and caches at
+several thresholds, do to pictures of the small model that is shipped: their difference in dB, the share of captions
+that they meet, and the steps that were skipped. Ranks may share a GPU: this measures exactness, not speed.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from fastusp_backend.environment import inherited
 from fastusp_backend.models.family import Transformer
 from fastusp_backend.models.files import read_model
 from fastusp_backend.prompt import Prompt
+from fastusp_backend.sampling import SAMPLERS, Cache, GuidedModel
 
 OF_OURS = "FASTUSP_QUALITY"
 """Set for the ranks that are started here, whatever launcher surrounds all."""
@@ -47,6 +48,11 @@ OPTIONS = {
     "fp8 products": {"linear": "fp8"},
     "int8 wire, fp8 products": {"wire": "int8", "linear": "fp8"},
 }
+CACHES = {
+    f"cache {kind}, threshold {threshold}": {"cache": kind, "cache_threshold": threshold}
+    for kind, threshold in (("easy", 0.05), ("easy", 0.1), ("easy", 0.2))
+}
+"""Of whole runs, so of pictures alone."""
 
 
 def add_outliers(model: Transformer, *, share: float = 0.003, factor: float = 30.0) -> None:
@@ -120,7 +126,7 @@ def rank(a: argparse.Namespace) -> None:
 
 def picture_table() -> Table:
     numbers = Column("pictures, dB", format=".1f"), Column("captions met", format=".1%")
-    return Table(Column("layout"), Column("option"), *numbers, markdown=True)
+    return Table(Column("layout"), Column("option"), *numbers, Column("skipped", format=".0%"), markdown=True)
 
 
 def shipped_model(device: torch.device, dtype: torch.dtype) -> Transformer:
@@ -138,35 +144,55 @@ def pictures(a: argparse.Namespace, places: list, alone, dtype: torch.dtype) -> 
     model = shipped_model(alone.device, dtype)
     rows = held_by_rows(model)
 
-    def drawn(held: Transformer, mesh, transport, settings: Settings) -> torch.Tensor:
-        denoiser, found = Denoiser(held, mesh, transport, settings, dtype), []
+    def agreed(skip: bool) -> bool:
+        answer = torch.tensor([skip])
+        dist.broadcast(answer, 0)
+        return bool(answer)
+
+    def drawn(held: Transformer, mesh, transport, settings: Settings) -> tuple[torch.Tensor, float]:
+        """(pictures, the share of steps that were skipped)."""
+        denoiser, found, caches = Denoiser(held, mesh, transport, settings, dtype), [], []
+        sigmas = torch.linspace(1, 0, a.steps + 1)
+        rule = settings.cache_rule(sigmas.tolist())
         for start in range(0, len(captions), TOGETHER):
             tensors = shapes.prompt(captions[start : start + TOGETHER]).tensors()
             prompt = Prompt.from_tensors({name: t.to(alone.device, dtype) for name, t in tensors.items()}, None)
             noise = torch.randn(len(prompt.context), 16, 32, 32, generator=torch.Generator().manual_seed(start))
-            x, sigmas = noise.to(alone.device), torch.linspace(1, 0, a.steps + 1)
-            for now, after in zip(sigmas, sigmas[1:], strict=False):
-                x = x + (after - now).item() * denoiser(x, now.expand(len(x)), [prompt], lambda: None)[0].float()
+            if rule is not None:
+                caches.append(Cache(rule, agreed))
+            model = GuidedModel(
+                velocities=lambda x, timestep, prompts, run=denoiser: run(x, timestep, prompts, lambda: None),
+                positive=prompt,
+                negative=None,
+                cfg=1.0,
+                timestep_scale=1.0,
+                cache=caches[-1] if caches else None,
+            )
+            run = SAMPLERS["euler"].run
+            x = run(model, noise.to(alone.device), sigmas, noise=iter(()), callback=lambda state: None)
             found.append(shapes.decode(x).cpu())
-        return torch.cat(found)
+        return torch.cat(found), sum(cache.skipped for cache in caches) / (a.steps * len(found))
 
-    def told(layout: str, name: str, found: torch.Tensor, wanted: torch.Tensor) -> None:
+    def told(layout: str, name: str, found: torch.Tensor, wanted: torch.Tensor, skipped: float = 0) -> None:
         met = sum(not shapes.unmet(caption, picture) for caption, picture in zip(captions, found, strict=True))
         differences = ((found - wanted)[:SHOWN].abs() * MAGNIFIED).clamp(max=1)
         sheet.append((f"{layout}: {name}", torch.cat([found[:SHOWN], differences])))
-        print(picture_table().row(layout, name, shapes.psnr(found, wanted), met / len(captions)), flush=True)
+        row = picture_table().row(layout, name, shapes.psnr(found, wanted), met / len(captions), skipped or None)
+        print(row, flush=True)
 
     sheet: list[tuple[str, torch.Tensor]] = []
-    wanted = drawn(model, alone, Transport(alone), Settings(compile=False, cuda_graphs=False, overlap=False))
+    eager = Settings(compile=False, cuda_graphs=False, overlap=False)
+    wanted, _ = drawn(model, alone, Transport(alone), eager)
     if number == 0:
         told("1 rank", "exact, eager", wanted, wanted)
     for mesh, transport in places:
-        for name, options in OPTIONS.items():
-            found = drawn(rows if options.get("linear") == "fp8" else model, mesh, transport, Settings(**options))
+        for name, options in (OPTIONS | CACHES).items():
+            held = rows if options.get("linear") == "fp8" else model
+            found, skipped = drawn(held, mesh, transport, Settings(**options))
             if number == 0:
-                told(str(mesh.layout), name, found, wanted)
+                told(str(mesh.layout), name, found, wanted, skipped)
     if number == 0 and a.sheet:
-        contact_sheet([sheet[0], *sheet[-len(OPTIONS) :]]).save(a.sheet)
+        contact_sheet([sheet[0], *sheet[-len(OPTIONS | CACHES) :]]).save(a.sheet)
 
 
 def contact_sheet(rows: list[tuple[str, torch.Tensor]]) -> Image.Image:

@@ -21,7 +21,7 @@ from ..prompt import Prompt, Tensors
 from ..protocol import Done, Evaluate, Failed, Park, Patch, Phase, Release, Sample, Shutdown, Step, Unmap
 from ..protocol.messages import Request
 from ..pulse import beat, show_memory, turn_to
-from ..sampling import SAMPLERS, GuidedModel, StepState
+from ..sampling import SAMPLERS, Cache, GuidedModel, StepState
 from .activity import EVALUATING, PATCHING, PREPARING, RECEIVING, WAITING, explain, out_of_memory_in
 from .agreement import Agreement, Refused
 from .control import Control
@@ -138,6 +138,9 @@ class Runner:
             return denoiser, inputs
 
         denoiser, inputs = self._prepare(request, prepare)
+        cache = None
+        if request.cache is not None:
+            cache = Cache(request.cache, self._crew.agree, together=inputs.alike)
         model = GuidedModel(
             velocities=self._velocities(request, denoiser),
             positive=inputs.positive,
@@ -145,13 +148,15 @@ class Runner:
             cfg=request.cfg,
             timestep_scale=request.timestep_scale,
             inpainting=inputs.inpainting,
+            cache=cache,
         )
         follow = self._follower(request, steps=len(inputs.sigmas) - 1)
         run = SAMPLERS[request.sampler].run
         with torch.inference_mode():
             denoiser.prepare(inputs.timesteps, inputs.prompts)  # an exchange, so no part of what is prepared
             output = run(model, inputs.x, inputs.sigmas, noise=iter(inputs.noise), callback=follow, **request.options)
-        self._finish(request, output)
+        counts = {} if cache is None else {"evaluations": cache.evaluations, "skipped": cache.skipped}
+        self._finish(request, output, **counts)
 
     def _follower(self, request: Sample, *, steps: int) -> Callable[[StepState], None]:
         """What tells the client of each step."""
@@ -182,14 +187,15 @@ class Runner:
         (output,) = self._velocities(request, denoiser, residuals)(x, timestep, [prompt])
         self._finish(request, output)
 
-    def _finish(self, request: Request, output: torch.Tensor) -> None:
-        """Answers, but not with what may have been computed from a file that was written to meanwhile."""
+    def _finish(self, request: Request, output: torch.Tensor, **counts: int) -> None:
+        """Answers, with what `Done` counts, but not with what may have been computed from a file that was written to
+        meanwhile."""
         try:
             self._engine.check_file()
         except CheckpointError as error:
             self._reply(Failed(id=request.id, kind="refused", rank=0, text=str(error)))
         else:
-            self._reply(Done(id=request.id), {"output": output})
+            self._reply(Done(id=request.id, **counts), {"output": output})
 
     def _patch(self, request: Patch, tensors: Tensors) -> None:
         self._residency.bring(request, lambda: self._engine.describe(request.model))
