@@ -50,7 +50,8 @@ OPTIONS = {
 }
 CACHES = {
     f"cache {kind}, threshold {threshold}": {"cache": kind, "cache_threshold": threshold}
-    for kind, threshold in (("easy", 0.05), ("easy", 0.1), ("easy", 0.2))
+    for kind in ("easy", "first_block")
+    for threshold in (0.05, 0.1, 0.2)
 }
 """Of whole runs, so of pictures alone."""
 
@@ -67,6 +68,10 @@ def add_outliers(model: Transformer, *, share: float = 0.003, factor: float = 30
     for name, parameter in model.named_parameters():
         if "key_norm" in name or "norm_k" in name or "norm_added_k" in name:
             parameter.data[torch.randperm(len(parameter), generator=generator)[:4]] *= 6
+
+
+def _chosen(options: dict[str, dict], a: argparse.Namespace) -> dict[str, dict]:
+    return {name: of for name, of in options.items() if name == "exact" or name.startswith(a.only)}
 
 
 def table(steps: int) -> Table:
@@ -110,7 +115,7 @@ def rank(a: argparse.Namespace) -> None:
         wanted = results(model, alone, Transport(alone), eager)
         rows = held_by_rows(model)
         for mesh, transport in places:
-            for name, options in OPTIONS.items():
+            for name, options in _chosen(OPTIONS, a).items():
                 held = rows if options.get("linear") == "fp8" else model
                 found = results(held, mesh, transport, Settings(**options))
                 errors = [((f - w).norm() / w.norm()).item() for f, w in zip(found, wanted, strict=True)]
@@ -144,34 +149,37 @@ def pictures(a: argparse.Namespace, places: list, alone, dtype: torch.dtype) -> 
     model = shipped_model(alone.device, dtype)
     rows = held_by_rows(model)
 
-    def agreed(skip: bool) -> bool:
-        answer = torch.tensor([skip])
-        dist.broadcast(answer, 0)
-        return bool(answer)
+    def all_numbers(numbers: list[float]) -> list[list[float]]:
+        every = [None] * dist.get_world_size()
+        dist.all_gather_object(every, numbers)
+        return every
 
     def drawn(held: Transformer, mesh, transport, settings: Settings) -> tuple[torch.Tensor, float]:
-        """(pictures, the share of steps that were skipped)."""
-        denoiser, found, caches = Denoiser(held, mesh, transport, settings, dtype), [], []
+        """(pictures, the share of evaluations that were skipped)."""
+        denoiser, found, asked, skipped = Denoiser(held, mesh, transport, settings, dtype), [], 0, 0
         sigmas = torch.linspace(1, 0, a.steps + 1)
         rule = settings.cache_rule(sigmas.tolist())
         for start in range(0, len(captions), TOGETHER):
             tensors = shapes.prompt(captions[start : start + TOGETHER]).tensors()
             prompt = Prompt.from_tensors({name: t.to(alone.device, dtype) for name, t in tensors.items()}, None)
             noise = torch.randn(len(prompt.context), 16, 32, 32, generator=torch.Generator().manual_seed(start))
-            if rule is not None:
-                caches.append(Cache(rule, agreed))
-            model = GuidedModel(
-                velocities=lambda x, timestep, prompts, run=denoiser: run(x, timestep, prompts, lambda: None),
-                positive=prompt,
-                negative=None,
-                cfg=1.0,
-                timestep_scale=1.0,
-                cache=caches[-1] if caches else None,
-            )
+            easy = first_block = None
+            if rule is not None and rule.kind == "first_block":
+                first_block = denoiser.first_block_cache(rule, 1.0, all_numbers)
+            elif rule is not None:
+                easy = Cache(rule, lambda skip: bool(all_numbers([float(skip)])[0][0]))
+
+            def velocities(x, timestep, prompts, cache=first_block):
+                return denoiser(x, timestep, prompts, lambda: None, cache=cache)
+
+            more = {"negative": None, "cfg": 1.0, "timestep_scale": 1.0}
+            model = GuidedModel(velocities=velocities, positive=prompt, cache=easy, **more)
             run = SAMPLERS["euler"].run
             x = run(model, noise.to(alone.device), sigmas, noise=iter(()), callback=lambda state: None)
             found.append(shapes.decode(x).cpu())
-        return torch.cat(found), sum(cache.skipped for cache in caches) / (a.steps * len(found))
+            if cache := easy or first_block:
+                asked, skipped = asked + cache.evaluations, skipped + cache.skipped
+        return torch.cat(found), skipped / max(1, asked)
 
     def told(layout: str, name: str, found: torch.Tensor, wanted: torch.Tensor, skipped: float = 0) -> None:
         met = sum(not shapes.unmet(caption, picture) for caption, picture in zip(captions, found, strict=True))
@@ -186,13 +194,13 @@ def pictures(a: argparse.Namespace, places: list, alone, dtype: torch.dtype) -> 
     if number == 0:
         told("1 rank", "exact, eager", wanted, wanted)
     for mesh, transport in places:
-        for name, options in (OPTIONS | CACHES).items():
+        for name, options in _chosen(OPTIONS | CACHES, a).items():
             held = rows if options.get("linear") == "fp8" else model
             found, skipped = drawn(held, mesh, transport, Settings(**options))
             if number == 0:
                 told(str(mesh.layout), name, found, wanted, skipped)
     if number == 0 and a.sheet:
-        contact_sheet([sheet[0], *sheet[-len(OPTIONS | CACHES) :]]).save(a.sheet)
+        contact_sheet([sheet[0], *sheet[-len(_chosen(OPTIONS | CACHES, a)) :]]).save(a.sheet)
 
 
 def contact_sheet(rows: list[tuple[str, torch.Tensor]]) -> Image.Image:
@@ -215,6 +223,7 @@ def main() -> None:
     parser.add_argument("--text", type=int, default=512)
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--captions", type=int, default=200, help="pictures of the shipped model (default 200)")
+    parser.add_argument("--only", default="", help="the options whose names begin so, beside exact values")
     parser.add_argument("--sheet", type=Path, help="where to save some of them, and differences")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")

@@ -11,7 +11,7 @@ from typing import Literal
 
 import msgspec
 
-from .errors import CheckpointError, LayoutError, RequestError
+from .errors import CheckpointError, LayoutError, SettingsError
 
 DType = Literal["bfloat16", "float16", "float32"]
 DTYPES: tuple[DType, ...] = ("bfloat16", "float16", "float32")
@@ -23,8 +23,8 @@ WireChoice = Literal["exact", "fp8", "auto", "int8"]
 LinearChoice = Literal["exact", "fp8"]
 Residency = Literal["keep", "park", "release"]
 WeightsChoice = Literal["auto", "whole", "shared", "host"]
-CacheChoice = Literal["off", "easy"]
-CacheKind = Literal["easy", "easy_in_place", "lazy"]
+CacheChoice = Literal["off", "easy", "first_block"]
+CacheKind = Literal["easy", "first_block", "easy_in_place", "lazy"]
 PatchKind = Literal["lora", "loha", "lokr", "glora", "oft", "boft", "diff", "set"]
 
 
@@ -61,11 +61,12 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CacheRule(msgspec.Struct, frozen=True, kw_only=True):
-    """When evaluations of a sampling run are skipped; `sampling.cache` has the rules.
+    """When evaluations of a sampling run are skipped.
 
-    kind: `easy` is EasyCache's. `easy_in_place` and `lazy` are what ComfyUI's nodes make of it: EasyCache where it adds
+    kind: `easy` is EasyCache's rule (sampling/cache.py); with `first_block` all blocks but the first are skipped
+        (engine/first_block.py). `easy_in_place` and `lazy` are what ComfyUI's nodes make of it: EasyCache where it adds
         to the latents themselves (float32), and LazyCache.
-    threshold: how large the change that was estimated since the last evaluation may become.
+    threshold: how large the change since the last whole evaluation may become, relative to what changes.
     start, end: only evaluations at sigmas up to `start` and above `end` are skipped.
     """
 
@@ -111,9 +112,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self):
         if not 0 <= self.cache_threshold < float("inf"):
-            raise RequestError(f"set cache_threshold to 0 or more: it is {self.cache_threshold}")
+            raise SettingsError(f"set cache_threshold to 0 or more: it is {self.cache_threshold}")
         if not 0 <= self.cache_start <= self.cache_end <= 1:
-            raise RequestError(
+            raise SettingsError(
                 f"set cache_start and cache_end to shares of the schedule, 0 <= start <= end <= 1: they are "
                 f"{self.cache_start} and {self.cache_end}"
             )

@@ -34,10 +34,10 @@ TOOLTIPS = {
     "memory, once for all GPUs; several times slower where all come from there. auto: whole where that fits, else as "
     "few blocks as must are fetched in every step. The picture is the same.",
     "cache": "Skip steps whose outcome is almost known. off: none. easy: EasyCache's rule; a step that is skipped "
-    "takes no time. The picture changes, the more the higher cache_threshold is. Works where the loop runs in the "
-    "workers.",
-    "cache_threshold": "How much the model's output may have changed, by an estimate, before it is computed again: "
-    "0 skips nothing, 0.1 few steps, 0.2 many. Only with a cache.",
+    "takes no time. first_block: the first block is computed in every step, and tells whether the others must be. The "
+    "picture changes, the more the higher cache_threshold is. Works where the loop runs in the workers.",
+    "cache_threshold": "How much may have changed since a step was last computed, before one is computed again: 0 "
+    "skips nothing. Only with a cache.",
     "cache_start": "Before this share of the steps none is skipped. Only with a cache.",
     "cache_end": "After this share of the steps none is skipped. Only with a cache.",
 }

@@ -28,7 +28,7 @@ CAPTIONS, PIXELS, PICTURE_STEPS = 6, 256, 28
 
 _SHARED = {"fp8 wire": {"wire": "fp8"}, "int8 wire": {"wire": "int8"}}
 _ANYWHERE = {"fp8 products": {"linear": "fp8"}}
-_CACHES = {"cache easy": {"cache": "easy"}}
+_CACHES = {f"cache {kind}": {"cache": kind} for kind in ("easy", "first_block")}
 _BOTH = {"int8 wire and fp8 products": {"wire": "int8", "linear": "fp8"}}
 
 

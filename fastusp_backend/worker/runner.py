@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import torch
 
-from ..engine import Denoiser, Engine
+from ..engine import Denoiser, Engine, FirstBlockCache
 from ..errors import Cancelled, CheckpointError, PatchesLost
 from ..models.family import NO_RESIDUALS, Residuals
 from ..prompt import Prompt, Tensors
@@ -129,26 +129,31 @@ class Runner:
             self._control.send(message, tensors)
 
     def _sample(self, request: Sample, sent: Tensors) -> None:
-        def prepare() -> tuple[Denoiser, SamplingInputs]:
+        rule = request.cache
+
+        def prepare() -> tuple[Denoiser, SamplingInputs, Cache | FirstBlockCache | None]:
             inputs = sampling_inputs(request, self._here(sent))
             denoiser = self._engine.denoiser(request.layout, request.settings)
             denoiser.check(inputs.x, inputs.prompts)
+            cache = None
+            if rule is not None and rule.kind == "first_block":
+                cache = denoiser.first_block_cache(rule, request.timestep_scale, self._crew.all_numbers)
+            elif rule is not None:
+                cache = Cache(rule, self._crew.agree, together=inputs.alike)
             more = {"evaluations": len(inputs.timesteps), "spare": self._engine.spare}
+            more["caches"] = isinstance(cache, FirstBlockCache)
             denoiser.probe_memory(inputs.x, inputs.prompts, **more)
-            return denoiser, inputs
+            return denoiser, inputs, cache
 
-        denoiser, inputs = self._prepare(request, prepare)
-        cache = None
-        if request.cache is not None:
-            cache = Cache(request.cache, self._crew.agree, together=inputs.alike)
+        denoiser, inputs, cache = self._prepare(request, prepare)
         model = GuidedModel(
-            velocities=self._velocities(request, denoiser),
+            velocities=self._velocities(request, denoiser, cache=cache if isinstance(cache, FirstBlockCache) else None),
             positive=inputs.positive,
             negative=inputs.negative,
             cfg=request.cfg,
             timestep_scale=request.timestep_scale,
             inpainting=inputs.inpainting,
-            cache=cache,
+            cache=cache if isinstance(cache, Cache) else None,
         )
         follow = self._follower(request, steps=len(inputs.sigmas) - 1)
         run = SAMPLERS[request.sampler].run
@@ -242,7 +247,13 @@ class Runner:
         if patches != request.patches:
             raise PatchesLost(f"the weights hold patch set {patches}, not {request.patches}")
 
-    def _velocities(self, request: Request, denoiser: Denoiser, residuals: Residuals = NO_RESIDUALS):
+    def _velocities(
+        self,
+        request: Request,
+        denoiser: Denoiser,
+        residuals: Residuals = NO_RESIDUALS,
+        cache: FirstBlockCache | None = None,
+    ):
         """The denoiser with the ranks' agreement before each evaluation; raises Cancelled on all of them alike."""
 
         def go_on() -> None:
@@ -252,7 +263,7 @@ class Runner:
                 raise Cancelled(f"request {request.id}")
 
         def velocities(x: torch.Tensor, timestep: torch.Tensor, prompts: list[Prompt]) -> list[torch.Tensor]:
-            return denoiser(x, timestep, prompts, go_on, residuals)
+            return denoiser(x, timestep, prompts, go_on, residuals, cache)
 
         return velocities
 

@@ -139,17 +139,16 @@ def test_a_step_cache_and_the_setting_are_one_too_many(host):
         host.run(graph)
 
 
-def test_the_setting_skips_steps_and_says_so_where_it_cannot(host):
-    graph = Graph()
-    settings = graph.node(
-        "FastUSPSettings", wire="exact", attention="auto", cache="easy", cache_threshold=2.0, cache_start=0.1
-    )
+@pytest.mark.parametrize("cache", ["easy", "first_block"])
+def test_the_setting_skips_steps_and_says_so_where_it_cannot(host, cache):
+    graph, numbers = Graph(), {"cache_threshold": 2.0, "cache_start": 0.1}
+    settings = graph.node("FastUSPSettings", wire="exact", attention="auto", cache=cache, **numbers)
     model = graph.usp(settings=settings)
     looped, stepped = (graph.sample(model, steps=12, sampler_name=name) for name in ("euler", "uni_pc"))
     graph.save(looped), graph.save(stepped)
     outcome = host.run(graph)
     assert any(re.search(r"[1-9]\d* of 12 steps from the cache$", text) for text in outcome.texts_of(looped[0]))
-    assert any("stepping, without cache = easy (" in text for text in outcome.texts_of(stepped[0]))
+    assert any(f"stepping, without cache = {cache} (" in text for text in outcome.texts_of(stepped[0]))
 
 
 def test_special_conditioning(host):

@@ -1,11 +1,12 @@
 """EasyCache's rule, against a reference that is written down step by step, and where it does not apply."""
 
+import msgspec
 import pytest
 import torch
 from support import randn
 
 from fastusp_backend.config import CacheRule, Settings
-from fastusp_backend.errors import RequestError
+from fastusp_backend.errors import SettingsError
 from fastusp_backend.sampling import SAMPLERS, Cache, GuidedModel
 
 pytestmark = pytest.mark.unit
@@ -163,5 +164,7 @@ def test_a_rule_by_shares_of_the_steps():
     ids=str,
 )
 def test_numbers_that_make_no_rule_are_refused(wrong):
-    with pytest.raises(RequestError, match="^set cache_"):
+    with pytest.raises(SettingsError, match="^set cache_"):
         Settings(**wrong)
+    with pytest.raises(msgspec.ValidationError, match="set cache_"):  # so is a message with them
+        msgspec.convert(msgspec.to_builtins(Settings()) | wrong, Settings)
