@@ -96,11 +96,10 @@ def velocity(model, x: torch.Tensor, t: torch.Tensor, tokens: torch.Tensor, guid
     return unpatched(out.float(), h, w)
 
 
-def loss_of(velocity, model, data: Data, count: int, size: tuple[int, int], precision) -> torch.Tensor:
+def loss_of(velocity, model, x0: torch.Tensor, tokens: torch.Tensor, generator, precision) -> torch.Tensor:
     """The mean square of what the velocity differs by from noise less picture, at times of which most are
     noisy: there it is decided what is drawn. velocity: the function of that name, or it compiled."""
-    x0, tokens = data.batch(count, size)
-    like = {"generator": data.generator, "device": x0.device}
+    count, like = len(x0), {"generator": generator, "device": x0.device}
     noise, t = torch.randn(x0.shape, **like), (torch.randn(count, **like) + 0.5).sigmoid()
     t = torch.where(torch.rand(count, **like) < 0.3, torch.rand(count, **like), t)
     at = t[:, None, None, None]
@@ -193,8 +192,9 @@ class Training:
             others, lr=self.rate, betas=(0.9, 0.99), weight_decay=0, capturable=self._cuda, foreach=self._cuda
         )
         self._model, self._data, self._batch = model, data, batch
+        self._generator = torch.Generator(device).manual_seed(data.generator.initial_seed() + 1)
         self._quick = torch.compile(velocity, dynamic=False) if self._cuda else velocity
-        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, tuple[torch.Tensor, torch.Tensor]]] = {}
 
     def precision(self):
         device = self.rate.device.type
@@ -202,12 +202,17 @@ class Training:
 
     def step(self, size: tuple[int, int]) -> None:
         """One step on pictures of a size, (height, width) in pixels, at `rate`."""
+        count = self._batch * SIZES[0][0] * SIZES[0][1] // (size[0] * size[1])
+        batch = self._data.batch(count, size)
         if not self._cuda:
-            self._step(size)
+            self._step(size, batch)
             return
         if size not in self._graphs:
-            self._graphs[size] = self._captured(size)
-        self._graphs[size].replay()
+            self._graphs[size] = self._captured(size, batch)
+        graph, buffers = self._graphs[size]
+        for buffer, now in zip(buffers, batch, strict=True):
+            buffer.copy_(now)
+        graph.replay()
 
     def mean_loss(self) -> float:
         """Of the steps since the last call."""
@@ -215,26 +220,27 @@ class Training:
         self._losses.zero_()
         return total / count
 
-    def _captured(self, size: tuple[int, int]) -> torch.cuda.CUDAGraph:
+    def _captured(self, size: tuple[int, int], batch):
+        """The graph of a step after three that are not in it, and the buffers from which it takes its batch."""
+        buffers = tuple(tensor.clone() for tensor in batch)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
-                self._step(size)
+                self._step(size, buffers)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(self._data.generator)
+        graph.register_generator_state(self._generator)
         with torch.cuda.graph(graph):
-            self._step(size)
-        return graph
+            self._step(size, buffers)
+        return graph, buffers
 
-    def _step(self, size: tuple[int, int]) -> None:
+    def _step(self, size: tuple[int, int], batch: tuple[torch.Tensor, torch.Tensor]) -> None:
         for parameter in self._parameters:
             parameter.grad = None
         # The other sizes' code would take longer to compile than it saves.
         how = self._quick if size == SIZES[0] else velocity
-        count = self._batch * SIZES[0][0] * SIZES[0][1] // (size[0] * size[1])
-        loss = loss_of(how, self._model, self._data, count, size, self.precision)
+        loss = loss_of(how, self._model, *batch, self._generator, self.precision)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
         self._muon.step()
