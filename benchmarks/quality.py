@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
 from fastusp_backend import shapes
+from fastusp_backend.attention.lossy import installed
 from fastusp_backend.cli.table import Column, Table
 from fastusp_backend.comm.mesh import make_mesh, single_rank_mesh
 from fastusp_backend.comm.transport import Transport
@@ -54,6 +55,20 @@ CACHES = {
     for threshold in (0.05, 0.1, 0.2)
 }
 """Of whole runs, so of pictures alone."""
+
+
+def options(device: str) -> dict[str, dict[str, str]]:
+    """Returns what is compared: on GPUs also attention in 8 bits, as far as its packages are installed."""
+    attentions = installed() if device == "cuda" else []
+    both = OPTIONS["int8 wire, fp8 products"]
+    return OPTIONS | {
+        name: option
+        for attention in attentions
+        for name, option in (
+            (f"attention {attention}", {"attention": attention}),
+            (f"attention {attention}, int8 wire, fp8 products", both | {"attention": attention}),
+        )
+    }
 
 
 def add_outliers(model: Transformer, *, share: float = 0.003, factor: float = 30.0) -> None:
@@ -115,9 +130,9 @@ def rank(a: argparse.Namespace) -> None:
         wanted = results(model, alone, Transport(alone), eager)
         rows = held_by_rows(model)
         for mesh, transport in places:
-            for name, options in _chosen(OPTIONS, a).items():
-                held = rows if options.get("linear") == "fp8" else model
-                found = results(held, mesh, transport, Settings(**options))
+            for name, option in _chosen(options(a.device), a).items():
+                held = rows if option.get("linear") == "fp8" else model
+                found = results(held, mesh, transport, Settings(**option))
                 errors = [((f - w).norm() / w.norm()).item() for f, w in zip(found, wanted, strict=True)]
                 if number == 0:
                     at = " ".join(f"{error:.1e}" for error in errors[:-1])
@@ -194,13 +209,14 @@ def pictures(a: argparse.Namespace, places: list, alone, dtype: torch.dtype) -> 
     if number == 0:
         told("1 rank", "exact, eager", wanted, wanted)
     for mesh, transport in places:
-        for name, options in _chosen(OPTIONS | CACHES, a).items():
-            held = rows if options.get("linear") == "fp8" else model
-            found, skipped = drawn(held, mesh, transport, Settings(**options))
+        for name, option in _chosen(options(a.device) | CACHES, a).items():
+            held = rows if option.get("linear") == "fp8" else model
+            found, skipped = drawn(held, mesh, transport, Settings(**option))
             if number == 0:
                 told(str(mesh.layout), name, found, wanted, skipped)
     if number == 0 and a.sheet:
-        contact_sheet([sheet[0], *sheet[-len(_chosen(OPTIONS | CACHES, a)) :]]).save(a.sheet)
+        shown = len(_chosen(options(a.device) | CACHES, a))
+        contact_sheet([sheet[0], *sheet[-shown:]]).save(a.sheet)
 
 
 def contact_sheet(rows: list[tuple[str, torch.Tensor]]) -> Image.Image:

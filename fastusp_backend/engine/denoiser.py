@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ..attention import sage
 from ..attention.local import choose
 from ..comm.collective import GroupExchange
 from ..comm.mesh import Mesh
@@ -56,7 +57,7 @@ class Denoiser:
         owners: Sequence[int] | None = None,
     ):
         self._model, self._mesh, self._transport, self._settings, self._dtype = model, mesh, transport, settings, dtype
-        _, self._attend = choose(settings.attention, mesh.device, dtype)
+        _, self._attend = choose(settings.attention, mesh.device, dtype, ring=mesh.layout.ring > 1)
         self._segments = Segments(mesh.device, fused=settings.compile, fp8=settings.linear == "fp8")
         self._modulations = ModulationTable(model, dtype, owners)
         self._batch_exchange = GroupExchange(mesh.batch) if mesh.batch else None
@@ -104,16 +105,18 @@ class Denoiser:
         """Allocates, and frees again, what this group's evaluations of x take beside the modulations of `evaluations`
         of them, while all ranks can still refuse together: within an evaluation, a rank that fails leaves the others
         waiting. spare: bytes of a GPU that must be left where buffers are still to be made. caches: with a
-        `FirstBlockCache`. Raises torch.OutOfMemoryError."""
+        `FirstBlockCache`. Raises torch.OutOfMemoryError, and RequestError where attention is wrong for so many
+        tokens."""
         shares = self.shares(prompts)
         _rows = self._modulations.probe_memory(evaluations, prompts, shares)  # allocated while evaluations are tried
         kept = []  # likewise
         for prompt, images in zip(prompts, shares, strict=True):
             if images != NO_IMAGES:
-                mine, tokens = x[images], self._local_tokens(x, prompt)
+                mine, shards = x[images], self._shards_of(x, prompt)
                 if caches:
-                    kept.append(x.new_empty(KEPT, len(mine), tokens, self._model.config.hidden, dtype=self._dtype))
-                self._probe_evaluation(mine, prompt, residuals.of_images(images), spare, tokens)
+                    shape = KEPT, len(mine), shards.local, self._model.config.hidden
+                    kept.append(x.new_empty(shape, dtype=self._dtype))
+                self._probe_evaluation(mine, prompt, residuals.of_images(images), spare, shards)
 
     def first_block_cache(self, rule: CacheRule, timestep_scale: float, gather: Gather) -> FirstBlockCache:
         """For one sampling run, of prompts that come in every step of it. Raises RequestError for a model of which
@@ -183,24 +186,38 @@ class Denoiser:
         tensors = self._tensors_of(prompt, images)
         return evaluation.run(x, tensors, modulations, residuals.tensors, self._graph_memory, cache)
 
-    def _local_tokens(self, x: torch.Tensor, prompt: Prompt) -> int:
-        """Tokens of this rank, text and image, of an evaluation of x."""
+    def _shards_of(self, x: torch.Tensor, prompt: Prompt) -> SequenceShards:
+        """How the tokens of an evaluation of x are cut."""
         shape = self._shape(_flat(x), prompt, NO_RESIDUALS)
         rows, columns = patch_grid(*x.shape[-2:], self._model.config.patch)
         image = self._model.config.filled(rows * columns + shape.references.tokens)
-        return SequenceShards(self._mesh.layout, shape.text, image).local
+        return SequenceShards(self._mesh.layout, shape.text, image)
 
-    def _probe_evaluation(self, x: torch.Tensor, prompt: Prompt, residuals: Residuals, spare: int, tokens: int) -> None:
+    def _probe_evaluation(
+        self, x: torch.Tensor, prompt: Prompt, residuals: Residuals, spare: int, shards: SequenceShards
+    ) -> None:
         shape = self._shape(_flat(x), prompt, residuals)
         evaluation = self._evaluations.get(shape)
         if evaluation is not None and evaluation.captured:
             return
-        count = WORKING_SET * len(x) * tokens * self._model.config.hidden
+        self._check_keys(shards)
+        count = WORKING_SET * len(x) * shards.local * self._model.config.hidden
         if evaluation is None:
             count += spare // self._dtype.itemsize
         torch.empty(count, dtype=self._dtype, device=x.device)  # and free it
         if x.is_cuda and evaluation is None:
             torch.cuda.empty_cache()  # exchanges' buffers do not come from torch's cache
+
+    def _check_keys(self, shards: SequenceShards) -> None:
+        """Raises RequestError where the chosen attention is wrong for so many keys."""
+        if self._settings.attention != "sage":
+            return
+        image_alone = self._model.config.image_blocks + self._model.config.second_attentions > 0
+        for text in (True, False)[: 1 + image_alone]:
+            for position in range(self._mesh.layout.ring):
+                keys = shards.valid(position, text=text)
+                if problem := sage.problem_with(keys.stop - keys.start):
+                    raise RequestError(problem)
 
     def _shape(self, x: torch.Tensor, prompt: Prompt, residuals: Residuals) -> Shape:
         return Shape(
