@@ -50,7 +50,7 @@ ROOMS = {
     "weights": BASE | {"kernels", "comm"},
     "models": BASE | {"prompt", "weights", "kernels", "attention"},
     "engine": BASE | {"prompt", "models", "weights", "attention", "comm", "kernels.fp8_product", "pinning", "pulse"},
-    "sampling": {"prompt"},
+    "sampling": {"prompt", "config"},
     "shapes": BASE | {"prompt"},
     "worker": BASE | {"prompt", "sampling", "engine", "models", "protocol", "comm.groups", "ports", "pulse"},
     "worker.process": {"pulse"},
