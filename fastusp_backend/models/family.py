@@ -39,7 +39,7 @@ class FamilyConfig:
     marks: keys that tell its files from other families'.
     encoders: for people, what makes its text, of which width.
     text: tokens of a usual prompt, of which steps are predicted.
-    timed: whether steps of it were measured, from which others are predicted.
+    sustained: the share of a card's rate that its products and attention had on one GPU.
     downscale: pixels of the image's edge per latent pixel.
     patch: latent pixels of a patch's edge.
     float16: whether its activations fit that type.
@@ -72,7 +72,7 @@ class FamilyConfig:
     marks: ClassVar[frozenset[str]]
     encoders: ClassVar[str]
     text: ClassVar[int] = 512
-    timed: ClassVar[bool] = False
+    sustained: ClassVar[float] = 0.65
     downscale: ClassVar[int]
     patch: ClassVar[int]
     float16: ClassVar[bool] = False

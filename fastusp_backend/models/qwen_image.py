@@ -48,7 +48,6 @@ class QwenImageConfig(FamilyConfig):
     takes_control: ClassVar[bool] = True
     encoders: ClassVar[str] = "that of CLIPLoader, type qwen_image (Qwen2.5-VL 7B, width 3584)"
     text: ClassVar[int] = 256  # as measured
-    timed: ClassVar[bool] = True
     reference_methods: ClassVar[frozenset[str]] = frozenset(METHODS) - {"uxo"}
 
     mlp: int

@@ -54,6 +54,7 @@ class SD3Config(FamilyConfig):
     blocks_differ: ClassVar[bool] = True
     encoders: ClassVar[str] = "those of TripleCLIPLoader (CLIP-L, CLIP-G and T5-XXL, width 4096)"
     text: ClassVar[int] = 154  # 77 each of CLIP's and T5's, as ComfyUI pads them
+    sustained: ClassVar[float] = 0.57  # heads of 64
 
     mlp: int
     blocks: int

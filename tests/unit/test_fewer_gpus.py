@@ -66,15 +66,6 @@ def test_the_remedy_comes_first_and_once(node, caplog):
     assert "132 ms on gpu 0,1" in caplog.records[1].getMessage() and "wire" not in caplog.records[1].getMessage()
 
 
-def test_a_family_of_which_nothing_was_measured(node, caplog):
-    with caplog.at_level(logging.WARNING):
-        assert node().faster_with_fewer(*session_on((0, 1), CHROMA, batch_parallel="off"))
-    assert (
-        "of Chroma at" in caplog.records[0].getMessage()
-        and "Steps of Chroma were not" in caplog.records[0].getMessage()
-    )
-
-
 def test_a_ring_of_five_sends_more_than_four_gpus_do(node):
     found = node(5, name=RTX_4090).faster_with_fewer(*session_on((0, 1, 2, 3, 4), dtype=torch.float8_e4m3fn))
     assert found == Devices(ranks=4, gpus=(0, 1, 2, 3))

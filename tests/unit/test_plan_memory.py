@@ -225,14 +225,11 @@ def test_plan_says_what_a_step_takes_on_one_to_eight_gpus():
     assert all(int(quick[n][link].split()[0]) < int(slow[n][link].split()[0]) for n in slow for link in slow[n])
 
 
-def test_plan_says_of_which_families_nothing_was_measured():
-    for config, words in (
-        (FLUX_DEV, "512 tokens of text, wire = exact. Of one\nand"),
-        (CHROMA, "Steps of Chroma were"),
-    ):
+def test_plan_says_of_what_text_times_are():
+    for config in (FLUX_DEV, CHROMA):
         file, layouts = plan.File(header(config), config, spec_with("auto")), plan_batches(2, config.heads)
         said = plan.fits(file, layouts, 140 * GB, None, linear="exact", card="H200", hint=False)
-        assert words in said[-1] and f"{config.text} tokens" in said[-1]
+        assert f"{config.text} tokens of text, wire = exact. Of one\nand" in said[-1]
 
 
 def test_plan_says_where_more_gpus_are_slower():
