@@ -12,7 +12,7 @@ import fastusp_backend.models.prediction  # noqa: F401 - the node takes it as a 
 from fastusp_backend.config import Settings
 from fastusp_backend.devices import Devices, GpuState
 from fastusp_backend.errors import DeviceError
-from fastusp_backend.models.synthetic import CHROMA, FLUX_DEV, QWEN_IMAGE
+from fastusp_backend.models.synthetic import FLUX_DEV, QWEN_IMAGE
 from fastusp_backend.planner import plan_batches
 
 pytestmark = [pytest.mark.unit, pytest.mark.any_processor]
