@@ -54,6 +54,29 @@ class Devices:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ServerDevices(Devices):
+    """Those of a server, as it told them: none of this machine's, so `gpus` is empty."""
+
+    address: str
+    """host:port."""
+    key: str
+    """The path of the key file."""
+    kind: str
+    """`cpu` or `cuda`."""
+    per_machine: int
+    """How many ranks share a machine."""
+    bfloat16: bool
+    """Whether all of them compute it."""
+
+    @property
+    def type(self) -> str:
+        return self.kind
+
+    def __str__(self) -> str:
+        return self.address
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GpuState:
     """What changes, and what only diagnosis and predictions ask for."""
 
@@ -261,6 +284,8 @@ def cuda_visible(devices: Devices) -> str:
 def supports_bfloat16(devices: Devices) -> bool:
     """Tells whether every device computes bfloat16 natively (compute capability 8.0); CPU ranks compute in float32
     instead."""
+    if isinstance(devices, ServerDevices):
+        return devices.bfloat16
     if not devices.gpus:
         return False  # and nobody asks the driver, which may be what does not work
     by_index = {g.index: g for g in list_gpus()}

@@ -5,7 +5,7 @@ import os
 from typing import get_args
 
 from ..fastusp_backend.config import BatchParallel, FileState, ModelSpec, Settings, Storage
-from ..fastusp_backend.devices import Devices, local_devices, supports_bfloat16
+from ..fastusp_backend.devices import Devices, supports_bfloat16
 from ..fastusp_backend.errors import CheckpointError, FastUSPError
 from ..fastusp_backend.models.files import ModelFile, read_model
 from ..fastusp_backend.planner import plan_batches
@@ -17,6 +17,7 @@ from .fewer_gpus import faster_with_fewer
 from .files import model_names, model_path
 from .pools import pool_for
 from .remote_model import remote_model
+from .servers import devices_of
 from .settings import SettingsType
 from .status import node_run, show
 
@@ -74,7 +75,7 @@ class USPLoader(io.ComfyNode):
                     default="auto",
                     tooltip="auto: the largest set of identical GPUs, one CPU rank where there is no GPU. all: every "
                     "visible GPU. 0,1,3: these, in nvidia-smi's order; cuda:0,1: these, as torch counts. cpu:2: two "
-                    "CPU ranks.",
+                    "CPU ranks. host:port, or a name from fastusp.toml: those of a server.",
                 ),
                 advanced(
                     io.Int.Input(
@@ -130,7 +131,7 @@ class USPLoader(io.ComfyNode):
 
     @staticmethod
     def _validate(unet_name, gpus, ulysses, ring, batch_parallel) -> bool:
-        devices = local_devices(gpus) if gpus is not None else None
+        devices = devices_of(gpus) if gpus is not None else None
         if unet_name is None:
             return True
         heads = read_named(unet_name).config.heads
@@ -161,7 +162,7 @@ class USPLoader(io.ComfyNode):
     @classmethod
     def _load(cls, unet_name, weight_dtype, gpus, ulysses, ring, settings: Settings, batch_parallel) -> io.NodeOutput:
         file = read_named(unet_name)
-        devices = local_devices(gpus)
+        devices = devices_of(gpus)
         session = Session(
             pool_for(devices),
             spec_on(devices, file, weight_dtype),

@@ -77,6 +77,8 @@ def hint(signal: str, model: ModelSpec | None) -> str:
 
 
 def _change(model: ModelSpec) -> str:
+    if model.fingerprint:
+        return ""  # a name alone: which file it is here the ranks know
     try:
         return model.file.change_to(FileState.of(os.stat(model.path)))
     except OSError as error:

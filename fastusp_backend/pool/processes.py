@@ -12,6 +12,7 @@ from pathlib import Path
 from ..config import ModelSpec
 from ..devices import Devices, cuda_visible
 from ..environment import inherited
+from ..library import MODELS_VARIABLE
 from ..worker.process import PARENT_VARIABLE, RUN_DIR_VARIABLE
 from .cause import find_cause
 
@@ -33,6 +34,8 @@ def worker_environment(devices: Devices, run_dir: Path, environment: Mapping[str
     env[PARENT_VARIABLE] = str(os.getpid())
     env["FASTUSP_DEVICE_TYPE"] = devices.type
     env |= _LOOPBACK
+    if MODELS_VARIABLE in environment:
+        env[MODELS_VARIABLE] = environment[MODELS_VARIABLE]
     env["TMPDIR"] = str(run_dir)  # goes with all that is in it, sockets of torch's symmetric memory too
     # torch's own choice, a folder of /tmp, may be another user's: it holds code, and pickles.
     env.setdefault("TORCHINDUCTOR_CACHE_DIR", str(run_dir.parent / "torchinductor"))

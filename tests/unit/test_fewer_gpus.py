@@ -160,6 +160,7 @@ def test_the_node_points_at_the_log(node_module, fewer):
         "fewer_gpus": {"faster_with_fewer": lambda session, file: order.append("asked") or fewer},
         "pools": {"pool_for": lambda devices: SimpleNamespace(start=lambda: order.append("started"))},
         "remote_model": {"remote_model": lambda session, header: []},
+        "servers": {"devices_of": lambda _: devices},
         "settings": {"SettingsType": None},
         "status": {"node_run": None, "show": order.append},
     }
@@ -167,7 +168,7 @@ def test_the_node_points_at_the_log(node_module, fewer):
     file = SimpleNamespace(
         header=header(FLUX_DEV), config=FLUX_DEV, spec=lambda **types: spec_with("auto"), log_ignored=lambda: None
     )
-    module.read_named, module.local_devices = lambda _: file, lambda _: devices
+    module.read_named = lambda _: file
     module.supports_bfloat16 = lambda _: True
     module.USPLoader._load("x", "bf16", "0,1", 0, 0, Settings(), "auto")
     hint = "; gpu 0 may be faster: see ComfyUI's log" if fewer else ""

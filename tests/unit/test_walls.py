@@ -43,23 +43,29 @@ ROOMS = {
     "ports": set(),
     "prompt": {"errors"},
     "planner": BASE,
+    "library": BASE,
+    "servers": {"keyfile", "errors"},
+    "keyfile": {"command", "errors"},
     "protocol": BASE | {"pinning"},
     "comm": {"config", "kernels", "pinning", "ports", "pulse"},
     "kernels": set(),
     "attention": {"config", "comm", "kernels", "pulse"},
     "weights": BASE | {"kernels", "comm"},
     "models": BASE | {"prompt", "weights", "kernels", "attention"},
-    "engine": BASE | {"prompt", "models", "weights", "attention", "comm", "kernels.fp8_product", "pinning", "pulse"},
+    "engine": BASE
+    | {"prompt", "models", "weights", "attention", "comm", "kernels.fp8_product"}
+    | {"library", "pinning", "pulse"},
     "sampling": {"prompt"},
     "shapes": BASE | {"prompt"},
     "worker": BASE | {"prompt", "sampling", "engine", "models", "protocol", "comm.groups", "ports", "pulse"},
     "worker.process": {"pulse"},
-    "pool": BASE | {"prompt", "protocol", "devices", "environment", "worker.process", "pulse"},
+    "pool": BASE | {"prompt", "protocol", "devices", "environment", "library", "keyfile", "worker.process", "pulse"},
+    "server": BASE | {"prompt", "pool", "protocol", "devices", "keyfile"},
 }
 ABOVE_ALL = {"cli", "__main__"}
 FOR_NODES = (
     BASE
-    | {"prompt", "pool", "planner", "devices", "sampling", "shapes"}
+    | {"prompt", "pool", "planner", "devices", "servers", "sampling", "shapes"}
     | {"cli.bench", "cli.file", "cli.inputs", "cli.verify"}
     | {"models.detection", "models.files", "models.placement", "models.prediction"}
     | {"weights.tensor_info", "weights.dtypes", "weights.adapters"}

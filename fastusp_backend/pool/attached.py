@@ -1,0 +1,220 @@
+"""Workers of a server: this process attaches to them, and lets them be when it goes."""
+
+import logging
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from multiprocessing import AuthenticationError
+from pathlib import Path
+
+from msgspec.structs import replace
+
+from ..config import ModelSpec
+from ..devices import ServerDevices
+from ..errors import DeviceError, FastUSPError, KeyFileError, PoolError, ProtocolError
+from ..keyfile import Key
+from ..library import named
+from ..prompt import Tensors
+from ..protocol import (
+    LOST_SECONDS,
+    VERSION,
+    Attach,
+    Channel,
+    Ended,
+    Held,
+    Hello,
+    Message,
+    Ready,
+    Shown,
+    TlsStream,
+    Welcome,
+)
+from ..protocol.messages import ToAttached
+from ..pulse import Memory
+from .cause import LOG_LINES
+from .contact import Contact
+from .link import POLL_SECONDS, Link
+from .log import LINES, WorkerLog
+
+log = logging.getLogger(__name__)
+
+CONNECT_SECONDS = 5.0
+"""How long a server may take to say Welcome."""
+
+
+def ask(address: str, key: str) -> ServerDevices:
+    """What a server at host:port has. key: the path of its key file. Raises DeviceError, KeyFileError or
+    ProtocolError."""
+    channel, welcome = _greet(address, key)
+    channel.close()
+    return ServerDevices(
+        ranks=welcome.ranks,
+        address=address,
+        key=key,
+        kind=welcome.device,
+        per_machine=welcome.per_machine,
+        bfloat16=welcome.bfloat16,
+    )
+
+
+def _greet(address: str, key: str) -> tuple[Channel, Welcome]:
+    """A channel to a server that has said Welcome. Raises as `ask`."""
+    known = Key.read(Path(key))
+    host, _, port = address.rpartition(":")
+    try:
+        sock = socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS)
+    except (OSError, OverflowError) as error:
+        raise DeviceError(
+            f"Start `python -m fastusp_backend serve --listen {address}` there, or correct gpus: no server answers at "
+            f"{address}: {error}"
+        ) from error
+    ends = threading.Timer(CONNECT_SECONDS, _shut, (sock,))
+    ends.daemon = True
+    ends.start()
+    stream = TlsStream(sock, known.client_context(), listens=False)
+    try:
+        stream.handshake(known.is_from)
+        channel = Channel(stream, ToAttached)
+        channel.authenticate(known.secret, listens=False)
+        channel.send(Hello(version=VERSION))
+        reply, _ = channel.receive()
+        if not isinstance(reply, Welcome) or reply.version != VERSION:
+            raise ProtocolError(f"Install the same FastUSP here and on {address}: {reply}")
+        return channel, reply
+    except BaseException as error:
+        stream.close()
+        if isinstance(error, PermissionError | AuthenticationError):
+            raise KeyFileError(
+                f"Copy the key file from {address} again: {key} is another server's (what it prints as it starts says "
+                "where it lies)"
+            ) from error
+        if isinstance(error, OSError | EOFError):
+            why = str(error) or "it closed the connection"
+            raise DeviceError(
+                f"Look at the server's log, and copy its key file again if it has refused {key}: {address} did not "
+                f"answer as a FastUSP server: {why}"
+            ) from error
+        raise
+    finally:
+        ends.cancel()
+
+
+def _shut(sock: socket.socket) -> None:
+    try:
+        sock.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass  # it is closed
+
+
+class AttachedWorkers(Contact):
+    """Connects on a thread of its own. Another one notices when nothing is heard of the server any more."""
+
+    def __init__(self, devices: ServerDevices, changed: Callable[[], None] = lambda: None):
+        super().__init__(devices, changed)
+        self.beginning = f"waiting for the workers of {devices}"
+        self._ended = threading.Event()
+        self._closing = threading.Lock()
+        self._why = ""
+        self._heard = time.monotonic()
+        self._said: Ready | None = None
+        self._shown: list[dict | None] = []
+        self._lines: deque[str] = deque(maxlen=LINES)  # that no log has taken
+        self._last: deque[str] = deque(maxlen=LOG_LINES)
+        self._own: dict[ModelSpec, ModelSpec] = {}  # what was sent of a file -> what this machine knows of it
+        threading.Thread(target=self._attach, name=f"fastusp {devices}", daemon=True).start()
+
+    def _attach(self) -> None:
+        try:
+            channel, _ = _greet(self.devices.address, self.devices.key)
+            channel.send(Attach())
+        except (FastUSPError, OSError) as error:
+            self._end(str(error))
+            return
+        self.channel, self._heard = channel, time.monotonic()
+        self._link = Link(channel, self._hear)
+        while not self._ended.wait(POLL_SECONDS):
+            if self.ready is None and self._said is not None:
+                self.ready = self._said
+                names = ", ".join(self.ready.devices)
+                log.info("FastUSP: attached to the workers of %s (%s)", self.devices, names)
+                self._changed()
+            if self._link.ended:
+                self._end("the connection was lost")
+            elif time.monotonic() - self._heard > LOST_SECONDS:
+                self._end(f"nothing was heard of it for {LOST_SECONDS} s")
+        self._link.close()
+
+    def _hear(self, message: Message) -> bool | None:
+        self._heard = time.monotonic()
+        if isinstance(message, Shown):
+            self._shown = [shown and Memory(*shown)._asdict() for shown in message.memory]
+            self._lines.extend(message.lines)
+            self._last.extend(message.lines)
+        elif isinstance(message, Ended):
+            self._end(message.text)
+        elif isinstance(message, Ready):
+            self._said = message
+        elif isinstance(message, Held):  # a client that asks for nothing hears it as well
+            own = self._own.get(message.model, message.model)
+            self.held = replace(message, model=own)
+        else:
+            return super()._hear(message)
+        return True
+
+    def _end(self, why: str) -> None:
+        with self._closing:
+            if self._ended.is_set():
+                return
+            self._why = why
+            self._ended.set()
+        self._changed()
+
+    @property
+    def alive(self) -> bool:
+        return not self._ended.is_set()
+
+    def memory(self) -> list[dict | None]:
+        return list(self._shown)
+
+    def write_log(self, log: WorkerLog) -> None:
+        taken = [self._lines.popleft() for _ in range(len(self._lines))]
+        log.add(taken)
+
+    def send(
+        self, message: Message, tensors: Tensors | None = None, meanwhile: Callable[[], None] = lambda: None
+    ) -> None:
+        model = getattr(message, "model", None)
+        if model is not None:
+            sent = named(model)
+            self._own[sent] = model
+            if self.held is not None and self.held.model == sent:  # another client's file was this one
+                self.held = replace(self.held, model=model)
+            message = replace(message, model=sent)
+        super().send(message, tensors, meanwhile)
+
+    def receive(self, seconds: float) -> tuple[Message, Tensors] | None:
+        """Raises EOFError where the server is lost."""
+        received = super().receive(seconds)
+        if received is None and not self.alive:
+            raise EOFError
+        return received
+
+    def give_up(self) -> None:
+        self._end("it gave no answer, so ComfyUI left it")
+
+    def part(self, seconds: float) -> None:
+        """They are the server's."""
+
+    def dispose(self, why: str | None = None) -> None:
+        self._end(why or "ComfyUI left it")
+        if self._link is not None:
+            self._link.close()
+
+    def failure(self, event: str) -> PoolError:
+        self._ended.wait(LOST_SECONDS)
+        self.give_up()
+        text = f"The FastUSP workers of {self.devices} {event}: {self._why}"
+        lines = [] if "Last log lines" in self._why or not self._last else ["Last log lines:"]
+        return PoolError("\n".join([text, *lines, *(f"  {line}" for line in self._last if lines)]))
