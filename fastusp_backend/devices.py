@@ -45,6 +45,11 @@ class Devices:
     def type(self) -> str:
         return "cuda" if self.gpus else "cpu"
 
+    @property
+    def together(self) -> int:
+        """How many of the ranks share a machine."""
+        return self.ranks
+
     def first(self, ranks: int) -> "Devices":
         """Returns the first `ranks` of them."""
         return Devices(ranks=ranks, gpus=self.gpus[:ranks])
@@ -55,22 +60,24 @@ class Devices:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServerDevices(Devices):
-    """Those of a server, as it told them: none of this machine's, so `gpus` is empty."""
+    """Those of the server at `address` (host:port), as it told them: none of this machine's, so `gpus` is empty.
+
+    key: the path of the key file. kind: `cpu` or `cuda`. bfloat16: whether all of them compute it.
+    """
 
     address: str
-    """host:port."""
     key: str
-    """The path of the key file."""
     kind: str
-    """`cpu` or `cuda`."""
     per_machine: int
-    """How many ranks share a machine."""
     bfloat16: bool
-    """Whether all of them compute it."""
 
     @property
     def type(self) -> str:
         return self.kind
+
+    @property
+    def together(self) -> int:
+        return self.per_machine
 
     def __str__(self) -> str:
         return self.address

@@ -137,7 +137,8 @@ class USPLoader(io.ComfyNode):
         heads = read_named(unet_name).config.heads
         if devices is not None and ulysses is not None and ring is not None:
             wish = "auto" if batch_parallel is None else batch_parallel
-            plan_batches(devices.ranks, heads, ulysses=ulysses, ring=ring, batch_parallel=wish)
+            more = {"batch_parallel": wish, "per_machine": devices.together}
+            plan_batches(devices.ranks, heads, ulysses=ulysses, ring=ring, **more)
         return True
 
     @classmethod
@@ -166,7 +167,14 @@ class USPLoader(io.ComfyNode):
         session = Session(
             pool_for(devices),
             spec_on(devices, file, weight_dtype),
-            plan_batches(devices.ranks, file.config.heads, ulysses=ulysses, ring=ring, batch_parallel=batch_parallel),
+            plan_batches(
+                devices.ranks,
+                file.config.heads,
+                ulysses=ulysses,
+                ring=ring,
+                batch_parallel=batch_parallel,
+                per_machine=devices.together,
+            ),
             settings,
         )
         model = remote_model(session, file.header)

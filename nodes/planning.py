@@ -60,6 +60,7 @@ def preview(values: Values) -> dict:
             ulysses=values.ulysses or 0,
             ring=values.ring or 0,
             batch_parallel=values.batch_parallel or "auto",
+            per_machine=devices.together,
         )
         step, weights = _costs(values, devices, file, layouts)
         found["lines"] = [step, _layouts(devices, layouts), weights]

@@ -1,35 +1,27 @@
 """Workers of a server: this process attaches to them, and lets them be when it goes."""
 
 import logging
-import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from multiprocessing import AuthenticationError
-from pathlib import Path
 
 from msgspec.structs import replace
 
 from ..config import ModelSpec
 from ..devices import ServerDevices
-from ..errors import DeviceError, FastUSPError, KeyFileError, PoolError, ProtocolError
-from ..keyfile import Key
+from ..door import enter
+from ..errors import FastUSPError, PoolError
 from ..library import named
 from ..prompt import Tensors
 from ..protocol import (
     LOST_SECONDS,
-    VERSION,
     Attach,
-    Channel,
     Ended,
     Held,
-    Hello,
     Message,
     Ready,
     Shown,
-    TlsStream,
-    Welcome,
 )
 from ..protocol.messages import ToAttached
 from ..pulse import Memory
@@ -40,14 +32,11 @@ from .log import LINES, WorkerLog
 
 log = logging.getLogger(__name__)
 
-CONNECT_SECONDS = 5.0
-"""How long a server may take to say Welcome."""
-
 
 def ask(address: str, key: str) -> ServerDevices:
     """What a server at host:port has. key: the path of its key file. Raises DeviceError, KeyFileError or
     ProtocolError."""
-    channel, welcome = _greet(address, key)
+    channel, welcome, _ = enter(address, key, ToAttached)
     channel.close()
     return ServerDevices(
         ranks=welcome.ranks,
@@ -57,55 +46,6 @@ def ask(address: str, key: str) -> ServerDevices:
         per_machine=welcome.per_machine,
         bfloat16=welcome.bfloat16,
     )
-
-
-def _greet(address: str, key: str) -> tuple[Channel, Welcome]:
-    """A channel to a server that has said Welcome. Raises as `ask`."""
-    known = Key.read(Path(key))
-    host, _, port = address.rpartition(":")
-    try:
-        sock = socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS)
-    except (OSError, OverflowError) as error:
-        raise DeviceError(
-            f"Start `python -m fastusp_backend serve --listen {address}` there, or correct gpus: no server answers at "
-            f"{address}: {error}"
-        ) from error
-    ends = threading.Timer(CONNECT_SECONDS, _shut, (sock,))
-    ends.daemon = True
-    ends.start()
-    stream = TlsStream(sock, known.client_context(), listens=False)
-    try:
-        stream.handshake(known.is_from)
-        channel = Channel(stream, ToAttached)
-        channel.authenticate(known.secret, listens=False)
-        channel.send(Hello(version=VERSION))
-        reply, _ = channel.receive()
-        if not isinstance(reply, Welcome) or reply.version != VERSION:
-            raise ProtocolError(f"Install the same FastUSP here and on {address}: {reply}")
-        return channel, reply
-    except BaseException as error:
-        stream.close()
-        if isinstance(error, PermissionError | AuthenticationError):
-            raise KeyFileError(
-                f"Copy the key file from {address} again: {key} is another server's (what it prints as it starts says "
-                "where it lies)"
-            ) from error
-        if isinstance(error, OSError | EOFError):
-            why = str(error) or "it closed the connection"
-            raise DeviceError(
-                f"Look at the server's log, and copy its key file again if it has refused {key}: {address} did not "
-                f"answer as a FastUSP server: {why}"
-            ) from error
-        raise
-    finally:
-        ends.cancel()
-
-
-def _shut(sock: socket.socket) -> None:
-    try:
-        sock.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass  # it is closed
 
 
 class AttachedWorkers(Contact):
@@ -127,7 +67,7 @@ class AttachedWorkers(Contact):
 
     def _attach(self) -> None:
         try:
-            channel, _ = _greet(self.devices.address, self.devices.key)
+            channel, _, _ = enter(self.devices.address, self.devices.key, ToAttached)
             channel.send(Attach())
         except (FastUSPError, OSError) as error:
             self._end(str(error))

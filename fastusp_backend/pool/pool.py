@@ -37,8 +37,10 @@ SHUTDOWN_SECONDS = 10.0
 class Pool:
     """Workers for `devices`. Processes start with `start` or the first request; requests run one at a time."""
 
-    def __init__(self, devices: Devices):
+    def __init__(self, devices: Devices, start: Callable[[Devices, Callable[[], None]], Contact] | None = None):
+        """start: gives workers for the devices, in place of those of this machine or of a server."""
         self.devices = devices
+        self._start = start
         self.starts = 0
         """How often processes were started."""
         self.crowded = False
@@ -67,7 +69,7 @@ class Pool:
             if self._workers is not None:
                 self._dispose(self._workers)
             kind = AttachedWorkers if isinstance(self.devices, ServerDevices) else Workers
-            self._workers = kind(self.devices, self._tell)
+            self._workers = (self._start or kind)(self.devices, self._tell)
             self.starts += 1
             return self._workers
 

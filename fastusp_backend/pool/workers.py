@@ -13,10 +13,10 @@ from ..protocol import VERSION, Channel, Hello, Message, Ready, Shutdown
 from ..protocol.messages import ToClient
 from .cause import full_disk, last_log_lines
 from .contact import Contact
-from .hangs import LOOK_SECONDS, Awaited, HangDetector
+from .hangs import LOOK_SECONDS, Awaited, HangDetector, Suspicion
 from .link import POLL_SECONDS, Link
 from .log import WorkerLog
-from .processes import Processes
+from .processes import Place, Processes
 from .rundir import RunDir
 
 log = logging.getLogger(__name__)
@@ -32,8 +32,8 @@ class Workers(Contact):
     processes: torchrun and its ranks.
     """
 
-    def __init__(self, devices: Devices, changed: Callable[[], None] = lambda: None):
-        """Raises DeviceError where a device does not exist."""
+    def __init__(self, devices: Devices, changed: Callable[[], None] = lambda: None, place: Place | None = None):
+        """place: of several machines. Raises DeviceError where a device does not exist."""
         cuda_visible(devices)
         super().__init__(devices, changed)
         self.beginning = f"starting {devices.ranks} worker(s) on {devices}"
@@ -42,7 +42,7 @@ class Workers(Contact):
         self._condemned = False  # they are being asked where they are, and answer nothing else any more
         self._why: str | None = None  # this process ended them
         self._where: list[str] = []
-        self.processes = Processes(devices, self.run_dir.path)
+        self.processes = Processes(devices, self.run_dir.path, place)
         for work in (self._connect, self._guard):
             threading.Thread(target=work, name=f"fastusp {devices}", daemon=True).start()
 
@@ -76,13 +76,16 @@ class Workers(Contact):
     def _guard(self) -> None:
         try:
             while not self.processes.wait_until_ended(LOOK_SECONDS):
-                if (suspicion := self._hangs.look(self._awaited)) is not None:
+                if (suspicion := self._suspect()) is not None:
                     self._condemned = True
                     self._end(*self._hangs.accuse(suspicion))
         except Exception as error:
             log.exception("the FastUSP workers on %s cannot be watched any more", self.devices)
             self._end(f"they could not be watched any more ({type(error).__name__}: {error})")
         self._changed()
+
+    def _suspect(self) -> Suspicion | None:
+        return self._hangs.look(self._awaited)
 
     @property
     def _awaited(self) -> Awaited | None:
@@ -130,7 +133,7 @@ class Workers(Contact):
 
     def kill(self) -> None:
         """Ends all processes at once."""
-        self.processes.kill(self.ready.pids if self.ready else ())
+        self.processes.kill(self.ready.pids[: self.devices.ranks] if self.ready else ())
 
     def dispose(self, why: str | None = None) -> None:
         """Kills what still runs and removes all traces. why: for a prompt that it is taken from."""
@@ -148,7 +151,10 @@ class Workers(Contact):
         if not self.processes.wait_until_ended(DEATH_SECONDS):
             self.give_up()
         directory = self.run_dir.path
-        cause = (self._why or self.processes.cause(self.model)) + full_disk(directory)
+        cause = self._cause() + full_disk(directory)
         text = f"The FastUSP workers on {self.devices} {event}: {cause}. The next prompt starts new ones."
         log_lines = [f"  {line}" for line in last_log_lines(directory)]
         return PoolError("\n".join([text, *self._where, *["Last log lines:"][: len(log_lines)], *log_lines]))
+
+    def _cause(self) -> str:
+        return self._why or self.processes.cause(self.model)

@@ -12,7 +12,7 @@ from ..pool import Pool
 from ..pool.contact import Contact
 from ..pool.link import POLL_SECONDS, Link
 from ..prompt import Tensors
-from ..protocol import Attach, Cancel, Channel, Done, Ended, Failed, Hello, Message, Patch, Phase, Shown
+from ..protocol import Cancel, Channel, Done, Ended, Failed, Message, Park, Patch, Phase, Release, Shown, Unmap
 from ..protocol.messages import Request
 from .numbers import ClientNumbers, WorkerNumbers
 from .turns import Job, Turns
@@ -117,8 +117,10 @@ class Client:
         self._link.close()
 
     def _hear(self, message: Message, tensors: Tensors) -> None:
-        if isinstance(message, Hello | Attach):
-            self.post(Failed(id=None, kind="protocol", rank=0, text=f"{type(message).__name__} was said before"))
+        if not isinstance(message, Request | Patch | Release | Park | Unmap | Cancel):
+            self.post(
+                Failed(id=None, kind="protocol", rank=0, text=f"{type(message).__name__} is said once, or elsewhere")
+            )
         elif not isinstance(message, Cancel):
             self._taken = message.id
             if self._turns.add(self, Job(message, tensors)) and isinstance(message, Request | Patch):

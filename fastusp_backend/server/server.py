@@ -5,16 +5,21 @@ import logging
 import socket
 import threading
 import time
+from collections.abc import Callable
 from multiprocessing import AuthenticationError
 
 from ..devices import Devices, supports_bfloat16
+from ..door import limited
 from ..errors import FastUSPError, ProtocolError
 from ..keyfile import Key
+from ..meeting import Board
 from ..pool import Pool
 from ..pool.contact import Contact
-from ..protocol import VERSION, Attach, Channel, Failed, Hello, TlsStream, Welcome
-from ..protocol.messages import ToServer
+from ..protocol import VERSION, Attach, Channel, Failed, Hello, Message, TlsStream, Welcome
+from ..protocol.machines import Ask, Join, Meet, ToFirst
 from .client import Client
+from .joined import JoinedWorkers
+from .machines import Machines
 from .numbers import WorkerNumbers
 from .relay import Relay
 from .turns import Turns
@@ -34,8 +39,9 @@ IDLE_SECONDS = 5.0
 class Server:
     """Listens as soon as it is made. `serve` does its work, until `stop`."""
 
-    def __init__(self, devices: Devices, key: Key, host: str, port: int):
-        """Raises FastUSPError where it cannot listen there, or the key file is none."""
+    def __init__(self, devices: Devices, key: Key, host: str, port: int, machines: int = 1):
+        """machines: how many have such devices, this one among them. Raises FastUSPError where it cannot listen there,
+        or the key file is none."""
         self._key, self._context = key, key.server_context()
         try:
             family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
@@ -45,12 +51,16 @@ class Server:
                 f"Give --listen another address of this machine, or port: {host}:{port}: {error}"
             ) from error
         self.port: int = self._listener.getsockname()[1]
-        self._pool = Pool(devices)
+        self._machines: Machines | None = None
+        if machines > 1:
+            where = {"here": host, "port": self.port, "key": str(key.path.resolve())}
+            self._machines = Machines(devices, machines, **where, complete=self._begin, ended=self.stop)
+        self._pool = Pool(devices, self._joined if machines > 1 else None)
         self._pool.changed = self._look
         self._welcome = Welcome(
             version=VERSION,
             host=socket.gethostname(),
-            ranks=devices.ranks,
+            ranks=devices.ranks * machines,
             device=devices.type,
             per_machine=devices.ranks,
             bfloat16=supports_bfloat16(devices),
@@ -65,12 +75,15 @@ class Server:
         self._stopped = threading.Event()
 
     def serve(self) -> None:
-        """Starts the workers, and serves until `stop`."""
-        self._pool.start()
+        """Starts the workers, as soon as all machines are there, and serves until `stop`."""
         for work in (self._accept, self._work):
             threading.Thread(target=work, name=work.__name__, daemon=True).start()
+        if self._machines is None:
+            self._begin()
         self._stopped.wait()
         self._listener.close()
+        if self._machines is not None:
+            self._machines.leave()
         for client in self._everybody():
             client.end("the server was ended; start it again there")
         self._pool.close()
@@ -78,6 +91,16 @@ class Server:
     def stop(self) -> None:
         """Has `serve` return. May be called by a signal's handler."""
         self._stopped.set()
+
+    def _begin(self) -> None:
+        """Starts the workers before a client asks for them, who would hear why it fails."""
+        try:
+            self._pool.start()
+        except FastUSPError as error:
+            log.warning("%s", error)
+
+    def _joined(self, devices: Devices, changed: Callable[[], None]) -> JoinedWorkers:
+        return JoinedWorkers(devices, changed, self._machines)
 
     def _everybody(self) -> list[Client]:
         with self._lock:
@@ -139,26 +162,36 @@ class Server:
         log.warning("refused %s: %s%s", name, why, more)
 
     def _meet(self, sock: socket.socket, name: str) -> None:
-        ends = threading.Timer(GREETING_SECONDS, _shut, (sock,))
-        ends.daemon = True
-        ends.start()
         try:
-            channel = self._greet(sock)
+            with limited(sock, GREETING_SECONDS):
+                channel, wish = self._greet(sock)
         except (AuthenticationError, EOFError, OSError, ProtocolError) as error:
             self._refuse(name, error or type(error).__name__)
             sock.close()
             return
         finally:
-            ends.cancel()
             self._strangers.release()
-        if channel is not None:
-            self._attached(Client(name, channel, self._pool, self._turns))
+        try:
+            if isinstance(wish, Attach):
+                self._attached(Client(name, channel, self._pool, self._turns))
+            elif isinstance(wish, Join) and self._machines is not None:
+                self._machines.serve(wish, name.rpartition(":")[0], channel)
+            elif isinstance(wish, Meet) and self._machines is not None:
+                _keep(self._machines.board(wish.run), channel)
+            elif wish is not None:
+                raise ProtocolError(f"Start `serve` there with --nnodes: it serves one machine, and got {wish}")
+        except ProtocolError as error:
+            self._refuse(name, error)
+            with contextlib.suppress(OSError):  # it is gone
+                channel.send(Failed(id=None, kind="protocol", rank=0, text=str(error)))
+        finally:
+            channel.close()
 
-    def _greet(self, sock: socket.socket) -> Channel | None:
-        """A channel to a client that wants to attach; None to one that wanted to know what there is."""
+    def _greet(self, sock: socket.socket) -> tuple[Channel, Message | None]:
+        """A channel to one that has the key, and what it wants; None where it wanted to know what there is."""
         stream = TlsStream(sock, self._context, listens=True)
         stream.handshake()
-        channel = Channel(stream, ToServer)
+        channel = Channel(stream, ToFirst)
         channel.authenticate(self._key.secret, listens=True)
         hello, _ = channel.receive()
         if not isinstance(hello, Hello) or hello.version != VERSION:
@@ -167,13 +200,9 @@ class Server:
             raise ProtocolError(problem)
         channel.send(self._welcome)
         try:
-            attach, _ = channel.receive()
+            return channel, channel.receive()[0]
         except EOFError:
-            channel.close()
-            return None
-        if not isinstance(attach, Attach):
-            raise ProtocolError(f"expected Attach, got {type(attach).__name__}")
-        return channel
+            return channel, None
 
     def _attached(self, client: Client) -> None:
         log.info("%s attaches", client.name)
@@ -192,6 +221,15 @@ class Server:
             log.info("%s is gone", client.name)
 
 
-def _shut(sock: socket.socket) -> None:
-    with contextlib.suppress(OSError):  # it is closed
-        sock.shutdown(socket.SHUT_RDWR)
+def _keep(board: Board | None, channel: Channel) -> None:
+    """Answers a rank's store. Returns when the rank is gone, or the run is over."""
+    while board is not None:
+        try:
+            ask, _ = channel.receive()
+            if not isinstance(ask, Ask):
+                raise ProtocolError(f"expected Ask, got {type(ask).__name__}")
+            channel.send(board.answer(ask))
+        except ValueError as error:
+            raise ProtocolError(str(error)) from error
+        except (EOFError, OSError):
+            return

@@ -19,12 +19,19 @@ START_SECONDS = 60
 
 
 class Serving:
-    """`serve` in a process of its own. key: its key file. said: the lines that it has written so far."""
+    """`serve` in a process of its own. key: its key file. said: the lines that it has written so far. prefix: what its
+    command begins with."""
 
-    def __init__(self, folder: Path, *arguments: str, port: int = 0, prefix: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: str,
+        listen: str | None = "127.0.0.1:0",
+        prefix: tuple[str, ...] = (),
+    ):
         self.key, self.said = folder / "key", []
         command = [*prefix, sys.executable, "-m", "fastusp_backend", "serve", "--key", str(self.key)]
-        command += ["--listen", f"127.0.0.1:{port}"] if "--listen" not in arguments else []
+        command += ["--listen", listen] if listen else []
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(
             [*command, *arguments], cwd=ROOT, stdout=pipe, stderr=subprocess.STDOUT, text=True

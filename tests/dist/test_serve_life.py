@@ -81,8 +81,7 @@ def test_a_server_that_is_killed_and_comes_back(server, folder, dev):
         evaluate(pool, dev)
     with pytest.raises(DeviceError, match="no server answers"):
         ask(address, str(server.key))
-    port = int(address.rpartition(":")[2])
-    with serving(folder, "--gpus", "cpu:2", "--models", str(folder), port=port) as again:
+    with serving(folder, "--gpus", "cpu:2", "--models", str(folder), listen=address) as again:
         assert again.address == address
         assert torch.equal(evaluate(pool, dev), expected)
 
@@ -109,7 +108,7 @@ def test_sigterm_ends_all_and_says_so(server, run_dirs, dev):
 
 
 def test_a_server_does_not_start_where_something_else_listens(server, folder):
-    with serving(folder, "--gpus", "cpu:2", "--models", str(folder), "--listen", server.address) as second:
+    with serving(folder, "--gpus", "cpu:2", "--models", str(folder), listen=server.address) as second:
         assert second.process.wait(30) == 2
         time.sleep(0.1)
         assert "Give --listen another address" in "".join(second.said)

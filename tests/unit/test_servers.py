@@ -2,14 +2,17 @@
 
 import os
 import stat
+import sys
 from pathlib import Path
 
 import pytest
 
 from fastusp_backend import keyfile
-from fastusp_backend.cli.serve import address
+from fastusp_backend.__main__ import main
+from fastusp_backend.cli.serve import address, place
 from fastusp_backend.errors import DeviceError, KeyFileError, RequestError
 from fastusp_backend.keyfile import Key, usual_path
+from fastusp_backend.server.interfaces import interface_of
 from fastusp_backend.servers import Server, named_server
 
 pytestmark = pytest.mark.unit
@@ -53,6 +56,34 @@ def test_where_to_listen():
     for wrong in ("80", "host", "host:", "host:99999", "a b:1"):
         with pytest.raises(RequestError, match="^Give --listen an address and a port"):
             address(wrong)
+
+
+def test_machine_0_of_several():
+    assert place(None, 1, 0, None) == ("127.0.0.1", 8189)
+    assert place(None, 2, 1, "10.0.0.1:80") == place("10.0.0.1:80", 2, 0, "10.0.0.1:80") == ("10.0.0.1", 80)
+    for wrong, told in (
+        ((None, 2, 2, "10.0.0.1:80"), "Give --node-rank from 0 to 1"),
+        ((None, 1, 0, "10.0.0.1:80"), "Give --nnodes too"),
+        ((None, 2, 0, None), "Give --rdzv-endpoint"),
+        (("10.0.0.2:80", 2, 0, "10.0.0.1:80"), "Leave --listen out"),
+        ((None, 2, 0, "0.0.0.0:80"), "Give --rdzv-endpoint the address by which"),
+    ):
+        with pytest.raises(RequestError, match=f"^{told}"):
+            place(*wrong)
+
+
+def test_a_network_must_be_trusted(monkeypatch, capsys):
+    command = ["fastusp_backend", "serve", "--gpus", "cpu:1", "--nnodes", "2", "--rdzv-endpoint", "10.0.0.1:80"]
+    monkeypatch.setattr(sys, "argv", command)
+    assert main() == 2 and capsys.readouterr().err.startswith("Give --trust-network if nobody else can reach or read")
+
+
+def test_interfaces():
+    assert interface_of("127.0.0.1") == "lo"
+    with pytest.raises(RequestError, match="none of its network interfaces has 203.0.113.7"):
+        interface_of("203.0.113.7")
+    with pytest.raises(RequestError, match="^Give an address of IPv4"):
+        interface_of("::1")
 
 
 def test_a_key_file_is_made_once_and_for_its_owner(tmp_path):

@@ -46,6 +46,8 @@ ROOMS = {
     "library": BASE,
     "servers": {"keyfile", "errors"},
     "keyfile": {"command", "errors"},
+    "door": {"protocol", "keyfile", "errors"},
+    "meeting": {"protocol", "door", "errors"},
     "protocol": BASE | {"pinning"},
     "comm": {"config", "kernels", "pinning", "ports", "pulse"},
     "kernels": set(),
@@ -57,10 +59,13 @@ ROOMS = {
     | {"library", "pinning", "pulse"},
     "sampling": {"prompt"},
     "shapes": BASE | {"prompt"},
-    "worker": BASE | {"prompt", "sampling", "engine", "models", "protocol", "comm.groups", "ports", "pulse"},
+    "worker": BASE
+    | {"prompt", "sampling", "engine", "models", "protocol"}
+    | {"comm.groups", "meeting", "ports", "pulse"},
     "worker.process": {"pulse"},
-    "pool": BASE | {"prompt", "protocol", "devices", "environment", "library", "keyfile", "worker.process", "pulse"},
-    "server": BASE | {"prompt", "pool", "protocol", "devices", "keyfile"},
+    "pool": BASE
+    | {"prompt", "protocol", "devices", "environment", "library", "door", "worker.process", "ports", "pulse"},
+    "server": BASE | {"prompt", "pool", "protocol", "devices", "keyfile", "door", "meeting", "pulse"},
 }
 ABOVE_ALL = {"cli", "__main__"}
 FOR_NODES = (

@@ -1,0 +1,208 @@
+"""Ranks on several machines, which are network namespaces of this host: the same results as one machine's, and an end
+of all where one of them ends."""
+
+import os
+import re
+import shutil
+import signal
+import time
+
+import machines
+import pytest
+import torch
+from listening import listeners
+from pools import GIVEN, LONG, PROMPT, SHORT, Stopwatch, evaluate, pids, sample, session
+from serving import Serving
+from support import relative_difference, wait_until
+from test_patches import QKV, lora, patched, stack
+from test_serve_life import LIMIT, Later
+
+from fastusp_backend.config import Layout
+from fastusp_backend.errors import PoolError, RequestError
+from fastusp_backend.pool import Progress
+from fastusp_backend.prompt import Prompt
+
+PORT = 8189
+
+pytestmark = [pytest.mark.dist, pytest.mark.skipif(machines.why_not() is not None, reason=str(machines.why_not()))]
+
+
+class Cluster:
+    """`serve` on each of two machines, with folders of their own."""
+
+    def __init__(self, folder, ranks: int, model):
+        self.folder = folder
+        self.servers: list[Serving] = []
+        for number in (0, 1):
+            (folder / f"models-{number}").mkdir(exist_ok=True)
+            shutil.copy(model, folder / f"models-{number}" / model.name)
+        self._ranks = ranks
+        for number in (0, 1):
+            self.start(number)
+
+    def start(self, number: int) -> Serving:
+        arguments = ["--gpus", f"cpu:{self._ranks}", "--nnodes", "2", "--node-rank", str(number), "--trust-network"]
+        arguments += ["--rdzv-endpoint", f"{machines.address(0)}:{PORT}", "--models"]
+        arguments += [str(self.folder / f"models-{number}")]
+        server = Serving(self.folder, *arguments, listen=None, prefix=machines.inside(number))
+        self.servers[number:] = [server, *self.servers[number + 1 :]]
+        server.says("The key file is" if number == 0 else "joined")
+        return server
+
+    def attach(self):
+        return self.servers[0].attach()
+
+    def close(self) -> None:
+        for server in reversed(self.servers):
+            server.close()
+
+
+@pytest.fixture(scope="module")
+def network():
+    with machines.network(2):
+        yield
+
+
+def cluster(folder, ranks, model):
+    made = Cluster(folder, ranks, model)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def two(network, run_dirs, tmp_path_factory, dev):
+    """Two machines of one rank each."""
+    yield from cluster(tmp_path_factory.mktemp("two"), 1, dev)
+
+
+@pytest.fixture
+def mortals(network, run_dirs, tmp_path, dev):
+    """Likewise, for a test that ends them."""
+    yield from cluster(tmp_path, 1, dev)
+
+
+def test_two_machines_of_one_rank(two, shared_pool, dev):
+    pool, local, one = two.attach(), shared_pool(2), evaluate(shared_pool(1), dev)
+    assert (pool.devices.ranks, pool.devices.per_machine) == (2, 1)
+    for layout in (Layout(ulysses=1, ring=2), Layout(ulysses=2, ring=1)):
+        got = evaluate(pool, dev, layout)
+        assert torch.equal(got, evaluate(local, dev, layout)) and relative_difference(got, one) < 2e-5
+    assert torch.equal(sample(pool, dev), sample(local, dev))
+    patches = stack({QKV: [lora(QKV, 3)]})
+    assert torch.equal(patched(pool, dev, patches), patched(local, dev, patches))
+    groups = {"positive": PROMPT, "negative": PROMPT, "cfg": 2.0, "sampler": "euler"}
+    run, beside = (session(x, dev, Layout(batch=2, ulysses=1, ring=1)) for x in (pool, local))
+    assert torch.equal(run.sample(GIVEN.x, SHORT, **groups), beside.sample(GIVEN.x, SHORT, **groups))
+    wait_until(lambda: len(pool.status()["memory"]) == 2 and all(pool.status()["memory"]), 5)
+    wait_until(lambda: any(machines.address(1) in line and "[rank 1]" in line for line in pool.log_since(0)[0]), 5)
+
+
+def test_large_tensors_reach_the_other_machine(two, dev):
+    """Those of a ControlNet, which ranks of one machine map."""
+    pool = two.attach()
+    residuals = {"input": [torch.randn(1, 12, 512) for _ in range(2)], "output": []}
+    run = session(pool, dev, Layout(ulysses=1, ring=2))
+    plain = evaluate(pool, dev, Layout(ulysses=1, ring=2))
+    got = run.evaluate(GIVEN.x, GIVEN.timestep, PROMPT, Progress(), control=residuals)
+    large = run.evaluate(GIVEN.x.repeat(64, 1, 1, 1), GIVEN.timestep.repeat(64), _repeated(64), Progress())
+    assert relative_difference(got, plain) > 1e-3
+    assert relative_difference(large[:1], plain) < 2e-5
+
+
+def _repeated(times: int) -> Prompt:
+    return Prompt(*(t.repeat(times, *[1] * (t.dim() - 1)) for t in (GIVEN.context, GIVEN.y, GIVEN.guidance)))
+
+
+def test_what_listens(two, dev):
+    """The server's port, and gloo's, which take nobody any more, each on its machine's own address."""
+    pool = two.attach()
+    evaluate(pool, dev)
+    for number, rank in enumerate(pids(pool)):
+        net = [x for x in listeners(rank) if x.kind != "unix"]
+        assert {x.name for x in net} <= {machines.address(number)}, net
+    served = [x for x in listeners(two.servers[0].process.pid) if x.kind != "unix"]
+    assert {(x.name, x.port) for x in served} == {(machines.address(0), PORT)}
+    assert [x for x in listeners(two.servers[1].process.pid) if x.kind != "unix"] == []
+
+
+def test_a_machine_that_lacks_the_file_is_named(two, dev):
+    pool, theirs = two.attach(), two.folder / "models-1" / dev.name
+    evaluate(pool, dev)
+    pool.release()
+    theirs.rename(theirs.with_suffix(".away"))
+    with pytest.raises(RequestError, match=re.escape(f"looked in {theirs.parent}")):
+        evaluate(pool, dev)
+    theirs.with_suffix(".away").rename(theirs)
+    assert evaluate(pool, dev).isfinite().all()
+
+
+def failure(pool, dev, what) -> str:
+    later = Later(what)
+    with pytest.raises(PoolError) as raised:
+        sample(pool, dev, LONG, later.progress)
+    assert later.watch.seconds < LIMIT, later.watch.seconds
+    return str(raised.value)
+
+
+def test_what_may_end(mortals, dev):
+    """One after another, with the same machines: each is told within ten seconds, and the next prompt is right."""
+    pool = mortals.attach()
+    expected = evaluate(pool, dev)
+
+    rank = pids(pool)[1]
+    told = failure(pool, dev, lambda: os.kill(rank, signal.SIGKILL))
+    assert f"rank 1 (process {rank}) was ended by SIGKILL" in told and machines.address(1) in told, told
+    assert torch.equal(evaluate(pool, dev), expected)
+
+    idle = pids(pool)[1]
+    os.kill(idle, signal.SIGKILL)
+    wait_until(lambda: pool.status()["state"] == "off", LIMIT)
+    assert f"rank 1 (process {idle})" in pool.status()["error"]
+    assert torch.equal(evaluate(pool, dev), expected)
+
+    told = failure(pool, dev, lambda: os.kill(pids(pool)[0], signal.SIGKILL))
+    assert "rank 0" in told and "SIGKILL" in told
+    assert torch.equal(evaluate(pool, dev), expected)
+
+    told = failure(pool, dev, lambda: mortals.servers[1].end(signal.SIGKILL))
+    assert f"machine 1 ({machines.address(1)})" in told, told
+    with pytest.raises(PoolError, match="Start `serve --node-rank 1` on its machine: 1 of 2 machines are there"):
+        evaluate(pool, dev)
+    mortals.start(1)
+    assert torch.equal(evaluate(pool, dev), expected)
+
+    told = failure(pool, dev, lambda: machines.cut(1))
+    assert f"machine 1 ({machines.address(1)}) was not heard of" in told or "is not connected" in told, told
+    machines.join(1)
+    wait_until(lambda: "".join(mortals.servers[1].said).count("joined") > 1, 30)
+    assert torch.equal(evaluate(pool, dev), expected)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_sigterm_on_any_machine_ends_all(mortals, dev, number):
+    pool = mortals.attach()
+    evaluate(pool, dev)
+    ranks = pids(pool)
+    watch = Stopwatch()
+    mortals.servers[number].process.send_signal(signal.SIGTERM)
+    assert [server.process.wait(LIMIT) for server in mortals.servers] == [0, 0]
+    assert watch.seconds < LIMIT and not any(os.path.exists(f"/proc/{rank}") for rank in ranks)
+
+
+def test_the_client_is_cut_off(two, dev):
+    """From machine 0, which goes on."""
+    pool = two.attach()
+    expected = evaluate(pool, dev)
+    before = pids(pool)
+    told = failure(pool, dev, lambda: machines.run("ip", "link", "set", machines.BRIDGE, "down"))
+    assert "nothing was heard of it for" in told or "the connection was lost" in told
+    machines.run("ip", "link", "set", machines.BRIDGE, "up")
+    time.sleep(1)
+    deadline = Stopwatch()
+    while deadline.seconds < 30:
+        try:
+            assert torch.equal(evaluate(pool, dev), expected)
+            break
+        except PoolError:
+            time.sleep(1)
+    assert len(pids(pool)) == len(before)
