@@ -136,6 +136,14 @@ def test_a_machine_that_lacks_the_file_is_named(two, dev):
     assert evaluate(pool, dev).isfinite().all()
 
 
+@pytest.mark.parametrize("weights", ["shared", "host"])
+def test_weights_do_not_travel_between_machines(two, dev, weights):
+    pool = two.attach()
+    with pytest.raises(RequestError, match="^Set weights to whole in USP Optimization Settings, or use a smaller file"):
+        evaluate(pool, dev, weights=weights)
+    assert evaluate(pool, dev).isfinite().all()
+
+
 def failure(pool, dev, what) -> str:
     later = Later(what)
     with pytest.raises(PoolError) as raised:

@@ -11,10 +11,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pools import ROOT
-
 from fastusp_backend.pool import Pool, ask
 
+ROOT = Path(__file__).resolve().parents[1]
 START_SECONDS = 60
 
 
