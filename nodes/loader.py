@@ -17,7 +17,7 @@ from .fewer_gpus import faster_with_fewer
 from .files import model_names, model_path
 from .pools import pool_for
 from .remote_model import remote_model
-from .servers import devices_of
+from .servers import devices_of, served
 from .settings import SettingsType
 from .status import node_run, show
 
@@ -142,9 +142,9 @@ class USPLoader(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, unet_name, **_others):
-        """Runs again when the file was replaced or written to."""
-        return f"{unet_name} {state_of(unet_name)}"
+    def fingerprint_inputs(cls, unet_name, gpus=None, **_others):
+        """Runs again when the file was replaced or written to, or a server has other devices."""
+        return f"{unet_name} {state_of(unet_name)} {served(gpus)}"
 
     @classmethod
     def execute(

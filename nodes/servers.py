@@ -11,8 +11,15 @@ from .comfyui import folder_paths
 
 def devices_of(gpus: str) -> Devices:
     """This machine's devices, or those of a server, which is asked. Raises DeviceError, KeyFileError, ProtocolError."""
+    return served(gpus) or local_devices(gpus)
+
+
+def served(gpus: str | None) -> ServerDevices | None:
+    """Those of a server, which is asked; None where it means none. Raises as `devices_of`."""
+    if gpus is None:
+        return None
     server = named_server(gpus, Path(folder_paths.get_user_directory()) / "fastusp.toml")
-    return local_devices(gpus) if server is None else ask(server.address, str(server.key))
+    return ask(server.address, str(server.key)) if server is not None else None
 
 
 def own_devices(gpus: str) -> Devices:

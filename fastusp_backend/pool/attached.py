@@ -22,6 +22,7 @@ from ..protocol import (
     Message,
     Ready,
     Shown,
+    Welcome,
 )
 from ..protocol.messages import ToAttached
 from ..pulse import Memory
@@ -38,6 +39,10 @@ def ask(address: str, key: str) -> ServerDevices:
     ProtocolError."""
     channel, welcome, _ = enter(address, key, ToAttached)
     channel.close()
+    return _devices(welcome, address, key)
+
+
+def _devices(welcome: Welcome, address: str, key: str) -> ServerDevices:
     return ServerDevices(
         ranks=welcome.ranks,
         address=address,
@@ -67,7 +72,10 @@ class AttachedWorkers(Contact):
 
     def _attach(self) -> None:
         try:
-            channel, _, _ = enter(self.devices.address, self.devices.key, ToAttached)
+            channel, welcome, _ = enter(self.devices.address, self.devices.key, ToAttached)
+            if _devices(welcome, self.devices.address, self.devices.key) != self.devices:
+                channel.close()
+                raise PoolError("it has other devices now; queue the prompt again")
             channel.send(Attach())
         except (FastUSPError, OSError) as error:
             self._end(str(error))

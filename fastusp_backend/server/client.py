@@ -5,7 +5,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 
 from ..errors import ProtocolError
 from ..pool import Pool
@@ -104,10 +104,7 @@ class Client:
     def end(self, text: str) -> None:
         """Tells why it is served no longer, and closes the connection."""
         written = self._link.post(self._channel.frame(Ended(text=text)))
-        try:
-            written.result(LAST_SECONDS)
-        except (OSError, TimeoutError):
-            log.info("%s did not hear why it was left", self.name)
+        wait([written], LAST_SECONDS)
         self._channel.shut()
 
     def close(self) -> None:

@@ -172,6 +172,11 @@ def test_what_may_end(mortals, dev):
     assert "rank 0" in told and "SIGKILL" in told
     assert torch.equal(evaluate(pool, dev), expected)
 
+    stopped = pids(pool)[1]
+    with pytest.raises(PoolError, match=rf"rank 1 \(process {stopped}\) was stopped \(SIGSTOP, Ctrl-Z\)"):
+        sample(pool, dev, LONG, Later(lambda: os.kill(stopped, signal.SIGSTOP)).progress)
+    assert torch.equal(evaluate(pool, dev), expected)
+
     told = failure(pool, dev, lambda: mortals.servers[1].end(signal.SIGKILL))
     assert f"machine 1 ({machines.address(1)})" in told, told
     with pytest.raises(PoolError, match="Start `serve --node-rank 1` on its machine: 1 of 2 machines are there"):

@@ -160,7 +160,7 @@ def test_the_node_points_at_the_log(node_module, fewer):
         "fewer_gpus": {"faster_with_fewer": lambda session, file: order.append("asked") or fewer},
         "pools": {"pool_for": lambda devices: SimpleNamespace(start=lambda: order.append("started"))},
         "remote_model": {"remote_model": lambda session, header: []},
-        "servers": {"devices_of": lambda _: devices},
+        "servers": {"devices_of": lambda _: devices, "served": None},
         "settings": {"SettingsType": None},
         "status": {"node_run": None, "show": order.append},
     }
