@@ -1,6 +1,7 @@
 """Ranks on several machines, which are network namespaces of this host: the same results as one machine's, and an end
 of all where one of them ends."""
 
+import itertools
 import os
 import re
 import shutil
@@ -13,16 +14,17 @@ import torch
 from listening import listeners
 from pools import GIVEN, LONG, PROMPT, SHORT, Stopwatch, evaluate, pids, sample, session
 from serving import Serving
-from support import relative_difference, wait_until
+from support import SMALL, relative_difference, wait_until
 from test_patches import QKV, lora, patched, stack
 from test_serve_life import LIMIT, Later
 
 from fastusp_backend.config import Layout
 from fastusp_backend.errors import PoolError, RequestError
+from fastusp_backend.planner import legal_layouts
 from fastusp_backend.pool import Progress
 from fastusp_backend.prompt import Prompt
 
-PORT = 8189
+PORTS = itertools.count(8189)
 
 pytestmark = [pytest.mark.dist, pytest.mark.skipif(machines.why_not() is not None, reason=str(machines.why_not()))]
 
@@ -31,7 +33,7 @@ class Cluster:
     """`serve` on each of two machines, with folders of their own."""
 
     def __init__(self, folder, ranks: int, model):
-        self.folder = folder
+        self.folder, self.port = folder, next(PORTS)
         self.servers: list[Serving] = []
         for number in (0, 1):
             (folder / f"models-{number}").mkdir(exist_ok=True)
@@ -42,7 +44,7 @@ class Cluster:
 
     def start(self, number: int) -> Serving:
         arguments = ["--gpus", f"cpu:{self._ranks}", "--nnodes", "2", "--node-rank", str(number), "--trust-network"]
-        arguments += ["--rdzv-endpoint", f"{machines.address(0)}:{PORT}", "--models"]
+        arguments += ["--rdzv-endpoint", f"{machines.address(0)}:{self.port}", "--models"]
         arguments += [str(self.folder / f"models-{number}")]
         server = Serving(self.folder, *arguments, listen=None, prefix=machines.inside(number))
         self.servers[number:] = [server, *self.servers[number + 1 :]]
@@ -97,6 +99,20 @@ def test_two_machines_of_one_rank(two, shared_pool, dev):
     wait_until(lambda: any(machines.address(1) in line and "[rank 1]" in line for line in pool.log_since(0)[0]), 5)
 
 
+def test_two_machines_of_two_ranks(network, run_dirs, tmp_path, shared_pool, dev):
+    """Ulysses inside a machine, a ring between them, and batch groups."""
+    one = evaluate(shared_pool(1), dev)
+    (layout, *_) = legal_layouts(4, SMALL.heads, 2)
+    assert layout == Layout(ulysses=2, ring=2)
+    for made in cluster(tmp_path, 2, dev):
+        pool = made.attach()
+        assert relative_difference(evaluate(pool, dev, layout), one) < 2e-5
+        groups = {"positive": PROMPT, "negative": PROMPT, "cfg": 2.0, "sampler": "euler"}
+        run = session(pool, dev, Layout(batch=2, ulysses=2, ring=1))
+        beside = session(shared_pool(1), dev).sample(GIVEN.x, SHORT, **groups)
+        assert relative_difference(run.sample(GIVEN.x, SHORT, **groups), beside) < 2e-5
+
+
 def test_large_tensors_reach_the_other_machine(two, dev):
     """Those of a ControlNet, which ranks of one machine map."""
     pool = two.attach()
@@ -121,7 +137,7 @@ def test_what_listens(two, dev):
         net = [x for x in listeners(rank) if x.kind != "unix"]
         assert {x.name for x in net} <= {machines.address(number)}, net
     served = [x for x in listeners(two.servers[0].process.pid) if x.kind != "unix"]
-    assert {(x.name, x.port) for x in served} == {(machines.address(0), PORT)}
+    assert {(x.name, x.port) for x in served} == {(machines.address(0), two.port)}
     assert [x for x in listeners(two.servers[1].process.pid) if x.kind != "unix"] == []
 
 

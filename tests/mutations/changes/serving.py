@@ -3,7 +3,6 @@
 KEYFILE = "fastusp_backend/keyfile.py"
 LIBRARY = "fastusp_backend/library.py"
 NUMBERS = "fastusp_backend/server/numbers.py"
-TLS = "fastusp_backend/protocol/tls.py"
 TURNS = "fastusp_backend/server/turns.py"
 
 CHANGES = [
@@ -41,14 +40,6 @@ CHANGES = [
         "self._workers.orphans += self._tensors.values()",
         "self._workers.orphans += ()",
         "unit/test_server_numbers.py",
-    ),
-    (
-        TLS,
-        "a read that waits keeps the lock",
-        "            self._fetch()\n            if self._outgoing.pending:",
-        "            with self._one:\n                self._socket.recv(1, 2)\n            self._fetch()\n"
-        "            if self._outgoing.pending:",
-        "unit/test_tls.py",
     ),
     (
         TURNS,
