@@ -17,7 +17,9 @@ def server(host, tmp_path_factory):
     folder = tmp_path_factory.mktemp("server")
     with serving(folder, "--gpus", "cpu:2", "--models", str(host.base / "models")) as server:
         toml = host.base / "user/fastusp.toml"
-        toml.write_text(f'[servers.box]\naddress = "{server.address}"\nkey = "{server.key}"\n')
+        known = {"box": server.address, "gone": "127.0.0.1:1"}
+        entries = (f'[servers.{name}]\naddress = "{at}"\nkey = "{server.key}"\n' for name, at in known.items())
+        toml.write_text("".join(entries))
         yield server
         toml.unlink()
 
@@ -48,7 +50,8 @@ def test_what_is_wrong_is_told_at_the_node(host, server):
             host.run(graph)
         return raised.value.text
 
-    assert "no server answers at 127.0.0.1:1:" in failure("127.0.0.1:1")
+    assert "no server answers at 127.0.0.1:1:" in failure("gone")
+    assert "Copy the key file from the server" in failure("127.0.0.1:2")
     assert "is not understood" in failure("other")
     graph = Graph()
     graph.save(graph.sample(graph.usp("box"), steps=500))
