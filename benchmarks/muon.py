@@ -11,8 +11,8 @@ class Muon:
 
     MOMENTUM, COEFFICIENTS, ITERATIONS = 0.95, (3.4445, -4.775, 2.0315), 5
 
-    def __init__(self, matrices: list[torch.nn.Parameter], rate: torch.Tensor):
-        self._rate = rate
+    def __init__(self, matrices: list[torch.nn.Parameter], rate: torch.Tensor, decay: float):
+        self._rate, self._decay = rate, decay
         shapes = {matrix.shape for matrix in matrices}
         self._groups = [[matrix for matrix in matrices if matrix.shape == shape] for shape in sorted(shapes)]
         self._averages = [torch.zeros(len(group), *group[0].shape, device=rate.device) for group in self._groups]
@@ -24,6 +24,7 @@ class Muon:
             average.lerp_(gradients, 1 - self.MOMENTUM)
             update = self._orthogonal(gradients.lerp(average, self.MOMENTUM)).to(average.dtype)
             update *= self._rate * 0.2 * math.sqrt(max(group[0].shape))  # AdamW's size
+            torch._foreach_mul_(group, 1 - self._rate * self._decay)
             torch._foreach_sub_(group, list(update))
 
     def _orthogonal(self, x: torch.Tensor) -> torch.Tensor:

@@ -173,6 +173,8 @@ def runs(job: dict, ours: Transformer, dtype, device) -> Iterator[tuple[dict, Ca
     peer, ranks = PEERS[job["who"]], dist.get_world_size()
     cases = [Case(**case) for case in job["cases"]]
     model = diffusers_model(ours)
+    if not model._repeated_blocks:  # diffusers names none for Stable Diffusion 3
+        model._repeated_blocks = ["JointTransformerBlock"]
 
     def evaluation(model, case: Case) -> Run:
         given = random_inputs(ours.config, case, device, dtype)

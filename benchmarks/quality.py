@@ -1,4 +1,4 @@
-"""What the fp8 options cost in exactness: full-size random weights, plain and with outlier channels as trained ones.
+"""What options in 8 bits cost in exactness: full-size random weights, plain and with outlier channels as trained ones.
 
     python benchmarks/quality.py --model flux --ranks 2
 
@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
 from fastusp_backend import shapes
+from fastusp_backend.attention.lossy import installed
 from fastusp_backend.cli.table import Column, Table
 from fastusp_backend.comm.mesh import make_mesh, single_rank_mesh
 from fastusp_backend.comm.transport import Transport
@@ -47,6 +48,20 @@ OPTIONS = {
     "fp8 products": {"linear": "fp8"},
     "int8 wire, fp8 products": {"wire": "int8", "linear": "fp8"},
 }
+
+
+def options(device: str) -> dict[str, dict[str, str]]:
+    """Returns what is compared: on GPUs also attention in 8 bits, as far as its packages are installed."""
+    attentions = installed() if device == "cuda" else []
+    both = OPTIONS["int8 wire, fp8 products"]
+    return OPTIONS | {
+        name: option
+        for attention in attentions
+        for name, option in (
+            (f"attention {attention}", {"attention": attention}),
+            (f"attention {attention}, int8 wire, fp8 products", both | {"attention": attention}),
+        )
+    }
 
 
 def add_outliers(model: Transformer, *, share: float = 0.003, factor: float = 30.0) -> None:
@@ -104,9 +119,9 @@ def rank(a: argparse.Namespace) -> None:
         wanted = results(model, alone, Transport(alone), eager)
         rows = held_by_rows(model)
         for mesh, transport in places:
-            for name, options in OPTIONS.items():
-                held = rows if options.get("linear") == "fp8" else model
-                found = results(held, mesh, transport, Settings(**options))
+            for name, option in options(a.device).items():
+                held = rows if option.get("linear") == "fp8" else model
+                found = results(held, mesh, transport, Settings(**option))
                 errors = [((f - w).norm() / w.norm()).item() for f, w in zip(found, wanted, strict=True)]
                 if number == 0:
                     at = " ".join(f"{error:.1e}" for error in errors[:-1])
@@ -161,12 +176,12 @@ def pictures(a: argparse.Namespace, places: list, alone, dtype: torch.dtype) -> 
     if number == 0:
         told("1 rank", "exact, eager", wanted, wanted)
     for mesh, transport in places:
-        for name, options in OPTIONS.items():
-            found = drawn(rows if options.get("linear") == "fp8" else model, mesh, transport, Settings(**options))
+        for name, option in options(a.device).items():
+            found = drawn(rows if option.get("linear") == "fp8" else model, mesh, transport, Settings(**option))
             if number == 0:
                 told(str(mesh.layout), name, found, wanted)
     if number == 0 and a.sheet:
-        contact_sheet([sheet[0], *sheet[-len(OPTIONS) :]]).save(a.sheet)
+        contact_sheet([sheet[0], *sheet[-len(options(a.device)) :]]).save(a.sheet)
 
 
 def contact_sheet(rows: list[tuple[str, torch.Tensor]]) -> Image.Image:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import paths  # noqa: F401
 
-from fastusp_backend.config import Settings
+from fastusp_backend.config import EIGHT_BIT_ATTENTION, Settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class Variant:
 
     @property
     def lossy(self) -> bool:
-        return self.settings.wire != "exact" or self.settings.linear != "exact" or bool(self.storage)
+        return not self.settings.lossless or bool(self.storage)
 
 
 def _variant(*, storage: str = "", **options) -> Variant:
@@ -47,6 +47,8 @@ VARIANTS = {
     "wire-fp8-unpipelined": _variant(**_OVERLAP, wire="fp8"),
     "linear-fp8": _variant(**_LOSSLESS, linear="fp8"),
     "fp8": _variant(**_LOSSLESS, wire="fp8", linear="fp8"),
+    **{name: _variant(**_LOSSLESS, attention=name) for name in EIGHT_BIT_ATTENTION},
+    **{f"fp8-{name}": _variant(**_LOSSLESS, wire="fp8", linear="fp8", attention=name) for name in EIGHT_BIT_ATTENTION},
     **{f"weights-{storage}": _variant(**_LOSSLESS, storage=storage) for storage in ("fp8", "Q8_0", "Q4_0")},
     "weights-Q4_0-eager": _variant(storage="Q4_0"),
     "wire-fp8-eager": _variant(wire="fp8", overlap=True, ring_pipeline=True),

@@ -17,7 +17,8 @@ DTYPES: tuple[DType, ...] = ("bfloat16", "float16", "float32")
 Storage = Literal["bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m2"]
 
 BatchParallel = Literal["auto", "on", "off"]
-AttentionChoice = Literal["auto", "cudnn", "flash", "efficient", "math", "flash3"]
+AttentionChoice = Literal["auto", "cudnn", "flash", "efficient", "math", "flash3", "sage", "flash3-fp8"]
+EIGHT_BIT_ATTENTION: tuple[AttentionChoice, ...] = ("sage", "flash3-fp8")
 WireChoice = Literal["exact", "fp8", "auto", "int8"]
 LinearChoice = Literal["exact", "fp8"]
 Residency = Literal["keep", "park", "release"]
@@ -62,7 +63,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     wire: what crosses a link; `exact` sends the compute type as it is, `fp8` e4m3 and `int8` integers with a scale
     per (token, head), `auto` int8 where the measured link is slow.
-    attention: the local attention back end; `auto` takes the fastest that the device and type allow.
+    attention: the local attention back end; `auto` takes the fastest that the device and type allow. `sage` and
+        `flash3-fp8` attend in 8 bits.
     compile: element-wise segments are fused, by kernels of our own and the compiler (GPUs).
     cuda_graphs: a whole evaluation is replayed as one graph (GPUs).
     overlap: exchanges run beside computation instead of being awaited where they start.
@@ -82,6 +84,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     linear: LinearChoice = "exact"
     residency: Residency = "keep"
     weights: WeightsChoice = "auto"
+
+    def without_loss(self) -> "Settings":
+        """Returns the same with nothing in 8 bits."""
+        attention = "auto" if self.attention in EIGHT_BIT_ATTENTION else self.attention
+        return msgspec.structs.replace(self, wire="exact", linear="exact", attention=attention)
+
+    @property
+    def lossless(self) -> bool:
+        """Whether nothing is sent, multiplied or attended in 8 bits, whatever the devices and links are."""
+        return self == self.without_loss()
 
 
 @functools.lru_cache(maxsize=64)

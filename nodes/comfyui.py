@@ -23,6 +23,7 @@ USED = {
         "args.fp8_e4m3fn_unet",
         "args.fp8_e5m2_unet",
         "args.fp8_e8m0fnu_unet",
+        "args.use_sage_attention",
     ],
     "comfy.conds": ["CONDRegular.process_cond(batch_size, area)"],
     "comfy.k_diffusion.sampling": [

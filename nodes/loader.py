@@ -1,10 +1,12 @@
 """USP Loader: a MODEL whose transformer lives in worker processes."""
 
 import asyncio
+import functools
+import logging
 import os
 from typing import get_args
 
-from ..fastusp_backend.config import BatchParallel, FileState, ModelSpec, Settings, Storage
+from ..fastusp_backend.config import EIGHT_BIT_ATTENTION, BatchParallel, FileState, ModelSpec, Settings, Storage
 from ..fastusp_backend.devices import Devices, supports_bfloat16
 from ..fastusp_backend.errors import CheckpointError, FastUSPError
 from ..fastusp_backend.models.files import ModelFile, read_model
@@ -20,6 +22,8 @@ from .remote_model import remote_model
 from .servers import devices_of, served
 from .settings import SettingsType
 from .status import node_run, show
+
+log = logging.getLogger(__name__)
 
 STORAGE: dict[str, Storage | None] = {
     "default": None,
@@ -182,8 +186,18 @@ class USPLoader(io.ComfyNode):
         session.pool.start()
         fewer = faster_with_fewer(session, file)
         hint = f"; {fewer} may be faster: see ComfyUI's log" if fewer is not None else ""
+        if devices.gpus and command_line.use_sage_attention and settings.attention not in EIGHT_BIT_ATTENTION:
+            hint += f"; {_sage_is_not_followed()}"
         show(f"{file.config.family} on {devices}{hint}")
         return io.NodeOutput(model)
+
+
+@functools.cache
+def _sage_is_not_followed() -> str:
+    """Says so in the log, once a process, and for the status."""
+    text = "set attention to sage in USP Optimization Settings for what ComfyUI's --use-sage-attention does"
+    log.warning("FastUSP: %s: it does not reach the workers", text)
+    return text
 
 
 def spec_on(devices: Devices, file: ModelFile, weight_dtype: str) -> ModelSpec:

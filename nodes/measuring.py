@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 
-import msgspec
 import torch
 
 from ..fastusp_backend.cli import bench, verify
@@ -58,7 +57,9 @@ class USPMeasure(io.ComfyNode):
                     default=False,
                     tooltip="Whether to measure also by how much 8 bits change a step and the latents.",
                 ),
-                SettingsType.Input("settings", optional=True, tooltip="As USP Loader's; wire and linear are measured."),
+                SettingsType.Input(
+                    "settings", optional=True, tooltip="As USP Loader's; its options of 8 bits are measured."
+                ),
             ],
             outputs=[],
             is_output_node=True,
@@ -98,7 +99,7 @@ class USPMeasure(io.ComfyNode):
                 watch=told.watch,
             )
             evaluations = plan.count(devices, file.config.heads) * (bench.WARM_UP[devices.type] + steps)
-            lossy = len(bench.options(devices.ranks)) if exactness else -1
+            lossy = len(bench.options(devices)) if exactness else -1
             told.expect(evaluations + (1 + lossy) * (len(verify.TIMESTEPS) + verify.STEPS))
             with closing(plan.rows(devices, file.config.heads)) as rows:  # which hold a pool
                 for row in rows:
@@ -167,7 +168,7 @@ class Told:
         if not lossy:
             return
         given = *plan.given, timestep_scale
-        exact = msgspec.structs.replace(plan.base, wire="exact", linear="exact")
+        exact = plan.base.without_loss()
         with closing(Pool(self._devices)) as pool:
 
             def results(settings: Settings, name: str) -> list[torch.Tensor] | str:
@@ -210,6 +211,7 @@ class Told:
             "layout": str(layout),
             "wire": row.settings.wire,
             "linear": row.settings.linear,
+            "attention": row.settings.attention,
             "ms": row.seconds and round(1000 * row.seconds, 1),
             "gain": alone.seconds / row.seconds if alone.seconds and row.seconds else None,
             "gigabytes": row.nbytes / 1e9,

@@ -18,7 +18,8 @@ TOOLTIPS = {
     "int8 where the measured link is slow (most PCIe cards).",
     "attention": "Attention kernel on each rank. auto: the fastest for the device. cudnn, flash (16-bit) and efficient "
     "run on GPUs, flash also on CPU ranks; math is the slow reference and runs everywhere. flash3: on H100 and H200, "
-    "with the package fa3-fwd, which auto uses too where it is faster.",
+    "with the package fa3-fwd, which auto uses too where it is faster. In 8 bits, only where chosen here: sage, with "
+    "the package sageattention, on GPUs from Ampere on; flash3-fp8, with fa3-fwd, on H100 and H200.",
     "compile": "Fuse the element-wise parts, by kernels of our own and torch.compile. GPUs only; CPU ranks run them as "
     "they are.",
     "cuda_graphs": "Replay a whole evaluation as one CUDA graph, so that no GPU waits for its CPU. GPUs only.",

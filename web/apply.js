@@ -10,18 +10,20 @@ const GAP = 60;
 
 /** row: of USP Measure's table. */
 export function applyRow(node, row) {
-  const { wire, linear } = row;
+  const { wire, linear, attention } = row;
+  const options = { wire, linear, attention };
+  const isDefault = wire === "exact" && linear === "exact" && attention === "auto";
   const left = [];
   const put = (owner, values) => {
     for (const [name, value] of Object.entries(values)) if (!setValue(owner, name, value)) left.push(`${name} = ${value}`);
   };
   keepStep(); // what was not noticed yet is a step of its own
   put(node, row.values);
-  const settings = settingsNode(node) ?? newSettings(node, wire, linear);
-  if (settings) put(settings, { wire, linear });
-  else if (sourceOf(node, "settings") && (wire !== "exact" || linear !== "exact")) left.push(`wire = ${wire}`, `linear = ${linear}`);
+  const settings = settingsNode(node) ?? (isDefault ? undefined : newSettings(node));
+  if (settings) put(settings, options);
+  else if (sourceOf(node, "settings") && !isDefault) left.push(...Object.entries(options).map(([name, value]) => `${name} = ${value}`));
   keepStep();
-  const set = Object.entries({ ...row.values, wire, linear }).map(([name, value]) => `${name} = ${value}`);
+  const set = Object.entries({ ...row.values, ...options }).map(([name, value]) => `${name} = ${value}`);
   app.extensionManager?.toast?.add({
     severity: left.length ? "warn" : "success",
     summary: left.length ? "FastUSP: set these where they come from" : "FastUSP: applied; one undo takes it back",
@@ -30,9 +32,9 @@ export function applyRow(node, row) {
   });
 }
 
-/** A settings' node at the left of a loader that has none; undefined where it needs none, or has another kind's. */
-function newSettings(node, wire, linear) {
-  if (sourceOf(node, "settings") || (wire === "exact" && linear === "exact")) return undefined;
+/** A settings' node at the left of a loader that has none; undefined where it has another kind's. */
+function newSettings(node) {
+  if (sourceOf(node, "settings")) return undefined;
   const made = LiteGraph.createNode(SETTINGS);
   made.pos = [node.pos[0] - made.size[0] - GAP, node.pos[1]];
   node.graph.add(made);

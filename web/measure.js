@@ -26,7 +26,7 @@ const STYLE = `
 .fastusp-measure button:disabled { opacity: 0.5; cursor: default; }
 `;
 
-const HEADS = ["ranks", "layout", "wire", "linear", "ms a step", "x one rank", "GB a rank", "changes", ""];
+const HEADS = ["ranks", "layout", "wire", "linear", "attention", "ms a step", "x one rank", "GB a rank", "changes", ""];
 const LOADER_INPUTS = ["unet_name", "weight_dtype", "gpus"];
 
 /** What is asked for beside the node's values: label, and what is in the field at first. */
@@ -41,8 +41,8 @@ function changed(changes) {
 }
 
 /** A row's cells, but for the last. */
-export function cells({ ranks, layout, wire, linear, ms, gain, gigabytes, problem, changes }) {
-  const what = [String(ranks), layout, wire, linear];
+export function cells({ ranks, layout, wire, linear, attention, ms, gain, gigabytes, problem, changes }) {
+  const what = [String(ranks), layout, wire, linear, attention];
   if (ms === null) return [...what, "not run", "", "", problem];
   return [...what, ms.toFixed(1), gain === null ? "" : gain.toFixed(2), gigabytes.toFixed(2), changed(changes)];
 }

@@ -1,16 +1,27 @@
-"""FlashAttention-3 (arXiv 2407.08608), a kernel for Hopper, from the package `fa3-fwd`."""
+"""FlashAttention-3 (arXiv 2407.08608), a kernel for Hopper, from the package `fa3-fwd` or `flash-attn` 3; in the type
+of queries, keys and values, and in 8 bits.
+
+In 8 bits it multiplies e4m3 with one scale for each (batch item, head) of q, k and v, the only ones it takes; 2^8 times
+the probabilities are e4m3 too, and sums float32. Its log-sum-exp is natural, of scaled scores. What 8 bits cost is in
+kernels/smooth.py: keys go in without their mean. A packed block of the ring has a scale for each (token, head), so it
+is unpacked before.
+"""
 
 import functools
 import importlib.util
+import inspect
 import logging
 from collections.abc import Callable
 
 import torch
 
+from ..kernels.smooth import quantise_heads
+
 log = logging.getLogger(__name__)
 
 CAPABILITY = (9, 0)
-_MODULE = "fa3_fwd_interface"
+_MODULES = "fa3_fwd_interface", "flash_attn_interface"
+"""Of fa3-fwd and of flash-attn 3, whose function is the same."""
 _QUERIES, _ROUNDS = 128, 3
 """Queries of one tile, and how often tiles must fill the GPU for this kernel to lead cuDNN's: on an H100 12 heads x
 4608 tokens (3.3 times) took 220 us for 235, 6 heads 131 for 124, 6 x 16896 (6 times) 1249 for 1348."""
@@ -21,10 +32,18 @@ _DIM = 128
 @functools.cache
 def _function() -> Callable | None:
     """The package's function, None where it is not installed. Raises ImportError where it does not load, as one that
-    was built for another torch."""
-    if importlib.util.find_spec(_MODULE) is None:
-        return None
-    return importlib.import_module(_MODULE).flash_attn_func
+    was built for another torch, or is from before `return_attn_probs`."""
+    for module in filter(importlib.util.find_spec, _MODULES):
+        function = importlib.import_module(module).flash_attn_func
+        if "return_attn_probs" not in inspect.signature(function).parameters:
+            raise ImportError(f"{module} is an older version, without return_attn_probs")
+        return function
+    return None
+
+
+def present() -> bool:
+    """Whether there is such a package, which need not load."""
+    return any(map(importlib.util.find_spec, _MODULES))
 
 
 @functools.cache
@@ -40,6 +59,23 @@ def installed() -> bool:
 def flash3(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """See attention/local.py."""
     return _function()(q, k, v, softmax_scale=scale, return_attn_probs=True)
+
+
+def flash3_fp8(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """See attention/local.py; bfloat16, which is what the kernel gives for 8 bits."""
+    heads = quantise_heads(q, k, v)
+    of_q, of_k, of_v = heads.scales
+    out, lse = _function()(
+        heads.q,
+        heads.k,
+        heads.v,
+        softmax_scale=scale,
+        q_descale=of_q,
+        k_descale=of_k,
+        v_descale=of_v,
+        return_attn_probs=True,
+    )
+    return out, lse.add_(heads.shift, alpha=scale)
 
 
 def leads(q: torch.Tensor) -> bool:

@@ -5,7 +5,7 @@ float32, the natural logarithm of the softmax denominators, by which kernels/mer
 keys.
 
 These are torch's own kernels, called by their operator names because `scaled_dot_product_attention` hides the LSE, and
-FlashAttention-3 where its package is installed.
+FlashAttention-3 where its package is installed. Those that attend in 8 bits are in lossy.py.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from ..config import AttentionChoice
-from . import flash3
+from . import flash3, lossy
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]]
 
@@ -80,12 +80,18 @@ _MIN_FLASH_CAPABILITY = (8, 0)
 """torch's flash and cuDNN kernels refuse GPUs before Ampere."""
 
 
-def choose(choice: AttentionChoice, device: torch.device, dtype: torch.dtype) -> tuple[str, Attend]:
+def choose(
+    choice: AttentionChoice, device: torch.device, dtype: torch.dtype, *, ring: bool = False
+) -> tuple[str, Attend]:
     """Returns the back end for a choice, and its name; `auto` takes the fastest that the device, the type and the shape
-    allow.
+    allow, and attends in no fewer bits.
 
-    Raises ValueError when the device or type does not have the chosen one.
+    ring: whether results over parts of the keys are merged, for which some have no LSE.
+
+    Raises ValueError when the device, type or ring does not have the chosen one.
     """
+    if choice in lossy.BACKENDS:
+        return choice, lossy.back_end(choice, device, dtype, ring=ring)
     have = [name for (kind, name), (_, types) in _BACKENDS.items() if kind == device.type and dtype in types]
     where, hint, capability = f"{device.type} ranks", "", None
     if device.type == "cuda":

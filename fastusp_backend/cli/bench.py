@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import msgspec
 import torch
 
+from ..attention.lossy import installed
 from ..config import Layout, ModelSpec, Settings
 from ..devices import Devices, local_devices
 from ..errors import PoolError, RequestError
@@ -30,13 +31,14 @@ TABLE = Table(
     Column("layout", 19),
     Column("wire", 5),
     Column("linear", 6),
+    Column("attention", 10),
     Column("ms/evaluation", 13, ".1f"),
     Column("x one rank", 10, ".2f"),
     Column("first 2 steps s", 15, ".2f"),
     Column("GB/rank", 7, ".2f"),
     Column("exchanges"),
 )
-NOT_RUN = Table(*TABLE.columns[:4], Column("why"))
+NOT_RUN = Table(*TABLE.columns[:5], Column("why"))
 WIRES, LINEARS = ("exact", "int8", "fp8"), ("exact", "fp8")
 
 
@@ -59,11 +61,12 @@ class Row:
 
     @property
     def exact(self) -> bool:
-        return self.settings.wire == self.settings.linear == "exact"
+        return self.settings.lossless
 
     @property
     def name(self) -> str:
-        return f"{self.layout}, {self.settings.wire} wire, {self.settings.linear} products"
+        attention = "" if self.settings.attention == "auto" else f", {self.settings.attention} attention"
+        return f"{self.layout}, {self.settings.wire} wire, {self.settings.linear} products{attention}"
 
     def choice(self, devices: Devices) -> str:
         """Says what to set for it in ComfyUI, and what that gives."""
@@ -77,7 +80,7 @@ class Row:
             )
         return (
             f"gpus = {gpus} ({some.ranks} rank{'s' * (some.ranks > 1)}), {degrees}, wire = {self.settings.wire}, "
-            f"linear = {self.settings.linear}: {self.seconds * 1000:.1f} ms"
+            f"linear = {self.settings.linear}, attention = {self.settings.attention}: {self.seconds * 1000:.1f} ms"
         )
 
 
@@ -143,7 +146,7 @@ class Bench:
 
     def rows(self, devices: Devices, heads: int) -> Iterator[Row]:
         """Measures 1, 2, 4, ... of the devices, then the options on all of them. Workers run between two rows alone."""
-        exact = msgspec.structs.replace(self.base, wire="exact", linear="exact")
+        exact = self.base.without_loss()
         for ranks in rank_counts(devices.ranks):
             layouts = legal_layouts(ranks, heads)
             some = []
@@ -155,20 +158,20 @@ class Bench:
                 if ranks < devices.ranks:
                     continue
                 fastest = min(some, key=lambda row: row.seconds or float("inf"))
-                for option in options(ranks):
+                for option in options(devices):
                     if fastest.problem and option["linear"] == "exact":
                         continue  # as large as what did not run, and nothing to be compared with
                     settings = msgspec.structs.replace(exact, **option)
                     row = Row(layout=fastest.layout, settings=settings, automatic=fastest.automatic)
                     row = self.measured(row, pool)
                     yield row
-                    if row.problem and option["linear"] == "fp8":
+                    if row.problem and option["linear"] == "fp8" and "attention" not in option:
                         return  # these devices have no such products, or no room for them, over any wire
 
     def count(self, devices: Devices, heads: int) -> int:
         """How many rows there are at most."""
         layouts = [len(legal_layouts(n, heads)) if self.every_layout else 1 for n in rank_counts(devices.ranks)]
-        return sum(layouts) + len(options(devices.ranks))
+        return sum(layouts) + len(options(devices))
 
     def measured(self, row: Row, pool: Pool) -> Row:
         """Times the steps of a sampling run. What the workers refuse, die of, or take too long for is the row's
@@ -210,18 +213,21 @@ def rank_counts(ranks: int) -> list[int]:
     return [2**n for n in range(ranks.bit_length()) if 2**n < ranks] + [ranks]
 
 
-def options(ranks: int) -> list[dict[str, str]]:
+def options(devices: Devices) -> list[dict[str, str]]:
     """Returns what may make it faster at the price of exactness: values of `Settings`. The weights are loaded once for
-    each `linear`."""
-    wires = WIRES if ranks > 1 else ("exact",)
-    return [
-        {"wire": wire, "linear": linear} for linear in LINEARS for wire in wires if (wire, linear) != ("exact", "exact")
-    ]
+    each `linear`. Attention in 8 bits, where it is installed, is timed alone and beside the rest."""
+    wires, attentions = WIRES if devices.ranks > 1 else ("exact",), installed() if devices.gpus else []
+    found = []
+    for linear in LINEARS:
+        found += [{"wire": wire, "linear": linear} for wire in wires if (wire, linear) != ("exact", "exact")]
+        wire = "exact" if linear == "exact" or devices.ranks == 1 else "int8"
+        found += [{"wire": wire, "linear": linear, "attention": attention} for attention in attentions]
+    return found
 
 
 def line(row: Row, alone: Row) -> str:
     """Returns a line of the table. alone: one rank's row, exact."""
-    what = row.layout.ranks, str(row.layout), row.settings.wire, row.settings.linear
+    what = row.layout.ranks, str(row.layout), row.settings.wire, row.settings.linear, row.settings.attention
     if row.seconds is None:
         return NOT_RUN.row(*what, f"not run: {row.problem.splitlines()[0]}")
     gain = alone.seconds / row.seconds if alone.seconds else "-"

@@ -8,8 +8,9 @@ from dataclasses import replace
 import torch
 
 from .. import shapes
+from ..attention.lossy import installed
 from ..config import Layout, ModelSpec, Settings
-from ..devices import local_devices
+from ..devices import Devices, local_devices
 from ..errors import Cancelled, FastUSPError
 from ..models.files import read_model
 from ..planner import plan
@@ -27,6 +28,7 @@ CAPTIONS, PIXELS, PICTURE_STEPS = 6, 256, 20
 _SHARED = {"fp8 wire": {"wire": "fp8"}, "int8 wire": {"wire": "int8"}}
 _ANYWHERE = {"fp8 products": {"linear": "fp8"}}
 _BOTH = {"int8 wire and fp8 products": {"wire": "int8", "linear": "fp8"}}
+_ATTENTION = {"sage": "sage attention", "flash3-fp8": "fp8 attention"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
         f"{arguments.text} text tokens of random values"
     )
     table = Table(
-        Column("relative (Frobenius) difference", 41),
+        Column("relative (Frobenius) difference", 58),
         *(Column(f"t = {t}", 8, ".1e") for t in TIMESTEPS),
         Column(f"latents after {arguments.steps} steps", 23, ".1e"),
         Column("pictures, dB", 12, ".1f"),
@@ -55,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     print(table.head())
 
-    options = (_SHARED if devices.ranks > 1 else {}) | _ANYWHERE | (_BOTH if devices.ranks > 1 else {})
+    options = options_of(devices)
     with closing(Pool(devices)) as pool:
         exact = results(Session(pool, spec, (layout,), Settings()), given, arguments.steps, "exact", bar)
         rows = {
@@ -82,6 +84,18 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"an evaluation differs by {worst:.1e}, above {BOUNDS[spec.compute]:.0e}: the ranks do not agree")
         return 1
     return 0
+
+
+def options_of(devices: Devices) -> dict[str, dict[str, str]]:
+    """Returns the options that are measured, alone and together, by what the rows say: all that these devices may have
+    and, of attention, what is installed."""
+    options = (_SHARED if devices.ranks > 1 else {}) | _ANYWHERE | (_BOTH if devices.ranks > 1 else {})
+    (together, values), attentions = list(options.items())[-1], installed() if devices.gpus else []
+    for attention in attentions:
+        options[_ATTENTION[attention]] = {"attention": attention}
+    for attention in attentions:
+        options[f"{together}, {_ATTENTION[attention]}"] = values | {"attention": attention}
+    return options
 
 
 def attempt(session: Session, given, steps: int, name: str, watch: Watch) -> list[torch.Tensor] | str:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ..attention import sage
 from ..attention.local import choose
 from ..comm.collective import GroupExchange
 from ..comm.mesh import Mesh
@@ -55,7 +56,7 @@ class Denoiser:
         owners: Sequence[int] | None = None,
     ):
         self._model, self._mesh, self._transport, self._settings, self._dtype = model, mesh, transport, settings, dtype
-        _, self._attend = choose(settings.attention, mesh.device, dtype)
+        _, self._attend = choose(settings.attention, mesh.device, dtype, ring=mesh.layout.ring > 1)
         self._segments = Segments(mesh.device, fused=settings.compile, fp8=settings.linear == "fp8")
         self._modulations = ModulationTable(model, dtype, owners)
         self._batch_exchange = GroupExchange(mesh.batch) if mesh.batch else None
@@ -102,7 +103,7 @@ class Denoiser:
         """Allocates, and frees again, what this group's evaluations of x take beside the modulations of `evaluations`
         of them, while all ranks can still refuse together: within an evaluation, a rank that fails leaves the others
         waiting. spare: bytes of a GPU that must be left where buffers are still to be made. Raises
-        torch.OutOfMemoryError."""
+        torch.OutOfMemoryError, and RequestError where attention is wrong for so many tokens."""
         shares = self.shares(prompts)
         _rows = self._modulations.probe_memory(evaluations, prompts, shares)  # allocated while evaluations are tried
         for prompt, images in zip(prompts, shares, strict=True):
@@ -164,13 +165,25 @@ class Denoiser:
             return
         rows, columns = patch_grid(*x.shape[-2:], self._model.config.patch)
         tokens = self._model.config.filled(rows * columns + shape.references.tokens)
-        tokens = SequenceShards(self._mesh.layout, shape.text, tokens).local
-        count = WORKING_SET * len(x) * tokens * self._model.config.hidden
+        shards = SequenceShards(self._mesh.layout, shape.text, tokens)
+        self._check_keys(shards)
+        count = WORKING_SET * len(x) * shards.local * self._model.config.hidden
         if evaluation is None:
             count += spare // self._dtype.itemsize
         torch.empty(count, dtype=self._dtype, device=x.device)  # and free it
         if x.is_cuda and evaluation is None:
             torch.cuda.empty_cache()  # exchanges' buffers do not come from torch's cache
+
+    def _check_keys(self, shards: SequenceShards) -> None:
+        """Raises RequestError where the chosen attention is wrong for so many keys."""
+        if self._settings.attention != "sage":
+            return
+        image_alone = self._model.config.image_blocks + self._model.config.second_attentions > 0
+        for text in (True, False)[: 1 + image_alone]:
+            for position in range(self._mesh.layout.ring):
+                keys = shards.valid(position, text=text)
+                if problem := sage.problem_with(keys.stop - keys.start):
+                    raise RequestError(problem)
 
     def _shape(self, x: torch.Tensor, prompt: Prompt, residuals: Residuals) -> Shape:
         return Shape(

@@ -10,7 +10,7 @@ import msgspec
 
 from ..config import Layout, ModelSpec, Settings, WeightPatch
 
-VERSION = 9
+VERSION = 10
 """Raised whenever a message or the framing changes: client and workers of different versions refuse each other."""
 
 

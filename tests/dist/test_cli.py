@@ -103,9 +103,9 @@ def test_bench(run, dev):
         ["int8", "fp8"],
         ["fp8", "fp8"],
     ]
-    assert all(float(row[4]) > 0 and float(row[6]) > 0 and float(row[7]) > 0 for row in rows)
-    assert float(rows[5][7]) < float(rows[0][7])  # in fp8 the weights are smaller
-    assert rows[0][5] == "1.00" and rows[4][8] == "gloo, fp8 wire"
+    assert all(float(row[5]) > 0 and float(row[7]) > 0 and float(row[8]) > 0 for row in rows)
+    assert float(rows[5][8]) < float(rows[0][8])  # in fp8 the weights are smaller
+    assert rows[0][6] == "1.00" and rows[4][9] == "gloo, fp8 wire"
     assert any(line.startswith("Recommended, without loss: gpus = cpu:") for line in table[8:])
 
 

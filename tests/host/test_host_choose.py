@@ -190,12 +190,12 @@ def test_measured_and_applied(host, page):
     measure(page)
     page.wait_for(f"{LINE} == 'measured'", 90)
     rows = page.evaluate(ROWS)
-    assert [row[:4] for row in rows[:3]] == [
-        ["1", "ulysses 1 x ring 1", "exact", "exact"],
-        ["2", "ulysses 2 x ring 1", "exact", "exact"],
-        ["2", "ulysses 2 x ring 1", "int8", "exact"],
+    assert [row[:5] for row in rows[:3]] == [
+        ["1", "ulysses 1 x ring 1", "exact", "exact", "auto"],
+        ["2", "ulysses 2 x ring 1", "exact", "exact", "auto"],
+        ["2", "ulysses 2 x ring 1", "int8", "exact", "auto"],
     ]
-    assert len(rows) == 7 and all(float(row[4]) > 0 and float(row[6]) > 0 for row in rows)
+    assert len(rows) == 7 and all(float(row[5]) > 0 and float(row[7]) > 0 for row in rows)
     assert starts(host) > before, "workers that had to leave are there again"
     values = "app.graph.getNodeById(1).widgets.map(({ value }) => value).slice(2, 5)"
     press(page, "Apply", f"{WINDOW}.querySelectorAll('tr')[3]")

@@ -31,7 +31,7 @@ def test_more_gpus_that_help():
     rows = [row(1, 100), row(2, 55), row(4, 30), row(4, 33, ring=4), row(4, 29.5, wire="int8")]
     (only,) = recommend(rows, FOUR)
     assert only.startswith("Recommended, without loss: gpus = 2,3,5,7 (4 ranks), ulysses = 0, ring = 0 (automatic), ")
-    assert only.endswith("wire = exact, linear = exact: 30.0 ms")
+    assert only.endswith("wire = exact, linear = exact, attention = auto: 30.0 ms")
 
 
 def test_a_layout_that_must_be_set_says_what_that_switches_off():
@@ -44,7 +44,11 @@ def test_fewer_gpus_and_8_bits():
     fewer, exact, lossy = recommend(rows, FOUR)
     assert fewer == "Fewer ranks are the better choice here: 150.0 ms on 4 ranks, 100.0 ms on 1."
     assert "gpus = 2 (1 rank), ulysses = 0, ring = 0 (automatic), wire = exact" in exact
-    assert "(4 ranks)" in lossy and "wire = fp8, linear = fp8: 59.0 ms" in lossy and lossy.endswith("1.69 x as fast")
+    assert (
+        "(4 ranks)" in lossy
+        and "wire = fp8, linear = fp8, attention = auto: 59.0 ms" in lossy
+        and lossy.endswith("1.69 x as fast")
+    )
 
 
 def test_more_gpus_that_hardly_help():
@@ -59,22 +63,49 @@ def test_what_did_not_run():
     refused = row(1, None, problem="rank 0 ran out of memory\nmore")
     assert bench.line(refused, refused).endswith("not run: rank 0 ran out of memory")
     shared = row(4, 80, linear="fp8")
-    assert bench.line(shared, refused).split()[7:10] == ["fp8", "80.0", "-"]
-    assert bench.line(row(4, 40), row(1, 80)).split()[7:10] == ["exact", "40.0", "2.00"]
+    assert bench.line(shared, refused).split()[7:11] == ["fp8", "auto", "80.0", "-"]
+    assert bench.line(row(4, 40), row(1, 80)).split()[7:11] == ["exact", "auto", "40.0", "2.00"]
     assert recommend([refused, shared], FOUR) == [f"In 8 bits, whose error `verify` measures: {shared.choice(FOUR)}"]
     assert "doctor" in recommend([refused], FOUR)[0]
 
 
 def test_what_is_measured():
     assert [rank_counts(n) for n in (1, 2, 3, 4, 8)] == [[1], [1, 2], [1, 2, 3], [1, 2, 4], [1, 2, 4, 8]]
-    assert [(s["linear"], s["wire"]) for s in options(1)] == [("fp8", "exact")]
-    assert [(s["linear"], s["wire"]) for s in options(2)] == [
+    assert [(s["linear"], s["wire"]) for s in options(Devices(ranks=1))] == [("fp8", "exact")]
+    assert [(s["linear"], s["wire"]) for s in options(Devices(ranks=2))] == [
         ("exact", "int8"),
         ("exact", "fp8"),
         ("fp8", "exact"),
         ("fp8", "int8"),
         ("fp8", "fp8"),
     ]
+
+
+def test_attention_in_8_bits_is_timed_where_it_is_installed(monkeypatch):
+    """Alone, and beside the rest; GPUs alone have it. A row that it does not run in ends nothing."""
+    monkeypatch.setattr(bench, "installed", lambda: ["sage", "flash3-fp8"])
+    assert not [option for option in options(Devices(ranks=4)) if "attention" in option]
+    for ranks, wire in ((1, "exact"), (2, "int8")):
+        devices = Devices(ranks=ranks, gpus=(0, 1)[:ranks])
+        assert [option for option in options(devices) if "attention" in option] == [
+            {"wire": "exact", "linear": "exact", "attention": "sage"},
+            {"wire": "exact", "linear": "exact", "attention": "flash3-fp8"},
+            {"wire": wire, "linear": "fp8", "attention": "sage"},
+            {"wire": wire, "linear": "fp8", "attention": "flash3-fp8"},
+        ]
+
+    def measured(_, row, pool):
+        return replace(row, **{"problem": "no"} if row.settings.attention == "sage" else {"seconds": 1.0})
+
+    monkeypatch.setattr(Bench, "measured", measured)
+    every = Bench(spec=None, given=(None, None), steps=1, base=Settings(attention="sage"))
+    devices = Devices(ranks=1, gpus=(0,))
+    found = list(every.rows(devices, 24))
+    assert len(found) == every.count(devices, 24) == 6
+    assert found[0].exact and found[0].settings.attention == "auto", "what all are compared with has lost nothing"
+    assert [row.exact for row in found] == [True] + [False] * 5
+    assert [row.name.rpartition(", ")[2] for row in found[1:3]] == ["sage attention", "flash3-fp8 attention"]
+    assert "attention = flash3-fp8: " in found[2].choice(devices)
 
 
 def test_steps_that_warm_up_do_not_count(monkeypatch):

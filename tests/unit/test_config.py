@@ -48,7 +48,7 @@ def test_wire_form(value):
 @pytest.mark.parametrize(
     "kind, fields",
     [
-        (Settings, {"attention": "sage"}),
+        (Settings, {"attention": "sage3"}),
         (Settings, {"wire": "fp4"}),
         (Layout, {"ulysses": 0, "ring": 1}),
         (Layout, {"ulysses": "2", "ring": 1}),

@@ -23,7 +23,7 @@ def section(file: str, start: str, end: str) -> str:
 def rows(text: str) -> dict[str, str]:
     """Of a section's first list, whose items are "- `name`: meaning": name -> meaning."""
     items = re.search(r"(?:^- .*\n?)+", text, re.MULTILINE)[0]
-    return dict(re.findall(r"^- `(\w+)`: (.*)$", items, re.MULTILINE))
+    return dict(re.findall(r"^- `([\w-]+)`: (.*)$", items, re.MULTILINE))
 
 
 def quoted(text: str) -> list[str]:

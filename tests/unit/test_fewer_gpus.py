@@ -145,13 +145,14 @@ def test_what_nvml_tells(nvml, node_module):
     assert module.faster_with_fewer(*session_on((0, 1))) == Devices(ranks=1, gpus=(0,))
 
 
+@pytest.mark.parametrize("sage", [False, True])
 @pytest.mark.parametrize("fewer", [None, Devices(ranks=1, gpus=(0,))])
-def test_the_node_points_at_the_log(node_module, fewer):
-    """Behind the start of the workers, for which it does not wait."""
+def test_the_node_points_at_the_log(node_module, fewer, sage, caplog):
+    """Behind the start of the workers, for which it does not wait. And what ComfyUI's own argument would do."""
     order, devices = [], Devices(ranks=2, gpus=(0, 1))
     nodes = {
         "comfyui": {
-            "command_line": None,
+            "command_line": SimpleNamespace(use_sage_attention=sage),
             "advanced": None,
             "search_aliases": None,
             "io": SimpleNamespace(ComfyNode=object, Schema=None, NodeOutput=list),
@@ -172,4 +173,12 @@ def test_the_node_points_at_the_log(node_module, fewer):
     module.supports_bfloat16 = lambda _: True
     module.USPLoader._load("x", "bf16", "0,1", 0, 0, Settings(), "auto")
     hint = "; gpu 0 may be faster: see ComfyUI's log" if fewer else ""
-    assert order == ["started", "asked", f"FLUX.1 on gpu 0,1{hint}"]
+    advice = "set attention to sage in USP Optimization Settings for what ComfyUI's --use-sage-attention does"
+    assert order == ["started", "asked", f"FLUX.1 on gpu 0,1{hint}" + f"; {advice}" * sage]
+    for settings in (Settings(), Settings(attention="sage"), Settings(attention="flash3-fp8")):
+        module.USPLoader._load("x", "bf16", "0,1", 0, 0, settings, "auto")
+    assert [advice in text for text in (order[5], order[8], order[11])] == [sage, False, False]
+    assert caplog.text.count("does not reach the workers") == sage, "once a process"
+    module.local_devices = lambda _: Devices(ranks=2)
+    module.USPLoader._load("x", "bf16", "cpu:2", 0, 0, Settings(), "auto")
+    assert advice not in order[-1]

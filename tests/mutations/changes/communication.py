@@ -5,9 +5,38 @@ PEERS = "fastusp_backend/comm/peers.py"
 COLLECTIVE = "fastusp_backend/comm/collective.py"
 ARENA = "fastusp_backend/comm/arena.py"
 USP = "fastusp_backend/attention/usp.py"
+LOSSY = "unit/test_lossy_attention.py"
 MESH = "fastusp_backend/comm/mesh.py"
 
 CHANGES = [
+    (
+        "fastusp_backend/attention/flash3.py",
+        "the log-sum-exp of 8 bits lacks the keys' mean",
+        "return out, lse.add_(heads.shift, alpha=scale)",
+        "return out, lse",
+        LOSSY,
+    ),
+    (
+        "fastusp_backend/attention/sage.py",
+        "SageAttention 2 corrects the log-sum-exp by itself, in 16 bits",
+        "    smoothed, shift = smooth(q, k)\n    out, lse",
+        "    smoothed, shift = k, smooth(q, k)[1] * 0\n    out, lse",
+        LOSSY,
+    ),
+    (
+        "fastusp_backend/attention/sage.py",
+        "SageAttention 1 attends to any number of keys",
+        "if gives_lse() or keys % _KEYS == 0:",
+        "if gives_lse() or keys:",
+        LOSSY,
+    ),
+    (
+        "fastusp_backend/attention/local.py",
+        "a ring may have a back end without a log-sum-exp",
+        "lossy.back_end(choice, device, dtype, ring=ring)",
+        "lossy.back_end(choice, device, dtype, ring=False)",
+        LOSSY,
+    ),
     (
         "fastusp_backend/comm/block_store.py",
         "what was changed stays out of the other ranks' parts",

@@ -118,8 +118,8 @@ CHANGES = [
     (
         DENOISER,
         "memory is tried for one image of a batch",
-        "WORKING_SET * len(x) * tokens",
-        "WORKING_SET * tokens",
+        "WORKING_SET * len(x) * shards.local",
+        "WORKING_SET * shards.local",
         "unit/test_denoiser.py",
     ),
     (

@@ -8,6 +8,13 @@ FP8_PRODUCT = "fastusp_backend/kernels/fp8_product.py"
 
 CHANGES = [
     (
+        "fastusp_backend/kernels/smooth.py",
+        "keys are quantised with their mean",
+        "k.float() - k.float().mean(1, keepdim=True), v.float()",
+        "k.float(), v.float()",
+        "unit/test_lossy_attention.py",
+    ),
+    (
         EIGHT_BITS,
         "an infinite head arrives finite, not as NaN",
         "scales = largest / torch.full_like(largest, limit)",

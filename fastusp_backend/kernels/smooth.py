@@ -1,0 +1,271 @@
+"""Keys less their mean, and heads in 8 bits: what 8-bit attention reads.
+
+A head's keys have much in common: a mean over the tokens, far larger in some channels than what tells one key from
+another. Codes of few bits spend their range on it. A key's mean adds the same q . mean to all scores of a query, which
+softmax does not see, so that attention may take the keys without it (SageAttention, arXiv 2410.02367). The log-sum-exp
+does see it: `shift` is what it lacks, before scaling.
+
+FlashAttention-3 takes e4m3 with one scale per (batch item, head) for each of q, k and v: amax / 448 over all tokens of
+the head, so that its values are known when all are. Three kernels: sums, minima and maxima of each channel over runs of
+tokens; these over all runs; the values. No order of additions depends on timing.
+
+Shapes: B batch, L tokens of queries or keys, h heads, D head dim.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a CPU build of torch brings no Triton
+    triton = None
+
+LARGEST = 448.0
+"""The largest value of e4m3."""
+_RUN, _ROWS, _RUNS = 256, 64, 64
+"""Tokens that one program of the first kernel sees, tokens at a time, and runs at a time in the second."""
+
+
+class Heads(NamedTuple):
+    """Queries, keys less their mean, and values in 8 bits.
+
+    q, k, v: (B, L, h, D) e4m3.
+    scales: of the three, (3, B, h) float32: a head is about its codes times its scale.
+    shift: (B, h, Lq) float32, q . mean of the keys.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    scales: torch.Tensor
+    shift: torch.Tensor
+
+
+def smooth(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """q (B, Lq, h, D), k (B, Lk, h, D) of any strides but the last -> keys less their mean over the tokens, as k and
+    contiguous, and the shift (B, h, Lq) float32."""
+    return _launch_smooth(q, k) if k.is_cuda and triton is not None else smooth_reference(q, k)
+
+
+def smooth_reference(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in plain torch."""
+    mean = k.float().mean(1, keepdim=True)
+    return (k.float() - mean).to(k.dtype), torch.einsum("blhd,bhd->bhl", q.float(), mean[:, 0])
+
+
+def quantise_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Heads:
+    """q (B, Lq, h, D), k and v (B, Lk, h, D) of any strides but the last. A head that is not finite becomes NaN."""
+    return _launch_quantise(q, k, v) if k.is_cuda and triton is not None else quantise_heads_reference(q, k, v)
+
+
+def quantise_heads_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Heads:
+    """The same in plain torch."""
+    codes, scales = [], []
+    for x in (q.float(), k.float() - k.float().mean(1, keepdim=True), v.float()):
+        scale = x.abs().amax((1, 3)) / LARGEST
+        divisor = torch.where(scale > 0, scale, 1.0)[:, None, :, None]
+        codes.append((x / divisor).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn))
+        scales.append(torch.where(scale.isfinite(), scale, torch.nan))
+    return Heads(*codes, torch.stack(scales), smooth_reference(q, k)[1])
+
+
+if triton is not None:
+
+    @triton.jit
+    def _tile(x, x_batch, x_row, x_head, item, head, row, rows, D: tl.constexpr):
+        """Rows `row` of one head of one batch item, float32; zeros behind the last."""
+        place = x + item.to(tl.int64) * x_batch + row[:, None].to(tl.int64) * x_row + head * x_head
+        return tl.load(place + tl.arange(0, D)[None, :], mask=(row < rows)[:, None], other=0.0).to(tl.float32)
+
+    @triton.jit
+    def _observe(x, x_batch, x_row, x_head, item, head, rows, out, D: tl.constexpr, RUN: tl.constexpr, R: tl.constexpr):
+        """Sums, minima and maxima of a run's channels into out (3, D)."""
+        first = tl.program_id(0) * RUN
+        total = tl.zeros((D,), tl.float32)
+        low = tl.full((D,), float("inf"), tl.float32)
+        high = tl.full((D,), float("-inf"), tl.float32)
+        for start in range(0, RUN, R):
+            row = first + start + tl.arange(0, R)
+            inside = (row < rows)[:, None]
+            value = _tile(x, x_batch, x_row, x_head, item, head, row, rows, D)
+            total += tl.sum(value, axis=0)
+            low = tl.minimum(low, tl.min(tl.where(inside, value, float("inf")), axis=0))
+            high = tl.maximum(high, tl.max(tl.where(inside, value, float("-inf")), axis=0))
+        column = tl.arange(0, D)
+        tl.store(out + column, total)
+        tl.store(out + D + column, low)
+        tl.store(out + 2 * D + column, high)
+
+    @triton.jit
+    def _observe_kernel(
+        q,
+        q_batch,
+        q_row,
+        q_head,
+        k,
+        k_batch,
+        k_row,
+        k_head,
+        v,
+        v_batch,
+        v_row,
+        v_head,
+        out,
+        queries,
+        keys,
+        batch,
+        FIRST: tl.constexpr,
+        D: tl.constexpr,
+        RUN: tl.constexpr,
+        R: tl.constexpr,
+    ):
+        # One program: a run of tokens of one head of one (tensor, batch item); FIRST: 1 leaves the queries out.
+        head, item, tensor = tl.program_id(1), tl.program_id(2) % batch, tl.program_id(2) // batch + FIRST
+        place = (tl.program_id(2) * tl.num_programs(1) + head).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+        if tensor == 0:
+            _observe(q, q_batch, q_row, q_head, item, head, queries, out + place * 3 * D, D, RUN, R)
+        elif tensor == 1:
+            _observe(k, k_batch, k_row, k_head, item, head, keys, out + place * 3 * D, D, RUN, R)
+        else:
+            _observe(v, v_batch, v_row, v_head, item, head, keys, out + place * 3 * D, D, RUN, R)
+
+    @triton.jit
+    def _finish_kernel(
+        observed, means, scales, runs, keys, batch, FIRST: tl.constexpr, D: tl.constexpr, RUNS: tl.constexpr
+    ):
+        # One program: one head of one (tensor, batch item), over all runs.
+        head, tensor = tl.program_id(0), tl.program_id(1) // batch + FIRST
+        place = (tl.program_id(1) * tl.num_programs(0) + head).to(tl.int64)
+        column = tl.arange(0, D)
+        total = tl.zeros((D,), tl.float32)
+        low = tl.full((D,), float("inf"), tl.float32)
+        high = tl.full((D,), float("-inf"), tl.float32)
+        for start in range(0, runs, RUNS):
+            run = start + tl.arange(0, RUNS)
+            base = observed + (place * runs + run[:, None]) * 3 * D + column[None, :]
+            inside = (run < runs)[:, None]
+            total += tl.sum(tl.load(base, mask=inside, other=0.0), axis=0)
+            low = tl.minimum(low, tl.min(tl.load(base + D, mask=inside, other=float("inf")), axis=0))
+            high = tl.maximum(high, tl.max(tl.load(base + 2 * D, mask=inside, other=float("-inf")), axis=0))
+        mean = total / keys
+        if tensor == 1:
+            tl.store(means + (tl.program_id(1) % batch * tl.num_programs(0) + head) * D + column, mean)
+        else:
+            mean = tl.zeros((D,), tl.float32)
+        scale = tl.max(tl.maximum(high - mean, mean - low), axis=0) / 448.0
+        # Maxima of a GPU pass NaN over; sums do not.
+        all_of_it = tl.sum(total, axis=0)
+        tl.store(scales + place, tl.where(all_of_it - all_of_it == 0, scale, float("nan")))
+
+    @triton.jit
+    def _put(
+        x,
+        x_batch,
+        x_row,
+        x_head,
+        item,
+        head,
+        heads,
+        row,
+        rows,
+        mean,
+        scale,
+        out,
+        EIGHT: tl.constexpr,
+        D: tl.constexpr,
+    ):
+        """Writes rows less a mean (D,) into out (B, L, h, D), in its type, EIGHT: as codes. Returns what it read."""
+        value = _tile(x, x_batch, x_row, x_head, item, head, row, rows, D)
+        wanted = value - mean[None, :]
+        if EIGHT:
+            wanted = wanted * (1.0 / tl.where(scale > 0, scale, 1.0))
+            wanted = tl.minimum(tl.maximum(wanted, -448.0), 448.0)
+        place = out + ((item.to(tl.int64) * rows + row[:, None]) * heads + head) * D + tl.arange(0, D)[None, :]
+        tl.store(place, wanted.to(out.dtype.element_ty), mask=(row < rows)[:, None])
+        return value
+
+    @triton.jit
+    def _put_kernel(
+        q,
+        q_batch,
+        q_row,
+        q_head,
+        k,
+        k_batch,
+        k_row,
+        k_head,
+        v,
+        v_batch,
+        v_row,
+        v_head,
+        out_q,
+        out_k,
+        out_v,
+        means,
+        scales,
+        shift,
+        queries,
+        keys,
+        batch,
+        EIGHT: tl.constexpr,
+        D: tl.constexpr,
+        R: tl.constexpr,
+    ):
+        # One program: R rows of one head of one (tensor, batch item).
+        row, head = tl.program_id(0) * R + tl.arange(0, R), tl.program_id(1)
+        item, tensor = tl.program_id(2) % batch, tl.program_id(2) // batch
+        heads = tl.num_programs(1)
+        mean = tl.load(means + (item * heads + head) * D + tl.arange(0, D))
+        none = tl.zeros((D,), tl.float32)
+        scale = 1.0
+        if EIGHT:
+            scale = tl.load(scales + tl.program_id(2) * heads + head)
+        if tensor == 0:
+            if EIGHT:
+                value = _put(q, q_batch, q_row, q_head, item, head, heads, row, queries, none, scale, out_q, EIGHT, D)
+            else:
+                value = _tile(q, q_batch, q_row, q_head, item, head, row, queries, D)
+            place = shift + (item * heads + head).to(tl.int64) * queries + row
+            tl.store(place, tl.sum(value * mean[None, :], axis=1), mask=row < queries)
+        elif tensor == 1:
+            _put(k, k_batch, k_row, k_head, item, head, heads, row, keys, mean, scale, out_k, EIGHT, D)
+        else:
+            _put(v, v_batch, v_row, v_head, item, head, heads, row, keys, none, scale, out_v, EIGHT, D)
+
+
+def _launch_smooth(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    smoothed = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    return smoothed, _launch(q, k, k, (smoothed,) * 3)[1]
+
+
+def _launch_quantise(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Heads:
+    codes = tuple(torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device) for x in (q, k, v))
+    return Heads(*codes, *_launch(q, k, v, codes))
+
+
+def _launch(q, k, v, out: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Writes into `out`, by its type codes of all three or smoothed keys alone -> scales and shift."""
+    batch, queries, heads, dim = q.shape
+    keys = k.shape[1]
+    assert k.shape == v.shape == (batch, keys, heads, dim) and q.stride(3) == k.stride(3) == v.stride(3) == 1
+    eight = out[1].dtype == torch.float8_e4m3fn
+    first, last = (0, 3) if eight else (1, 2)
+    longest = max(queries, keys) if eight else keys
+    runs = triton.cdiv(longest, _RUN)
+    like = {"dtype": torch.float32, "device": q.device}
+    observed = torch.empty(last - first, batch, heads, runs, 3, dim, **like)
+    means, scales = torch.empty(batch, heads, dim, **like), torch.empty(last - first, batch, heads, **like)
+    shift = torch.empty(batch, heads, queries, **like)
+    given = [part for x in (q, k, v) for part in (x, *x.stride()[:3])]
+    _observe_kernel[(runs, heads, (last - first) * batch)](
+        *given, observed, queries, keys, batch, FIRST=first, D=dim, RUN=_RUN, R=_ROWS
+    )
+    _finish_kernel[(heads, (last - first) * batch)](
+        observed, means, scales, runs, keys, batch, FIRST=first, D=dim, RUNS=_RUNS
+    )
+    _put_kernel[(triton.cdiv(max(queries, keys), _ROWS), heads, last * batch)](
+        *given, *out, means, scales, shift, queries, keys, batch, EIGHT=eight, D=dim, R=_ROWS
+    )
+    return scales, shift
