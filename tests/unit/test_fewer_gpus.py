@@ -179,6 +179,6 @@ def test_the_node_points_at_the_log(node_module, fewer, sage, caplog):
         module.USPLoader._load("x", "bf16", "0,1", 0, 0, settings, "auto")
     assert [advice in text for text in (order[5], order[8], order[11])] == [sage, False, False]
     assert caplog.text.count("does not reach the workers") == sage, "once a process"
-    module.local_devices = lambda _: Devices(ranks=2)
+    module.devices_of = lambda _: Devices(ranks=2)
     module.USPLoader._load("x", "bf16", "cpu:2", 0, 0, Settings(), "auto")
     assert advice not in order[-1]
