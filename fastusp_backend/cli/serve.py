@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     devices = local_devices(arguments.gpus)
     if arguments.node_rank:
         key = Key.read(arguments.key).path.resolve()
-        follower = Follower(devices, arguments.node_rank, arguments.nnodes, _shown(host, port), str(key))
+        follower = Follower(devices, arguments.node_rank, _shown(host, port), str(key))
         _ends(follower.stop)
         print(f"FastUSP joins {_shown(host, port)} with {devices}", flush=True)
         follower.serve()

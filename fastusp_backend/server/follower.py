@@ -3,6 +3,7 @@
 import logging
 import threading
 import time
+from concurrent.futures import wait
 
 from ..devices import Devices, supports_bfloat16
 from ..door import enter
@@ -13,7 +14,7 @@ from ..pool.link import Link
 from ..pool.log import WorkerLog
 from ..pool.processes import Place, Processes
 from ..pool.rundir import RunDir
-from ..protocol import Failed
+from ..protocol import Channel, Failed
 from ..protocol.machines import Awaits, Broke, Join, Leave, Run, Seen, Stop, ToMachine
 from .interfaces import interface_of
 
@@ -22,6 +23,8 @@ log = logging.getLogger(__name__)
 AGAIN_SECONDS = 1.0
 """Between two tries to reach the first machine."""
 SHOWN_SECONDS = 1.0
+LAST_SECONDS = 2.0
+"""How long the last word may take to leave."""
 
 
 class _Part:
@@ -77,11 +80,10 @@ class _Part:
 class Follower:
     """machine: this one's number, from 1 on. address: the first one's, key: the path of the key file."""
 
-    def __init__(self, devices: Devices, machine: int, machines: int, address: str, key: str):
-        self._devices, self._machine, self._machines = devices, machine, machines
+    def __init__(self, devices: Devices, machine: int, address: str, key: str):
+        self._devices, self._machine = devices, machine
         self._address, self._key = address, key
         self._stopped = threading.Event()
-        self._link: Link | None = None
         self._awaited: str | None = None
 
     def stop(self) -> None:
@@ -119,7 +121,7 @@ class Follower:
             finally:
                 link.close()
 
-    def _follow(self, link: Link, channel, interface: str) -> None:
+    def _follow(self, link: Link, channel: Channel, interface: str) -> None:
         """Raises EOFError or OSError where the first machine is lost."""
         part: _Part | None = None
         told = True  # why the last part has ended
@@ -153,7 +155,7 @@ class Follower:
                 if part is not None and not told and not part.processes.alive:
                     told = True
                     post(part.report())
-            link.send(channel.frame(Leave()), lambda: None)
+            wait([link.post(channel.frame(Leave()))], LAST_SECONDS)
         finally:
             if part is not None:
                 part.close()

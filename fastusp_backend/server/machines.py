@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ..devices import Devices
+from ..devices import Devices, supports_bfloat16
 from ..errors import PoolError, ProtocolError
 from ..meeting import Board
 from ..pool.link import POLL_SECONDS, Link
@@ -164,17 +164,12 @@ class Machines:
         own = self.devices
         if not 0 < join.machine < self.count:
             raise ProtocolError(f"Give --node-rank 1 to {self.count - 1}, not {join.machine}: --nnodes is {self.count}")
-        if (join.ranks, join.device) != (own.ranks, own.type):
+        if (join.ranks, join.device, join.bfloat16) != (own.ranks, own.type, supports_bfloat16(own)):
             raise ProtocolError(
-                f"Give --gpus {own.ranks} {own.type} devices, as the first machine has, not {join.ranks} {join.device}"
+                f"Give --gpus {own.ranks} {own.type} devices of the kind that the first machine has, not {join.ranks} "
+                f"{join.device} ones"
             )
-        with self._lock:
-            if join.machine in self._machines:
-                raise ProtocolError(
-                    f"Give another --node-rank: {self._machines[join.machine]} has joined as {join.machine}"
-                )
-            machine = self._machines[join.machine] = Machine(join.machine, address, channel)
-            complete = len(self._machines) == self.count - 1
+        machine, complete = self._add(join.machine, address, channel)
         log.info("%s has joined", machine)
         if complete:
             threading.Thread(target=self._complete, daemon=True).start()
@@ -186,6 +181,20 @@ class Machines:
             machine.link.close()
         log.warning("%s %s", machine, lost)
         self._broke(f"{machine} {lost}", True)
+
+    def _add(self, number: int, address: str, channel: Channel) -> tuple[Machine, bool]:
+        """A machine, and whether all are there now. One that was lost, and comes again, waits until that is noticed.
+        Raises ProtocolError where another one stays in its place."""
+        deadline = time.monotonic() + LOST_SECONDS + 1
+        while True:
+            with self._lock:
+                if number not in self._machines:
+                    machine = self._machines[number] = Machine(number, address, channel)
+                    return machine, len(self._machines) == self.count - 1
+                other = self._machines[number]
+            if time.monotonic() > deadline:
+                raise ProtocolError(f"Give another --node-rank than {number}: {other} has joined")
+            time.sleep(POLL_SECONDS)
 
     def _listen(self, machine: Machine) -> str:
         """How it ended."""

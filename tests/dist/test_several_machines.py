@@ -14,7 +14,7 @@ import pytest
 import torch
 from listening import listeners
 from pools import GIVEN, LONG, PROMPT, SHORT, Stopwatch, evaluate, pids, sample, session
-from serving import Serving
+from serving import Serving, serving
 from support import SMALL, relative_difference, wait_until
 from test_patches import QKV, lora, patched, stack
 from test_serve_life import LIMIT, Later
@@ -253,3 +253,15 @@ def test_the_client_is_cut_off(two, dev):
         except PoolError:
             time.sleep(1)
     assert len(pids(pool)) == len(before)
+
+
+def test_a_machine_that_does_not_fit_is_refused(two):
+    """In the place of another, of another size, without the key."""
+    arguments = ["--nnodes", "2", "--rdzv-endpoint", f"{machines.address(0)}:{two.port}", "--trust-network"]
+    for more, told in (
+        (["--node-rank", "1", "--gpus", "cpu:2"], "Give --gpus 1 cpu devices of the kind that the first machine has"),
+        (["--node-rank", "1", "--gpus", "cpu:1"], rf"Give another --node-rank than 1: .*{machines.address(1)}"),
+    ):
+        with serving(two.folder, *arguments, *more, listen=None, prefix=machines.inside(1)) as other:
+            other.says(told)
+            assert other.process.wait(LIMIT) == 2
