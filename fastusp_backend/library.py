@@ -85,9 +85,15 @@ def located(spec: ModelSpec) -> ModelSpec:
 
 
 def _files(folders: list[str], name: str) -> Iterator[str]:
-    """The files of that name in the folders, and in those inside them."""
+    """The files of that name in the folders, and in those inside them, of which links may make rings."""
+    seen: set[tuple[int, int]] = set()
     for folder in folders:
         for parent, inside, files in os.walk(os.path.abspath(folder), followlinks=True):
+            state = os.stat(parent)
+            if (state.st_dev, state.st_ino) in seen:
+                inside.clear()
+                continue
+            seen.add((state.st_dev, state.st_ino))
             inside[:] = sorted(x for x in inside if not x.startswith("."))
             if name in files:
                 yield os.path.join(parent, name)

@@ -44,10 +44,10 @@ class Seen(Message):
 
 
 class Broke(Message):
-    """A machine's part of the run has ended. rank: how likely it is the cause, as `pool.cause` has it, the least most.
+    """A machine's part of the run has ended. order: how likely it is the cause, as `pool.cause` has it, the least most.
     lines: the last of its log."""
 
-    rank: int
+    order: int
     text: str
     lines: list[str]
 

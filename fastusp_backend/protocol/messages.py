@@ -203,14 +203,12 @@ class Failed(Message):
 class Welcome(Message):
     """A server's answer to Hello: what its workers are, whether they run or not.
 
-    host: the name of its machine.
     ranks, device: how many, and whether they are `cpu` or `cuda` ones.
     per_machine: how many of them share a machine.
     bfloat16: whether all devices compute it.
     """
 
     version: int
-    host: str
     ranks: int
     device: Literal["cpu", "cuda"]
     per_machine: int

@@ -66,10 +66,10 @@ class _Part:
     def report(self) -> Broke:
         """Why it has ended."""
         if self._why:
-            return Broke(rank=0, text=self._why, lines=[])
-        rank, text = self.processes.ranked_cause(None)
+            return Broke(order=0, text=self._why, lines=[])
+        order, text = self.processes.ranked_cause(None)
         lines = [] if self._stopped else last_log_lines(self._run_dir.path)
-        return Broke(rank=max(rank, KILLED + 1) if self._stopped else rank, text=text, lines=lines)
+        return Broke(order=max(order, KILLED + 1) if self._stopped else order, text=text, lines=lines)
 
     def close(self) -> None:
         self.kill()

@@ -69,11 +69,11 @@ class JoinedWorkers(Workers):
         if self._reports is None:
             self._machines.end()
             self._reports = self._machines.reports()
-        rank, text = self.processes.ranked_cause(self.model)
-        first = min([Report(rank, text, []), *self._reports], key=lambda report: report.rank)
+        order, text = self.processes.ranked_cause(self.model)
+        first = min([Report(order, text, []), *self._reports], key=lambda report: report.order)
         return first.text
 
     def failure(self, event: str) -> PoolError:
         error = super().failure(event)
-        lines = [line for report in self._reports or () if report.rank < KILLED for line in report.lines]
+        lines = [line for report in self._reports or () if report.order < KILLED for line in report.lines]
         return PoolError("\n".join([str(error), *(f"  {line}" for line in lines)]))

@@ -22,11 +22,11 @@ log = logging.getLogger(__name__)
 REPORT_SECONDS = 5.0
 """How long a machine may take to say why its part has ended."""
 SURE = 2
-"""Up to which `Broke.rank` a machine's report is a cause, rather than what another's end did to it."""
+"""Up to which `Broke.order` a machine's report is a cause, rather than what another's end did to it."""
 
 
 class Report(NamedTuple):
-    rank: int
+    order: int
     text: str
     lines: list[str]
 
@@ -61,7 +61,7 @@ class Machine:
             self._lines += message.lines
             return True
         if isinstance(message, Broke):
-            self.report = Report(message.rank, f"{message.text}, on {self}", message.lines)
+            self.report = Report(message.order, f"{message.text}, on {self}", message.lines)
         return None
 
 
@@ -212,7 +212,7 @@ class Machines:
                 self._ended()
                 return "was told to end"
             if isinstance(message, Broke):
-                self._broke(None, message.rank <= SURE)
+                self._broke(None, message.order <= SURE)
 
     def _all(self) -> list[Machine]:
         with self._lock:

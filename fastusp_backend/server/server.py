@@ -59,7 +59,6 @@ class Server:
         self._pool.changed = self._look
         self._welcome = Welcome(
             version=VERSION,
-            host=socket.gethostname(),
             ranks=devices.ranks * machines,
             device=devices.type,
             per_machine=devices.ranks,

@@ -84,6 +84,10 @@ def test_a_server_that_is_killed_and_comes_back(server, folder, dev):
     with serving(folder, "--gpus", "cpu:2", "--models", str(folder), listen=address) as again:
         assert again.address == address
         assert torch.equal(evaluate(pool, dev), expected)
+    with serving(folder, "--gpus", "cpu:1", "--models", str(folder), listen=address) as other:
+        other.says("The key file is")
+        with pytest.raises(PoolError, match="it has other devices now; queue the prompt again"):
+            evaluate(pool, dev)
 
 
 def test_a_server_that_is_stopped_is_lost(server, dev):

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import time
 
 import machines
@@ -143,6 +144,9 @@ def test_what_listens(two, dev):
     for number, rank in enumerate(pids(pool)):
         net = [x for x in listeners(rank) if x.kind != "unix"]
         assert {x.name for x in net} <= {machines.address(number)}, net
+        for port in net:
+            with pytest.raises(TimeoutError):
+                socket.create_connection((port.name, port.port), 0.3)
     served = [x for x in listeners(two.servers[0].process.pid) if x.kind != "unix"]
     assert {(x.name, x.port) for x in served} == {(machines.address(0), two.port)}
     assert [x for x in listeners(two.servers[1].process.pid) if x.kind != "unix"] == []

@@ -41,6 +41,16 @@ def test_it_is_found_by_its_name_in_folders_inside(file, theirs):
     assert located(spec_of(file)) == spec_of(file)
 
 
+def test_links_that_make_a_ring(file, theirs):
+    for name in ("one", "two", "three"):
+        (theirs.parent / name).symlink_to(theirs.parent.parent)
+    sent = named(spec_of(file))
+    with pytest.raises(CheckpointError, match="looked in"):
+        located(sent)
+    theirs.write_bytes(file.read_bytes())
+    assert located(sent) == spec_of(theirs)
+
+
 def test_a_machine_without_it_names_where_it_looked(file, theirs, monkeypatch):
     sent = named(spec_of(file))
     with pytest.raises(CheckpointError) as raised:
