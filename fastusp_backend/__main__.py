@@ -19,7 +19,7 @@ COMMANDS = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m fastusp_backend", description="FastUSP without ComfyUI.")
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command")
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text)
         if name in sys.argv[1:2]:  # it alone is imported: `doctor` runs where the others' imports fail
@@ -27,6 +27,9 @@ def main() -> int:
                 module = importlib.import_module(f".cli.{name}", __package__)
             module.add_arguments(command)
     arguments = parser.parse_args()
+    if arguments.command is None:
+        parser.print_help()
+        return 2
     try:
         return module.run(arguments)
     except FastUSPError as error:

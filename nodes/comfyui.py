@@ -73,8 +73,10 @@ USED = {
     "comfy.patcher_extension": [
         "WrapperExecutor.execute",
         "WrapperExecutor.new_class_executor(original, class_obj, wrappers)",
+        "WrappersMP.CALC_COND_BATCH",
         "WrappersMP.DIFFUSION_MODEL",
         "WrappersMP.OUTER_SAMPLE",
+        "WrappersMP.PREDICT_NOISE",
         "WrappersMP.SAMPLER_SAMPLE",
         "get_all_wrappers(wrapper_type, transformer_options)",
     ],

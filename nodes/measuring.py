@@ -10,13 +10,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 
+import msgspec
 import torch
 
 from ..fastusp_backend.cli import bench, verify
 from ..fastusp_backend.cli.inputs import difference, random_inputs
 from ..fastusp_backend.config import Settings
 from ..fastusp_backend.devices import Devices
-from ..fastusp_backend.pool import Pool, Progress, Session
+from ..fastusp_backend.pool import Progress, Session
 from .comfyui import ProgressBar, PromptServer, dev_only, get_executing_context, io, model_management
 from .files import model_names
 from .host import interruptible
@@ -95,7 +96,8 @@ class USPMeasure(io.ComfyNode):
                 given=random_inputs(file.config, (width, height), TEXT),
                 steps=steps,
                 every_layout=every_layout,
-                base=settings or Settings(),
+                base=msgspec.structs.replace(settings or Settings(), cache="off"),  # a step that is skipped has no time
+                crowded=any(pool.crowded for pool in all_pools() if pool.devices == devices),
                 watch=told.watch,
             )
             evaluations = plan.count(devices, file.config.heads) * (bench.WARM_UP[devices.type] + steps)
@@ -112,14 +114,15 @@ class USPMeasure(io.ComfyNode):
 
 @contextlib.contextmanager
 def _devices_to_itself() -> Iterator[None]:
-    """ComfyUI's models leave the devices, and so do the pools' workers, of which those that ran are started again."""
-    model_management.unload_all_models()
-    model_management.soft_empty_cache()
+    """The pools' workers leave the devices, of which those that ran are started again, and so do ComfyUI's models.
+    Workers first: ComfyUI would have them make room, which costs time and tells the pool that it is crowded."""
     running = [pool for pool in all_pools() if pool.status()["state"] != "off"]
     with contextlib.ExitStack() as again:
         for pool in running:
             again.callback(pool.start)
             pool.stop("their devices are measured")
+        model_management.unload_all_models()
+        model_management.soft_empty_cache()
         yield
 
 
@@ -169,7 +172,7 @@ class Told:
             return
         given = *plan.given, timestep_scale
         exact = plan.base.without_loss()
-        with closing(Pool(self._devices)) as pool:
+        with closing(plan.pool(self._devices)) as pool:
 
             def results(settings: Settings, name: str) -> list[torch.Tensor] | str:
                 session = Session(pool, plan.spec, (lossy[0].layout,), settings)

@@ -72,6 +72,7 @@ def follow(workers: Contact, number: int, progress: Progress) -> Tensors:
         elif isinstance(message, Phase):
             call(progress.phase, message.text)
         elif isinstance(message, Done):
+            call(progress.done, message)
             return tensors
         elif message.kind == "cancelled":
             raise Cancelled(f"request {number} was cancelled")

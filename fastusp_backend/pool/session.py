@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import msgspec
 import torch
 
-from ..config import Layout, ModelSpec, Settings
+from ..config import CacheRule, Layout, ModelSpec, Settings
 from ..errors import OutOfRoom, PatchesLost
 from ..prompt import Inpainting, Prompt, Tensors
 from ..protocol import Evaluate, Patch, Sample
@@ -23,6 +23,11 @@ from .request import submit
 ControlNetResiduals = Mapping[str, Sequence[torch.Tensor | None]]
 """A ControlNet's residuals as ComfyUI has them: under `input` (FLUX's double blocks, Qwen-Image's) and `output` (FLUX's
 single blocks, Stable Diffusion 3's), per block (B or 1, n, hidden) or None."""
+
+_READ_HERE = {
+    name: getattr(Settings(), name) for name in ("residency", "cache", "cache_threshold", "cache_start", "cache_end")
+}
+"""The settings that ranks never read, as they are sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +89,13 @@ class Session:
         noise: torch.Tensor | None = None,
         mask: Inpainting | None = None,
         timestep_scale: float = 1.0,
+        cache: CacheRule | None = None,
         progress: Progress = QUIET,
     ) -> torch.Tensor:
         """Samples in a loop: noised x (B, C, h, w), sigmas (n + 1,) -> latents, as x, on the CPU. Raises as `submit`.
 
         noise (k, B, C, h, w): the sampler's draws (`sampling.SAMPLERS[sampler].noise_draws` says how many).
+        cache: which evaluations are skipped; None leaves it to the settings. `Progress.done` is told how many were.
         """
         progress = self.pool.following(progress)
         tensors = {"x": x, "sigmas": sigmas}
@@ -113,6 +120,7 @@ class Session:
                     for name, prompt in (("positive", positive), ("negative", negative))
                     if prompt is not None and prompt.reference_method is not None
                 },
+                cache=cache or self.settings.cache_rule(sigmas.tolist()),
             )
             return submit(workers, message, tensors, progress)
 
@@ -159,8 +167,8 @@ class Session:
         return next((x for x in self.layouts if evaluations % x.batch == 0), self.layouts[-1])
 
     def _what(self, evaluations: int, patches: int) -> dict:
-        # What becomes of the weights later is no reason to make graphs anew.
-        settings = msgspec.structs.replace(self.settings, residency="keep")
+        # What the client alone reads is no reason to make graphs anew.
+        settings = msgspec.structs.replace(self.settings, **_READ_HERE)
         layout = self.layout(evaluations)
         return {"model": self.spec, "layout": layout, "settings": settings, "patches": patches}
 

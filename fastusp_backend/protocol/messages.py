@@ -8,9 +8,9 @@ from typing import Literal
 
 import msgspec
 
-from ..config import Layout, ModelSpec, Settings, WeightPatch
+from ..config import CacheRule, Layout, ModelSpec, Settings, WeightPatch
 
-VERSION = 10
+VERSION = 11
 """Raised whenever a message or the framing changes: client and workers of different versions refuse each other."""
 
 
@@ -61,6 +61,7 @@ class Sample(Request):
     timestep_scale: the model's timestep per sigma.
     cfg: the guidance scale; 1 evaluates the positive conditioning alone.
     reference_methods: under positive and negative, how their references are placed, where not in the model's own way.
+    cache: which evaluations are skipped; None evaluates all.
 
     Tensors, of which all but x, sigmas and positive.context may be absent:
 
@@ -76,6 +77,7 @@ class Sample(Request):
     timestep_scale: float
     cfg: float
     reference_methods: dict[str, str] = {}
+    cache: CacheRule | None = None
 
 
 class Evaluate(Request):
@@ -182,9 +184,15 @@ class Step(Message):
 
 
 class Done(Message):
-    """Request `id` has ended well. Tensors: `output`, where the request has one."""
+    """Request `id` has ended well. Tensors: `output`, where the request has one.
+
+    evaluations: of a sampling loop with a cache, how many times the model was asked for.
+    skipped: how many of these were answered from the cache.
+    """
 
     id: int
+    evaluations: int = 0
+    skipped: int = 0
 
 
 class Failed(Message):

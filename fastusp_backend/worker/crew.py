@@ -143,6 +143,15 @@ class Crew:
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._group)
         return int(largest)
 
+    def all_numbers(self, numbers: list[float]) -> list[list[float]]:
+        """Every rank's numbers, as many as this rank's, in rank order, on every rank."""
+        if self.size == 1:
+            return [numbers]
+        mine = torch.tensor(numbers, dtype=torch.float64)
+        everyones = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(everyones, mine, group=self._group)
+        return [numbers.tolist() for numbers in everyones]
+
     def all_gather(self, text: str) -> list[str]:
         """Every rank's text, in rank order, on every rank. Where all are empty, as when nothing went wrong, one small
         message settles it."""

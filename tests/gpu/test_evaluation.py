@@ -43,17 +43,17 @@ def model_of(family, config):
     return model.cuda().eval()
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        (Flux, TINY_FLUX),
-        (Flux2, TINY_FLUX2),
-        (Chroma, TINY_CHROMA),
-        (QwenImage, TINY_QWEN_IMAGE),
-        (SD3, TINY_SD3),
-        (ZImage, TINY_Z_IMAGE),
-    ],
-)
+CONFIGS = [
+    (Flux, TINY_FLUX),
+    (Flux2, TINY_FLUX2),
+    (Chroma, TINY_CHROMA),
+    (QwenImage, TINY_QWEN_IMAGE),
+    (SD3, TINY_SD3),
+    (ZImage, TINY_Z_IMAGE),
+]
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
 def model(request):
     return model_of(*request.param)
 

@@ -120,7 +120,7 @@ def test_cpu_ranks(planning):
 @pytest.mark.parametrize(
     ("values", "problem"),
     [
-        ({"gpus": "7"}, "gpus = '7': GPU 7 does not exist"),
+        ({"gpus": "7"}, "Name GPUs of this machine, 0 (NVIDIA GeForce RTX 4090), 1 "),
         ({"gpus": "cpu:2", "unet_name": "gone"}, "unet_name: there is no 'gone'"),
         ({"gpus": "cpu:2", "ulysses": 3}, "Set 0, or a legal layout (ulysses 2 x ring 1, ulysses 1 x ring 2): "),
         ({"gpus": "cpu:3", "batch_parallel": "on"}, "batch_parallel = 'on' needs an even number"),

@@ -1,6 +1,7 @@
 """`plan`: what it says of GPUs that are there, and of some that are not."""
 
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import msgspec
@@ -35,6 +36,13 @@ def kept_free_of(config, tensors=None, ranks=2, *, least=False):
     tensors = tensors or header(config, torch.bfloat16)
     kept = room.kept_free(config, model_and_plans(tensors, spec_with("auto"))[1].values(), ranks)
     return (kept.least if least else kept.usual) + room.CONTEXT
+
+
+def test_the_page_of_memory_names_what_plan_keeps():
+    page = (Path(__file__).resolve().parents[2] / "docs/memory.md").read_text(encoding="utf-8")
+    kept = kept_free_of(FLUX_DEV)
+    assert f"{kept / 1e9:.1f} GB are kept for all else" in page
+    assert f"FLUX.1 on two GPUs {(kept - room.CONTEXT) / 1e9:.1f} GB" in page
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,8 @@ ROOMS = {
     "": set(),
     "config": {"errors"},
     "errors": set(),
-    "devices": {"visible", "nvml", "once", "errors"},
+    "device_sets": set(),
+    "devices": {"device_sets", "visible", "nvml", "once", "errors"},
     "nvml": {"command", "errors"},
     "visible": {"command", "once", "errors"},
     "once": {"errors"},
@@ -57,7 +58,7 @@ ROOMS = {
     "engine": BASE
     | {"prompt", "models", "weights", "attention", "comm", "kernels.fp8_product"}
     | {"library", "pinning", "pulse"},
-    "sampling": {"prompt"},
+    "sampling": {"prompt", "config"},
     "shapes": BASE | {"prompt"},
     "worker": BASE
     | {"prompt", "sampling", "engine", "models", "protocol"}
