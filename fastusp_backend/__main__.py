@@ -1,4 +1,4 @@
-"""Command line: `python -m fastusp_backend bench | demo | doctor | plan | verify`."""
+"""Command line: `python -m fastusp_backend bench | demo | doctor | plan | serve | verify`."""
 
 import argparse
 import importlib
@@ -12,6 +12,7 @@ COMMANDS = {
     "demo": "the main job on what every machine has: a picture by the shipped model on CPU ranks, checked by one",
     "doctor": "what is wrong with this machine, and what to do about it",
     "plan": "which layouts are legal, the memory that a file's weights take, and what a step takes on 1 to 8 GPUs",
+    "serve": "workers on this machine, for ComfyUIs that attach to them from elsewhere",
     "verify": "what each lossy option costs in exactness, on your own file and devices",
 }
 

@@ -195,6 +195,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     weights: as in Settings.
     unpack: whether weights that stay quantised are unpacked to `compute` once, as they are read, on GPUs where that
         fits beside what they must keep free; not for products in fp8.
+    fingerprint: where `path` is a name alone, of a file that each machine has its own copy of (`library`); else empty.
     """
 
     path: str
@@ -205,6 +206,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     linear: LinearChoice = "exact"
     weights: WeightsChoice = "auto"
     unpack: bool = False
+    fingerprint: str = ""
 
     @classmethod
     def of_file(

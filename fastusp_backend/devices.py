@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from . import nvml
 from . import visible as cuda
+from .device_sets import Devices, ServerDevices
 from .errors import DeviceError
 from .once import Once
 from .visible import counted_by_cuda
@@ -32,26 +33,6 @@ class Gpu:
     name: str
     uuid: str
     compute_capability: tuple[int, int]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Devices:
-    """The devices of one pool, one rank each; it is the pool's key."""
-
-    ranks: int
-    gpus: tuple[int, ...] = ()
-    """nvidia-smi's indices; empty for CPU ranks."""
-
-    @property
-    def type(self) -> str:
-        return "cuda" if self.gpus else "cpu"
-
-    def first(self, ranks: int) -> "Devices":
-        """Returns the first `ranks` of them."""
-        return Devices(ranks=ranks, gpus=self.gpus[:ranks])
-
-    def __str__(self) -> str:
-        return "gpu " + ",".join(map(str, self.gpus)) if self.gpus else f"cpu:{self.ranks}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -281,6 +262,8 @@ def cuda_visible(devices: Devices) -> str:
 def supports_bfloat16(devices: Devices) -> bool:
     """Tells whether every device computes bfloat16 natively (compute capability 8.0); CPU ranks compute in float32
     instead."""
+    if isinstance(devices, ServerDevices):
+        return devices.bfloat16
     if not devices.gpus:
         return False  # and nobody asks the driver, which may be what does not work
     by_index = {g.index: g for g in list_gpus()}

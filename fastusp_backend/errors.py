@@ -31,6 +31,10 @@ class DeviceError(FastUSPError, ValueError):
     """A `gpus` value that names devices which do not exist."""
 
 
+class KeyFileError(FastUSPError):
+    """A server's key file that is missing, open to others, or no key file."""
+
+
 class RequestError(FastUSPError):
     """A sampling request that the workers refused; the pool stays usable."""
 

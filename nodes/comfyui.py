@@ -120,6 +120,7 @@ USED = {
         "get_filename_list(folder_name)",
         "get_full_path(folder_name, filename)",
         "get_full_path_or_raise(folder_name, filename)",
+        "get_user_directory()",
     ],
     "nodes": [
         "common_ksampler(model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent, denoise)",

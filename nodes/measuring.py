@@ -16,13 +16,14 @@ import torch
 from ..fastusp_backend.cli import bench, verify
 from ..fastusp_backend.cli.inputs import difference, random_inputs
 from ..fastusp_backend.config import Settings
-from ..fastusp_backend.devices import Devices, local_devices
+from ..fastusp_backend.devices import Devices
 from ..fastusp_backend.pool import Progress, Session
 from .comfyui import ProgressBar, PromptServer, dev_only, get_executing_context, io, model_management
 from .files import model_names
 from .host import interruptible
 from .loader import STORAGE, read_named, spec_on
 from .pools import all_pools
+from .servers import own_devices
 from .settings import SettingsType
 from .status import PUSH_SECONDS, node_run, show
 
@@ -71,7 +72,7 @@ class USPMeasure(io.ComfyNode):
 
         def check() -> bool:
             if gpus is not None:
-                local_devices(gpus)
+                own_devices(gpus)
             if unet_name is not None:
                 read_named(unet_name)
             return True
@@ -88,7 +89,7 @@ class USPMeasure(io.ComfyNode):
         cls, unet_name, weight_dtype, gpus, width, height, steps, every_layout, exactness, settings=None
     ) -> io.NodeOutput:
         with node_run("making room to measure"), interruptible(), _devices_to_itself():
-            file, devices = read_named(unet_name), local_devices(gpus)
+            file, devices = read_named(unet_name), own_devices(gpus)
             told = Told(gpus, devices)
             plan = bench.Bench(
                 spec=spec_on(devices, file, weight_dtype),

@@ -14,11 +14,11 @@ from ..config import CacheRule, Layout, ModelSpec, Settings
 from ..errors import OutOfRoom, PatchesLost
 from ..prompt import Inpainting, Prompt, Tensors
 from ..protocol import Evaluate, Patch, Sample
+from .contact import Contact
 from .patches import NO_PATCHES, WeightPatches
 from .pool import Pool
 from .progress import QUIET, Progress
 from .request import submit
-from .workers import Workers
 
 ControlNetResiduals = Mapping[str, Sequence[torch.Tensor | None]]
 """A ControlNet's residuals as ComfyUI has them: under `input` (FLUX's double blocks, Qwen-Image's) and `output` (FLUX's
@@ -58,7 +58,7 @@ class Session:
         progress = self.pool.following(progress)
         places, residuals = _distinct(control or {}, getattr(torch, self.model.compute))
 
-        def request(workers: Workers, patches: int) -> Tensors:
+        def request(workers: Contact, patches: int) -> Tensors:
             delivery = workers.tensors.deliver(prompt.tensors())
             message = Evaluate(
                 id=workers.next_id(),
@@ -107,7 +107,7 @@ class Session:
         if mask is not None:
             tensors |= mask.tensors()
 
-        def request(workers: Workers, patches: int) -> Tensors:
+        def request(workers: Contact, patches: int) -> Tensors:
             message = Sample(
                 id=workers.next_id(),
                 **self._what(len(x) if negative is None else 2, patches),
@@ -180,15 +180,15 @@ class Session:
         unpack = self.model.keep_quantised and settings.residency != "park" and not self.pool.crowded
         return msgspec.structs.replace(self.model, linear=settings.linear, weights=settings.weights, unpack=unpack)
 
-    def _run(self, request: Callable[[Workers, int], Tensors], progress: Progress) -> torch.Tensor:
+    def _run(self, request: Callable[[Contact, int], Tensors], progress: Progress) -> torch.Tensor:
         """Gives the output of request(workers, patch set), with this session's patches in the workers' weights. Workers
         that turn out to have lost them get all of them once more; unpacked weights that leave too little room are read
         anew, as their file has them."""
 
-        def patched(workers: Workers) -> torch.Tensor:
+        def patched(workers: Contact) -> torch.Tensor:
             return request(workers, self._patch(workers, progress))["output"]
 
-        def run(workers: Workers) -> torch.Tensor:
+        def run(workers: Contact) -> torch.Tensor:
             sent_anew = gave_way = False
             while True:
                 unpack = self.spec.unpack
@@ -209,7 +209,7 @@ class Session:
 
         return self.pool.run(run, progress)
 
-    def _patch(self, workers: Workers, progress: Progress) -> int:
+    def _patch(self, workers: Contact, progress: Progress) -> int:
         """Brings this session's patches into the workers' weights, and gives the number of the set."""
         number, change = workers.patches.change(self.patches, self.spec)
         if change is not None:

@@ -10,7 +10,7 @@ import msgspec
 
 from ..config import CacheRule, Layout, ModelSpec, Settings, WeightPatch
 
-VERSION = 10
+VERSION = 11
 """Raised whenever a message or the framing changes: client and workers of different versions refuse each other."""
 
 
@@ -208,5 +208,44 @@ class Failed(Message):
     text: str
 
 
+class Welcome(Message):
+    """A server's answer to Hello: what its workers are, whether they run or not.
+
+    ranks, device: how many, and whether they are `cpu` or `cuda` ones.
+    per_machine: how many of them share a machine.
+    bfloat16: whether all devices compute it.
+    """
+
+    version: int
+    ranks: int
+    device: Literal["cpu", "cuda"]
+    per_machine: int
+    bfloat16: bool
+
+
+class Attach(Message):
+    """To a server that has said Welcome: this client has requests. Answered by Ready when the workers are, which the
+    server starts where none run."""
+
+
+class Shown(Message):
+    """What a server tells an attached client each second, also as a sign that it is there.
+
+    memory: what each rank has shown of its memory, as `pulse.Memory`; None before it has.
+    lines: what was written to the workers' log since the last one.
+    """
+
+    memory: list[tuple[int, int, int, int] | None]
+    lines: list[str]
+
+
+class Ended(Message):
+    """A server's last message: why the workers do not answer this client any more."""
+
+    text: str
+
+
 ToWorker = Hello | Sample | Evaluate | Patch | Cancel | Release | Park | Unmap | Shutdown
 ToClient = Ready | Phase | Held | Step | Done | Failed
+ToServer = Hello | Attach | Sample | Evaluate | Patch | Cancel | Release | Park | Unmap
+ToAttached = Welcome | ToClient | Shown | Ended

@@ -46,10 +46,11 @@ class Crew:
     """All ranks of a pool. Every method is collective: all ranks call it in the same order.
 
     pins: lasting memory is pinned, for GPUs.
+    one_machine: whether the ranks can map each other's memory. Where not, tensors are sent.
     """
 
-    def __init__(self, *, pins: bool):
-        self._pins = pins
+    def __init__(self, *, pins: bool, one_machine: bool = True):
+        self._pins, self._one_machine = pins, one_machine
         self._lasting: SharedMemory | None = None
         self._missed: SharedMemory | None = None  # what others could not map: its sender will not send it again
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
@@ -90,7 +91,7 @@ class Crew:
         self._lasting = self._missed = None
 
     def _send_tensors(self, tensors: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        if not isinstance(tensors, SharedTensors):
+        if not isinstance(tensors, SharedTensors) or not self._one_machine:
             self.broadcast(safetensors.torch.save(tensors) if tensors else b"")
             return tensors
         memory = tensors.memory

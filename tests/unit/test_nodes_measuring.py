@@ -48,6 +48,7 @@ def measuring(node_module):
         host={"interruptible": None},
         loader={"STORAGE": {}, "read_named": None, "spec_on": None},
         pools={"all_pools": lambda: pools},
+        servers={"own_devices": None},
         settings={"SettingsType": None},
         status={"PUSH_SECONDS": 0.2, "node_run": None, "show": shown.append},
     )
