@@ -167,3 +167,15 @@ def test_trials_have_a_limit(new_pool, dev, monkeypatch):
     with pytest.raises(PoolError, match=r"(?s)within 1 s.*Last log lines:.*request 3 \(Sample\) took"):
         replace(job, seconds=1.0).run(pool, one)
     assert pool.status()["state"] == "off"
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (["--gpus", "cpu:1"], "Give --gpus two or more devices, such as cpu:2"),
+        (["--output", "/proc/nowhere"], "Give --output a folder that can be made"),
+    ],
+)
+def test_demo_refuses_before_it_draws(run, more, said):
+    code, printed, errors, closed = run("demo", *more)
+    assert code != 0 and said in errors and not closed and not printed
