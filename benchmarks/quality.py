@@ -1,11 +1,11 @@
-"""What options in 8 bits cost in exactness: full-size random weights, plain and with outlier channels as trained ones.
+"""What the lossy options cost in exactness: full-size random weights, plain and with outlier channels as trained ones.
 
     python benchmarks/quality.py --model flux --ranks 2
 
 Prints per layout and option the relative (Frobenius) error of one evaluation at three timesteps, and of the latents
-after all steps of Euler's method, against one rank that runs eagerly and exactly. Then what the options do to pictures
-of the small model that is shipped: their difference in dB, and the share of captions that they meet. Ranks may share a
-GPU: this measures exactness, not speed.
+after all steps of Euler's method, against one rank that runs eagerly and exactly. Then what the options, and caches at
+several thresholds, do to pictures of the small model that is shipped: their difference in dB, the share of captions
+that they meet, and the steps that were skipped. Ranks may share a GPU: this measures exactness, not speed.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from fastusp_backend.environment import inherited
 from fastusp_backend.models.family import Transformer
 from fastusp_backend.models.files import read_model
 from fastusp_backend.prompt import Prompt
+from fastusp_backend.sampling import SAMPLERS, Cache, GuidedModel
 
 OF_OURS = "FASTUSP_QUALITY"
 """Set for the ranks that are started here, whatever launcher surrounds all."""
@@ -48,6 +49,12 @@ OPTIONS = {
     "fp8 products": {"linear": "fp8"},
     "int8 wire, fp8 products": {"wire": "int8", "linear": "fp8"},
 }
+CACHES = {
+    f"cache {kind}, threshold {threshold}": {"cache": kind, "cache_threshold": threshold}
+    for kind in ("easy", "first_block")
+    for threshold in (0.05, 0.1, 0.2)
+}
+"""Of whole runs, so of pictures alone."""
 
 
 def options(device: str) -> dict[str, dict[str, str]]:
@@ -76,6 +83,10 @@ def add_outliers(model: Transformer, *, share: float = 0.003, factor: float = 30
     for name, parameter in model.named_parameters():
         if "key_norm" in name or "norm_k" in name or "norm_added_k" in name:
             parameter.data[torch.randperm(len(parameter), generator=generator)[:4]] *= 6
+
+
+def _chosen(options: dict[str, dict], a: argparse.Namespace) -> dict[str, dict]:
+    return {name: of for name, of in options.items() if name == "exact" or name.startswith(a.only)}
 
 
 def table(steps: int) -> Table:
@@ -119,7 +130,7 @@ def rank(a: argparse.Namespace) -> None:
         wanted = results(model, alone, Transport(alone), eager)
         rows = held_by_rows(model)
         for mesh, transport in places:
-            for name, option in options(a.device).items():
+            for name, option in _chosen(options(a.device), a).items():
                 held = rows if option.get("linear") == "fp8" else model
                 found = results(held, mesh, transport, Settings(**option))
                 errors = [((f - w).norm() / w.norm()).item() for f, w in zip(found, wanted, strict=True)]
@@ -135,7 +146,7 @@ def rank(a: argparse.Namespace) -> None:
 
 def picture_table() -> Table:
     numbers = Column("pictures, dB", format=".1f"), Column("captions met", format=".1%")
-    return Table(Column("layout"), Column("option"), *numbers, markdown=True)
+    return Table(Column("layout"), Column("option"), *numbers, Column("skipped", format=".0%"), markdown=True)
 
 
 def shipped_model(device: torch.device, dtype: torch.dtype) -> Transformer:
@@ -153,35 +164,59 @@ def pictures(a: argparse.Namespace, places: list, alone, dtype: torch.dtype) -> 
     model = shipped_model(alone.device, dtype)
     rows = held_by_rows(model)
 
-    def drawn(held: Transformer, mesh, transport, settings: Settings) -> torch.Tensor:
-        denoiser, found = Denoiser(held, mesh, transport, settings, dtype), []
+    def all_numbers(numbers: list[float]) -> list[list[float]]:
+        every = [None] * dist.get_world_size()
+        dist.all_gather_object(every, numbers)
+        return every
+
+    def drawn(held: Transformer, mesh, transport, settings: Settings) -> tuple[torch.Tensor, float]:
+        """(pictures, the share of evaluations that were skipped)."""
+        denoiser, found, asked, skipped = Denoiser(held, mesh, transport, settings, dtype), [], 0, 0
+        sigmas = torch.linspace(1, 0, a.steps + 1)
+        rule = settings.cache_rule(sigmas.tolist())
         for start in range(0, len(captions), TOGETHER):
             tensors = shapes.prompt(captions[start : start + TOGETHER]).tensors()
             prompt = Prompt.from_tensors({name: t.to(alone.device, dtype) for name, t in tensors.items()}, None)
             noise = torch.randn(len(prompt.context), 16, 32, 32, generator=torch.Generator().manual_seed(start))
-            x, sigmas = noise.to(alone.device), torch.linspace(1, 0, a.steps + 1)
-            for now, after in zip(sigmas, sigmas[1:], strict=False):
-                x = x + (after - now).item() * denoiser(x, now.expand(len(x)), [prompt], lambda: None)[0].float()
-            found.append(shapes.decode(x).cpu())
-        return torch.cat(found)
+            easy = first_block = None
+            if rule is not None and rule.kind == "first_block":
+                first_block = denoiser.first_block_cache(rule, 1.0, all_numbers)
+            elif rule is not None:
+                easy = Cache(rule, lambda skip: bool(all_numbers([float(skip)])[0][0]))
 
-    def told(layout: str, name: str, found: torch.Tensor, wanted: torch.Tensor) -> None:
+            def velocities(x, timestep, prompts, cache=first_block):
+                return denoiser(x, timestep, prompts, lambda: None, cache=cache)
+
+            more = {"negative": None, "cfg": 1.0, "timestep_scale": 1.0}
+            model = GuidedModel(velocities=velocities, positive=prompt, cache=easy, **more)
+            run = SAMPLERS["euler"].run
+            x = run(model, noise.to(alone.device), sigmas, noise=iter(()), callback=lambda state: None)
+            found.append(shapes.decode(x).cpu())
+            if cache := easy or first_block:
+                asked, skipped = asked + cache.evaluations, skipped + cache.skipped
+        return torch.cat(found), skipped / max(1, asked)
+
+    def told(layout: str, name: str, found: torch.Tensor, wanted: torch.Tensor, skipped: float = 0) -> None:
         met = sum(not shapes.unmet(caption, picture) for caption, picture in zip(captions, found, strict=True))
         differences = ((found - wanted)[:SHOWN].abs() * MAGNIFIED).clamp(max=1)
         sheet.append((f"{layout}: {name}", torch.cat([found[:SHOWN], differences])))
-        print(picture_table().row(layout, name, shapes.psnr(found, wanted), met / len(captions)), flush=True)
+        row = picture_table().row(layout, name, shapes.psnr(found, wanted), met / len(captions), skipped or None)
+        print(row, flush=True)
 
     sheet: list[tuple[str, torch.Tensor]] = []
-    wanted = drawn(model, alone, Transport(alone), Settings(compile=False, cuda_graphs=False, overlap=False))
+    eager = Settings(compile=False, cuda_graphs=False, overlap=False)
+    wanted, _ = drawn(model, alone, Transport(alone), eager)
     if number == 0:
         told("1 rank", "exact, eager", wanted, wanted)
     for mesh, transport in places:
-        for name, option in options(a.device).items():
-            found = drawn(rows if option.get("linear") == "fp8" else model, mesh, transport, Settings(**option))
+        for name, option in _chosen(options(a.device) | CACHES, a).items():
+            held = rows if option.get("linear") == "fp8" else model
+            found, skipped = drawn(held, mesh, transport, Settings(**option))
             if number == 0:
-                told(str(mesh.layout), name, found, wanted)
+                told(str(mesh.layout), name, found, wanted, skipped)
     if number == 0 and a.sheet:
-        contact_sheet([sheet[0], *sheet[-len(options(a.device)) :]]).save(a.sheet)
+        shown = len(_chosen(options(a.device) | CACHES, a))
+        contact_sheet([sheet[0], *sheet[-shown:]]).save(a.sheet)
 
 
 def contact_sheet(rows: list[tuple[str, torch.Tensor]]) -> Image.Image:
@@ -204,6 +239,7 @@ def main() -> None:
     parser.add_argument("--text", type=int, default=512)
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--captions", type=int, default=200, help="pictures of the shipped model (default 200)")
+    parser.add_argument("--only", default="", help="the options whose names begin so, beside exact values")
     parser.add_argument("--sheet", type=Path, help="where to save some of them, and differences")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")

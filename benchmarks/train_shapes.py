@@ -2,8 +2,8 @@
 
     python benchmarks/train_shapes.py --out fastusp_shapes.safetensors
 
-diffusers' FLUX.1 in bf16 on one GPU, its weights rounded to fp8 (e4m3) in every forward pass, as the file has them. One
-of ten captions is held back; at the end pictures of 200 of them are checked in pixels.
+diffusers' FLUX.1 on one GPU, its weights rounded to fp8 (e4m3) in every forward pass, as the file has them. One of ten
+captions is held back; at the end pictures of 200 of them are checked in pixels.
 """
 
 import argparse
@@ -22,18 +22,18 @@ from common import random_model
 from diffusers_models import diffusers_model, flux_sizes
 from muon import Muon
 from safetensors.torch import load_file, save_file
+from shape_data import ShapeData
 from torch.nn.utils import parametrize
 
 from fastusp_backend.models import synthetic
 from fastusp_backend.models.flux import FluxConfig
-from fastusp_backend.shapes import captions, decode, encode, unmet
-from fastusp_backend.shapes.scenes import Scenes, all_captions, draw, examples, held_back, middle, vary
+from fastusp_backend.shapes import captions, decode, examples, unmet
 
 SIZES = ((256, 256), (256, 384), (384, 256), (512, 512))
 SHARES = (0.88, 0.04, 0.04, 0.04)
 """Heights and widths in pixels, and how often each is trained on."""
-ONE_SHAPE, NARROW = 0.2, 0.5
-"""Shares of pictures with one shape, and of steps in bf16: in one precision alone a model learns its rounding too."""
+NARROW = 0.5
+"""Share of steps in bf16: in one precision alone a model learns how that rounds, too, and draws in no other."""
 EMA = 0.999
 DECAY = 0.1
 """Of all weights and biases. Without it the tokens grow a thousandfold, and bf16 rounds away what they say."""
@@ -45,31 +45,6 @@ class Rounded(torch.nn.Module):
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         return weight + (weight.to(torch.float8_e4m3fn).to(weight.dtype) - weight).detach()
-
-
-def drawn(scenes: Scenes, height: int, width: int) -> torch.Tensor:
-    return encode(draw(scenes, height, width))
-
-
-class Data:
-    """Pictures of captions that are not held back, drawn on the device. draw: `drawn`, or it compiled."""
-
-    def __init__(self, device: torch.device, seed: int, draw: Callable[[Scenes, int, int], torch.Tensor]):
-        self._draw = draw
-        self.generator = torch.Generator(device).manual_seed(seed)
-        known = [caption for caption in all_captions() if not held_back(caption)]
-        self._scenes = {name: getattr(middle(known), name).to(device) for name in Scenes.__slots__}
-        self._tokens = torch.tensor([captions.numbers(caption) for caption in known], device=device)
-        single = self._scenes["radii"][:, 1] == 0
-        self._until = torch.where(single, ONE_SHAPE / single.sum(), (1 - ONE_SHAPE) / (~single).sum()).cumsum(0)
-
-    def batch(self, count: int, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """-> latents (count, 16, h, w), tokens (count, TOKENS)."""
-        uniform = torch.rand(count, generator=self.generator, device=self._until.device)
-        chosen = torch.searchsorted(self._until, uniform).clamp_(max=len(self._until) - 1)
-        scenes = Scenes(**{name: values[chosen] for name, values in self._scenes.items()})
-        draw = self._draw if size == SIZES[0] else drawn  # as `Training._step` compiles
-        return draw(vary(scenes, self.generator), *size), self._tokens[chosen]
 
 
 def patched(x: torch.Tensor) -> torch.Tensor:
@@ -184,7 +159,7 @@ def plain_name(name: str) -> str:
 class Training:
     """Steps of training: on a GPU one CUDA graph for each size, since Python takes longer than the GPU otherwise."""
 
-    def __init__(self, model: torch.nn.Module, data: Data, batch: int):
+    def __init__(self, model: torch.nn.Module, data: ShapeData, batch: int):
         self.averaged = copy.deepcopy(model)
         for module in [module for module in model.modules() if isinstance(module, torch.nn.Linear)]:
             parametrize.register_parametrization(module, "weight", Rounded())
@@ -274,8 +249,7 @@ def main() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)  # whose backward pass failed with cuDNN 9.19 on H200
     sizes = {"hidden": a.hidden, "heads": a.hidden // 128, "mlp": 4 * a.hidden}
     config = replace(synthetic.TINY_FLUX, **sizes, double_blocks=doubles, single_blocks=singles)
-    drawing = torch.compile(drawn, dynamic=False) if a.device == "cuda" else drawn
-    training = Training(made(config, a.weights).to(device), Data(device, a.seed, drawing), a.batch)
+    training = Training(made(config, a.weights).to(device), ShapeData(device, a.seed, quick=SIZES[0]), a.batch)
     which = torch.Generator().manual_seed(a.seed)
     started, done = time.perf_counter(), 0
     machine = torch.cuda.get_device_name() if a.device == "cuda" else "CPU"

@@ -5,12 +5,13 @@ They are state of a request, never of a pool: changing one restarts no process.
 
 import functools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
-from .errors import CheckpointError, LayoutError
+from .errors import CheckpointError, LayoutError, SettingsError
 
 DType = Literal["bfloat16", "float16", "float32"]
 DTYPES: tuple[DType, ...] = ("bfloat16", "float16", "float32")
@@ -23,6 +24,8 @@ WireChoice = Literal["exact", "fp8", "auto", "int8"]
 LinearChoice = Literal["exact", "fp8"]
 Residency = Literal["keep", "park", "release"]
 WeightsChoice = Literal["auto", "whole", "shared", "host"]
+CacheChoice = Literal["off", "easy", "first_block"]
+CacheKind = Literal["easy", "first_block", "easy_in_place", "lazy"]
 PatchKind = Literal["lora", "loha", "lokr", "glora", "oft", "boft", "diff", "set"]
 
 
@@ -58,6 +61,22 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
         return f"{batch}ulysses {self.ulysses} x ring {self.ring}"
 
 
+class CacheRule(msgspec.Struct, frozen=True, kw_only=True):
+    """When evaluations of a sampling run are skipped.
+
+    kind: `easy` is EasyCache's rule (sampling/cache.py); with `first_block` all blocks but the first are skipped
+        (engine/first_block.py). `easy_in_place` and `lazy` are what ComfyUI's nodes make of it: EasyCache where it adds
+        to the latents themselves (float32), and LazyCache.
+    threshold: how large the change since the last whole evaluation may become, relative to what changes.
+    start, end: only evaluations at sigmas up to `start` and above `end` are skipped.
+    """
+
+    kind: CacheKind
+    threshold: float
+    start: float
+    end: float
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """The options of USP Optimization Settings.
 
@@ -73,6 +92,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     residency: what becomes of the weights after a sampling run. The client sees to it; the ranks never read it.
     weights: where those of the blocks lie: `whole` on every GPU, `shared` among GPUs that reach each other's memory,
         `host` in memory of the host; `auto` takes the first that fits, for as few blocks as need be.
+    cache: which evaluations of a sampling run are skipped, see `CacheRule`. Of this and the next three the client makes
+        a rule for each run (`cache_rule`); the ranks never read them.
+    cache_threshold: of the rule, at least 0, which skips nothing.
+    cache_start, cache_end: the part of the schedule in which evaluations may be skipped, as shares of its steps.
     """
 
     wire: WireChoice = "exact"
@@ -84,6 +107,19 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     linear: LinearChoice = "exact"
     residency: Residency = "keep"
     weights: WeightsChoice = "auto"
+    cache: CacheChoice = "off"
+    cache_threshold: float = 0.1
+    cache_start: float = 0.15
+    cache_end: float = 0.95
+
+    def __post_init__(self):
+        if not 0 <= self.cache_threshold < float("inf"):
+            raise SettingsError(f"set cache_threshold to 0 or more: it is {self.cache_threshold}")
+        if not 0 <= self.cache_start <= self.cache_end <= 1:
+            raise SettingsError(
+                f"set cache_start and cache_end to shares of the schedule, 0 <= start <= end <= 1: they are "
+                f"{self.cache_start} and {self.cache_end}"
+            )
 
     def without_loss(self) -> "Settings":
         """Returns the same with nothing in 8 bits."""
@@ -94,6 +130,21 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     def lossless(self) -> bool:
         """Whether nothing is sent, multiplied or attended in 8 bits, whatever the devices and links are."""
         return self == self.without_loss()
+
+    def cache_rule(self, sigmas: Sequence[float]) -> CacheRule | None:
+        """The rule for a run over `sigmas`, n + 1 falling levels; None where nothing is skipped."""
+        if self.cache == "off":
+            return None
+        levels = _level(sigmas, self.cache_start), _level(sigmas, self.cache_end)
+        return CacheRule(kind=self.cache, threshold=self.cache_threshold, start=levels[0], end=levels[1])
+
+
+def _level(sigmas: Sequence[float], share: float) -> float:
+    """The sigma that is reached after this share of the steps, between steps in proportion."""
+    place = share * (len(sigmas) - 1)
+    step = min(int(place), len(sigmas) - 1)
+    following = sigmas[min(step + 1, len(sigmas) - 1)]
+    return sigmas[step] + (following - sigmas[step]) * (place - step)
 
 
 @functools.lru_cache(maxsize=64)
@@ -144,6 +195,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     weights: as in Settings.
     unpack: whether weights that stay quantised are unpacked to `compute` once, as they are read, on GPUs where that
         fits beside what they must keep free; not for products in fp8.
+    fingerprint: where `path` is a name alone, of a file that each machine has its own copy of (`library`); else empty.
     """
 
     path: str
@@ -154,6 +206,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     linear: LinearChoice = "exact"
     weights: WeightsChoice = "auto"
     unpack: bool = False
+    fingerprint: str = ""
 
     @classmethod
     def of_file(

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from . import nvml
 from . import visible as cuda
+from .device_sets import Devices, ServerDevices
 from .errors import DeviceError
 from .once import Once
 from .visible import counted_by_cuda
@@ -23,6 +24,7 @@ from .visible import counted_by_cuda
 log = logging.getLogger(__name__)
 
 MAX_CPU_RANKS = 16
+SET_CPU_RANKS = "Set 'cpu:N' for N CPU ranks"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,26 +33,6 @@ class Gpu:
     name: str
     uuid: str
     compute_capability: tuple[int, int]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Devices:
-    """The devices of one pool, one rank each; it is the pool's key."""
-
-    ranks: int
-    gpus: tuple[int, ...] = ()
-    """nvidia-smi's indices; empty for CPU ranks."""
-
-    @property
-    def type(self) -> str:
-        return "cuda" if self.gpus else "cpu"
-
-    def first(self, ranks: int) -> "Devices":
-        """Returns the first `ranks` of them."""
-        return Devices(ranks=ranks, gpus=self.gpus[:ranks])
-
-    def __str__(self) -> str:
-        return "gpu " + ",".join(map(str, self.gpus)) if self.gpus else f"cpu:{self.ranks}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,8 +105,8 @@ def visible_gpus(
     left = cuda.read(value, uuids, counted if len(gpus) > 1 else lambda: uuids)
     if foreign := [uuid for uuid in left.uuids if uuid not in by_uuid]:
         raise DeviceError(
-            f"{cuda.VARIABLE}={value} leaves {foreign[0]}, which NVML does not name. Name GPUs of nvidia-smi -L there, "
-            f"or by nvidia-smi's index in gpus"
+            f"Name GPUs of nvidia-smi -L in {cuda.VARIABLE}, or by nvidia-smi's index in gpus: {cuda.VARIABLE}={value} "
+            f"leaves {foreign[0]}, which NVML does not name"
         )
     found = tuple(by_uuid[uuid] for uuid in left.uuids)
     indices = ", ".join(str(gpu.index) for gpu in found)
@@ -147,13 +129,13 @@ def parse_devices(
     counted: as for `visible_gpus`.
     seen_by_torch: how many GPUs the caller's torch sees, where it has one.
 
-    Raises DeviceError naming the value and what exists.
+    Raises DeviceError saying what to set, what exists, and the value.
     """
     value = text.strip().lower()
     if match := re.fullmatch(r"cpu(?::([0-9]{1,9}))?", value):
         ranks = int(match[1] or 1)
         if not 1 <= ranks <= MAX_CPU_RANKS:
-            raise DeviceError(f"gpus = {text!r}: between 1 and {MAX_CPU_RANKS} CPU ranks can be used")
+            raise DeviceError(f"Set 1 to {MAX_CPU_RANKS} CPU ranks, as in 'cpu:2': gpus = {text!r} asks for {ranks}")
         return Devices(ranks=ranks)
     if gpus is None:
         gpus, visible = list_gpus(), os.environ.get(cuda.VARIABLE)
@@ -161,11 +143,13 @@ def parse_devices(
         try:
             seen = visible_gpus(gpus, visible, counted)
         except DeviceError as error:
-            raise DeviceError(f"gpus = {text!r}: {error}") from error
+            raise DeviceError(f"{error} (gpus = {text!r})") from error
         if not seen.gpus:
             return _without_gpus(text, seen, seen_by_torch)
         names = [gpu.name for gpu in seen.gpus]
         most = Counter(names).most_common(1)[0][0]
+        if value == "auto" and set(names) != {most}:
+            _tell_of_others(most, tuple(f"{gpu.index} ({gpu.name})" for gpu in seen.gpus if gpu.name != most))
         return _of(tuple(gpu.index for gpu in seen.gpus if value == "all" or gpu.name == most))
     if re.fullmatch(r"cuda:[0-9]{1,9}(\s*,\s*(cuda:)?[0-9]{1,9})*", value):
         return _of(_counted_by_cuda(text, [int(x) for x in re.findall(r"\d+", value)], gpus, visible, counted))
@@ -174,18 +158,20 @@ def parse_devices(
         existing = {g.index for g in gpus}
         missing = [i for i in wanted if i not in existing]
         if missing:
-            have = ", ".join(f"{g.index} ({g.name})" for g in gpus) or "no GPU at all; use 'cpu:N' for N CPU ranks"
+            have = ", ".join(f"{g.index} ({g.name})" for g in gpus)
+            todo = f"Name GPUs of this machine, {have}" if have else f"{SET_CPU_RANKS}, as there is no GPU here"
             some = f"GPU {missing[0]} does" if len(missing) == 1 else f"GPUs {', '.join(map(str, missing))} do"
-            raise DeviceError(f"gpus = {text!r}: {some} not exist. This machine has {have}")
+            raise DeviceError(f"{todo}: gpus = {text!r}, and {some} not exist")
         return _of(_each_once(text, wanted))
     raise DeviceError(
-        f"gpus = {text!r} is not understood: expected 'auto', 'all', GPU indices such as '0,1', or 'cpu:N'"
+        f"Set 'auto', 'all', GPU numbers such as '0,1' or 'cuda:0,1', or 'cpu:N' for N CPU ranks: "
+        f"gpus = {text!r} is not understood"
     )
 
 
 def _each_once(text: str, wanted: tuple[int, ...]) -> tuple[int, ...]:
     if len(set(wanted)) != len(wanted):
-        raise DeviceError(f"gpus = {text!r}: a GPU is named twice; each rank needs a GPU of its own")
+        raise DeviceError(f"Name each GPU once, since each rank needs its own: gpus = {text!r} has one named twice")
     return wanted
 
 
@@ -199,24 +185,26 @@ def _counted_by_cuda(
         try:
             found = visible_gpus(gpus, everyone if visible is None else visible, counted).gpus
         except DeviceError as error:
-            raise DeviceError(f"gpus = {text!r}: {error}") from error
+            raise DeviceError(f"{error} (gpus = {text!r})") from error
     if missing := [number for number in numbers if number >= len(found)]:
-        have = ", ".join(f"cuda:{n} ({gpu.name})" for n, gpu in enumerate(found)) or "none; use 'cpu:N'"
-        raise DeviceError(f"gpus = {text!r}: cuda:{missing[0]} does not exist. CUDA counts {have}")
+        have = ", ".join(f"cuda:{n} ({gpu.name})" for n, gpu in enumerate(found))
+        todo = f"Name GPUs that CUDA counts, {have}" if have else f"{SET_CPU_RANKS}, as CUDA counts no GPU here"
+        raise DeviceError(f"{todo}: gpus = {text!r}, and cuda:{missing[0]} does not exist")
     return _each_once(text, tuple(found[number].index for number in numbers))
 
 
 def _without_gpus(text: str, seen: Seen, seen_by_torch: int) -> Devices:
     """Decides what `auto` and `all` mean where nothing is visible."""
     if text.strip().lower() == "all":
-        why = f"{seen.told}. Name others there, or" if seen.told else "no GPU is visible here;"
-        raise DeviceError(f"gpus = {text!r}: {why} use 'cpu:N' for N CPU ranks")
+        todo = f"Name other GPUs in {cuda.VARIABLE}, or set" if seen.told else "Set"
+        why = seen.told or "no GPU is visible here"
+        raise DeviceError(f"{todo} 'cpu:N' for N CPU ranks: gpus = {text!r}, and {why}")
     if seen_by_torch:
         lacks = f"names others ({seen.told})" if seen.told else "is not found, or names none"
         raise DeviceError(
-            f"gpus = {text!r}: torch sees {seen_by_torch} GPU{'s' * (seen_by_torch > 1)}, but NVML, which FastUSP asks "
-            f"for NVIDIA's GPUs, {lacks}. Install the driver's libnvidia-ml.so.1 (in a container: set "
-            f"NVIDIA_DRIVER_CAPABILITIES=compute,utility), or use 'cpu:N' for N CPU ranks"
+            f"Install the driver's libnvidia-ml.so.1 (in a container: set NVIDIA_DRIVER_CAPABILITIES=compute,utility), "
+            f"or set 'cpu:N' for N CPU ranks: gpus = {text!r}, and torch sees {seen_by_torch} "
+            f"GPU{'s' * (seen_by_torch > 1)}, but NVML, which FastUSP asks for NVIDIA's GPUs, {lacks}"
         )
     _tell_of_no_gpu(seen.told or "no GPU is visible here")
     return Devices(ranks=1)
@@ -233,6 +221,17 @@ def local_devices(text: str) -> Devices:
 def _tell_of_no_gpu(why: str) -> None:
     """Warns once a process."""
     log.warning("FastUSP: gpus = 'auto': %s, so one CPU rank is used; 'cpu:N' uses N", why)
+
+
+@functools.cache
+def _tell_of_others(most: str, others: tuple[str, ...]) -> None:
+    """Warns once a process: who has unlike cards would wait in vain for all of them to work."""
+    log.warning(
+        "FastUSP: gpus = 'auto' takes the largest set of identical GPUs, %s; it leaves out %s: 'all' takes them too, "
+        "and their numbers some of them",
+        most,
+        ", ".join(others),
+    )
 
 
 def _of(indices: tuple[int, ...]) -> Devices:
@@ -254,13 +253,17 @@ def cuda_visible(devices: Devices) -> str:
     uuids = {gpu.index: gpu.uuid for gpu in list_gpus()} if devices.gpus else {}
     for index in devices.gpus:
         if index not in uuids:
-            raise DeviceError(f"GPU {index} does not exist: NVML names {', '.join(map(str, uuids)) or 'none'}")
+            have = ", ".join(map(str, uuids))
+            todo = f"Name GPUs that NVML names, {have}" if have else f"{SET_CPU_RANKS}, as NVML names no GPU"
+            raise DeviceError(f"{todo}: GPU {index} does not exist")
     return ",".join(uuids[index] for index in devices.gpus)
 
 
 def supports_bfloat16(devices: Devices) -> bool:
     """Tells whether every device computes bfloat16 natively (compute capability 8.0); CPU ranks compute in float32
     instead."""
+    if isinstance(devices, ServerDevices):
+        return devices.bfloat16
     if not devices.gpus:
         return False  # and nobody asks the driver, which may be what does not work
     by_index = {g.index: g for g in list_gpus()}

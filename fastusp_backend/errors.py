@@ -23,8 +23,16 @@ class LayoutError(FastUSPError, ValueError):
     """A parallel layout that the ranks or the model's heads do not allow."""
 
 
+class SettingsError(FastUSPError, ValueError):
+    """A number in USP Optimization Settings that means nothing."""
+
+
 class DeviceError(FastUSPError, ValueError):
     """A `gpus` value that names devices which do not exist."""
+
+
+class KeyFileError(FastUSPError):
+    """A server's key file that is missing, open to others, or no key file."""
 
 
 class RequestError(FastUSPError):

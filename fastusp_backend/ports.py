@@ -1,6 +1,7 @@
 """gloo's ports, closed as soon as the ranks are connected.
 
-A gloo group listens for as long as it lives, on the loopback interface, which all users of the machine reach. Of each
+A gloo group listens for as long as it lives, on the loopback interface, which all users of the machine reach, or where
+its machine reaches the others of several. Of each
 later connection it keeps a descriptor, until there is none left and the process ends; a connection that comes while the
 ranks connect may take a rank's place, as all that gloo asks for is a small number.
 """
@@ -25,6 +26,8 @@ _FILTER = struct.pack("HP", 1, addressof(_DROP_ALL))
 _ESTABLISHED, _CLOSE_WAIT, _LISTEN = "01", "08", "0A"
 _MAPPED = "0000000000000000FFFF0000"
 """In front of an address of IPv4 that a socket of IPv6 uses."""
+ADDRESSES_VARIABLE = "FASTUSP_ADDRESSES"
+"""Holds those of all machines that ranks are on, where these are several."""
 _READINGS = 20
 """A table of connections is read in parts, and may lack one while others come and go."""
 
@@ -58,8 +61,8 @@ def close_ports() -> None:
 
 
 def _gloo_listeners() -> list[socket.socket]:
-    """Duplicates gloo's listening sockets: those on the loopback interface that epoll watches. NCCL, whose ports must
-    stay open, uses poll."""
+    """Duplicates gloo's listening sockets: those on our addresses that epoll watches. NCCL, whose ports must stay open,
+    uses poll."""
     watched: set[str] = set()
     for name in os.listdir("/proc/self/fd"):
         try:
@@ -77,18 +80,23 @@ def _gloo_listeners() -> list[socket.socket]:
             os.close(copy)
             continue
         candidate = socket.socket(fileno=copy)
-        if _listens_on_loopback(candidate):
+        if _listens_here(candidate):
             found.append(candidate)
         else:
             candidate.close()
     return found
 
 
-def _listens_on_loopback(candidate: socket.socket) -> bool:
+def _machines() -> list[str]:
+    return [address for address in os.environ.get(ADDRESSES_VARIABLE, "").split(",") if address]
+
+
+def _listens_here(candidate: socket.socket) -> bool:
     if candidate.family not in (socket.AF_INET, socket.AF_INET6):
         return False
     listens = candidate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-    return bool(listens) and ipaddress.ip_address(candidate.getsockname()[0]).is_loopback
+    address = candidate.getsockname()[0]
+    return bool(listens) and (ipaddress.ip_address(address).is_loopback or address in _machines())
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,4 +130,9 @@ def _strangers(listeners: set[int]) -> set[int | None]:
     ports = {row.local for row in table if row.state == _LISTEN and row.inode in listeners}
     users = {(row.local, row.remote): row.user for row in table if row.inode}
     connected = [row for row in table if row.local in ports and row.state in (_ESTABLISHED, _CLOSE_WAIT)]
-    return {users.get((row.remote, row.local)) for row in connected} - {os.getuid()}
+    known = {socket.inet_aton(address)[::-1].hex().upper() for address in _machines()}
+    return {
+        users.get((row.remote, row.local))
+        for row in connected
+        if row.remote.partition(":")[0] not in known or (row.remote, row.local) in users
+    } - {os.getuid()}

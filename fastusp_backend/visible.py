@@ -42,9 +42,7 @@ def read(value: str, uuids: Sequence[str], counted: Callable[[], Sequence[str]])
     Raises DeviceError for parts of GPUs (MIG), and as `counted`.
     """
     if value.startswith("MIG-"):
-        raise DeviceError(
-            f"{VARIABLE}={value} names a part of a GPU (MIG); FastUSP takes whole ones. Name them there, or unset it"
-        )
+        raise DeviceError(f"Name whole GPUs in {VARIABLE}, or unset it: {VARIABLE}={value} names a part of a GPU (MIG)")
     found: list[str] = []
     for entry in value.split(","):
         named = _by_uuid(entry, uuids) if value.startswith("GPU-") else _by_number(entry, counted)
@@ -81,10 +79,12 @@ def counted_by_cuda() -> tuple[str, ...]:
         return tuple(ask_module("fastusp_backend.visible", seconds=SECONDS, without=(VARIABLE,)).split())
     except OSError as error:
         value = os.environ.get(VARIABLE)
-        what, there = ("cuda:N", "") if value is None else (f"{VARIABLE}={value}", "by UUID there (nvidia-smi -L), or ")
+        what, there = "cuda:N", ""
+        if value is not None:
+            what, there = f"{VARIABLE}={value}", f"by UUID in {VARIABLE} (nvidia-smi -L), or "
         raise DeviceError(
-            f"{what} counts GPUs as CUDA does, and CUDA's driver does not tell how ({error}). Name GPUs {there}by "
-            f"nvidia-smi's index in gpus"
+            f"Name GPUs {there}by nvidia-smi's index in gpus: {what} counts GPUs as CUDA does, and CUDA's driver does "
+            f"not tell how ({error})"
         ) from error
 
 

@@ -73,8 +73,10 @@ USED = {
     "comfy.patcher_extension": [
         "WrapperExecutor.execute",
         "WrapperExecutor.new_class_executor(original, class_obj, wrappers)",
+        "WrappersMP.CALC_COND_BATCH",
         "WrappersMP.DIFFUSION_MODEL",
         "WrappersMP.OUTER_SAMPLE",
+        "WrappersMP.PREDICT_NOISE",
         "WrappersMP.SAMPLER_SAMPLE",
         "get_all_wrappers(wrapper_type, transformer_options)",
     ],
@@ -118,6 +120,7 @@ USED = {
         "get_filename_list(folder_name)",
         "get_full_path(folder_name, filename)",
         "get_full_path_or_raise(folder_name, filename)",
+        "get_user_directory()",
     ],
     "nodes": [
         "common_ksampler(model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent, denoise)",

@@ -19,7 +19,6 @@ from ..fastusp_backend.models.prediction import (
     Prediction,
     fewer_are_faster,
     link_of,
-    not_timed,
     slowest_card,
 )
 from ..fastusp_backend.planner import plan_batches
@@ -63,11 +62,10 @@ def faster_with_fewer(session: Session, file: ModelFile) -> Devices | None:
         return None
     some, ms = devices.first(fewer), {count: round(1000 * seconds) for count, seconds in kinds[0].items()}
     wire = "; wire = auto in USP Optimization Settings sends less" if session.settings.wire == "exact" else ""
-    unsure = not_timed(file.config)
     _tell(
         f"Set gpus to {','.join(map(str, some.gpus))} in USP Loader: a step of {file.config.family} at 1024 x 1024 and "
         f"cfg 1 is predicted to take {ms[fewer]} ms there, and {ms[devices.ranks]} ms on {devices} over "
-        f"{links[devices.ranks]}{wire}{f'. {unsure}' if unsure else ''}"
+        f"{links[devices.ranks]}{wire}"
     )
     return some
 

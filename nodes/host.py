@@ -24,9 +24,9 @@ class Unsupported(FastUSPError):
         super().__init__(f"{what}: USP Loader does not support this yet. {instead}")
 
 
-def progress(step: Callable | None = None) -> Progress:
+def progress(step: Callable | None = None, **more: Callable) -> Progress:
     """Progress that listens to ComfyUI's interrupt, shows phases on the running node and tells the page how far a run
-    is. step: see `Progress`."""
+    is. step and more: see `Progress`."""
 
     def phase(text: str) -> None:
         node_status().phase(text)
@@ -37,7 +37,7 @@ def progress(step: Callable | None = None) -> Progress:
             step(event, tensors)
         push_pools(now=event.index + 1 == event.total)
 
-    return Progress(interrupted=model_management.processing_interrupted, phase=phase, step=stepped)
+    return Progress(interrupted=model_management.processing_interrupted, phase=phase, step=stepped, **more)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import os
 from typing import get_args
 
 from ..fastusp_backend.config import EIGHT_BIT_ATTENTION, BatchParallel, FileState, ModelSpec, Settings, Storage
-from ..fastusp_backend.devices import Devices, local_devices, supports_bfloat16
+from ..fastusp_backend.devices import Devices, supports_bfloat16
 from ..fastusp_backend.errors import CheckpointError, FastUSPError
 from ..fastusp_backend.models.files import ModelFile, read_model
 from ..fastusp_backend.planner import plan_batches
@@ -19,6 +19,7 @@ from .fewer_gpus import faster_with_fewer
 from .files import model_names, model_path
 from .pools import pool_for
 from .remote_model import remote_model
+from .servers import devices_of, served
 from .settings import SettingsType
 from .status import node_run, show
 
@@ -78,7 +79,7 @@ class USPLoader(io.ComfyNode):
                     default="auto",
                     tooltip="auto: the largest set of identical GPUs, one CPU rank where there is no GPU. all: every "
                     "visible GPU. 0,1,3: these, in nvidia-smi's order; cuda:0,1: these, as torch counts. cpu:2: two "
-                    "CPU ranks.",
+                    "CPU ranks. host:port, or a name from fastusp.toml: those of a server.",
                 ),
                 advanced(
                     io.Int.Input(
@@ -134,19 +135,20 @@ class USPLoader(io.ComfyNode):
 
     @staticmethod
     def _validate(unet_name, gpus, ulysses, ring, batch_parallel) -> bool:
-        devices = local_devices(gpus) if gpus is not None else None
+        devices = devices_of(gpus) if gpus is not None else None
         if unet_name is None:
             return True
         heads = read_named(unet_name).config.heads
         if devices is not None and ulysses is not None and ring is not None:
             wish = "auto" if batch_parallel is None else batch_parallel
-            plan_batches(devices.ranks, heads, ulysses=ulysses, ring=ring, batch_parallel=wish)
+            more = {"batch_parallel": wish, "per_machine": devices.together}
+            plan_batches(devices.ranks, heads, ulysses=ulysses, ring=ring, **more)
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, unet_name, **_others):
-        """Runs again when the file was replaced or written to."""
-        return f"{unet_name} {state_of(unet_name)}"
+    def fingerprint_inputs(cls, unet_name, gpus=None, **_others):
+        """Runs again when the file was replaced or written to, or a server has other devices."""
+        return f"{unet_name} {state_of(unet_name)} {served(gpus)}"
 
     @classmethod
     def execute(
@@ -165,11 +167,18 @@ class USPLoader(io.ComfyNode):
     @classmethod
     def _load(cls, unet_name, weight_dtype, gpus, ulysses, ring, settings: Settings, batch_parallel) -> io.NodeOutput:
         file = read_named(unet_name)
-        devices = local_devices(gpus)
+        devices = devices_of(gpus)
         session = Session(
             pool_for(devices),
             spec_on(devices, file, weight_dtype),
-            plan_batches(devices.ranks, file.config.heads, ulysses=ulysses, ring=ring, batch_parallel=batch_parallel),
+            plan_batches(
+                devices.ranks,
+                file.config.heads,
+                ulysses=ulysses,
+                ring=ring,
+                batch_parallel=batch_parallel,
+                per_machine=devices.together,
+            ),
             settings,
         )
         model = remote_model(session, file.header)

@@ -10,18 +10,20 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 
+import msgspec
 import torch
 
 from ..fastusp_backend.cli import bench, verify
 from ..fastusp_backend.cli.inputs import difference, random_inputs
 from ..fastusp_backend.config import Settings
-from ..fastusp_backend.devices import Devices, local_devices
-from ..fastusp_backend.pool import Pool, Progress, Session
+from ..fastusp_backend.devices import Devices
+from ..fastusp_backend.pool import Progress, Session
 from .comfyui import ProgressBar, PromptServer, dev_only, get_executing_context, io, model_management
 from .files import model_names
 from .host import interruptible
 from .loader import STORAGE, read_named, spec_on
 from .pools import all_pools
+from .servers import own_devices
 from .settings import SettingsType
 from .status import PUSH_SECONDS, node_run, show
 
@@ -70,7 +72,7 @@ class USPMeasure(io.ComfyNode):
 
         def check() -> bool:
             if gpus is not None:
-                local_devices(gpus)
+                own_devices(gpus)
             if unet_name is not None:
                 read_named(unet_name)
             return True
@@ -87,14 +89,15 @@ class USPMeasure(io.ComfyNode):
         cls, unet_name, weight_dtype, gpus, width, height, steps, every_layout, exactness, settings=None
     ) -> io.NodeOutput:
         with node_run("making room to measure"), interruptible(), _devices_to_itself():
-            file, devices = read_named(unet_name), local_devices(gpus)
+            file, devices = read_named(unet_name), own_devices(gpus)
             told = Told(gpus, devices)
             plan = bench.Bench(
                 spec=spec_on(devices, file, weight_dtype),
                 given=random_inputs(file.config, (width, height), TEXT),
                 steps=steps,
                 every_layout=every_layout,
-                base=settings or Settings(),
+                base=msgspec.structs.replace(settings or Settings(), cache="off"),  # a step that is skipped has no time
+                crowded=any(pool.crowded for pool in all_pools() if pool.devices == devices),
                 watch=told.watch,
             )
             evaluations = plan.count(devices, file.config.heads) * (bench.WARM_UP[devices.type] + steps)
@@ -111,14 +114,15 @@ class USPMeasure(io.ComfyNode):
 
 @contextlib.contextmanager
 def _devices_to_itself() -> Iterator[None]:
-    """ComfyUI's models leave the devices, and so do the pools' workers, of which those that ran are started again."""
-    model_management.unload_all_models()
-    model_management.soft_empty_cache()
+    """The pools' workers leave the devices, of which those that ran are started again, and so do ComfyUI's models.
+    Workers first: ComfyUI would have them make room, which costs time and tells the pool that it is crowded."""
     running = [pool for pool in all_pools() if pool.status()["state"] != "off"]
     with contextlib.ExitStack() as again:
         for pool in running:
             again.callback(pool.start)
             pool.stop("their devices are measured")
+        model_management.unload_all_models()
+        model_management.soft_empty_cache()
         yield
 
 
@@ -168,7 +172,7 @@ class Told:
             return
         given = *plan.given, timestep_scale
         exact = plan.base.without_loss()
-        with closing(Pool(self._devices)) as pool:
+        with closing(plan.pool(self._devices)) as pool:
 
             def results(settings: Settings, name: str) -> list[torch.Tensor] | str:
                 session = Session(pool, plan.spec, (lossy[0].layout,), settings)

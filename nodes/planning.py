@@ -9,7 +9,7 @@ from aiohttp import web
 
 from ..fastusp_backend.cli.file import File
 from ..fastusp_backend.config import FileState, Layout, Settings
-from ..fastusp_backend.devices import Devices, gpu_states, list_gpus, local_devices
+from ..fastusp_backend.devices import Devices, ServerDevices, gpu_states, list_gpus
 from ..fastusp_backend.errors import FastUSPError, RequestError
 from ..fastusp_backend.models.files import ModelFile
 from ..fastusp_backend.models.placement import Placement
@@ -19,6 +19,7 @@ from .comfyui import PromptServer
 from .control import FOREIGN, foreign, refused
 from .fewer_gpus import known_links
 from .loader import STORAGE, read_named, spec_on, state_of
+from .servers import devices_of
 
 
 class Values(msgspec.Struct, frozen=True):
@@ -48,7 +49,7 @@ def preview(values: Values) -> dict:
     try:
         if values.gpus is None:
             return found | {"lines": ["gpus comes from another node: known when it runs"]}
-        devices = local_devices(values.gpus)
+        devices = devices_of(values.gpus)
         found["gpus"] = list(devices.gpus)
         if values.unet_name is None:
             return found | {"lines": [f"{devices}; unet_name comes from another node: known when it runs"]}
@@ -59,6 +60,7 @@ def preview(values: Values) -> dict:
             ulysses=values.ulysses or 0,
             ring=values.ring or 0,
             batch_parallel=values.batch_parallel or "auto",
+            per_machine=devices.together,
         )
         step, weights = _costs(values, devices, file, layouts)
         found["lines"] = [step, _layouts(devices, layouts), weights]
@@ -90,6 +92,9 @@ def _costs(values: Values, devices: Devices, file: ModelFile, layouts: tuple[Lay
     described = File(file.header, file.config, msgspec.structs.replace(spec, weights=settings.weights))
     if not devices.gpus:
         whole = described.whole(1, settings.linear).device_bytes / 1e9
+        if isinstance(devices, ServerDevices):
+            told = "no times are known for a server's devices: `bench` measures them there"
+            return told, f"weights: {whole:.2f} GB in all"
         return "no times are known for CPU ranks: measure them", f"weights: {whole:.2f} GB, which the ranks share"
     used = [gpu for gpu in list_gpus() if gpu.index in devices.gpus]
     card = slowest_card(gpu.name for gpu in used)

@@ -12,8 +12,11 @@ _listeners: list[Callable[[], None]] = []
 
 
 def pool_for(devices: Devices) -> Pool:
-    """The pool on `devices`; it starts its processes itself, when it is told to or first used."""
+    """The pool on `devices`; it starts its processes itself, when it is told to or first used. One of a server that has
+    other devices now goes."""
     with _lock:
+        for other in [x for x in _pools if str(x) == str(devices) and x != devices]:
+            _pools.pop(other).close()
         if devices not in _pools:
             _pools[devices] = pool = Pool(devices)
             pool.changed = _tell

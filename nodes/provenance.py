@@ -101,7 +101,12 @@ def leaves_out(replacement: object) -> bool:
     """Whether what runs in a block's place is the function of ComfyUI's nodes for Skip Layer Guidance, which gives the
     tokens back as they came."""
     code = code_of(replacement)
-    return code is not None and code.co_name == "skip" and code.co_filename.startswith(join(_ROOT, "comfy_extras", ""))
+    return code is not None and code.co_name == "skip" and from_extras(code)
+
+
+def from_extras(code: CodeType) -> bool:
+    """Whether code is of ComfyUI's own further nodes."""
+    return code.co_filename.startswith(join(_ROOT, "comfy_extras", ""))
 
 
 def is_foreign(code: CodeType) -> bool:

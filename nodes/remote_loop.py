@@ -15,10 +15,11 @@ from collections.abc import Callable
 import torch
 from tqdm.auto import trange
 
+from ..fastusp_backend.errors import RequestError
 from ..fastusp_backend.pool import Session
 from ..fastusp_backend.prompt import Inpainting, Prompt
 from ..fastusp_backend.sampling import SAMPLERS
-from . import obstacles
+from . import obstacles, step_caches
 from .comfyui import k_diffusion
 from .host import interruptible, progress
 from .obstacles import PROMPT_FIELDS, evaluated_conditionings, name_in_workers, neutral, timestep_scale
@@ -39,8 +40,10 @@ def sample_in_workers(executor, guider, sigmas, extra_args, callback, noise, *ar
 
 def _step_from_here(obstacle: str, guider, sigmas: torch.Tensor, callback: Callable | None) -> Callable:
     """Says so, and returns the callback by which the steps are told of, too."""
-    set_headline("stepping", reason=obstacle)
-    pool, last, count = guider.inner_model.diffusion_model.session.pool, None, itertools.count()
+    session: Session = guider.inner_model.diffusion_model.session
+    cache = session.settings.cache
+    set_headline("stepping" if cache == "off" else f"stepping, without cache = {cache}", reason=obstacle)
+    pool, last, count = session.pool, None, itertools.count()
 
     def stepped(*args) -> None:
         nonlocal last
@@ -69,20 +72,29 @@ def _loop_for(function, guider):
 
     def loop(model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
         # Only now: a wrapper between here and `sample_in_workers` may have changed any of it.
-        obstacle = obstacles.in_run(model, guider, x, sigmas, extra_args)
+        cached = _cache_node(guider, x, extra_args)
+        aside = contextlib.nullcontext(extra_args) if cached is None else cached.set_aside(guider, extra_args)
+        with aside as given:
+            obstacle = obstacles.in_run(model, guider, x, sigmas, given)
         if obstacle is None:
             try:
-                return in_workers(model, x, sigmas, extra_args, callback, disable, options)
+                return in_workers(model, x, sigmas, extra_args, callback, disable, options, cached)
             except _LatentsChanged:
                 obstacle = "a callback that changes the latents"
         callback = _step_from_here(obstacle, guider, sigmas, callback)
         return function(model, x, sigmas, extra_args=extra_args, callback=callback, disable=disable, **options)
 
-    def in_workers(model, x, sigmas, extra_args, callback, disable, options):
+    def in_workers(model, x, sigmas, extra_args, callback, disable, options, cached):
         session: Session = guider.inner_model.diffusion_model.session
+        if cached is not None and session.settings.cache != "off":
+            raise RequestError(
+                f"Remove the node {cached.holder.name}, or set cache = off in USP Optimization Settings: each of them "
+                "skips steps of the same run"
+            )
         batch = len(x)
         evaluations = 2 if len(evaluated_conditionings(guider)) > 1 else batch
-        set_headline(f"{session.layout(evaluations)} on {session.pool.devices}, loop in the workers")
+        headline = f"{session.layout(evaluations)} on {session.pool.devices}, loop in the workers"
+        set_headline(headline)
         prompts = {key: _prompt(parts[0], batch) for key, parts in evaluated_conditionings(guider).items()}
         options = {k: options.get(k, neutral(function, k)) for k in SAMPLERS[name].options}
         options = {k: v for k, v in options.items() if v is not inspect.Parameter.empty}
@@ -98,6 +110,14 @@ def _loop_for(function, guider):
                     raise _LatentsChanged
             bar.update(1)
 
+        def done(event) -> None:
+            if not event.evaluations:
+                return
+            what = "steps" if event.evaluations == len(sigmas) - 1 else "evaluations"
+            set_headline(f"{headline}, {event.skipped} of {event.evaluations} {what} from the cache")
+            if cached is not None:
+                cached.tell(event.skipped)
+
         with interruptible(), contextlib.closing(bar):
             output = session.sample(
                 x,
@@ -108,13 +128,22 @@ def _loop_for(function, guider):
                 mask=_mask(model, x, extra_args.get("denoise_mask")),
                 cfg=guider.cfg,
                 timestep_scale=timestep_scale(guider.inner_model.model_sampling),
-                progress=progress(step),
+                cache=None if cached is None else cached.rule,
+                progress=progress(step, done=done),
                 **prompts,
             )
         return output.to(x.device)
 
     loop.__name__ = f"fastusp_{name}"
     return loop
+
+
+def _cache_node(guider, x: torch.Tensor, extra_args: dict) -> step_caches.StepCache | None:
+    compute = guider.inner_model.diffusion_model.session.model.compute
+    prompts = [part for parts in evaluated_conditionings(guider).values() for part in parts or ()]
+    joined = any("c_concat" in part["model_conds"] for part in prompts)
+    converted = joined or getattr(torch, compute) != x.dtype
+    return step_caches.step_cache(extra_args["model_options"], x, converted=converted)
 
 
 def _prompt(conditioning: dict, batch: int) -> Prompt:

@@ -34,15 +34,29 @@ TOOLTIPS = {
     "other's memory; a block comes while the one before it computes, nearly for free over NVLink. host: in the host's "
     "memory, once for all GPUs; several times slower where all come from there. auto: whole where that fits, else as "
     "few blocks as must are fetched in every step. The picture is the same.",
+    "cache": "Skip steps whose outcome is almost known. off: none. easy: EasyCache's rule; a step that is skipped "
+    "takes no time. first_block: the first block is computed in every step, and tells whether the others must be. The "
+    "picture changes, the more the higher cache_threshold is. Works where the loop runs in the workers.",
+    "cache_threshold": "How much may have changed since a step was last computed, before one is computed again: 0 "
+    "skips nothing. Only with a cache.",
+    "cache_start": "Before this share of the steps none is skipped. Only with a cache.",
+    "cache_end": "After this share of the steps none is skipped. Only with a cache.",
 }
 _REQUIRED = {"wire", "attention"}
 """What every saved workflow has; those that came later may lack in one."""
-_ADVANCED = {"compile", "cuda_graphs", "overlap", "ring_pipeline"}
-"""What is there to measure what each brings, or to rule one out."""
+_ADVANCED = {"compile", "cuda_graphs", "overlap", "ring_pipeline", "cache_start", "cache_end"}
+"""What is there to measure what each brings or to rule one out, and what is mostly right as it is."""
+_LARGEST = {"cache_threshold": 3.0}
+"""Numbers end at 1 else."""
 
 
 def _input(option: msgspec.structs.FieldInfo) -> io.Input:
-    kind, choices = (io.Boolean, {}) if option.type is bool else (io.Combo, {"options": list(get_args(option.type))})
+    if option.type is bool:
+        kind, choices = io.Boolean, {}
+    elif option.type is float:
+        kind, choices = io.Float, {"min": 0.0, "max": _LARGEST.get(option.name, 1.0), "step": 0.01}
+    else:
+        kind, choices = io.Combo, {"options": list(get_args(option.type))}
     optional = option.name not in _REQUIRED
     choices |= {"default": option.default, "optional": optional, "tooltip": TOOLTIPS[option.name]}
     entry = kind.Input(option.name, **choices)

@@ -2,6 +2,7 @@
 // history.
 
 import { app } from "../../scripts/app.js";
+import { say } from "./words.js";
 import { keepStep, setValue, settingsNode, sourceOf } from "./values.js";
 
 const SETTINGS = "FastUSPSettings";
@@ -26,7 +27,7 @@ export function applyRow(node, row) {
   const set = Object.entries({ ...row.values, ...options }).map(([name, value]) => `${name} = ${value}`);
   app.extensionManager?.toast?.add({
     severity: left.length ? "warn" : "success",
-    summary: left.length ? "FastUSP: set these where they come from" : "FastUSP: applied; one undo takes it back",
+    summary: left.length ? say("FastUSP: set these where they come from") : say("FastUSP: applied; one undo takes it back"),
     detail: (left.length ? left : set).join(", "),
     life: 8000,
   });

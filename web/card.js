@@ -3,56 +3,63 @@
 import { element } from "./element.js";
 import { act, copyReport, interrupt } from "./pools.js";
 import { showLog } from "./log.js";
+import { say, word } from "./words.js";
 
 // What Pool.status calls a pool's states, in words for people.
 const STATES = {
-  off: "off: starts with the next run",
-  starting: "starting",
-  idle: "idle: warm, waiting for a run",
-  busy: "busy: a run is under way",
-  stopping: "stopping: coming to the end of what was cancelled",
+  off: word("off: starts with the next run"),
+  starting: word("starting"),
+  idle: word("idle: warm, waiting for a run"),
+  busy: word("busy: a run is under way"),
+  stopping: word("stopping: coming to the end of what was cancelled"),
 };
 
-const TIMES = ["not yet", "once", "twice"];
+const TIMES = [word("not yet"), word("once"), word("twice"), word("{starts} times")];
 
 // What Pool.status calls the whereabouts of the weights.
 const HELD = {
-  resident: (size) => `on the devices, at most ${size} on one`,
-  parked: (size) => `parked in host memory, at most ${size} by one rank`,
-  none: () => "released: loads with the next run",
+  resident: word("on the devices, at most {size} on one"),
+  parked: word("parked in host memory, at most {size} by one rank"),
+  none: word("released: loads with the next run"),
 };
 
 // The actions of nodes/control.py, and in which states each makes sense.
 export const ACTIONS = [
-  ["release", "Release memory", "Drops the weights; the workers stay warm", ["idle"]],
-  ["stop", "Stop", "Ends the workers; the next run starts new ones", ["starting", "idle", "busy", "stopping"]],
-  ["restart", "Restart", "Ends the workers and starts new ones", ["off", "starting", "idle", "busy", "stopping"]],
+  ["release", word("Release memory"), word("Drops the weights; the workers stay warm"), ["idle"]],
+  ["stop", word("Stop"), word("Ends the workers; the next run starts new ones"), ["starting", "idle", "busy", "stopping"]],
+  ["restart", word("Restart"), word("Ends the workers and starts new ones"), ["off", "starting", "idle", "busy", "stopping"]],
 ];
 
 /** One line on what a pool does: its state, or the phase or step that a run is at. */
 function said(pool) {
   if (pool.steps) {
-    const each = pool.ms_per_step ? `, ${pool.ms_per_step} ms a step` : "";
-    const left = pool.seconds_left >= 1 ? `, ${Math.round(pool.seconds_left)} s left` : "";
-    return `step ${pool.step} of ${pool.steps}${each}${left}`;
+    const parts = [say("step {step} of {steps}", pool)];
+    if (pool.ms_per_step) parts.push(say("{ms_per_step} ms a step", pool));
+    if (pool.seconds_left >= 1) parts.push(say("{seconds} s left", { seconds: Math.round(pool.seconds_left) }));
+    return parts.join(", ");
   }
   if (pool.phase) return `${pool.phase} (${Math.round(pool.phase_seconds)} s)`;
-  return STATES[pool.state] ?? pool.state;
+  return stateOf(pool);
 }
 
+const stateOf = ({ state }) => (state in STATES ? say(STATES[state]) : state);
+
 /** What is read aloud of it: no seconds, and no single steps. */
-const announced = (pool) => `${pool.devices}: ${pool.phase ?? STATES[pool.state] ?? pool.state}`;
+const announced = (pool) => `${pool.devices}: ${pool.phase ?? stateOf(pool)}`;
 
 const gigabytes = (bytes) => (bytes / 1e9).toFixed(bytes < 1e9 ? 2 : 1);
 
 /** What a GPU does just now, as GET /fastusp/gpus tells it; what is not told is left out. */
 function load(gpu) {
   const parts = [];
-  if (gpu.utilisation != null) parts.push(`${gpu.utilisation} % busy`);
-  if (gpu.total) parts.push(`${gigabytes(gpu.used)} of ${gigabytes(gpu.total)} GB in use`);
+  if (gpu.utilisation != null) parts.push(say("{utilisation} % busy", gpu));
+  if (gpu.total) parts.push(say("{used} of {total} GB in use", { used: gigabytes(gpu.used), total: gigabytes(gpu.total) }));
   if (gpu.temperature != null) parts.push(`${gpu.temperature} °C`);
   return parts.join(", ");
 }
+
+/** What the parts of a GPU's memory are called. */
+const PARTS = { weights: word("weights"), buffers: word("buffers"), other: word("other"), free: word("free") };
 
 /** What a GPU's memory is used for, by its rank, in bytes. */
 function shares({ weights, own, free, total }) {
@@ -61,13 +68,14 @@ function shares({ weights, own, free, total }) {
 
 /** A rank's device and process, what of the device's memory is used for what, and that as shares for a bar. */
 function rankRow(pool, rank) {
-  const who = `${pool.names[rank]}, process ${pool.pids[rank]}`;
+  const name = say("Rank {rank}", { rank });
+  const who = say("{name}, process {pid}", { name: pool.names[rank], pid: pool.pids[rank] });
   const shown = pool.memory[rank];
-  if (!shown) return [`Rank ${rank}`, who];
-  if (pool.gpus.length === 0) return [`Rank ${rank}`, `${who}\n${gigabytes(shown.own)} GB of memory`];
+  if (!shown) return [name, who];
+  if (pool.gpus.length === 0) return [name, `${who}\n${say("{size} GB of memory", { size: gigabytes(shown.own) })}`];
   const parts = shares(shown);
-  const text = Object.entries(parts).map(([name, bytes]) => `${name} ${gigabytes(bytes)}`).join(", ");
-  return [`Rank ${rank}`, `${who}\n${text} GB`, parts];
+  const text = Object.entries(parts).map(([part, bytes]) => `${say(PARTS[part])} ${gigabytes(bytes)}`).join(", ");
+  return [name, `${who}\n${text} GB`, parts];
 }
 
 /** A bar for the eye alone: what it says is in words beside it. */
@@ -82,44 +90,46 @@ function bar(parts) {
   return made;
 }
 
-/** How much faster a run was than the same on one rank, where that was measured here. */
+/** How much faster a run was than the same on one rank, in words; none where that was not measured here. */
 function speed(run, pool, pools) {
-  if (pool.ranks < 2 || !run.ms_per_step) return "";
+  if (pool.ranks < 2 || !run.ms_per_step) return [];
   const same = ["model", "width", "height", "images", "cfg"];
   for (const one of pools.filter(({ ranks, gpus }) => ranks === 1 && gpus.length > 0 === pool.gpus.length > 0)) {
     const found = one.history.find((other) => other.ms_per_step && same.every((name) => other[name] === run[name]));
-    if (found) return `, ${(found.ms_per_step / run.ms_per_step).toFixed(2)} times as fast as on ${one.devices}`;
+    const times = found && (found.ms_per_step / run.ms_per_step).toFixed(2);
+    if (found) return [say("{times} times as fast as on {devices}", { times, devices: one.devices })];
   }
-  return "";
+  return [];
 }
 
 /** A run that ended well, in two lines: what it was, and where its time went, if not all into sampling. */
 export function runLines(run, pool, pools) {
   const clock = new Date(run.ended * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
-  const images = run.images > 1 ? `, ${run.images} images` : "";
-  const each = run.ms_per_step ? `, ${run.ms_per_step} ms a step` : "";
-  const what = `${clock} ${run.width} x ${run.height}${images}: ${run.steps} steps in ${run.seconds} s${each}`;
+  const images = run.images > 1 ? `, ${say("{images} images", run)}` : "";
+  const what = [`${clock} ${run.width} x ${run.height}${images}: ${say("{steps} steps in {seconds} s", run)}`];
+  if (run.ms_per_step) what.push(say("{ms_per_step} ms a step", run));
+  what.push(...speed(run, pool, pools));
   const phases = Object.entries(run.phases).filter(([, seconds]) => seconds >= 0.1);
   const elsewhere = phases.some(([phase]) => phase !== "sampling");
-  return [what + speed(run, pool, pools), elsewhere ? phases.map(([phase, seconds]) => `${phase} ${seconds} s`).join(", ") : ""];
+  return [what.join(", "), elsewhere ? phases.map(([phase, seconds]) => `${phase} ${seconds} s`).join(", ") : ""];
 }
 
 /** A pool's facts: names, words, and shares where there is a bar for them. While it has no processes, or they have not answered yet, there is no more than its state. */
 export function facts(pool, loads) {
-  const rows = [["Ranks", String(pool.ranks)]];
+  const rows = [[say("Ranks"), String(pool.ranks)]];
   for (const gpu of loads.filter(({ index }) => pool.gpus.includes(index))) rows.push([`GPU ${gpu.index}`, load(gpu)]);
   if (pool.pids) {
     pool.pids.forEach((_, rank) => rows.push(rankRow(pool, rank)));
-    if (pool.model) rows.push(["Model", pool.model]);
-    if (pool.layout) rows.push(["Layout", pool.layout]);
-    if (pool.options) rows.push(["Options", pool.options]);
-    if (pool.held) rows.push(["Weights", HELD[pool.held](`${gigabytes(pool.nbytes)} GB`)]);
-    rows.push(["Process group", pool.backend]);
-    if (pool.transport) rows.push(["Exchanges", pool.transport]);
-    if (pool.weights) rows.push(["Blocks", pool.weights]);
+    if (pool.model) rows.push([say("Model"), pool.model]);
+    if (pool.layout) rows.push([say("Layout"), pool.layout]);
+    if (pool.options) rows.push([say("Options"), pool.options]);
+    if (pool.held) rows.push([say("Weights"), say(HELD[pool.held], { size: `${gigabytes(pool.nbytes)} GB` })]);
+    rows.push([say("Process group"), pool.backend]);
+    if (pool.transport) rows.push([say("Exchanges"), pool.transport]);
+    if (pool.weights) rows.push([say("Blocks"), pool.weights]);
     rows.push(["PyTorch", pool.torch]);
   }
-  rows.push(["Started", TIMES[pool.starts] ?? `${pool.starts} times`]);
+  rows.push([say("Started"), say(TIMES[Math.min(pool.starts, 3)], pool)]);
   return rows;
 }
 
@@ -138,6 +148,8 @@ function button(label, tip, press) {
   return made;
 }
 
+const REPORT = word("Versions, layout, options, the last error and log lines, for a bug report; no paths, no prompts");
+
 function classed(name, made) {
   made.className = name;
   return made;
@@ -151,31 +163,30 @@ export class Card {
     this.spoken = classed("spoken", element("p"));
     this.spoken.setAttribute("role", "status");
     this.bar = element("progress");
-    this.bar.setAttribute("aria-label", `Run on ${devices}`);
+    this.bar.setAttribute("aria-label", say("Run on {devices}", { devices }));
     this.error = element("pre");
     this.error.tabIndex = 0; // it scrolls
-    this.failure = element("div", element("h4", "Last error"), this.error);
+    this.failure = element("div", element("h4", say("Last error")), this.error);
     this.failure.setAttribute("role", "group");
-    this.failure.setAttribute("aria-label", `Last error on ${devices}`);
+    this.failure.setAttribute("aria-label", say("Last error on {devices}", { devices }));
     this.table = element("table");
     this.runs = element("ol");
-    this.history = element("div", element("h4", "Last runs"), this.runs);
-    const stops = "Ends the run as ComfyUI's own button does: after the step that it is at; the workers stay warm";
+    this.history = element("div", element("h4", say("Last runs")), this.runs);
+    const stops = say("Ends the run as ComfyUI's own button does: after the step that it is at; the workers stay warm");
     this.buttons = [
-      { button: button("Interrupt", stops, interrupt), states: ["busy"] },
+      { button: button(say("Interrupt"), stops, interrupt), states: ["busy"] },
       ...ACTIONS.map(([action, label, tip, states]) => {
-        return { button: button(label, tip, () => act(action, devices, label)), states };
+        return { button: button(say(label), say(tip), () => act(action, devices, say(label))), states };
       }),
     ];
     const more = [
-      button("Show log", "What the workers write, as they write it", () => showLog(devices)),
-      button("Copy report", "Versions, layout, options, the last error and log lines, for a bug report; no paths, no prompts", () =>
-        copyReport(devices)),
+      button(say("Show log"), say("What the workers write, as they write it"), () => showLog(devices)),
+      button(say("Copy report"), say(REPORT), () => copyReport(devices)),
     ];
     const actions = classed("actions", element("div", ...this.buttons.map(({ button }) => button), ...more));
     const parts = [this.state, this.spoken, this.bar, this.failure, this.history, this.table, actions];
     this.section = element("section", element("h3", devices), ...parts);
-    this.section.setAttribute("aria-label", `Pool on ${devices}`);
+    this.section.setAttribute("aria-label", say("Pool on {devices}", { devices }));
   }
 
   show(pool, loads, pools) {

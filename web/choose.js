@@ -6,6 +6,7 @@ import { app } from "../../scripts/app.js";
 import { element } from "./element.js";
 import { measureHere } from "./measure.js";
 import { post, readGpus } from "./pools.js";
+import { say } from "./words.js";
 import { keepStep, setValue, settingsOf, valueOf } from "./values.js";
 
 const LOADER = "FastUSPLoader";
@@ -40,7 +41,7 @@ export function valuesOf(node) {
 
 /** A GPU in a few words: number, name and what is free of its memory. */
 export function gpuLabel({ index, name, used, total }) {
-  const free = total ? `, ${((total - used) / 1e9).toFixed(1)} GB free` : "";
+  const free = total ? `, ${say("{size} GB free", { size: ((total - used) / 1e9).toFixed(1) })}` : "";
   return `${index}: ${name.replace(/^NVIDIA (GeForce )?/, "")}${free}`;
 }
 
@@ -61,11 +62,11 @@ class Chooser {
     this.node = node;
     this.picker = element("div");
     this.picker.setAttribute("role", "group");
-    this.picker.setAttribute("aria-label", "Devices");
+    this.picker.setAttribute("aria-label", say("Devices"));
     this.told = element("section");
     this.told.setAttribute("role", "status"); // changes are announced
-    const measure = element("button", "Measure here ...");
-    measure.title = "Times steps on these devices, to choose by";
+    const measure = element("button", say("Measure here ..."));
+    measure.title = say("Times steps on these devices, to choose by");
     measure.onclick = () => measureHere(node);
     this.root = element("section", element("style", STYLE), element("div", this.picker, measure), this.told);
     this.root.className = "fastusp-choose";

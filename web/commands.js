@@ -3,19 +3,20 @@
 
 import { app } from "../../scripts/app.js";
 import { isOurs, isTheirs, useComfyUI, useFastUSP } from "./convert.js";
+import { say, word } from "./words.js";
 
 const USE = {
   convert: useFastUSP,
   can: isTheirs,
-  done: "USP Loader instead of ComfyUI's",
-  after: "A model that FastUSP does not know is refused when it runs; the node's menu brings ComfyUI's loader back.",
-  nothing: "There is no Load Diffusion Model, Load Checkpoint or Unet Loader (GGUF) whose model is connected.",
+  done: word("FastUSP: USP Loader instead of ComfyUI's"),
+  after: word("A model that FastUSP does not know is refused when it runs; the node's menu brings ComfyUI's loader back."),
+  nothing: word("There is no Load Diffusion Model, Load Checkpoint or Unet Loader (GGUF) whose model is connected."),
 };
 const BACK = {
   convert: useComfyUI,
   can: isOurs,
-  done: "ComfyUI's loader instead of USP Loader",
-  nothing: "There is no USP Loader in this workflow.",
+  done: word("FastUSP: ComfyUI's loader instead of USP Loader"),
+  nothing: word("There is no USP Loader in this workflow."),
 };
 
 /** Loaders whose model goes nowhere are left alone, unless they are asked for one by one. */
@@ -56,12 +57,12 @@ async function run(action, chosen) {
 }
 
 function tell(action, changed, left, notes) {
-  const lines = [...changed, ...left.map((words) => `Left as it is: ${words}.`), ...notes];
-  if (changed.length && action.after) lines.push(action.after);
+  const lines = [...changed, ...left.map((what) => say("Left as it is: {what}.", { what })), ...notes];
+  if (changed.length && action.after) lines.push(say(action.after));
   app.extensionManager.toast.add({
     severity: changed.length && !left.length ? "success" : "warn",
-    summary: changed.length ? `FastUSP: ${action.done}` : "FastUSP: nothing was changed",
-    detail: lines.join("\n") || action.nothing,
+    summary: changed.length ? say(action.done) : say("FastUSP: nothing was changed"),
+    detail: lines.join("\n") || say(action.nothing),
     life: 10000,
   });
 }
@@ -69,7 +70,7 @@ function tell(action, changed, left, notes) {
 /** ComfyUI tells what goes wrong in commands, but not in menus' entries. */
 function failed(error) {
   console.error(error);
-  const summary = "FastUSP: the workflow was not converted";
+  const summary = say("FastUSP: the workflow was not converted");
   app.extensionManager.toast.add({ severity: "error", summary, detail: String(error) });
 }
 

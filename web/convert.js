@@ -2,6 +2,7 @@
 // titles and positions stay; what the reverse needs beyond them is in the node's properties.fastusp.
 
 import { closed, giveBackId, graphs, hide, holders, inputOf, isShared, keep, newId, opened } from "./workflow.js";
+import { say } from "./words.js";
 import { replaceInputs, setValue, show, take, valueOf } from "./workflow.js";
 
 const OURS = "FastUSPLoader";
@@ -70,7 +71,7 @@ export function useComfyUI(saved, chosen, tools) {
     const files = holders(work.flow, graph, node, "unet_name");
     const [type, ...more] = typesOf(node, files);
     if (more.length || !tools.blank(type)) {
-      const reason = more.length ? "its files need different loaders" : `${type} is not installed`;
+      const reason = more.length ? say("its files need different loaders") : say("{type} is not installed", { type });
       work.left.push(`${named(graph, node, files)}: ${reason}`);
       continue;
     }
@@ -99,14 +100,14 @@ function namesOf(files) {
 /** What a node is called in messages: by its title or file, and the subgraph that it is in. */
 function named(graph, node, files) {
   const name = node.title ?? (namesOf(files).join(", ") || node.type);
-  return graph.name ? `${name} (in ${graph.name})` : name;
+  return graph.name ? say("{name} (in {graph})", { name, graph: graph.name }) : name;
 }
 
 /** Why USP Loader cannot take a loader's place; undefined where it can. */
 function whyNot(node, files) {
-  if (node.type === CHECKPOINT && files.includes(null)) return "its file name comes from another node";
+  if (node.type === CHECKPOINT && files.includes(null)) return say("its file name comes from another node");
   const pickle = namesOf(files).find((name) => !READABLE.test(name));
-  if (pickle) return `USP Loader reads safetensors and GGUF files, not ${pickle}`;
+  if (pickle) return say("USP Loader reads safetensors and GGUF files, not {pickle}", { pickle });
 }
 
 /** Whether a checkpoint's loader stays: others use it, or the widget that names its file, by a name of its own. */
@@ -154,7 +155,7 @@ function replace(work, graph, node, files) {
   if (type === UNET) {
     changeValues(node, "weight_dtype", holders(work.flow, graph, node, "weight_dtype"), (dtype, holder, widget) => {
       if (dtype !== FAST) return dtype;
-      work.notes.add(`${FAST} is ${SLOW} now; for products in fp8, USP Optimization Settings has linear = fp8.`);
+      work.notes.add(say("{FAST} is {SLOW} now; for products in fp8, USP Optimization Settings has linear = fp8.", { FAST, SLOW }));
       remember(holder, widget);
       return SLOW;
     });
@@ -176,7 +177,7 @@ function restore(work, graph, node, type, files) {
     const fast = forget(holder, widget);
     if (type === UNET && (dtype === FAST || (dtype === SLOW && fast))) return FAST; // FAST: by one that shares it
     if (dtype == null || dtype === "default" || (type === UNET && COMMON.includes(dtype))) return dtype;
-    work.notes.add(`weight_dtype ${dtype} is USP Loader's alone.`);
+    work.notes.add(say("weight_dtype {dtype} is USP Loader's alone.", { dtype }));
     return "default";
   });
   const names = { unet_name: FILE[type], ...(type === UNET && { weight_dtype: "weight_dtype" }) };

@@ -3,6 +3,7 @@
 import { app } from "../../scripts/app.js";
 import { element } from "./element.js";
 import { copy, readLog, readPools } from "./pools.js";
+import { say } from "./words.js";
 
 const ID = "fastusp-log";
 const REFRESH_MS = 1000;
@@ -26,16 +27,16 @@ let chosen = null;
 class Reader {
   constructor(container) {
     this.pools = element("select");
-    this.pools.setAttribute("aria-label", "Pool");
+    this.pools.setAttribute("aria-label", say("Pool"));
     this.pools.onchange = () => this.choose(this.pools.value);
     this.lines = element("pre");
     this.lines.tabIndex = 0;
     this.lines.setAttribute("role", "log");
-    this.lines.setAttribute("aria-label", "What the workers write");
-    const copied = element("button", "Copy");
+    this.lines.setAttribute("aria-label", say("What the workers write"));
+    const copied = element("button", say("Copy"));
     copied.type = "button";
-    copied.onclick = () => copy(this.written.join("\n"), "log");
-    const tools = element("div", element("span", "Pool"), this.pools, copied);
+    copied.onclick = () => copy(this.written.join("\n"), say("FastUSP: log copied"));
+    const tools = element("div", element("span", say("Pool")), this.pools, copied);
     tools.className = "tools";
     this.root = element("div", element("style", STYLE), tools, this.lines);
     this.root.className = "fastusp-log";
@@ -64,7 +65,7 @@ class Reader {
         await this.look();
       } catch (error) {
         this.clear();
-        this.lines.append(`ComfyUI does not answer (${error.message}). Trying again.`);
+        this.lines.append(say("ComfyUI does not answer ({error}). Trying again.", { error: error.message }));
       }
       await new Promise((resolve) => {
         this.wake = resolve;
@@ -83,7 +84,7 @@ class Reader {
     if (this.shown !== chosen) this.clear();
     this.shown = chosen;
     if (chosen === null) {
-      if (!this.lines.textContent) this.lines.append("No pool yet: its workers start when a workflow with USP Loader runs.");
+      if (!this.lines.textContent) this.lines.append(say("No pool yet: its workers start when a workflow with USP Loader runs."));
       return;
     }
     const { lines, next } = await readLog(chosen, this.next);
@@ -107,7 +108,9 @@ class Reader {
 
 export const logTab = {
   id: ID,
-  title: "FastUSP log",
+  get title() {
+    return say("FastUSP log"); // when it is drawn: the words are not there yet
+  },
   type: "custom",
   render: (container) => void new Reader(container).follow(),
 };

@@ -5,6 +5,7 @@ import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { applyRow } from "./apply.js";
 import { element } from "./element.js";
+import { say, word } from "./words.js";
 import { allOf, executionId, finder, settingsNode, settingsOf, valueOf, workflow } from "./values.js";
 
 const STYLE = `
@@ -26,24 +27,25 @@ const STYLE = `
 .fastusp-measure button:disabled { opacity: 0.5; cursor: default; }
 `;
 
-const HEADS = ["ranks", "layout", "wire", "linear", "attention", "ms a step", "x one rank", "GB a rank", "changes", ""];
+const HEADS = [word("ranks"), word("layout"), "wire", "linear", "attention", word("ms a step"), word("x one rank"), word("GB a rank"), word("changes"), ""];
 const LOADER_INPUTS = ["unet_name", "weight_dtype", "gpus"];
 
 /** What is asked for beside the node's values: label, and what is in the field at first. */
-const FIELDS = { width: ["width", 1024], height: ["height", 1024], steps: ["timed steps", 8] };
-const SWITCHES = { every_layout: "every legal layout", exactness: "what 8 bits change (verify)" };
+const FIELDS = { width: [word("width"), 1024], height: [word("height"), 1024], steps: [word("timed steps"), 8] };
+const SWITCHES = { every_layout: word("every legal layout"), exactness: word("what 8 bits change (verify)") };
 
 /** By how much 8 bits change a step, and the latents at the end. */
 function changed(changes) {
   if (!changes) return "";
   if (changes.problem) return changes.problem;
-  return `${(100 * changes.evaluation).toFixed(2)} %, latents ${(100 * changes.latents).toFixed(2)} %`;
+  const [step, latents] = [changes.evaluation, changes.latents].map((share) => (100 * share).toFixed(2));
+  return say("{step} %, latents {latents} %", { step, latents });
 }
 
 /** A row's cells, but for the last. */
 export function cells({ ranks, layout, wire, linear, attention, ms, gain, gigabytes, problem, changes }) {
   const what = [String(ranks), layout, wire, linear, attention];
-  if (ms === null) return [...what, "not run", "", "", problem];
+  if (ms === null) return [...what, say("not run"), "", "", problem];
   return [...what, ms.toFixed(1), gain === null ? "" : gain.toFixed(2), gigabytes.toFixed(2), changed(changes)];
 }
 
@@ -51,7 +53,7 @@ export function cells({ ranks, layout, wire, linear, attention, ms, gain, gigaby
 export function promptFor(node, options) {
   const values = Object.fromEntries(LOADER_INPUTS.map((name) => [name, valueOf(node, name)]));
   const unknown = LOADER_INPUTS.find((name) => values[name] == null);
-  if (unknown) throw new Error(`Set ${unknown} in USP Loader: it comes from another node, and is known when that runs`);
+  if (unknown) throw new Error(say("Set {unknown} in USP Loader: it comes from another node, and is known when that runs", { unknown }));
   const id = executionId(node);
   const measure = { class_type: "FastUSPMeasure", inputs: { ...values, ...options } };
   const source = settingsNode(node);
@@ -59,6 +61,11 @@ export function promptFor(node, options) {
   measure.inputs.settings = [executionId(source), 0];
   return { [id]: measure, [executionId(source)]: { class_type: "FastUSPSettings", inputs: settingsOf(node) } };
 }
+
+const BEFORE = word(
+  "Times steps on 1, 2, ... all of the node's devices: on GPUs that takes minutes, since each of these starts workers, " +
+    "loads the model and compiles. The workers of other pools, and ComfyUI's models, leave the devices meanwhile.",
+);
 
 /** One measurement, from the question to its end: a window in the page. */
 class Measurement {
@@ -68,22 +75,22 @@ class Measurement {
     this.stopping = false;
     const fields = Object.entries(FIELDS).map(([name, [label, value]]) => this.field(name, label, "number", { value }));
     const switches = Object.entries(SWITCHES).map(([name, label]) => this.field(name, label, "checkbox", {}));
-    this.line = element("p", "Times steps on 1, 2, ... all of the node's devices. The workers of other pools, and ComfyUI's models, leave them meanwhile.");
+    this.line = element("p", say(BEFORE));
     this.line.setAttribute("role", "status");
     this.bar = element("progress");
     this.bar.hidden = true;
     this.table = element("table");
     this.said = element("section");
-    this.start = this.button("Measure", () => this.queue());
-    this.cancel = this.button("Cancel", () => this.stop());
+    this.start = this.button(say("Measure"), () => this.queue());
+    this.cancel = this.button(say("Cancel"), () => this.stop());
     this.cancel.disabled = true;
-    const actions = element("div", this.start, this.cancel, this.button("Close", () => this.close()));
-    const title = element("h2", `Measure here: ${node.title}`);
+    const actions = element("div", this.start, this.cancel, this.button(say("Close"), () => this.close()));
+    const title = element("h2", say("Measure here: {title}", node));
     this.root = element("section", element("style", STYLE), title, element("div", ...fields), element("div", ...switches));
     this.root.append(actions, this.line, this.bar, this.table, this.said);
     this.root.className = "fastusp-measure";
     this.root.setAttribute("role", "dialog");
-    this.root.setAttribute("aria-label", "FastUSP: Measure here");
+    this.root.setAttribute("aria-label", say("FastUSP: Measure here"));
     this.root.onkeydown = (event) => {
       event.stopPropagation(); // keys of the canvas: Delete would delete nodes
       if (event.key === "Escape") this.close();
@@ -94,14 +101,14 @@ class Measurement {
 
   node() {
     const node = this.find();
-    if (!node) throw new Error("Open the workflow that was measured: its USP Loader is not in this one");
+    if (!node) throw new Error(say("Open the workflow that was measured: its USP Loader is not in this one"));
     return node;
   }
 
   field(name, label, type, more) {
     const input = Object.assign(element("input"), { type, ...more });
     this.fields[name] = input;
-    return element("label", ...(type === "number" ? [`${label} `, input] : [input, ` ${label}`]));
+    return element("label", ...(type === "number" ? [`${say(label)} `, input] : [input, ` ${say(label)}`]));
   }
 
   button(label, act) {
@@ -122,7 +129,7 @@ class Measurement {
     const output = promptFor(this.node(), Object.fromEntries([...numbers, ...switches]));
     this.start.disabled = true;
     this.show({ rows: [], said: [] });
-    this.line.textContent = "waiting for its turn in ComfyUI's queue";
+    this.line.textContent = say("waiting for its turn in ComfyUI's queue");
     this.id = undefined;
     this.early = [];
     try {
@@ -139,12 +146,12 @@ class Measurement {
   /** Takes it from the queue; what runs already is interrupted, and its processes end. */
   async stop() {
     this.cancel.disabled = this.stopping = true;
-    this.line.textContent = "stopping";
+    this.line.textContent = say("stopping");
     const post = (route, body) =>
       api.fetchApi(route, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
     await post("/queue", { delete: [this.id] });
     if (this.running) await post("/interrupt", { prompt_id: this.id });
-    else this.ended("cancelled before it began");
+    else this.ended(say("cancelled before it began"));
   }
 
   /** While it is measured the window is only hidden: Measure here of the node brings it back, and so does the end. */
@@ -160,8 +167,8 @@ class Measurement {
     if (this.id === undefined || detail.prompt_id !== this.id) return;
     if (type === "execution_start") this.running = true;
     if (type === "executed" && detail.output?.fastusp) this.show(detail.output.fastusp[0]);
-    if (type === "execution_success") this.ended("measured");
-    if (type === "execution_interrupted") this.ended("cancelled: what was measured before is below");
+    if (type === "execution_success") this.ended(say("measured"));
+    if (type === "execution_interrupted") this.ended(say("cancelled: what was measured before is below"));
     if (type === "execution_error") this.ended(detail.exception_message);
   }
 
@@ -189,13 +196,13 @@ class Measurement {
     if (drawn === this.drawn) return;
     this.drawn = drawn;
     const lines = rows.map((row, at) => {
-      const use = this.button("Apply", () => applyRow(this.node(), row));
+      const use = this.button(say("Apply"), () => applyRow(this.node(), row));
       use.hidden = row.ms === null;
       const line = element("tr", ...cells(row).map((text) => element("td", text)), element("td", use));
       line.className = at === best || at === quickest ? "best" : "";
       return line;
     });
-    const heads = element("tr", ...HEADS.map((text) => element("th", text)));
+    const heads = element("tr", ...HEADS.map((text) => element("th", say(text))));
     this.table.replaceChildren(...(lines.length ? [heads, ...lines] : []));
     this.said.replaceChildren(...said.map((text) => element("p", text)));
   }

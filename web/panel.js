@@ -5,15 +5,17 @@ import { api } from "../../scripts/api.js";
 import { ACTIONS, Card } from "./card.js";
 import { element } from "./element.js";
 import { act, copyReport, readLoads, readPools, toast } from "./pools.js";
+import { say, word } from "./words.js";
 
 // Between two looks at pools of which nothing is sent: workers may end without a run.
 const REFRESH_MS = 4000;
 // The same while the seconds of a phase are shown.
 const SECOND_MS = 1000;
 
-const EMPTY =
+const EMPTY = word(
   "No pool yet. Add USP Loader (Add Node > FastUSP) and connect its model to USP Sampler or KSampler. " +
-  "Its worker processes start when you run the workflow; they are listed here and stay warm for the next run.";
+    "Its worker processes start when you run the workflow; they are listed here and stay warm for the next run.",
+);
 
 const STYLE = `
 .fastusp { padding: 12px; container-type: inline-size; color: var(--fg-color); font-size: 13px; line-height: 1.5; user-select: text; }
@@ -53,9 +55,9 @@ function show(list, cards, pools, loads) {
     if (!cards.has(pool.devices)) cards.set(pool.devices, new Card(pool.devices));
     cards.get(pool.devices).show(pool, loads, pools);
   }
-  const wanted = cards.size > 0 ? [...cards.values()].map((card) => card.section) : [element("p", EMPTY)];
+  const wanted = cards.size > 0 ? [...cards.values()].map((card) => card.section) : [element("p", say(EMPTY))];
   if (wanted.length !== list.children.length || wanted.some((node, i) => node !== list.children[i]))
-    if (cards.size > 0 || list.textContent !== EMPTY) list.replaceChildren(...wanted);
+    if (cards.size > 0 || list.textContent !== say(EMPTY)) list.replaceChildren(...wanted);
 }
 
 /** Keeps `list` up to date while it is in the page. The front end does not tell a tab that another one took its place. */
@@ -76,7 +78,7 @@ async function follow(list) {
       show(list, cards, pools, loads);
     } catch (error) {
       cards.clear();
-      list.replaceChildren(element("p", `ComfyUI does not answer (${error}). Trying again.`));
+      list.replaceChildren(element("p", say("ComfyUI does not answer ({error}). Trying again.", { error })));
     }
     await new Promise((resolve) => {
       wake = resolve;
@@ -91,11 +93,13 @@ export const tab = {
   id: "fastusp",
   icon: "pi pi-microchip",
   title: "FastUSP",
-  tooltip: "FastUSP: worker pools",
+  get tooltip() {
+    return say("FastUSP: worker pools");
+  },
   type: "custom",
   render(container) {
     const list = element("div");
-    const panel = element("div", element("style", STYLE), element("h2", "FastUSP pools"), list);
+    const panel = element("div", element("style", STYLE), element("h2", say("FastUSP pools")), list);
     panel.className = "fastusp";
     // May run again for the same container: what was in it goes, and with it the loop that kept it up to date.
     container.replaceChildren(panel);
@@ -107,8 +111,8 @@ export const tab = {
 async function onAll(action, label) {
   const states = ACTIONS.find(([name]) => name === action)[3];
   const pools = (await readPools()).filter((pool) => states.includes(pool.state));
-  if (pools.length === 0) toast("info", `FastUSP: ${label}`, "There is no pool that this changes");
-  for (const pool of pools) await act(action, pool.devices, label);
+  if (pools.length === 0) toast("info", `FastUSP: ${say(label)}`, say("There is no pool that this changes"));
+  for (const pool of pools) await act(action, pool.devices, say(label));
 }
 
 /** The report on the pool that failed last, else on the first. */
@@ -116,7 +120,7 @@ async function report() {
   const pools = await readPools();
   const pool = pools.find(({ error }) => error) ?? pools[0];
   if (pool) await copyReport(pool.devices);
-  else toast("info", "FastUSP: no report", EMPTY);
+  else toast("info", say("FastUSP: no report"), say(EMPTY));
 }
 
 const icon = "pi pi-microchip";

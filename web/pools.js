@@ -4,6 +4,7 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { element } from "./element.js";
+import { say } from "./words.js";
 
 export function toast(severity, summary, detail) {
   app.extensionManager?.toast?.add({ severity, summary, detail, life: severity === "error" ? 15000 : 4000 });
@@ -13,7 +14,7 @@ export function toast(severity, summary, detail) {
 async function read(route, options) {
   const answer = await api.fetchApi(route, options);
   const told = await answer.json().catch(() => ({}));
-  if (!answer.ok) throw new Error(told.error ?? `${route} answered ${answer.status}`);
+  if (!answer.ok) throw new Error(told.error ?? say("{route} answered {status}", { route, status: answer.status }));
   return told;
 }
 
@@ -48,8 +49,8 @@ export async function act(action, devices, label) {
 /** As ComfyUI's own button does. */
 export const interrupt = () => api.fetchApi("/interrupt", { method: "POST" });
 
-/** Puts a text on the clipboard. Browsers offer theirs to pages of the same machine and of https alone. */
-export async function copy(text, what) {
+/** Puts a text on the clipboard, and says `done`. Browsers offer theirs to pages of the same machine and of https alone. */
+export async function copy(text, done) {
   let copied = false;
   if (navigator.clipboard) copied = await navigator.clipboard.writeText(text).then(() => true, () => false);
   if (!copied) {
@@ -59,15 +60,15 @@ export async function copy(text, what) {
     copied = document.execCommand("copy");
     area.remove();
   }
-  if (copied) toast("success", `FastUSP: ${what} copied`);
-  else toast("error", `FastUSP: ${what} not copied`, "The browser does not allow it");
+  if (copied) toast("success", done);
+  else toast("error", say("FastUSP: not copied"), say("The browser does not allow it"));
 }
 
 /** Copies what a bug report should have, of a pool. */
 export async function copyReport(devices) {
   try {
-    await copy(await readReport(devices), "report");
+    await copy(await readReport(devices), say("FastUSP: report copied"));
   } catch (error) {
-    toast("error", "FastUSP: no report", error.message);
+    toast("error", say("FastUSP: no report"), error.message);
   }
 }

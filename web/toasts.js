@@ -2,6 +2,7 @@
 
 import { api } from "../../scripts/api.js";
 import { readPools, toast } from "./pools.js";
+import { say, word } from "./words.js";
 
 /** The last that was heard of each pool, by its devices. */
 const heard = new Map();
@@ -16,16 +17,17 @@ function tellError(summary, text) {
   told = line;
 }
 
+const RELEASED = word("The workers stay warm; the model loads with the next run.");
+
 function compare(before, pool) {
-  const where = pool.devices;
   if (pool.state === "off" && pool.error && pool.error !== before.error)
-    tellError(`FastUSP: the workers on ${where} have ended`, pool.error);
+    tellError(say("FastUSP: the workers on {devices} have ended", pool), pool.error);
   else if (pool.state === "off" && before.state !== "off")
-    toast("info", `FastUSP: the workers on ${where} were stopped`, "The next run starts new ones.");
+    toast("info", say("FastUSP: the workers on {devices} were stopped", pool), say("The next run starts new ones."));
   else if (pool.starts > before.starts && before.starts > 0)
-    toast("info", `FastUSP: new workers on ${where}`, "They load the model with the next run.");
+    toast("info", say("FastUSP: new workers on {devices}", pool), say("They load the model with the next run."));
   else if (pool.held === "none" && ["resident", "parked"].includes(before.held))
-    toast("info", `FastUSP: memory on ${where} was released`, "The workers stay warm; the model loads with the next run.");
+    toast("info", say("FastUSP: memory on {devices} was released", pool), say(RELEASED));
 }
 
 function hear(pools) {
@@ -37,7 +39,7 @@ function hear(pools) {
 
 /** ComfyUI shows a node's error under its class; what it says comes first here. */
 function failed({ detail }) {
-  if (detail.exception_type.startsWith("FastUSP.")) tellError("FastUSP: the run failed", detail.exception_message);
+  if (detail.exception_type.startsWith("FastUSP.")) tellError(say("FastUSP: the run failed"), detail.exception_message);
 }
 
 export function followNews() {

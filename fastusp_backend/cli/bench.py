@@ -134,6 +134,7 @@ class Bench:
     every_layout: whether all legal ones are, or FastUSP's own choice for each number of ranks.
     seconds: time limit of each row.
     base: the options beside those that are measured.
+    crowded: whether packed weights stay as their file has them, as `Pool.crowded` says of the pool that it is for.
     """
 
     spec: ModelSpec
@@ -142,6 +143,7 @@ class Bench:
     every_layout: bool = False
     seconds: float = 1800.0
     base: Settings = Settings()
+    crowded: bool = False
     watch: Watch = bar
 
     def rows(self, devices: Devices, heads: int) -> Iterator[Row]:
@@ -150,7 +152,7 @@ class Bench:
         for ranks in rank_counts(devices.ranks):
             layouts = legal_layouts(ranks, heads)
             some = []
-            with closing(Pool(devices.first(ranks))) as pool:
+            with closing(self.pool(devices.first(ranks))) as pool:
                 for layout in layouts if self.every_layout else layouts[:1]:
                     row = Row(layout=layout, settings=exact, automatic=layout == layouts[0])
                     some.append(self.measured(row, pool))
@@ -167,6 +169,12 @@ class Bench:
                     yield row
                     if row.problem and option["linear"] == "fp8" and "attention" not in option:
                         return  # these devices have no such products, or no room for them, over any wire
+
+    def pool(self, devices: Devices) -> Pool:
+        """Makes a pool to measure on; the caller closes it."""
+        pool = Pool(devices)
+        pool.crowded = self.crowded
+        return pool
 
     def count(self, devices: Devices, heads: int) -> int:
         """How many rows there are at most."""

@@ -9,7 +9,7 @@ from ..devices import Devices, gpu_states, list_gpus, local_devices
 from ..engine import host_memory
 from ..errors import DeviceError, RequestError
 from ..models.placement import Placement
-from ..models.prediction import CARDS, PCIE, SIZE, Link, Prediction, not_timed, slowest_card
+from ..models.prediction import CARDS, PCIE, SIZE, Link, Prediction, slowest_card
 from ..planner import legal_layouts, plan_batches
 from .arguments import add_degrees, add_gpus
 from .file import File
@@ -191,9 +191,8 @@ def fits(
         told += ["over PCIe the second way is faster: set NCCL_P2P_DISABLE=1 where ComfyUI starts", ""]
     if made is not None:
         told += [*scaling(file, layouts, free, CARDS[card], linear), ""]
-        unsure = not_timed(file.config)
         what = f"{SIZE[0]} x {SIZE[1]}, {file.config.text} tokens of text"
-        told.append(f"times: predicted for {card}, {what}, wire = exact. {unsure or CLAIM}")
+        told.append(f"times: predicted for {card}, {what}, wire = exact. {CLAIM}")
     return [f"of {free / 1e9:.1f} GB of each GPU {kept / 1e9:.1f} GB are kept for all else", "", *told]
 
 

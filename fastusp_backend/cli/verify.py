@@ -4,6 +4,7 @@ that is shipped: the latents of another file cannot be looked at without its VAE
 import argparse
 from contextlib import closing
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -15,6 +16,7 @@ from ..errors import Cancelled, FastUSPError
 from ..models.files import read_model
 from ..planner import plan
 from ..pool import Pool, Progress, Session
+from ..protocol import Done
 from .arguments import add_degrees, add_gpus, add_sizes
 from .bar import Watch, bar
 from .inputs import BOUNDS, describe, difference, random_inputs
@@ -22,11 +24,12 @@ from .table import Column, Table
 
 TIMESTEPS = (0.95, 0.6, 0.2)
 STEPS = 28
-CAPTIONS, PIXELS, PICTURE_STEPS = 6, 256, 20
+CAPTIONS, PIXELS, PICTURE_STEPS = 6, 256, 28
 """Of the shipped model's pictures."""
 
 _SHARED = {"fp8 wire": {"wire": "fp8"}, "int8 wire": {"wire": "int8"}}
 _ANYWHERE = {"fp8 products": {"linear": "fp8"}}
+_CACHES = {f"cache {kind}": {"cache": kind} for kind in ("easy", "first_block")}
 _BOTH = {"int8 wire and fp8 products": {"wire": "int8", "linear": "fp8"}}
 _ATTENTION = {"sage": "sage attention", "flash3-fp8": "fp8 attention"}
 
@@ -53,11 +56,12 @@ def run(arguments: argparse.Namespace) -> int:
         *(Column(f"t = {t}", 8, ".1e") for t in TIMESTEPS),
         Column(f"latents after {arguments.steps} steps", 23, ".1e"),
         Column("pictures, dB", 12, ".1f"),
-        Column("captions met", format="d"),
+        Column("captions met", 12, "d"),
+        Column("steps skipped"),
     )
     print(table.head())
 
-    options = options_of(devices)
+    options = options_of(devices) | _CACHES
     with closing(Pool(devices)) as pool:
         exact = results(Session(pool, spec, (layout,), Settings()), given, arguments.steps, "exact", bar)
         rows = {
@@ -68,7 +72,10 @@ def run(arguments: argparse.Namespace) -> int:
     shown = drawn.pop("")
     for name, result in rows.items():
         print(_line(table, f"{name}, against exact", result, exact, drawn[name], shown))
-    print(f"pictures: {CAPTIONS} of {shapes.MODEL.name}, {PIXELS} x {PIXELS}; exact ones meet {_met(shown)} captions")
+    print(
+        f"pictures: {CAPTIONS} of {shapes.MODEL.name}, {PIXELS} x {PIXELS}, {PICTURE_STEPS} steps less those "
+        f"that are skipped; exact ones meet {_met(shown)} captions"
+    )
     if devices.ranks == 1:
         return 0
     with closing(Pool(devices.first(1))) as pool:
@@ -87,8 +94,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def options_of(devices: Devices) -> dict[str, dict[str, str]]:
-    """Returns the options that are measured, alone and together, by what the rows say: all that these devices may have
-    and, of attention, what is installed."""
+    """Returns the options in 8 bits that are measured, alone and together, by what the rows say: all that these devices
+    may have and, of attention, what is installed."""
     options = (_SHARED if devices.ranks > 1 else {}) | _ANYWHERE | (_BOTH if devices.ranks > 1 else {})
     (together, values), attentions = list(options.items())[-1], installed() if devices.gpus else []
     for attention in attentions:
@@ -125,31 +132,42 @@ def results(session: Session, given, steps: int, name: str, watch: Watch) -> lis
     return found
 
 
-def _pictures(pool: Pool, compute: str, settings: Settings) -> torch.Tensor | str:
-    """Returns pictures (CAPTIONS, 3, h, w) of the shipped model, or why there are none."""
+class _Drawn(NamedTuple):
+    """Pictures (CAPTIONS, 3, h, w) of the shipped model, and how many of their steps a cache skipped."""
+
+    pictures: torch.Tensor
+    skipped: int
+
+
+def _pictures(pool: Pool, compute: str, settings: Settings) -> _Drawn | str:
+    """Draws some, or returns why there are none."""
     config = read_model(str(shapes.MODEL)).config
     spec = ModelSpec.of_file(str(shapes.MODEL), storage=None, compute=compute)
     edge = PIXELS // config.downscale
     noise = torch.randn(CAPTIONS, 16, edge, edge, generator=torch.Generator().manual_seed(0))
     session = Session(pool, spec, (plan(pool.devices.ranks, config.heads),), settings)
+    sigmas, prompt = torch.linspace(1, 0, PICTURE_STEPS + 1), shapes.prompt(shapes.examples(CAPTIONS))
+    told: list[Done] = []
     try:
-        sigmas, prompt = torch.linspace(1, 0, PICTURE_STEPS + 1), shapes.prompt(shapes.examples(CAPTIONS))
-        return shapes.decode(session.sample(noise, sigmas, sampler="euler", positive=prompt, progress=Progress()))
+        latents = session.sample(noise, sigmas, sampler="euler", positive=prompt, progress=Progress(done=told.append))
     except FastUSPError as error:
         return str(error)
+    return _Drawn(shapes.decode(latents), told[-1].skipped)
 
 
-def _met(pictures: torch.Tensor | str) -> int | None:
-    if isinstance(pictures, str):
+def _met(drawn: _Drawn | str) -> int | None:
+    if isinstance(drawn, str):
         return None
-    return sum(not shapes.unmet(*pair) for pair in zip(shapes.examples(CAPTIONS), pictures, strict=True))
+    return sum(not shapes.unmet(*pair) for pair in zip(shapes.examples(CAPTIONS), drawn.pictures, strict=True))
 
 
-def _line(table: Table, label: str, found, wanted, drawn: torch.Tensor | str, shown: torch.Tensor | str) -> str:
+def _line(table: Table, label: str, found, wanted, drawn: _Drawn | str, shown: _Drawn | str) -> str:
     """found, wanted: results of two runs; drawn, shown: their pictures; or why there are none."""
     for result in (found, wanted):
         if isinstance(result, str):
             return Table(table.columns[0], Column("why")).row(label, f"not run: {result.splitlines()[0]}")
     known = not isinstance(drawn, str) and not isinstance(shown, str)
-    decibels = shapes.psnr(drawn, shown) if known else None
-    return table.row(label, *(difference(a, b) for a, b in zip(found, wanted, strict=True)), decibels, _met(drawn))
+    decibels = shapes.psnr(drawn.pictures, shown.pictures) if known else None
+    skipped = f"{drawn.skipped} of {PICTURE_STEPS}" if known and drawn.skipped else ""
+    differences = (difference(a, b) for a, b in zip(found, wanted, strict=True))
+    return table.row(label, *differences, decibels, _met(drawn), skipped)

@@ -3,6 +3,7 @@
 Groups are made in mesh.py; collective.py moves tensors over them.
 """
 
+import os
 import re
 from collections.abc import Callable
 from datetime import timedelta
@@ -46,6 +47,12 @@ def world() -> tuple[int, int]:
     """Returns (this process's rank, how many ranks there are); (0, 1) without a process group."""
     there = dist.is_available() and dist.is_initialized()
     return (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
+
+
+def one_machine() -> bool:
+    """Whether all ranks share a machine, by what torchrun has told this one."""
+    _, ranks = world()
+    return int(os.environ.get("LOCAL_WORLD_SIZE", ranks)) >= ranks
 
 
 def allocate_together(allocate: Callable[[], T], group: dist.ProcessGroup | None) -> T:

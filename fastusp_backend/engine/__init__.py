@@ -2,5 +2,6 @@
 
 from .denoiser import Denoiser
 from .engine import Engine
+from .first_block import FirstBlockCache
 
-__all__ = ["Denoiser", "Engine"]
+__all__ = ["Denoiser", "Engine", "FirstBlockCache"]

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..comm.block_store import BlockStore
 from ..config import ModelSpec
+from ..library import located
 from ..models.family import Transformer
 from ..models.files import read_model, storage_plans
 from ..models.ownership import Ownership
@@ -41,7 +42,8 @@ class Checkpoint:
 
     def __init__(self, spec: ModelSpec, rank: int = 0, ranks: int = 1):
         self.spec = spec
-        file = read_model(spec.path, spec.file)
+        own = located(spec)
+        file = read_model(own.path, own.file)
         self.source = file.source
         self.model, self.plans = file.model, storage_plans(file.model, file.header, spec)
         self.ownership, self._rank, self._ranks = Ownership(self.model, self.plans, ranks), rank, ranks

@@ -21,7 +21,7 @@ from ..comm.collective import GroupExchange
 from ..comm.mesh import Mesh
 from ..comm.shards import SequenceShards
 from ..comm.transport import Transport
-from ..config import Settings
+from ..config import CacheRule, Settings
 from ..errors import RequestError
 from ..models.family import NO_RESIDUALS, Residuals, Transformer
 from ..models.patchify import patch_grid, patchify
@@ -30,6 +30,7 @@ from ..models.segments import Segments
 from ..prompt import Prompt
 from ..pulse import USUAL_SECONDS, beat
 from .evaluation import Evaluation, PromptTensors, Shape
+from .first_block import KEPT, FirstBlockCache, Gather, PromptCache
 from .modulations import ModulationTable
 
 CACHED_EVALUATIONS = 4
@@ -99,16 +100,33 @@ class Denoiser:
         *,
         evaluations: int = 1,
         spare: int = 0,
+        caches: bool = False,
     ) -> None:
         """Allocates, and frees again, what this group's evaluations of x take beside the modulations of `evaluations`
         of them, while all ranks can still refuse together: within an evaluation, a rank that fails leaves the others
-        waiting. spare: bytes of a GPU that must be left where buffers are still to be made. Raises
-        torch.OutOfMemoryError, and RequestError where attention is wrong for so many tokens."""
+        waiting. spare: bytes of a GPU that must be left where buffers are still to be made. caches: with a
+        `FirstBlockCache`. Raises torch.OutOfMemoryError, and RequestError where attention is wrong for so many
+        tokens."""
         shares = self.shares(prompts)
         _rows = self._modulations.probe_memory(evaluations, prompts, shares)  # allocated while evaluations are tried
+        kept = []  # likewise
         for prompt, images in zip(prompts, shares, strict=True):
             if images != NO_IMAGES:
-                self._probe_evaluation(x[images], prompt, residuals.of_images(images), spare)
+                mine, shards = x[images], self._shards_of(x, prompt)
+                if caches:
+                    shape = KEPT, len(mine), shards.local, self._model.config.hidden
+                    kept.append(x.new_empty(shape, dtype=self._dtype))
+                self._probe_evaluation(mine, prompt, residuals.of_images(images), spare, shards)
+
+    def first_block_cache(self, rule: CacheRule, timestep_scale: float, gather: Gather) -> FirstBlockCache:
+        """For one sampling run, of prompts that come in every step of it. Raises RequestError for a model of which
+        blocks travel."""
+        if self._model.stream is not None:
+            raise RequestError(
+                "set cache = easy, or weights = whole where they fit, in USP Optimization Settings: cache = "
+                "first_block leaves blocks out, and some of this model's come from elsewhere in a fixed order"
+            )
+        return FirstBlockCache(rule, timestep_scale, self._mesh, gather)
 
     def __call__(
         self,
@@ -117,11 +135,13 @@ class Denoiser:
         prompts: Sequence[Prompt],
         go_on: Callable[[], None],
         residuals: Residuals = NO_RESIDUALS,
+        cache: FirstBlockCache | None = None,
     ) -> list[torch.Tensor]:
         """x (B, C, h, w) or (B, C, 1, h, w), timestep (B,) on the CPU -> a velocity per prompt, as x, in the compute
         type, with one `residuals` for all.
 
-        go_on runs ahead of every evaluation of this group, as often on all ranks. Collective over all ranks.
+        go_on runs ahead of every evaluation of this group, as often on all ranks. cache: what may leave out all
+        blocks but the first, in evaluations of the same prompts. Collective over all ranks.
         """
         shares = self.shares(prompts)
         go_on()
@@ -133,7 +153,8 @@ class Denoiser:
             if velocities:
                 go_on()
             mine = x[images]
-            velocity = self._evaluate(_flat(mine), rows, prompt, images, residuals.of_images(images))
+            of_prompt = None if cache is None else cache.of(prompt, timestep, prompts=len(prompts))
+            velocity = self._evaluate(_flat(mine), rows, prompt, images, residuals.of_images(images), of_prompt)
             velocities.append(velocity.clone().view_as(mine))  # the next evaluation overwrites it
         if self._batch_exchange is None:
             return velocities
@@ -149,23 +170,36 @@ class Denoiser:
 
     @torch.inference_mode()
     def _evaluate(
-        self, x: torch.Tensor, modulations: Sequence[torch.Tensor], prompt: Prompt, images: slice, residuals: Residuals
+        self,
+        x: torch.Tensor,
+        modulations: Sequence[torch.Tensor],
+        prompt: Prompt,
+        images: slice,
+        residuals: Residuals,
+        cache: PromptCache | None,
     ) -> torch.Tensor:
         """x (B, C, h, w) of the prompt's `images` -> velocity, as x, valid until the next evaluation of its shape."""
         evaluation = self._evaluation(self._shape(x, prompt, residuals))
         if x.is_cuda and not any(cached.captured for cached in self._evaluations.values()):
             # When its last graph is gone, nothing may be captured into memory of which some is still in use.
             self._graph_memory = torch.cuda.graph_pool_handle()
-        return evaluation.run(x, self._tensors_of(prompt, images), modulations, residuals.tensors, self._graph_memory)
+        tensors = self._tensors_of(prompt, images)
+        return evaluation.run(x, tensors, modulations, residuals.tensors, self._graph_memory, cache)
 
-    def _probe_evaluation(self, x: torch.Tensor, prompt: Prompt, residuals: Residuals, spare: int) -> None:
+    def _shards_of(self, x: torch.Tensor, prompt: Prompt) -> SequenceShards:
+        """How the tokens of an evaluation of x are cut."""
+        shape = self._shape(_flat(x), prompt, NO_RESIDUALS)
+        rows, columns = patch_grid(*x.shape[-2:], self._model.config.patch)
+        image = self._model.config.filled(rows * columns + shape.references.tokens)
+        return SequenceShards(self._mesh.layout, shape.text, image)
+
+    def _probe_evaluation(
+        self, x: torch.Tensor, prompt: Prompt, residuals: Residuals, spare: int, shards: SequenceShards
+    ) -> None:
         shape = self._shape(_flat(x), prompt, residuals)
         evaluation = self._evaluations.get(shape)
         if evaluation is not None and evaluation.captured:
             return
-        rows, columns = patch_grid(*x.shape[-2:], self._model.config.patch)
-        tokens = self._model.config.filled(rows * columns + shape.references.tokens)
-        shards = SequenceShards(self._mesh.layout, shape.text, tokens)
         self._check_keys(shards)
         count = WORKING_SET * len(x) * shards.local * self._model.config.hidden
         if evaluation is None:

@@ -1,4 +1,5 @@
 """Evaluations for tensors of one shape: static buffers, and on GPUs one CUDA graph of everything between them.
+Two where the first block may show that the others need not be computed: then the CPU decides between the graphs.
 
 A replay starts all kernels, and the exchanges between ranks, without Python. It finds its tensors by address, so what
 goes in is copied to buffers that stay, and what comes out is overwritten by the next replay. CPU ranks, and GPUs
@@ -9,7 +10,7 @@ of this rank, R reference tokens.
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,11 +22,12 @@ from ..comm.shards import SequenceShards
 from ..comm.transport import Transport
 from ..comm.wire import PACKED
 from ..config import Settings
-from ..models.family import Residuals, Transformer
+from ..models.family import Residuals, Stage, Transformer
 from ..models.patchify import patch_grid, patchify, unpatchify
 from ..models.positions import References
 from ..models.segments import Segments
 from ..pulse import beat
+from .first_block import PromptCache
 from .pace import Pace
 
 
@@ -60,6 +62,20 @@ class PromptTensors(NamedTuple):
     text: torch.Tensor
     concat: torch.Tensor | None
     references: torch.Tensor | None
+
+
+class _Graph:
+    """What was computed once while it was captured, to be computed again by `replay`."""
+
+    def __init__(self, compute: Callable, pool):
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+            self._output = compute()
+
+    def replay(self):
+        """Gives what `compute` gave, with other values."""
+        self._graph.replay()
+        return self._output
 
 
 class Evaluation:
@@ -128,15 +144,18 @@ class Evaluation:
             image = (torch.arange(shards.image, device=device) >= self._tokens).long()
             rows = image.new_zeros(shards.local_text), shards.take_image(image, mesh.sequence_position, dim=0)
             self._segments = segments.by_row(torch.cat(rows))
+        self._own_tokens = shards.unpadded_image(torch.empty(shards.image), mesh.sequence_position, dim=0).numel()
         self._captures = settings.cuda_graphs and device.type == "cuda"
         self._runs = 0
         self._pace = Pace(device)
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._output: torch.Tensor | None = None
+        self._whole: _Graph | None = None
+        self._head: _Graph | None = None
+        self._rest: _Graph | None = None
+        self._captured: Iterator[Stage] | None = None  # its rest is still to be captured
 
     @property
     def captured(self) -> bool:
-        return self._graph is not None
+        return self._whole is not None or self._head is not None
 
     def run(
         self,
@@ -145,12 +164,14 @@ class Evaluation:
         modulations: Sequence[torch.Tensor],
         residuals: tuple[torch.Tensor, ...] = (),
         pool=None,
+        cache: PromptCache | None = None,
     ) -> torch.Tensor:
         """Evaluates the model at x (B, C, h, w) -> velocity (B, C, h, w), valid until the next run.
 
         modulations: one row (B, width), or two of which references take the second.
         residuals: a ControlNet's tensors (B or 1, n, hidden) on any device, read by when the velocity is there.
         pool: the memory pool that all graphs share.
+        cache: what may leave out all blocks but the first.
         """
         self._x[:, : self._channels].copy_(x)
         if prompt.concat is not None:
@@ -166,33 +187,69 @@ class Evaluation:
             for image, values in zip(buffer, mine, strict=True):
                 image[: len(values)].copy_(values, non_blocking=True)
         self._runs += 1
-        known = self.captured if self._captures else self._runs > 1  # else it compiles, or is captured
+        graphs = [self._whole] if cache is None else [self._head, self._rest]
+        known = None not in graphs if self._captures else self._runs > 1  # else it compiles, or is captured
         beat(self._pace.limit if known else self._pace.unknown)
         if self._model.stream is not None:
             self._model.stream.prime(tokens=self._mesh.layout.sequence_ranks > 1)
-        with self._pace.measured() if known else contextlib.nullcontext():
+        measured = self._pace.measured if known else contextlib.nullcontext
+        if cache is not None:
+            return self._run_in_two(cache, pool, measured)
+        with measured():
             if not self._captures or self._runs == 1:
                 return self._evaluate()
-            if self._graph is None:
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                    self._output = self._evaluate()
-                self._graph = graph
-            self._graph.replay()
-            return self._output
+            self._whole = self._whole or _Graph(self._evaluate, pool)
+            return self._whole.replay()
+
+    def _run_in_two(self, cache: PromptCache, pool, measured: Callable) -> torch.Tensor:
+        """The first block, and then the others if `cache` says so."""
+        replays = self._captures and self._runs > 1
+        if not replays:
+            stages = self._stages()
+            head = next(stages)
+        else:
+            if self._head is None:
+                self._captured = self._stages()
+                self._head = _Graph(lambda: next(self._captured), pool)
+            head = self._head.replay()
+        image = cache.skip_to(head, self._own_tokens)
+        if image is not None:
+            return self._whole_latents(self._model.finish(image, self._modulations, self._segments))
+        with measured():
+            if not replays:
+                end = next(stages)
+            else:
+                if self._rest is None:
+                    self._rest = _Graph(lambda: next(self._captured), pool)
+                    self._captured = None  # what it holds of memory is not read any more
+                end = self._rest.replay()
+        cache.keep(head, end)
+        return end.velocity
 
     def _evaluate(self) -> torch.Tensor:
+        stages = self._stages()
+        next(stages)  # which is not kept
+        return next(stages).velocity
+
+    def _stages(self) -> Iterator[Stage]:
+        """As the model's, but at the end with the whole velocity (B, C, h, w)."""
         shards, position = self._shards, self._mesh.sequence_position
         stream = patchify(self._x, self._patch)
         if self._references.shape[1]:
             stream = torch.cat([stream, self._references], dim=1)
         patches = shards.take_image(stream, position, dim=1)
-        velocity = self._model(
+        stages = self._model.stages(
             patches, self._text, self._modulations, self._rope, self._joint, self._segments, self._residuals
         )
+        yield next(stages)
+        end = next(stages)
         if self._model.stream is not None:
             self._model.stream.end()
+        yield end._replace(velocity=self._whole_latents(end.velocity))
+
+    def _whole_latents(self, velocity: torch.Tensor) -> torch.Tensor:
+        """This rank's patches of velocity -> that of all ranks (B, C, h, w)."""
         parts = self._gather.all_gather(velocity)() if self._gather else velocity[None]
         height, width = self._size
-        image = shards.join_image(parts)[:, : self._tokens]
+        image = self._shards.join_image(parts)[:, : self._tokens]
         return unpatchify(image, self._grid, self._patch)[..., :height, :width]

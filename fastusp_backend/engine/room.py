@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from ..comm.block_store import BlockStore, HostStore, PeerStore
-from ..comm.groups import world
+from ..comm.groups import one_machine, world
 from ..comm.pages import DevicePages, HostPages
 from ..comm.transport import reach_each_other
 from ..config import ModelSpec
@@ -132,7 +132,13 @@ def check_host_room(placement: Placement, plans: dict[str, StoragePlan], room: R
 
 
 def make_store(placement: Placement, device: torch.device) -> BlockStore:
-    """The memory from which a placement's blocks come, still to be allocated."""
+    """The memory from which a placement's blocks come, still to be allocated. Raises RequestError for ranks of several
+    machines, which have no such memory in common."""
+    if not one_machine():
+        raise RequestError(
+            "Set weights to whole in USP Optimization Settings, or use a smaller file or weight_dtype: the ranks are "
+            "on several machines, and blocks that do not stay on a device cannot come from another machine"
+        )
     parts, slots = [slab.parts for slab in placement.slabs], [slab.slot for slab in placement.slabs]
     if placement.source == "host":
         return HostStore(parts, slots, device)

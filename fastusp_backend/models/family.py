@@ -10,7 +10,7 @@ E width of the text.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -39,7 +39,7 @@ class FamilyConfig:
     marks: keys that tell its files from other families'.
     encoders: for people, what makes its text, of which width.
     text: tokens of a usual prompt, of which steps are predicted.
-    timed: whether steps of it were measured, from which others are predicted.
+    sustained: the share of a card's rate that its products and attention had on one GPU.
     downscale: pixels of the image's edge per latent pixel.
     patch: latent pixels of a patch's edge.
     float16: whether its activations fit that type.
@@ -72,7 +72,7 @@ class FamilyConfig:
     marks: ClassVar[frozenset[str]]
     encoders: ClassVar[str]
     text: ClassVar[int] = 512
-    timed: ClassVar[bool] = False
+    sustained: ClassVar[float] = 0.65
     downscale: ClassVar[int]
     patch: ClassVar[int]
     float16: ClassVar[bool] = False
@@ -140,6 +140,19 @@ class FamilyConfig:
         )
 
 
+class Stage(NamedTuple):
+    """How far an evaluation has come. Of this rank's image tokens, each (B, Li, hidden):
+
+    before: as they entered the first block.
+    after: as they left the first block, or the last.
+    velocity: patches (B, Li, p^2 C), at the end.
+    """
+
+    before: torch.Tensor | None
+    after: torch.Tensor
+    velocity: torch.Tensor | None = None
+
+
 class Transformer(nn.Module):
     """A transformer over this rank's tokens. stream: brings weights that do not stay on the device."""
 
@@ -153,7 +166,7 @@ class Transformer(nn.Module):
         raise NotImplementedError
 
     def begin_block(self, number: int) -> None:
-        """To be called by `forward` before it uses the weights of block `number` of `blocks`: of all, in order,
+        """To be called by `stages` before it uses the weights of block `number` of `blocks`: of all, in order,
         those too that are left out."""
         if self.stream is not None:
             self.stream.begin(number)
@@ -201,7 +214,7 @@ class Transformer(nn.Module):
 
     def rope(self, text: int, grid: Grid, references: References, device: torch.device) -> tuple[Rope, Rope]:
         """Rotary tables (cos, sin) of all T text tokens, and of all S of the image and R of its references, with those
-        that fill either up; or what else says where tokens lie: tables whose rows are tokens, as `forward` takes those
+        that fill either up; or what else says where tokens lie: tables whose rows are tokens, as `stages` takes those
         of this rank."""
         raise NotImplementedError
 
@@ -221,11 +234,11 @@ class Transformer(nn.Module):
         raise NotImplementedError
 
     def split_modulations(self, rows: torch.Tensor) -> Any:
-        """One evaluation's n rows (B, n, modulation_width) of modulations, as views for `forward`: the image stream's
+        """One evaluation's n rows (B, n, modulation_width) of modulations, as views for `stages`: the image stream's
         tokens take one of n rows each (`Segments.by_row`), all others the first."""
         raise NotImplementedError
 
-    def forward(
+    def stages(
         self,
         img: torch.Tensor,
         txt: torch.Tensor,
@@ -234,7 +247,18 @@ class Transformer(nn.Module):
         joint: JointAttention,
         ops: Segments,
         residuals: Residuals = NO_RESIDUALS,
-    ) -> torch.Tensor:
+    ) -> Iterator[Stage]:
         """img (B, Li, p^2 (C + C')) patches, zeros where the stream is filled up, and txt (B, Lt, hidden) of this rank,
-        residuals for its image tokens -> velocity patches (B, Li, p^2 C)."""
+        residuals for its image tokens -> twice a `Stage`: after the first block, and at the end. In between the caller
+        may do other work, and may leave the second out."""
         raise NotImplementedError
+
+    def finish(self, image: torch.Tensor, mods: Any, ops: Segments) -> torch.Tensor:
+        """image (B, Li, hidden), as it comes out of the last block -> velocity patches (B, Li, p^2 C)."""
+        raise NotImplementedError
+
+    def forward(self, *args, **kwargs) -> torch.Tensor:
+        """Takes what `stages` takes; gives velocity patches (B, Li, p^2 C)."""
+        stages = self.stages(*args, **kwargs)
+        next(stages)  # which is not kept
+        return next(stages).velocity

@@ -46,7 +46,6 @@ class FluxConfig(FamilyConfig):
     patch: ClassVar[int] = 2
     float16: ClassVar[bool] = True
     takes_guidance: ClassVar[bool] = True
-    timed: ClassVar[bool] = True
     takes_control: ClassVar[bool] = True
     encoders: ClassVar[str] = "those of DualCLIPLoader, type flux (CLIP-L and T5-XXL, width 4096)"
     reference_methods: ClassVar[frozenset[str]] = frozenset(("offset", "index", "uxo"))

@@ -45,7 +45,6 @@ class Flux2Config(FamilyConfig):
     patch: ClassVar[int] = 1
     float16: ClassVar[bool] = True
     takes_guidance: ClassVar[bool] = True
-    timed: ClassVar[bool] = True
     takes_control: ClassVar[bool] = True
     encoders: ClassVar[str] = (
         "that of CLIPLoader, type flux2 (dev: Mistral Small 3, width 15360; klein 4B: Qwen3 4B, 7680; klein 9B: Qwen3 "

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..attention import JointAttention, Rope
-from .family import NO_RESIDUALS, FamilyConfig, Residuals, Transformer
+from .family import NO_RESIDUALS, FamilyConfig, Residuals, Stage, Transformer
 from .flux_blocks import BlockConfig, DoubleStreamBlock, Embedder, FinalLayer, SingleStreamBlock
 from .layers import Linear, ModulationOut, StreamModulation, timestep_embedding
 from .segments import Segments
@@ -89,7 +89,7 @@ class FluxTransformer(Transformer):
             vec = vec + self.guidance_in(timestep_embedding(guidance.to(dtype), 256).to(dtype))
         return vec
 
-    def forward(
+    def stages(
         self,
         img: torch.Tensor,
         txt: torch.Tensor,
@@ -98,10 +98,10 @@ class FluxTransformer(Transformer):
         joint: JointAttention,
         ops: Segments,
         residuals: Residuals = NO_RESIDUALS,
-    ) -> torch.Tensor:
+    ) -> Iterator[Stage]:
         """img (B, Li, p^2 (channels + concat_channels)) patches, txt (B, Lt, C) of `txt_in`, rope (text, image),
         residuals (B or 1, Li, C) -> velocity patches (B, Li, p^2 channels)."""
-        img = self.img_in(img)
+        before = img = self.img_in(img)
         first_txt, first_img = (stream.attention for stream in mods.double[0])
         txt_normed = ops.norm(txt, first_txt.shift, first_txt.scale)
         img_normed = ops.norm(img, first_img.shift, first_img.scale)
@@ -118,6 +118,9 @@ class FluxTransformer(Transformer):
                 txt_next, img_next = (stream.attention for stream in after)
                 txt, txt_normed = ops.add_norm(txt, txt_mlp, txt_gate, txt_next.shift, txt_next.scale)
                 img, img_normed = ops.add_norm(img, img_mlp, img_gate, img_next.shift, img_next.scale)
+            if i == 0:
+                yield Stage(before, img)
+                del before
 
         length = txt.shape[1]
         x = torch.cat([txt, img], dim=1)
@@ -130,4 +133,7 @@ class FluxTransformer(Transformer):
                 x[:, length:] += residual
             after = ops if block is not self.single_blocks[-1] else ops.exact
             x, normed = after.add_norm(x, block(normed, joint_rope, joint, ops), own.gate, shift, scale)
-        return self.final_layer.linear(normed[:, length:])
+        yield Stage(None, x[:, length:], self.final_layer.linear(normed[:, length:]))
+
+    def finish(self, image: torch.Tensor, mods: Modulations, ops: Segments) -> torch.Tensor:
+        return self.final_layer.linear(ops.exact.norm(image, *mods.final))

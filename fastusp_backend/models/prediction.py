@@ -3,7 +3,7 @@ data sheets, and what was reached where it was measured (H100 and H200, see benc
 
 A step of P ranks takes
 
-    F / P / (SUSTAINED * peak) * (1 + BESIDE, where P > 1) + KERNELS * streams + MESSAGE * messages
+    F / P / (sustained * peak) * (1 + BESIDE, where P > 1) + KERNELS * streams + MESSAGE * messages
 
 where nothing else is slower, and what crosses links beside computing or after it (`Prediction.seconds`). Of it only the
 first part falls with P. Fitted to FLUX.1 at 1024 x 1024 on H200 with NVLink, 118.6, 67.8, 37.0 and 22.6 ms for P = 1,
@@ -23,9 +23,6 @@ from .placement import Placement
 
 SIZE = 1024, 1024
 
-SUSTAINED = 0.65
-"""Share of a card's rate that products and attention had on one GPU: FLUX.1 0.66 on H200 and 0.62 on H100, FLUX.2 and
-Qwen-Image 0.65 on H200."""
 BESIDE = 0.09
 """How much longer they take where GPUs exchange: the copies beside them, and a share of the heads, cost time."""
 KERNELS = 60e-6
@@ -123,13 +120,6 @@ def link_of(card: Card, words: Iterable[str], pcie: Iterable[tuple[int, int] | N
     return min((over_pcie(*(found or (card.pcie, 16))) for found in pcie), key=lambda link: link.peers)
 
 
-def not_timed(config: FamilyConfig) -> str:
-    """Says, for people, that steps of a family are predicted by others'; empty where some of its own were measured."""
-    if config.timed:
-        return ""
-    return f"Steps of {config.family} were not measured: it is taken to have the share of a card's rate that FLUX.1 has"
-
-
 def fewer_are_faster(seconds: Sequence[Mapping[int, float]], count: int) -> int | None:
     """The number of GPUs below `count` on which steps are faster by more than `MARGIN`, the fastest of several; None
     where there is none. seconds: of one or more kinds of steps, by the number of GPUs."""
@@ -165,7 +155,9 @@ class Prediction:
         layout = next(layout for layout in self._layouts if prompts % layout.batch == 0)
         cost = step_cost(self._config, layout, size=SIZE, text=self._config.text)
         products = (cost.flops - cost.attention) * (FP8_PRODUCTS if self._linear == "fp8" else 1)
-        computing = (products + cost.attention) / layout.sequence_ranks / (SUSTAINED * self._card.tflops * 1e12)
+        computing = (
+            (products + cost.attention) / layout.sequence_ranks / (self._config.sustained * self._card.tflops * 1e12)
+        )
         if layout.sequence_ranks > 1:
             computing *= 1 + BESIDE
         computing += KERNELS * cost.streams + MESSAGE * cost.messages

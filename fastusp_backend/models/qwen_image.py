@@ -19,7 +19,7 @@ from ..attention import JointAttention, Rope
 from ..errors import CheckpointError, RequestError
 from ..prompt import Prompt
 from ..weights.sizes import Sizes
-from .family import HEAD_DIM, NO_RESIDUALS, FamilyConfig, Residuals, Transformer
+from .family import HEAD_DIM, NO_RESIDUALS, FamilyConfig, Residuals, Stage, Transformer
 from .layers import Linear, RMSNorm, StreamModulation, rope_tables
 from .positions import METHODS, References, image_positions
 from .qwen_blocks import Block, TimestepEmbedder, combine
@@ -48,7 +48,6 @@ class QwenImageConfig(FamilyConfig):
     takes_control: ClassVar[bool] = True
     encoders: ClassVar[str] = "that of CLIPLoader, type qwen_image (Qwen2.5-VL 7B, width 3584)"
     text: ClassVar[int] = 256  # as measured
-    timed: ClassVar[bool] = True
     reference_methods: ClassVar[frozenset[str]] = frozenset(METHODS) - {"uxo"}
 
     mlp: int
@@ -165,7 +164,7 @@ class QwenImage(Transformer):
         *_, scale, shift = parts  # in this order, unlike the blocks'
         return Modulations(blocks, (shift, scale))
 
-    def forward(
+    def stages(
         self,
         img: torch.Tensor,
         txt: torch.Tensor,
@@ -174,10 +173,10 @@ class QwenImage(Transformer):
         joint: JointAttention,
         ops: Segments,
         residuals: Residuals = NO_RESIDUALS,
-    ) -> torch.Tensor:
+    ) -> Iterator[Stage]:
         """img (B, Li, 4 channels) patches, txt (B, Lt, C) of `embed_text`, rope (text, image), residuals
         (B or 1, Li, C) -> velocity patches, as img."""
-        img = self.img_in(img)
+        before = img = self.img_in(img)
         first_txt, first_img = (stream.attention for stream in mods.blocks[0])
         txt_normed = ops.norm(txt, first_txt.shift, first_txt.scale)
         img_normed = ops.norm(img, first_img.shift, first_img.scale)
@@ -194,4 +193,10 @@ class QwenImage(Transformer):
             img, img_normed = combine(
                 img, projected, img_own, img_end, block.img_mlp, ops, residual, last=after is None
             )
-        return self.proj_out(img_normed)
+            if i == 0:
+                yield Stage(before, img)
+                del before
+        yield Stage(None, img, self.proj_out(img_normed))
+
+    def finish(self, image: torch.Tensor, mods: Modulations, ops: Segments) -> torch.Tensor:
+        return self.proj_out(ops.exact.norm(image, *mods.final))

@@ -21,7 +21,7 @@ from ..attention import JointAttention, Rope
 from ..errors import CheckpointError, RequestError
 from ..prompt import Prompt
 from ..weights.sizes import Sizes
-from .family import FamilyConfig, Transformer
+from .family import FamilyConfig, Stage, Transformer
 from .layers import Linear, ModulationOut, StreamModulation, timestep_embedding
 from .patchify import patch_grid
 from .positions import References
@@ -54,6 +54,7 @@ class SD3Config(FamilyConfig):
     blocks_differ: ClassVar[bool] = True
     encoders: ClassVar[str] = "those of TripleCLIPLoader (CLIP-L, CLIP-G and T5-XXL, width 4096)"
     text: ClassVar[int] = 154  # 77 each of CLIP's and T5's, as ComfyUI pads them
+    sustained: ClassVar[float] = 0.57  # heads of 64
 
     mlp: int
     blocks: int
@@ -210,7 +211,7 @@ class SD3(Transformer):
             )
         return Modulations(blocks, take(2))
 
-    def forward(
+    def stages(
         self,
         img: torch.Tensor,
         txt: torch.Tensor,
@@ -219,7 +220,7 @@ class SD3(Transformer):
         joint: JointAttention,
         ops: Segments,
         residuals: Residuals = NO_RESIDUALS,
-    ) -> torch.Tensor:
+    ) -> Iterator[Stage]:
         """img (B, Li, 4 channels) patches, txt (B, Lt, C) of `embed_text`, rope of `rope`, residuals (B or 1, Li, C)
         -> velocity patches, as img."""
         (places,) = rope[1]
@@ -229,6 +230,7 @@ class SD3(Transformer):
         first = kept[0] if kept else count
         if (residual := _added(residuals, range(first))) is not None:
             img = img + residual
+        before = img
         # Of the norm ahead of each block, and of the last one.
         ends = [own.image.attention[:2] for own in mods.blocks] + [mods.final]
         img_normed = (ops if kept else ops.exact).norm(img, *ends[first])
@@ -243,7 +245,18 @@ class SD3(Transformer):
             txt, img, txt_normed, img_normed = self.joint_blocks[number](
                 txt, img, txt_normed, img_normed, mods.blocks[number], txt_end, ends[following], joint, ops, residual
             )
-        patches = self.final_layer["linear"](img_normed)  # in row, column, channel order
+            if number == first:
+                yield Stage(before, img)
+                del before
+        if not kept:
+            yield Stage(before, img)
+        yield Stage(None, img, self._velocity(img_normed))
+
+    def finish(self, image: torch.Tensor, mods: Modulations, ops: Segments) -> torch.Tensor:
+        return self._velocity(ops.exact.norm(image, *mods.final))
+
+    def _velocity(self, normed: torch.Tensor) -> torch.Tensor:
+        patches = self.final_layer["linear"](normed)  # in row, column, channel order
         return patches.unflatten(-1, (-1, self.config.channels)).transpose(-1, -2).flatten(-2)
 
 

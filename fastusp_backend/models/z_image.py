@@ -7,6 +7,8 @@ learnt token each to a multiple of 32 tokens, which are attended as all others.
 Shapes: B batch, n evaluations, L tokens of this rank (text first: Lt, then the image's Li), C hidden.
 """
 
+import itertools
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -20,7 +22,7 @@ from ..errors import CheckpointError, RequestError
 from ..kernels.sandwich import EPS
 from ..prompt import Prompt
 from ..weights.sizes import Sizes
-from .family import HEAD_DIM, FamilyConfig, Transformer
+from .family import HEAD_DIM, FamilyConfig, Stage, Transformer
 from .layers import Linear, RMSNorm, rope_tables, timestep_embedding
 from .positions import References, image_positions
 from .residuals import NO_RESIDUALS, Residuals
@@ -196,7 +198,7 @@ class ZImage(Transformer):
         blocks = [BlockModulation(*parts[first : first + 4]) for first in range(0, len(parts) - 1, 4)]
         return Modulations(blocks, parts[-1])
 
-    def forward(
+    def stages(
         self,
         img: torch.Tensor,
         txt: torch.Tensor,
@@ -205,21 +207,28 @@ class ZImage(Transformer):
         joint: JointAttention,
         ops: Segments,
         residuals: Residuals = NO_RESIDUALS,
-    ) -> torch.Tensor:
+    ) -> Iterator[Stage]:
         """img (B, Li, 4 channels) patches, txt (B, Lt, C) of `embed_text`, rope of `rope` -> velocity patches, as
         img."""
         *image_rope, fills = rope[1]
         channels, refiners = self.config.channels, len(self.noise_refiner)
         img = self.x_embedder(img.unflatten(-1, (channels, -1)).transpose(-1, -2).flatten(-2))
         img = torch.where(fills, self.x_pad_token.to(img.dtype), img)
-        img = self._run(img, 0, mods.blocks[:refiners], self.noise_refiner, image_rope, joint, ops, text=False)
+        refined = self._run(img, 0, mods.blocks[:refiners], self.noise_refiner, image_rope, joint, ops, text=False)
+        (img,) = deque(refined, maxlen=1)
         joint_rope = tuple(torch.cat(tables) for tables in zip(rope[0], image_rope, strict=True))
-        img = self._run(
-            torch.cat([txt, img], dim=1), refiners, mods.blocks[refiners:], self.layers, joint_rope, joint, ops
-        )
-        normed = F.layer_norm(img, img.shape[-1:], eps=1e-6) * (1 + mods.final)
+        x = torch.cat([txt, img], dim=1)
+        layers = self._run(x, refiners, mods.blocks[refiners:], self.layers, joint_rope, joint, ops)
+        count, x = img.shape[1], next(layers)
+        yield Stage(img, x[:, -count:])
+        del img
+        (x,) = deque(itertools.chain([x], layers), maxlen=1)
+        yield Stage(None, x, self.finish(x, mods, ops))
+
+    def finish(self, image: torch.Tensor, mods: Modulations, ops: Segments) -> torch.Tensor:
+        normed = F.layer_norm(image, image.shape[-1:], eps=1e-6) * (1 + mods.final)
         patches = -self.final_layer["linear"](normed)  # in row, column, channel order
-        return patches.unflatten(-1, (-1, channels)).transpose(-1, -2).flatten(-2)
+        return patches.unflatten(-1, (-1, self.config.channels)).transpose(-1, -2).flatten(-2)
 
     def _run(
         self,
@@ -231,11 +240,12 @@ class ZImage(Transformer):
         joint: JointAttention,
         ops: Segments,
         **streams: bool,
-    ) -> torch.Tensor:
-        """x (B, L, C) through blocks, of all of which `first` is the first one's number -> the image's tokens."""
+    ) -> Iterator[torch.Tensor]:
+        """x (B, L, C) through blocks, of all of which `first` is the first one's number -> x after each of them, of the
+        last one the image's tokens alone."""
         ends = [(block.attention_norm1, own.attention_scale) for block, own in zip(blocks, mods, strict=True)] + [None]
         normed = ops.scaled_norm(x, *ends[0])
         for number, (block, own, end) in enumerate(zip(blocks, mods, ends[1:], strict=True)):
             self.begin_block(first + number)
             x, normed = block(x, normed, own, end, rope, joint, ops, **streams)
-        return x
+            yield x

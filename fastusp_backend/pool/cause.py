@@ -20,8 +20,17 @@ _HINTS = {
 }
 
 
+KILLED = 2
+"""Of `ranked_cause`: what ended the processes was the pool."""
+
+
 def find_cause(directory: Path, torchrun: subprocess.Popen, killed: bool, model: ModelSpec | None) -> str:
-    """Names what ended first: the rank, with its error, signal or exit code, or torchrun.
+    """Names what ended first: the rank, with its error, signal or exit code, or torchrun. As `ranked_cause`."""
+    return ranked_cause(directory, torchrun, killed, model)[1]
+
+
+def ranked_cause(directory: Path, torchrun: subprocess.Popen, killed: bool, model: ModelSpec | None) -> tuple[int, str]:
+    """`find_cause`, and how likely it is the cause of all that ended, the least most.
 
     killed: whether the pool ended it.
     model: the model of the last request.
@@ -48,14 +57,15 @@ def find_cause(directory: Path, torchrun: subprocess.Popen, killed: bool, model:
         else:
             causes.append((4 if record["peer_lost"] else 1, record["time"], text))
     if killed:
-        causes.append((2, 0, "their processes did not end by themselves, so the pool ended them"))
+        causes.append((KILLED, 0, "their processes did not end by themselves, so the pool ended them"))
     elif torchrun.returncode is not None and torchrun.returncode < 0:
         causes.append((2, 0, _end("torchrun", torchrun.pid, torchrun.returncode, model)))
     if causes:
-        return min(causes)[2]
+        first = min(causes)
+        return first[0], first[2]
     if torchrun.returncode is None:
-        return "its processes are still running"
-    return f"torchrun ended with exit code {torchrun.returncode}"
+        return KILLED, "its processes are still running"
+    return KILLED, f"torchrun ended with exit code {torchrun.returncode}"
 
 
 def _end(who: str, pid: int, code: int, model: ModelSpec | None) -> str:
@@ -77,6 +87,8 @@ def hint(signal: str, model: ModelSpec | None) -> str:
 
 
 def _change(model: ModelSpec) -> str:
+    if model.fingerprint:
+        return ""  # a name alone: which file it is here the ranks know
     try:
         return model.file.change_to(FileState.of(os.stat(model.path)))
     except OSError as error:

@@ -63,11 +63,11 @@ class _Rank:
 
 
 class HangDetector:
-    """Looks at the ranks of one run directory, as often as it is told to."""
+    """Looks at the ranks of one run directory, as often as it is told to. first: the number of the first one."""
 
-    def __init__(self, directory: Path, ranks: int):
-        self._directory = directory
-        self._ranks = [_Rank(pulse.Reader(directory / f"pulse-{number}")) for number in range(ranks)]
+    def __init__(self, directory: Path, ranks: int, first: int = 0):
+        self._directory, self._first = directory, first
+        self._ranks = [_Rank(pulse.Reader(directory / f"pulse-{first + number}")) for number in range(ranks)]
         self._awaited: Awaited | None = None
         self._waited = 0.0
         self._last = time.monotonic()
@@ -125,7 +125,7 @@ class HangDetector:
         rank.sign = rank.pulse.read()
         if rank.sign is not None and rank.stack is None:
             with contextlib.suppress(OSError):  # this process can open no file now
-                rank.stack = open(self._directory / f"stack-{number}", "rb")  # noqa: SIM115 - as long as the pool lives
+                rank.stack = open(self._directory / f"stack-{self._first + number}", "rb")  # noqa: SIM115 - as long as the pool lives
 
     def _look_at(self, number: int, rank: _Rank, passed: float) -> bool:
         """Whether the system has read memory for the rank since the last look."""
@@ -158,15 +158,15 @@ class HangDetector:
         stacks, everybody = self._stacks(), range(len(self._ranks))
         ranks = suspicion.ranks or [n for n in everybody if stacks[n] and not _waits(stacks[n])] or list(everybody)
         signs = [(n, self._ranks[n].sign) for n in ranks]
-        names = [f"rank {n}" + (f" (process {sign.pid})" if sign else "") for n, sign in signs]
+        names = [f"rank {self._first + n}" + (f" (process {sign.pid})" if sign else "") for n, sign in signs]
         doing = signs[0][1].doing if signs[0][1] else "while it imported its libraries"
         return Hang(f"{' and '.join(names)} {suspicion.what} {doing}", self._lines(stacks, ranks))
 
     def _lines(self, stacks: list[list[str]], full: Sequence[int]) -> list[str]:
         lines = []
         for number, stack in enumerate(stacks):
-            shown = stack[: STACK_LINES if number in full else 1]
-            lines += [f"Rank {number} was in:" if shown else f"Rank {number} did not say where it was"]
+            shown, rank = stack[: STACK_LINES if number in full else 1], self._first + number
+            lines += [f"Rank {rank} was in:" if shown else f"Rank {rank} did not say where it was"]
             lines += [f"  {line}" for line in shown]
         return lines
 

@@ -14,9 +14,10 @@ POLL_SECONDS = 0.05
 
 
 class Link:
-    """heard is called with each message as it arrives, on the thread that reads."""
+    """heard is called with each message as it arrives, on the thread that reads. One that it says True to is received
+    by nobody else."""
 
-    def __init__(self, channel: Channel, heard: Callable[[Message], None]):
+    def __init__(self, channel: Channel, heard: Callable[[Message], bool | None]):
         self._channel, self._heard = channel, heard
         self._closing = threading.Lock()
         self._outbox: queue.SimpleQueue[tuple[Frame, Future[None]] | None] = queue.SimpleQueue()
@@ -100,5 +101,5 @@ class Link:
                 self._inbox.put(error)
                 return
             else:
-                self._heard(message)
-                self._inbox.put((message, tensors))
+                if not self._heard(message):
+                    self._inbox.put((message, tensors))

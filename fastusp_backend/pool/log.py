@@ -33,6 +33,12 @@ class WorkerLog:
                     self._lines.extend(new)
                     self._count += len(new)
 
+    def add(self, lines: list[str]) -> None:
+        """Takes lines that were read elsewhere."""
+        with self._lock:
+            self._lines.extend(lines)
+            self._count += len(lines)
+
     def since(self, number: int) -> tuple[list[str], int]:
         """Returns those lines from `number` on that are kept, and the number of the next one to come."""
         with self._lock:

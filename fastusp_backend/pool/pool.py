@@ -1,4 +1,5 @@
-"""A pool of worker processes for one list of devices, warm between requests, started anew after a failure."""
+"""A pool of workers for one list of devices, warm between requests, had anew after a failure: processes that it starts
+here, or those of a server."""
 
 import atexit
 import contextlib
@@ -10,10 +11,12 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from ..devices import Devices
+from ..devices import Devices, ServerDevices
 from ..errors import PoolError
-from ..protocol import Held, Park, Release, Shutdown, Unmap
+from ..protocol import Held, Park, Release, Unmap
 from .account import Account
+from .attached import AttachedWorkers
+from .contact import Contact
 from .link import POLL_SECONDS
 from .log import WorkerLog
 from .progress import QUIET, Progress
@@ -34,15 +37,17 @@ SHUTDOWN_SECONDS = 10.0
 class Pool:
     """Workers for `devices`. Processes start with `start` or the first request; requests run one at a time."""
 
-    def __init__(self, devices: Devices):
+    def __init__(self, devices: Devices, start: Callable[[Devices, Callable[[], None]], Contact] | None = None):
+        """start: gives workers for the devices, in place of those of this machine or of a server."""
         self.devices = devices
+        self._start = start
         self.starts = 0
         """How often processes were started."""
         self.crowded = False
         """Whether weights that were unpacked had to leave, for a request or for others: they are not unpacked again."""
         self._account = Account()
         self._log = WorkerLog()
-        self._workers: Workers | None = None
+        self._workers: Contact | None = None
         self._turn_lock = threading.Lock()
         self._running = False
         self._lifecycle_lock = threading.Lock()
@@ -52,7 +57,7 @@ class Pool:
         hears of it itself."""
         _pools.add(self)
 
-    def start(self) -> Workers:
+    def start(self) -> Contact:
         """Starts the processes, if none run, without waiting for them. What failed ones left is removed."""
         with self._lifecycle_lock:
             if self._closed:
@@ -63,11 +68,12 @@ class Pool:
                 return self._workers
             if self._workers is not None:
                 self._dispose(self._workers)
-            self._workers = Workers(self.devices, self._tell)
+            kind = AttachedWorkers if isinstance(self.devices, ServerDevices) else Workers
+            self._workers = (self._start or kind)(self.devices, self._tell)
             self.starts += 1
             return self._workers
 
-    def run(self, work: Callable[[Workers], T], progress: Progress = QUIET) -> T:
+    def run(self, work: Callable[[Contact], T], progress: Progress = QUIET) -> T:
         """Gives the result of work(workers), which submits requests, in this caller's turn: nobody else sends the
         workers anything meanwhile. Where they turn out to have died since they were last used, new ones are started,
         and `work` is called again, for those.
@@ -220,7 +226,7 @@ class Pool:
         """What the workers have written, those before them too: the lines from `number` on, of the newest
         `log.LINES`, and the number of the next one."""
         if (workers := self._workers) is not None:
-            self._log.take(workers.run_dir.path)
+            workers.write_log(self._log)
         return self._log.since(number)
 
     def stop(self, why: str) -> None:
@@ -236,28 +242,27 @@ class Pool:
             workers, self._workers = self._workers, None
         self._end(workers, "the pool was closed")
 
-    def _end(self, workers: Workers | None, why: str) -> None:
+    def _end(self, workers: Contact | None, why: str) -> None:
         if workers is None:
             return
         if workers.ready is not None and workers.alive and self._turn_lock.acquire(blocking=False):
             try:
-                workers.post(Shutdown())
-                workers.processes.wait_until_ended(SHUTDOWN_SECONDS)
+                workers.part(SHUTDOWN_SECONDS)
             finally:
                 self._turn_lock.release()
         self._dispose(workers, why)
 
-    def _dispose(self, workers: Workers, why: str | None = None) -> None:
-        self._log.take(workers.run_dir.path)
+    def _dispose(self, workers: Contact, why: str | None = None) -> None:
+        workers.write_log(self._log)
         workers.dispose(why)
 
-    def _ready_workers(self, progress: Progress) -> Workers:
+    def _ready_workers(self, progress: Progress) -> Contact:
         """Workers that are free: those that hang at what was stopped are replaced."""
         while True:
             workers = self.start()
             starting = workers.ready is None
             if starting:
-                progress.phase(f"starting {self.devices.ranks} worker(s) on {self.devices}")
+                progress.phase(workers.beginning)
             elif workers.behind:
                 progress.phase("waiting for the workers")
             else:

@@ -7,13 +7,16 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import ModelSpec
 from ..devices import Devices, cuda_visible
 from ..environment import inherited
-from ..worker.process import PARENT_VARIABLE, RUN_DIR_VARIABLE
-from .cause import find_cause
+from ..library import MODELS_VARIABLE
+from ..ports import ADDRESSES_VARIABLE
+from ..worker.process import MEETING_VARIABLE, PARENT_VARIABLE, RUN_DIR_VARIABLE
+from .cause import ranked_cause
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 _LOOPBACK = {
@@ -25,7 +28,36 @@ _LOOPBACK = {
 """A pool's ranks share a host: what they open listens there alone, whatever their host uses for other jobs."""
 
 
-def worker_environment(devices: Devices, run_dir: Path, environment: Mapping[str, str]) -> dict[str, str]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Which machine of several a torchrun is on, and where they meet.
+
+    run: the name of this life of the workers.
+    address: host:port of the server that keeps their store. key: the path of its key file.
+    interface: the network interface by which this machine reaches the others.
+    addresses: of all machines, in their order.
+    """
+
+    machine: int
+    run: str
+    address: str
+    key: str
+    interface: str
+    addresses: tuple[str, ...]
+
+    def environment(self) -> dict[str, str]:
+        """What ranks on several machines have in place of `_LOOPBACK`, and what `meeting` needs."""
+        return {
+            "GLOO_SOCKET_IFNAME": self.interface,
+            "NCCL_SOCKET_IFNAME": f"={self.interface}",
+            ADDRESSES_VARIABLE: ",".join(self.addresses),
+            MEETING_VARIABLE: f"{self.run} {self.machine} {len(self.addresses)} {self.address} {self.key}",
+        }
+
+
+def worker_environment(
+    devices: Devices, run_dir: Path, environment: Mapping[str, str], place: Place | None = None
+) -> dict[str, str]:
     """The environment of a pool's processes: that of `environment`, less a denylist, plus what the workers need. Raises
     DeviceError where a GPU is none of this machine's."""
     env = inherited(environment, PACKAGE_ROOT)
@@ -33,6 +65,10 @@ def worker_environment(devices: Devices, run_dir: Path, environment: Mapping[str
     env[PARENT_VARIABLE] = str(os.getpid())
     env["FASTUSP_DEVICE_TYPE"] = devices.type
     env |= _LOOPBACK
+    if place is not None:
+        env |= place.environment()
+    if MODELS_VARIABLE in environment:
+        env[MODELS_VARIABLE] = environment[MODELS_VARIABLE]
     env["TMPDIR"] = str(run_dir)  # goes with all that is in it, sockets of torch's symmetric memory too
     # torch's own choice, a folder of /tmp, may be another user's: it holds code, and pickles.
     env.setdefault("TORCHINDUCTOR_CACHE_DIR", str(run_dir.parent / "torchinductor"))
@@ -45,14 +81,14 @@ def worker_environment(devices: Devices, run_dir: Path, environment: Mapping[str
 
 
 class Processes:
-    """Starts torchrun at once, in a run directory, with a rank per device.
+    """Starts torchrun at once, in a run directory, with a rank per device. place: of several machines.
 
     torchrun: its process, None where it could not be started.
     """
 
-    def __init__(self, devices: Devices, directory: Path):
+    def __init__(self, devices: Devices, directory: Path, place: Place | None = None):
         self.torchrun: subprocess.Popen | None = None
-        self._devices, self._directory = devices, directory
+        self._devices, self._directory, self._place = devices, directory, place
         self._not_started: OSError | None = None
         self._killed = False
         self._started = threading.Event()
@@ -66,7 +102,8 @@ class Processes:
         directory = self._directory
         command = [sys.executable, "-m", "fastusp_backend.worker.launch"]
         command += [
-            "--nnodes=1",
+            f"--nnodes={len(self._place.addresses) if self._place else 1}",
+            f"--node-rank={self._place.machine if self._place else 0}",
             f"--nproc-per-node={self._devices.ranks}",
             "--max-restarts=0",
             "--monitor-interval=0.1",
@@ -78,7 +115,7 @@ class Processes:
                 self.torchrun = subprocess.Popen(
                     command,
                     cwd=directory,
-                    env=worker_environment(self._devices, directory, os.environ),
+                    env=worker_environment(self._devices, directory, os.environ, self._place),
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
@@ -112,6 +149,10 @@ class Processes:
 
     def cause(self, model: ModelSpec | None) -> str:
         """Why they ended. model: that of the last request."""
+        return self.ranked_cause(model)[1]
+
+    def ranked_cause(self, model: ModelSpec | None) -> tuple[int, str]:
+        """`cause`, as the function of this name has it."""
         if self.torchrun is None:
-            return f"torchrun could not be started: {self._not_started}"
-        return find_cause(self._directory, self.torchrun, self._killed, model)
+            return 0, f"torchrun could not be started: {self._not_started}"
+        return ranked_cause(self._directory, self.torchrun, self._killed, model)

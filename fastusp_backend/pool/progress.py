@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..errors import Cancelled
 from ..prompt import Tensors
-from ..protocol import Step
+from ..protocol import Done, Step
 from .link import POLL_SECONDS
 
 
@@ -17,16 +17,18 @@ def _nothing(*_) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """How a caller follows a request. All three are called on the thread that called `Pool.run`; an exception from any
+    """How a caller follows a request. All are called on the thread that called `Pool.run`; an exception from any
     of them cancels the request, and is raised there.
 
     step: called with each step and its tensors x and denoised.
     phase: called with what happens before the first step.
+    done: called with the answer of a request that ended well.
     interrupted: polled; True cancels the request, and `Pool.run` raises Cancelled.
     """
 
     step: Callable[[Step, Tensors], None] = _nothing
     phase: Callable[[str], None] = _nothing
+    done: Callable[[Done], None] = _nothing
     interrupted: Callable[[], bool] = lambda: False
 
     def go_on(self) -> None:

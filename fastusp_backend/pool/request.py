@@ -5,9 +5,9 @@ import time
 from ..errors import Cancelled, FastUSPError, OutOfRoom, PatchesLost, ProtocolError, RequestError
 from ..prompt import Tensors
 from ..protocol import Cancel, Done, Failed, Held, Message, Phase, Step
+from .contact import Contact
 from .link import POLL_SECONDS
 from .progress import CallersOwn, Progress, call
-from .workers import Workers
 
 CANCEL_SECONDS = 5.0
 """How long a cancel waits for its answer. Loading and compiling do not hear it: the request is then left behind, and
@@ -18,7 +18,7 @@ class NotSent(Exception):
     """The workers were gone before they had the request; its cause is the channel's error."""
 
 
-def submit(workers: Workers, message: Message, tensors: Tensors, progress: Progress) -> Tensors:
+def submit(workers: Contact, message: Message, tensors: Tensors, progress: Progress) -> Tensors:
     """Sends a request, waits for its answer, and gives its tensors. Cancels what it does not see the end of.
 
     Raises Cancelled, RequestError (refused; the workers go on), PoolError (they died, or hang), NotSent, ProtocolError,
@@ -42,7 +42,7 @@ def submit(workers: Workers, message: Message, tensors: Tensors, progress: Progr
         raise
 
 
-def follow(workers: Workers, number: int, progress: Progress) -> Tensors:
+def follow(workers: Contact, number: int, progress: Progress) -> Tensors:
     """Waits for the answer to request `number`, and gives its tensors.
 
     Raises Cancelled, RequestError (refused), ProtocolError (one message was not understood; the request may run),
@@ -72,6 +72,7 @@ def follow(workers: Workers, number: int, progress: Progress) -> Tensors:
         elif isinstance(message, Phase):
             call(progress.phase, message.text)
         elif isinstance(message, Done):
+            call(progress.done, message)
             return tensors
         elif message.kind == "cancelled":
             raise Cancelled(f"request {number} was cancelled")
@@ -82,7 +83,7 @@ def follow(workers: Workers, number: int, progress: Progress) -> Tensors:
             raise (PatchesLost if message.kind == "unpatched" else RequestError)(message.text)
 
 
-def cancel(workers: Workers, number: int) -> None:
+def cancel(workers: Contact, number: int) -> None:
     """Cancels a request and waits for its end, so that the next one finds the ranks free."""
     try:
         follow(workers, number, Progress(interrupted=lambda: True))

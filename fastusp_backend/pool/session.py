@@ -10,19 +10,24 @@ from dataclasses import dataclass
 import msgspec
 import torch
 
-from ..config import Layout, ModelSpec, Settings
+from ..config import CacheRule, Layout, ModelSpec, Settings
 from ..errors import OutOfRoom, PatchesLost
 from ..prompt import Inpainting, Prompt, Tensors
 from ..protocol import Evaluate, Patch, Sample
+from .contact import Contact
 from .patches import NO_PATCHES, WeightPatches
 from .pool import Pool
 from .progress import QUIET, Progress
 from .request import submit
-from .workers import Workers
 
 ControlNetResiduals = Mapping[str, Sequence[torch.Tensor | None]]
 """A ControlNet's residuals as ComfyUI has them: under `input` (FLUX's double blocks, Qwen-Image's) and `output` (FLUX's
 single blocks, Stable Diffusion 3's), per block (B or 1, n, hidden) or None."""
+
+_READ_HERE = {
+    name: getattr(Settings(), name) for name in ("residency", "cache", "cache_threshold", "cache_start", "cache_end")
+}
+"""The settings that ranks never read, as they are sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +58,7 @@ class Session:
         progress = self.pool.following(progress)
         places, residuals = _distinct(control or {}, getattr(torch, self.model.compute))
 
-        def request(workers: Workers, patches: int) -> Tensors:
+        def request(workers: Contact, patches: int) -> Tensors:
             delivery = workers.tensors.deliver(prompt.tensors())
             message = Evaluate(
                 id=workers.next_id(),
@@ -84,11 +89,13 @@ class Session:
         noise: torch.Tensor | None = None,
         mask: Inpainting | None = None,
         timestep_scale: float = 1.0,
+        cache: CacheRule | None = None,
         progress: Progress = QUIET,
     ) -> torch.Tensor:
         """Samples in a loop: noised x (B, C, h, w), sigmas (n + 1,) -> latents, as x, on the CPU. Raises as `submit`.
 
         noise (k, B, C, h, w): the sampler's draws (`sampling.SAMPLERS[sampler].noise_draws` says how many).
+        cache: which evaluations are skipped; None leaves it to the settings. `Progress.done` is told how many were.
         """
         progress = self.pool.following(progress)
         tensors = {"x": x, "sigmas": sigmas}
@@ -100,7 +107,7 @@ class Session:
         if mask is not None:
             tensors |= mask.tensors()
 
-        def request(workers: Workers, patches: int) -> Tensors:
+        def request(workers: Contact, patches: int) -> Tensors:
             message = Sample(
                 id=workers.next_id(),
                 **self._what(len(x) if negative is None else 2, patches),
@@ -113,6 +120,7 @@ class Session:
                     for name, prompt in (("positive", positive), ("negative", negative))
                     if prompt is not None and prompt.reference_method is not None
                 },
+                cache=cache or self.settings.cache_rule(sigmas.tolist()),
             )
             return submit(workers, message, tensors, progress)
 
@@ -159,8 +167,8 @@ class Session:
         return next((x for x in self.layouts if evaluations % x.batch == 0), self.layouts[-1])
 
     def _what(self, evaluations: int, patches: int) -> dict:
-        # What becomes of the weights later is no reason to make graphs anew.
-        settings = msgspec.structs.replace(self.settings, residency="keep")
+        # What the client alone reads is no reason to make graphs anew.
+        settings = msgspec.structs.replace(self.settings, **_READ_HERE)
         layout = self.layout(evaluations)
         return {"model": self.spec, "layout": layout, "settings": settings, "patches": patches}
 
@@ -172,15 +180,15 @@ class Session:
         unpack = self.model.keep_quantised and settings.residency != "park" and not self.pool.crowded
         return msgspec.structs.replace(self.model, linear=settings.linear, weights=settings.weights, unpack=unpack)
 
-    def _run(self, request: Callable[[Workers, int], Tensors], progress: Progress) -> torch.Tensor:
+    def _run(self, request: Callable[[Contact, int], Tensors], progress: Progress) -> torch.Tensor:
         """Gives the output of request(workers, patch set), with this session's patches in the workers' weights. Workers
         that turn out to have lost them get all of them once more; unpacked weights that leave too little room are read
         anew, as their file has them."""
 
-        def patched(workers: Workers) -> torch.Tensor:
+        def patched(workers: Contact) -> torch.Tensor:
             return request(workers, self._patch(workers, progress))["output"]
 
-        def run(workers: Workers) -> torch.Tensor:
+        def run(workers: Contact) -> torch.Tensor:
             sent_anew = gave_way = False
             while True:
                 unpack = self.spec.unpack
@@ -201,7 +209,7 @@ class Session:
 
         return self.pool.run(run, progress)
 
-    def _patch(self, workers: Workers, progress: Progress) -> int:
+    def _patch(self, workers: Contact, progress: Progress) -> int:
         """Brings this session's patches into the workers' weights, and gives the number of the set."""
         number, change = workers.patches.change(self.patches, self.spec)
         if change is not None:

@@ -4,8 +4,10 @@ model."""
 from .channel import Channel, Frame
 from .messages import (
     VERSION,
+    Attach,
     Cancel,
     Done,
+    Ended,
     Evaluate,
     Failed,
     Held,
@@ -17,18 +19,24 @@ from .messages import (
     Ready,
     Release,
     Sample,
+    Shown,
     Shutdown,
     Step,
     Unmap,
+    Welcome,
 )
 from .shared import ADVICE, Places, SharedMemory, SharedTensors, inline_tensors
+from .tls import LOST_SECONDS, TlsStream
 
 __all__ = [
     "ADVICE",
+    "LOST_SECONDS",
     "VERSION",
+    "Attach",
     "Cancel",
     "Channel",
     "Done",
+    "Ended",
     "Evaluate",
     "Failed",
     "Frame",
@@ -44,8 +52,11 @@ __all__ = [
     "Sample",
     "SharedMemory",
     "SharedTensors",
+    "Shown",
     "Shutdown",
     "Step",
+    "TlsStream",
     "Unmap",
+    "Welcome",
     "inline_tensors",
 ]

@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from ..errors import ProtocolError
 from .messages import Message
 from .shared import ADVICE, Places, SharedMemory, SharedTensors, inline_tensors, room_for
+from .tls import TlsStream
 
 _HEADER = struct.Struct(">2sBxI")
 _LENGTH = struct.Struct(">I")
@@ -51,7 +52,7 @@ class Channel:
     Sending is safe from several threads; receiving belongs to one.
     """
 
-    def __init__(self, sock: socket.socket, receives: type, *, limit: int = MAX_FRAME):
+    def __init__(self, sock: socket.socket | TlsStream, receives: type, *, limit: int = MAX_FRAME):
         self._socket = sock
         self._socket.settimeout(None)  # whatever default the process has set
         self._decoder = msgspec.msgpack.Decoder(receives)
@@ -60,7 +61,8 @@ class Channel:
         self._arrived: weakref.ref[SharedMemory] | None = None  # what it was sent, as long as anybody uses it
         self._limit = limit
         self._send_lock = threading.Lock()
-        self.shares_memory = self._socket.family == socket.AF_UNIX and hasattr(os, "memfd_create")
+        self._local = self._socket.family == socket.AF_UNIX
+        self.shares_memory = self._local and hasattr(os, "memfd_create")
 
     @classmethod
     def connect(cls, address: str, receives: type) -> "Channel":
@@ -193,7 +195,7 @@ class Channel:
 
     def _receive_frame(self, most: int) -> tuple[bytes, int | None, bool]:
         """The next frame, the descriptor that came with it, and whether one came that this process could not take."""
-        prefix, ancillary, flags, _ = self._socket.recvmsg(_LENGTH.size, socket.CMSG_LEN(_FD.size))
+        prefix, ancillary, flags = self._begin_frame()
         if not prefix:
             raise EOFError
         fd = next((_FD.unpack(data)[0] for _, kind, data in ancillary if kind == socket.SCM_RIGHTS), None)
@@ -205,6 +207,12 @@ class Channel:
         except BaseException:
             _close(fd)
             raise
+
+    def _begin_frame(self) -> tuple[bytes, list, int]:
+        """The next bytes of a frame's length, with what comes beside them, and flags, as `recvmsg` gives them."""
+        if not self._local:
+            return self._socket.recv(_LENGTH.size), [], 0
+        return self._socket.recvmsg(_LENGTH.size, socket.CMSG_LEN(_FD.size))[:3]
 
     def _receive_exactly(self, length: int) -> bytes:
         data = bytearray()

@@ -8,9 +8,9 @@ from typing import Literal
 
 import msgspec
 
-from ..config import Layout, ModelSpec, Settings, WeightPatch
+from ..config import CacheRule, Layout, ModelSpec, Settings, WeightPatch
 
-VERSION = 9
+VERSION = 11
 """Raised whenever a message or the framing changes: client and workers of different versions refuse each other."""
 
 
@@ -61,6 +61,7 @@ class Sample(Request):
     timestep_scale: the model's timestep per sigma.
     cfg: the guidance scale; 1 evaluates the positive conditioning alone.
     reference_methods: under positive and negative, how their references are placed, where not in the model's own way.
+    cache: which evaluations are skipped; None evaluates all.
 
     Tensors, of which all but x, sigmas and positive.context may be absent:
 
@@ -76,6 +77,7 @@ class Sample(Request):
     timestep_scale: float
     cfg: float
     reference_methods: dict[str, str] = {}
+    cache: CacheRule | None = None
 
 
 class Evaluate(Request):
@@ -182,9 +184,15 @@ class Step(Message):
 
 
 class Done(Message):
-    """Request `id` has ended well. Tensors: `output`, where the request has one."""
+    """Request `id` has ended well. Tensors: `output`, where the request has one.
+
+    evaluations: of a sampling loop with a cache, how many times the model was asked for.
+    skipped: how many of these were answered from the cache.
+    """
 
     id: int
+    evaluations: int = 0
+    skipped: int = 0
 
 
 class Failed(Message):
@@ -200,5 +208,44 @@ class Failed(Message):
     text: str
 
 
+class Welcome(Message):
+    """A server's answer to Hello: what its workers are, whether they run or not.
+
+    ranks, device: how many, and whether they are `cpu` or `cuda` ones.
+    per_machine: how many of them share a machine.
+    bfloat16: whether all devices compute it.
+    """
+
+    version: int
+    ranks: int
+    device: Literal["cpu", "cuda"]
+    per_machine: int
+    bfloat16: bool
+
+
+class Attach(Message):
+    """To a server that has said Welcome: this client has requests. Answered by Ready when the workers are, which the
+    server starts where none run."""
+
+
+class Shown(Message):
+    """What a server tells an attached client each second, also as a sign that it is there.
+
+    memory: what each rank has shown of its memory, as `pulse.Memory`; None before it has.
+    lines: what was written to the workers' log since the last one.
+    """
+
+    memory: list[tuple[int, int, int, int] | None]
+    lines: list[str]
+
+
+class Ended(Message):
+    """A server's last message: why the workers do not answer this client any more."""
+
+    text: str
+
+
 ToWorker = Hello | Sample | Evaluate | Patch | Cancel | Release | Park | Unmap | Shutdown
 ToClient = Ready | Phase | Held | Step | Done | Failed
+ToServer = Hello | Attach | Sample | Evaluate | Patch | Cancel | Release | Park | Unmap
+ToAttached = Welcome | ToClient | Shown | Ended

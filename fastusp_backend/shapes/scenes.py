@@ -30,7 +30,7 @@ CENTRES = ((0.5, 0.5), (0.25, 0.5), (0.75, 0.5), (0.5, 0.25), (0.5, 0.75))
 """x, y of one shape, by its place."""
 PAIRS = (((0.25, 0.5), (0.75, 0.5)), ((0.75, 0.5), (0.25, 0.5)), ((0.5, 0.25), (0.5, 0.75)), ((0.5, 0.75), (0.5, 0.25)))
 """Of two, by their relation."""
-WANDERING, GROWING = 0.03, 0.06
+WANDERING, GROWING = 0.015, 0.04
 """How far a centre is from these at the most, and how much larger or smaller a shape is."""
 
 

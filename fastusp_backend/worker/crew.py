@@ -46,10 +46,11 @@ class Crew:
     """All ranks of a pool. Every method is collective: all ranks call it in the same order.
 
     pins: lasting memory is pinned, for GPUs.
+    one_machine: whether the ranks can map each other's memory. Where not, tensors are sent.
     """
 
-    def __init__(self, *, pins: bool):
-        self._pins = pins
+    def __init__(self, *, pins: bool, one_machine: bool = True):
+        self._pins, self._one_machine = pins, one_machine
         self._lasting: SharedMemory | None = None
         self._missed: SharedMemory | None = None  # what others could not map: its sender will not send it again
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
@@ -90,7 +91,7 @@ class Crew:
         self._lasting = self._missed = None
 
     def _send_tensors(self, tensors: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        if not isinstance(tensors, SharedTensors):
+        if not isinstance(tensors, SharedTensors) or not self._one_machine:
             self.broadcast(safetensors.torch.save(tensors) if tensors else b"")
             return tensors
         memory = tensors.memory
@@ -141,6 +142,15 @@ class Crew:
         largest = torch.tensor([number])
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._group)
         return int(largest)
+
+    def all_numbers(self, numbers: list[float]) -> list[list[float]]:
+        """Every rank's numbers, as many as this rank's, in rank order, on every rank."""
+        if self.size == 1:
+            return [numbers]
+        mine = torch.tensor(numbers, dtype=torch.float64)
+        everyones = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(everyones, mine, group=self._group)
+        return [numbers.tolist() for numbers in everyones]
 
     def all_gather(self, text: str) -> list[str]:
         """Every rank's text, in rank order, on every rank. Where all are empty, as when nothing went wrong, one small

@@ -24,6 +24,9 @@ RUN_DIR_VARIABLE = "FASTUSP_RUN_DIR"
 PARENT_VARIABLE = "FASTUSP_PARENT_PID"
 STORE_VARIABLE = "FASTUSP_STORE"
 """Holds the path of the file that is the ranks' store."""
+MEETING_VARIABLE = "FASTUSP_MEETING"
+"""Of ranks on several machines: the run's name, this machine's number, how many there are, the address of the server
+and the path of its key file."""
 STACK_SIGNAL = signal.SIGUSR1
 """On which a rank writes its threads' stacks to a file."""
 

@@ -18,6 +18,7 @@ from ..models.segments import wake_compiler
 from ..protocol import VERSION, Ready
 from .control import Control
 from .crew import Crew
+from .meeting import meeting_of
 from .process import STORE_VARIABLE, record_failure
 from .runner import Runner
 
@@ -33,8 +34,10 @@ def _device() -> torch.device:
 def work(run_dir: Path) -> None:
     """Returns when the client has had enough."""
     device = _device()
-    # The ranks find each other in a file: torch's other stores listen.
-    place = {"store": dist.FileStore(os.environ[STORE_VARIABLE]), "rank": int(os.environ["RANK"])}
+    # The ranks find each other in a file, or at the server: torch's other stores listen.
+    meeting = meeting_of(os.environ)
+    found = meeting.store() if meeting else dist.FileStore(os.environ[STORE_VARIABLE])
+    place = {"store": dist.PrefixStore("ranks", found), "rank": int(os.environ["RANK"])}
     place |= {"world_size": int(os.environ["WORLD_SIZE"]), "timeout": GROUP_TIMEOUT}
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -46,7 +49,7 @@ def work(run_dir: Path) -> None:
         dist.init_process_group("gloo", **place)
         threads = torch.get_num_threads()
         name = f"cpu ({threads} thread{'s' * (threads > 1)})"
-    crew = Crew(pins=device.type == "cuda")
+    crew = Crew(pins=device.type == "cuda", one_machine=meeting is None)
     log.info("rank %d of %d on %s", crew.rank, crew.size, name)
     members = [json.loads(x) for x in crew.all_gather(json.dumps([name, os.getpid()]))]
     control = None

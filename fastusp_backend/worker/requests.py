@@ -43,6 +43,14 @@ class SamplingInputs:
     def prompts(self) -> list[Prompt]:
         return [self.positive] if self.negative is None else [self.positive, self.negative]
 
+    @property
+    def alike(self) -> bool:
+        """Whether there are two prompts with the same tensors in the same shapes."""
+        if self.negative is None:
+            return False
+        one, other = ({name: t.shape for name, t in prompt.tensors().items()} for prompt in self.prompts)
+        return one == other
+
 
 def sampling_inputs(request: Sample, tensors: Tensors) -> SamplingInputs:
     """Raises RequestError for a sampler or an option that there is not, and for tensors that are missing or do not fit

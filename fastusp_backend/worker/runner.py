@@ -14,14 +14,14 @@ from typing import Any
 import msgspec
 import torch
 
-from ..engine import Denoiser, Engine
+from ..engine import Denoiser, Engine, FirstBlockCache
 from ..errors import Cancelled, CheckpointError, PatchesLost
 from ..models.family import NO_RESIDUALS, Residuals
 from ..prompt import Prompt, Tensors
 from ..protocol import Done, Evaluate, Failed, Park, Patch, Phase, Release, Sample, Shutdown, Step, Unmap
 from ..protocol.messages import Request
 from ..pulse import beat, show_memory, turn_to
-from ..sampling import SAMPLERS, GuidedModel, StepState
+from ..sampling import SAMPLERS, Cache, GuidedModel, StepState
 from .activity import EVALUATING, PATCHING, PREPARING, RECEIVING, WAITING, explain, out_of_memory_in
 from .agreement import Agreement, Refused
 from .control import Control
@@ -129,29 +129,39 @@ class Runner:
             self._control.send(message, tensors)
 
     def _sample(self, request: Sample, sent: Tensors) -> None:
-        def prepare() -> tuple[Denoiser, SamplingInputs]:
+        rule = request.cache
+
+        def prepare() -> tuple[Denoiser, SamplingInputs, Cache | FirstBlockCache | None]:
             inputs = sampling_inputs(request, self._here(sent))
             denoiser = self._engine.denoiser(request.layout, request.settings)
             denoiser.check(inputs.x, inputs.prompts)
+            cache = None
+            if rule is not None and rule.kind == "first_block":
+                cache = denoiser.first_block_cache(rule, request.timestep_scale, self._crew.all_numbers)
+            elif rule is not None:
+                cache = Cache(rule, self._crew.agree, together=inputs.alike)
             more = {"evaluations": len(inputs.timesteps), "spare": self._engine.spare}
+            more["caches"] = isinstance(cache, FirstBlockCache)
             denoiser.probe_memory(inputs.x, inputs.prompts, **more)
-            return denoiser, inputs
+            return denoiser, inputs, cache
 
-        denoiser, inputs = self._prepare(request, prepare)
+        denoiser, inputs, cache = self._prepare(request, prepare)
         model = GuidedModel(
-            velocities=self._velocities(request, denoiser),
+            velocities=self._velocities(request, denoiser, cache=cache if isinstance(cache, FirstBlockCache) else None),
             positive=inputs.positive,
             negative=inputs.negative,
             cfg=request.cfg,
             timestep_scale=request.timestep_scale,
             inpainting=inputs.inpainting,
+            cache=cache if isinstance(cache, Cache) else None,
         )
         follow = self._follower(request, steps=len(inputs.sigmas) - 1)
         run = SAMPLERS[request.sampler].run
         with torch.inference_mode():
             denoiser.prepare(inputs.timesteps, inputs.prompts)  # an exchange, so no part of what is prepared
             output = run(model, inputs.x, inputs.sigmas, noise=iter(inputs.noise), callback=follow, **request.options)
-        self._finish(request, output)
+        counts = {} if cache is None else {"evaluations": cache.evaluations, "skipped": cache.skipped}
+        self._finish(request, output, **counts)
 
     def _follower(self, request: Sample, *, steps: int) -> Callable[[StepState], None]:
         """What tells the client of each step."""
@@ -182,14 +192,15 @@ class Runner:
         (output,) = self._velocities(request, denoiser, residuals)(x, timestep, [prompt])
         self._finish(request, output)
 
-    def _finish(self, request: Request, output: torch.Tensor) -> None:
-        """Answers, but not with what may have been computed from a file that was written to meanwhile."""
+    def _finish(self, request: Request, output: torch.Tensor, **counts: int) -> None:
+        """Answers, with what `Done` counts, but not with what may have been computed from a file that was written to
+        meanwhile."""
         try:
             self._engine.check_file()
         except CheckpointError as error:
             self._reply(Failed(id=request.id, kind="refused", rank=0, text=str(error)))
         else:
-            self._reply(Done(id=request.id), {"output": output})
+            self._reply(Done(id=request.id, **counts), {"output": output})
 
     def _patch(self, request: Patch, tensors: Tensors) -> None:
         self._residency.bring(request, lambda: self._engine.describe(request.model))
@@ -236,7 +247,13 @@ class Runner:
         if patches != request.patches:
             raise PatchesLost(f"the weights hold patch set {patches}, not {request.patches}")
 
-    def _velocities(self, request: Request, denoiser: Denoiser, residuals: Residuals = NO_RESIDUALS):
+    def _velocities(
+        self,
+        request: Request,
+        denoiser: Denoiser,
+        residuals: Residuals = NO_RESIDUALS,
+        cache: FirstBlockCache | None = None,
+    ):
         """The denoiser with the ranks' agreement before each evaluation; raises Cancelled on all of them alike."""
 
         def go_on() -> None:
@@ -246,7 +263,7 @@ class Runner:
                 raise Cancelled(f"request {request.id}")
 
         def velocities(x: torch.Tensor, timestep: torch.Tensor, prompts: list[Prompt]) -> list[torch.Tensor]:
-            return denoiser(x, timestep, prompts, go_on, residuals)
+            return denoiser(x, timestep, prompts, go_on, residuals, cache)
 
         return velocities
 

@@ -19,20 +19,24 @@ from torch.distributed.elastic.rendezvous import (
     rendezvous_handler_registry,
 )
 
+from .meeting import meeting_of
 from .process import STORE_VARIABLE
 
 KILLING_SECONDS = 20
 """Ranks that outlive the first that fails are told to end, and killed by torchrun 30 s later: not a fault of theirs."""
 
 
-class Alone(RendezvousHandler):
-    """The rendezvous of a torchrun that meets no other: its store is this process's memory. torch's own keep theirs
-    behind a port of all interfaces, and c10d's unpickles what anybody writes there."""
+class Rendezvous(RendezvousHandler):
+    """That of a torchrun that meets no other, whose store is this process's memory, or of one that meets others in the
+    server's (`meeting`). torch's own keep theirs behind a port of all interfaces, and c10d's unpickles what anybody
+    writes there."""
 
     NAME = "fastusp"
 
     def __init__(self, parameters: RendezvousParameters):
         self._run_id = parameters.run_id
+        self._meeting = meeting_of(os.environ)
+        self._store = self._meeting.store() if self._meeting else HashStore()
 
     def get_backend(self) -> str:
         return self.NAME
@@ -41,8 +45,10 @@ class Alone(RendezvousHandler):
         return self._run_id
 
     def next_rendezvous(self) -> RendezvousInfo:
-        # No address: the ranks meet in a file.
-        return RendezvousInfo(HashStore(), rank=0, world_size=1, bootstrap_store_info=RendezvousStoreInfo("", 0))
+        # No address: the ranks meet in a file, or likewise.
+        machine, machines = (self._meeting.machine, self._meeting.machines) if self._meeting else (0, 1)
+        where = RendezvousStoreInfo("", 0)
+        return RendezvousInfo(self._store, rank=machine, world_size=machines, bootstrap_store_info=where)
 
     def num_nodes_waiting(self) -> int:
         return 0
@@ -62,9 +68,9 @@ def run(arguments: list[str], run_dir: Path) -> int:
     # Groups are made while the pool lives, however long; what lies on a disk may be cleaned away meanwhile.
     store = os.memfd_create("fastusp-store", os.MFD_CLOEXEC)
     os.environ[STORE_VARIABLE] = f"/proc/{os.getpid()}/fd/{store}"
-    rendezvous_handler_registry.register(Alone.NAME, Alone)
+    rendezvous_handler_registry.register(Rendezvous.NAME, Rendezvous)
     try:
-        torchrun.run(torchrun.parse_args([f"--rdzv-backend={Alone.NAME}", "--rdzv-endpoint=memory", *arguments]))
+        torchrun.run(torchrun.parse_args([f"--rdzv-backend={Rendezvous.NAME}", "--rdzv-endpoint=memory", *arguments]))
         return 0
     except ChildFailedError as error:
         first = min(failure.timestamp for failure in error.failures.values())

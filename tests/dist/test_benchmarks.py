@@ -100,7 +100,10 @@ def test_the_quality_of_lossy_options(printed):
     lines = [line for line in of_command("quality").splitlines() if line.startswith("| ")]
     rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines[2:]]  # behind the head
     rows, pictures = rows[: 2 * 2 * 5], rows[2 * 2 * 5 :]  # weights, layouts, options
-    assert [row[1] for row in pictures[2:]] == ["exact, eager", *2 * [row[2] for row in rows[:5]]]
+    caches = [row[1] for row in pictures if row[1].startswith("cache")]
+    assert len(caches) == 2 * 6 and len(set(caches)) == 6
+    assert [row[1] for row in pictures[2:]] == ["exact, eager", *2 * ([row[2] for row in rows[:5]] + caches[:6])]
+    pictures = [row for row in pictures if row[1] not in caches]
     assert all((float(row[2]) > 100) == row[1].startswith("exact") for row in pictures[2:])
     for _, _, option, single, _ in rows:
         errors = [float(x) for x in single.split()]

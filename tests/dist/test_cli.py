@@ -59,18 +59,22 @@ def test_verify(run, dev, monkeypatch):
     code, printed, errors, closed = run(*arguments)
     assert (code, closed) == (0, [2, 1]), printed + errors
     figures = {
-        line[:42].strip(): [float(x) for x in re.findall(r"[0-9.]+e-[0-9]+", line)]
+        line[:42].strip(): [float(x) for x in re.findall(r"[0-9.]+e[-+][0-9]+", line)]
         for line in printed.splitlines()[2:]
         if "against" in line
     }
     lossy = ["fp8 wire", "int8 wire", "fp8 products", "int8 wire and fp8 products"]
     lossy = [f"{name}, against exact" for name in lossy]
-    assert list(figures) == [*lossy, "2 ranks, against one"]
+    caches = [f"cache {kind}, against exact" for kind in ("easy", "first_block")]
+    assert list(figures) == [*lossy, *caches, "2 ranks, against one"]
     assert figures[lossy[1]][0] < figures[lossy[0]][0]
     for name in lossy:
         assert len(figures[name]) == 4 and all(1e-4 < x < 0.1 for x in figures[name]), name
     assert all(x < 2e-5 for x in figures["2 ranks, against one"])
-    decibels = [float(line.split()[-2]) for line in printed.splitlines() if "against" in line]
+    lines = [re.sub(r"( +(\d+) of 28)?$", "", line) for line in printed.splitlines() if "against" in line]
+    for cached in caches:
+        assert re.search(rf"^{cached} .* [1-9]\d* of 28$", printed, re.MULTILINE) and figures[cached][:3] == [0, 0, 0]
+    decibels = [float(line.split()[-2]) for line in lines]
     assert all(20 < x < 80 for x in decibels[:-1]) and decibels[-1] > 100 and "exact ones meet" in printed
 
 

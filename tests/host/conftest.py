@@ -3,6 +3,7 @@
 A host older than 0.4 knows FLUX at hidden size 3072 alone, which is slow on a CPU: it runs the tests marked `any_host`.
 """
 
+import json
 import os
 import re
 from dataclasses import replace
@@ -78,6 +79,14 @@ def page(host, tmp_path_factory):
     page = Page(f"http://127.0.0.1:{host.port}/", tmp_path_factory.mktemp("browser"))
     yield page
     page.close()
+
+
+@pytest.fixture(params=[False, True], ids=["canvas", "Nodes 2.0"])
+def renderer(request, page):
+    """Who draws the nodes of `page`; whether it is Nodes 2.0."""
+    page.evaluate(f"app.extensionManager.setting.set('Comfy.VueNodes.Enabled', {json.dumps(request.param)})")
+    yield request.param
+    page.evaluate("app.extensionManager.setting.set('Comfy.VueNodes.Enabled', false)")
 
 
 @pytest.fixture(scope="session")

@@ -166,7 +166,7 @@ type.__setattr__(RemoteQwenImage, "_evaluate_named", lambda _self, **given: give
 given = RemoteQwenImage._evaluate(RemoteQwenImage.__new__(RemoteQwenImage), *seen[0][0], **seen[0][1])
 assert {name: given[name] for name in call} == call and given["x"] == 1 and given["attention_mask"] is None
 # GPUs that torch sees and NVML does not name are no reason for a CPU rank.
-sys.modules[loader.local_devices.__module__].list_gpus = lambda: ()
+sys.modules["fastusp_pack.fastusp_backend.devices"].list_gpus = lambda: ()
 torch.cuda.device_count = lambda: 2
 try:
     asyncio.run(USPLoader.validate_inputs(gpus="auto"))
@@ -182,7 +182,7 @@ def noted(known, *args):
     return known(*args)
 
 
-loader.local_devices = functools.partial(noted, loader.local_devices)
+loader.devices_of = functools.partial(noted, loader.devices_of)
 loader.read_named = functools.partial(noted, loader.read_named)
 folder_paths.add_model_folder_path("diffusion_models", os.path.dirname(FILE))
 choice = {"unet_name": os.path.basename(FILE), "ulysses": 0, "ring": 0}

@@ -1,8 +1,11 @@
-"""The pack as the registry gives it, installed as ComfyUI Manager does: copied, and its requirements with pip."""
+"""The pack as ComfyUI Manager installs it: the registry's archive or a clone of the repository in custom_nodes, and its
+requirements with pip."""
 
+import shutil
 import subprocess
 import urllib.parse
 import urllib.request
+from pathlib import Path
 
 import pytest
 from comfy import REPOSITORY
@@ -12,15 +15,34 @@ pytestmark = [pytest.mark.host, pytest.mark.any_host]
 PACK = "ComfyUI-FastUSP"
 
 
+def nothing_is_missing(python: str, pack: Path) -> None:
+    """pip finds all that the pack requires."""
+    wanted = [python, "-m", "pip", "install", "--dry-run", "--no-index", "-r", pack / "requirements.txt"]
+    answer = subprocess.run(wanted, capture_output=True, text=True, timeout=120)
+    assert answer.returncode == 0 and "Would install" not in answer.stdout, answer.stderr
+
+
 def test_an_installed_copy(second_host):
     pack = second_host.base / "custom_nodes" / PACK
     assert not pack.is_symlink() and not (pack / "tests").exists()
-    wanted = [second_host.python, "-m", "pip", "install", "--dry-run", "--no-index", "-r", pack / "requirements.txt"]
-    answer = subprocess.run(wanted, capture_output=True, text=True, timeout=120)
-    assert answer.returncode == 0 and "Would install" not in answer.stdout, answer.stderr
+    nothing_is_missing(second_host.python, pack)
     assert "IMPORT FAILED" not in second_host.log_text()
     for node in ("FastUSPLoader", "FastUSPSampler", "FastUSPSettings"):
         assert second_host.get(f"/object_info/{node}")[node]["python_module"] == f"custom_nodes.{PACK}"
+
+
+@pytest.mark.skipif(not (REPOSITORY / ".git").exists() or not shutil.which("git"), reason="no git repository")
+def test_a_clone(host, tmp_path):
+    """By the repository's address. Manager would also run an install.py: there is none."""
+    pack = tmp_path / "custom_nodes" / PACK
+    subprocess.run(["git", "clone", "-q", "--depth", "1", REPOSITORY.as_uri(), pack], check=True, timeout=60)
+    assert not (pack / "install.py").exists()
+    nothing_is_missing(host.python, pack)
+    command = [host.python, "main.py", "--cpu", "--quick-test-for-ci", "--base-directory", tmp_path]
+    command += ["--disable-api-nodes", "--database-url", f"sqlite:///{tmp_path}/comfyui.db"]
+    answer = subprocess.run(command, cwd=host.path, capture_output=True, text=True, timeout=120)
+    told = answer.stdout + answer.stderr
+    assert answer.returncode == 0 and f"custom_nodes/{PACK}" in told and "IMPORT FAILED" not in told, told
 
 
 def test_its_templates_and_files_for_the_page(second_host):

@@ -1,7 +1,10 @@
 """Custom sampling, guiders, wrappers and special conditioning: stock's latents, in the workers' loop or stepped."""
 
+import re
+
 import pytest
-from workflows import IN_WORKERS, STEPPING, Comparison
+from comfy import PromptFailed
+from workflows import IN_WORKERS, STEPPING, Comparison, Graph
 
 pytestmark = pytest.mark.host
 
@@ -97,16 +100,55 @@ def test_samplers_with_options_and_parts_of_a_schedule(host):
 
 @pytest.mark.parametrize("kind", ["EasyCache", "LazyCache"])
 def test_step_caches(host, kind):
+    """As many steps are skipped as stock skips, in the workers' loop; with other options the nodes' own code runs."""
     custom = Custom()
+    inputs = {"positive": custom.positive, "latent_image": custom.latent, "steps": 12}
+    longer = custom.graph.prompt(4, 23)
+    image = custom.graph.latent(masked=True)
 
-    def cached(model):
-        span = {"reuse_threshold": 0.2, "start_percent": 0.1, "end_percent": 0.95}
-        model = custom.graph.node(kind, model=model, **span, verbose=False)
-        inputs = {"positive": custom.positive, "negative": custom.negative, "latent_image": custom.latent}
-        return custom.graph.sample(model, steps=12, **inputs)
+    def cached(model, verbose=False, **sampling):
+        span = {"reuse_threshold": 1.5, "start_percent": 0.1, "end_percent": 0.95}
+        model = custom.graph.node(kind, model=model, **span, verbose=verbose)
+        return custom.graph.sample(model, **inputs | sampling)
 
-    custom.both(kind, cached, STEPPING)
-    custom.check(host)
+    guided = {"negative": custom.negative, "cfg": 2.5}
+    for label, where, more in (
+        ("alone", IN_WORKERS, {"negative": custom.negative}),
+        ("guided", IN_WORKERS, guided),
+        ("prompts of two lengths", IN_WORKERS, {"negative": longer, "cfg": 2.5}),
+        ("heun", IN_WORKERS, guided | {"sampler_name": "heun"}),
+        ("ancestral", IN_WORKERS, guided | {"sampler_name": "euler_ancestral"}),
+        ("masked", IN_WORKERS, guided | {"latent_image": image, "denoise": 0.8}),
+        ("two images", IN_WORKERS, {"negative": custom.negative, "latent_image": custom.graph.empty(batch=2)}),
+        ("told of", STEPPING, {"negative": custom.negative, "verbose": True}),
+    ):
+        custom.both(label, lambda model, more=more: cached(model, **more), where)
+    outcome = custom.check(host)
+    counts = [re.search(r", (\d+) of (12|23) (steps|evaluations) from the cache", text) for _, text in outcome.texts]
+    counts = [(int(count[1]), *count.groups()[1:]) for count in counts if count]
+    assert len(counts) == 7 and ("23", "evaluations") in {count[1:] for count in counts}
+    assert all(count > 0 for count, *_ in counts), counts
+
+
+def test_a_step_cache_and_the_setting_are_one_too_many(host):
+    graph = Graph()
+    settings = graph.node("FastUSPSettings", wire="exact", attention="auto", cache="easy")
+    span = {"reuse_threshold": 0.2, "start_percent": 0.1, "end_percent": 0.95, "verbose": False}
+    graph.save(graph.sample(graph.node("EasyCache", model=graph.usp(settings=settings), **span), steps=4))
+    with pytest.raises(PromptFailed, match="^Remove the node EasyCache, or set cache = off in USP Optimization"):
+        host.run(graph)
+
+
+@pytest.mark.parametrize("cache", ["easy", "first_block"])
+def test_the_setting_skips_steps_and_says_so_where_it_cannot(host, cache):
+    graph, numbers = Graph(), {"cache_threshold": 2.0, "cache_start": 0.1}
+    settings = graph.node("FastUSPSettings", wire="exact", attention="auto", cache=cache, **numbers)
+    model = graph.usp(settings=settings)
+    looped, stepped = (graph.sample(model, steps=12, sampler_name=name) for name in ("euler", "uni_pc"))
+    graph.save(looped), graph.save(stepped)
+    outcome = host.run(graph)
+    assert any(re.search(r"[1-9]\d* of 12 steps from the cache$", text) for text in outcome.texts_of(looped[0]))
+    assert any(f"stepping, without cache = {cache} (" in text for text in outcome.texts_of(stepped[0]))
 
 
 def test_special_conditioning(host):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from browser import PROGRAM
+from browser import PROGRAM, Page
 from comfy import PromptFailed
 from PIL import Image
 from workflows import Comparison, Graph
@@ -66,16 +66,33 @@ def test_a_word_that_the_model_does_not_know(host):
     assert "It does not know 'pink', 'dog'" in error.value.text
 
 
+def click(page: Page, what: str) -> None:
+    """What a user sees and clicks, once it is there."""
+    page.wait_for(f"!!({what})")
+    page.evaluate(f"({what}).click()")
+
+
+def labelled(text: str, within: str) -> str:
+    """The innermost element there that says so."""
+    return f"[...document.querySelectorAll('{within} *')].find(n => !n.children.length && n.textContent == '{text}')"
+
+
 @pytest.mark.skipif(PROGRAM is None, reason="no Chromium")
-def test_the_page_shows_what_the_caption_says(host, page):
-    workflow = json.loads(PAGE.read_text(encoding="utf-8"))
-    (loader,) = [node for node in workflow["nodes"] if node["type"] == "FastUSPLoader"]
-    (prompt,) = [node for node in workflow["nodes"] if node["type"] == "FastUSPDemoPrompt"]
-    loader["widgets_values"][2] = "cpu:2"
-    (sampler,) = [node for node in workflow["nodes"] if node["type"] == "FastUSPSampler"]
-    sampler["widgets_values"][1] = "fixed"
-    page.evaluate(f"app.loadGraphData({json.dumps(workflow)})")
-    page.evaluate("app.queuePrompt(0, 1)")
-    with Image.open(io.BytesIO(base64.b64decode(page.wait_for(SHOWN, 60)))) as picture:
+def test_from_an_empty_page_to_a_picture_of_two_ranks(host, page, renderer):
+    """By what is on the screen alone: ComfyUI's templates, ours among them, two ranks, Run. Nothing is typed, and the
+    page is not loaded again."""
+    page.evaluate("app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
+    page.wait_for("app.graph.nodes.length == 0")
+    page.evaluate("window.same = true")
+    click(page, "document.querySelector('button[aria-label=Templates]')")
+    click(page, labelled("FastUSP", "[role=dialog]"))
+    click(page, labelled(PAGE.stem, "[role=dialog]"))
+    click(page, "[...document.querySelectorAll('.fastusp-choose button')].find(chip => chip.innerText == 'cpu:2')")
+    click(page, "[...document.querySelectorAll('button')].find(button => button.innerText.trim() == 'Run')")
+    with Image.open(io.BytesIO(base64.b64decode(page.wait_for(SHOWN, 90)))) as picture:
         pixels = torch.from_numpy(np.array(picture.convert("RGB"))).movedim(-1, 0) / 255
+    (prompt,) = [x for x in json.loads(PAGE.read_text(encoding="utf-8"))["nodes"] if x["type"] == "FastUSPDemoPrompt"]
     assert shapes.unmet(shapes.Caption.read(prompt["widgets_values"][0]), pixels) == []
+    pool = host.pool("cpu:2")
+    assert (pool["ranks"], pool["model"]) == (2, shapes.MODEL.name) and "error" not in pool
+    assert page.evaluate("window.same") is True

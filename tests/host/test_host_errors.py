@@ -47,7 +47,7 @@ def refusal(host, *args, **inputs) -> str:
         ("foo", 0, 0, ["'foo' is not understood", "'auto'", "'cpu:N'"]),
         ("cpu:4", 2, 1, ["ulysses x ring = 2 is not the number of ranks, 4", "Set 0, or a legal layout"]),
         ("cpu:2", -1, 0, ["ulysses = -1", "at least 1, or 0"]),
-        ("cpu:17", 0, 0, ["'cpu:17'", "between 1 and 16 CPU ranks"]),
+        ("cpu:17", 0, 0, ["'cpu:17'", "Set 1 to 16 CPU ranks"]),
         ("cpu:5", 5, 1, ["Ulysses degree of 5", "attention heads", "a legal layout (ulysses 1 x ring 5)"]),
     ],
 )

@@ -42,17 +42,38 @@ def test_served(host, language):
                 assert answer.read() == (REPOSITORY / f"web/docs/{node}/{language}.md").read_bytes()
 
 
+OURS = """(() => {
+    const own = selector => [...document.querySelectorAll(selector)].map(node => node.textContent);
+    return [...own(".fastusp h2, .fastusp button"), ...own(".fastusp-choose button"), ...own(".fastusp-measure button"),
+        ...own("[role=tab]"), document.querySelector(".fastusp-measure p")?.textContent];
+})()"""
+
+
 @pytest.mark.skipif(PROGRAM is None, reason="no Chromium")
-def test_shown(host, page):
+@pytest.mark.parametrize("language", ["zh", "ja"])
+def test_shown(host, page, language):
     assert dict(page.evaluate(COMMANDS)) == locale("en", "commands"), "all of them, as the page calls them"
-    page.evaluate("app.extensionManager.setting.set('Comfy.Locale', 'zh')")
+    page.evaluate(f"app.extensionManager.setting.set('Comfy.Locale', '{language}')")
     try:
         page.load()
-        node = locale("zh", "nodeDefs")["FastUSPSampler"]
+        node = locale(language, "nodeDefs")["FastUSPSampler"]
         names = {entry["name"] for entry in node["inputs"].values()}
         title, *inputs, output = page.evaluate(SHOWN)
         assert title == node["display_name"] and set(inputs) == names and output == node["outputs"]["0"]["name"]
-        entries = locale("zh", "main")["contextMenu"]
+        entries = locale(language, "main")["contextMenu"]
         assert page.evaluate(ENTRIES % json.dumps([*entries])) == [*entries.values()]
+        words = json.loads((REPOSITORY / f"web/words/{language}.json").read_text(encoding="utf-8"))
+        page.evaluate("app.extensionManager.sidebarTab.toggleSidebarTab('fastusp')")
+        page.evaluate("app.extensionManager.command.execute('FastUSP.log')")
+        page.evaluate("app.graph.clear(), app.graph.add(LiteGraph.createNode('FastUSPLoader')), 0")
+        page.wait_for("document.querySelector('.fastusp-choose button[aria-pressed]')?.textContent.length > 0")
+        page.evaluate("[...document.querySelectorAll('.fastusp-choose button')].at(-1).click()")
+        page.wait_for("!!document.querySelector('.fastusp h2')")
+        log = words["FastUSP log"].upper()  # as the page writes its tabs
+        page.wait_for(f"{OURS}.includes({json.dumps(log)})")
+        shown = page.evaluate(OURS)
+        english = ("FastUSP pools", "Measure here ...", "Measure", "Cancel", "Close")
+        assert {words[text] for text in english} <= {*shown}
+        assert shown[-1].startswith(next(text for key, text in words.items() if key.startswith("Times steps on 1")))
     finally:
         page.evaluate("app.extensionManager.setting.set('Comfy.Locale', 'en')")

@@ -70,6 +70,7 @@ def test_schema(host, node):
 
 
 ADVANCED = {"ulysses", "ring", "batch_parallel", "compile", "cuda_graphs", "overlap", "ring_pipeline"}
+ADVANCED |= {"cache_start", "cache_end"}
 
 
 @pytest.mark.any_host

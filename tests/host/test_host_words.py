@@ -104,7 +104,7 @@ def test_a_loader_that_fails_and_one_that_does_not(host):
     loader = graph.usp(graph.node("PrimitiveString", value="foo"))
     sampling(graph, loader)
     kind, line = failed(host, graph, loader[0])
-    assert kind == "FastUSP.DeviceError" and line.startswith("FastUSP: failed: gpus = 'foo'")
+    assert kind == "FastUSP.DeviceError" and line.startswith("FastUSP: failed: Set 'auto', 'all', ")
     graph = Graph()
     loader = graph.usp(graph.node("PrimitiveString", value="cpu:2"))
     sampling(graph, loader, seed=305)

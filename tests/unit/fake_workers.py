@@ -19,7 +19,7 @@ from fastusp_backend.protocol import VERSION, Cancel, Done, Evaluate, Failed, Pa
 class FakeProcesses:
     """In the place of `Processes`."""
 
-    def __init__(self, devices, directory):
+    def __init__(self, devices, directory, place=None):
         self._ended = threading.Event()
         self.wait_until_ended = self._ended.wait
 

@@ -8,6 +8,7 @@ import pytest
 
 from fastusp_backend.cli import bench
 from fastusp_backend.cli.arguments import pixels
+from fastusp_backend.cli.bar import bar
 from fastusp_backend.cli.bench import Bench, Row, options, rank_counts, recommend
 from fastusp_backend.config import Layout, Settings
 from fastusp_backend.devices import Devices
@@ -126,6 +127,14 @@ def test_steps_that_warm_up_do_not_count(monkeypatch):
     assert (found.seconds, found.first, found.nbytes, found.problem) == (2.0, 62.0, 7, "")
 
 
+def test_the_bar_names_the_phase_that_it_is_in(capsys):
+    with bar("two ranks", 3) as progress:
+        for phase in ("loading the model", "compiling"):
+            progress.phase(phase)
+            assert phase in capsys.readouterr().err
+        progress.step(None, {})
+
+
 def test_sizes():
     assert pixels("512") == (512, 512) and pixels("1280x720") == (1280, 720)
     for text in ("8", "1024x", "wide", "1024x8"):
@@ -138,12 +147,15 @@ def test_8_bits_are_left_out_where_their_exact_row_did_not_run(monkeypatch, fits
     """And ring 2, where it is the one that ran, is no automatic choice."""
 
     def measured(_, row, pool):
+        assert pool.crowded, "as the pool that it is for"
         if fits and row.layout.ring == 2 or row.settings.linear == "fp8":
             return replace(row, seconds=1.0)
         return replace(row, problem="rank 0 ran out of memory")
 
     monkeypatch.setattr(Bench, "measured", measured)
-    every = Bench(spec=None, given=(None, None), steps=1, every_layout=True, base=Settings(attention="math"))
+    every = Bench(
+        spec=None, given=(None, None), steps=1, every_layout=True, base=Settings(attention="math"), crowded=True
+    )
     found = list(every.rows(Devices(ranks=2), 24))
     assert {row.settings.attention for row in found} == {"math"}
     assert len(found) <= every.count(Devices(ranks=2), 24) == 8

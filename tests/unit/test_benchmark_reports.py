@@ -14,7 +14,7 @@ import torch
 pytestmark = pytest.mark.unit
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-SCRIPTS = ("step", "ablation", "loop", "load", "lora", "control", "quality", "plot", "host")
+SCRIPTS = ("step", "ablation", "loop", "load", "lora", "control", "caches", "quality", "plot", "host")
 STARTS = """
 import os, runpy, sys
 import torch  # once: a forked process has it, and nothing of the repository

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastusp_backend.__main__ import main
+from fastusp_backend.__main__ import COMMANDS, main
 
 pytestmark = pytest.mark.unit
 
@@ -17,7 +17,8 @@ def test_gpus_that_do_not_exist(monkeypatch, capsys, command):
     monkeypatch.setattr(sys, "argv", ["fastusp_backend", *command, "--gpus", "77,78"])
     assert main() == 2
     told = capsys.readouterr()
-    assert told.err.startswith("gpus = '77,78': GPUs 77, 78 do not exist. This machine has") and not told.out
+    assert "gpus = '77,78', and GPUs 77, 78 do not exist" in told.err and not told.out
+    assert told.err.startswith(("Set 'cpu:N'", "Name GPUs of this machine"))
 
 
 def test_a_word_that_the_demo_does_not_know(monkeypatch, capsys):
@@ -25,6 +26,13 @@ def test_a_word_that_the_demo_does_not_know(monkeypatch, capsys):
     assert main() == 2
     said = capsys.readouterr().err
     assert said.startswith("Use the demo model's words: a, small") and "It does not know 'pink', 'dog'" in said
+
+
+def test_without_a_command_all_are_told(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fastusp_backend"])
+    assert main() == 2
+    said = " ".join(capsys.readouterr().out.split())
+    assert all(f"{name} {text}" in said for name, text in COMMANDS.items())
 
 
 def test_doctor_starts_where_torch_is_broken(tmp_path):

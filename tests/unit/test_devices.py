@@ -20,6 +20,7 @@ def in_order(gpus: tuple[Gpu, ...]):
 
 MIXED = (gpu(0, "T4", (7, 5)), gpu(1), gpu(2), gpu(3, "T4", (7, 5)), gpu(4))
 TWINS = (gpu(0), gpu(1))
+NOT_UNDERSTOOD = "Set 'auto', 'all', .* is not understood"
 
 
 @pytest.mark.parametrize(
@@ -55,30 +56,30 @@ def test_understood(text, gpus, visible, expected):
 @pytest.mark.parametrize(
     "text, gpus, message",
     [
-        ("0,7", TWINS, r"GPU 7 does not exist. This machine has 0 \(H200\), 1 \(H200\)"),
-        ("5,6", TWINS, "GPUs 5, 6 do not exist"),
-        ("0", (), "no GPU at all; use 'cpu:N'"),
-        ("all", (), "no GPU is visible here; use 'cpu:N'"),
-        ("1,1", TWINS, "named twice"),
-        ("cpu:0", (), f"between 1 and {MAX_CPU_RANKS} CPU ranks"),
-        (f"cpu:{MAX_CPU_RANKS + 1}", (), f"between 1 and {MAX_CPU_RANKS} CPU ranks"),
-        ("", TWINS, "is not understood"),
-        ("cuda:2", TWINS, r"cuda:2 does not exist. CUDA counts cuda:0 \(H200\), cuda:1 \(H200\)"),
-        ("cuda:0", (), "cuda:0 does not exist. CUDA counts none; use 'cpu:N'"),
-        ("cuda:1,1", TWINS, "named twice"),
-        ("cuda", TWINS, "is not understood"),
-        ("0,", TWINS, "is not understood"),
-        ("-1", TWINS, "is not understood"),
-        ("cpu:-1", TWINS, "is not understood"),
-        ("0;1", TWINS, "is not understood"),
-        (f"cpu:{'9' * 5000}", (), "is not understood"),  # more digits than Python reads
-        ("9" * 5000, TWINS, "is not understood"),
-        (f"cuda:{'9' * 5000}", TWINS, "is not understood"),
-        ("cpu:٣", (), "is not understood"),
+        ("0,7", TWINS, r"Name GPUs of this machine, 0 \(H200\), 1 \(H200\): .*, and GPU 7 does not exist"),
+        ("5,6", TWINS, "Name GPUs .*GPUs 5, 6 do not exist"),
+        ("0", (), "Set 'cpu:N' for N CPU ranks, as there is no GPU here"),
+        ("all", (), "Set 'cpu:N' for N CPU ranks: .*, and no GPU is visible here"),
+        ("1,1", TWINS, "Name each GPU once"),
+        ("cpu:0", (), f"Set 1 to {MAX_CPU_RANKS} CPU ranks"),
+        (f"cpu:{MAX_CPU_RANKS + 1}", (), f"Set 1 to {MAX_CPU_RANKS} CPU ranks"),
+        ("", TWINS, NOT_UNDERSTOOD),
+        ("cuda:2", TWINS, r"Name GPUs that CUDA counts, cuda:0 \(H200\), cuda:1 \(H200\): .*cuda:2 does not exist"),
+        ("cuda:0", (), "Set 'cpu:N' for N CPU ranks, as CUDA counts no GPU here"),
+        ("cuda:1,1", TWINS, "Name each GPU once"),
+        ("cuda", TWINS, NOT_UNDERSTOOD),
+        ("0,", TWINS, NOT_UNDERSTOOD),
+        ("-1", TWINS, NOT_UNDERSTOOD),
+        ("cpu:-1", TWINS, NOT_UNDERSTOOD),
+        ("0;1", TWINS, NOT_UNDERSTOOD),
+        (f"cpu:{'9' * 5000}", (), NOT_UNDERSTOOD),  # more digits than Python reads
+        ("9" * 5000, TWINS, NOT_UNDERSTOOD),
+        (f"cuda:{'9' * 5000}", TWINS, NOT_UNDERSTOOD),
+        ("cpu:٣", (), NOT_UNDERSTOOD),
     ],
 )
 def test_refused_by_name(text, gpus, message):
-    with pytest.raises(DeviceError, match=message) as refusal:
+    with pytest.raises(DeviceError, match=f"^{message}") as refusal:
         parse_devices(text, gpus=gpus, visible=None)
     assert repr(text) in str(refusal.value)
 
@@ -111,12 +112,12 @@ def test_cuda_is_asked_for_numbers_among_several_gpus_alone():
 @pytest.mark.parametrize(
     "visible, message",
     [
-        ("MIG-7/1/0", r"CUDA_VISIBLE_DEVICES=MIG-7/1/0 names a part of a GPU \(MIG\)"),
-        ("0", "CUDA_VISIBLE_DEVICES=0 leaves GPU-elsewhere, which NVML does not name"),
+        ("MIG-7/1/0", r"Name whole GPUs .*: CUDA_VISIBLE_DEVICES=MIG-7/1/0 names a part of a GPU \(MIG\)"),
+        ("0", "Name GPUs of nvidia-smi -L .*: CUDA_VISIBLE_DEVICES=0 leaves GPU-elsewhere, which NVML does not name"),
     ],
 )
 def test_what_cannot_be_read_is_told_with_the_variable(text, visible, message):
-    with pytest.raises(DeviceError, match=f"^gpus = '{text}': {message}"):
+    with pytest.raises(DeviceError, match=rf"^{message} \(gpus = '{text}'\)$"):
         parse_devices(text, gpus=TWINS, visible=visible, counted=lambda: ("GPU-elsewhere",))
 
 
@@ -134,13 +135,14 @@ def test_nothing_visible_is_told_with_the_variable(caplog, visible, told):
     assert f"gpus = 'auto': {told}, so one CPU rank is used" in caplog.text
     with pytest.raises(DeviceError) as refusal:
         parse_devices("all", **given)
-    assert str(refusal.value) == f"gpus = 'all': {told}. Name others there, or use 'cpu:N' for N CPU ranks"
+    todo = "Name other GPUs in CUDA_VISIBLE_DEVICES, or set 'cpu:N' for N CPU ranks"
+    assert str(refusal.value) == f"{todo}: gpus = 'all', and {told}"
 
 
 def test_processes_see_gpus_by_uuid(monkeypatch):
     monkeypatch.setattr(devices, "list_gpus", lambda: MIXED)
     assert devices.cuda_visible(Devices(ranks=2, gpus=(4, 1))) == "GPU-4abc,GPU-1abc"
-    with pytest.raises(DeviceError, match="GPU 9 does not exist: NVML names 0, 1, 2, 3, 4"):
+    with pytest.raises(DeviceError, match="^Name GPUs that NVML names, 0, 1, 2, 3, 4: GPU 9 does not exist"):
         devices.cuda_visible(Devices(ranks=2, gpus=(0, 9)))
     monkeypatch.setattr(devices, "list_gpus", lambda: pytest.fail("NVML was asked"))
     assert devices.cuda_visible(Devices(ranks=2)) == ""
@@ -152,7 +154,9 @@ def test_processes_see_gpus_by_uuid(monkeypatch):
 )
 def test_gpus_that_torch_alone_sees_are_told(gpus, visible, lacks):
     """One CPU rank in their place would be a silent, and slow, answer."""
-    with pytest.raises(DeviceError, match=f"gpus = 'auto': torch sees 2 GPUs, but NVML, .* {lacks}.* libnvidia-ml"):
+    with pytest.raises(
+        DeviceError, match=f"^Install .* libnvidia-ml.*gpus = 'auto', and torch sees 2 GPUs, but NVML, .* {lacks}"
+    ):
         parse_devices("auto", gpus=gpus, visible=visible, seen_by_torch=2)
     assert parse_devices("cpu:2", gpus=gpus, visible=visible, seen_by_torch=2) == Devices(ranks=2)
 
@@ -162,6 +166,15 @@ def test_one_cpu_rank_for_want_of_gpus_is_told_once(caplog):
     for _ in range(2):
         parse_devices("auto", gpus=(), seen_by_torch=0)
     assert [record.levelname for record in caplog.records] == ["WARNING"] and "one CPU rank is used" in caplog.text
+
+
+def test_cards_that_auto_leaves_out_are_told_once(caplog):
+    devices._tell_of_others.cache_clear()
+    for text in ("auto", "auto", "all", "0,1"):
+        parse_devices(text, gpus=MIXED, visible=None)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "identical GPUs, H200; it leaves out 0 (T4), 3 (T4): 'all' takes them too" in record.getMessage()
 
 
 def test_devices_are_a_key_and_tell_their_kind():

@@ -48,6 +48,8 @@ def test_the_page_tells_values_and_default_of(name):
         assert f"Default: {'on' if default else 'off'}." in meaning
         return
     assert f"Default: `{default}`." in meaning
+    if TYPES[name] is float:
+        return
     if "See below." in meaning:
         assert list(rows(section("web/docs/FastUSPSettings.md", f"### {name}\n", "\n#"))) == values(name)
     else:

@@ -12,7 +12,7 @@ import fastusp_backend.models.prediction  # noqa: F401 - the node takes it as a 
 from fastusp_backend.config import Settings
 from fastusp_backend.devices import Devices, GpuState
 from fastusp_backend.errors import DeviceError
-from fastusp_backend.models.synthetic import CHROMA, FLUX_DEV, QWEN_IMAGE
+from fastusp_backend.models.synthetic import FLUX_DEV, QWEN_IMAGE
 from fastusp_backend.planner import plan_batches
 
 pytestmark = [pytest.mark.unit, pytest.mark.any_processor]
@@ -64,15 +64,6 @@ def test_the_remedy_comes_first_and_once(node, caplog):
     with caplog.at_level(logging.WARNING):
         module.faster_with_fewer(*session_on((0, 1), wire="int8"))
     assert "132 ms on gpu 0,1" in caplog.records[1].getMessage() and "wire" not in caplog.records[1].getMessage()
-
-
-def test_a_family_of_which_nothing_was_measured(node, caplog):
-    with caplog.at_level(logging.WARNING):
-        assert node().faster_with_fewer(*session_on((0, 1), CHROMA, batch_parallel="off"))
-    assert (
-        "of Chroma at" in caplog.records[0].getMessage()
-        and "Steps of Chroma were not" in caplog.records[0].getMessage()
-    )
 
 
 def test_a_ring_of_five_sends_more_than_four_gpus_do(node):
@@ -161,6 +152,7 @@ def test_the_node_points_at_the_log(node_module, fewer, sage, caplog):
         "fewer_gpus": {"faster_with_fewer": lambda session, file: order.append("asked") or fewer},
         "pools": {"pool_for": lambda devices: SimpleNamespace(start=lambda: order.append("started"))},
         "remote_model": {"remote_model": lambda session, header: []},
+        "servers": {"devices_of": lambda _: devices, "served": None},
         "settings": {"SettingsType": None},
         "status": {"node_run": None, "show": order.append},
     }
@@ -168,7 +160,7 @@ def test_the_node_points_at_the_log(node_module, fewer, sage, caplog):
     file = SimpleNamespace(
         header=header(FLUX_DEV), config=FLUX_DEV, spec=lambda **types: spec_with("auto"), log_ignored=lambda: None
     )
-    module.read_named, module.local_devices = lambda _: file, lambda _: devices
+    module.read_named = lambda _: file
     module.supports_bfloat16 = lambda _: True
     module.USPLoader._load("x", "bf16", "0,1", 0, 0, Settings(), "auto")
     hint = "; gpu 0 may be faster: see ComfyUI's log" if fewer else ""
@@ -178,6 +170,6 @@ def test_the_node_points_at_the_log(node_module, fewer, sage, caplog):
         module.USPLoader._load("x", "bf16", "0,1", 0, 0, settings, "auto")
     assert [advice in text for text in (order[5], order[8], order[11])] == [sage, False, False]
     assert caplog.text.count("does not reach the workers") == sage, "once a process"
-    module.local_devices = lambda _: Devices(ranks=2)
+    module.devices_of = lambda _: Devices(ranks=2)
     module.USPLoader._load("x", "bf16", "cpu:2", 0, 0, Settings(), "auto")
     assert advice not in order[-1]

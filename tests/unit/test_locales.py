@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LOCALES = sorted(folder.name for folder in (ROOT / "locales").iterdir())
 TRANSLATED = [language for language in LOCALES if language != "en"]
 NODES = sorted(schemas())
+SCRIPTS = sorted((ROOT / "web").glob("*.js"))
 CHINESE_OR_JAPANESE = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]")
 OPTIONS = get_type_hints(Settings)
 QUOTED = re.compile(r"`([^`]+)`")
@@ -54,6 +55,30 @@ def test_the_page_finds_what_its_menus_say():
     assert list(menus[0]) == [command["label"] for command in locale("en", "commands").values()]
     of_nodes = re.findall(r"\.\.\.entry\(\w+, node, (.*)\),", (ROOT / "web/commands.js").read_text(encoding="utf-8"))
     assert set(menus[1]) == {text for entry in of_nodes for text in re.findall(r'"([^"]+)"', entry)}
+
+
+def said_by_the_page() -> list[str]:
+    """What the scripts say, and mark to be said."""
+    quoted = r'"(?:[^"\\]|\\.)*"'
+    calls = rf"\b(?:say|word)\(\s*({quoted}(?:\s*\+\s*{quoted})*)"
+    found = [call for script in SCRIPTS for call in re.findall(calls, script.read_text(encoding="utf-8"))]
+    return ["".join(map(json.loads, re.findall(quoted, call))) for call in found]
+
+
+@pytest.mark.parametrize("language", TRANSLATED)
+def test_the_pages_own_words_in(language):
+    table = json.loads((ROOT / f"web/words/{language}.json").read_text(encoding="utf-8"))
+    assert table.keys() == {*said_by_the_page()}
+    for english, text in table.items():
+        assert sorted(re.findall(r"{\w+}", text)) == sorted(re.findall(r"{\w+}", english)), english
+        assert CHINESE_OR_JAPANESE.search(text) or not re.search(r"[a-z]{3}", re.sub(r"{\w+}", "", english)), english
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_the_page_shows_no_word_that_is_not_looked_up(script):
+    shown = r"""(?:element\("\w+", |textContent = |title = |aria-label", |summary: |detail: |toast\("\w+", )["`]"""
+    found = re.findall(shown + r"(?!FastUSP: \$)[^\n]*[A-Za-z ]{4}[^\n]*", script.read_text(encoding="utf-8"))
+    assert not [line for line in found if "say(" not in line]
 
 
 @pytest.mark.parametrize("node", NODES)

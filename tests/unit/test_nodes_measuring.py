@@ -8,7 +8,7 @@ import torch
 
 import fastusp_backend.cli.bench
 import fastusp_backend.cli.verify  # noqa: F401 - the node takes them as parts of its own package
-from fastusp_backend.cli.bench import Row
+from fastusp_backend.cli.bench import Bench, Row
 from fastusp_backend.config import Layout, Settings
 from fastusp_backend.devices import Devices
 
@@ -30,7 +30,9 @@ def measuring(node_module):
     pressed; `shown`: the node's texts."""
     server, shown, pools, stop = Server(), [], [], []
     management = SimpleNamespace(
-        processing_interrupted=lambda: bool(stop), unload_all_models=lambda: None, soft_empty_cache=lambda: None
+        processing_interrupted=lambda: bool(stop),
+        unload_all_models=lambda: shown.append("unloaded"),
+        soft_empty_cache=lambda: None,
     )
     module = node_module(
         "measuring",
@@ -46,6 +48,7 @@ def measuring(node_module):
         host={"interruptible": None},
         loader={"STORAGE": {}, "read_named": None, "spec_on": None},
         pools={"all_pools": lambda: pools},
+        servers={"own_devices": None},
         settings={"SettingsType": None},
         status={"PUSH_SECONDS": 0.2, "node_run": None, "show": shown.append},
     )
@@ -123,13 +126,15 @@ def test_what_8_bits_change(measuring, monkeypatch):
     asked = []
 
     def attempt(session, given, steps, name, watch):
+        assert session.pool.crowded
         asked.append((str(session.layouts[0]), session.settings.wire, session.settings.linear))
         if session.settings.linear == "fp8":
             return "rank 0 ran out of memory\nmore"
         return [torch.full((2,), 1.0 + 0.01 * (session.settings.wire == "int8") * n) for n in (1, 3, 2, 4)]
 
     monkeypatch.setattr(measuring.verify, "attempt", attempt)
-    told.compare(SimpleNamespace(spec=None, given=(None, None), base=Settings(wire="fp8")), 1.0)
+    plan = Bench(spec=None, given=(None, None), steps=1, base=Settings(wire="fp8"), crowded=True)
+    told.compare(plan, 1.0)
     layout = "ulysses 2 x ring 1"
     assert asked == [(layout, "exact", "exact"), (layout, "int8", "exact"), (layout, "exact", "fp8")]
     changes = [one["changes"] for one in told.table()["rows"]]
@@ -138,13 +143,14 @@ def test_what_8_bits_change(measuring, monkeypatch):
 
 
 def test_workers_leave_and_come_again(measuring):
-    """Those that ran; also after an error."""
-    done = []
+    """Those that ran; also after an error. They are gone before ComfyUI has models make room: theirs would move for
+    nothing."""
+    done = measuring.shown
 
     def pool(name, state):
         return SimpleNamespace(
             status=lambda: {"state": state},
-            stop=lambda why: done.append(f"{name}: stop, {why}"),
+            stop=lambda why: measuring.shown.append(f"{name}: stop, {why}"),
             start=lambda: done.append(f"{name}: start"),
         )
 
@@ -152,4 +158,4 @@ def test_workers_leave_and_come_again(measuring):
     with pytest.raises(ValueError), measuring._devices_to_itself():
         done.append("measuring")
         raise ValueError
-    assert done == ["warm: stop, their devices are measured", "measuring", "warm: start"]
+    assert done == ["warm: stop, their devices are measured", "unloaded", "measuring", "warm: start"]

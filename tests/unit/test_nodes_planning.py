@@ -12,6 +12,7 @@ from placing import header, spec_with
 import fastusp_backend.cli.file
 import fastusp_backend.models.prediction  # noqa: F401 - the node takes them as parts of its own package
 from fastusp_backend.config import FileState, Settings
+from fastusp_backend.devices import local_devices
 from fastusp_backend.errors import CheckpointError, RequestError
 from fastusp_backend.models.synthetic import FLUX_DEV, QWEN_IMAGE
 
@@ -41,6 +42,7 @@ def planning(node_module, monkeypatch):
         loader["spec_on"] = lambda devices, file, dtype: spec_with("auto")
         links = {"known_links": node_module("fewer_gpus").known_links}
         neighbours = {"comfyui": {"PromptServer": None}, "control": dict.fromkeys(("FOREIGN", "foreign", "refused"))}
+        neighbours["servers"] = {"devices_of": local_devices}
         module = node_module("planning", loader=loader, fewer_gpus=links, **neighbours)
         module.closed = closed
         return module
@@ -118,7 +120,7 @@ def test_cpu_ranks(planning):
 @pytest.mark.parametrize(
     ("values", "problem"),
     [
-        ({"gpus": "7"}, "gpus = '7': GPU 7 does not exist"),
+        ({"gpus": "7"}, "Name GPUs of this machine, 0 (NVIDIA GeForce RTX 4090), 1 "),
         ({"gpus": "cpu:2", "unet_name": "gone"}, "unet_name: there is no 'gone'"),
         ({"gpus": "cpu:2", "ulysses": 3}, "Set 0, or a legal layout (ulysses 2 x ring 1, ulysses 1 x ring 2): "),
         ({"gpus": "cpu:3", "batch_parallel": "on"}, "batch_parallel = 'on' needs an even number"),

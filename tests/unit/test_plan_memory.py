@@ -1,6 +1,7 @@
 """`plan`: what it says of GPUs that are there, and of some that are not."""
 
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import msgspec
@@ -35,6 +36,13 @@ def kept_free_of(config, tensors=None, ranks=2, *, least=False):
     tensors = tensors or header(config, torch.bfloat16)
     kept = room.kept_free(config, model_and_plans(tensors, spec_with("auto"))[1].values(), ranks)
     return (kept.least if least else kept.usual) + room.CONTEXT
+
+
+def test_the_page_of_memory_names_what_plan_keeps():
+    page = (Path(__file__).resolve().parents[2] / "docs/memory.md").read_text(encoding="utf-8")
+    kept = kept_free_of(FLUX_DEV)
+    assert f"{kept / 1e9:.1f} GB are kept for all else" in page
+    assert f"FLUX.1 on two GPUs {(kept - room.CONTEXT) / 1e9:.1f} GB" in page
 
 
 @pytest.fixture(scope="module")
@@ -217,14 +225,11 @@ def test_plan_says_what_a_step_takes_on_one_to_eight_gpus():
     assert all(int(quick[n][link].split()[0]) < int(slow[n][link].split()[0]) for n in slow for link in slow[n])
 
 
-def test_plan_says_of_which_families_nothing_was_measured():
-    for config, words in (
-        (FLUX_DEV, "512 tokens of text, wire = exact. Of one\nand"),
-        (CHROMA, "Steps of Chroma were"),
-    ):
+def test_plan_says_of_what_text_times_are():
+    for config in (FLUX_DEV, CHROMA):
         file, layouts = plan.File(header(config), config, spec_with("auto")), plan_batches(2, config.heads)
         said = plan.fits(file, layouts, 140 * GB, None, linear="exact", card="H200", hint=False)
-        assert words in said[-1] and f"{config.text} tokens" in said[-1]
+        assert f"{config.text} tokens of text, wire = exact. Of one\nand" in said[-1]
 
 
 def test_plan_says_where_more_gpus_are_slower():

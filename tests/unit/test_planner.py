@@ -101,3 +101,20 @@ def test_batch_groups_that_cannot_be_had_are_refused(ranks, wish):
 def test_values_that_nobody_offers_are_refused(wish, words):
     with pytest.raises(LayoutError, match=words):
         plan_batches(2, 24, **wish)
+
+
+def test_ulysses_stays_inside_a_machine():
+    """A ring goes between machines, unless batch groups do, or somebody wants it otherwise."""
+    assert [str(x) for x in legal_layouts(4, 24, 2)] == [
+        "ulysses 2 x ring 2",
+        "ulysses 1 x ring 4",
+        "ulysses 4 x ring 1",
+    ]
+    assert plan(2, 24, per_machine=1) == Layout(ulysses=1, ring=2)
+    assert plan(2, 24, ulysses=2, per_machine=1) == Layout(ulysses=2, ring=1)
+    assert plan(8, 24, per_machine=4) == Layout(ulysses=4, ring=2) and plan(8, 24) == Layout(ulysses=8, ring=1)
+    assert plan_batches(4, 24, per_machine=2) == (
+        Layout(ulysses=1, ring=1, batch=4),
+        Layout(ulysses=2, ring=1, batch=2),
+        Layout(ulysses=2, ring=2),
+    )

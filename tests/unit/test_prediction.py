@@ -14,7 +14,6 @@ from fastusp_backend.models.prediction import (
     fewer_are_faster,
     known_card,
     link_of,
-    not_timed,
     slowest_card,
 )
 from fastusp_backend.models.synthetic import (
@@ -66,6 +65,10 @@ FP8 = torch.float8_e4m3fn
         (FLUX2_DEV, 1, {}, 440.0),
         (FLUX2_DEV, 1, {"linear": "fp8"}, 274.2),
         (FLUX2_DEV, 2, {}, 238.6),
+        (SD35_LARGE, 1, {}, 57.6),  # H200, as the next ones
+        (SD35_LARGE, 2, {}, 32.6),
+        (Z_IMAGE, 1, {}, 89.3),
+        (Z_IMAGE, 2, {}, 50.3),
     ],
 )
 def test_within_a_twentieth_where_weights_stay(config, ranks, given, measured):
@@ -215,7 +218,6 @@ def test_steps_are_of_as_much_text_as_is_usual():
     }
     ratio = predicted(CHROMA, 1)[1] / predicted(FLUX_DEV, 1)[1]
     assert (4096 + 128) / (4096 + 512) * 0.97 < ratio < (4096 + 128) / (4096 + 512) * 1.02
-    assert [family.family for family in FAMILIES if not_timed(family)] == ["Chroma", "Stable Diffusion 3", "Z-Image"]
 
 
 def test_weights_from_the_host_come_over_its_own_link():

@@ -1,6 +1,8 @@
 """What the registry reads of this pack: it is complete, and the pictures that it names are there."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,14 @@ def test_name_and_versions():
     assert f"## {entry('version')}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
+def test_the_changelog_is_dated_newest_first():
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    for version in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
+        days = re.findall(r"^### (\d{4}-\d\d-\d\d)$", version, re.MULTILINE)
+        assert days and days == sorted(days, reverse=True)
+        assert not re.search(r"^- ", version.partition("### ")[0], re.MULTILINE), "an entry without a date"
+
+
 @pytest.mark.parametrize(("name", "shape"), [("Icon", (1, 1)), ("Banner", (21, 9))])
 def test_pictures(name, shape):
     """Of the shapes, and no larger than, the registry shows them."""
@@ -40,6 +50,15 @@ def test_pictures(name, shape):
     with Image.open(ROOT / path) as picture:
         assert picture.width * shape[1] == picture.height * shape[0]
         assert name != "Icon" or picture.width <= 400
+
+
+def test_what_comfy_node_validate_looks_for():
+    """comfy-cli's command reads pyproject.toml, and has ruff look for exec, eval and statements on one line."""
+    assert all(entry(name) for name in ("name", "version", "PublisherId", "DisplayName", "Repository"))
+    assert 'license = { file = "LICENSE" }' in PROJECT and (ROOT / "LICENSE").is_file()
+    rules = ["check", ".", "-q", "--isolated", "--no-cache", "--select", "S102,S307,E702"]
+    found = subprocess.run([sys.executable, "-m", "ruff", *rules], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert found.returncode == 0, found.stdout + found.stderr
 
 
 def test_what_is_left_out_exists():

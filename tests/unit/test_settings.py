@@ -26,6 +26,7 @@ def node(node_module):
         Input=object,
         Boolean=recorder("BOOLEAN"),
         Combo=recorder("COMBO"),
+        Float=recorder("FLOAT"),
         Custom=recorder,
     )
     return node_module(
@@ -37,13 +38,19 @@ def test_every_option_is_an_input_in_the_order_of_the_options(node):
     inputs = node.USPSettings.define_schema().inputs
     assert [name for _, name, _ in inputs] == list(Settings.__struct_fields__) == list(node.TOOLTIPS)
     for kind, name, given in inputs:
-        assert kind == ("BOOLEAN" if TYPES[name] is bool else "COMBO")
+        assert kind == {bool: "BOOLEAN", float: "FLOAT"}.get(TYPES[name], "COMBO")
         assert given.get("options", []) == list(get_args(TYPES[name]))
         assert given["default"] == getattr(Settings(), name)
         assert given["tooltip"]
 
 
-@pytest.mark.parametrize("name", [name for name, kind in TYPES.items() if kind is not bool])
+def test_numbers_have_bounds_that_the_settings_take(node):
+    inputs = {name: given for kind, name, given in node.USPSettings.define_schema().inputs if kind == "FLOAT"}
+    lowest, highest = ({name: given[end] for name, given in inputs.items()} for end in ("min", "max"))
+    assert Settings(**lowest) and Settings(**highest) and len(inputs) == 3
+
+
+@pytest.mark.parametrize("name", [name for name, kind in TYPES.items() if kind not in (bool, float)])
 def test_a_tooltip_says_what_each_value_does(node, name):
     assert all(value in node.TOOLTIPS[name] for value in get_args(TYPES[name]) if value != "exact" or name == "wire")
 

@@ -32,7 +32,8 @@ ROOMS = {
     "": set(),
     "config": {"errors"},
     "errors": set(),
-    "devices": {"visible", "nvml", "once", "errors"},
+    "device_sets": set(),
+    "devices": {"device_sets", "visible", "nvml", "once", "errors"},
     "nvml": {"command", "errors"},
     "visible": {"command", "once", "errors"},
     "once": {"errors"},
@@ -43,23 +44,34 @@ ROOMS = {
     "ports": set(),
     "prompt": {"errors"},
     "planner": BASE,
+    "library": BASE,
+    "servers": {"keyfile", "errors"},
+    "keyfile": {"command", "errors"},
+    "door": {"protocol", "keyfile", "errors"},
+    "meeting": {"protocol", "door", "errors"},
     "protocol": BASE | {"pinning"},
     "comm": {"config", "kernels", "pinning", "ports", "pulse"},
     "kernels": set(),
     "attention": {"config", "comm", "kernels", "pulse"},
     "weights": BASE | {"kernels", "comm"},
     "models": BASE | {"prompt", "weights", "kernels", "attention"},
-    "engine": BASE | {"prompt", "models", "weights", "attention", "comm", "kernels.fp8_product", "pinning", "pulse"},
-    "sampling": {"prompt"},
+    "engine": BASE
+    | {"prompt", "models", "weights", "attention", "comm", "kernels.fp8_product"}
+    | {"library", "pinning", "pulse"},
+    "sampling": {"prompt", "config"},
     "shapes": BASE | {"prompt"},
-    "worker": BASE | {"prompt", "sampling", "engine", "models", "protocol", "comm.groups", "ports", "pulse"},
+    "worker": BASE
+    | {"prompt", "sampling", "engine", "models", "protocol"}
+    | {"comm.groups", "meeting", "ports", "pulse"},
     "worker.process": {"pulse"},
-    "pool": BASE | {"prompt", "protocol", "devices", "environment", "worker.process", "pulse"},
+    "pool": BASE
+    | {"prompt", "protocol", "devices", "environment", "library", "door", "worker.process", "ports", "pulse"},
+    "server": BASE | {"prompt", "pool", "protocol", "devices", "keyfile", "door", "meeting", "pulse"},
 }
 ABOVE_ALL = {"cli", "__main__"}
 FOR_NODES = (
     BASE
-    | {"prompt", "pool", "planner", "devices", "sampling", "shapes"}
+    | {"prompt", "pool", "planner", "devices", "servers", "sampling", "shapes"}
     | {"cli.bench", "cli.file", "cli.inputs", "cli.verify"}
     | {"models.detection", "models.files", "models.placement", "models.prediction"}
     | {"weights.tensor_info", "weights.dtypes", "weights.adapters"}

@@ -1,9 +1,35 @@
 """The list, by rooms. It has those that once went unnoticed."""
 
 from ..change import Change
-from . import command_line, communication, engine, host, kernels, machine, models, pool, processes, sampling, weights
+from . import (
+    command_line,
+    communication,
+    engine,
+    host,
+    kernels,
+    machine,
+    models,
+    pool,
+    processes,
+    sampling,
+    serving,
+    weights,
+)
 
-ROOMS = (communication, kernels, sampling, models, engine, weights, processes, pool, machine, command_line, host)
+ROOMS = (
+    communication,
+    kernels,
+    sampling,
+    models,
+    engine,
+    weights,
+    processes,
+    pool,
+    machine,
+    serving,
+    command_line,
+    host,
+)
 CHANGES: list[Change] = [
     Change(file, what, old, new, tuple(f"tests/{test}" for test in tests.split()))
     for room in ROOMS

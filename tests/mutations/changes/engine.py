@@ -5,9 +5,31 @@ PATCHING = "fastusp_backend/engine/patching.py"
 PARKING = "fastusp_backend/engine/parking.py"
 MODULATIONS = "fastusp_backend/engine/modulations.py"
 BLOCK_STREAM = "fastusp_backend/engine/block_stream.py"
+FIRST_BLOCK = "fastusp_backend/engine/first_block.py"
 HOST_MEMORY = "fastusp_backend/engine/host_memory.py"
 
 CHANGES = [
+    (
+        FIRST_BLOCK,
+        "what no later evaluation may use is kept",
+        "if self.timestep > self.cache.end:",
+        "if True:",
+        "unit/test_first_block.py",
+    ),
+    (
+        FIRST_BLOCK,
+        "padding counts as tokens",
+        "(head.after - head.before)[:, :tokens] - before",
+        "(head.after - head.before) - kept.first",
+        "unit/test_first_block.py",
+    ),
+    (
+        FIRST_BLOCK,
+        "a batch group decides by all groups' prompts",
+        "totals = [[sum(column) for column in zip(*ranks[n * each :][:each], strict=True)] for n in range(groups)]",
+        "totals = [[sum(column) for column in zip(*ranks, strict=True)] for n in range(groups)]",
+        "unit/test_first_block.py",
+    ),
     (
         "fastusp_backend/engine/room.py",
         "weights are unpacked into what is to be kept free",

@@ -9,7 +9,7 @@ REQUEST = "fastusp_backend/pool/request.py"
 LOG = "fastusp_backend/pool/log.py"
 RUNDIR = "fastusp_backend/pool/rundir.py"
 SENT = "fastusp_backend/pool/sent.py"
-WORKERS = "fastusp_backend/pool/workers.py"
+CONTACT = "fastusp_backend/pool/contact.py"
 
 CHANGES = [
     (
@@ -146,14 +146,14 @@ CHANGES = [
         "unit/test_sent_patches.py",
     ),
     (
-        WORKERS,
+        CONTACT,
         "what was released is taken to be there",
         "self.tensors.doubt()\n            self.patches.unload()",
         "pass",
         "unit/test_sent_patches.py",
     ),
     (
-        WORKERS,
+        CONTACT,
         "what nobody waits for is not cancelled",
         "if self.alive and self.sent > self.answered and not self.behind:",
         "if self.behind and not self.alive:",

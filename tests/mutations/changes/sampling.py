@@ -5,6 +5,20 @@ GUIDANCE = "fastusp_backend/sampling/guidance.py"
 
 CHANGES = [
     (
+        "fastusp_backend/sampling/cache.py",
+        "what was estimated before an evaluation counts after it",
+        "        self._estimated = 0.0\n        return False\n",
+        "        return False\n",
+        "unit/test_cache.py",
+    ),
+    (
+        "fastusp_backend/sampling/cache.py",
+        "each rank decides by itself",
+        "if self._agree(bool(self._estimated < self._rule.threshold)):",
+        "if self._estimated < self._rule.threshold:",
+        "unit/test_cache.py",
+    ),
+    (
         SAMPLERS,
         "heun corrects its last step as well",
         "slope, step = (x - denoised) / sigma, following - sigma\n        if following != 0:",

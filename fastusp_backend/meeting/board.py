@@ -1,0 +1,59 @@
+"""The store's keys and values, in the server's memory."""
+
+import threading
+import time
+
+from ..protocol.machines import Ask, Told
+
+MOST_BYTES = 64 << 20
+"""Of all values: addresses of ranks take some kilobytes."""
+
+
+class Board:
+    """That of one run. `close` tells those who wait that nothing comes any more."""
+
+    def __init__(self):
+        self._values: dict[str, bytes] = {}
+        self._changed = threading.Condition()
+        self._closed = False
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def answer(self, ask: Ask) -> Told:
+        """Waits where it is asked to. Raises ValueError for what makes no sense."""
+        with self._changed:
+            if ask.what == "get":
+                return self._get(ask.keys, ask.seconds)
+            if ask.what == "check":
+                return Told(values=[], found=all(key in self._values for key in ask.keys))
+            if ask.what == "drop":
+                return Told(values=[], found=self._values.pop(*ask.keys, None) is not None)
+            if ask.what == "set":
+                self._values.update(zip(ask.keys, ask.values, strict=True))
+                result = []
+            elif ask.what == "add":
+                (key,), (amount,) = ask.keys, ask.values
+                result = [str(int(self._values.get(key, b"0")) + int(amount)).encode()]
+                self._values[key] = result[0]
+            else:
+                (key,), (expected, desired) = ask.keys, ask.values
+                found = self._values.get(key)
+                if found == expected or (found is None and not expected):
+                    self._values[key] = desired
+                result = [self._values.get(key, expected)]
+            if sum(map(len, self._values.values())) > MOST_BYTES:
+                raise ValueError(f"a store holds more than {MOST_BYTES} bytes")
+            self._changed.notify_all()
+            return Told(values=result)
+
+    def _get(self, keys: list[str], seconds: float) -> Told:
+        deadline = time.monotonic() + seconds
+        while not all(key in self._values for key in keys):
+            left = deadline - time.monotonic()
+            if left <= 0 or self._closed:
+                return Told(values=[], found=False)
+            self._changed.wait(min(left, 3600.0))
+        return Told(values=[self._values[key] for key in keys])

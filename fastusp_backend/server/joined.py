@@ -1,0 +1,79 @@
+"""Workers on several machines: a pool's processes here, with parts of the same run elsewhere."""
+
+import threading
+from collections.abc import Callable
+
+from ..devices import Devices
+from ..errors import PoolError
+from ..pool.cause import KILLED
+from ..pool.hangs import Suspicion
+from ..pool.log import WorkerLog
+from ..pool.workers import Workers
+from .machines import Machines, Report
+
+OWN_SECONDS = 2.0
+"""How long the ranks here may take to end by themselves when others do: they may be the cause, and tell it."""
+
+
+class JoinedWorkers(Workers):
+    """devices: this machine's."""
+
+    def __init__(self, devices: Devices, changed: Callable[[], None], machines: Machines):
+        """Raises PoolError where machines are missing."""
+        self._machines = machines
+        self._reports: list[Report] | None = None
+        self._told: str | None = "start"
+        self._begun = threading.Event()
+        place = machines.begin(self._broke)
+        super().__init__(devices, lambda: self._tell(changed), place)
+        self.beginning = f"starting {devices.ranks} worker(s) on each of {machines.count} machines"
+        self._begun.set()
+
+    def _tell(self, changed: Callable[[], None]) -> None:
+        if not self.alive:
+            self._machines.end()
+        changed()
+
+    def _broke(self, why: str | None, sure: bool) -> None:
+        """A part elsewhere has ended."""
+        self._begun.wait()
+        if not sure:
+            self.processes.wait_until_ended(OWN_SECONDS)
+        if self.alive:
+            self._end(why)
+
+    def _suspect(self) -> Suspicion | None:
+        awaited = self._awaited
+        if awaited != self._told:
+            self._told = awaited
+            self._machines.wait_for(awaited)
+        suspicion = super()._suspect()
+        if suspicion is None or suspicion.ranks or awaited == "start" or self._machines.quiet:
+            return suspicion
+        return None  # another machine's ranks get on, and these wait for them
+
+    def kill(self) -> None:
+        self._machines.end()
+        super().kill()
+
+    def memory(self) -> list[dict | None]:
+        return super().memory() + self._machines.memory()
+
+    def write_log(self, log: WorkerLog) -> None:
+        super().write_log(log)
+        log.add(self._machines.lines())
+
+    def _cause(self) -> str:
+        if self._why:
+            return self._why
+        if self._reports is None:
+            self._machines.end()
+            self._reports = self._machines.reports()
+        order, text = self.processes.ranked_cause(self.model)
+        first = min([Report(order, text, []), *self._reports], key=lambda report: report.order)
+        return first.text
+
+    def failure(self, event: str) -> PoolError:
+        error = super().failure(event)
+        lines = [line for report in self._reports or () if report.order < KILLED for line in report.lines]
+        return PoolError("\n".join([str(error), *(f"  {line}" for line in lines)]))

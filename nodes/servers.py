@@ -1,0 +1,32 @@
+"""The `gpus` input where it may name a server: by host:port, or as fastusp.toml in ComfyUI's user folder names it."""
+
+from pathlib import Path
+
+from ..fastusp_backend.devices import Devices, ServerDevices, local_devices
+from ..fastusp_backend.errors import DeviceError
+from ..fastusp_backend.pool import ask
+from ..fastusp_backend.servers import named_server
+from .comfyui import folder_paths
+
+
+def devices_of(gpus: str) -> Devices:
+    """This machine's devices, or those of a server, which is asked. Raises DeviceError, KeyFileError, ProtocolError."""
+    return served(gpus) or local_devices(gpus)
+
+
+def served(gpus: str | None) -> ServerDevices | None:
+    """Those of a server, which is asked; None where it means none. Raises as `devices_of`."""
+    if gpus is None:
+        return None
+    server = named_server(gpus, Path(folder_paths.get_user_directory()) / "fastusp.toml")
+    return ask(server.address, str(server.key)) if server is not None else None
+
+
+def own_devices(gpus: str) -> Devices:
+    """As `devices_of`. Raises DeviceError for a server's, too: what is measured is measured where the devices are."""
+    devices = devices_of(gpus)
+    if isinstance(devices, ServerDevices):
+        raise DeviceError(
+            f"Run `python -m fastusp_backend bench FILE` on {devices}: only this machine is measured here"
+        )
+    return devices

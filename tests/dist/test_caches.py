@@ -1,0 +1,170 @@
+"""Evaluations that are skipped: all ranks skip alike, and the client is told how many."""
+
+import time
+
+import pytest
+import torch
+from support import (
+    SMALL,
+    SMALL_CHROMA,
+    SMALL_FLUX2,
+    SMALL_QWEN,
+    SMALL_SD3,
+    SMALL_Z_IMAGE,
+    inputs,
+    randn,
+    relative_difference,
+    spec_of,
+)
+
+from fastusp_backend import shapes
+from fastusp_backend.config import Layout, Settings
+from fastusp_backend.errors import Cancelled, RequestError
+from fastusp_backend.models.synthetic import write_checkpoint
+from fastusp_backend.pool import Progress
+from fastusp_backend.pool.session import Session
+from fastusp_backend.prompt import Inpainting, Prompt
+from fastusp_backend.sampling import SAMPLERS
+
+pytestmark = pytest.mark.dist
+
+TOLERANCE = 2e-5
+SIZE, STEPS = (10, 8), 12
+SIGMAS = torch.linspace(1, 0, STEPS + 1)
+SPAN = {"cache_start": 0.1, "cache_end": 0.9}
+EASY = SPAN | {"cache": "easy", "cache_threshold": 1.0}
+FIRST = SPAN | {"cache": "first_block", "cache_threshold": 0.69}
+KINDS = pytest.mark.parametrize("settings", [EASY, FIRST], ids=["easy", "first_block"])
+FAMILIES = {
+    "flux": SMALL,
+    "flux2": SMALL_FLUX2,
+    "chroma": SMALL_CHROMA,
+    "qwen": SMALL_QWEN,
+    "sd3": SMALL_SD3,
+    "z_image": SMALL_Z_IMAGE,
+}
+
+
+@pytest.fixture(scope="module")
+def session_of(shared_pool, dev, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+
+    def make(*layout: int, family="flux", **settings) -> Session:
+        ulysses, ring, batch = (*layout, 1)[:3]
+        layout = Layout(ulysses=ulysses, ring=ring, batch=batch)
+        path = dev if family == "flux" else folder / f"{family}.safetensors"
+        if not path.exists():
+            write_checkpoint(str(path), FAMILIES[family], seed=3)
+        return Session(shared_pool(layout.ranks), spec_of(path), (layout,), Settings(**settings))
+
+    return make
+
+
+def prompt(config, text: int, batch: int) -> Prompt:
+    given = inputs(config, text=text, size=SIZE, batch=batch, seed=text)
+    return Prompt(given.context, given.y, given.guidance)
+
+
+def sample(session: Session, config=SMALL, *, batch=1, cfg=1.0, text=7, sampler="euler", mask=None, **progress):
+    """(latents, evaluations, skipped)."""
+    told = []
+    draws = SAMPLERS[sampler].noise_draws(SIGMAS, {})
+    latents = session.sample(
+        randn(batch, config.channels, *SIZE, seed=9),
+        SIGMAS,
+        sampler=sampler,
+        positive=prompt(config, 24, batch),
+        negative=prompt(config, text, batch) if cfg != 1.0 else None,
+        cfg=cfg,
+        noise=randn(draws, batch, config.channels, *SIZE, seed=3) if draws else None,
+        mask=mask,
+        timestep_scale=config.timestep_scale,
+        progress=Progress(done=told.append, **progress),
+    )
+    return latents, told[-1].evaluations, told[-1].skipped
+
+
+@pytest.mark.parametrize("layout", [(2, 1), (1, 2), (1, 3), (1, 1, 2)], ids=str)
+@pytest.mark.parametrize("more", [{"cfg": 3.0}, {"cfg": 3.0, "text": 24}, {"batch": 2, "sampler": "heun"}], ids=str)
+@KINDS
+def test_all_layouts_skip_alike(session_of, layout, more, settings):
+    """Prompts of one length and of two, images, and batch groups of either."""
+    one, evaluations, skipped = sample(session_of(1, 1, **settings), **more)
+    calls = len(SAMPLERS[more.get("sampler", "euler")].evaluations(SIGMAS))
+    assert evaluations == (2 * calls if settings is FIRST and "cfg" in more else calls) and 0 < skipped < evaluations
+    two, *counts = sample(session_of(*layout, **settings), **more)
+    assert relative_difference(two, one) < TOLERANCE and counts == [evaluations, skipped]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@KINDS
+def test_every_sampler_and_a_mask(session_of, sampler, settings):
+    ones = (randn(1, 1, *SIZE, seed=30) > 0).float().expand(1, SMALL.channels, *SIZE)
+    image, noise = (randn(1, SMALL.channels, *SIZE, seed=seed) for seed in (31, 32))
+    more = {"sampler": sampler, "mask": Inpainting(mask=ones, latent_image=image, noise=noise)}
+    settings = settings | {"cache_threshold": 1.0}
+    one, two = (sample(session_of(*layout, **settings), **more) for layout in ((1, 1), (2, 1)))
+    assert relative_difference(two[0], one[0]) < TOLERANCE and two[1:] == one[1:] and one[2] > 0
+
+
+@KINDS
+def test_what_skips_nothing_is_bit_equal_and_off_counts_nothing(session_of, settings):
+    off, *none = sample(session_of(2, 1), cfg=3.0)
+    idle, *counts = sample(session_of(2, 1, **settings | {"cache_threshold": 0.0}), cfg=3.0)
+    assert torch.equal(idle, off) and none == [0, 0] and counts == [2 * STEPS if settings is FIRST else STEPS, 0]
+    skipping, *_ = sample(session_of(2, 1, **settings), cfg=3.0)
+    assert relative_difference(skipping, off) > 10 * TOLERANCE
+    again, *_ = sample(session_of(2, 1), cfg=3.0)
+    assert torch.equal(again, off), "nothing is left behind"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_first_block_of_every_family(session_of, family):
+    """At a threshold that nothing reaches all steps from start to end are skipped."""
+    config, high = FAMILIES[family], FIRST | {"cache_threshold": 1e9}
+    one, evaluations, skipped = sample(session_of(1, 1, family=family, **high), config)
+    assert (evaluations, skipped) == (STEPS, 9)
+    for layout in ((2, 1), (1, 2)):
+        two, *counts = sample(session_of(*layout, family=family, **high), config)
+        assert relative_difference(two, one) < TOLERANCE and counts == [STEPS, 9]
+    exact, *_ = sample(session_of(2, 1, family=family), config)
+    idle, *_ = sample(session_of(2, 1, family=family, **FIRST | {"cache_threshold": 0.0}), config)
+    assert torch.equal(idle, exact) and 10 * TOLERANCE < relative_difference(one, exact) < 0.5
+
+
+@pytest.mark.parametrize("weights", ["shared", "host"])
+def test_blocks_that_travel_are_not_left_out(session_of, weights):
+    with pytest.raises(RequestError, match="^set cache = easy, or weights = whole where they fit, in USP Optimization"):
+        sample(session_of(2, 1, weights=weights, **FIRST))
+    latents, _, skipped = sample(session_of(2, 1, weights=weights, **EASY))
+    assert skipped and torch.equal(latents, sample(session_of(2, 1, **EASY))[0])
+
+
+@KINDS
+def test_a_cancel_finds_ranks_that_skip(session_of, settings):
+    session = session_of(2, 1, **settings)
+    expected, *_ = sample(session, cfg=3.0)
+    steps = []
+    with pytest.raises(Cancelled):
+        sample(session, cfg=3.0, step=lambda *step: steps.append(step), interrupted=lambda: len(steps) > 1)
+    began = time.monotonic()
+    again, *_ = sample(session, cfg=3.0)
+    assert torch.equal(again, expected) and time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize("cache, threshold, bound", [("easy", 0.05, 35), ("first_block", 0.1, 40)])
+def test_captions_stay_met(shared_pool, cache, threshold, bound):
+    """28 steps of the model that draws: a modest threshold skips a third of them or more."""
+    captions, sigmas, told = shapes.examples(4), torch.linspace(1, 0, 29), []
+    noise = torch.randn(4, 16, 32, 32, generator=torch.Generator().manual_seed(0))
+
+    def drawn(**settings):
+        layout = (Layout(ulysses=2, ring=1),)
+        session = Session(shared_pool(2), spec_of(shapes.MODEL), layout, Settings(**settings))
+        more = {"positive": shapes.prompt(captions), "progress": Progress(done=told.append)}
+        pictures = shapes.decode(session.sample(noise, sigmas, sampler="euler", **more))
+        return pictures, [not shapes.unmet(*pair) for pair in zip(captions, pictures, strict=True)]
+
+    exact, met = drawn()
+    pictures, still_met = drawn(cache=cache, cache_threshold=threshold)
+    assert still_met == met and any(met) and shapes.psnr(pictures, exact) > bound and told[-1].skipped > 28 / 3

@@ -1,0 +1,118 @@
+"""What ends at a server, or on the way to it: told within ten seconds, and the next prompt is right."""
+
+import os
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from pools import LONG, Stopwatch, evaluate, pids, processes_of, sample
+from serving import run_dirs_of, serving
+from support import wait_until
+
+from fastusp_backend.errors import DeviceError, PoolError
+from fastusp_backend.pool import Progress, ask
+
+pytestmark = pytest.mark.dist
+
+LIMIT = 10.0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, dev):
+    folder = tmp_path_factory.mktemp("life")
+    shutil.copy(dev, folder / dev.name)
+    return folder
+
+
+@pytest.fixture
+def server(run_dirs, folder):
+    with serving(folder, "--gpus", "cpu:2", "--models", str(folder)) as server:
+        yield server
+
+
+class Later:
+    """Does something once, at a run's second step, and tells how long the run goes on from there."""
+
+    def __init__(self, what):
+        self._what, self.watch = what, None
+        self.progress = Progress(step=self._step)
+
+    def _step(self, event, _tensors) -> None:
+        if event.index == 1:
+            self._what()
+            self.watch = Stopwatch()
+
+
+def failure(pool, dev, what) -> str:
+    """What a run says in which something happens."""
+    later = Later(what)
+    with pytest.raises(PoolError) as raised:
+        sample(pool, dev, LONG, later.progress)
+    assert later.watch.seconds < LIMIT, later.watch.seconds
+    return str(raised.value)
+
+
+def test_a_rank_that_dies_is_named_and_replaced(server, dev):
+    pool = server.attach()
+    expected = evaluate(pool, dev)
+    before = pids(pool)
+    told = failure(pool, dev, lambda: os.kill(before[1], signal.SIGKILL))
+    assert f"The FastUSP workers of {server.address} stopped while a prompt ran" in told
+    assert f"rank 1 (process {before[1]}) was ended by SIGKILL" in told and "Last log lines:" in told
+    assert torch.equal(evaluate(pool, dev), expected) and not set(pids(pool)) & set(before)
+
+    idle = pids(pool)
+    os.kill(idle[0], signal.SIGKILL)  # while nobody waits: nobody's prompt fails
+    wait_until(lambda: pool.status()["state"] == "off", LIMIT)
+    assert "rank 0" in pool.status()["error"]
+    assert torch.equal(evaluate(pool, dev), expected) and not set(pids(pool)) & set(idle)
+
+
+def test_a_server_that_is_killed_and_comes_back(server, folder, dev):
+    pool = server.attach()
+    expected = evaluate(pool, dev)
+    ranks, address = pids(pool), server.address
+    told = failure(pool, dev, lambda: server.end(signal.SIGKILL))
+    assert "the connection was lost" in told
+    wait_until(lambda: not any(os.path.exists(f"/proc/{rank}") for rank in ranks), LIMIT)
+    with pytest.raises(PoolError, match=rf"did not start: Start `python -m fastusp_backend serve --listen {address}`"):
+        evaluate(pool, dev)
+    with pytest.raises(DeviceError, match="no server answers"):
+        ask(address, str(server.key))
+    with serving(folder, "--gpus", "cpu:2", "--models", str(folder), listen=address) as again:
+        assert again.address == address
+        assert torch.equal(evaluate(pool, dev), expected)
+    with serving(folder, "--gpus", "cpu:1", "--models", str(folder), listen=address) as other:
+        other.says("The key file is")
+        with pytest.raises(PoolError, match="it has other devices now; queue the prompt again"):
+            evaluate(pool, dev)
+
+
+def test_a_server_that_is_stopped_is_lost(server, dev):
+    pool = server.attach()
+    expected = evaluate(pool, dev)
+    told = failure(pool, dev, lambda: server.process.send_signal(signal.SIGSTOP))
+    assert "nothing was heard of it for" in told
+    server.process.send_signal(signal.SIGCONT)
+    assert torch.equal(evaluate(pool, dev), expected)
+
+
+def test_sigterm_ends_all_and_says_so(server, run_dirs, dev):
+    pool = server.attach()
+    evaluate(pool, dev)
+    (directory,) = run_dirs_of(server.process.pid, run_dirs)
+    ranks = pids(pool)
+    told = failure(pool, dev, lambda: server.process.send_signal(signal.SIGTERM))
+    assert "the server was ended" in told
+    assert server.process.wait(LIMIT) == 0
+    assert not directory.exists() and not processes_of(directory)
+    assert not any(os.path.exists(f"/proc/{rank}") for rank in ranks)
+
+
+def test_a_server_does_not_start_where_something_else_listens(server, folder):
+    with serving(folder, "--gpus", "cpu:2", "--models", str(folder), listen=server.address) as second:
+        assert second.process.wait(30) == 2
+        time.sleep(0.1)
+        assert "Give --listen another address" in "".join(second.said)

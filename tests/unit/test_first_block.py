@@ -1,0 +1,124 @@
+"""What the first block's cache decides by, and that what it leaves out is what the last blocks would have given."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support import (
+    SMALL,
+    SMALL_CHROMA,
+    SMALL_FLUX2,
+    SMALL_QWEN,
+    SMALL_SD3,
+    SMALL_Z_IMAGE,
+    OneRank,
+    inputs,
+    load_model,
+    randn,
+    relative_difference,
+    spec_of,
+)
+
+from fastusp_backend.config import CacheRule, Layout
+from fastusp_backend.engine.first_block import FirstBlockCache
+from fastusp_backend.models.family import Stage
+from fastusp_backend.models.synthetic import write_checkpoint
+from fastusp_backend.prompt import Prompt
+
+pytestmark = pytest.mark.unit
+
+CONFIGS = [SMALL, SMALL_FLUX2, SMALL_CHROMA, SMALL_QWEN, SMALL_SD3, SMALL_Z_IMAGE]
+HALF = torch.tensor([0.5])
+
+
+def cache_of(threshold=0.1, start=0.9, end=0.1, *, scale=1.0, layout=(1, 1, 1), position=0, gather=lambda own: [own]):
+    ulysses, ring, batch = layout
+    mesh = SimpleNamespace(layout=Layout(ulysses=ulysses, ring=ring, batch=batch), batch_position=position)
+    rule = CacheRule(kind="first_block", threshold=threshold, start=start, end=end)
+    return FirstBlockCache(rule, scale, mesh, gather)
+
+
+def stage(first: torch.Tensor, others: torch.Tensor, x: torch.Tensor) -> tuple[Stage, Stage]:
+    """The stages of an evaluation whose first block adds `first`, and the rest `others`."""
+    return Stage(x, x + first), Stage(None, x + first + others, x)
+
+
+FIRST, OTHERS, X = (randn(2, 6, 8, seed=seed) for seed in (1, 2, 3))
+PROMPT, OTHER = Prompt(X), Prompt(X)
+
+
+def skipped_to(cache, factor, *, tokens=6, prompt=PROMPT, timestep=HALF, prompts=1):
+    """What an evaluation gives whose first block adds `factor` times what it added before."""
+    return cache.of(prompt, timestep, prompts=prompts).skip_to(stage(factor * FIRST, OTHERS, X)[0], tokens)
+
+
+def kept(cache, prompt=PROMPT, timestep=HALF):
+    cache.of(prompt, timestep, prompts=1).keep(*stage(FIRST, OTHERS, X))
+    return cache
+
+
+def test_the_change_is_relative_to_what_it_was():
+    cache = kept(cache_of(threshold=0.1))
+    torch.testing.assert_close(skipped_to(cache, 1.09), X + 1.09 * FIRST + OTHERS)
+    assert skipped_to(cache, 1.11) is None and skipped_to(cache, 0.89) is None
+    assert skipped_to(cache, 0.91) is not None
+    assert (cache.evaluations, cache.skipped) == (4, 2)
+
+
+def test_a_threshold_of_nothing_skips_not_even_what_is_equal():
+    assert skipped_to(kept(cache_of(threshold=0.0)), 1.0) is None
+
+
+def test_only_between_start_and_end_and_with_something_kept():
+    cache = kept(cache_of(start=0.8, end=0.2, scale=1000.0), timestep=torch.tensor([900.0]))
+    for timestep, skips in ((801.0, False), (800.0, True), (201.0, True), (200.0, False), (100.0, False)):
+        assert (skipped_to(cache, 1.0, timestep=torch.tensor([timestep])) is not None) == skips, timestep
+    assert skipped_to(cache, 1.0, prompt=OTHER, timestep=torch.tensor([500.0])) is None, "each prompt has its own"
+    late = kept(cache_of(end=0.2), timestep=torch.tensor([0.1]))
+    assert not late.kept, "nothing comes after it"
+
+
+def test_padding_does_not_count():
+    cache = kept(cache_of())
+    changed = FIRST.clone()
+    changed[:, 4:] *= 50
+    of = cache.of(PROMPT, HALF, prompts=1)
+    head = stage(changed, OTHERS, X)[0]
+    assert of.skip_to(head, 4) is not None and of.skip_to(head, 5) is None
+
+
+@pytest.mark.parametrize("others, alone, together", [(0.0, True, True), (1.0, True, False)])
+def test_ranks_of_one_prompt_decide_together_and_groups_of_two_apart(others, alone, together):
+    """Rank 0 of two; the other says by how much its part changed."""
+    size = float(FIRST.abs().sum())
+    for layout in ((2, 1, 1), (1, 2, 1), (1, 1, 2)):
+        for prompts in (1, 2):
+            cache = kept(cache_of(layout=layout, gather=lambda own: [own, [others * size, size]]))
+            skips = skipped_to(cache, 1.01, prompts=prompts) is not None
+            groups = layout[2] if prompts > 1 else 1
+            assert skips == (alone if groups > 1 else together)
+            assert cache.evaluations == groups and cache.skipped == (skips + (others == 0) * (groups - 1))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.family)
+def test_the_end_of_every_family(tmp_path, config):
+    """The same evaluation again, of which but the first block is computed, gives the same."""
+    write_checkpoint(str(tmp_path / "model"), config, seed=3)
+    model = OneRank(load_model(spec_of(tmp_path / "model"), torch.device("cpu")))
+    given = inputs(config, text=9, size=(6, 4), batch=2)
+    prompt = Prompt(given.context, given.y, given.guidance)
+    began = []
+    model.model.begin_block = began.append
+    cache = cache_of(threshold=1e-3, start=1.0, end=0.0, scale=config.timestep_scale)
+
+    def evaluate(cache):
+        (velocity,) = super(OneRank, model).__call__(given.x, given.timestep, [prompt], lambda: None, cache=cache)
+        return velocity
+
+    plain = evaluate(None)
+    whole = [*began]
+    assert torch.equal(evaluate(cache), plain) and began == 2 * whole
+    again = evaluate(cache)
+    assert relative_difference(again, plain) < 1e-5 and cache.skipped == 1
+    first = began[2 * len(whole) :]
+    assert first == whole[: len(first)] and len(first) == 1 + config.image_blocks
