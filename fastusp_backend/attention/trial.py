@@ -47,7 +47,8 @@ def _on_cpu(attend: Callable, dtype: torch.dtype) -> str:
 
 
 def _on_gpu(attend: Callable, device: torch.device, dtype: torch.dtype) -> str:
-    with torch.cuda.device(device):
+    # The current stream once more: where a capture fails, torch leaves its own as the current one.
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
         given, fresh = (_tokens(seed, dtype).to(device) for seed in (0, 1))
         at_once = _error(attend(*given, _SCALE), given)
         return _verdict("", at_once) or _verdict("in a CUDA graph ", _error(_replayed(attend, given, fresh), fresh))
