@@ -7,10 +7,10 @@ from types import ModuleType
 
 import torch
 
-from fastusp_backend.attention import flash3, lossy, sage
+from fastusp_backend.attention import flash3, sage, trial
 
 LOG2_E = 1.44269504
-REMEMBERED = flash3._function, flash3.installed, sage._function, sage.gives_lse, lossy._failure
+REMEMBERED = flash3._function, flash3.installed, sage._function, sage.gives_lse, trial.problem
 
 
 def clear() -> None:
@@ -21,25 +21,36 @@ def clear() -> None:
 
 def install(monkeypatch, *names: str) -> None:
     """Has these of PACKAGES be there, and no others."""
-    for module, _, _ in PACKAGES.values():
+    for module, _ in PACKAGES.values():
         monkeypatch.setitem(sys.modules, module, None)
     for name in names:
-        module, function, attend = PACKAGES[name]
+        module, functions = PACKAGES[name]
         made = ModuleType(module)
         made.__spec__ = ModuleSpec(module, None)
-        setattr(made, function, attend)
+        vars(made).update(functions)
         monkeypatch.setitem(sys.modules, module, made)
     clear()
 
 
-def _attend(q, k, v, scale, *, rounded=lambda p: p, zeros: int = 0):
+def _attend(q, k, v, scale, *, rounded=lambda p: p, summed=torch.matmul, zeros: int = 0):
     """q, k, v (B, h, L, D) float32 -> out, natural LSE of scaled scores. rounded: the probabilities, of at most 1, that
-    values are summed with; zeros: keys of zeros that are counted, too."""
+    values are summed with; summed: how; zeros: keys of zeros that are counted, too."""
     scores = q @ k.transpose(-1, -2) * scale
     largest = scores.amax(-1, keepdim=True)
     weights = (scores - largest).exp()
     total = weights.sum(-1, keepdim=True) + zeros * (-largest).exp()
-    return rounded(weights) @ v / total, (total.log() + largest).squeeze(-1)
+    return summed(rounded(weights), v) / total, (total.log() + largest).squeeze(-1)
+
+
+def _on_tensor_cores(p: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """p @ v as Hopper's tensor cores sum products of e4m3: 32 at a time and the sum so far, each cut to 14 bits of the
+    largest of them (DeepSeek-V3, arXiv 2412.19437)."""
+    total = v.new_zeros(*p.shape[:-1], v.shape[-1])
+    for some, values in zip(p.split(32, -1), v.split(32, -2), strict=True):
+        terms = torch.cat([total[..., None, :], some[..., None] * values[..., None, :, :]], -2)
+        unit = 2.0 ** (terms.abs().amax(-2, keepdim=True).frexp().exponent - 14)
+        total = ((terms / unit).trunc() * unit).sum(-2)
+    return total
 
 
 def _e4m3(p: torch.Tensor) -> torch.Tensor:
@@ -66,7 +77,7 @@ def flash_attn_func(
     for descale in (q_descale, k_descale, v_descale):
         assert descale.shape == (batch, heads) and descale.dtype == torch.float32
     wide = [t.float().transpose(1, 2) * s[..., None, None] for t, s in ((q, q_descale), (k, k_descale), (v, v_descale))]
-    out, lse = _attend(*wide, softmax_scale, rounded=lambda p: _e4m3(p * 256) / 256)
+    out, lse = _attend(*wide, softmax_scale, rounded=lambda p: _e4m3(p * 256) / 256, summed=_on_tensor_cores)
     out = out.transpose(1, 2).bfloat16()
     return (out, lse) if return_attn_probs else out
 
@@ -105,10 +116,19 @@ def sage_2(q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None, return_
     return (out, lse / LOG2_E + correction * sm_scale) if return_lse else out
 
 
+def sage_2_triton(q, k, v, tensor_layout="HND", sm_scale=None, smooth_k=True, return_lse=False, **kwargs):
+    """Of version 2: its own smoothing is not played."""
+    assert q.dtype in (torch.float16, torch.bfloat16) and tensor_layout == "NHD" and not smooth_k and return_lse
+    wide = [t.transpose(1, 2).float() for t in (q, k, v.half())]
+    given = _blocks(wide[0], 128), _blocks(wide[1], 64), wide[2]
+    out, lse = _attend(*given, sm_scale, rounded=lambda p: p.half().float())
+    return out.transpose(1, 2).to(q.dtype), lse
+
+
 PACKAGES = {
-    "flash3-fp8": ("fa3_fwd_interface", "flash_attn_func", flash_attn_func),
-    "flash-attn 3": ("flash_attn_interface", "flash_attn_func", flash_attn_func),
-    "sage": ("sageattention", "sageattn", sage_2),
-    "sage 1": ("sageattention", "sageattn", sage_1),
+    "flash3-fp8": ("fa3_fwd_interface", {"flash_attn_func": flash_attn_func}),
+    "flash-attn 3": ("flash_attn_interface", {"flash_attn_func": flash_attn_func}),
+    "sage": ("sageattention", {"sageattn": sage_2, "sageattn_qk_int8_pv_fp16_triton": sage_2_triton}),
+    "sage 1": ("sageattention", {"sageattn": sage_1}),
 }
-"""Each one's module, its function's name, and that."""
+"""Each one's module, and its functions."""

@@ -2,9 +2,9 @@
 of queries, keys and values, and in 8 bits.
 
 In 8 bits it multiplies e4m3 with one scale for each (batch item, head) of q, k and v, the only ones it takes; 2^8 times
-the probabilities are e4m3 too, and sums float32. Its log-sum-exp is natural, of scaled scores. What 8 bits cost is in
-kernels/smooth.py: keys go in without their mean. A packed block of the ring has a scale for each (token, head), so it
-is unpacked before.
+the probabilities are e4m3 too, and sums what the tensor cores give. Its log-sum-exp is natural, of scaled scores. What
+8 bits cost is in kernels/smooth.py: keys and values go in without their means. A packed block of the ring has a scale
+for each (token, head), so it is unpacked before.
 """
 
 import functools
@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..kernels.smooth import quantise_heads
+from ..kernels.smooth import add_mean, quantise_heads
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +75,7 @@ def flash3_fp8(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) 
         v_descale=of_v,
         return_attn_probs=True,
     )
+    add_mean(out, heads.mean)
     return out, lse.add_(heads.shift, alpha=scale)
 
 

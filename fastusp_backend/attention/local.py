@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from ..config import AttentionChoice
-from . import flash3, lossy
+from . import flash3, lossy, trial
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]]
 
@@ -80,6 +80,13 @@ _MIN_FLASH_CAPABILITY = (8, 0)
 """torch's flash and cuDNN kernels refuse GPUs before Ampere."""
 
 
+def _flash3_works(device: torch.device) -> bool:
+    """Whether FlashAttention-3 is there for a GPU, and right."""
+    if torch.cuda.get_device_capability(device) != flash3.CAPABILITY or not flash3.installed():
+        return False
+    return not trial.problem(flash3.flash3, device, torch.bfloat16)
+
+
 def choose(
     choice: AttentionChoice, device: torch.device, dtype: torch.dtype, *, ring: bool = False
 ) -> tuple[str, Attend]:
@@ -99,7 +106,7 @@ def choose(
         if capability < _MIN_FLASH_CAPABILITY:
             have = [name for name in have if name not in ("cudnn", "flash")]
             where += f" of compute capability {capability[0]}.{capability[1]}"
-        if capability != flash3.CAPABILITY or not flash3.installed():
+        if "flash3" in have and not _flash3_works(device):
             have = [name for name in have if name != "flash3"]
     if choice == "flash3" and capability == flash3.CAPABILITY and dtype == torch.bfloat16:
         hint = "install the package fa3-fwd, for this torch, with the Python of ComfyUI, or "

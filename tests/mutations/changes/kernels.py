@@ -9,6 +9,20 @@ FP8_PRODUCT = "fastusp_backend/kernels/fp8_product.py"
 CHANGES = [
     (
         "fastusp_backend/kernels/smooth.py",
+        "values are quantised with their mean, which is added once more",
+        "mean(1, keepdim=True), v.float() - mean)",
+        "mean(1, keepdim=True), v.float())",
+        "unit/test_lossy_attention.py",
+    ),
+    (
+        "fastusp_backend/attention/trial.py",
+        "a result that is not a number is no error of a package",
+        'return "" if error < _BOUND else',
+        'return "" if not error >= _BOUND else',
+        "unit/test_attention_trial.py",
+    ),
+    (
+        "fastusp_backend/kernels/smooth.py",
         "keys are quantised with their mean",
         "k.float() - k.float().mean(1, keepdim=True), v.float()",
         "k.float(), v.float()",
