@@ -190,6 +190,7 @@ class Session:
             return request(workers, self._patch(workers, progress))["output"]
 
         def run(workers: Contact) -> torch.Tensor:
+            workers.settings = self.settings
             sent_anew = gave_way = False
             while True:
                 unpack = self.spec.unpack
