@@ -131,6 +131,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         """Whether nothing is sent, multiplied or attended in 8 bits, whatever the devices and links are."""
         return self == self.without_loss()
 
+    @property
+    def eight_bits(self) -> str:
+        """What `without_loss` undoes, in words; empty where it undoes nothing."""
+        exact, names = self.without_loss(), ("wire", "linear", "attention")
+        return ", ".join(f"{n} {getattr(self, n)}" for n in names if getattr(self, n) != getattr(exact, n))
+
     def cache_rule(self, sigmas: Sequence[float]) -> CacheRule | None:
         """The rule for a run over `sigmas`, n + 1 falling levels; None where nothing is skipped."""
         if self.cache == "off":

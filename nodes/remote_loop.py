@@ -44,12 +44,13 @@ def _step_from_here(obstacle: str, guider, sigmas: torch.Tensor, callback: Calla
     cache = session.settings.cache
     set_headline("stepping" if cache == "off" else f"stepping, without cache = {cache}", reason=obstacle)
     pool, last, count = session.pool, None, itertools.count()
+    cached = step_caches.HOLDER in guider.model_options.get("transformer_options", {})
 
     def stepped(*args) -> None:
         nonlocal last
         now = time.monotonic()
         # How much of the first was the loading of weights is not known.
-        pool.stepped(next(count), len(sigmas) - 1, now - last if last is not None else None)
+        pool.stepped(next(count), len(sigmas) - 1, now - last if last is not None else None, cached=cached)
         last = now
         push_pools(now=False)
         if callback is not None:

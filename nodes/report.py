@@ -33,9 +33,10 @@ def report(pool: Pool) -> str:
     told += [f"{label}: {status[name]}" for name, label in rows.items() if status.get(name)]
     for run in status["history"]:
         size = f"{run['width']} x {run['height']}, {run['images']} image(s)"
-        told.append(
-            f"Run: {run['model']}, {size}, {run['steps']} steps in {run['seconds']} s, {run['ms_per_step']} ms each"
-        )
+        parts = [f"Run: {run['model']}", size, f"{run['steps']} steps in {run['seconds']} s"]
+        parts += [f"{run['ms_per_step']} ms each"] if run["ms_per_step"] else []
+        parts += [f"{run['skipped']} of {run['evaluations']} evaluations skipped"] if run["evaluations"] else []
+        told.append(", ".join([*parts, run["eight_bits"]] if run["eight_bits"] else parts))
     told += ["", "Last error:", status["error"]] if "error" in status else []
     told += ["", "Log:", *lines[-LOG_LINES:]] if lines else []
     return without_folders("\n".join(told)) + "\n"

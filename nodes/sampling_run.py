@@ -17,6 +17,7 @@ def sampling_run(session: Session, executor, noise, *args, **kwargs):
         "width": noise.shape[-1] * factor,
         "height": noise.shape[-2] * factor,
         "images": noise.shape[0],
+        "eight_bits": session.settings.eight_bits,
         "cfg": getattr(guider, "cfg", 1.0),  # not every guider has one
     }
     try:

@@ -90,10 +90,11 @@ function bar(parts) {
   return made;
 }
 
-/** How much faster a run was than the same on one rank, in words; none where that was not measured here. */
+/** How much faster a run was than the same on one rank, with the same options of 8 bits, in words; none where that was not
+ *  measured here. A run of which steps may have been skipped has no time of a step, and is not compared. */
 function speed(run, pool, pools) {
   if (pool.ranks < 2 || !run.ms_per_step) return [];
-  const same = ["model", "width", "height", "images", "cfg"];
+  const same = ["model", "width", "height", "images", "cfg", "eight_bits"];
   for (const one of pools.filter(({ ranks, gpus }) => ranks === 1 && gpus.length > 0 === pool.gpus.length > 0)) {
     const found = one.history.find((other) => other.ms_per_step && same.every((name) => other[name] === run[name]));
     const times = found && (found.ms_per_step / run.ms_per_step).toFixed(2);
@@ -108,6 +109,7 @@ export function runLines(run, pool, pools) {
   const images = run.images > 1 ? `, ${say("{images} images", run)}` : "";
   const what = [`${clock} ${run.width} x ${run.height}${images}: ${say("{steps} steps in {seconds} s", run)}`];
   if (run.ms_per_step) what.push(say("{ms_per_step} ms a step", run));
+  if (run.evaluations) what.push(say("{skipped} of {evaluations} evaluations skipped", run));
   what.push(...speed(run, pool, pools));
   const phases = Object.entries(run.phases).filter(([, seconds]) => seconds >= 0.1);
   const elsewhere = phases.some(([phase]) => phase !== "sampling");

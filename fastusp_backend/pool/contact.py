@@ -33,7 +33,8 @@ class Contact(ABC):
 
     beginning: what happens until they are ready, for people.
     ready: what they said when they were ready, None before.
-    layout, settings, model: those of the last request.
+    layout, model: those of the last request.
+    settings: its user's, with those that ranks never read; whoever sends it sets them.
     sent, answered: the last request or order that went to them, and the last one that they answered, in order.
     held: what they last said of their weights.
     tensors, patches: what they were sent and have, for the caller whose turn it is.
@@ -134,7 +135,7 @@ class Contact(ABC):
         last one's did, as soon as those were read."""
         evaluates = isinstance(message, Evaluate)
         if isinstance(message, Evaluate | Sample):
-            self.layout, self.settings = message.layout, message.settings
+            self.layout = message.layout
         if isinstance(message, Evaluate | Sample | Patch):
             self.model = message.model
         if isinstance(message, Release | Unmap) or (evaluates and self._memory_in_doubt):

@@ -130,14 +130,15 @@ class Pool:
         `about` with what it took."""
         return self._account.run(about)
 
-    def stepped(self, index: int, total: int, seconds: float | None) -> None:
+    def stepped(self, index: int, total: int, seconds: float | None, *, cached: bool = False) -> None:
         """For who steps himself by evaluations: step `index` of `total` is done. seconds: None where they are not
-        known."""
-        self._account.stepped(index, total, seconds)
+        known. cached: whether steps may be skipped."""
+        self._account.stepped(index, total, seconds, cached=cached)
 
-    def following(self, progress: Progress) -> Progress:
-        """Returns a progress by which `status` also tells how far a request is."""
-        return self._account.following(progress)
+    def following(self, progress: Progress, *, cached: bool = False) -> Progress:
+        """Returns a progress by which `status` also tells how far a request is. cached: whether steps may be
+        skipped."""
+        return self._account.following(progress, cached=cached)
 
     def _tell(self) -> None:
         if not (self._closed or self.busy or self._account.sampling):

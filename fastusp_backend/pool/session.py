@@ -97,7 +97,8 @@ class Session:
         noise (k, B, C, h, w): the sampler's draws (`sampling.SAMPLERS[sampler].noise_draws` says how many).
         cache: which evaluations are skipped; None leaves it to the settings. `Progress.done` is told how many were.
         """
-        progress = self.pool.following(progress)
+        cache = cache or self.settings.cache_rule(sigmas.tolist())
+        progress = self.pool.following(progress, cached=cache is not None)
         tensors = {"x": x, "sigmas": sigmas}
         tensors |= {f"positive.{name}": t for name, t in positive.tensors().items()}
         if negative is not None:
@@ -120,7 +121,7 @@ class Session:
                     for name, prompt in (("positive", positive), ("negative", negative))
                     if prompt is not None and prompt.reference_method is not None
                 },
-                cache=cache or self.settings.cache_rule(sigmas.tolist()),
+                cache=cache,
             )
             return submit(workers, message, tensors, progress)
 
@@ -189,6 +190,7 @@ class Session:
             return request(workers, self._patch(workers, progress))["output"]
 
         def run(workers: Contact) -> torch.Tensor:
+            workers.settings = self.settings
             sent_anew = gave_way = False
             while True:
                 unpack = self.spec.unpack

@@ -250,6 +250,20 @@ def test_runs_on_one_rank_and_on_two_are_compared(host, page):
     page.wait_for(f"/96 x 64: 2 steps in [^]*, [0-9.]+ times as fast as on cpu:1/.test({PANEL})")
 
 
+def test_runs_in_8_bits_and_runs_that_skip_steps_are_compared_with_no_others(page):
+    exact = {"ended": 0, "width": 64, "height": 64, "images": 1, "cfg": 1, "model": "m", "steps": 8, "seconds": 1}
+    exact |= {"ms_per_step": 9, "evaluations": 0, "skipped": 0, "eight_bits": "", "phases": {}}
+    one, two = ({"devices": f"cpu:{n}", "ranks": n, "gpus": [], "history": [exact]} for n in (1, 2))
+    for change, compared in (({}, True), ({"eight_bits": "wire int8"}, False), ({"ms_per_step": None}, False)):
+        given = ", ".join(json.dumps(each) for each in (exact | change, two, [one, two]))
+        imported = "import('/extensions/ComfyUI-FastUSP/card.js')"
+        line = page.evaluate(f"{imported}.then(({{ runLines }}) => runLines({given})[0])")
+        assert ("times as fast" in line) == compared and "skipped" not in line
+    skipping = json.dumps(exact | {"ms_per_step": None, "evaluations": 8, "skipped": 3})
+    line = page.evaluate(f"{imported}.then(({{ runLines }}) => runLines({skipping}, {json.dumps(two)}, [])[0])")
+    assert line.endswith("3 of 8 evaluations skipped")
+
+
 def test_themes_narrow_bars_and_the_keyboard(host, page):
     host.run(_short("cpu:1"))
     panel(page)

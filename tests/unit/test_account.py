@@ -8,6 +8,7 @@ import pytest
 from fastusp_backend.errors import Cancelled, PatchesLost, PoolError, RequestError
 from fastusp_backend.pool import Progress
 from fastusp_backend.pool.account import RUNS, Account
+from fastusp_backend.protocol import Done
 
 pytestmark = pytest.mark.unit
 
@@ -90,6 +91,23 @@ def test_the_last_runs(monkeypatch):
     last = account.history[0]
     assert (last["steps"], last["ms_per_step"]) == (3, 200.0)
     assert [*last["phases"]] == ["loading the model", "sampling"] and sum(last["phases"].values()) <= last["seconds"]
+
+
+def test_a_step_of_a_run_that_may_skip_some_has_no_time():
+    """Neither those that are skipped nor those that are not say what the others take."""
+    account = Account()
+    with account.run({}):
+        progress = account.following(Progress(), cached=True)
+        for index, seconds in enumerate((9.0, 1.0, 1.0, 0.1, 0.1, 0.1, 0.1)):
+            progress.step(SimpleNamespace(index=index, total=10, seconds=seconds), {})
+        facts = account.activity.facts()
+        assert "ms_per_step" not in facts and facts["seconds_left"] == 1.2
+        progress.done(Done(id=1, evaluations=10, skipped=6))
+    last = account.history[0]
+    assert (last["ms_per_step"], last["evaluations"], last["skipped"]) == (None, 10, 6)
+    with account.run({}):
+        account.stepped(0, 1, 0.1)
+    assert (account.history[0]["evaluations"], account.history[0]["ms_per_step"]) == (0, 100.0)
 
 
 @pytest.mark.parametrize("error", [RequestError("refused"), Cancelled("so wanted")])

@@ -59,3 +59,9 @@ def test_wire_form(value):
 def test_values_that_do_not_exist_are_refused_on_arrival(kind, fields):
     with pytest.raises(ValueError):
         msgspec.msgpack.decode(msgspec.msgpack.encode(fields), type=kind)
+
+
+def test_what_is_in_8_bits_in_words():
+    lossy = Settings(wire="int8", linear="fp8", attention="sage", compile=False)
+    assert lossy.eight_bits == "wire int8, linear fp8, attention sage"
+    assert Settings(attention="math", cache="easy", compile=False).eight_bits == ""

@@ -9,6 +9,7 @@ import pytest
 
 pytestmark = pytest.mark.unit
 
+RUN = {"model": "m", "width": 64, "height": 64, "images": 1, "steps": 2, "seconds": 1.0}
 STATUS = {
     "devices": "cpu:2",
     "state": "off",
@@ -19,7 +20,8 @@ STATUS = {
     "options": "wire int8",
     "error": f"{Path.home()}/Tom's models/dev.safetensors was changed",
     "history": [
-        {"model": "m", "width": 64, "height": 64, "images": 1, "steps": 2, "seconds": 1.0, "ms_per_step": 9.0},
+        RUN | {"ms_per_step": 9.0, "evaluations": 0, "skipped": 0, "eight_bits": "wire int8"},
+        RUN | {"ms_per_step": None, "evaluations": 2, "skipped": 1, "eight_bits": ""},
     ],
 }
 
@@ -40,6 +42,8 @@ def test_a_report(report):
         "Rank 1: cpu",
         "Layout: ulysses 2 x ring 1",
         "Options: wire int8",
+        "2 steps in 1.0 s, 9.0 ms each, wire int8\n",
+        "2 steps in 1.0 s, 1 of 2 evaluations skipped\n",
     ):
         assert part in text
     assert "line 99" in text and "line 39\n" not in text and str(Path.home()) not in text

@@ -1,9 +1,17 @@
 """What a session makes of its arguments."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from support import SOME_FILE
 
+from fastusp_backend.config import Layout, ModelSpec, Settings
+from fastusp_backend.pool import Progress, Session
+from fastusp_backend.pool import session as sessions
+from fastusp_backend.pool.contact import Contact
 from fastusp_backend.pool.session import _distinct
+from fastusp_backend.prompt import Prompt
 
 pytestmark = pytest.mark.unit
 
@@ -19,3 +27,34 @@ def test_equal_control_travels_once():
     assert torch.equal(tensors["control.1"], residuals[1])
     for other in (torch.ones(2, 4, 8).double(), torch.ones(2, 8, 4), torch.tensor(1.0), torch.empty(0, 4, 8)):
         assert _distinct({"input": [residuals[0], other]}, torch.float32)[0] == {"input": [0, 1]}
+
+
+@pytest.fixture
+def sampled(monkeypatch):
+    """sampled(settings) -> the message that a run sends, and what its workers say of the last request."""
+
+    def sample(settings: Settings):
+        contact = type("Workers", (Contact,), dict.fromkeys(Contact.__abstractmethods__))(None, print)
+        contact.channel = SimpleNamespace(frame=lambda *_, **__: None)
+        contact._link = SimpleNamespace(send=lambda *_: None)
+        sent = []
+
+        def submit(workers, message, tensors, progress):
+            sent.append(message)
+            workers.send(message, tensors)
+            return {"output": tensors["x"]}
+
+        monkeypatch.setattr(sessions, "submit", submit)
+        pool = SimpleNamespace(crowded=False, following=lambda progress, **_: progress, run=lambda run, _: run(contact))
+        spec = ModelSpec(path="/m", file=SOME_FILE, storage=None, compute="float32")
+        session = Session(pool, spec, (Layout(ulysses=1, ring=1),), settings)
+        x = torch.zeros(1, 4, 2, 2)
+        session.sample(x, torch.tensor([1.0, 0.5, 0.0]), sampler="euler", positive=Prompt(x), progress=Progress())
+        return sent[0], contact.last_request()
+
+    return sample
+
+
+def test_options_that_ranks_never_read_are_told_of_though_they_are_not_sent(sampled):
+    _, told = sampled(Settings(wire="int8", residency="park", cache="easy", cache_threshold=0.2))
+    assert told["options"] == "wire int8, residency park, cache easy, cache_threshold 0.2"
