@@ -23,7 +23,7 @@ def enter(address: str, key: str, receives: type) -> tuple[Channel, Welcome, str
     host, _, port = address.rpartition(":")
     try:
         sock = socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:  # that of a name that no host can have
         raise DeviceError(
             f"Start `python -m fastusp_backend serve --listen {address}` there, or correct the address: no server "
             f"answers at {address}: {error}"

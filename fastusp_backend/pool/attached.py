@@ -62,7 +62,6 @@ class AttachedWorkers(Contact):
         self._ended = threading.Event()
         self._closing = threading.Lock()
         self._why = ""
-        self._heard = time.monotonic()
         self._said: Ready | None = None
         self._shown: list[dict | None] = []
         self._lines: deque[str] = deque(maxlen=LINES)  # that no log has taken
@@ -80,7 +79,7 @@ class AttachedWorkers(Contact):
         except (FastUSPError, OSError) as error:
             self._end(str(error))
             return
-        self.channel, self._heard = channel, time.monotonic()
+        self.channel = channel
         self._link = Link(channel, self._hear)
         while not self._ended.wait(POLL_SECONDS):
             if self.ready is None and self._said is not None:
@@ -90,12 +89,11 @@ class AttachedWorkers(Contact):
                 self._changed()
             if self._link.ended:
                 self._end("the connection was lost")
-            elif time.monotonic() - self._heard > LOST_SECONDS:
+            elif time.monotonic() - channel.heard > LOST_SECONDS:  # less than a message counts, on a slow line
                 self._end(f"nothing was heard of it for {LOST_SECONDS} s")
         self._link.close()
 
     def _hear(self, message: Message) -> bool | None:
-        self._heard = time.monotonic()
         if isinstance(message, Shown):
             self._shown = [shown and Memory(*shown)._asdict() for shown in message.memory]
             self._lines.extend(message.lines)

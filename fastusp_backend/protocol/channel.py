@@ -14,6 +14,7 @@ import os
 import socket
 import struct
 import threading
+import time
 import weakref
 from multiprocessing.connection import answer_challenge, deliver_challenge
 from typing import NamedTuple
@@ -49,6 +50,8 @@ class Frame(NamedTuple):
 class Channel:
     """One end of the control channel, which owns its socket. `receives` is the union of messages this end accepts.
 
+    heard: when the last bytes arrived, by `time.monotonic`.
+
     Sending is safe from several threads; receiving belongs to one.
     """
 
@@ -61,6 +64,7 @@ class Channel:
         self._arrived: weakref.ref[SharedMemory] | None = None  # what it was sent, as long as anybody uses it
         self._limit = limit
         self._send_lock = threading.Lock()
+        self.heard = time.monotonic()
         self._local = self._socket.family == socket.AF_UNIX
         self.shares_memory = self._local and hasattr(os, "memfd_create")
 
@@ -220,6 +224,7 @@ class Channel:
             part = self._socket.recv(min(length - len(data), 1 << 20))
             if not part:
                 raise EOFError
+            self.heard = time.monotonic()
             data += part
         return bytes(data)
 

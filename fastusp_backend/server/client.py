@@ -120,7 +120,11 @@ class Client:
             )
         elif not isinstance(message, Cancel):
             self._taken = message.id
-            if self._turns.add(self, Job(message, tensors)) and isinstance(message, Request | Patch):
+            model = getattr(message, "model", None)
+            if model is not None and not model.fingerprint:  # the workers would open whatever path it says
+                text = "Install the same FastUSP here and on the server: a file was asked for by its path, not its name"
+                self.post(Failed(id=message.id, kind="refused", rank=0, text=text))
+            elif self._turns.add(self, Job(message, tensors)) and isinstance(message, Request | Patch):
                 self.post(Phase(id=message.id, text="waiting for another client"))
         elif message.id > self._taken or message.id <= self._answered:  # a frame was refused, here or there
             self.post(Failed(id=message.id, kind="cancelled", rank=0, text="it is not under way"))

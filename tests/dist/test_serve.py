@@ -17,7 +17,7 @@ from test_patches import QKV, lora, patched, stack
 from fastusp_backend.config import Layout
 from fastusp_backend.errors import Cancelled, CheckpointError, KeyFileError, PoolError, RequestError
 from fastusp_backend.keyfile import Key
-from fastusp_backend.pool import Progress, ask
+from fastusp_backend.pool import Progress, ask, attached
 from fastusp_backend.server.server import STRANGERS
 
 pytestmark = pytest.mark.dist
@@ -177,6 +177,17 @@ def test_another_file_of_the_name_is_named(attach, folder, dev, tmp_path, change
     with pytest.raises(RequestError, match=re.escape(f"{theirs} is another file ({told})")):
         evaluate(attach(), ours)
     theirs.unlink()
+
+
+def test_a_path_is_not_taken_from_a_client(attach, dev, monkeypatch):
+    """Also from one that has the key: the server's files outside the folders of --models are nobody's business."""
+    monkeypatch.setattr(attached, "named", lambda spec: spec)
+    remote = attach()
+    for run in (evaluate, sample):
+        with pytest.raises(RequestError, match="^Install the same FastUSP here and on the server: .* by its path"):
+            run(remote, dev)
+    monkeypatch.undo()
+    assert evaluate(remote, dev).isfinite().all()
 
 
 def test_a_file_that_changed_here_is_not_asked_for(attach, dev, tmp_path):

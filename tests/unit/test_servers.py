@@ -10,8 +10,10 @@ import pytest
 from fastusp_backend import keyfile
 from fastusp_backend.__main__ import main
 from fastusp_backend.cli.serve import address, place
+from fastusp_backend.door import enter
 from fastusp_backend.errors import DeviceError, KeyFileError, RequestError
 from fastusp_backend.keyfile import Key, usual_path
+from fastusp_backend.protocol.messages import ToAttached
 from fastusp_backend.server.interfaces import interface_of
 from fastusp_backend.servers import Server, named_server
 
@@ -130,3 +132,10 @@ def test_no_key_file_and_no_openssl(tmp_path, monkeypatch):
     with pytest.raises(KeyFileError, match="^Install another openssl.* it failed: broken"):
         Key.read_or_make(tmp_path / "key")
     assert not (tmp_path / "key").exists() and keyfile.usual_path().name == "key"
+
+
+@pytest.mark.parametrize("host", ["a..b", "a" * 64])
+def test_a_name_that_no_host_can_have(tmp_path, host):
+    Key.read_or_make(tmp_path / "key")
+    with pytest.raises(DeviceError, match="or correct the address"):
+        enter(f"{host}:81", str(tmp_path / "key"), ToAttached)

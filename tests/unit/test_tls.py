@@ -4,10 +4,12 @@ import os
 import socket
 import ssl
 import threading
+import time
 from multiprocessing import AuthenticationError
 
 import pytest
 import torch
+from support import wait_until
 
 from fastusp_backend.keyfile import Key
 from fastusp_backend.protocol import Cancel, Channel, Phase, Step, TlsStream
@@ -67,6 +69,19 @@ def test_messages_and_tensors_of_any_size(streams):
     ).start()
     _, tensors = client.receive()
     assert torch.equal(tensors["x"], x) and torch.equal(tensors["same"], x) and not client.shares_memory
+
+
+def test_a_part_of_a_message_is_a_sign_of_life(streams):
+    """A large one may take longer, on a slow line, than the other end may be silent."""
+    client, server = Channel(streams[0], ToAttached), Channel(streams[1], ToServer)
+    began, reader = client.heard, threading.Thread(target=lambda: pytest.raises(EOFError, client.receive))
+    reader.start()
+    time.sleep(0.05)
+    streams[1].sendall((1000).to_bytes(4, "big") + b"some of it")
+    wait_until(lambda: client.heard > began, 5)
+    server.shut()
+    reader.join(10)
+    assert not reader.is_alive()
 
 
 def test_the_end_is_the_end(streams):
