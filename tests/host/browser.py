@@ -85,6 +85,23 @@ class Page:
             time.sleep(0.1)
         return value
 
+    def resize(self, width: int, height: int) -> None:
+        """What there is of the page, in its own pixels."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self._call("Emulation.setDeviceMetricsOverride", **size)
+
+    def click(self, what: str) -> None:
+        """With the mouse, in the middle of an element that is there and that nothing covers, once that is so."""
+        x, y = self.wait_for(f"""(() => {{
+            const found = {what};
+            const {{ left, right, top, bottom }} = found?.getBoundingClientRect() ?? {{}};
+            const at = [(left + right) / 2, (top + bottom) / 2];
+            return found && right > left && found.contains(document.elementFromPoint(...at)) ? at : null;
+        }})()""")
+        for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
+            button = {} if kind == "mouseMoved" else {"button": "left", "clickCount": 1}
+            self._call("Input.dispatchMouseEvent", type=kind, x=x, y=y, **button)
+
     def type(self, text: str) -> None:
         """Into what has the focus."""
         self._call("Input.insertText", text=text)

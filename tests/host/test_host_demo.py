@@ -67,7 +67,7 @@ def test_a_word_that_the_model_does_not_know(host):
 
 
 def click(page: Page, what: str) -> None:
-    """What a user sees and clicks, once it is there."""
+    """What is in ComfyUI's own windows, once it is there."""
     page.wait_for(f"!!({what})")
     page.evaluate(f"({what}).click()")
 
@@ -80,15 +80,17 @@ def labelled(text: str, within: str) -> str:
 @pytest.mark.skipif(PROGRAM is None, reason="no Chromium")
 def test_from_an_empty_page_to_a_picture_of_two_ranks(host, page, renderer):
     """By what is on the screen alone: ComfyUI's templates, ours among them, two ranks, Run. Nothing is typed, and the
-    page is not loaded again."""
+    page is not loaded again. A small window, in which the whole of it is legible."""
+    page.resize(1400, 757)
     page.evaluate("app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
     page.wait_for("app.graph.nodes.length == 0")
     page.evaluate("window.same = true")
     click(page, "document.querySelector('button[aria-label=Templates]')")
     click(page, labelled("FastUSP", "[role=dialog]"))
     click(page, labelled(PAGE.stem, "[role=dialog]"))
-    click(page, "[...document.querySelectorAll('.fastusp-choose button')].find(chip => chip.innerText == 'cpu:2')")
-    click(page, "[...document.querySelectorAll('button')].find(button => button.innerText.trim() == 'Run')")
+    page.wait_for("app.graph.nodes.length == 7 && app.canvas.ds.scale >= 0.75")
+    page.click("[...document.querySelectorAll('.fastusp-choose button')].find(chip => chip.innerText == 'cpu:2')")
+    page.click("[...document.querySelectorAll('button')].find(button => button.innerText.trim() == 'Run')")
     with Image.open(io.BytesIO(base64.b64decode(page.wait_for(SHOWN, 90)))) as picture:
         pixels = torch.from_numpy(np.array(picture.convert("RGB"))).movedim(-1, 0) / 255
     (prompt,) = [x for x in json.loads(PAGE.read_text(encoding="utf-8"))["nodes"] if x["type"] == "FastUSPDemoPrompt"]
