@@ -239,6 +239,18 @@ def test_an_older_package_is_none(install, monkeypatch, caplog):
     assert flash3.present() and not flash3.installed() and "without return_attn_probs" in caplog.text
 
 
+@pytest.mark.parametrize("function", [lambda q, k, v: None, None], ids=["older", "none"])
+def test_an_older_package_hides_no_newer_one(install, monkeypatch, function):
+    install("flash3-fp8", "flash-attn 3")
+    assert flash3._function() is sys.modules["fa3_fwd_interface"].flash_attn_func
+    clear()
+    if function is None:
+        monkeypatch.delattr(sys.modules["fa3_fwd_interface"], "flash_attn_func")
+    else:
+        monkeypatch.setattr(sys.modules["fa3_fwd_interface"], "flash_attn_func", function)
+    assert flash3.installed() and flash3._function() is attention_packages.flash_attn_func
+
+
 @pytest.mark.parametrize("lengths", [(70, 192), (130, 1000)], ids=str)
 def test_the_kernel_in_triton(install, lengths):
     install("sage")
