@@ -144,7 +144,7 @@ class Evaluation:
             image = (torch.arange(shards.image, device=device) >= self._tokens).long()
             rows = image.new_zeros(shards.local_text), shards.take_image(image, mesh.sequence_position, dim=0)
             self._segments = segments.by_row(torch.cat(rows))
-        self._own_tokens = shards.unpadded_image(torch.empty(shards.image), mesh.sequence_position, dim=0).numel()
+        self._own_tokens = shards.unpadded_image(torch.empty(self._tokens), mesh.sequence_position, dim=0).numel()
         self._captures = settings.cuda_graphs and device.type == "cuda"
         self._runs = 0
         self._pace = Pace(device)

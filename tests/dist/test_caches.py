@@ -35,6 +35,8 @@ SPAN = {"cache_start": 0.1, "cache_end": 0.9}
 EASY = SPAN | {"cache": "easy", "cache_threshold": 1.0}
 FIRST = SPAN | {"cache": "first_block", "cache_threshold": 0.69}
 KINDS = pytest.mark.parametrize("settings", [EASY, FIRST], ids=["easy", "first_block"])
+THRESHOLDS = {"flux": 0.69, "qwen": 1.2}
+"""Where some of the steps are skipped, with references."""
 FAMILIES = {
     "flux": SMALL,
     "flux2": SMALL_FLUX2,
@@ -60,12 +62,14 @@ def session_of(shared_pool, dev, tmp_path_factory):
     return make
 
 
-def prompt(config, text: int, batch: int) -> Prompt:
+def prompt(config, text: int, batch: int, references=()) -> Prompt:
     given = inputs(config, text=text, size=SIZE, batch=batch, seed=text)
-    return Prompt(given.context, given.y, given.guidance)
+    return Prompt(given.context, given.y, given.guidance, references=references)
 
 
-def sample(session: Session, config=SMALL, *, batch=1, cfg=1.0, text=7, sampler="euler", mask=None, **progress):
+def sample(
+    session: Session, config=SMALL, *, batch=1, cfg=1.0, text=7, sampler="euler", mask=None, references=(), **progress
+):
     """(latents, evaluations, skipped)."""
     told = []
     draws = SAMPLERS[sampler].noise_draws(SIGMAS, {})
@@ -73,7 +77,7 @@ def sample(session: Session, config=SMALL, *, batch=1, cfg=1.0, text=7, sampler=
         randn(batch, config.channels, *SIZE, seed=9),
         SIGMAS,
         sampler=sampler,
-        positive=prompt(config, 24, batch),
+        positive=prompt(config, 24, batch, references),
         negative=prompt(config, text, batch) if cfg != 1.0 else None,
         cfg=cfg,
         noise=randn(draws, batch, config.channels, *SIZE, seed=3) if draws else None,
@@ -130,6 +134,18 @@ def test_the_first_block_of_every_family(session_of, family):
     exact, *_ = sample(session_of(2, 1, family=family), config)
     idle, *_ = sample(session_of(2, 1, family=family, **FIRST | {"cache_threshold": 0.0}), config)
     assert torch.equal(idle, exact) and 10 * TOLERANCE < relative_difference(one, exact) < 0.5
+
+
+@pytest.mark.parametrize("family", ["flux", "qwen"])
+def test_a_rank_that_has_references_alone_skips_as_all_do(session_of, family):
+    """20 tokens of the image before 40 of a reference: two of three ranks have none of the image."""
+    config, settings = FAMILIES[family], FIRST | {"cache_threshold": THRESHOLDS[family]}
+    references = (randn(1, config.channels, 20, 8, seed=40),)
+    one, evaluations, skipped = sample(session_of(1, 1, family=family, **settings), config, references=references)
+    assert evaluations == STEPS and 0 < skipped < 9
+    for layout in ((2, 1), (1, 3)):
+        two, *counts = sample(session_of(*layout, family=family, **settings), config, references=references)
+        assert relative_difference(two, one) < TOLERANCE and counts == [evaluations, skipped]
 
 
 @pytest.mark.parametrize("weights", ["shared", "host"])

@@ -78,13 +78,15 @@ def test_only_between_start_and_end_and_with_something_kept():
     assert not late.kept, "nothing comes after it"
 
 
-def test_padding_does_not_count():
+def test_padding_and_references_do_not_count():
     cache = kept(cache_of())
     changed = FIRST.clone()
     changed[:, 4:] *= 50
     of = cache.of(PROMPT, HALF, prompts=1)
     head = stage(changed, OTHERS, X)[0]
     assert of.skip_to(head, 4) is not None and of.skip_to(head, 5) is None
+    alone = kept(cache_of(gather=lambda own: [own, [0.0, 1.0]])).of(PROMPT, HALF, prompts=1)
+    assert alone.skip_to(head, 0) is not None, "a rank that has none of the image follows the others"
 
 
 @pytest.mark.parametrize("others, alone, together", [(0.0, True, True), (1.0, True, False)])
@@ -98,6 +100,30 @@ def test_ranks_of_one_prompt_decide_together_and_groups_of_two_apart(others, alo
             groups = layout[2] if prompts > 1 else 1
             assert skips == (alone if groups > 1 else together)
             assert cache.evaluations == groups and cache.skipped == (skips + (others == 0) * (groups - 1))
+
+
+@pytest.mark.parametrize("config", [SMALL, SMALL_FLUX2, SMALL_QWEN], ids=lambda config: config.family)
+def test_the_change_is_that_of_the_image_without_its_references(tmp_path, config):
+    write_checkpoint(str(tmp_path / "model"), config, seed=3)
+    model = OneRank(load_model(spec_of(tmp_path / "model"), torch.device("cpu")))
+    given = inputs(config, text=9, size=(6, 4))
+    references = tuple(randn(1, config.channels, *size, seed=5) for size in ((10, 8), (4, 2)))
+    prompt = Prompt(given.context, given.y, given.guidance, references=references)
+    added, sums, stages = [], [], model.model.stages
+
+    def watched(*arguments):
+        for stage in stages(*arguments):
+            if stage.before is not None:
+                added.append((stage.after - stage.before)[:, : (6 // config.patch) * (4 // config.patch)])
+            yield stage
+
+    model.model.stages = watched
+    cache = cache_of(0.0, 1.0, 0.0, scale=config.timestep_scale, gather=lambda own: (sums.append(own), [own])[1])
+    for x in (given.x, given.x + randn(*given.x.shape, seed=6)):
+        super(OneRank, model).__call__(x, given.timestep, [prompt], lambda: None, cache=cache)
+    ((change, size),) = sums
+    assert change == pytest.approx(float((added[1] - added[0]).abs().sum()), rel=1e-5)
+    assert size == pytest.approx(float(added[0].abs().sum()), rel=1e-5)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.family)
