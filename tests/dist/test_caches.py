@@ -1,6 +1,7 @@
 """Evaluations that are skipped: all ranks skip alike, and the client is told how many."""
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from support import (
     relative_difference,
     spec_of,
 )
+from test_patches import QKV, lora, stack
 
 from fastusp_backend import shapes
 from fastusp_backend.config import Layout, Settings
@@ -154,6 +156,21 @@ def test_blocks_that_travel_are_not_left_out(session_of, weights):
         sample(session_of(2, 1, weights=weights, **FIRST))
     latents, _, skipped = sample(session_of(2, 1, weights=weights, **EASY))
     assert skipped and torch.equal(latents, sample(session_of(2, 1, **EASY))[0])
+
+
+@KINDS
+def test_nothing_of_other_weights_is_kept(session_of, settings):
+    """A LoRA between two runs: as where the model is read anew, for patched weights lie in memory of their own."""
+    plain = session_of(2, 1, **settings)
+    patched = replace(plain, patches=stack({QKV: [lora(QKV, 1)]}))
+    without = sample(plain, cfg=3.0)
+    got, *counts = sample(patched, cfg=3.0)
+    plain.pool.release()
+    fresh, *again = sample(patched, cfg=3.0)
+    assert torch.equal(got, fresh) and counts == again and counts[1]
+    assert relative_difference(got, without[0]) > 1e-3
+    back, *same = sample(plain, cfg=3.0)
+    assert relative_difference(back, without[0]) < TOLERANCE and same == [*without[1:]]
 
 
 @KINDS
