@@ -68,7 +68,9 @@ def test_a_ring_between_machines_with_each_wire(four, one, dev, wire, most):
     pool, layout = four.attach(), Layout(ulysses=2, ring=2)
     got = [evaluate(pool, dev, layout, wire=wire, ring_pipeline=pipelined) for pipelined in (True, False)]
     assert torch.equal(*got)
-    assert (wire == "exact" or relative_difference(got[0], one[0]) > 1e-4) and pool.held.transport == f"gloo, {wire} wire"
+    assert (
+        wire == "exact" or relative_difference(got[0], one[0]) > 1e-4
+    ) and pool.held.transport == f"gloo, {wire} wire"
     assert relative_difference(got[0], one[0]) < most
 
 
@@ -174,6 +176,7 @@ def test_a_slow_link_gives_the_same_image(three, dev, how):
 def test_a_machine_of_three_dies(three, dev):
     """The last test of these servers: it is named among the others, and none of their processes stays."""
     pool = three.attach()
+    evaluate(pool, dev, RING)
     ranks = pids(pool)
     told = failure(pool, dev, lambda: three.servers[2].end(signal.SIGKILL), layout=RING)
     assert f"machine 2 ({machines.address(2)})" in told, told
