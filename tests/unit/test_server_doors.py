@@ -8,13 +8,15 @@ import time
 
 import pytest
 
-from fastusp_backend.devices import Devices
+from fastusp_backend.devices import Devices, supports_bfloat16
 from fastusp_backend.door import enter
+from fastusp_backend.errors import ProtocolError
 from fastusp_backend.keyfile import Key
-from fastusp_backend.protocol import Attach, Channel, Ended, Welcome
-from fastusp_backend.protocol.machines import ToMachine
+from fastusp_backend.protocol import Attach, Channel, Ended, Failed, Welcome
+from fastusp_backend.protocol.machines import Join, ToFirst, ToMachine
 from fastusp_backend.protocol.messages import ToAttached
-from fastusp_backend.server import follower, server, strangers
+from fastusp_backend.server import follower, machines, server, strangers
+from fastusp_backend.server.machines import Machines
 from fastusp_backend.server.strangers import STRANGERS, Strangers
 
 pytestmark = pytest.mark.unit
@@ -152,3 +154,39 @@ def test_a_first_machine_that_is_lost_at_once(monkeypatch, caplog):
     machine = follower.Follower(Devices(ranks=1), 1, "10.0.0.1:8189", "key")
     machine.serve()
     assert len(tries) == 3 and "the first machine is lost" in caplog.text
+
+
+@pytest.fixture
+def first(key):
+    """The first of two machines with one CPU rank each."""
+    nothing = lambda: None  # noqa: E731
+    return Machines(Devices(ranks=1), 2, "127.0.0.1", 8189, str(key.path), complete=nothing, ended=nothing)
+
+
+def test_a_machine_that_does_not_fit_is_refused(first, monkeypatch):
+    """Of another size, with a number that none has, in the place of another."""
+    monkeypatch.setattr(machines, "LOST_SECONDS", -1)
+    near, far = socket.socketpair()
+    join = {"machine": 1, "ranks": 1, "device": "cpu", "bfloat16": supports_bfloat16(Devices(ranks=1))}
+    first._add(1, "10.0.0.2", Channel(near, ToFirst))
+    for given, told in (
+        ({"ranks": 2}, "^Give --gpus 1 cpu devices of the kind that the first machine has, not 2 cpu ones"),
+        ({"machine": 2}, "^Give --node-rank 1 to 1, not 2: --nnodes is 2"),
+        ({}, r"^Give another --node-rank than 1: machine 1 \(10.0.0.2\) has joined"),
+    ):
+        with pytest.raises(ProtocolError, match=told):
+            first.serve(Join(**(join | given)), "10.0.0.3", None)
+    first._machines[1].link.close()
+    far.close()
+
+
+def test_a_machine_that_is_refused_ends_with_why(monkeypatch):
+    near, far = socket.socketpair()
+    welcome = Welcome(version=1, ranks=2, device="cpu", per_machine=1, bfloat16=True)
+    monkeypatch.setattr(follower, "enter", lambda *_: (Channel(near, ToMachine), welcome, "127.0.0.1"))
+    theirs = Channel(far, ToFirst)
+    theirs.send(Failed(id=None, kind="protocol", rank=0, text="Give another --node-rank"))
+    with pytest.raises(ProtocolError, match="^Give another --node-rank"):
+        follower.Follower(Devices(ranks=1), 1, "10.0.0.1:8189", "key").serve()
+    assert isinstance(theirs.receive()[0], Join)
+    theirs.close()
