@@ -24,7 +24,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from ..errors import ProtocolError
+from ..errors import ProtocolError, RequestError
 from .messages import Message
 from .shared import ADVICE, Places, SharedMemory, SharedTensors, inline_tensors, room_for
 from .tls import TlsStream
@@ -100,11 +100,18 @@ class Channel:
 
         lasting: large tensors are written where the last ones sent so lay, which the receiver must have read; it holds
         the memory's `SharedTensors` from one to the next. See `forget`.
+
+        Raises RequestError for more than travels.
         """
         tensors = {name: t.detach() for name, t in (tensors or {}).items()}
-        body = msgspec.msgpack.encode(message)
-        if sum(t.nbytes for t in tensors.values()) > INLINE_LIMIT and self.shares_memory:
+        body, nbytes = msgspec.msgpack.encode(message), sum(t.nbytes for t in tensors.values())
+        if nbytes > INLINE_LIMIT and self.shares_memory:
             return self._shared_frame(body, tensors, lasting)
+        if nbytes + len(body) > MAX_FRAME - INLINE_LIMIT:  # names and shapes take some
+            raise RequestError(
+                f"Use smaller images, or a smaller batch: {nbytes / 1e9:.2f} GB of tensors at a time do not travel "
+                f"between machines, {MAX_FRAME / 1e9:.2f} GB would"
+            )
         blob = safetensors.torch.save(_standing_alone(tensors)) if tensors else b""
         return Frame(_HEADER.pack(_MAGIC, _INLINE if tensors else _NONE, len(body)) + body + blob)
 
