@@ -38,6 +38,8 @@ _NONE, _INLINE, _SHARED, _LASTING = range(4)
 INLINE_LIMIT = 256 * 1024
 MAX_FRAME = 1 << 30
 """Upper bound of a frame, in bytes: tensors travel inline where there is no shared memory (TCP, no memfd)."""
+_NAMES = 256 * 1024
+"""What the names and shapes of a frame's tensors take at most, in bytes."""
 
 
 class Frame(NamedTuple):
@@ -107,7 +109,7 @@ class Channel:
         body, nbytes = msgspec.msgpack.encode(message), sum(t.nbytes for t in tensors.values())
         if nbytes > INLINE_LIMIT and self.shares_memory:
             return self._shared_frame(body, tensors, lasting)
-        if nbytes + len(body) > MAX_FRAME - INLINE_LIMIT:  # names and shapes take some
+        if nbytes + len(body) > MAX_FRAME - _NAMES:
             raise RequestError(
                 f"Use smaller images, or a smaller batch: {nbytes / 1e9:.2f} GB of tensors at a time do not travel "
                 f"between machines, {MAX_FRAME / 1e9:.2f} GB would"
