@@ -5,6 +5,7 @@ They are state of a request, never of a pool: changing one restarts no process.
 
 import functools
 import os
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -115,10 +116,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self):
         if not 0 <= self.cache_threshold < float("inf"):
             raise SettingsError(f"set cache_threshold to 0 or more: it is {self.cache_threshold}")
-        if not 0 <= self.cache_start <= self.cache_end <= 1:
+        shares = self.cache_start, self.cache_end
+        if not all(0 <= share <= 1 for share in shares):
             raise SettingsError(
-                f"set cache_start and cache_end to shares of the schedule, 0 <= start <= end <= 1: they are "
-                f"{self.cache_start} and {self.cache_end}"
+                f"set cache_start and cache_end to shares of the schedule, from 0 to 1: they are {shares[0]} and "
+                f"{shares[1]}"
+            )
+        if self.cache != "off" and shares[0] > shares[1]:
+            raise SettingsError(
+                f"set cache_end to cache_start ({shares[0]}) or more, or cache = off: it is {shares[1]}"
             )
 
     def without_loss(self) -> "Settings":
@@ -146,11 +152,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _level(sigmas: Sequence[float], share: float) -> float:
-    """The sigma that is reached after this share of the steps, between steps in proportion."""
+    """The sigma that is reached after this share of the steps, between steps in proportion; in float32, as those are
+    that it is compared with: 0.7 of 10 steps is 7.000000000000001."""
     place = share * (len(sigmas) - 1)
     step = min(int(place), len(sigmas) - 1)
     following = sigmas[min(step + 1, len(sigmas) - 1)]
-    return sigmas[step] + (following - sigmas[step]) * (place - step)
+    (level,) = struct.unpack("f", struct.pack("f", sigmas[step] + (following - sigmas[step]) * (place - step)))
+    return level
 
 
 @functools.lru_cache(maxsize=64)

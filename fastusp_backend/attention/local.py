@@ -80,25 +80,31 @@ _MIN_FLASH_CAPABILITY = (8, 0)
 """torch's flash and cuDNN kernels refuse GPUs before Ampere."""
 
 
-def _flash3_works(device: torch.device) -> bool:
-    """Whether FlashAttention-3 is there for a GPU, and right."""
+def _flash3_works(device: torch.device, heads: tuple[int, int]) -> bool:
+    """Whether FlashAttention-3 is there for a GPU and such heads, and right."""
     if torch.cuda.get_device_capability(device) != flash3.CAPABILITY or not flash3.installed():
         return False
-    return not trial.problem(flash3.flash3, device, torch.bfloat16)
+    return not trial.problem(flash3.flash3, device, torch.bfloat16, heads, lse=True)
 
 
 def choose(
-    choice: AttentionChoice, device: torch.device, dtype: torch.dtype, *, ring: bool = False
+    choice: AttentionChoice,
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: tuple[int, int],
+    *,
+    ring: bool = False,
 ) -> tuple[str, Attend]:
     """Returns the back end for a choice, and its name; `auto` takes the fastest that the device, the type and the shape
     allow, and attends in no fewer bits.
 
+    heads: (h, D), those of this rank, with which a package's kernels are tried.
     ring: whether results over parts of the keys are merged, for which some have no LSE.
 
     Raises ValueError when the device, type or ring does not have the chosen one.
     """
     if choice in lossy.BACKENDS:
-        return choice, lossy.back_end(choice, device, dtype, ring=ring)
+        return choice, lossy.back_end(choice, device, dtype, heads, ring=ring)
     have = [name for (kind, name), (_, types) in _BACKENDS.items() if kind == device.type and dtype in types]
     where, hint, capability = f"{device.type} ranks", "", None
     if device.type == "cuda":
@@ -106,7 +112,7 @@ def choose(
         if capability < _MIN_FLASH_CAPABILITY:
             have = [name for name in have if name not in ("cudnn", "flash")]
             where += f" of compute capability {capability[0]}.{capability[1]}"
-        if "flash3" in have and not _flash3_works(device):
+        if "flash3" in have and not _flash3_works(device, heads):
             have = [name for name in have if name != "flash3"]
     if choice == "flash3" and capability == flash3.CAPABILITY and dtype == torch.bfloat16:
         hint = "install the package fa3-fwd, for this torch, with the Python of ComfyUI, or "

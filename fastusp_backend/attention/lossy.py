@@ -21,13 +21,15 @@ def installed() -> list[AttentionChoice]:
     return [name for name, there in (("sage", sage.installed()), ("flash3-fp8", flash3.present())) if there]
 
 
-def back_end(choice: AttentionChoice, device: torch.device, dtype: torch.dtype, *, ring: bool) -> Callable:
-    """Returns one of BACKENDS, ring: for parts that are merged. Raises ValueError, which says first what to do, where
-    none works on the device, in the type or in parts."""
-    return {"sage": _sage, "flash3-fp8": _flash3_fp8}[choice](device, dtype, ring)
+def back_end(
+    choice: AttentionChoice, device: torch.device, dtype: torch.dtype, heads: tuple[int, int], *, ring: bool
+) -> Callable:
+    """Returns one of BACKENDS, for heads (h, D); ring: for parts that are merged. Raises ValueError, which says first
+    what to do, where none works on the device, in the type, with such heads or in parts."""
+    return {"sage": _sage, "flash3-fp8": _flash3_fp8}[choice](device, dtype, heads, ring)
 
 
-def _sage(device: torch.device, dtype: torch.dtype, ring: bool) -> Callable:
+def _sage(device: torch.device, dtype: torch.dtype, heads: tuple[int, int], ring: bool) -> Callable:
     if not _fits(device, dtype, (torch.bfloat16, torch.float16), lambda capability: capability >= (8, 0)):
         raise ValueError(
             _elsewhere("sage", "GPUs from compute capability 8.0 (Ampere) on, in bf16 and fp16", device, dtype)
@@ -37,17 +39,22 @@ def _sage(device: torch.device, dtype: torch.dtype, ring: bool) -> Callable:
             f"install the package sageattention with the Python of ComfyUI, {_OTHERWISE}: attention = 'sage' finds no "
             f"such package"
         )
-    remedy = "install a sageattention for this GPU and this torch"
-    whole = _working("sage", device, dtype, False, remedy)
-    if ring and not sage.gives_lse():
+    if ring and _is_first_version():
         raise ValueError(
             f"install version 2 of SageAttention, set ring = 1 in USP Loader, {_OTHERWISE}: version 1 gives no "
             f"log-sum-exp, by which a ring joins its parts"
         )
-    return _working("sage", device, dtype, True, remedy) if ring else whole
+    return _working("sage", device, dtype, heads, ring, "install a sageattention for this GPU and this torch")
 
 
-def _flash3_fp8(device: torch.device, dtype: torch.dtype, ring: bool) -> Callable:
+def _is_first_version() -> bool:
+    try:
+        return not sage.gives_lse()
+    except trial.FAILURES:
+        return False  # it does not load, which the trial tells
+
+
+def _flash3_fp8(device: torch.device, dtype: torch.dtype, heads: tuple[int, int], ring: bool) -> Callable:
     if not _fits(device, dtype, (torch.bfloat16,), lambda capability: capability == flash3.CAPABILITY):
         raise ValueError(_elsewhere("flash3-fp8", "H100 and H200, in bf16", device, dtype))
     if not flash3.installed():
@@ -55,7 +62,7 @@ def _flash3_fp8(device: torch.device, dtype: torch.dtype, ring: bool) -> Callabl
             f"install the package fa3-fwd, for this torch, with the Python of ComfyUI, {_OTHERWISE}: attention = "
             f"'flash3-fp8' finds none that loads"
         )
-    return _working("flash3-fp8", device, dtype, ring, "install a fa3-fwd that has fp8")
+    return _working("flash3-fp8", device, dtype, heads, ring, "install a fa3-fwd that has fp8")
 
 
 def _fits(device: torch.device, dtype: torch.dtype, types: tuple[torch.dtype, ...], capable: Callable) -> bool:
@@ -69,13 +76,21 @@ def _elsewhere(name: str, where: str, device: torch.device, dtype: torch.dtype) 
     return f"set attention = auto in USP Optimization Settings: attention = {name!r} is for {where}; this is {here}"
 
 
-def _working(name: AttentionChoice, device: torch.device, dtype: torch.dtype, ring: bool, remedy: str) -> Callable:
+def _working(
+    name: AttentionChoice,
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: tuple[int, int],
+    ring: bool,
+    remedy: str,
+) -> Callable:
     failures = []
     for pair in BACKENDS[name]:
-        failure = trial.problem(pair[ring], device, dtype)
+        failure = trial.problem(pair[ring], device, dtype, heads, lse=ring)
         if not failure:
             return pair[ring]
         failures.append(failure)
     raise ValueError(
-        f"{remedy}, {_OTHERWISE}: attention = {name!r} does not run here: " + "; ".join(dict.fromkeys(failures))
+        f"{remedy}, {_OTHERWISE}: attention = {name!r} does not run here, with {heads[0]} heads "
+        f"of {heads[1]} values: " + "; ".join(dict.fromkeys(failures))
     )

@@ -57,7 +57,9 @@ class Denoiser:
         owners: Sequence[int] | None = None,
     ):
         self._model, self._mesh, self._transport, self._settings, self._dtype = model, mesh, transport, settings, dtype
-        _, self._attend = choose(settings.attention, mesh.device, dtype, ring=mesh.layout.ring > 1)
+        config, layout = model.config, mesh.layout
+        heads = config.heads // layout.ulysses, config.hidden // config.heads
+        _, self._attend = choose(settings.attention, mesh.device, dtype, heads, ring=layout.ring > 1)
         self._segments = Segments(mesh.device, fused=settings.compile, fp8=settings.linear == "fp8")
         self._modulations = ModulationTable(model, dtype, owners)
         self._batch_exchange = GroupExchange(mesh.batch) if mesh.batch else None
@@ -116,7 +118,7 @@ class Denoiser:
                 if caches:
                     shape = KEPT, len(mine), shards.local, self._model.config.hidden
                     kept.append(x.new_empty(shape, dtype=self._dtype))
-                self._probe_evaluation(mine, prompt, residuals.of_images(images), spare, shards)
+                self._probe_evaluation(mine, prompt, residuals.of_images(images), spare, shards, caches)
 
     def first_block_cache(self, rule: CacheRule, timestep_scale: float, gather: Gather) -> FirstBlockCache:
         """For one sampling run, of prompts that come in every step of it. Raises RequestError for a model of which
@@ -194,11 +196,11 @@ class Denoiser:
         return SequenceShards(self._mesh.layout, shape.text, image)
 
     def _probe_evaluation(
-        self, x: torch.Tensor, prompt: Prompt, residuals: Residuals, spare: int, shards: SequenceShards
+        self, x: torch.Tensor, prompt: Prompt, residuals: Residuals, spare: int, shards: SequenceShards, caches: bool
     ) -> None:
         shape = self._shape(_flat(x), prompt, residuals)
         evaluation = self._evaluations.get(shape)
-        if evaluation is not None and evaluation.captured:
+        if evaluation is not None and evaluation.captured_for(caches=caches):
             return
         self._check_keys(shards)
         count = WORKING_SET * len(x) * shards.local * self._model.config.hidden

@@ -79,8 +79,8 @@ class _Graph:
 
 
 class Evaluation:
-    """The buffers of one shape, and the graph between them. The first run is not captured, since it compiles and
-    allocates; the second one is."""
+    """The buffers of one shape, and the graph between them. What is computed the first time compiles and allocates, so
+    nothing is captured before all blocks were computed once."""
 
     def __init__(
         self,
@@ -144,9 +144,9 @@ class Evaluation:
             image = (torch.arange(shards.image, device=device) >= self._tokens).long()
             rows = image.new_zeros(shards.local_text), shards.take_image(image, mesh.sequence_position, dim=0)
             self._segments = segments.by_row(torch.cat(rows))
-        self._own_tokens = shards.unpadded_image(torch.empty(shards.image), mesh.sequence_position, dim=0).numel()
+        self._own_tokens = shards.unpadded_image(torch.empty(self._tokens), mesh.sequence_position, dim=0).numel()
         self._captures = settings.cuda_graphs and device.type == "cuda"
-        self._runs = 0
+        self._computed = False  # all blocks, once
         self._pace = Pace(device)
         self._whole: _Graph | None = None
         self._head: _Graph | None = None
@@ -155,7 +155,12 @@ class Evaluation:
 
     @property
     def captured(self) -> bool:
+        """Whether there is any graph."""
         return self._whole is not None or self._head is not None
+
+    def captured_for(self, *, caches: bool) -> bool:
+        """Whether all graphs of runs with a cache, or without one, are there: those are others."""
+        return None not in ((self._head, self._rest) if caches else (self._whole,))
 
     def run(
         self,
@@ -186,9 +191,8 @@ class Evaluation:
             # Image by image: a part in one piece, in pinned memory, goes to a GPU without a copy or a wait of the CPU.
             for image, values in zip(buffer, mine, strict=True):
                 image[: len(values)].copy_(values, non_blocking=True)
-        self._runs += 1
-        graphs = [self._whole] if cache is None else [self._head, self._rest]
-        known = None not in graphs if self._captures else self._runs > 1  # else it compiles, or is captured
+        # Else it compiles, or is captured.
+        known = self.captured_for(caches=cache is not None) if self._captures else self._computed
         beat(self._pace.limit if known else self._pace.unknown)
         if self._model.stream is not None:
             self._model.stream.prime(tokens=self._mesh.layout.sequence_ranks > 1)
@@ -196,14 +200,15 @@ class Evaluation:
         if cache is not None:
             return self._run_in_two(cache, pool, measured)
         with measured():
-            if not self._captures or self._runs == 1:
-                return self._evaluate()
+            if not self._captures or not self._computed:
+                velocity, self._computed = self._evaluate(), True
+                return velocity
             self._whole = self._whole or _Graph(self._evaluate, pool)
             return self._whole.replay()
 
     def _run_in_two(self, cache: PromptCache, pool, measured: Callable) -> torch.Tensor:
         """The first block, and then the others if `cache` says so."""
-        replays = self._captures and self._runs > 1
+        replays = self._captures and self._computed
         if not replays:
             stages = self._stages()
             head = next(stages)
@@ -217,7 +222,7 @@ class Evaluation:
             return self._whole_latents(self._model.finish(image, self._modulations, self._segments))
         with measured():
             if not replays:
-                end = next(stages)
+                end, self._computed = next(stages), True
             else:
                 if self._rest is None:
                     self._rest = _Graph(lambda: next(self._captured), pool)

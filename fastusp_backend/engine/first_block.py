@@ -2,7 +2,8 @@
 
 What a block adds to the image's tokens says how much the others will add: while the first one's part is nearly what it
 was when all were computed last, the others' is taken from then. How near is one number: the sum of the differences over
-the sum of the values, over all tokens of the image, on whichever ranks they lie.
+the sum of the values, over all tokens of the image, on whichever ranks they lie. Those of references do not count: they
+hardly change from step to step, and the more of them there are the less would the image's change weigh.
 
 So all ranks of a sequence decide alike, and batch groups each for their own prompt: nothing is exchanged between these
 within an evaluation, and what is decided of a prompt does not depend on where it is evaluated. Where the groups divide
@@ -78,8 +79,9 @@ class PromptCache:
     groups: int
 
     def skip_to(self, head: Stage, tokens: int) -> torch.Tensor | None:
-        """head: after the first block. tokens: how many of the rank's image tokens are no padding. Gives the image's
-        tokens (B, Li, C) as the last block would, nearly; None where the others are to be computed."""
+        """head: after the first block. tokens: how many of the rank's image tokens are the image's own, which come
+        first; it may have none. Gives the image's tokens (B, Li, C) as the last block would, nearly; None where the
+        others are to be computed."""
         self.cache.evaluations += self.groups
         kept = self.cache.kept.get(self.prompt)
         if kept is None or not self.cache.end < self.timestep <= self.cache.start:

@@ -11,6 +11,7 @@ from fastusp_backend.kernels.merge import merge
 
 pytestmark = pytest.mark.unit
 
+HEADS = 12, 128
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
@@ -32,7 +33,7 @@ def test_back_ends(name, lengths, dtype):
     if dtype == torch.bfloat16 and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
         pytest.skip("torch's kernel for CPUs packs for AVX-512 where the processor has AMX, whatever it was told")
     q, k, v = (t.to(dtype) for t in qkv(*lengths))
-    chosen, attend = local.choose(name, CPU, dtype)
+    chosen, attend = local.choose(name, CPU, dtype, HEADS)
     assert chosen == ("flash" if name == "auto" else name)
     out, lse = attend(q, k, v, 0.07)
     expected, expected_lse = reference(q, k, v, 0.07)
@@ -45,7 +46,7 @@ def test_back_ends(name, lengths, dtype):
 @pytest.mark.parametrize("name", ["flash", "math"])
 def test_views_are_taken(name):
     q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in qkv(5, 12))
-    _, attend = local.choose(name, CPU, torch.float32)
+    _, attend = local.choose(name, CPU, torch.float32, HEADS)
     out, _ = attend(q, k[:, 2:9], v[:, 2:9], 0.1)
     assert relative_difference(out.double(), reference(q, k[:, 2:9], v[:, 2:9], 0.1)[0]) < 2e-6
 
@@ -55,7 +56,7 @@ def test_views_are_taken(name):
 def test_parts_merge_to_the_whole(name, splits):
     q, k, v = qkv(11, 41)
     k = k * 4  # uneven parts
-    _, attend = local.choose(name, CPU, torch.float32)
+    _, attend = local.choose(name, CPU, torch.float32, HEADS)
     parts = zip(k.tensor_split(splits, 1), v.tensor_split(splits, 1), strict=True)
     merged = None
     for part in (attend(q, *pair, 0.1) for pair in parts):
@@ -80,7 +81,7 @@ def test_a_merge_works_in_float32_and_bears_extremes():
 @pytest.mark.parametrize("name", ["cudnn", "efficient"])
 def test_what_the_device_lacks_is_refused_with_the_choices(name):
     with pytest.raises(ValueError, match=f"'{name}' does not exist for float32 on cpu ranks.*: flash, math"):
-        local.choose(name, CPU, torch.float32)
+        local.choose(name, CPU, torch.float32, HEADS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -92,13 +93,13 @@ def test_gpus_get_what_they_have(monkeypatch, capability, dtype):
     device = torch.device("cuda", 0)
     half, ampere = dtype != torch.float32, capability >= (8, 0)
     expected = "efficient" if not half or not ampere else "flash" if capability < (9, 0) else "cudnn"
-    assert local.choose("auto", device, dtype)[0] == expected
+    assert local.choose("auto", device, dtype, HEADS)[0] == expected
     for name in ("cudnn", "flash", "efficient", "math"):
         if name in ("efficient", "math") or half and ampere:
-            assert local.choose(name, device, dtype)[0] == name
+            assert local.choose(name, device, dtype, HEADS)[0] == name
         else:
             with pytest.raises(ValueError, match=f"'{name}' does not exist .* on cuda ranks.*: efficient, math$"):
-                local.choose(name, device, dtype)
+                local.choose(name, device, dtype, HEADS)
 
 
 @pytest.mark.parametrize("capability", [(8, 9), (9, 0), (10, 0)], ids=str)
@@ -106,20 +107,20 @@ def test_gpus_get_what_they_have(monkeypatch, capability, dtype):
 @pytest.mark.parametrize("problem", ["", "in a CUDA graph its error is nan"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_flash_attention_3_is_for_hopper_with_its_package(monkeypatch, capability, installed, dtype, problem):
-    monkeypatch.setattr(trial, "problem", lambda attend, device, dtype: problem)
+    monkeypatch.setattr(trial, "problem", lambda *_, **__: problem)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(flash3, "installed", lambda: installed)
     device = torch.device("cuda", 0)
     there = capability == (9, 0) and dtype == torch.bfloat16
     if there and installed and not problem:
-        assert local.choose("flash3", device, dtype) == ("flash3", flash3.flash3)
-        assert local.choose("auto", device, dtype) == ("cudnn and flash3", local.hopper)
+        assert local.choose("flash3", device, dtype, HEADS) == ("flash3", flash3.flash3)
+        assert local.choose("auto", device, dtype, HEADS) == ("cudnn and flash3", local.hopper)
         return
     with pytest.raises(ValueError, match="'flash3' does not exist") as refused:
-        local.choose("flash3", device, dtype)
+        local.choose("flash3", device, dtype, HEADS)
     assert ("install the package fa3-fwd" in str(refused.value)) == there
     assert ("it needs an H100 or H200, in bf16: choose 'auto'" in str(refused.value)) != there
-    assert "flash3" not in local.choose("auto", device, dtype)[0]
+    assert "flash3" not in local.choose("auto", device, dtype, HEADS)[0]
 
 
 @pytest.mark.parametrize(

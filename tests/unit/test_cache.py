@@ -146,8 +146,24 @@ def test_a_rule_by_shares_of_the_steps():
     made = Settings(cache="easy", cache_threshold=0.3, cache_start=0.0, cache_end=1.0).cache_rule(sigmas)
     assert made == rule(0.3, 1.0, 0.0)
     made = Settings(cache="easy", cache_start=0.25, cache_end=0.625).cache_rule(sigmas)
-    assert (made.start, made.end) == pytest.approx((0.9, 0.35))
+    assert (made.start, made.end) == pytest.approx((0.9, 0.35), rel=1e-7)
     assert Settings(cache="easy").cache_rule([0.0]) == rule(Settings().cache_threshold, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("share, steps, step", [(0.56, 25, 14), (0.58, 50, 29), (0.68, 75, 51), (0.7, 90, 63)])
+def test_a_share_that_is_a_step_is_that_step(share, steps, step):
+    """0.56 of 25 steps is 14.000000000000002, whose level is below that of step 14 in float64."""
+    sigmas = torch.linspace(1, 0, steps + 1)
+    sigmas = 3 * sigmas / (1 + 2 * sigmas)
+    from_here = Settings(cache="easy", cache_threshold=1e9, cache_start=share, cache_end=1.0)
+    until_here = Settings(cache="easy", cache_threshold=1e9, cache_start=0.0, cache_end=share)
+    for settings, skipped in ((from_here, steps - step - 2), (until_here, step - 2)):  # two tell the ratio
+        rule = settings.cache_rule(sigmas.tolist())
+        assert float(sigmas[step]) in (rule.start, rule.end)
+        cache = Cache(rule, bool)
+        for sigma in sigmas[:-1]:
+            cache(sigma * randn(*SHAPE, seed=3), sigma, lambda: [randn(*SHAPE, seed=4)])
+        assert cache.skipped == skipped
 
 
 @pytest.mark.parametrize(
@@ -158,7 +174,7 @@ def test_a_rule_by_shares_of_the_steps():
         {"cache_threshold": float("inf")},
         {"cache_start": -0.1},
         {"cache_end": 1.1},
-        {"cache_start": 0.6, "cache_end": 0.5},
+        {"cache": "easy", "cache_start": 0.6, "cache_end": 0.5},
         {"cache_start": float("nan")},
     ],
     ids=str,
@@ -168,3 +184,10 @@ def test_numbers_that_make_no_rule_are_refused(wrong):
         Settings(**wrong)
     with pytest.raises(msgspec.ValidationError, match="set cache_"):  # so is a message with them
         msgspec.convert(msgspec.to_builtins(Settings()) | wrong, Settings)
+
+
+def test_the_order_of_a_span_matters_with_a_cache_alone():
+    span = {"cache_start": 0.96, "cache_end": 0.95}
+    assert Settings(**span).cache_rule([1.0, 0.0]) is None
+    with pytest.raises(SettingsError, match=r"^set cache_end to cache_start \(0.96\) or more, or cache = off"):
+        Settings(cache="first_block", **span)

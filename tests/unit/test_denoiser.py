@@ -11,6 +11,7 @@ from support import SMALL_Z_IMAGE, OneRank, inputs, randn, relative_difference
 from fastusp_backend.config import Layout
 from fastusp_backend.engine import denoiser as denoisers
 from fastusp_backend.engine.denoiser import CACHED_EVALUATIONS, NO_IMAGES, WORKING_SET, Denoiser
+from fastusp_backend.engine.first_block import KEPT
 from fastusp_backend.models.synthetic import TINY_FLUX, random_state
 from fastusp_backend.prompt import Prompt
 
@@ -105,6 +106,26 @@ def test_memory_of_the_modulations_is_allocated_while_an_evaluations_is_tried(on
     monkeypatch.setattr(denoisers.torch, "empty", empty)
     one_rank.probe_memory(given.x, [prompt], evaluations=5)
     assert there == [True] and made[rows]() is None
+
+
+@pytest.mark.parametrize("caches", [False, True])
+def test_what_a_cache_keeps_of_all_prompts_is_allocated_while_evaluations_are_tried(one_rank, monkeypatch, caches):
+    given, kept, there, make = inputs(TINY_FLUX, text=2, size=(2, 2), batch=3), [], [], torch.Tensor.new_empty
+    prompts = [Prompt(given.context + n, given.y, given.guidance) for n in range(2)]
+
+    def new_empty(x, shape, **more):
+        tensor = make(x, shape, **more)
+        kept.append(weakref.ref(tensor))
+        assert tuple(shape) == (KEPT, 3, 2 + 1, HIDDEN)
+        return tensor
+
+    def tried(*_):
+        there.append([one() is not None for one in kept])
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    monkeypatch.setattr(one_rank, "_probe_evaluation", tried)
+    one_rank.probe_memory(given.x, prompts, caches=caches)
+    assert there == ([[True], [True, True]] if caches else [[], []]) and not any(one() is not None for one in kept)
 
 
 @pytest.mark.parametrize("layer", ["txt_in.weight", "final_layer.adaLN_modulation.1.weight"])

@@ -20,9 +20,12 @@ from support import (
 )
 
 from fastusp_backend.config import CacheRule, Layout
+from fastusp_backend.engine import denoiser as denoisers
+from fastusp_backend.engine import evaluation as evaluations
+from fastusp_backend.engine.denoiser import WORKING_SET
 from fastusp_backend.engine.first_block import FirstBlockCache
 from fastusp_backend.models.family import Stage
-from fastusp_backend.models.synthetic import write_checkpoint
+from fastusp_backend.models.synthetic import random_state, write_checkpoint
 from fastusp_backend.prompt import Prompt
 
 pytestmark = pytest.mark.unit
@@ -78,13 +81,15 @@ def test_only_between_start_and_end_and_with_something_kept():
     assert not late.kept, "nothing comes after it"
 
 
-def test_padding_does_not_count():
+def test_padding_and_references_do_not_count():
     cache = kept(cache_of())
     changed = FIRST.clone()
     changed[:, 4:] *= 50
     of = cache.of(PROMPT, HALF, prompts=1)
     head = stage(changed, OTHERS, X)[0]
     assert of.skip_to(head, 4) is not None and of.skip_to(head, 5) is None
+    alone = kept(cache_of(gather=lambda own: [own, [0.0, 1.0]])).of(PROMPT, HALF, prompts=1)
+    assert alone.skip_to(head, 0) is not None, "a rank that has none of the image follows the others"
 
 
 @pytest.mark.parametrize("others, alone, together", [(0.0, True, True), (1.0, True, False)])
@@ -98,6 +103,30 @@ def test_ranks_of_one_prompt_decide_together_and_groups_of_two_apart(others, alo
             groups = layout[2] if prompts > 1 else 1
             assert skips == (alone if groups > 1 else together)
             assert cache.evaluations == groups and cache.skipped == (skips + (others == 0) * (groups - 1))
+
+
+@pytest.mark.parametrize("config", [SMALL, SMALL_FLUX2, SMALL_QWEN], ids=lambda config: config.family)
+def test_the_change_is_that_of_the_image_without_its_references(tmp_path, config):
+    write_checkpoint(str(tmp_path / "model"), config, seed=3)
+    model = OneRank(load_model(spec_of(tmp_path / "model"), torch.device("cpu")))
+    given = inputs(config, text=9, size=(6, 4))
+    references = tuple(randn(1, config.channels, *size, seed=5) for size in ((10, 8), (4, 2)))
+    prompt = Prompt(given.context, given.y, given.guidance, references=references)
+    added, sums, stages = [], [], model.model.stages
+
+    def watched(*arguments):
+        for stage in stages(*arguments):
+            if stage.before is not None:
+                added.append((stage.after - stage.before)[:, : (6 // config.patch) * (4 // config.patch)])
+            yield stage
+
+    model.model.stages = watched
+    cache = cache_of(0.0, 1.0, 0.0, scale=config.timestep_scale, gather=lambda own: (sums.append(own), [own])[1])
+    for x in (given.x, given.x + randn(*given.x.shape, seed=6)):
+        super(OneRank, model).__call__(x, given.timestep, [prompt], lambda: None, cache=cache)
+    ((change, size),) = sums
+    assert change == pytest.approx(float((added[1] - added[0]).abs().sum()), rel=1e-5)
+    assert size == pytest.approx(float(added[0].abs().sum()), rel=1e-5)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.family)
@@ -122,3 +151,76 @@ def test_the_end_of_every_family(tmp_path, config):
     assert relative_difference(again, plain) < 1e-5 and cache.skipped == 1
     first = began[2 * len(whole) :]
     assert first == whole[: len(first)] and len(first) == 1 + config.image_blocks
+
+
+class Graph:
+    """Stands for a CUDA graph: what was captured is replayed once, with the values that it was captured with."""
+
+    def __init__(self, compute, pool):
+        GRAPHS.append(self)
+        self._output = compute()
+
+    def replay(self):
+        return self._output
+
+
+GRAPHS: list[Graph] = []
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """evaluate(cache) -> the velocity of `prompt` at `x`, by a model on one rank whose evaluations are captured, as if
+    it was a GPU."""
+    monkeypatch.setattr(evaluations, "_Graph", Graph)
+    GRAPHS.clear()
+    model = OneRank(SMALL.build())
+    model.model.load_state_dict(random_state(model.model, seed=0, dtype=torch.float32))
+    given = inputs(SMALL, text=9, size=(6, 4))
+    prompt = Prompt(given.context, given.y, given.guidance)
+    made = evaluations.Evaluation.__init__
+
+    def make(self, *arguments):
+        made(self, *arguments)
+        self._captures = True
+
+    monkeypatch.setattr(evaluations.Evaluation, "__init__", make)
+
+    def evaluate(cache=None):
+        (found,) = super(OneRank, model).__call__(given.x, given.timestep, [prompt], lambda: None, cache=cache)
+        return found
+
+    return SimpleNamespace(evaluate=evaluate, model=model, x=given.x, prompt=prompt)
+
+
+def test_nothing_is_captured_before_all_blocks_were_computed_once(on_gpu):
+    """What was kept of a prompt is good for buffers that were made anew, which may begin with a skip: not even their
+    second evaluation may be captured, where the other blocks compile and allocate for the first time."""
+    skips = [True, True, False, False]
+    cache = cache_of(0.5, 1.0, 0.0, scale=SMALL.timestep_scale, gather=lambda _: [[0.0, 1.0] if skips[0] else [1, 1]])
+    wanted = on_gpu.evaluate(cache)
+    on_gpu.model._evaluations.clear()
+    for graphs in (0, 0, 0, 2):
+        assert relative_difference(on_gpu.evaluate(cache), wanted) < 1e-5 and len(GRAPHS) == graphs
+        skips.pop(0)
+    assert (cache.evaluations, cache.skipped) == (5, 2)
+
+
+def test_graphs_of_a_run_with_a_cache_are_others(on_gpu, monkeypatch):
+    """So memory is tried once more where the plain graph is there, and the other way round."""
+    asked, empty = [], torch.empty
+    cache = cache_of(0.0, 1.0, 0.0, scale=SMALL.timestep_scale)
+
+    def tried(caches: bool) -> bool:
+        asked.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(denoisers.torch, "empty", lambda *shape, **more: (asked.append(shape), empty(0, **more))[1])
+            on_gpu.model.probe_memory(on_gpu.x, [on_gpu.prompt], caches=caches)
+        return (WORKING_SET * (9 + 6) * SMALL.hidden,) in asked
+
+    assert tried(False) and tried(True)
+    on_gpu.evaluate()
+    assert tried(False) and tried(True), "nothing is captured yet"
+    on_gpu.evaluate()
+    assert not tried(False) and tried(True)
+    on_gpu.evaluate(cache)
+    assert len(GRAPHS) == 3 and not tried(False) and not tried(True)

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.unit
 
 SCALE = 128**-0.5
 CUDA = torch.device("cuda", 0)
+HEADS = 3, 128
 BOUNDS = {"flash3-fp8": 0.12, "flash-attn 3": 0.12, "sage": 4.5e-2, "sage 1": 2.5e-2}
 """Relative to exact attention in float32, on keys with a large mean."""
 
@@ -189,7 +190,7 @@ def test_heads_have_one_scale_each():
 
 def on_gpus(monkeypatch, capability=(9, 0), failure: str = "") -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(trial, "problem", lambda attend, device, dtype: failure)
+    monkeypatch.setattr(trial, "problem", lambda *_, **__: failure)
 
 
 @pytest.mark.parametrize("name", EIGHT_BIT_ATTENTION)
@@ -198,8 +199,8 @@ def test_by_name_alone(install, monkeypatch, name):
     on_gpus(monkeypatch)
     assert {*lossy.BACKENDS} == {*EIGHT_BIT_ATTENTION} == {*lossy.installed()}
     for ring in (False, True):
-        assert local.choose(name, CUDA, torch.bfloat16, ring=ring) == (name, lossy.BACKENDS[name][0][ring])
-    assert local.choose("auto", CUDA, torch.bfloat16)[0] == "cudnn and flash3"
+        assert local.choose(name, CUDA, torch.bfloat16, HEADS, ring=ring) == (name, lossy.BACKENDS[name][0][ring])
+    assert local.choose("auto", CUDA, torch.bfloat16, HEADS)[0] == "cudnn and flash3"
     install()
     assert lossy.installed() == []
 
@@ -222,14 +223,14 @@ def test_refused_with_what_to_do_first(install, monkeypatch, name, capability, d
     install(*installed)
     on_gpus(monkeypatch, capability, failure)
     with pytest.raises(ValueError, match=f"^{said}"):
-        local.choose(name, CUDA, dtype, ring=True)
+        local.choose(name, CUDA, dtype, HEADS, ring=True)
 
 
 @pytest.mark.parametrize("name", EIGHT_BIT_ATTENTION)
 def test_cpu_ranks_have_neither(install, name):
     install("flash3-fp8", "sage")
     with pytest.raises(ValueError, match=f"^set attention = auto .*'{name}' is for .*; this is float32 on cpu ranks$"):
-        local.choose(name, torch.device("cpu"), torch.float32)
+        local.choose(name, torch.device("cpu"), torch.float32, HEADS)
 
 
 def test_an_older_package_is_none(install, monkeypatch, caplog):
@@ -237,6 +238,18 @@ def test_an_older_package_is_none(install, monkeypatch, caplog):
     install("flash-attn 3")
     monkeypatch.setattr(sys.modules["flash_attn_interface"], "flash_attn_func", lambda q, k, v: None)
     assert flash3.present() and not flash3.installed() and "without return_attn_probs" in caplog.text
+
+
+@pytest.mark.parametrize("function", [lambda q, k, v: None, None], ids=["older", "none"])
+def test_an_older_package_hides_no_newer_one(install, monkeypatch, function):
+    install("flash3-fp8", "flash-attn 3")
+    assert flash3._function() is sys.modules["fa3_fwd_interface"].flash_attn_func
+    clear()
+    if function is None:
+        monkeypatch.delattr(sys.modules["fa3_fwd_interface"], "flash_attn_func")
+    else:
+        monkeypatch.setattr(sys.modules["fa3_fwd_interface"], "flash_attn_func", function)
+    assert flash3.installed() and flash3._function() is attention_packages.flash_attn_func
 
 
 @pytest.mark.parametrize("lengths", [(70, 192), (130, 1000)], ids=str)
@@ -251,9 +264,9 @@ def test_the_kernel_in_triton(install, lengths):
 
 def test_version_1_of_sage_needs_no_ring_and_whole_blocks(install, monkeypatch):
     install("sage 1")
-    assert trial.problem(sage.sage_whole, torch.device("cpu"), torch.bfloat16) == "", "it is tried without a ring"
+    assert trial.problem(sage.sage_whole, torch.device("cpu"), torch.bfloat16, HEADS, lse=False) == ""
     on_gpus(monkeypatch)
-    assert local.choose("sage", CUDA, torch.bfloat16) == ("sage", sage.sage_whole)
+    assert local.choose("sage", CUDA, torch.bfloat16, HEADS) == ("sage", sage.sage_whole)
     q, k, v = qkv(64, 65)
     q[:], k[:] = 0, 0  # all keys weigh the same, and so do the 63 that are not there
     assert relative_difference(sage.sage_whole(q, k, v, SCALE)[0].float() * 128 / 65, exact(q, k, v)[0]) < 0.02

@@ -1,5 +1,6 @@
 """Measure here: what the page is told of rows, what the devices are meanwhile, and how it is interrupted."""
 
+import contextlib
 import math
 from types import SimpleNamespace
 
@@ -159,3 +160,48 @@ def test_workers_leave_and_come_again(measuring):
         done.append("measuring")
         raise ValueError
     assert done == ["warm: stop, their devices are measured", "unloaded", "measuring", "warm: start"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "base"),
+    [
+        (None, Settings()),
+        (Settings(cache="easy", overlap=False), Settings(overlap=False)),
+        (Settings(cache="first_block", wire="int8"), Settings(wire="int8")),
+    ],
+    ids=["none", "easy", "first_block"],
+)
+@pytest.mark.parametrize("crowded", [(), (TWO,), (Devices(ranks=1, gpus=(3,)),)], ids=["none", "these", "others"])
+def test_what_is_measured_is_what_the_prompt_would_run(measuring, monkeypatch, settings, base, crowded):
+    """Packed files as a pool that had to give up room has them; no step is skipped, which would have no time."""
+    made = []
+
+    class Plan:
+        watch = None
+
+        def __init__(self, **what):
+            made.append(what)
+
+        def count(self, devices, heads):
+            return 3
+
+        def rows(self, devices, heads):
+            yield row(1, 100)
+
+    file = SimpleNamespace(config=SimpleNamespace(heads=4, timestep_scale=1.0))
+    monkeypatch.setattr(measuring.bench, "Bench", Plan)
+    monkeypatch.setattr(measuring, "read_named", lambda name: file)
+    monkeypatch.setattr(measuring, "own_devices", lambda gpus: TWO)
+    monkeypatch.setattr(measuring, "spec_on", lambda *what: what[1:])
+    monkeypatch.setattr(measuring, "random_inputs", lambda *what: what[1:])
+    for name in ("node_run", "interruptible"):
+        monkeypatch.setattr(measuring, name, lambda *_: contextlib.nullcontext())
+    for devices in (TWO, Devices(ranks=1, gpus=(3,))):
+        pool = SimpleNamespace(devices=devices, crowded=devices in crowded, status=lambda: {"state": "off"})
+        measuring.pools.append(pool)
+    told = measuring.USPMeasure.execute("dev.safetensors", "default", "3,5", 640, 480, 5, True, False, settings)
+    (what,) = made
+    assert what["base"] == base and what["crowded"] == (TWO in crowded)
+    assert what["given"] == ((640, 480), measuring.TEXT) and what["spec"] == (file, "default")
+    assert (what["steps"], what["every_layout"]) == (5, True)
+    assert told.ui["fastusp"][0]["rows"][0]["ms"] == 100.0

@@ -52,6 +52,25 @@ def test_without_a_negative_prompt_and_a_mask():
     assert got.prompts == [got.positive] and got.inpainting is None and len(got.noise) == 0
 
 
+@pytest.mark.parametrize(
+    "differs, alike",
+    [
+        ({}, True),
+        ({"negative.context": GIVEN.context[:, :5]}, False),
+        ({"negative.guidance": None}, False),
+        ({"negative.reference.0": GIVEN.x}, False),
+        ({"negative.context": None}, False),
+    ],
+    ids=["other values", "another length", "without guidance", "a reference", "no negative prompt"],
+)
+def test_prompts_that_comfyui_evaluates_in_one_go(differs, alike):
+    negative = {f"negative.{name}": 2 * tensor for name, tensor in PROMPT.items()} | differs
+    if negative["negative.context"] is None:
+        negative = {}
+    tensors = TENSORS | {name: tensor for name, tensor in negative.items() if tensor is not None}
+    assert sampling_inputs(sample(), tensors).alike == alike
+
+
 WRONG = {
     "sampler": ("sampler 'euler_x' is not one of: euler,", sample("euler_x"), {}),
     "option": ("sampler 'euler' has no option eta", sample(options={"eta": 1.0}), {}),

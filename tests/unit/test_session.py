@@ -56,5 +56,25 @@ def sampled(monkeypatch):
 
 
 def test_options_that_ranks_never_read_are_told_of_though_they_are_not_sent(sampled):
-    _, told = sampled(Settings(wire="int8", residency="park", cache="easy", cache_threshold=0.2))
+    sent, told = sampled(Settings(wire="int8", residency="park", cache="easy", cache_threshold=0.2))
+    assert sent.settings == Settings(wire="int8"), "buffers and graphs are made for what is sent"
     assert told["options"] == "wire int8, residency park, cache easy, cache_threshold 0.2"
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"residency": "release"},
+        {"cache": "first_block"},
+        {"cache": "easy", "cache_threshold": 0.3, "cache_start": 0.2, "cache_end": 0.8},
+    ],
+    ids=str,
+)
+def test_what_ranks_never_read_is_sent_as_it_is_by_default(sampled, changed):
+    """Or each change of it would have graphs made anew. All else is sent as it is."""
+    others = {"wire": "fp8", "attention": "math", "compile": False, "cuda_graphs": False, "overlap": False}
+    others |= {"ring_pipeline": False, "linear": "fp8", "weights": "shared"}
+    assert others.keys() | sessions._READ_HERE.keys() == {*Settings.__struct_fields__}
+    message, _ = sampled(Settings(**others, **changed))
+    assert message.settings == Settings(**others)
+    assert (message.cache is None) == ("cache" not in changed)

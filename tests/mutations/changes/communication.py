@@ -33,8 +33,8 @@ CHANGES = [
     (
         "fastusp_backend/attention/local.py",
         "a ring may have a back end without a log-sum-exp",
-        "lossy.back_end(choice, device, dtype, ring=ring)",
-        "lossy.back_end(choice, device, dtype, ring=False)",
+        "lossy.back_end(choice, device, dtype, heads, ring=ring)",
+        "lossy.back_end(choice, device, dtype, heads, ring=False)",
         LOSSY,
     ),
     (
