@@ -86,5 +86,5 @@ def test_a_server_with_other_devices_than_before(attach):
 
 def test_more_than_travels_at_a_time_is_refused(attach, monkeypatch):
     monkeypatch.setattr(channel, "MAX_FRAME", 1 << 20)
-    with pytest.raises(RequestError, match="^Use smaller images, or a smaller batch: 0.00 GB"):
+    with pytest.raises(RequestError, match="^Use smaller images, batches or LoRAs: 0.00 GB"):
         evaluate(attach(), 1 << 20)
