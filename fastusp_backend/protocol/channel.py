@@ -111,7 +111,7 @@ class Channel:
             return self._shared_frame(body, tensors, lasting)
         if nbytes + len(body) > MAX_FRAME - _NAMES:
             raise RequestError(
-                f"Use smaller images, or a smaller batch: {nbytes / 1e9:.2f} GB of tensors at a time do not travel "
+                f"Use smaller images, batches or LoRAs: {nbytes / 1e9:.2f} GB of tensors at a time do not travel "
                 f"between machines, {MAX_FRAME / 1e9:.2f} GB would"
             )
         blob = safetensors.torch.save(_standing_alone(tensors)) if tensors else b""

@@ -72,11 +72,11 @@ def evaluate(pool: Pool, nbytes: int) -> None:
 
 def test_a_connection_that_is_cut_while_something_is_sent_is_not_made_again(attach, monkeypatch):
     """Which would be waited for as long as connections are."""
-    monkeypatch.setattr(attached, "LOST_SECONDS", 1)
+    monkeypatch.setattr(attached, "LOST_SECONDS", 2)
     pool, began = attach(), time.monotonic()
-    with pytest.raises(PoolError, match="stopped while a prompt ran: nothing was heard of it for 1 s"):
+    with pytest.raises(PoolError, match="stopped while a prompt ran: nothing was heard of it for 2 s"):
         evaluate(pool, 64 << 20)
-    assert time.monotonic() - began < 4 and pool.starts == 1
+    assert time.monotonic() - began < 6 and pool.starts == 1
 
 
 def test_a_server_with_other_devices_than_before(attach):
@@ -86,5 +86,5 @@ def test_a_server_with_other_devices_than_before(attach):
 
 def test_more_than_travels_at_a_time_is_refused(attach, monkeypatch):
     monkeypatch.setattr(channel, "MAX_FRAME", 1 << 20)
-    with pytest.raises(RequestError, match="^Use smaller images, or a smaller batch: 0.00 GB"):
+    with pytest.raises(RequestError, match="^Use smaller images, batches or LoRAs: 0.00 GB"):
         evaluate(attach(), 1 << 20)
