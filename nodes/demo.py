@@ -1,5 +1,7 @@
 """Two nodes and a model that need no download: a prompt for the small model that is shipped, and its pictures."""
 
+from pathlib import PurePath
+
 from ..fastusp_backend import shapes
 from .comfyui import folder_paths, io
 
@@ -10,6 +12,15 @@ _FLUX_SCALE, _FLUX_SHIFT = 0.3611, 0.1159
 def offer_model() -> None:
     """Lists the model that is shipped among ComfyUI's diffusion models."""
     folder_paths.add_model_folder_path("diffusion_models", str(shapes.MODEL.parent))
+
+
+def preview_as_drawn(latent_format, path: str) -> None:
+    """Has ComfyUI's previews show the shipped model's colours. FLUX.1's, which its latent format knows, are of latents
+    that a VAE makes."""
+    if PurePath(path).name == shapes.MODEL.name:
+        latent_format.latent_rgb_factors = shapes.preview_factors()
+        latent_format.latent_rgb_factors_bias = None
+        latent_format.taesd_decoder_name = None
 
 
 class USPDemoPrompt(io.ComfyNode):

@@ -217,7 +217,7 @@ class Told:
             "attention": row.settings.attention,
             "ms": row.seconds and round(1000 * row.seconds, 1),
             "gain": alone.seconds / row.seconds if alone.seconds and row.seconds else None,
-            "gigabytes": row.nbytes / 1e9,
+            "nbytes": row.nbytes,
             "problem": row.problem.partition("\n")[0],
             "changes": self._differences.get(row),
             "values": {"gpus": gpus, **dict(zip(("ulysses", "ring"), degrees, strict=True))},

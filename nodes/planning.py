@@ -12,7 +12,7 @@ from ..fastusp_backend.config import FileState, Layout, Settings
 from ..fastusp_backend.devices import Devices, ServerDevices, gpu_states, list_gpus
 from ..fastusp_backend.errors import FastUSPError, RequestError
 from ..fastusp_backend.models.files import ModelFile
-from ..fastusp_backend.models.placement import Placement
+from ..fastusp_backend.models.placement import Placement, size_in_words
 from ..fastusp_backend.models.prediction import CARDS, SIZE, Link, Prediction, slowest_card
 from ..fastusp_backend.planner import plan_batches
 from .comfyui import PromptServer
@@ -91,14 +91,14 @@ def _costs(values: Values, devices: Devices, file: ModelFile, layouts: tuple[Lay
     spec = spec_on(devices, file, values.weight_dtype or "default")
     described = File(file.header, file.config, msgspec.structs.replace(spec, weights=settings.weights))
     if not devices.gpus:
-        whole = described.whole(1, settings.linear).device_bytes / 1e9
+        whole = size_in_words(described.whole(1, settings.linear).device_bytes)
         if isinstance(devices, ServerDevices):
             told = "no times are known for a server's devices: `bench` measures them there"
             if devices.per_machine < layouts[-1].sequence_ranks:
                 machines = devices.ranks // devices.per_machine
                 told = f"{machines} machines may be slower than one: `plan --nnodes {machines}` there predicts both"
-            return told, f"weights: {whole:.2f} GB in all"
-        return "no times are known for CPU ranks: measure them", f"weights: {whole:.2f} GB, which the ranks share"
+            return told, f"weights: {whole} in all"
+        return "no times are known for CPU ranks: measure them", f"weights: {whole}, which the ranks share"
     used = [gpu for gpu in list_gpus() if gpu.index in devices.gpus]
     card = slowest_card(gpu.name for gpu in used)
     known = known_links(devices.gpus, CARDS[card]) if card is not None else None

@@ -17,6 +17,7 @@ from ..fastusp_backend.pool import Session
 from ..fastusp_backend.weights.tensor_info import TensorInfo
 from . import memory
 from .comfyui import ModelPatcher, WrappersMP, model_config_from_unet, model_management
+from .demo import preview_as_drawn
 from .host import Unsupported
 from .remote_families import TRANSFORMERS
 from .remote_loop import sample_in_workers
@@ -140,6 +141,7 @@ def remote_model(session: Session, header: dict[str, TensorInfo]) -> RemotePatch
     config.set_inference_dtype(compute, None)
     model = config.get_model(meta, "", device=torch.device("meta"))  # with a transformer that has no memory
     model.device = None
+    preview_as_drawn(model.latent_format, session.model.path)
     model.fastusp_config = family
     own_names = config.process_unet_state_dict(dict(header))
     model.diffusion_model = transformer(session, own_names, model.diffusion_model, family)

@@ -3,7 +3,7 @@
 import { element } from "./element.js";
 import { act, copyReport, interrupt } from "./pools.js";
 import { showLog } from "./log.js";
-import { say, word } from "./words.js";
+import { say, size, word } from "./words.js";
 
 // What Pool.status calls a pool's states, in words for people.
 const STATES = {
@@ -47,13 +47,11 @@ const stateOf = ({ state }) => (state in STATES ? say(STATES[state]) : state);
 /** What is read aloud of it: no seconds, and no single steps. */
 const announced = (pool) => `${pool.devices}: ${pool.phase ?? stateOf(pool)}`;
 
-const gigabytes = (bytes) => (bytes / 1e9).toFixed(bytes < 1e9 ? 2 : 1);
-
 /** What a GPU does just now, as GET /fastusp/gpus tells it; what is not told is left out. */
 function load(gpu) {
   const parts = [];
   if (gpu.utilisation != null) parts.push(say("{utilisation} % busy", gpu));
-  if (gpu.total) parts.push(say("{used} of {total} GB in use", { used: gigabytes(gpu.used), total: gigabytes(gpu.total) }));
+  if (gpu.total) parts.push(say("{used} of {total} in use", { used: size(gpu.used), total: size(gpu.total) }));
   if (gpu.temperature != null) parts.push(`${gpu.temperature} °C`);
   return parts.join(", ");
 }
@@ -72,10 +70,10 @@ function rankRow(pool, rank) {
   const who = say("{name}, process {pid}", { name: pool.names[rank], pid: pool.pids[rank] });
   const shown = pool.memory[rank];
   if (!shown) return [name, who];
-  if (pool.gpus.length === 0) return [name, `${who}\n${say("{size} GB of memory", { size: gigabytes(shown.own) })}`];
+  if (pool.gpus.length === 0) return [name, `${who}\n${say("{size} of memory", { size: size(shown.own) })}`];
   const parts = shares(shown);
-  const text = Object.entries(parts).map(([part, bytes]) => `${say(PARTS[part])} ${gigabytes(bytes)}`).join(", ");
-  return [name, `${who}\n${text} GB`, parts];
+  const text = Object.entries(parts).map(([part, bytes]) => `${say(PARTS[part])} ${size(bytes)}`).join(", ");
+  return [name, `${who}\n${text}`, parts];
 }
 
 /** A bar for the eye alone: what it says is in words beside it. */
@@ -125,7 +123,7 @@ export function facts(pool, loads) {
     if (pool.model) rows.push([say("Model"), pool.model]);
     if (pool.layout) rows.push([say("Layout"), pool.layout]);
     if (pool.options) rows.push([say("Options"), pool.options]);
-    if (pool.held) rows.push([say("Weights"), say(HELD[pool.held], { size: `${gigabytes(pool.nbytes)} GB` })]);
+    if (pool.held) rows.push([say("Weights"), say(HELD[pool.held], { size: size(pool.nbytes) })]);
     rows.push([say("Process group"), pool.backend]);
     if (pool.transport) rows.push([say("Exchanges"), pool.transport]);
     if (pool.weights) rows.push([say("Blocks"), pool.weights]);

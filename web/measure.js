@@ -5,11 +5,12 @@ import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { applyRow } from "./apply.js";
 import { element } from "./element.js";
-import { say, word } from "./words.js";
-import { allOf, executionId, finder, settingsNode, settingsOf, valueOf, workflow } from "./values.js";
+import { say, size, word } from "./words.js";
+import { allOf, emptyLatent, executionId, finder, settingsNode, settingsOf, valueOf, workflow } from "./values.js";
 
 const STYLE = `
-.fastusp-measure { position: fixed; top: 90px; right: 24px; z-index: 1000; max-width: min(720px, 90vw); max-height: 80vh;
+.fastusp-measure { position: fixed; bottom: 72px; right: 24px; z-index: 1000; max-width: min(720px, 90vw);
+  max-height: calc(100vh - 20rem); /* ComfyUI's messages are above it */
   overflow: auto; padding: 12px; border: 1px solid var(--border-color); border-radius: 8px; box-sizing: border-box;
   background: var(--comfy-menu-bg); color: var(--fg-color); font-size: 13px; line-height: 1.5; user-select: text; }
 .fastusp-measure h2 { margin: 0 0 8px; font-size: 15px; font-weight: 600; }
@@ -27,7 +28,7 @@ const STYLE = `
 .fastusp-measure button:disabled { opacity: 0.5; cursor: default; }
 `;
 
-const HEADS = [word("ranks"), word("layout"), "wire", "linear", "attention", word("ms a step"), word("x one rank"), word("GB a rank"), word("changes"), ""];
+const HEADS = [word("ranks"), word("layout"), "wire", "linear", "attention", word("ms a step"), word("x one rank"), word("memory a rank"), word("changes"), ""];
 const LOADER_INPUTS = ["unet_name", "weight_dtype", "gpus"];
 
 /** What is asked for beside the node's values: label, and what is in the field at first. */
@@ -43,10 +44,10 @@ function changed(changes) {
 }
 
 /** A row's cells, but for the last. */
-export function cells({ ranks, layout, wire, linear, attention, ms, gain, gigabytes, problem, changes }) {
+export function cells({ ranks, layout, wire, linear, attention, ms, gain, nbytes, problem, changes }) {
   const what = [String(ranks), layout, wire, linear, attention];
   if (ms === null) return [...what, say("not run"), "", "", problem];
-  return [...what, ms.toFixed(1), gain === null ? "" : gain.toFixed(2), gigabytes.toFixed(2), changed(changes)];
+  return [...what, ms.toFixed(1), gain === null ? "" : gain.toFixed(2), size(nbytes), changed(changes)];
 }
 
 /** The prompt that measures for a loader: its values and `options`. Raises an Error for one that is not known. */
@@ -97,6 +98,16 @@ class Measurement {
     };
     document.body.append(this.root);
     this.start.focus();
+    this.takeSize(node).catch((error) => console.warn("FastUSP: the size of the pictures is not known:", error));
+  }
+
+  /** The size of the workflow's pictures, where that is known, as the one to begin with. */
+  async takeSize(node) {
+    const known = (await emptyLatent(node)) ?? {};
+    for (const name of ["width", "height"]) {
+      const untouched = this.fields[name].valueAsNumber === FIELDS[name][1];
+      if (untouched && Number.isInteger(known[name])) this.fields[name].value = known[name];
+    }
   }
 
   node() {

@@ -107,6 +107,21 @@ export function executionId(node) {
   return box ? `${executionId(box)}:${node.id}` : String(node.id);
 }
 
+/** The inputs of the node that makes the empty latent for a sampler that the node's model comes to, as ComfyUI would run
+ *  it; undefined for none. */
+export async function emptyLatent(node) {
+  const { output } = await app.graphToPrompt();
+  const reached = new Set([executionId(node)]);
+  for (const id of reached)
+    for (const [next, { inputs }] of Object.entries(output)) {
+      if (!Object.values(inputs).some((value) => Array.isArray(value) && value[0] === id)) continue;
+      const latent = output[inputs.latent_image?.[0]];
+      if (/^Empty\w*Latent/.test(latent?.class_type)) return latent.inputs;
+      reached.add(next);
+    }
+  return undefined;
+}
+
 /** The open workflow as ComfyUI saves it, for prompts. */
 export const workflow = () => root().serialize();
 

@@ -26,3 +26,9 @@ app.registerExtension({
     else console.warn(`FastUSP: words/${language}.json answered ${answer.status}`);
   },
 });
+
+/** A number of bytes; what would be hardly any GB in MB. */
+export function size(bytes) {
+  if (bytes < 1e8) return `${Math.round(bytes / 1e6)} MB`;
+  return `${(bytes / 1e9).toFixed(bytes < 1e9 ? 2 : 1)} GB`;
+}

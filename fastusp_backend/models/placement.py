@@ -69,12 +69,17 @@ class Placement:
 
     def __str__(self) -> str:
         """Says, for people, where the weights are."""
-        size = f"{self.device_bytes / 1e9:.1f} GB a device"
+        size = f"{size_in_words(self.device_bytes)} a device"
         if not self.slabs:
             return f"whole, {'unpacked, ' if self.unpacked else ''}{size}"
         stay = self.blocks - len(self.slabs)
         where = "shared" if self.source == "shared" else "come from host memory"
         return f"{stay} of {self.blocks} blocks stay, {len(self.slabs)} {where}: {size}"
+
+
+def size_in_words(nbytes: int) -> str:
+    """GB; what would be hardly any, in MB."""
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.0f} MB"
 
 
 def place(

@@ -8,7 +8,7 @@ import torch
 from ..prompt import Prompt
 from .captions import GRAMMAR, TOKENS, WORDS, Caption, embed, numbers
 from .check import psnr, unmet
-from .latents import decode, encode
+from .latents import decode, encode, preview_factors
 from .scenes import examples
 
 MODEL = Path(__file__).with_name("fastusp_shapes.safetensors")
@@ -32,6 +32,7 @@ __all__ = [
     "decode",
     "encode",
     "examples",
+    "preview_factors",
     "prompt",
     "psnr",
     "unmet",

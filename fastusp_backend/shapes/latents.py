@@ -35,6 +35,13 @@ def decode(latents: torch.Tensor) -> torch.Tensor:
     return ((blocks.flatten(4, 5).flatten(2, 3) + 1) / 2).clamp(0, 1)
 
 
+def preview_factors() -> list[list[float]]:
+    """(16, 3): what each channel gives to a block's mean red, green and blue, from -1 to 1. Of most channels' patterns
+    the mean is zero: only the lowest frequency of brightness and of each difference of colours has any."""
+    means = _basis(torch.empty(0, dtype=torch.float64)).mean((2, 3))
+    return (means * torch.tensor(_SCALES, dtype=torch.float64).square()[:, None]).tolist()
+
+
 def _basis(like: torch.Tensor) -> torch.Tensor:
     """(16, 3, 8, 8): each channel's pattern, by its scale."""
     position = (torch.arange(BLOCK, dtype=torch.float64) + 0.5) * math.pi / BLOCK

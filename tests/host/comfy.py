@@ -1,5 +1,6 @@
 """A real ComfyUI as a child process, driven over its HTTP API and websocket."""
 
+import io
 import json
 import os
 import shutil
@@ -29,15 +30,22 @@ def install(folder: Path) -> None:
     shutil.copytree(REPOSITORY, folder, ignore=shutil.ignore_patterns(".git", *left_out))
 
 
+def pixels(file) -> torch.Tensor:
+    """A picture, (3, h, w) from 0 to 1. file: a path, or an open file."""
+    with Image.open(file) as picture:
+        return torch.from_numpy(np.array(picture.convert("RGB"))).movedim(-1, 0) / 255
+
+
 @dataclass
 class Outcome:
     """What one prompt brought: saved latents by node id, saved images (3, h, w) from 0 to 1, and the websocket's
-    events."""
+    events. preview: the last, as an image."""
 
     latents: dict = field(default_factory=dict)
     images: list = field(default_factory=list)
     progress: list = field(default_factory=list)
     previews: int = 0
+    preview: torch.Tensor | None = None
     texts: list = field(default_factory=list)
     interrupted: bool = False
 
@@ -129,6 +137,9 @@ class ComfyUI:
                     kind = int.from_bytes(frame[:4], "big")
                     if kind in (1, 4):
                         outcome.previews += 1
+                        # Before the picture: what kind it is; in newer ones the length of what is told of it, and that.
+                        start = 8 if kind == 1 else 8 + int.from_bytes(frame[4:8], "big")
+                        outcome.preview = pixels(io.BytesIO(frame[start:]))
                     elif kind == 3:
                         length = int.from_bytes(frame[4:8], "big")
                         outcome.texts.append((frame[8 : 8 + length].decode(), frame[8 + length :].decode()))
@@ -163,9 +174,7 @@ class ComfyUI:
                 outcome.latents[node] = load_file(file)["latent_tensor"]
             for saved in output.get("images", ()):
                 file = self.base / "output" / saved["subfolder"] / saved["filename"]
-                with Image.open(file) as picture:
-                    pixels = torch.from_numpy(np.array(picture.convert("RGB")))
-                outcome.images.append(pixels.movedim(-1, 0) / 255)
+                outcome.images.append(pixels(file))
         return outcome
 
     def stop(self) -> None:

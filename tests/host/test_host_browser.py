@@ -129,7 +129,7 @@ def test_what_gpus_do_is_told(host, page):
     assert host.get("/fastusp/gpus") == {"gpus": []} or host.get("/fastusp/gpus")["gpus"]
     told = {"used": 38_200_000_000, "total": 80_000_000_000, "utilisation": 97, "temperature": 64}
     loads = [told | {"index": 0}, told | {"index": 1}, dict.fromkeys(told) | {"index": 2}]
-    memory = {"weights": 20_600_000_000, "own": 24_000_000_000, "free": 53_000_000_000, "total": 80_000_000_000}
+    memory = {"weights": 20_600_000_000, "own": 20_650_000_000, "free": 53_000_000_000, "total": 80_000_000_000}
     pool = {"devices": "0,2", "ranks": 2, "gpus": [0, 2], "starts": 1, "state": "idle", "history": []}
     pool |= {"names": ["NVIDIA H200"] * 2, "pids": [8, 9], "memory": [memory, None], "backend": "nccl", "torch": "2.11"}
     page.evaluate(f"""import('/extensions/ComfyUI-FastUSP/card.js').then(({{ Card }}) => {{
@@ -137,10 +137,10 @@ def test_what_gpus_do_is_told(host, page):
         card.show({json.dumps(pool)}, {json.dumps(loads)}, []);
     }})""")
     rows = page.evaluate("[...card.section.querySelectorAll('tr')].map(row => row.cells[1].textContent)")
-    rank = "NVIDIA H200, process 8\nweights 20.6, buffers 3.4, other 3.0, free 53.0 GB"
-    assert rows[1:5] == ["97 % busy, 38.2 of 80.0 GB in use, 64 °C", "", rank, "NVIDIA H200, process 9"]
+    rank = "NVIDIA H200, process 8\nweights 20.6 GB, buffers 50 MB, other 6.3 GB, free 53.0 GB"
+    assert rows[1:5] == ["97 % busy, 38.2 GB of 80.0 GB in use, 64 °C", "", rank, "NVIDIA H200, process 9"]
     grown = "[...card.section.querySelectorAll('.memory span')].map(piece => piece.style.flexGrow / 1e9)"
-    assert page.evaluate(grown) == pytest.approx([20.6, 3.4, 3.0, 53.0])
+    assert page.evaluate(grown) == pytest.approx([20.6, 0.05, 6.35, 53.0])
     assert all(rank["own"] > 1e7 and rank["total"] > rank["free"] for rank in host.pool("cpu:2")["memory"])
 
 

@@ -53,7 +53,7 @@ def loader(page: Page, **inputs) -> None:
 def test_what_the_values_would_come_to(page, renderer):
     loader(page)
     page.wait_for(f"({TOLD}).includes('cpu:2: ulysses 2 x ring 1; for 2 prompts')")
-    assert "weights: 0.0" in page.evaluate(TOLD) and not page.evaluate(PROBLEM)
+    assert " MB, which the ranks share" in page.evaluate(TOLD) and not page.evaluate(PROBLEM)
     typed(page, "ulysses", 3)
     page.wait_for(f"({PROBLEM}).startsWith('Set 0, or a legal layout (ulysses 2 x ring 1, ')")
     typed(page, "ulysses", 0)
@@ -165,6 +165,28 @@ def measure(page: Page, **options) -> None:
     press(page, "Measure")
 
 
+def test_its_window(page):
+    """Begins with the size of the workflow's pictures, and leaves room for ComfyUI's messages."""
+    graph = Graph()
+    model = graph.node("ModelSamplingFlux", model=graph.usp(), max_shift=1.15, base_shift=0.5, width=64, height=64)
+    graph.save(graph.sample(model, latent_image=graph.empty(256, 192)))
+    open_prompt(page, graph)
+    page.wait_for("!!document.querySelector('.fastusp-choose')")
+    press(page, "Measure here", "document.querySelector('.fastusp-choose')")
+    page.wait_for(f"[...{WINDOW}.querySelectorAll('input')].slice(0, 3).map(({{ value }}) => value) == '256,192,8'")
+    page.resize(1400, 757)
+    page.evaluate(f"""{{
+        {WINDOW}.querySelector("table").innerHTML = "<tr><td>a row</td></tr>".repeat(60);
+        const detail = "Set 0, or a legal layout. ".repeat(8);
+        app.extensionManager.toast.add({{ severity: "error", summary: "The run failed", detail, life: 60000 }});
+    }} 0""")
+    sides = "[...document.querySelectorAll('.p-toast-message')].map(toast => toast.getBoundingClientRect().bottom)"
+    page.wait_for(f"{sides}.length > 0 && {sides}.every(bottom => bottom < {WINDOW}.getBoundingClientRect().top)", 5)
+    assert page.evaluate(f"{WINDOW}.getBoundingClientRect().height > 300 && {WINDOW}.getBoundingClientRect().top > 0")
+    page.evaluate("app.extensionManager.toast.removeAll()")
+    press(page, "Close")
+
+
 def descendants(pid: int) -> list[int]:
     children = [int(one) for task in Path(f"/proc/{pid}/task").glob("*/children") for one in task.read_text().split()]
     return [*children, *(one for child in children for one in descendants(child))]
@@ -188,7 +210,7 @@ def test_measured_and_applied(host, page):
         ["2", "ulysses 2 x ring 1", "exact", "exact", "auto"],
         ["2", "ulysses 2 x ring 1", "int8", "exact", "auto"],
     ]
-    assert len(rows) == 7 and all(float(row[5]) > 0 and float(row[7]) > 0 for row in rows)
+    assert len(rows) == 7 and all(float(row[5]) > 0 and row[7].endswith(" MB") for row in rows)
     assert starts(host) > before, "workers that had to leave are there again"
     values = "app.graph.getNodeById(1).widgets.map(({ value }) => value).slice(2, 5)"
     press(page, "Apply", f"{WINDOW}.querySelectorAll('tr')[3]")

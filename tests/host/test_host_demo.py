@@ -5,12 +5,10 @@ import io
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 from browser import PROGRAM, Page
-from comfy import PromptFailed
-from PIL import Image
+from comfy import PromptFailed, pixels
+from torch.nn import functional
 from workflows import Comparison, Graph
 
 from fastusp_backend import shapes
@@ -52,8 +50,11 @@ def test_the_example_draws_what_its_caption_says(host):
     (loader,) = [node for node in graph.values() if node["class_type"] == "FastUSPLoader"]
     (prompt,) = [node for node in graph.values() if node["class_type"] == "FastUSPDemoPrompt"]
     loader["inputs"]["gpus"], prompt["inputs"]["text"] = "cpu:2", CAPTION
-    (picture,) = host.run(graph).images
+    outcome = host.run(graph)
+    (picture,) = outcome.images
     assert shapes.unmet(shapes.Caption.read(CAPTION), picture) == []
+    small, seen = (functional.adaptive_avg_pool2d(image, 32) for image in (outcome.preview, picture))
+    assert (small - seen).abs().mean() < 0.05, "the preview has other colours"
 
 
 def test_a_word_that_the_model_does_not_know(host):
@@ -91,10 +92,9 @@ def test_from_an_empty_page_to_a_picture_of_two_ranks(host, page, renderer):
     page.wait_for("app.graph.nodes.length == 7 && app.canvas.ds.scale >= 0.75")
     page.click("[...document.querySelectorAll('.fastusp-choose button')].find(chip => chip.innerText == 'cpu:2')")
     page.click("[...document.querySelectorAll('button')].find(button => button.innerText.trim() == 'Run')")
-    with Image.open(io.BytesIO(base64.b64decode(page.wait_for(SHOWN, 90)))) as picture:
-        pixels = torch.from_numpy(np.array(picture.convert("RGB"))).movedim(-1, 0) / 255
+    shown = pixels(io.BytesIO(base64.b64decode(page.wait_for(SHOWN, 90))))
     (prompt,) = [x for x in json.loads(PAGE.read_text(encoding="utf-8"))["nodes"] if x["type"] == "FastUSPDemoPrompt"]
-    assert shapes.unmet(shapes.Caption.read(prompt["widgets_values"][0]), pixels) == []
+    assert shapes.unmet(shapes.Caption.read(prompt["widgets_values"][0]), shown) == []
     pool = host.pool("cpu:2")
     assert (pool["ranks"], pool["model"]) == (2, shapes.MODEL.name) and "error" not in pool
     assert page.evaluate("window.same") is True

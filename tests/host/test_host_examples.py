@@ -68,7 +68,8 @@ def test_files_and_a_pack_that_are_missing(page):
     assert "Unknown" not in page.evaluate(card)
 
 
-def test_titles_of_the_templates(page):
+def test_titles_and_pictures_of_the_templates(page):
+    """The pictures are loaded here: the page loads those that are in sight."""
     page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     entries = "[...document.querySelectorAll('[role=dialog] [role=button]')]"
     entry = f"{entries}.find(one => one.innerText.trim() == 'FastUSP')"
@@ -77,6 +78,11 @@ def test_titles_of_the_templates(page):
     page.wait_for(f"{TEMPLATES}.length == {len(EXAMPLES)}")
     titles = page.evaluate(f"{TEMPLATES}.map(one => one.innerText.split('\\n').at(-1))")
     assert {*titles} == {path.stem for path in EXAMPLES}
+    folder = "/api/workflow_templates/ComfyUI-FastUSP/"
+    for title in titles:
+        picture = f"fetch('{folder}' + encodeURIComponent('{title}.jpg')).then(answer => answer.blob())"
+        sides = page.evaluate(f"{picture}.then(createImageBitmap).then(({{ width, height }}) => [width, height])")
+        assert sides[0] == sides[1] >= 400, title
     page.press("Escape", 27)
 
 

@@ -26,6 +26,7 @@ def test_what_fits_stays():
     found = placed(FLUX_DEV, available=24 * GB)
     assert not found.slabs and found.source is None and found.streamed_bytes == 0
     assert str(found) == "whole, 20.6 GB a device"
+    assert str(placed(TINY_FLUX, available=24 * GB)).endswith(" MB a device")
 
 
 def test_no_more_of_three_ranks_blocks_travel_than_need_be():

@@ -94,6 +94,10 @@ def test_latents_are_flux_shaped_and_invertible():
     latents = shapes.encode(pictures)
     assert latents.shape == (2, 16, 8, 12)
     assert torch.allclose(shapes.encode(shapes.decode(latents)), latents, atol=1e-5)
+    means = torch.nn.functional.avg_pool2d(2 * pictures - 1, 8)
+    assert torch.allclose(
+        torch.einsum("bkyx,kc->bcyx", latents, torch.tensor(shapes.preview_factors())), means, atol=1e-5
+    )
     even = torch.full((1, 3, 16, 16), 0.3)
     assert torch.allclose(shapes.decode(shapes.encode(even)), even, atol=1e-6)
     assert shapes.psnr(even, even) == float("inf") and shapes.psnr(even, even + 0.1) == pytest.approx(20, abs=1e-3)
