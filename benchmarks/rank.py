@@ -3,7 +3,7 @@
     torchrun --nproc_per_node=2 benchmarks/rank.py JOB.json
 
 A job names `who` (ours, or a peer), model, tiny, device, cases, count, profile (names of configurations), outputs (a
-folder), and what ours.py or peers.py reads.
+folder), and what ours.py, peers.py or another module that it names as `side` reads.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ def main() -> None:
 
     say({"about": {"device": _name(device), "torch": torch.__version__}})
     model = random_model(CONFIGS[job["model"], job["tiny"]], device, dtype)
-    side = importlib.import_module("ours" if job["who"] == "ours" else "peers")
+    side = importlib.import_module("ours" if job["who"] == "ours" else job.get("side", "peers"))
     for number, (row, make) in enumerate(side.runs(job, model, dtype, device)):
         row["who"], row["case"] = job["who"], dataclasses.asdict(row["case"])
         run = None

@@ -94,6 +94,9 @@ def _costs(values: Values, devices: Devices, file: ModelFile, layouts: tuple[Lay
         whole = described.whole(1, settings.linear).device_bytes / 1e9
         if isinstance(devices, ServerDevices):
             told = "no times are known for a server's devices: `bench` measures them there"
+            if devices.per_machine < layouts[-1].sequence_ranks:
+                machines = devices.ranks // devices.per_machine
+                told = f"{machines} machines may be slower than one: `plan --nnodes {machines}` there predicts both"
             return told, f"weights: {whole:.2f} GB in all"
         return "no times are known for CPU ranks: measure them", f"weights: {whole:.2f} GB, which the ranks share"
     used = [gpu for gpu in list_gpus() if gpu.index in devices.gpus]

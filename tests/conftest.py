@@ -1,6 +1,6 @@
 """What all tests share: `support` beside this file is importable. Where pytest-xdist runs tests side by side, those of
-one folder stay together, since they share a ComfyUI, or pools (two groups of them: pools' lives, and what they
-compute); unit tests of one file do, and commands that start all that they need."""
+one folder stay together, since they share a ComfyUI, or pools (three groups of them: pools' lives, what they compute,
+and servers, whose tests wait most of the time); unit tests of one file do, and commands that start all they need."""
 
 from collections import Counter
 from pathlib import Path
@@ -11,6 +11,7 @@ HERE = Path(__file__).parent
 ORDER = ("host", "dist", "unit", "chaos", "mutations", "gpu")
 """Of the folders: each of xdist's processes takes the next group, and the longest begin first."""
 LIVES = ("tests/dist/test_pool_", "tests/dist/test_changing_files")
+SERVERS = ("tests/dist/test_serve", "tests/dist/test_several_machines", "tests/dist/test_machines_end")
 BY_FILE = ("tests/unit/", "tests/dist/test_chaos", "tests/dist/test_cli", "tests/dist/test_benchmarks")
 
 
@@ -28,7 +29,7 @@ def pytest_xdist_make_scheduler(config, log):
             path = nodeid.partition("::")[0]
             if path.startswith(BY_FILE):
                 return path
-            return path.rpartition("/")[0] + "/lives" * path.startswith(LIVES)
+            return path.rpartition("/")[0] + "/lives" * path.startswith(LIVES) + "/servers" * path.startswith(SERVERS)
 
     config.option.loadscopereorder = False  # nothing before those that take longest
     return Scheduler(config, log)

@@ -15,6 +15,7 @@ from .arguments import add_degrees, add_gpus
 from .file import File
 from .inputs import describe
 from .scaling import scaling
+from .several import add_machines, check, layouts_across, several
 from .table import Column, fitted
 
 WITH, WITHOUT = "that reach each other's memory (doctor tells)", "that do not"
@@ -40,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"whose times to predict, of: {', '.join(CARDS)} (default: the GPUs that are there; with --free an H100)",
     )
+    add_machines(parser)
     parser.add_argument("--linear", choices=("exact", "fp8"), default="exact", help="as USP Optimization Settings'")
 
 
@@ -61,6 +63,7 @@ def _card(text: str) -> str:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    check(arguments)
     imagined = arguments.free is not None
     if imagined and not arguments.model:
         raise RequestError(f"Name a model file: --free {arguments.free:g} says what becomes of its weights")
@@ -77,6 +80,8 @@ def run(arguments: argparse.Namespace) -> int:
     layouts = plan_batches(devices.ranks, heads, ulysses=arguments.ulysses, ring=arguments.ring)
     print(f"{devices}, {heads} heads: {layouts[-1]}")
     print("legal: " + ", ".join(str(x) for x in legal_layouts(devices.ranks, heads)))
+    if arguments.nnodes > 1:
+        print("\n".join(layouts_across(arguments, devices.ranks, heads)))
     if file is None:
         return 0
     whole = file.whole(devices.ranks if devices.gpus else 1, arguments.linear).device_bytes / 1e9
@@ -97,6 +102,8 @@ def run(arguments: argparse.Namespace) -> int:
         if card is None:
             print(f"no times: choose the card that is most like yours with --card, of {', '.join(CARDS)}")
     print("\n".join(fits(file, layouts, free, host, linear=arguments.linear, card=card, hint=hint)))
+    if arguments.nnodes > 1 and card is not None:
+        print("\n".join(["", *several(file, arguments, devices.ranks, free, card)]))
     return 0
 
 

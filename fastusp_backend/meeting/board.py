@@ -6,7 +6,7 @@ import time
 from ..protocol.machines import Ask, Told
 
 MOST_BYTES = 64 << 20
-"""Of all values: addresses of ranks take some kilobytes."""
+"""Of all keys and values: addresses of ranks take some kilobytes."""
 
 
 class Board:
@@ -29,27 +29,31 @@ class Board:
                 return self._get(ask.keys, ask.seconds)
             if ask.what == "check":
                 return Told(values=[], found=all(key in self._values for key in ask.keys))
-            if ask.what == "drop":
-                return Told(values=[], found=self._values.pop(*ask.keys, None) is not None)
             if ask.what == "set":
-                self._values.update(zip(ask.keys, ask.values, strict=True))
-                result = []
-            elif ask.what == "add":
-                (key,), (amount,) = ask.keys, ask.values
-                result = [str(int(self._values.get(key, b"0")) + int(amount)).encode()]
-                self._values[key] = result[0]
+                self._write(dict(zip(ask.keys, ask.values, strict=True)))
+                return Told(values=[])
+            (key,) = ask.keys
+            found = self._values.get(key)
+            if ask.what == "drop":
+                return Told(values=[], found=self._values.pop(key, None) is not None)
+            if ask.what == "add":
+                (amount,) = ask.values
+                self._write({key: str(int(found or b"0") + int(amount)).encode()})
             else:
-                (key,), (expected, desired) = ask.keys, ask.values
-                found = self._values.get(key)
+                expected, desired = ask.values
                 if found == expected or (found is None and not expected):
-                    self._values[key] = desired
-                result = [self._values.get(key, expected)]
-            if sum(map(len, self._values.values())) > MOST_BYTES:
-                raise ValueError(f"a store holds more than {MOST_BYTES} bytes")
-            self._changed.notify_all()
-            return Told(values=result)
+                    self._write({key: desired})
+            return Told(values=[self._values.get(key, ask.values[0])])
+
+    def _write(self, values: dict[str, bytes]) -> None:
+        if sum(len(key) + len(value) for key, value in (self._values | values).items()) > MOST_BYTES:
+            raise ValueError(f"a store holds no more than {MOST_BYTES} bytes")
+        self._values.update(values)
+        self._changed.notify_all()
 
     def _get(self, keys: list[str], seconds: float) -> Told:
+        if not seconds >= 0:
+            raise ValueError(f"{seconds} s cannot be waited")
         deadline = time.monotonic() + seconds
         while not all(key in self._values for key in keys):
             left = deadline - time.monotonic()

@@ -9,6 +9,7 @@ from torch.distributed import Store
 
 from ..door import enter
 from ..errors import DeviceError
+from ..protocol import Channel
 from ..protocol.machines import Ask, Meet, Told, ToStore
 
 ENTER_SECONDS = 30.0
@@ -16,22 +17,29 @@ ENTER_SECONDS = 30.0
 
 
 class MeetingStore(Store):
-    """The store of `run` at the server at `address`. Whoever makes it keeps it: torch alone does not."""
+    """The store of `run` at the server at `address`. Whoever makes it keeps it: torch alone does not. Any thread may
+    ask while others wait for a key."""
 
     def __init__(self, address: str, key: str, run: str):
         """Raises DeviceError where the server does not answer, KeyFileError or ProtocolError."""
         super().__init__()
+        self._address, self._key, self._run = address, key, run
+        self._idle: list[Channel] = []
+        self._lock = threading.Lock()
+        self._idle.append(self._entered())
+
+    def _entered(self) -> Channel:
         deadline = time.monotonic() + ENTER_SECONDS
         while True:
             try:
-                self._channel, _, _ = enter(address, key, ToStore)
+                channel, _, _ = enter(self._address, self._key, ToStore)
                 break
             except DeviceError:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.2)
-        self._one = threading.Lock()
-        self._channel.send(Meet(run=run))
+        channel.send(Meet(run=self._run))
+        return channel
 
     def set(self, key: str, value: str | bytes) -> None:
         self._ask("set", [key], [_bytes(value)])
@@ -71,12 +79,20 @@ class MeetingStore(Store):
         return told.values
 
     def _ask(self, what: str, keys: list[str], values: Sequence[bytes] = (), seconds: float = 0.0) -> Told:
-        with self._one:
-            try:
-                self._channel.send(Ask(what=what, keys=keys, values=list(values), seconds=seconds))
-                reply, _ = self._channel.receive()
-            except (EOFError, OSError) as error:
+        with self._lock:
+            channel = self._idle.pop() if self._idle else None
+        try:
+            channel = channel or self._entered()  # a thread waits for a key on each of the others
+            channel.send(Ask(what=what, keys=keys, values=list(values), seconds=seconds))
+            reply, _ = channel.receive()
+        except BaseException as error:
+            if channel is not None:
+                channel.close()
+            if isinstance(error, EOFError | OSError | DeviceError):
                 raise RuntimeError("Connection closed by peer: the server's store is gone") from error
+            raise
+        with self._lock:
+            self._idle.append(channel)
         if not isinstance(reply, Told):
             raise RuntimeError(f"the server's store refused {what} of {keys}: {reply}")
         return reply

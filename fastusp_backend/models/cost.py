@@ -23,6 +23,7 @@ class StepCost:
     attention: those of them that attention takes.
     streams: of all blocks, each of which has kernels of its own.
     sent_bytes: what a rank sends, in 16 bits, and receives as well.
+    turned_bytes: those of them that go round a ring.
     messages: to how many peers, in all blocks: to all of Ulysses' ranks, and once for each turn of a ring.
     """
 
@@ -31,6 +32,7 @@ class StepCost:
     attention: float
     streams: int
     sent_bytes: float
+    turned_bytes: float
     messages: int
 
 
@@ -51,13 +53,15 @@ def step_cost(config: FamilyConfig, layout: Layout, *, size: tuple[int, int], te
     attention = 4.0 * config.hidden * (sum(n**2 for n in seen) + image**2 * second)
     ulysses, ring = layout.ulysses, layout.ring
     attended = sum(seen) + second * image
-    values = attended / layout.sequence_ranks * config.hidden * (4 * (ulysses - 1) / ulysses + 2 * (ring - 1))
+    values = attended / layout.sequence_ranks * config.hidden * torch.bfloat16.itemsize
+    turned = values * 2 * (ring - 1)
     return StepCost(
         sum(blocks),
         products + attention,
         attention,
         len(blocks) + both,
-        values * torch.bfloat16.itemsize,
+        values * 4 * (ulysses - 1) / ulysses + turned,
+        turned,
         (ulysses - 1 + ring - 1) * (len(blocks) + second),
     )
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from ..config import Layout, LinearChoice, WireChoice
 from ..weights.dtypes import main_dtype
 from ..weights.tensor_info import FP8, TensorInfo
-from .cost import step_cost
+from .cost import StepCost, step_cost
 from .family import FamilyConfig
 from .placement import Placement
 
@@ -38,6 +38,8 @@ MARGIN = 0.1
 UNPACKING = {"packed": 3.1, "fp8": 4.0}
 """Bytes of memory traffic for each weight of the blocks' products that is stored so, in each evaluation: measured 8 ms
 on H100 and 6.7 on H200, and 5.8 to 8.4 on H200, for FLUX.1's 8.6e9."""
+TURN = 30e-6
+"""Seconds of each message between machines, however short. Assumed, as the rest of what is said of networks."""
 SHARING = 0.05
 """How much longer a step takes with blocks that all come from other GPUs in time; measured 0.04 and 0.06."""
 
@@ -57,6 +59,26 @@ class Link:
 
     def __str__(self) -> str:
         return self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """Between machines of so many GPUs each: GB/s that a machine sends, while it receives as much."""
+
+    per_machine: int
+    rate: float
+
+    def sent(self, layout: Layout, cost: StepCost) -> tuple[float, float, float]:
+        """Of what a GPU sends in a step the bytes that stay on its machine, and what its machine sends to others: by
+        Ulysses, which is waited for, and round a ring, which is so for what attention does not hide. A ring's position
+        has layout.ulysses GPUs, which send together."""
+        here, exchanged = self.per_machine, cost.sent_bytes - cost.turned_bytes
+        if layout.sequence_ranks <= here:
+            return cost.sent_bytes, 0.0, 0.0
+        if layout.ulysses <= here and here % layout.ulysses == 0:
+            return exchanged, 0.0, cost.turned_bytes * layout.ulysses
+        away = (layout.ulysses - min(here, layout.ulysses - 1)) / (layout.ulysses - 1)
+        return exchanged * (1 - away), exchanged * away * here, cost.turned_bytes * min(here, layout.ulysses)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,27 +170,36 @@ class Prediction:
         packed = any(info.packing for info in header.values())
         self._stored = "packed" if packed else "fp8" if main_dtype(header) in FP8 else ""
 
-    def seconds(self, found: Placement, link: Link, *, prompts: int = 1) -> float:
+    def seconds(self, found: Placement, link: Link, *, prompts: int = 1, network: Network | None = None) -> float:
         """Of a step that evaluates so many prompts, side by side where the layouts say so. What travels and what
         computes hide each other; but tokens that come by the link of the weights hide nothing, nor do other GPUs'
-        weights on such a link."""
+        weights on such a link. network: between the machines, where there are several; link: inside each."""
         layout = next(layout for layout in self._layouts if prompts % layout.batch == 0)
         cost = step_cost(self._config, layout, size=SIZE, text=self._config.text)
         products = (cost.flops - cost.attention) * (FP8_PRODUCTS if self._linear == "fp8" else 1)
-        computing = (
-            (products + cost.attention) / layout.sequence_ranks / (self._config.sustained * self._card.tflops * 1e12)
-        )
+        rate = layout.sequence_ranks * self._config.sustained * self._card.tflops * 1e12
+        computing = (products + cost.attention) / rate
         if layout.sequence_ranks > 1:
             computing *= 1 + BESIDE
         computing += KERNELS * cost.streams + MESSAGE * cost.messages
         if self._linear == "exact" and not found.unpacked:
             computing += cost.parameters * UNPACKING.get(self._stored, 0) / (self._card.memory * 1e12)
+        inside, waited, turned = network.sent(layout, cost) if network is not None else (cost.sent_bytes, 0.0, 0.0)
+        away = 0.0
+        if waited or turned:
+            per_byte = self._of_tokens / (network.rate * 1e9)
+            hidden = cost.attention / rate * (layout.ring - 1) / layout.ring
+            away = TURN * cost.messages + waited * per_byte + max(0.0, turned * per_byte - hidden)
+        return prompts / layout.batch * (self._on_a_machine(found, link, computing, inside * self._of_tokens) + away)
+
+    def _on_a_machine(self, found: Placement, link: Link, computing: float, sent: float) -> float:
+        """computing: seconds. sent: bytes of tokens."""
         weights = found.streamed_bytes / ((link.host if found.source == "host" else link.peers) * 1e9)
-        tokens = cost.sent_bytes * self._of_tokens / (link.peers * 1e9)
+        tokens = sent / (link.peers * 1e9)
         if not tokens or link.apart:
             shared = SHARING * len(found.slabs) / found.blocks if found.source == "shared" else 0
             together = tokens + (weights if found.source == "shared" else 0)
-            return prompts / layout.batch * max(computing * (1 + shared), together, weights)
+            return max(computing * (1 + shared), together, weights)
         if found.source == "host":  # which fills what tokens leave of the link
-            return prompts / layout.batch * (tokens + max(computing, weights))
-        return prompts / layout.batch * (computing + tokens + weights)
+            return tokens + max(computing, weights)
+        return computing + tokens + weights

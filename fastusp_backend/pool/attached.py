@@ -131,6 +131,7 @@ class AttachedWorkers(Contact):
     def send(
         self, message: Message, tensors: Tensors | None = None, meanwhile: Callable[[], None] = lambda: None
     ) -> None:
+        """As `Contact.send`. Raises EOFError where nothing came from the server for a while."""
         model = getattr(message, "model", None)
         if model is not None:
             sent = named(model)
@@ -138,7 +139,12 @@ class AttachedWorkers(Contact):
             if self.held is not None and self.held.model == sent:  # another client's file was this one
                 self.held = replace(self.held, model=model)
             message = replace(message, model=sent)
-        super().send(message, tensors, meanwhile)
+        try:
+            super().send(message, tensors, meanwhile)
+        except OSError as error:
+            if time.monotonic() - self.channel.heard < LOST_SECONDS / 2:
+                raise  # it has ended, and another may be there at once
+            raise EOFError from error  # nothing comes from there: a new connection would be waited for as well
 
     def receive(self, seconds: float) -> tuple[Message, Tensors] | None:
         """Raises EOFError where the server is lost."""

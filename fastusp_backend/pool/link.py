@@ -18,13 +18,18 @@ class Link:
     by nobody else."""
 
     def __init__(self, channel: Channel, heard: Callable[[Message], bool | None]):
+        """Raises RuntimeError where this process gets no more threads."""
         self._channel, self._heard = channel, heard
         self._closing = threading.Lock()
         self._outbox: queue.SimpleQueue[tuple[Frame, Future[None]] | None] = queue.SimpleQueue()
         self._inbox: queue.SimpleQueue[tuple[Message, Tensors] | BaseException] = queue.SimpleQueue()
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._write, self._read)]
-        for thread in self._threads:
-            thread.start()
+        try:
+            for thread in self._threads:
+                thread.start()
+        except RuntimeError:
+            self._outbox.put(None)  # or one that has started would wait for ever
+            raise
 
     @property
     def ended(self) -> bool:

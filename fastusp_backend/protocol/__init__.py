@@ -1,7 +1,7 @@
 """What client and workers say to each other, and how it is framed. Both sides import this room; nothing here runs a
 model."""
 
-from .channel import Channel, Frame
+from .channel import MAX_FRAME, Channel, Frame
 from .messages import (
     VERSION,
     Attach,
@@ -31,6 +31,7 @@ from .tls import LOST_SECONDS, TlsStream
 __all__ = [
     "ADVICE",
     "LOST_SECONDS",
+    "MAX_FRAME",
     "VERSION",
     "Attach",
     "Cancel",

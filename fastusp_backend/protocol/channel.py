@@ -24,7 +24,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from ..errors import ProtocolError
+from ..errors import ProtocolError, RequestError
 from .messages import Message
 from .shared import ADVICE, Places, SharedMemory, SharedTensors, inline_tensors, room_for
 from .tls import TlsStream
@@ -38,6 +38,8 @@ _NONE, _INLINE, _SHARED, _LASTING = range(4)
 INLINE_LIMIT = 256 * 1024
 MAX_FRAME = 1 << 30
 """Upper bound of a frame, in bytes: tensors travel inline where there is no shared memory (TCP, no memfd)."""
+_NAMES = 256 * 1024
+"""What the names and shapes of a frame's tensors take at most, in bytes."""
 
 
 class Frame(NamedTuple):
@@ -100,11 +102,18 @@ class Channel:
 
         lasting: large tensors are written where the last ones sent so lay, which the receiver must have read; it holds
         the memory's `SharedTensors` from one to the next. See `forget`.
+
+        Raises RequestError for more than travels.
         """
         tensors = {name: t.detach() for name, t in (tensors or {}).items()}
-        body = msgspec.msgpack.encode(message)
-        if sum(t.nbytes for t in tensors.values()) > INLINE_LIMIT and self.shares_memory:
+        body, nbytes = msgspec.msgpack.encode(message), sum(t.nbytes for t in tensors.values())
+        if nbytes > INLINE_LIMIT and self.shares_memory:
             return self._shared_frame(body, tensors, lasting)
+        if nbytes + len(body) > MAX_FRAME - _NAMES:
+            raise RequestError(
+                f"Use smaller images, batches or LoRAs: {nbytes / 1e9:.2f} GB of tensors at a time do not travel "
+                f"between machines, {MAX_FRAME / 1e9:.2f} GB would"
+            )
         blob = safetensors.torch.save(_standing_alone(tensors)) if tensors else b""
         return Frame(_HEADER.pack(_MAGIC, _INLINE if tensors else _NONE, len(body)) + body + blob)
 

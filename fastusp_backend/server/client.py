@@ -7,12 +7,26 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 
-from ..errors import ProtocolError
+from ..errors import ProtocolError, RequestError
 from ..pool import Pool
 from ..pool.contact import Contact
 from ..pool.link import POLL_SECONDS, Link
 from ..prompt import Tensors
-from ..protocol import Cancel, Channel, Done, Ended, Failed, Message, Park, Patch, Phase, Release, Shown, Unmap
+from ..protocol import (
+    MAX_FRAME,
+    Cancel,
+    Channel,
+    Done,
+    Ended,
+    Failed,
+    Message,
+    Park,
+    Patch,
+    Phase,
+    Release,
+    Shown,
+    Unmap,
+)
 from ..protocol.messages import Request
 from .numbers import ClientNumbers, WorkerNumbers
 from .turns import Job, Turns
@@ -20,8 +34,8 @@ from .turns import Job, Turns
 log = logging.getLogger(__name__)
 
 SHOWN_SECONDS = 1.0
-UNSENT = 256
-"""Messages that may wait for a client to take them: a run of many steps, on a slow line."""
+UNSENT, UNSENT_BYTES = 256, MAX_FRAME
+"""Messages, and their bytes, that may wait for a client to take them: a run of many steps, on a slow line."""
 LAST_SECONDS = 2.0
 """How long the last message may take to leave."""
 
@@ -41,7 +55,7 @@ class Client:
         self._link = Link(channel, lambda message: None)
         self._cancelled: set[int] = set()
         self._taken = self._answered = 0
-        self._unsent: deque[Future[None]] = deque()
+        self._unsent: deque[tuple[Future[None], int]] = deque()
         self._posting = threading.Lock()
         self._told = 0.0
         _, self._line = pool.log_since(0)
@@ -93,13 +107,14 @@ class Client:
             self._answered = max(self._answered, message.id)
             self._cancelled.discard(message.id)
         with self._posting:
-            while self._unsent and self._unsent[0].done():
+            while self._unsent and self._unsent[0][0].done():
                 self._unsent.popleft()
-            if len(self._unsent) > UNSENT:
+            if len(self._unsent) > UNSENT or sum(size for _, size in self._unsent) > UNSENT_BYTES:
                 log.warning("%s takes nothing any more, and is let go", self.name)
                 self._channel.shut()
                 return
-            self._unsent.append(self._link.post(self._channel.frame(message, tensors)))
+            frame = self._channel.frame(message, tensors)
+            self._unsent.append((self._link.post(frame), len(frame.data)))
 
     def end(self, text: str) -> None:
         """Tells why it is served no longer, and closes the connection."""
@@ -124,12 +139,24 @@ class Client:
             if model is not None and not model.fingerprint:  # the workers would open whatever path it says
                 text = "Install the same FastUSP here and on the server: a file was asked for by its path, not its name"
                 self.post(Failed(id=message.id, kind="refused", rank=0, text=text))
-            elif self._turns.add(self, Job(message, tensors)) and isinstance(message, Request | Patch):
-                self.post(Phase(id=message.id, text="waiting for another client"))
+            else:
+                self._wait(message, tensors)
         elif message.id > self._taken or message.id <= self._answered:  # a frame was refused, here or there
             self.post(Failed(id=message.id, kind="cancelled", rank=0, text="it is not under way"))
+        elif self._turns.drop(self, message.id):
+            self.post(Failed(id=message.id, kind="cancelled", rank=0, text="it was waiting for its turn"))
         else:
             self._cancelled.add(message.id)
+
+    def _wait(self, message: Message, tensors: Tensors) -> None:
+        """Has a request wait for its turn."""
+        try:
+            others = self._turns.add(self, Job(message, tensors))
+        except RequestError as error:
+            self.post(Failed(id=message.id, kind="refused", rank=0, text=str(error)))
+            return
+        if others and isinstance(message, Request | Patch):
+            self.post(Phase(id=message.id, text="waiting for another client"))
 
     def _show(self) -> None:
         """Each second, also while nobody asks for anything."""

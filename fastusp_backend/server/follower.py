@@ -104,22 +104,20 @@ class Follower:
                 self._stopped.wait(AGAIN_SECONDS)
                 continue
             told = False
-            channel.send(
-                Join(
-                    machine=self._machine,
-                    ranks=self._devices.ranks,
-                    device=self._devices.type,
-                    bfloat16=supports_bfloat16(self._devices),
-                )
-            )
-            log.info("joined %s as machine %d", self._address, self._machine)
             link = Link(channel, lambda message: None)
             try:
+                link.send(channel.frame(self._join()), lambda: None)
+                log.info("joined %s as machine %d", self._address, self._machine)
                 self._follow(link, channel, interface_of(own))
             except (EOFError, OSError) as error:
                 log.warning("the first machine is lost%s", f": {error}" if str(error) else "")
+                self._stopped.wait(AGAIN_SECONDS)
             finally:
                 link.close()
+
+    def _join(self) -> Join:
+        own = self._devices
+        return Join(machine=self._machine, ranks=own.ranks, device=own.type, bfloat16=supports_bfloat16(own))
 
     def _follow(self, link: Link, channel: Channel, interface: str) -> None:
         """Raises EOFError or OSError where the first machine is lost."""

@@ -4,6 +4,7 @@ import logging
 import secrets
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from ..devices import Devices, supports_bfloat16
 from ..errors import PoolError, ProtocolError
 from ..meeting import Board
 from ..pool.link import POLL_SECONDS, Link
+from ..pool.log import LINES
 from ..pool.processes import Place
 from ..protocol import LOST_SECONDS, Channel, Message
 from ..protocol.machines import Awaits, Broke, Join, Leave, Run, Seen, Stop
@@ -42,7 +44,7 @@ class Machine:
         """Why its part of the last run ended; None while it runs."""
         self.heard = time.monotonic()
         self._channel = channel
-        self._lines: list[str] = []
+        self._lines: deque[str] = deque(maxlen=LINES)
 
     def __str__(self) -> str:
         return f"machine {self.number} ({self.address})"
@@ -51,14 +53,14 @@ class Machine:
         self.link.post(self._channel.frame(message))
 
     def take_lines(self) -> list[str]:
-        lines, self._lines = self._lines, []
-        return [f"{self.address} {line}" for line in lines]
+        taken = [self._lines.popleft() for _ in range(len(self._lines))]
+        return [f"{self.address} {line}" for line in taken]
 
     def _hear(self, message: Message) -> bool | None:
         self.heard = time.monotonic()
         if isinstance(message, Seen):
             self.seen = message
-            self._lines += message.lines
+            self._lines.extend(message.lines)
             return True
         if isinstance(message, Broke):
             self.report = Report(message.order, f"{message.text}, on {self}", message.lines)

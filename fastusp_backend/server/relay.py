@@ -52,7 +52,7 @@ class Relay:
         if workers is not client.workers:
             raise _Others
         number = workers.next_id()
-        message = client.numbers.translate(job.message, number)
+        message = client.numbers.translate(job.message, job.tensors, number)
         if not isinstance(message, Release | Park):
             self._user = client
         try:

@@ -15,21 +15,24 @@ from ..keyfile import Key
 from ..meeting import Board
 from ..pool import Pool
 from ..pool.contact import Contact
-from ..protocol import VERSION, Attach, Channel, Failed, Hello, Message, TlsStream, Welcome
+from ..protocol import VERSION, Attach, Channel, Ended, Failed, Hello, Message, TlsStream, Welcome
 from ..protocol.machines import Ask, Join, Meet, ToFirst
 from .client import Client
 from .joined import JoinedWorkers
 from .machines import Machines
 from .numbers import WorkerNumbers
 from .relay import Relay
+from .strangers import STRANGERS, Strangers
 from .turns import Turns
 
 log = logging.getLogger(__name__)
 
+AUTHENTICATION_SECONDS = 5.0
+"""How long a connection may take to prove that it has the key. Ours give up after as long (`door.CONNECT_SECONDS`)."""
 GREETING_SECONDS = 10.0
-"""How long a connection may take until it is known to be a client's."""
-STRANGERS = 16
-"""Connections that are heard at a time before they are known to be clients'."""
+"""How long one that has it may take to say what it wants."""
+CLIENTS = 32
+"""That may be attached at a time."""
 QUIET_SECONDS = 10.0
 """Between two lines about refused connections: whoever knocks does not fill the log."""
 IDLE_SECONDS = 5.0
@@ -69,7 +72,7 @@ class Server:
         self._clients: list[Client] = []
         self._numbers: tuple[Contact | None, WorkerNumbers] = None, WorkerNumbers()
         self._lock = threading.Lock()
-        self._strangers = threading.Semaphore(STRANGERS)
+        self._strangers = Strangers()
         self._refused, self._refusal = 0, 0.0
         self._stopped = threading.Event()
 
@@ -145,10 +148,12 @@ class Server:
                     time.sleep(0.1)  # too many open files, say: it comes again
                 continue
             name = f"{address[0]}:{address[1]}"
-            if self._strangers.acquire(blocking=False):
+            self._strangers.admit(sock, address[0])
+            try:
                 threading.Thread(target=self._meet, args=(sock, name), name=name, daemon=True).start()
-            else:
-                self._refuse(name, f"{STRANGERS} others have not said who they are")
+            except RuntimeError as error:  # the system gives no more threads, for now
+                self._strangers.leave(sock)
+                self._refuse(name, error)
                 sock.close()
 
     def _refuse(self, name: str, why: object) -> None:
@@ -162,17 +167,19 @@ class Server:
 
     def _meet(self, sock: socket.socket, name: str) -> None:
         try:
-            with limited(sock, GREETING_SECONDS):
-                channel, wish = self._greet(sock)
-        except (AuthenticationError, EOFError, OSError, ProtocolError) as error:
+            with limited(sock, AUTHENTICATION_SECONDS):
+                channel = self._authenticate(sock)
+        except (AuthenticationError, EOFError, OSError, RuntimeError) as error:  # the last for want of threads
             self._refuse(name, error or type(error).__name__)
             sock.close()
             return
         finally:
-            self._strangers.release()
+            self._strangers.leave(sock)
         try:
+            with limited(sock, GREETING_SECONDS):
+                wish = self._greet(channel)
             if isinstance(wish, Attach):
-                self._attached(Client(name, channel, self._pool, self._turns))
+                self._attached(name, channel)
             elif isinstance(wish, Join) and self._machines is not None:
                 self._machines.serve(wish, name.rpartition(":")[0], channel)
             elif isinstance(wish, Meet) and self._machines is not None:
@@ -183,30 +190,43 @@ class Server:
             self._refuse(name, error)
             with contextlib.suppress(OSError):  # it is gone
                 channel.send(Failed(id=None, kind="protocol", rank=0, text=str(error)))
+        except (EOFError, OSError, RuntimeError) as error:
+            self._refuse(name, error or type(error).__name__)
         finally:
             channel.close()
 
-    def _greet(self, sock: socket.socket) -> tuple[Channel, Message | None]:
-        """A channel to one that has the key, and what it wants; None where it wanted to know what there is."""
+    def _authenticate(self, sock: socket.socket) -> Channel:
+        """A channel to one that has the key."""
         stream = TlsStream(sock, self._context, listens=True)
         stream.handshake()
         channel = Channel(stream, ToFirst)
         channel.authenticate(self._key.secret, listens=True)
+        return channel
+
+    def _greet(self, channel: Channel) -> Message | None:
+        """What the other end wants; None where it wanted to know what there is."""
         hello, _ = channel.receive()
         if not isinstance(hello, Hello) or hello.version != VERSION:
-            problem = f"expected Hello of protocol version {VERSION}, got {hello}"
-            channel.send(Failed(id=None, kind="protocol", rank=0, text=problem))
-            raise ProtocolError(problem)
+            raise ProtocolError(f"expected Hello of protocol version {VERSION}, got {hello}")
         channel.send(self._welcome)
         try:
-            return channel, channel.receive()[0]
+            return channel.receive()[0]
         except EOFError:
-            return channel, None
+            return None
 
-    def _attached(self, client: Client) -> None:
-        log.info("%s attaches", client.name)
+    def _attached(self, name: str, channel: Channel) -> None:
+        """Serves a client until it is gone."""
         with self._lock:
-            self._clients.append(client)
+            client = None
+            if len(self._clients) < CLIENTS:
+                client = Client(name, channel, self._pool, self._turns)
+                self._clients.append(client)
+        if client is None:
+            text = f"Close another ComfyUI that uses these workers, and queue the prompt again: {CLIENTS} are attached"
+            self._refuse(name, text)
+            channel.send(Ended(text=text))
+            return
+        log.info("%s attaches", name)
         try:
             if client.attach(self._numbers_of):
                 client.serve()

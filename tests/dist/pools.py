@@ -32,8 +32,10 @@ def evaluate(pool: Pool, model, layout: Layout | None = None, **settings) -> tor
     return session(pool, model, layout, **settings).evaluate(GIVEN.x, GIVEN.timestep, PROMPT, Progress())
 
 
-def sample(pool: Pool, model, sigmas=SHORT, progress: Progress | None = None) -> torch.Tensor:
-    return session(pool, model).sample(
+def sample(
+    pool: Pool, model, sigmas=SHORT, progress: Progress | None = None, layout: Layout | None = None
+) -> torch.Tensor:
+    return session(pool, model, layout).sample(
         GIVEN.x, sigmas, sampler="euler", positive=PROMPT, progress=progress or Progress()
     )
 

@@ -1,9 +1,9 @@
 """What ends at a server, or on the way to it: told within ten seconds, and the next prompt is right."""
 
+import contextlib
 import os
 import shutil
 import signal
-import time
 
 import pytest
 import torch
@@ -26,10 +26,28 @@ def folder(tmp_path_factory, dev):
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def server(run_dirs, folder):
-    with serving(folder, "--gpus", "cpu:2", "--models", str(folder)) as server:
+    """What tests end, another one follows at the same address."""
+    with contextlib.ExitStack() as made:
+        server = Again(folder, made)
+        server.start()
         yield server
+
+
+class Again:
+    def __init__(self, folder, made: contextlib.ExitStack):
+        self._folder, self._made, self.now = folder, made, None
+
+    def start(self) -> None:
+        """Again, where the last one was."""
+        listen = self.now.address if self.now is not None else "127.0.0.1:0"
+        how = ["--gpus", "cpu:2", "--models", str(self._folder)]
+        self.now = self._made.enter_context(serving(self._folder, *how, listen=listen))
+
+    @property
+    def address(self) -> str:
+        return self.now.address
 
 
 class Later:
@@ -45,17 +63,17 @@ class Later:
             self.watch = Stopwatch()
 
 
-def failure(pool, dev, what) -> str:
+def failure(pool, dev, what, **how) -> str:
     """What a run says in which something happens."""
     later = Later(what)
     with pytest.raises(PoolError) as raised:
-        sample(pool, dev, LONG, later.progress)
+        sample(pool, dev, LONG, later.progress, **how)
     assert later.watch.seconds < LIMIT, later.watch.seconds
     return str(raised.value)
 
 
 def test_a_rank_that_dies_is_named_and_replaced(server, dev):
-    pool = server.attach()
+    pool = server.now.attach()
     expected = evaluate(pool, dev)
     before = pids(pool)
     told = failure(pool, dev, lambda: os.kill(before[1], signal.SIGKILL))
@@ -70,49 +88,45 @@ def test_a_rank_that_dies_is_named_and_replaced(server, dev):
     assert torch.equal(evaluate(pool, dev), expected) and not set(pids(pool)) & set(idle)
 
 
-def test_a_server_that_is_killed_and_comes_back(server, folder, dev):
-    pool = server.attach()
+def test_a_server_that_is_killed_and_comes_back(server, dev):
+    pool = server.now.attach()
     expected = evaluate(pool, dev)
     ranks, address = pids(pool), server.address
-    told = failure(pool, dev, lambda: server.end(signal.SIGKILL))
+    told = failure(pool, dev, lambda: server.now.end(signal.SIGKILL))
     assert "the connection was lost" in told
     wait_until(lambda: not any(os.path.exists(f"/proc/{rank}") for rank in ranks), LIMIT)
     with pytest.raises(PoolError, match=rf"did not start: Start `python -m fastusp_backend serve --listen {address}`"):
         evaluate(pool, dev)
     with pytest.raises(DeviceError, match="no server answers"):
-        ask(address, str(server.key))
-    with serving(folder, "--gpus", "cpu:2", "--models", str(folder), listen=address) as again:
-        assert again.address == address
-        assert torch.equal(evaluate(pool, dev), expected)
-    with serving(folder, "--gpus", "cpu:1", "--models", str(folder), listen=address) as other:
-        other.says("The key file is")
-        with pytest.raises(PoolError, match="it has other devices now; queue the prompt again"):
-            evaluate(pool, dev)
-
-
-def test_a_server_that_is_stopped_is_lost(server, dev):
-    pool = server.attach()
-    expected = evaluate(pool, dev)
-    told = failure(pool, dev, lambda: server.process.send_signal(signal.SIGSTOP))
-    assert "nothing was heard of it for" in told
-    server.process.send_signal(signal.SIGCONT)
+        ask(address, str(server.now.key))
+    server.start()
+    assert server.address == address
     assert torch.equal(evaluate(pool, dev), expected)
 
 
-def test_sigterm_ends_all_and_says_so(server, run_dirs, dev):
-    pool = server.attach()
-    evaluate(pool, dev)
-    (directory,) = run_dirs_of(server.process.pid, run_dirs)
-    ranks = pids(pool)
-    told = failure(pool, dev, lambda: server.process.send_signal(signal.SIGTERM))
-    assert "the server was ended" in told
-    assert server.process.wait(LIMIT) == 0
-    assert not directory.exists() and not processes_of(directory)
-    assert not any(os.path.exists(f"/proc/{rank}") for rank in ranks)
+def test_a_server_that_is_stopped_is_lost(server, dev):
+    pool = server.now.attach()
+    expected = evaluate(pool, dev)
+    told = failure(pool, dev, lambda: server.now.process.send_signal(signal.SIGSTOP))
+    assert "nothing was heard of it for" in told
+    server.now.process.send_signal(signal.SIGCONT)
+    assert torch.equal(evaluate(pool, dev), expected)
 
 
 def test_a_server_does_not_start_where_something_else_listens(server, folder):
     with serving(folder, "--gpus", "cpu:2", "--models", str(folder), listen=server.address) as second:
+        second.says("Give --listen another address")
         assert second.process.wait(30) == 2
-        time.sleep(0.1)
-        assert "Give --listen another address" in "".join(second.said)
+
+
+def test_sigterm_ends_all_and_says_so(server, run_dirs, dev):
+    """The last test of this server."""
+    pool = server.now.attach()
+    evaluate(pool, dev)
+    (directory,) = run_dirs_of(server.now.process.pid, run_dirs)
+    ranks = pids(pool)
+    told = failure(pool, dev, lambda: server.now.process.send_signal(signal.SIGTERM))
+    assert "the server was ended" in told
+    assert server.now.process.wait(LIMIT) == 0
+    assert not directory.exists() and not processes_of(directory)
+    assert not any(os.path.exists(f"/proc/{rank}") for rank in ranks)

@@ -13,7 +13,8 @@ import websocket
 
 PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
-SETTLED = "window.app?.graph && document.querySelector('canvas') && window.app.extensionManager ? true : false"
+SETTLED = "window.app?.extensionManager?.spinner === false && !!app.graph && !!document.querySelector('canvas')"
+"""ComfyUI's application spins until it has opened its first workflow, which takes the place of any opened earlier."""
 
 CONTRAST = """(() => {
     const rgb = text => text.match(/[0-9.]+/g).map(Number);

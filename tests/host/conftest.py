@@ -4,10 +4,7 @@ A host older than 0.4 knows FLUX at hidden size 3072 alone, which is slow on a C
 """
 
 import json
-import os
-import re
 from dataclasses import replace
-from pathlib import Path
 
 import controlnets
 import loras
@@ -16,6 +13,7 @@ import torch
 from browser import Page
 from comfy import ComfyUI
 from ending import wait_for_the_end
+from hosts import host_paths, knows_small_flux, version
 from safetensors.torch import save_file
 from workflows import DEV, QWEN_IMAGE, SCHNELL, SMALL, SMALL_CHROMA, SMALL_FLUX2, SMALL_Z_IMAGE
 
@@ -26,20 +24,6 @@ FULL_SIZE = replace(SMALL, hidden=3072, heads=24, mlp=12288)
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "any_host: cheap enough for hosts that know full-sized FLUX alone")
-
-
-def host_paths() -> list[Path]:
-    value = os.environ.get("COMFYUI_PATHS") or "~/ComfyUI"
-    paths = [Path(text).expanduser() for text in value.split(os.pathsep) if text]
-    return [path for path in paths if (path / "main.py").is_file()]
-
-
-def version(path: Path) -> str:
-    return re.search(r'__version__ = "(.+)"', (path / "comfyui_version.py").read_text())[1]
-
-
-def knows_small_flux(path: Path) -> bool:
-    return tuple(map(int, version(path).split(".")[:2])) >= (0, 4)
 
 
 def pytest_generate_tests(metafunc):

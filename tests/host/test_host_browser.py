@@ -19,7 +19,6 @@ STATE = """document.querySelector('.fastusp section[aria-label="Pool on cpu:1"] 
 LOG = "document.querySelector('.fastusp-log pre')?.textContent"
 TOASTS = "document.querySelector('.p-toast')?.innerText"
 
-
 SEEDS = itertools.count(340)
 
 
@@ -35,6 +34,7 @@ def queue(page: Page, graph: Graph) -> None:
 
 
 def test_a_reload_in_the_middle_of_a_run(host, page):
+    host.run(_short("cpu:1"))  # workers that start may take longer than anything that is waited for here
     graph = Graph()
     inputs = {"latent_image": graph.empty(384, 384), "positive": graph.prompt(1, 256)}
     graph.save(graph.sample(graph.usp("cpu:1"), steps=4000, seed=320, **inputs))  # one core; the page wants the other
@@ -42,7 +42,7 @@ def test_a_reload_in_the_middle_of_a_run(host, page):
     page.wait_for(has(TEXTS, IN_WORKERS), 60)
     try:
         page.load()
-        page.wait_for(has(TEXTS, IN_WORKERS))
+        page.wait_for(has(TEXTS, IN_WORKERS), 60)
         page.evaluate("""(async () => {
             const other = app.graph.serialize();
             other.id = "11111111-2222-3333-4444-555555555555";

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from comfy import ComfyUI
-from conftest import host_paths, knows_small_flux
+from hosts import host_paths, knows_small_flux
 from workflows import IN_WORKERS, ONE_Z_IMAGE, QWEN_IMAGE, STEPPING, WIDE, Graph
 
 from fastusp_backend.models.synthetic import TINY_FLUX2, TINY_SD3, write_checkpoint

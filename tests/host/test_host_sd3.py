@@ -4,8 +4,8 @@ import controlnets
 import loras
 import pytest
 from comfy import PromptFailed
-from conftest import knows_small_flux
 from formats import write
+from hosts import knows_small_flux
 from safetensors.torch import save_file
 from workflows import IN_WORKERS, STEPPING, Comparison, Graph, difference
 

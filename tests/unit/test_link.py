@@ -114,3 +114,22 @@ def test_a_closed_link_takes_nothing(ends):
     ends.link.close()
     with pytest.raises(OSError):
         ends.send(Shutdown())
+
+
+def test_without_threads_none_stays(monkeypatch):
+    """Not even the one that could be started."""
+    start, started = threading.Thread.start, []
+
+    def one(thread: threading.Thread) -> None:
+        if started:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    near, far = socket.socketpair()
+    with near, far, monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", one)
+        with pytest.raises(RuntimeError, match="new thread"):
+            Link(Channel(near, ToClient), lambda message: None)
+        started[0].join(5)
+        assert not started[0].is_alive()

@@ -1,11 +1,13 @@
 """The store of several machines does what torch expects of one, for those that have the key and know the run."""
 
+import socket
 import threading
-from contextlib import closing
+import time
 from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
+from support import wait_until
 
 from fastusp_backend.errors import DeviceError
 from fastusp_backend.keyfile import Key
@@ -38,6 +40,7 @@ def served(tmp_path):
     threading.Thread(target=server._accept, daemon=True).start()
     yield f"127.0.0.1:{server.port}", str(key.path), server._machines
     server._stopped.set()
+    server._listener.shutdown(socket.SHUT_RDWR)
     server._listener.close()
 
 
@@ -52,9 +55,8 @@ def store(served):
         return made[-1]
 
     yield one
-    for each in made:
-        with closing(each._channel):
-            pass
+    for channel in (channel for each in made for channel in each._idle):
+        channel.close()
 
 
 def test_what_one_sets_another_gets(store):
@@ -99,13 +101,43 @@ def test_a_server_that_is_not_there(served, monkeypatch):
         MeetingStore("127.0.0.1:1", served[1], "now")
 
 
-def test_it_holds_no_more_than_it_may(monkeypatch):
+def test_one_thread_asks_while_another_waits(store):
+    """As NCCL's do, which look for news while the program waits for a rank."""
+    one, told = store(), []
+    waiting = threading.Thread(target=lambda: told.append(one.get("late")))
+    waiting.start()
+    wait_until(lambda: not one._idle, 5)
+    began = time.monotonic()
+    assert not one.check(["late"]) and one.add("n", 1) == 1 and time.monotonic() - began < 2
+    one.set("late", "x")
+    waiting.join(5)
+    assert told == [b"x"] and len(one._idle) == 2
+
+
+@pytest.mark.parametrize("given", [{"keys": ["a"], "values": [b"x" * 10]}, {"keys": ["a" * 11], "values": [b""]}])
+def test_it_holds_no_more_than_it_may(monkeypatch, given):
     monkeypatch.setattr(board, "MOST_BYTES", 10)
-    with pytest.raises(ValueError, match="more than 10 bytes"):
-        Board().answer(Ask(what="set", keys=["a"], values=[b"x" * 11]))
+    full = Board()
+    with pytest.raises(ValueError, match="no more than 10 bytes"):
+        full.answer(Ask(what="set", **given))
+    assert not full.answer(Ask(what="check", keys=given["keys"])).found
+    assert full.answer(Ask(what="add", keys=["n"], values=[b"1"])).values == [b"1"]
 
 
-@pytest.mark.parametrize("ask", [{"what": "set", "keys": ["a"]}, {"what": "add", "keys": [], "values": [b"1"]}])
+@pytest.mark.parametrize(
+    "ask",
+    [
+        {"what": "set", "keys": ["a"]},
+        {"what": "add", "keys": [], "values": [b"1"]},
+        {"what": "add", "keys": ["a"], "values": []},
+        {"what": "add", "keys": ["a"], "values": [b"one"]},
+        {"what": "swap", "keys": ["a", "b"], "values": [b"", b""]},
+        {"what": "swap", "keys": ["a"], "values": [b""]},
+        {"what": "drop", "keys": ["a", "b"]},
+        {"what": "drop", "keys": []},
+        {"what": "get", "keys": ["a"], "seconds": float("nan")},
+    ],
+)
 def test_what_makes_no_sense(ask):
     with pytest.raises(ValueError):
         Board().answer(Ask(**ask))

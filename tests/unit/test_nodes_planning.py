@@ -12,7 +12,7 @@ from placing import header, spec_with
 import fastusp_backend.cli.file
 import fastusp_backend.models.prediction  # noqa: F401 - the node takes them as parts of its own package
 from fastusp_backend.config import FileState, Settings
-from fastusp_backend.devices import local_devices
+from fastusp_backend.devices import ServerDevices, local_devices
 from fastusp_backend.errors import CheckpointError, RequestError
 from fastusp_backend.models.synthetic import FLUX_DEV, QWEN_IMAGE
 
@@ -64,6 +64,21 @@ def test_two_gpus(planning, nvml):
     assert layouts == "gpu 0,1: ulysses 2 x ring 1; for 2 prompts or images batch 2 x ulysses 1 x ring 1"
     assert weights.startswith("weights: whole, ") and weights.endswith(" GB a device, of 25.8 GB")
     assert "cfg above 1" not in step, "its guidance is a number"
+
+
+@pytest.mark.parametrize(
+    ("per_machine", "said"),
+    [
+        (2, "2 machines may be slower than one: `plan --nnodes 2` there predicts both"),
+        (4, "no times are known for a server's devices: `bench` measures them there"),
+    ],
+)
+def test_a_server(planning, monkeypatch, per_machine, said):
+    module = planning()
+    server = ServerDevices(ranks=4, address="a:1", key="k", kind="cuda", per_machine=per_machine, bfloat16=True)
+    monkeypatch.setattr(module, "devices_of", lambda gpus: server)
+    step, layouts, _ = previewed(module, gpus="a:1")["lines"]
+    assert step == said and layouts.startswith("a:1: ulysses ")
 
 
 def milliseconds(told):

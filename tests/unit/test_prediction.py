@@ -10,6 +10,7 @@ from fastusp_backend.models.placement import place_file
 from fastusp_backend.models.prediction import (
     CARDS,
     PCIE,
+    Network,
     Prediction,
     fewer_are_faster,
     known_card,
@@ -44,6 +45,38 @@ def predicted(
     found = place_file(header, spec, ranks, **room)
     made = Prediction(header, config, plan_batches(ranks, config.heads, ring=ring), CARDS["H100"], linear, wire)
     return found, made.seconds(found, link, prompts=prompts) * 1000
+
+
+def across(machines: int, each: int, gigabits: float, **given) -> float:
+    """Milliseconds of a step of FLUX.1 on several machines of H100s."""
+    ranks, prompts = machines * each, given.pop("prompts", 1)
+    layouts = plan_batches(ranks, FLUX_DEV.heads, per_machine=each, **given)
+    found, _ = predicted(FLUX_DEV, ranks)
+    made = Prediction(HEADER, FLUX_DEV, layouts, CARDS["H100"], "exact")
+    return 1000 * made.seconds(found, NVLINK, prompts=prompts, network=Network(each, gigabits / 8))
+
+
+HEADER = {"x": TensorInfo((1,), torch.bfloat16)}
+
+
+def test_a_network_takes_what_a_ring_sends_that_attention_does_not_hide():
+    """Keys and values of a quarter of FLUX.1's 4608 tokens, 3 turns, 57 blocks, of 2 GPUs at a time."""
+    turned = 4608 / 4 * 3072 * 2 * 2 * 57 * 2
+    hidden = across(2, 2, 1e9)
+    assert 1000 * turned / (10 / 8 * 1e9) == pytest.approx(across(2, 2, 10) - hidden, rel=0.03)
+    assert across(2, 2, 10) > across(2, 2, 25) > across(2, 2, 100) > across(2, 2, 400) > hidden
+    assert hidden == pytest.approx(predicted(FLUX_DEV, 4)[1], rel=0.2)  # as on one machine
+
+
+def test_a_network_takes_nothing_of_batch_groups():
+    assert across(2, 2, 1, prompts=2) == pytest.approx(predicted(FLUX_DEV, 2)[1])
+
+
+def test_ulysses_between_machines_is_waited_for():
+    """As many bytes as the ring's, which attention hides a part of, or all."""
+    for gigabits in (25, 100, 400):
+        assert across(2, 2, gigabits, ulysses=4, ring=1) > across(2, 2, gigabits)
+        assert across(2, 1, gigabits, ulysses=2, ring=1) > across(2, 1, gigabits)
 
 
 FP8 = torch.float8_e4m3fn

@@ -4,8 +4,10 @@ import threading
 import time
 
 import pytest
+import torch
 from channels import WHAT
 
+from fastusp_backend.errors import RequestError
 from fastusp_backend.protocol import Evaluate, Patch, Release, Sample
 from fastusp_backend.server import turns as module
 from fastusp_backend.server.turns import Job, Turns
@@ -103,3 +105,53 @@ def test_who_is_gone_waits_for_nothing(queue):
     queue.turns.leave("a")
     queue.turns.leave("never here")
     assert queue.next() is None
+
+
+def test_who_comes_anew_is_not_before_those_who_wait(queue):
+    """Also one that comes again and again."""
+    queue.add("a")
+    queue.next()
+    queue.add("a")
+    queue.add("b")
+    for name in ("b", "c", "d"):
+        queue.turns.leave(name)
+        queue.add(name)
+    assert [queue.next() for _ in range(4)] == ["a", "b", "c", "d"]
+
+
+@pytest.mark.parametrize("message", [EVALUATE, PATCH])
+def test_who_leaves_in_its_turn_keeps_it_not(queue, message):
+    queue.add("a", message)
+    client, job = queue.turns.take(0)
+    queue.turns.leave(client)
+    assert queue.add("b")  # what it has asked for is still worked on
+    queue.turns.done(job.message)
+    assert not queue.add("b") and queue.next() == "b"
+    queue.turns.leave("b")
+    assert not queue.turns._waiting and not queue.turns._place and queue.turns._last is None
+
+
+def test_what_waits_can_be_dropped(queue):
+    first, second = Release(id=5), Release(id=6)
+    queue.add("a", first)
+    queue.add("a", second)
+    assert queue.turns.drop("a", 5) and not queue.turns.drop("a", 5) and not queue.turns.drop("b", 6)
+    assert queue.turns.take(0)[1].message is second
+
+
+def test_no_more_waits_than_may(queue, monkeypatch):
+    for _ in range(module.WAITING):
+        queue.add("a")
+    with pytest.raises(RequestError, match=f"^Queue the prompt again when .*{module.WAITING} requests of this ComfyUI"):
+        queue.add("a")
+    monkeypatch.setattr(module, "CLIENT_BYTES", 4)
+    monkeypatch.setattr(module, "ALL_BYTES", 16)
+    large = Job(SAMPLE, {"x": torch.zeros(2)})
+    queue.turns.add("b", large)  # its only one
+    with pytest.raises(RequestError, match="^Queue the prompt again when"):
+        queue.turns.add("b", large)
+    queue.turns.add("c", large)
+    with pytest.raises(RequestError, match="^Queue the prompt again later: the requests of all clients"):
+        queue.turns.add("d", large)
+    queue.turns.leave("b")
+    queue.turns.add("d", large)

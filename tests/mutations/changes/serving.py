@@ -37,8 +37,8 @@ CHANGES = [
     (
         NUMBERS,
         "what a client leaves behind is kept for ever",
-        "self._workers.orphans += self._tensors.values()",
-        "self._workers.orphans += ()",
+        "self._workers.orphans += [kept.number for kept in self._tensors.values()]",
+        "self._workers.orphans += []",
         "unit/test_server_numbers.py",
     ),
     (
@@ -47,6 +47,20 @@ CHANGES = [
         "if now - self._since > LONGEST_SECONDS and not isinstance(message, Patch):",
         "if now - self._since > LONGEST_SECONDS:",
         "unit/test_turns.py",
+    ),
+    (
+        TURNS,
+        "who comes anew is before those who wait",
+        "self._place[client] = next(self._places)",
+        "self._place.setdefault(client, 0)",
+        "unit/test_turns.py",
+    ),
+    (
+        "fastusp_backend/server/strangers.py",
+        "strangers of one address keep others out",
+        "oldest = max(self._from.values(), key=len)[0]",
+        "oldest = min(self._from.values(), key=len)[0]",
+        "unit/test_server_doors.py",
     ),
     (
         "fastusp_backend/planner.py",
