@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from fastusp_backend import shapes
 from fastusp_backend.attention.lossy import installed
 from fastusp_backend.cli.table import Column, Table
+from fastusp_backend.cli.verify import with_caches
 from fastusp_backend.comm.mesh import make_mesh, single_rank_mesh
 from fastusp_backend.comm.transport import Transport
 from fastusp_backend.config import Layout, Settings
@@ -49,12 +50,6 @@ OPTIONS = {
     "fp8 products": {"linear": "fp8"},
     "int8 wire, fp8 products": {"wire": "int8", "linear": "fp8"},
 }
-CACHES = {
-    f"cache {kind}, threshold {threshold}": {"cache": kind, "cache_threshold": threshold}
-    for kind in ("easy", "first_block")
-    for threshold in (0.05, 0.1, 0.2)
-}
-"""Of whole runs, so of pictures alone."""
 
 
 def options(device: str) -> dict[str, dict[str, str]]:
@@ -209,13 +204,13 @@ def pictures(a: argparse.Namespace, places: list, alone, dtype: torch.dtype) -> 
     if number == 0:
         told("1 rank", "exact, eager", wanted, wanted)
     for mesh, transport in places:
-        for name, option in _chosen(options(a.device) | CACHES, a).items():
+        for name, option in _chosen(with_caches(options(a.device)), a).items():
             held = rows if option.get("linear") == "fp8" else model
             found, skipped = drawn(held, mesh, transport, Settings(**option))
             if number == 0:
                 told(str(mesh.layout), name, found, wanted, skipped)
     if number == 0 and a.sheet:
-        shown = len(_chosen(options(a.device) | CACHES, a))
+        shown = len(_chosen(with_caches(options(a.device)), a))
         contact_sheet([sheet[0], *sheet[-shown:]]).save(a.sheet)
 
 

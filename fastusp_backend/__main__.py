@@ -13,7 +13,7 @@ COMMANDS = {
     "doctor": "what is wrong with this machine, and what to do about it",
     "plan": "which layouts are legal, the memory that a file's weights take, and what a step takes on 1 to 8 GPUs",
     "serve": "workers on this machine, for ComfyUIs that attach to them from elsewhere",
-    "verify": "what each lossy option costs in exactness, on your own file and devices",
+    "verify": "what each lossy option costs in exactness, alone and together, on your own file, and what to take",
 }
 
 

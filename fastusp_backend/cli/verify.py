@@ -1,8 +1,11 @@
-"""`verify`: what each lossy option costs in exactness, on your own file and devices, and in pictures of the small model
-that is shipped: the latents of another file cannot be looked at without its VAE and a text encoder."""
+"""`verify`: what each lossy option costs in exactness, alone and together, on your file and devices, and in pictures
+of the small model that is shipped: the latents of another file cannot be looked at without its VAE and a text encoder.
+And which one is the fastest for how much error."""
 
 import argparse
-from contextlib import closing
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -12,13 +15,14 @@ from .. import shapes
 from ..attention.lossy import installed
 from ..config import Layout, ModelSpec, Settings
 from ..devices import Devices, local_devices
-from ..errors import Cancelled, FastUSPError
+from ..errors import Cancelled, FastUSPError, RequestError
 from ..models.files import read_model
 from ..planner import plan
 from ..pool import Pool, Progress, Session
 from ..protocol import Done
 from .arguments import add_degrees, add_gpus, add_sizes
 from .bar import Watch, bar
+from .bench import MARGIN
 from .inputs import BOUNDS, describe, difference, random_inputs
 from .table import Column, Table
 
@@ -26,10 +30,19 @@ TIMESTEPS = (0.95, 0.6, 0.2)
 STEPS = 28
 CAPTIONS, PIXELS, PICTURE_STEPS = 6, 256, 28
 """Of the shipped model's pictures."""
+BUDGETS = 40, 30
+"""dB between pictures and exact ones, for which an option is recommended: at 40 one sees differences where they are
+shown enlarged, at 30 beside each other."""
+WARM_UP = 2
+"""Steps before those that are timed: GPUs capture graphs in them."""
 
 _SHARED = {"fp8 wire": {"wire": "fp8"}, "int8 wire": {"wire": "int8"}}
 _ANYWHERE = {"fp8 products": {"linear": "fp8"}}
-_CACHES = {f"cache {kind}": {"cache": kind} for kind in ("easy", "first_block")}
+CACHES = {
+    f"cache {kind}, threshold {threshold}": {"cache": kind, "cache_threshold": threshold}
+    for kind in ("easy", "first_block")
+    for threshold in (0.05, 0.1, 0.2)
+}
 _BOTH = {"int8 wire and fp8 products": {"wire": "int8", "linear": "fp8"}}
 _ATTENTION = {"sage": "sage attention", "flash3-fp8": "fp8 attention"}
 
@@ -44,6 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     path, devices = arguments.model, local_devices(arguments.gpus)
+    if arguments.steps < 1:
+        raise RequestError(f"Give --steps 1 or more: it is {arguments.steps}, and runs of no steps tell nothing apart")
     _, config, spec = describe(path, devices)
     layout = plan(devices.ranks, config.heads, ulysses=arguments.ulysses, ring=arguments.ring)
     given = *random_inputs(config, arguments.size, arguments.text), config.timestep_scale
@@ -52,30 +67,40 @@ def run(arguments: argparse.Namespace) -> int:
         f"{arguments.text} text tokens of random values"
     )
     table = Table(
-        Column("relative (Frobenius) difference", 58),
+        Column("relative (Frobenius) difference to exact values", 60),
         *(Column(f"t = {t}", 8, ".1e") for t in TIMESTEPS),
         Column(f"latents after {arguments.steps} steps", 23, ".1e"),
+        Column("ms/step", 8, ".1f"),
         Column("pictures, dB", 12, ".1f"),
         Column("captions met", 12, "d"),
         Column("steps skipped"),
     )
     print(table.head())
 
-    options = options_of(devices) | _CACHES
+    options, clock = with_caches(options_of(devices)), _Clock(bar)
     with closing(Pool(devices)) as pool:
-        exact = results(Session(pool, spec, (layout,), Settings()), given, arguments.steps, "exact", bar)
-        rows = {
-            name: attempt(Session(pool, spec, (layout,), Settings(**o)), given, arguments.steps, name, bar)
-            for name, o in options.items()
-        }
+
+        def timed(name: str, option: dict[str, str | float], attempted=attempt) -> list[torch.Tensor] | str:
+            session = Session(pool, spec, (layout,), Settings(**option))
+            if devices.gpus and isinstance(why := attempted(session, given, WARM_UP, name, clock), str):
+                return why
+            return attempted(session, given, arguments.steps, name, clock)
+
+        exact = timed("exact", {}, results)
+        # The file is read once for each `linear`.
+        by_linear = sorted(options, key=lambda name: options[name].get("linear", ""))
+        found = {name: timed(name, options[name]) for name in by_linear}
         drawn = {name: _pictures(pool, spec.compute, Settings(**o)) for name, o in ({"": {}} | options).items()}
-    shown = drawn.pop("")
-    for name, result in rows.items():
-        print(_line(table, f"{name}, against exact", result, exact, drawn[name], shown))
+    shown, rows = drawn.pop(""), []
+    for name, option in options.items():
+        row = Row.of(option, found[name], exact, clock.step(name), drawn[name], shown)
+        print(_line(table, name, row))
+        rows.append(row)
     print(
         f"pictures: {CAPTIONS} of {shapes.MODEL.name}, {PIXELS} x {PIXELS}, {PICTURE_STEPS} steps less those "
         f"that are skipped; exact ones meet {_met(shown)} captions"
     )
+    print("\n".join(recommend(rows, clock.step("exact"), _met(shown))))
     if devices.ranks == 1:
         return 0
     with closing(Pool(devices.first(1))) as pool:
@@ -83,7 +108,8 @@ def run(arguments: argparse.Namespace) -> int:
             Session(pool, spec, (Layout(ulysses=1, ring=1),), Settings()), given, arguments.steps, "one rank", bar
         )
         by_one = _pictures(pool, spec.compute, Settings())
-    print(_line(table, f"{devices.ranks} ranks, against one", exact, alone, shown, by_one))
+    row = Row.of({}, exact, alone, clock.step("exact"), shown, by_one)
+    print(_line(table, f"{devices.ranks} ranks, against one", row))
     if isinstance(alone, str):
         return 1
     worst = max(difference(a, b) for a, b in zip(exact[:-1], alone[:-1], strict=True))
@@ -103,6 +129,18 @@ def options_of(devices: Devices) -> dict[str, dict[str, str]]:
     for attention in attentions:
         options[f"{together}, {_ATTENTION[attention]}"] = values | {"attention": attention}
     return options
+
+
+def with_caches(options: dict[str, dict[str, str]]) -> dict[str, dict[str, str | float]]:
+    """Returns options of 8 bits, caches alone, and caches beside as many of the 8 bits as there are at a time."""
+    most = max(map(len, options.values()))
+    together = {
+        f"{name}, cache {kind}": option | {"cache": kind}
+        for name, option in options.items()
+        if len(option) == most
+        for kind in dict.fromkeys(of["cache"] for of in CACHES.values())
+    }
+    return options | CACHES | together
 
 
 def attempt(session: Session, given, steps: int, name: str, watch: Watch) -> list[torch.Tensor] | str:
@@ -161,13 +199,86 @@ def _met(drawn: _Drawn | str) -> int | None:
     return sum(not shapes.unmet(*pair) for pair in zip(shapes.examples(CAPTIONS), drawn.pictures, strict=True))
 
 
-def _line(table: Table, label: str, found, wanted, drawn: _Drawn | str, shown: _Drawn | str) -> str:
-    """found, wanted: results of two runs; drawn, shown: their pictures; or why there are none."""
-    for result in (found, wanted):
-        if isinstance(result, str):
-            return Table(table.columns[0], Column("why")).row(label, f"not run: {result.splitlines()[0]}")
-    known = not isinstance(drawn, str) and not isinstance(shown, str)
-    decibels = shapes.psnr(drawn.pictures, shown.pictures) if known else None
-    skipped = f"{drawn.skipped} of {PICTURE_STEPS}" if known and drawn.skipped else ""
-    differences = (difference(a, b) for a, b in zip(found, wanted, strict=True))
-    return table.row(label, *differences, decibels, _met(drawn), skipped)
+class _Clock:
+    """A `Watch` that keeps how long the steps of a name's last run took."""
+
+    def __init__(self, watch: Watch):
+        self._watch, self._seconds = watch, {}
+
+    @contextmanager
+    def __call__(self, name: str, total: int) -> Iterator[Progress]:
+        seconds = self._seconds[name] = []
+
+        def step(event, tensors) -> None:
+            if event is not None:
+                seconds.append(event.seconds)
+            watched.step(event, tensors)
+
+        with self._watch(name, total) as watched:
+            yield replace(watched, step=step)
+
+    def step(self, name: str) -> float | None:
+        """Returns the mean seconds of a step, those that were skipped included; None where there was none."""
+        return statistics.fmean(self._seconds[name]) if self._seconds.get(name) else None
+
+
+class Row(NamedTuple):
+    """What an option costs and brings.
+
+    option: values of `Settings`.
+    problem: why it was not run; the rest is not known then.
+    differences: relative ones of the evaluations, then of the latents.
+    seconds: of a step in the mean.
+    decibels: of the pictures; None where there are none. So are `met`, the captions that they meet, and `skipped`.
+    """
+
+    option: dict[str, str | float]
+    problem: str = ""
+    differences: Sequence[float] = ()
+    seconds: float | None = None
+    decibels: float | None = None
+    met: int | None = None
+    skipped: int = 0
+
+    @classmethod
+    def of(cls, option, found, wanted, seconds: float | None, drawn: _Drawn | str, shown: _Drawn | str) -> "Row":
+        """found, wanted: `results` of two runs; drawn, shown: their pictures; or why there are none."""
+        for result in (found, wanted):
+            if isinstance(result, str):
+                return cls(option, result.splitlines()[0])
+        differences = [difference(a, b) for a, b in zip(found, wanted, strict=True)]
+        if isinstance(drawn, str) or isinstance(shown, str):
+            return cls(option, "", differences, seconds)
+        decibels = shapes.psnr(drawn.pictures, shown.pictures)
+        return cls(option, "", differences, seconds, decibels, _met(drawn), drawn.skipped)
+
+    @property
+    def values(self) -> str:
+        """What to set in USP Optimization Settings."""
+        return ", ".join(f"{name} = {value}" for name, value in self.option.items())
+
+
+def _line(table: Table, label: str, row: Row) -> str:
+    if row.problem:
+        return Table(table.columns[0], Column("why")).row(label, f"not run: {row.problem}")
+    skipped = f"{row.skipped} of {PICTURE_STEPS}" if row.skipped else ""
+    milliseconds = row.seconds and row.seconds * 1000
+    return table.row(label, *row.differences, milliseconds, row.decibels, row.met, skipped)
+
+
+def recommend(rows: Sequence[Row], exact: float, met: int | None) -> list[str]:
+    """Says for each of BUDGETS what to set: of the rows whose pictures are so close, and meet as many captions as exact
+    ones, the closest of those as fast as the fastest, to MARGIN. exact: seconds of an exact step."""
+    said = []
+    for budget in BUDGETS:
+        near = [row for row in rows if row.decibels is not None and row.decibels >= budget and row.met >= met]
+        fastest = min((row.seconds for row in near), default=exact)
+        if fastest >= exact * (1 - MARGIN):
+            said.append(f"For {budget} dB: exact values, {exact * 1000:.1f} ms a step; nothing so close is faster.")
+            continue
+        best = max((row for row in near if row.seconds <= fastest * (1 + MARGIN)), key=lambda row: row.decibels)
+        said.append(
+            f"For {budget} dB: {best.values}: {best.seconds * 1000:.1f} ms a step, {exact / best.seconds:.2f} x as "
+            f"fast as exact values; {best.decibels:.1f} dB in the pictures, {best.differences[-1]:.1e} in the latents."
+        )
+    return said

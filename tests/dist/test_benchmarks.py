@@ -102,7 +102,9 @@ def test_the_quality_of_lossy_options(printed):
     rows, pictures = rows[: 2 * 2 * 5], rows[2 * 2 * 5 :]  # weights, layouts, options
     caches = [row[1] for row in pictures if row[1].startswith("cache")]
     assert len(caches) == 2 * 6 and len(set(caches)) == 6
-    assert [row[1] for row in pictures[2:]] == ["exact, eager", *2 * ([row[2] for row in rows[:5]] + caches[:6])]
+    options = [row[2] for row in rows[:5]]
+    together = [f"{options[-1]}, cache {kind}" for kind in ("easy", "first_block")]
+    assert [row[1] for row in pictures[2:]] == ["exact, eager", *2 * (options + caches[:6] + together)]
     pictures = [row for row in pictures if row[1] not in caches]
     assert all((float(row[2]) > 100) == row[1].startswith("exact") for row in pictures[2:])
     for _, _, option, single, _ in rows:

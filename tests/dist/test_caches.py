@@ -168,6 +168,17 @@ def test_blocks_that_travel_are_not_left_out(session_of, weights):
     assert skipped and torch.equal(latents, sample(session_of(2, 1, **EASY))[0])
 
 
+@pytest.mark.parametrize("layout", [(1, 2), (1, 1, 2)], ids=str)
+@KINDS
+def test_with_8_bits(session_of, layout, settings):
+    """Ranks that did not decide alike would wait for each other."""
+    lossy, more = {"wire": "int8", "linear": "fp8"}, {"cfg": 3.0, "text": 24}
+    latents, evaluations, skipped = sample(session_of(*layout, **settings, **lossy), **more)
+    assert latents.isfinite().all() and 0 < skipped < evaluations == (2 if settings is FIRST else 1) * STEPS
+    exact, *_ = sample(session_of(*layout, **settings), **more)
+    assert 10 * TOLERANCE < relative_difference(latents, exact) < 0.1
+
+
 @KINDS
 def test_nothing_of_other_weights_is_kept(session_of, settings):
     """A LoRA between two runs: as where the model is read anew, for patched weights lie in memory of their own."""

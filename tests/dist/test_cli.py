@@ -55,27 +55,32 @@ def run(shared_pool, monkeypatch, capsys):
 
 def test_verify(run, dev, monkeypatch):
     monkeypatch.setattr(verify, "CAPTIONS", 2)
+    caches = {name: of for name, of in verify.CACHES.items() if of["cache_threshold"] == 0.1}
+    monkeypatch.setattr(verify, "CACHES", caches)
     arguments = ("verify", str(dev), "--gpus", "cpu:2", "--size", "128", "--text", "9", "--steps", "2")
     code, printed, errors, closed = run(*arguments)
     assert (code, closed) == (0, [2, 1]), printed + errors
-    figures = {
-        line[:42].strip(): [float(x) for x in re.findall(r"[0-9.]+e[-+][0-9]+", line)]
-        for line in printed.splitlines()[2:]
-        if "against" in line
-    }
-    lossy = ["fp8 wire", "int8 wire", "fp8 products", "int8 wire and fp8 products"]
-    lossy = [f"{name}, against exact" for name in lossy]
-    caches = [f"cache {kind}, against exact" for kind in ("easy", "first_block")]
-    assert list(figures) == [*lossy, *caches, "2 ranks, against one"]
-    assert figures[lossy[1]][0] < figures[lossy[0]][0]
-    for name in lossy:
+    lines = {line[:60].strip(): line[60:] for line in printed.splitlines()[2:]}
+    both = "int8 wire and fp8 products"
+    lossy, cached = ["fp8 wire", "int8 wire", "fp8 products", both], [*caches]
+    cached += [f"{both}, cache easy", f"{both}, cache first_block"]
+    ranks = "2 ranks, against one"
+    assert [*lines][:8] == lossy + cached and ranks in lines
+    figures = {name: [float(x) for x in re.findall(r"[0-9.]+e[-+][0-9]+", line)] for name, line in lines.items()}
+    assert figures["int8 wire"][0] < figures["fp8 wire"][0]
+    for name in lossy + cached[2:]:
         assert len(figures[name]) == 4 and all(1e-4 < x < 0.1 for x in figures[name]), name
-    assert all(x < 2e-5 for x in figures["2 ranks, against one"])
-    lines = [re.sub(r"( +(\d+) of 28)?$", "", line) for line in printed.splitlines() if "against" in line]
-    for cached in caches:
-        assert re.search(rf"^{cached} .* [1-9]\d* of 28$", printed, re.MULTILINE) and figures[cached][:3] == [0, 0, 0]
-    decibels = [float(line.split()[-2]) for line in lines]
-    assert all(20 < x < 80 for x in decibels[:-1]) and decibels[-1] > 100 and "exact ones meet" in printed
+    assert all(figures[name] == [0, 0, 0, 0] for name in cached[:2]), "of two steps none is skipped"
+    assert figures[cached[2]] == figures[cached[3]] == figures[both]
+    assert all(x < 2e-5 for x in figures[ranks])
+    decibels = {}
+    for name in [*lossy, *cached, ranks]:
+        assert (re.search(r" [1-9]\d* of 28$", lines[name]) is not None) == (name in cached), name
+        milliseconds, decibels[name], _ = map(float, re.sub(r"( +\d+ of 28)?$", "", lines[name]).split()[-3:])
+        assert milliseconds > 0
+    assert decibels.pop(ranks) > 100 and all(20 < x < 80 for x in decibels.values())
+    assert "exact ones meet" in printed
+    assert all(re.search(rf"^For {budget} dB: .*\d ms a step", printed, re.MULTILINE) for budget in (40, 30))
 
 
 @pytest.mark.parametrize("command", ["verify", "bench", "plan"])
@@ -86,6 +91,11 @@ def test_a_file_that_is_none_is_named(run, command):
         "Give the path of a file that exists: there is no model file /nowhere.safetensors\n",
         [],
     )
+
+
+def test_verify_refuses_runs_of_no_steps(run, dev):
+    code, printed, errors, closed = run("verify", str(dev), "--gpus", "cpu:1", "--steps", "0")
+    assert (code, printed, closed) == (2, "", []) and errors.startswith("Give --steps 1 or more: it is 0")
 
 
 def test_bench(run, dev):

@@ -1,10 +1,15 @@
 """What verify measures on which devices."""
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 
 from fastusp_backend.cli import verify
+from fastusp_backend.cli.verify import Row
 from fastusp_backend.config import Settings
 from fastusp_backend.devices import Devices
+from fastusp_backend.pool import Progress
 
 pytestmark = pytest.mark.unit
 
@@ -31,3 +36,64 @@ def test_options_alone_and_together(monkeypatch):
     alone = verify.options_of(Devices(ranks=1, gpus=(0,)))
     assert alone["fp8 products, fp8 attention"] == {"linear": "fp8", "attention": "flash3-fp8"}
     assert not any(Settings(**option).lossless for option in (found | alone).values())
+
+
+def test_caches_alone_and_beside_all_there_is_in_8_bits(monkeypatch):
+    monkeypatch.setattr(verify, "installed", lambda: ["flash3-fp8"])
+    found = verify.with_caches(verify.options_of(Devices(ranks=2, gpus=(0, 1))))
+    lossy, cached = [*found][:6], [*found][6:]
+    assert lossy == [*verify.options_of(Devices(ranks=2, gpus=(0, 1)))]
+    most = "int8 wire and fp8 products, fp8 attention"
+    assert cached == [*verify.CACHES, f"{most}, cache easy", f"{most}, cache first_block"]
+    assert found[cached[-1]] == {"wire": "int8", "linear": "fp8", "attention": "flash3-fp8", "cache": "first_block"}
+    alone = verify.with_caches(verify.options_of(Devices(ranks=1)))
+    assert [*alone] == ["fp8 products", *verify.CACHES, "fp8 products, cache easy", "fp8 products, cache first_block"]
+    assert all(Settings(**option) for option in (found | alone).values())
+
+
+def row(seconds: float, decibels: float | None, met: int = 6, **option) -> Row:
+    return Row(option, "", [0.01, 0.02], seconds, decibels, met)
+
+
+WIRE, LINEAR = row(0.9, 60.0, wire="int8"), row(0.6, 41.0, linear="fp8")
+EASY, FIRST = row(0.5, 35.0, cache="easy", cache_threshold=0.1), row(0.49, 31.0, cache="first_block")
+
+
+@pytest.mark.parametrize(
+    "rows, at_40, at_30",
+    [
+        ([WIRE, LINEAR, EASY, FIRST], "linear = fp8: 600.0", "cache = easy, cache_threshold = 0.1: 500.0"),
+        ([WIRE, LINEAR, row(0.3, 45.0, met=5)], "linear = fp8: 600.0", "linear = fp8: 600.0"),
+        ([WIRE, row(0.3, None), Row({"wire": "fp8"}, "no room")], "wire = int8: 900.0", "wire = int8: 900.0"),
+        ([row(0.98, 60.0), EASY], "exact values, 1000.0", "cache = easy, cache_threshold = 0.1: 500.0"),
+        ([], "exact values, 1000.0", "exact values, 1000.0"),
+    ],
+    ids=["all", "fewer captions", "not run", "hardly faster", "none"],
+)
+def test_the_fastest_for_an_error(rows, at_40, at_30):
+    """Of two that are as fast the closer one; none that meets fewer captions than exact values."""
+    said = verify.recommend(rows, 1.0, 6)
+    assert len(said) == 2
+    assert said[0].startswith(f"For 40 dB: {at_40} ms a step") and said[1].startswith(f"For 30 dB: {at_30} ms a step")
+
+
+def test_what_a_recommendation_says_besides():
+    (said, _) = verify.recommend([LINEAR], 1.0, 6)
+    assert said.endswith("1.67 x as fast as exact values; 41.0 dB in the pictures, 2.0e-02 in the latents.")
+
+
+def test_steps_are_timed_and_those_that_warm_up_are_not():
+    stepped, ends = [], []
+
+    @contextlib.contextmanager
+    def watch(name, total):
+        yield Progress(step=lambda event, tensors: stepped.append(event))
+        ends.append((name, total))
+
+    clock = verify._Clock(watch)
+    for seconds in ([9.0], [1.0, 3.0]):
+        with clock("wire", len(seconds)) as progress:
+            for event in [None, *(SimpleNamespace(seconds=s) for s in seconds)]:
+                progress.step(event, {})
+    assert clock.step("wire") == 2.0 and clock.step("other") is None
+    assert len(stepped) == 5 and ends == [("wire", 1), ("wire", 2)]

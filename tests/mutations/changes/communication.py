@@ -10,6 +10,13 @@ MESH = "fastusp_backend/comm/mesh.py"
 
 CHANGES = [
     (
+        "fastusp_backend/attention/trial.py",
+        "a package is tried with heads of 128 values, whatever the model has",
+        "_TOKENS, *heads, generator",
+        "_TOKENS, 2, 128, generator",
+        "unit/test_attention_trial.py",
+    ),
+    (
         "fastusp_backend/attention/flash3.py",
         "the log-sum-exp of 8 bits lacks the keys' mean",
         "return out, lse.add_(heads.shift, alpha=scale)",

@@ -10,6 +10,20 @@ HOST_MEMORY = "fastusp_backend/engine/host_memory.py"
 
 CHANGES = [
     (
+        "fastusp_backend/engine/evaluation.py",
+        "references count for how much the first block's part has changed",
+        "shards.unpadded_image(torch.empty(self._tokens), mesh",
+        "shards.unpadded_image(torch.empty(shards.image), mesh",
+        "unit/test_first_block.py",
+    ),
+    (
+        "fastusp_backend/engine/evaluation.py",
+        "a skip counts as an evaluation that has compiled and allocated all",
+        "replays = self._captures and self._computed",
+        "replays, self._computed = self._captures and self._computed, True",
+        "unit/test_first_block.py",
+    ),
+    (
         FIRST_BLOCK,
         "what no later evaluation may use is kept",
         "if self.timestep > self.cache.end:",

@@ -13,6 +13,13 @@ CONTACT = "fastusp_backend/pool/contact.py"
 
 CHANGES = [
     (
+        "fastusp_backend/pool/session.py",
+        "what ranks never read has graphs made anew",
+        "msgspec.structs.replace(self.settings, **_READ_HERE)",
+        "self.settings",
+        "unit/test_session.py",
+    ),
+    (
         LOG,
         "a log that was renamed is read again",
         "which = directory, os.fstat(file.fileno()).st_ino",

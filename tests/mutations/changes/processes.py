@@ -11,6 +11,13 @@ PORTS = "fastusp_backend/ports.py"
 
 CHANGES = [
     (
+        REQUESTS,
+        "prompts of two lengths count as evaluated in one go",
+        "return one == other",
+        "return one.keys() == other.keys()",
+        "unit/test_requests.py",
+    ),
+    (
         CHANNEL,
         "frames of any length are taken",
         "if length > most:",
