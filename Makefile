@@ -15,7 +15,7 @@ demo: $(VENV)/ready
 	$(RUN) -m fastusp_backend demo
 
 test: $(VENV)/ready
-	PYTHONDONTWRITEBYTECODE= OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 $(RUN) -m pytest -n 3 $(PYTEST_ARGS)
+	PYTHONDONTWRITEBYTECODE= OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 $(PYTEST_ARGS)
 
 # The unit tests that compute as another processor would run them: without vector instructions, on one thread.
 test-portable: $(VENV)/ready
