@@ -147,7 +147,7 @@ def with_caches(options: dict[str, dict[str, str]]) -> dict[str, dict[str, str |
     """Returns options of 8 bits, caches alone, and caches beside as many of the 8 bits as there are at a time."""
     most = max(map(len, options.values()))
     together = {
-        f"{name}, cache {kind}": option | {"cache": kind}
+        f"{name}, cache {kind}": option | {"cache": kind, "cache_threshold": Settings().cache_threshold}
         for name, option in options.items()
         if len(option) == most
         for kind in dict.fromkeys(of["cache"] for of in CACHES.values())

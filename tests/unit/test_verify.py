@@ -51,7 +51,10 @@ def test_caches_alone_and_beside_all_there_is_in_8_bits(monkeypatch):
     assert lossy == [*verify.options_of(Devices(ranks=2, gpus=(0, 1)))]
     most = "int8 wire and fp8 products, fp8 attention"
     assert cached == [*verify.CACHES, f"{most}, cache easy", f"{most}, cache first_block"]
-    assert found[cached[-1]] == {"wire": "int8", "linear": "fp8", "attention": "flash3-fp8", "cache": "first_block"}
+    eight_bits = {"wire": "int8", "linear": "fp8", "attention": "flash3-fp8"}
+    assert found[cached[-1]] == eight_bits | {"cache": "first_block", "cache_threshold": 0.1}, (
+        "a recommendation says it"
+    )
     alone = verify.with_caches(verify.options_of(Devices(ranks=1)))
     assert [*alone] == ["fp8 products", *verify.CACHES, "fp8 products, cache easy", "fp8 products, cache first_block"]
     assert all(Settings(**option) for option in (found | alone).values())
