@@ -60,10 +60,11 @@ def test_caches_alone_and_beside_all_there_is_in_8_bits(monkeypatch):
     assert all(Settings(**option) for option in (found | alone).values())
 
 
-def row(seconds: float, decibels: float | None, met: int = 6, **option) -> Row:
+def row(seconds: float | None, decibels: float | None, met: int = 6, **option) -> Row:
     return Row(option, "", [0.01, 0.02], seconds, decibels, met)
 
 
+NOT_RUN = Row({"wire": "fp8"}, "no room")
 WIRE, LINEAR = row(0.9, 60.0, wire="int8"), row(0.6, 41.0, linear="fp8")
 EASY, FIRST = row(0.5, 35.0, cache="easy", cache_threshold=0.1), row(0.49, 31.0, cache="first_block")
 
@@ -73,7 +74,11 @@ EASY, FIRST = row(0.5, 35.0, cache="easy", cache_threshold=0.1), row(0.49, 31.0,
     [
         ([WIRE, LINEAR, EASY, FIRST], "linear = fp8: 600.0", "cache = easy, cache_threshold = 0.1: 500.0"),
         ([WIRE, LINEAR, row(0.3, 45.0, met=5)], "linear = fp8: 600.0", "linear = fp8: 600.0"),
-        ([WIRE, row(0.3, None), Row({"wire": "fp8"}, "no room")], "wire = int8: 900.0", "wire = int8: 900.0"),
+        (
+            [WIRE, row(0.3, None), row(None, 60.0), NOT_RUN],
+            "wire = int8: 900.0",
+            "wire = int8: 900.0",
+        ),
         ([row(0.98, 60.0), EASY], "exact values, 1000.0", "cache = easy, cache_threshold = 0.1: 500.0"),
         ([], "exact values, 1000.0", "exact values, 1000.0"),
     ],
