@@ -25,13 +25,14 @@ class JoinedWorkers(Workers):
         self._told: str | None = "start"
         self._begun = threading.Event()
         place = machines.begin(self._broke)
+        self._run = place.run
         super().__init__(devices, lambda: self._tell(changed), place)
         self.beginning = f"starting {devices.ranks} worker(s) on each of {machines.count} machines"
         self._begun.set()
 
     def _tell(self, changed: Callable[[], None]) -> None:
         if not self.alive:
-            self._machines.end()
+            self._machines.end(self._run)
         changed()
 
     def _broke(self, why: str | None, sure: bool) -> None:
@@ -46,14 +47,14 @@ class JoinedWorkers(Workers):
         awaited = self._awaited
         if awaited != self._told:
             self._told = awaited
-            self._machines.wait_for(awaited)
+            self._machines.wait_for(self._run, awaited)
         suspicion = super()._suspect()
         if suspicion is None or suspicion.ranks or awaited == "start" or self._machines.quiet:
             return suspicion
         return None  # another machine's ranks get on, and these wait for them
 
     def kill(self) -> None:
-        self._machines.end()
+        self._machines.end(self._run)
         super().kill()
 
     def memory(self) -> list[dict | None]:
@@ -67,8 +68,8 @@ class JoinedWorkers(Workers):
         if self._why:
             return self._why
         if self._reports is None:
-            self._machines.end()
-            self._reports = self._machines.reports()
+            self._machines.end(self._run)
+            self._reports = self._machines.reports(self._run)
         order, text = self.processes.ranked_cause(self.model)
         first = min([Report(order, text, []), *self._reports], key=lambda report: report.order)
         return first.text
