@@ -7,7 +7,7 @@ from concurrent.futures import wait
 
 from ..devices import Devices, supports_bfloat16
 from ..door import enter
-from ..errors import DeviceError, ProtocolError
+from ..errors import DeviceError, PoolError, ProtocolError
 from ..pool.cause import KILLED, last_log_lines
 from ..pool.hangs import LOOK_SECONDS, HangDetector
 from ..pool.link import Link
@@ -137,7 +137,11 @@ class Follower:
                 if isinstance(message, Run):
                     if part is not None:
                         part.close()
-                    part, told = self._begin(message, interface), False
+                        part = None
+                    try:
+                        part, told = self._begin(message, interface), False
+                    except PoolError as error:  # no room for its files, say: the next run may have it
+                        post(Broke(run=message.run, order=0, text=str(error), lines=[]))
                 elif isinstance(message, Stop) and part is not None:
                     part.stop()
                 elif isinstance(message, Awaits):

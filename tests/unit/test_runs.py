@@ -8,8 +8,11 @@ import pytest
 from support import wait_until
 
 from fastusp_backend.devices import Devices, supports_bfloat16
-from fastusp_backend.protocol import Channel
+from fastusp_backend.errors import PoolError
+from fastusp_backend.protocol import Channel, Welcome
 from fastusp_backend.protocol.machines import Awaits, Broke, Join, Run, Seen, Stop, ToFirst, ToMachine
+from fastusp_backend.server import follower
+from fastusp_backend.server.follower import Follower
 from fastusp_backend.server.machines import Machines
 
 pytestmark = pytest.mark.unit
@@ -78,3 +81,38 @@ def test_ranks_of_the_last_run_that_were_still_are_not_the_next_ones(first, seco
     assert not first.quiet and not first.memory()
     second.send(Seen(run=new, **still))
     wait_until(lambda: first.quiet, 5)
+
+
+@pytest.fixture
+def leader(monkeypatch):
+    """The channel of a first machine that another one follows."""
+    near, far = socket.socketpair()
+    welcome = Welcome(version=1, ranks=2, device="cpu", per_machine=1, bfloat16=True)
+    monkeypatch.setattr(follower, "enter", lambda *_: (Channel(near, ToMachine), welcome, "127.0.0.1"))
+    monkeypatch.setattr(follower, "interface_of", lambda _: "lo")
+    following = Follower(DEVICES, 1, "127.0.0.1:8189", "key")
+    served = threading.Thread(target=following.serve)
+    served.start()
+    channel = Channel(far, ToFirst)
+    assert isinstance(channel.receive()[0], Join)
+    yield channel
+    following.stop()
+    served.join(20)
+    channel.close()
+
+
+def hear(channel: Channel, kind: type):
+    """The next message of a kind."""
+    while not isinstance(message := channel.receive()[0], kind):
+        pass
+    return message
+
+
+def test_a_part_that_cannot_begin_is_told_and_another_one_may(leader, monkeypatch):
+    def full():
+        raise PoolError("Free space in /tmp")
+
+    monkeypatch.setattr(follower, "RunDir", full)
+    for run in ("one", "two"):
+        leader.send(Run(run=run, addresses=["127.0.0.1", "127.0.0.1"]))
+        assert hear(leader, Broke) == Broke(run=run, order=0, text="Free space in /tmp", lines=[])
