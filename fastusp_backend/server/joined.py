@@ -1,7 +1,7 @@
 """Workers on several machines: a pool's processes here, with parts of the same run elsewhere."""
 
-import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 
 from ..devices import Devices
 from ..errors import PoolError
@@ -19,16 +19,21 @@ class JoinedWorkers(Workers):
     """devices: this machine's."""
 
     def __init__(self, devices: Devices, changed: Callable[[], None], machines: Machines):
-        """Raises PoolError where machines are missing."""
+        """Raises PoolError where machines are missing, and as `Workers`."""
         self._machines = machines
         self._reports: list[Report] | None = None
         self._told: str | None = "start"
-        self._begun = threading.Event()
+        self._begun: Future[bool] = Future()
         place = machines.begin(self._broke)
         self._run = place.run
-        super().__init__(devices, lambda: self._tell(changed), place)
+        try:
+            super().__init__(devices, lambda: self._tell(changed), place)
+        except BaseException:  # what has begun elsewhere would wait for these
+            machines.end(place.run)
+            self._begun.set_result(False)
+            raise
         self.beginning = f"starting {devices.ranks} worker(s) on each of {machines.count} machines"
-        self._begun.set()
+        self._begun.set_result(True)
 
     def _tell(self, changed: Callable[[], None]) -> None:
         if not self.alive:
@@ -37,7 +42,8 @@ class JoinedWorkers(Workers):
 
     def _broke(self, why: str | None, sure: bool) -> None:
         """A part elsewhere has ended."""
-        self._begun.wait()
+        if not self._begun.result():
+            return
         if not sure:
             self.processes.wait_until_ended(OWN_SECONDS)
         if self.alive:

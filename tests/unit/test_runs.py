@@ -9,10 +9,12 @@ from support import wait_until
 
 from fastusp_backend.devices import Devices, supports_bfloat16
 from fastusp_backend.errors import PoolError
+from fastusp_backend.pool import workers
 from fastusp_backend.protocol import Channel, Welcome
 from fastusp_backend.protocol.machines import Awaits, Broke, Join, Run, Seen, Stop, ToFirst, ToMachine
 from fastusp_backend.server import follower
 from fastusp_backend.server.follower import Follower
+from fastusp_backend.server.joined import JoinedWorkers
 from fastusp_backend.server.machines import Machines
 
 pytestmark = pytest.mark.unit
@@ -32,13 +34,15 @@ def second(first):
     """The channel of the second one, which has joined."""
     near, far = socket.socketpair()
     join = Join(machine=1, ranks=1, device="cpu", bfloat16=supports_bfloat16(DEVICES))
-    served = threading.Thread(target=first.serve, args=(join, "10.0.0.2", Channel(near, ToFirst)))
+    far.settimeout(10)
+    served = threading.Thread(target=first.serve, args=(join, "10.0.0.2", Channel(near, ToFirst)), daemon=True)
     served.start()
     wait_until(first._all, 5)
     channel = Channel(far, ToMachine)
     yield channel
     channel.close()
     served.join(10)
+    assert not served.is_alive()
 
 
 def test_what_ends_late_does_not_end_the_next_run(first, second):
@@ -83,15 +87,30 @@ def test_ranks_of_the_last_run_that_were_still_are_not_the_next_ones(first, seco
     wait_until(lambda: first.quiet, 5)
 
 
+def full():
+    raise PoolError("Free space in /tmp")
+
+
+def test_a_part_here_that_cannot_begin_ends_those_elsewhere(first, second, monkeypatch):
+    monkeypatch.setattr(workers, "RunDir", full)
+    with pytest.raises(PoolError, match="^Free space"):
+        JoinedWorkers(DEVICES, lambda: None, first)
+    run, stop = (second.receive()[0] for _ in range(2))
+    assert isinstance(run, Run) and isinstance(stop, Stop)
+    second.send(Broke(run=run.run, order=0, text="it was told to", lines=[]))
+    second.shut()  # and nobody waits for workers that are not there
+
+
 @pytest.fixture
 def leader(monkeypatch):
     """The channel of a first machine that another one follows."""
     near, far = socket.socketpair()
+    far.settimeout(10)
     welcome = Welcome(version=1, ranks=2, device="cpu", per_machine=1, bfloat16=True)
     monkeypatch.setattr(follower, "enter", lambda *_: (Channel(near, ToMachine), welcome, "127.0.0.1"))
     monkeypatch.setattr(follower, "interface_of", lambda _: "lo")
     following = Follower(DEVICES, 1, "127.0.0.1:8189", "key")
-    served = threading.Thread(target=following.serve)
+    served = threading.Thread(target=following.serve, daemon=True)
     served.start()
     channel = Channel(far, ToFirst)
     assert isinstance(channel.receive()[0], Join)
@@ -109,9 +128,6 @@ def hear(channel: Channel, kind: type):
 
 
 def test_a_part_that_cannot_begin_is_told_and_another_one_may(leader, monkeypatch):
-    def full():
-        raise PoolError("Free space in /tmp")
-
     monkeypatch.setattr(follower, "RunDir", full)
     for run in ("one", "two"):
         leader.send(Run(run=run, addresses=["127.0.0.1", "127.0.0.1"]))
