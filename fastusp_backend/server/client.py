@@ -28,6 +28,7 @@ from ..protocol import (
     Unmap,
 )
 from ..protocol.messages import Request
+from .meanwhile import meanwhile
 from .numbers import ClientNumbers, WorkerNumbers
 from .turns import Job, Turns
 
@@ -71,7 +72,7 @@ class Client:
     def attach(self, numbers: Callable[[Contact], WorkerNumbers]) -> bool:
         """Waits until the workers are ready, and tells them so. Whether the client is attached then. numbers: gives
         those of the workers."""
-        workers = self._pool.start()
+        workers = meanwhile(self._pool.start, self._show)  # what the last ones left may take a while to go
         while workers.alive and workers.ready is None and not self.gone:
             time.sleep(POLL_SECONDS)
             self._show()

@@ -3,8 +3,10 @@
 import queue
 import socket
 import threading
+import time
 
 import pytest
+from fake_workers import FakeProcesses
 from support import wait_until
 
 from fastusp_backend.devices import Devices, supports_bfloat16
@@ -132,3 +134,35 @@ def test_a_part_that_cannot_begin_is_told_and_another_one_may(leader, monkeypatc
     for run in ("one", "two"):
         leader.send(Run(run=run, addresses=["127.0.0.1", "127.0.0.1"]))
         assert hear(leader, Broke) == Broke(run=run, order=0, text="Free space in /tmp", lines=[])
+
+
+def test_a_machine_is_heard_of_while_its_processes_end(leader, monkeypatch):
+    monkeypatch.setattr(follower, "SHOWN_SECONDS", 0.05)
+    monkeypatch.setattr(follower, "Processes", Slow)
+    for run in ("one", "two"):
+        leader.send(Run(run=run, addresses=["127.0.0.1", "127.0.0.1"]))
+        wait_until(lambda run=run: hear(leader, Seen).run == run, 5)
+    Slow.going.clear()
+    leader.send(Stop())
+    assert Slow.asked.acquire(timeout=5)
+    began = time.monotonic()
+    assert [hear(leader, Seen).run for _ in range(20)] == ["two"] * 20
+    assert time.monotonic() - began < 5
+    Slow.going.set()
+    assert hear(leader, Broke).run == "two"
+
+
+class Slow(FakeProcesses):
+    """Processes that end when they may."""
+
+    going, asked = threading.Event(), threading.Semaphore(0)
+    going.set()
+
+    def kill(self, ranks):
+        if not self.going.is_set():
+            self.asked.release()
+        self.going.wait(10)
+        super().kill(ranks)
+
+    def ranked_cause(self, model):
+        return 0, self.cause(model)

@@ -10,9 +10,9 @@ import pytest
 
 from fastusp_backend.devices import Devices, supports_bfloat16
 from fastusp_backend.door import enter
-from fastusp_backend.errors import ProtocolError
+from fastusp_backend.errors import PoolError, ProtocolError
 from fastusp_backend.keyfile import Key
-from fastusp_backend.protocol import Attach, Channel, Ended, Failed, Welcome
+from fastusp_backend.protocol import Attach, Channel, Ended, Failed, Shown, Welcome
 from fastusp_backend.protocol.machines import Join, ToFirst, ToMachine
 from fastusp_backend.protocol.messages import ToAttached
 from fastusp_backend.server import follower, machines, server, strangers
@@ -133,6 +133,22 @@ def test_more_clients_than_may_attach(door, key, monkeypatch):
     channel.send(Attach())
     told = channel.receive()[0]
     assert isinstance(told, Ended) and told.text.startswith("Close another ComfyUI")
+    channel.close()
+
+
+def test_a_client_hears_of_the_server_while_it_waits_for_the_last_workers_end(door, key, monkeypatch):
+    ended = threading.Event()
+
+    def start():
+        ended.wait(5)
+        raise PoolError("Free space in /tmp")
+
+    monkeypatch.setattr(door._pool, "start", start)
+    channel = comes_in(door, key)
+    channel.send(Attach())
+    assert isinstance(channel.receive()[0], Shown)
+    ended.set()
+    assert channel.receive()[0] == Ended(text="Free space in /tmp")
     channel.close()
 
 
