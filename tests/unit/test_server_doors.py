@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import queue
 import socket
 import threading
 import time
@@ -50,13 +51,32 @@ def comes_in(door, key) -> Channel:
     return channel
 
 
-def test_the_silent_keep_nobody_out(door, key):
+def test_one_is_a_stranger_no_more_before_it_is_closed(door, monkeypatch):
+    """Its descriptor may be another one's then, which would make way in its place."""
+    left, leave = queue.SimpleQueue(), door._strangers.leave
+
+    def leaves(sock):
+        left.put(sock.fileno())
+        leave(sock)
+
+    monkeypatch.setattr(door._strangers, "leave", leaves)
+    with knock(door) as loud:
+        loud.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        assert left.get(timeout=5) >= 0
+
+
+def test_the_silent_keep_nobody_out(door, key, monkeypatch):
+    monkeypatch.setattr(server, "AUTHENTICATION_SECONDS", 60.0)  # else it is this that ends them
+    began = time.monotonic()
     with contextlib.ExitStack() as open_ones:
         crowd = [open_ones.enter_context(knock(door)) for _ in range(STRANGERS + 3)]
         assert [stranger.recv(1) for stranger in crowd[:3]] == [b""] * 3
         for _ in range(10):
             comes_in(door, key).close()
-        assert crowd[-1].send(b"x") == 1
+        assert time.monotonic() - began < 8
+        crowd[-1].setblocking(False)
+        with pytest.raises(BlockingIOError):
+            crowd[-1].recv(1)
 
 
 def test_one_address_keeps_no_other_out():
