@@ -6,7 +6,7 @@ from concurrent.futures import Future
 from ..devices import Devices
 from ..errors import PoolError
 from ..pool.cause import KILLED
-from ..pool.hangs import Suspicion
+from ..pool.hangs import Hang, Suspicion
 from ..pool.log import WorkerLog
 from ..pool.workers import Workers
 from .machines import Machines, Report
@@ -58,6 +58,12 @@ class JoinedWorkers(Workers):
         if suspicion is None or suspicion.ranks or awaited == "start" or self._machines.quiet:
             return suspicion
         return None  # another machine's ranks get on, and these wait for them
+
+    def _accuse(self, suspicion: Suspicion) -> Hang:
+        hang = super()._accuse(suspicion)
+        if not hang.waiting:
+            return hang
+        return hang._replace(cause=f"a rank of {self._machines} {suspicion.what}, and all ranks here waited for it")
 
     def kill(self) -> None:
         self._machines.end(self._run)

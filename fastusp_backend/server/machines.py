@@ -97,6 +97,10 @@ class Machines:
         self._run, self._board = "", Board()
         self._broke: Callable[[str | None, bool], None] = lambda why, sure: None
 
+    def __str__(self) -> str:
+        """The other ones, for people."""
+        return " or ".join(map(str, self._all()))
+
     def begin(self, broke: Callable[[str | None, bool], None]) -> Place:
         """Has all machines start their parts of a new run, and says where they meet.
 

@@ -12,6 +12,7 @@ from support import wait_until
 from fastusp_backend.devices import Devices, supports_bfloat16
 from fastusp_backend.errors import PoolError
 from fastusp_backend.pool import workers
+from fastusp_backend.pool.hangs import Hang, Suspicion
 from fastusp_backend.protocol import Channel, Welcome
 from fastusp_backend.protocol.machines import Awaits, Broke, Join, Run, Seen, Stop, ToFirst, ToMachine
 from fastusp_backend.server import follower
@@ -101,6 +102,22 @@ def test_a_part_here_that_cannot_begin_ends_those_elsewhere(first, second, monke
     assert isinstance(run, Run) and isinstance(stop, Stop)
     second.send(Broke(run=run.run, order=0, text="it was told to", lines=[]))
     second.shut()  # and nobody waits for workers that are not there
+
+
+@pytest.mark.parametrize("waiting", [True, False])
+def test_ranks_that_wait_for_another_machines_are_not_blamed(first, second, monkeypatch, waiting):
+    """None was stopped there, which its machine would have told."""
+    found = Suspicion("made no progress for 12 s", [])
+    hang = Hang("rank 0 made no progress for 12 s while it evaluated the model", ["Rank 0 was in:"], waiting)
+    monkeypatch.setattr(workers, "Processes", FakeProcesses)
+    monkeypatch.setattr(workers.HangDetector, "look", lambda *_: found)
+    monkeypatch.setattr(workers.HangDetector, "accuse", lambda *_: hang)
+    joined = JoinedWorkers(DEVICES, lambda: None, first)
+    wait_until(lambda: not joined.alive, 5)
+    told = str(joined.failure("stopped"))
+    joined.dispose()
+    elsewhere = "a rank of machine 1 (10.0.0.2) made no progress for 12 s, and all ranks here waited for it"
+    assert (elsewhere in told, hang.cause in told) == (waiting, not waiting) and "Rank 0 was in:" in told
 
 
 @pytest.fixture
