@@ -6,6 +6,7 @@ import queue
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +14,7 @@ from fastusp_backend.devices import Devices, supports_bfloat16
 from fastusp_backend.door import enter
 from fastusp_backend.errors import PoolError, ProtocolError
 from fastusp_backend.keyfile import Key
-from fastusp_backend.protocol import Attach, Channel, Ended, Failed, Shown, Welcome
+from fastusp_backend.protocol import Attach, Channel, Ended, Failed, Release, Shown, Welcome
 from fastusp_backend.protocol.machines import Join, ToFirst, ToMachine
 from fastusp_backend.protocol.messages import ToAttached
 from fastusp_backend.server import follower, machines, server, strangers
@@ -169,6 +170,17 @@ def test_a_client_hears_of_the_server_while_it_waits_for_the_last_workers_end(do
     assert isinstance(channel.receive()[0], Shown)
     ended.set()
     assert channel.receive()[0] == Ended(text="Free space in /tmp")
+    channel.close()
+
+
+def test_whoever_asks_before_there_are_workers_is_let_go(door, key, monkeypatch):
+    monkeypatch.setattr(door._pool, "start", lambda: SimpleNamespace(alive=True, ready=None))
+    channel = comes_in(door, key)
+    channel.send(Attach())
+    assert isinstance(channel.receive()[0], Shown)
+    channel.send(Release(id=1))
+    with pytest.raises(EOFError):
+        channel.receive()
     channel.close()
 
 
