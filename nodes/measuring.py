@@ -6,6 +6,7 @@ under the id of the USP Loader whose values it has (web/measure.js); the rows co
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -16,8 +17,9 @@ import torch
 from ..fastusp_backend.cli import bench, verify
 from ..fastusp_backend.cli.inputs import difference, random_inputs
 from ..fastusp_backend.config import Settings
-from ..fastusp_backend.devices import Devices
-from ..fastusp_backend.pool import Progress, Session
+from ..fastusp_backend.devices import Devices, ServerDevices
+from ..fastusp_backend.errors import FastUSPError
+from ..fastusp_backend.pool import Pool, Progress, Session
 from .comfyui import ProgressBar, PromptServer, dev_only, get_executing_context, io, model_management
 from .files import model_names
 from .host import interruptible
@@ -26,6 +28,8 @@ from .pools import all_pools
 from .servers import own_devices
 from .settings import SettingsType
 from .status import PUSH_SECONDS, node_run, show
+
+log = logging.getLogger(__name__)
 
 TEXT = 512
 """Tokens of the prompt, of random values."""
@@ -114,16 +118,25 @@ class USPMeasure(io.ComfyNode):
 
 @contextlib.contextmanager
 def _devices_to_itself() -> Iterator[None]:
-    """The pools' workers leave the devices, of which those that ran are started again, and so do ComfyUI's models.
+    """The workers of pools here leave the devices, and those that ran are started again; so do ComfyUI's models leave.
     Workers first: ComfyUI would have them make room, which costs time and tells the pool that it is crowded."""
-    running = [pool for pool in all_pools() if pool.status()["state"] != "off"]
+    here = (pool for pool in all_pools() if not isinstance(pool.devices, ServerDevices))
+    running = [pool for pool in here if pool.status()["state"] != "off"]
     with contextlib.ExitStack() as again:
         for pool in running:
-            again.callback(pool.start)
+            again.callback(_start_again, pool)
             pool.stop("their devices are measured")
         model_management.unload_all_models()
         model_management.soft_empty_cache()
         yield
+
+
+def _start_again(pool: Pool) -> None:
+    """What was measured counts, also where the workers do not start: the next prompt tries that again."""
+    try:
+        pool.start()
+    except FastUSPError as error:
+        log.warning("The workers on %s were not started again: %s", pool.devices, error)
 
 
 class Told:

@@ -15,8 +15,8 @@ from ..fastusp_backend.models.files import ModelFile
 from ..fastusp_backend.models.placement import Placement, size_in_words
 from ..fastusp_backend.models.prediction import CARDS, SIZE, Link, Prediction, slowest_card
 from ..fastusp_backend.planner import plan_batches
+from .answers import FOREIGN, foreign, refused
 from .comfyui import PromptServer
-from .control import FOREIGN, foreign, refused
 from .fewer_gpus import known_links
 from .loader import STORAGE, read_named, spec_on, state_of
 from .servers import devices_of

@@ -11,7 +11,8 @@ import fastusp_backend.cli.bench
 import fastusp_backend.cli.verify  # noqa: F401 - the node takes them as parts of its own package
 from fastusp_backend.cli.bench import Bench, Row
 from fastusp_backend.config import Layout, Settings
-from fastusp_backend.devices import Devices
+from fastusp_backend.devices import Devices, ServerDevices
+from fastusp_backend.errors import PoolError
 
 pytestmark = [pytest.mark.unit, pytest.mark.any_processor]
 
@@ -148,18 +149,28 @@ def test_workers_leave_and_come_again(measuring):
     nothing."""
     done = measuring.shown
 
-    def pool(name, state):
+    def pool(name, state, devices):
+        def start():
+            done.append(f"{name}: start")
+            if name == "lost":
+                raise PoolError("no memory")
+
         return SimpleNamespace(
             status=lambda: {"state": state},
             stop=lambda why: measuring.shown.append(f"{name}: stop, {why}"),
-            start=lambda: done.append(f"{name}: start"),
+            start=start,
+            devices=devices,
         )
 
-    measuring.pools += [pool("warm", "idle"), pool("cold", "off")]
+    here = Devices(ranks=2)
+    server = ServerDevices(ranks=2, address="b:1", key="", kind="cpu", per_machine=2, bfloat16=True)
+    measuring.pools += [pool("warm", "idle", here), pool("cold", "off", here)]
+    measuring.pools += [pool("server", "idle", server), pool("lost", "idle", here)]
     with pytest.raises(ValueError), measuring._devices_to_itself():
         done.append("measuring")
         raise ValueError
-    assert done == ["warm: stop, their devices are measured", "unloaded", "measuring", "warm: start"]
+    stops = [f"{name}: stop, their devices are measured" for name in ("warm", "lost")]
+    assert done == [*stops, "unloaded", "measuring", "lost: start", "warm: start"]
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def planning(node_module, monkeypatch):
         loader = {"STORAGE": STORAGE, "read_named": read, "state_of": lambda _: FileState(0, 0, 0, 0)}
         loader["spec_on"] = lambda devices, file, dtype: spec_with("auto")
         links = {"known_links": node_module("fewer_gpus").known_links}
-        neighbours = {"comfyui": {"PromptServer": None}, "control": dict.fromkeys(("FOREIGN", "foreign", "refused"))}
+        neighbours = {"comfyui": {"PromptServer": None}, "answers": dict.fromkeys(("FOREIGN", "foreign", "refused"))}
         neighbours["servers"] = {"devices_of": local_devices}
         module = node_module("planning", loader=loader, fewer_gpus=links, **neighbours)
         module.closed = closed
@@ -138,7 +138,7 @@ def test_cpu_ranks(planning):
         ({"gpus": "7"}, "Name GPUs of this machine, 0 (NVIDIA GeForce RTX 4090), 1 "),
         ({"gpus": "cpu:2", "unet_name": "gone"}, "unet_name: there is no 'gone'"),
         ({"gpus": "cpu:2", "ulysses": 3}, "Set 0, or a legal layout (ulysses 2 x ring 1, ulysses 1 x ring 2): "),
-        ({"gpus": "cpu:3", "batch_parallel": "on"}, "batch_parallel = 'on' needs an even number"),
+        ({"gpus": "cpu:3", "batch_parallel": "on"}, "Set batch_parallel to auto or off: on needs an even number"),
         ({"gpus": "0", "settings": {"weights": "shared"}}, "Set weights to host or auto"),
     ],
 )
