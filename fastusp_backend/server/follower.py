@@ -7,7 +7,7 @@ from concurrent.futures import wait
 
 from ..devices import Devices, supports_bfloat16
 from ..door import enter
-from ..errors import DeviceError, ProtocolError
+from ..errors import DeviceError, PoolError, ProtocolError
 from ..pool.cause import KILLED, last_log_lines
 from ..pool.hangs import LOOK_SECONDS, HangDetector
 from ..pool.link import Link
@@ -31,6 +31,7 @@ class _Part:
     """This machine's processes of one run."""
 
     def __init__(self, devices: Devices, place: Place, first: int):
+        self.run = place.run
         self._run_dir = RunDir()
         self.hangs = HangDetector(self._run_dir.path, devices.ranks, first)
         self.log, self._line = WorkerLog(), 0
@@ -66,10 +67,11 @@ class _Part:
     def report(self) -> Broke:
         """Why it has ended."""
         if self._why:
-            return Broke(order=0, text=self._why, lines=[])
+            return Broke(run=self.run, order=0, text=self._why, lines=[])
         order, text = self.processes.ranked_cause(None)
         lines = [] if self._stopped else last_log_lines(self._run_dir.path)
-        return Broke(order=max(order, KILLED + 1) if self._stopped else order, text=text, lines=lines)
+        order = max(order, KILLED + 1) if self._stopped else order
+        return Broke(run=self.run, order=order, text=text, lines=lines)
 
     def close(self) -> None:
         self.kill()
@@ -135,7 +137,11 @@ class Follower:
                 if isinstance(message, Run):
                     if part is not None:
                         part.close()
-                    part, told = self._begin(message, interface), False
+                        part = None
+                    try:
+                        part, told = self._begin(message, interface), False
+                    except PoolError as error:  # no room for its files, say: the next run may have it
+                        post(Broke(run=message.run, order=0, text=str(error), lines=[]))
                 elif isinstance(message, Stop) and part is not None:
                     part.stop()
                 elif isinstance(message, Awaits):
@@ -149,7 +155,7 @@ class Follower:
                 if time.monotonic() - shown > SHOWN_SECONDS:
                     shown = time.monotonic()
                     lines, memory = (part.lines(), part.memory()) if part is not None else ([], [])
-                    post(Seen(memory=memory, lines=lines, quiet=quiet))
+                    post(Seen(run=part.run if part is not None else "", memory=memory, lines=lines, quiet=quiet))
                 if part is not None and not told and not part.processes.alive:
                     told = True
                     post(part.report())
