@@ -201,7 +201,7 @@ def test_measured_and_applied(host, page):
     graph.save(graph.sample(graph.usp("cpu:1"), steps=1))
     host.run(graph)
     before = starts(host)
-    loader(page)
+    loader(page, batch_parallel="on")
     measure(page)
     page.wait_for(f"{LINE} == 'measured'", 90)
     rows = page.evaluate(ROWS)
@@ -212,19 +212,19 @@ def test_measured_and_applied(host, page):
     ]
     assert len(rows) == 7 and all(float(row[5]) > 0 and row[7].endswith(" MB") for row in rows)
     assert starts(host) > before, "workers that had to leave are there again"
-    values = "app.graph.getNodeById(1).widgets.map(({ value }) => value).slice(2, 5)"
+    values = "app.graph.getNodeById(1).widgets.map(({ value }) => value).slice(2, 6)"
     press(page, "Apply", f"{WINDOW}.querySelectorAll('tr')[3]")
     prompt = page.evaluate("app.graphToPrompt().then(({ output }) => output)")
     settings = prompt[prompt["1"]["inputs"]["settings"][0]]["inputs"]
-    assert page.evaluate(values) == ["cpu:2", 0, 0] and (settings["wire"], settings["linear"]) == ("int8", "exact")
+    assert page.evaluate(values) == ["cpu:2", 0, 0, "on"] and (settings["wire"], settings["linear"]) == ("int8", "exact")
     page.evaluate(UNDO)
     assert "settings" not in page.evaluate("app.graphToPrompt().then(({ output }) => output)")["1"]["inputs"]
     press(page, "Apply", f"{WINDOW}.querySelectorAll('tr')[1]")
-    assert page.evaluate(values) == ["cpu:1", 0, 0]
+    assert page.evaluate(values) == ["cpu:1", 0, 0, "auto"], "one rank has no groups"
     loader(page)
     press(page, "Apply", f"{WINDOW}.querySelectorAll('tr')[1]")
     assert "Open the workflow that was measured" in page.evaluate(LINE)
-    assert page.evaluate(values) == ["cpu:2", 0, 0], "another workflow's node of the same number"
+    assert page.evaluate(values) == ["cpu:2", 0, 0, "auto"], "another workflow's node of the same number"
     press(page, "Close")
     assert page.evaluate(WINDOW) is None
 
