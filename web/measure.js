@@ -6,7 +6,7 @@ import { app } from "../../scripts/app.js";
 import { applyRow } from "./apply.js";
 import { element } from "./element.js";
 import { say, size, word } from "./words.js";
-import { allOf, emptyLatent, executionId, finder, settingsNode, settingsOf, valueOf, workflow } from "./values.js";
+import { allOf, emptyLatent, executionId, finder, isOpen, settingsNode, settingsOf, valueOf, workflow } from "./values.js";
 
 const STYLE = `
 .fastusp-measure { position: fixed; bottom: 72px; right: 24px; z-index: 1000; max-width: min(720px, 90vw);
@@ -237,11 +237,12 @@ export function measureHere(node) {
 }
 
 /** The measurement that an event is of; a page that was loaded meanwhile has no window for it yet. */
-function followed({ node: id, prompt }) {
+function followed({ node: id, prompt, workflow: flow }) {
   if (current?.id === prompt) return current;
-  const node = allOf("FastUSPLoader").find((loader) => executionId(loader) === id);
-  if (!current && node) measureHere(node);
-  return current?.id === undefined ? current : undefined;
+  const node = isOpen(flow) ? allOf("FastUSPLoader").find((loader) => executionId(loader) === id) : undefined;
+  if (!node) return undefined;
+  if (!current) measureHere(node);
+  return current.id === undefined && current.find() === node ? current : undefined;
 }
 
 app.registerExtension({

@@ -89,6 +89,12 @@ export function settingsOf(node) {
 
 const opened = () => app.extensionManager?.workflow?.activeWorkflow;
 
+// The id of graphs that have none; they get one when the page is loaded anew.
+const NO_ID = "00000000-0000-0000-0000-000000000000";
+
+/** Whether the open workflow is the one of a prompt. id: of that; null where whoever queued it gave none. */
+export const isOpen = (id) => [null, NO_ID, root().id].includes(id);
+
 /** Finds a node again when its workflow was loaded anew, as undo does; what it answers is undefined in another one. */
 export function finder(node) {
   const { id, type } = node;

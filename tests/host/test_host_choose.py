@@ -2,8 +2,6 @@
 
 import json
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -111,39 +109,6 @@ def test_values_that_are_set_elsewhere(page):
     assert page.evaluate(f"{chip('cpu:1')}.disabled") is True
 
 
-@pytest.mark.parametrize(
-    ("body", "headers", "code", "said"),
-    [
-        ({"gpus": "cpu:2"}, {"Origin": "http://evil.example"}, 403, ""),
-        ({"gpus": "cpu:2"}, {"Sec-Fetch-Site": "cross-site"}, 403, ""),
-        ({"gpus": "cpu:2"}, {"Content-Type": "text/plain"}, 415, "Send JSON"),
-        (
-            {"gpus": 2},
-            {},
-            400,
-            "Send USP Loader's inputs by their names: Expected `str | null`, got `int` - at `$.gpus`",
-        ),
-        (["cpu:2"], {}, 400, "Send USP Loader's inputs by their names"),
-    ],
-)
-def test_who_is_answered(host, body, headers, code, said):
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{host.port}/fastusp/plan",
-        data=json.dumps(body).encode(),
-        headers={"Content-Type": "application/json"} | headers,
-    )
-    with pytest.raises(urllib.error.HTTPError) as error:
-        urllib.request.urlopen(request, timeout=30)
-    assert error.value.code == code
-    assert not said or json.loads(error.value.read())["error"].startswith(said)
-
-
-@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "no.safetensors [checkpoints]"])
-def test_only_files_that_comfyui_lists(host, name):
-    answer = host.post("/fastusp/plan", {"gpus": "cpu:2", "unet_name": name})
-    assert answer["problem"].startswith("unet_name: choose another file, or put ")
-
-
 WINDOW = "document.querySelector('.fastusp-measure')"
 LINE = f"({WINDOW}.querySelector('[role=status]').innerText)"
 ROWS = f"[...{WINDOW}.querySelectorAll('tr')].slice(1).map(row => [...row.cells].map(cell => cell.innerText))"
@@ -216,7 +181,10 @@ def test_measured_and_applied(host, page):
     press(page, "Apply", f"{WINDOW}.querySelectorAll('tr')[3]")
     prompt = page.evaluate("app.graphToPrompt().then(({ output }) => output)")
     settings = prompt[prompt["1"]["inputs"]["settings"][0]]["inputs"]
-    assert page.evaluate(values) == ["cpu:2", 0, 0, "on"] and (settings["wire"], settings["linear"]) == ("int8", "exact")
+    assert page.evaluate(values) == ["cpu:2", 0, 0, "on"] and (settings["wire"], settings["linear"]) == (
+        "int8",
+        "exact",
+    )
     page.evaluate(UNDO)
     assert "settings" not in page.evaluate("app.graphToPrompt().then(({ output }) => output)")["1"]["inputs"]
     press(page, "Apply", f"{WINDOW}.querySelectorAll('tr')[1]")
@@ -260,6 +228,34 @@ def test_it_waits_for_its_turn_and_leaves_the_queue(host, page):
     finally:
         host.post("/interrupt", {})
     press(page, "Close")
+
+
+def test_a_page_that_was_loaded_meanwhile(page):
+    """Has a window again for the loader that is measured, not for another workflow's of its number, nor in the place
+    of another loader's."""
+
+    def told(workflow: str) -> None:
+        page.evaluate(f"""import('/scripts/api.js').then(({{ api }}) => {{
+            const table = {{ rows: [], best: null, quickest: null, said: [] }};
+            const of = {{ node: "1", prompt: "before", workflow: {workflow} }};
+            api.dispatchCustomEvent("fastusp.measuring", {{ ...of, doing: "here", done: 1, total: 2, table }});
+        }})""")
+
+    values = node("FastUSPLoader", unet_name=DEV, weight_dtype="default", gpus="cpu:2", ulysses=0, ring=0)
+    open_prompt(page, {"1": values, "2": values})
+    told("'another'")
+    assert page.evaluate(WINDOW) is None
+    measure_js = "import('/extensions/ComfyUI-FastUSP/measure.js')"
+    page.evaluate(f"{measure_js}.then(({{ measureHere }}) => measureHere(app.graph.getNodeById(2)))")
+    told("app.graph.id")
+    assert page.evaluate(LINE).startswith("Times steps")
+    press(page, "Close")
+    told("app.graph.id")
+    assert page.evaluate(LINE) == "here"
+    ended = "api.dispatchCustomEvent('execution_success', { prompt_id: 'before' })"
+    page.evaluate(f"import('/scripts/api.js').then(({{ api }}) => {{ {ended}; }})")
+    press(page, "Close")
+    assert page.evaluate(WINDOW) is None
 
 
 def test_a_file_that_cannot_be_measured_is_refused_with_the_reason(host, page):
