@@ -68,6 +68,12 @@ const BEFORE = word(
     "loads the model and compiles. The workers of other pools, and ComfyUI's models, leave the devices meanwhile.",
 );
 
+// How it ends, where it does not with an error.
+const MEASURED = word("measured");
+const CANCELLED = word("cancelled: what was measured before is below");
+const BEFORE_IT_BEGAN = word("cancelled before it began");
+const LOST = word("Measure again: this one is no longer in ComfyUI's queue, which was cleared, or ComfyUI was started anew");
+
 /** One measurement, from the question to its end: a window in the page. */
 class Measurement {
   constructor(node) {
@@ -162,7 +168,21 @@ class Measurement {
       api.fetchApi(route, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
     await post("/queue", { delete: [this.id] });
     if (this.running) await post("/interrupt", { prompt_id: this.id });
-    else this.ended(say("cancelled before it began"));
+    else this.ended(say(BEFORE_IT_BEGAN));
+  }
+
+  /** Looks whether its prompt is still in the queue: one that was cleared ends without a word, and so does ComfyUI. */
+  async look() {
+    const id = this.id;
+    if (id === undefined || !this.start.disabled) return;
+    const read = async (route) => (await api.fetchApi(route)).json();
+    const queue = await read("/queue");
+    if ([...queue.queue_running, ...queue.queue_pending].some(([, prompt]) => prompt === id)) return;
+    const past = Object.values((await read(`/history/${id}`))[id]?.outputs ?? {}).find(({ fastusp }) => fastusp);
+    if (this.id !== id || !this.start.disabled) return; // it has told its end meanwhile
+    if (past) this.show(past.fastusp[0]);
+    const lost = this.stopping ? (this.running ? CANCELLED : BEFORE_IT_BEGAN) : LOST;
+    this.ended(say(past ? MEASURED : lost));
   }
 
   /** While it is measured the window is only hidden: Measure here of the node brings it back, and so does the end. */
@@ -178,8 +198,8 @@ class Measurement {
     if (this.id === undefined || detail.prompt_id !== this.id) return;
     if (type === "execution_start") this.running = true;
     if (type === "executed" && detail.output?.fastusp) this.show(detail.output.fastusp[0]);
-    if (type === "execution_success") this.ended(say("measured"));
-    if (type === "execution_interrupted") this.ended(say("cancelled: what was measured before is below"));
+    if (type === "execution_success") this.ended(say(MEASURED));
+    if (type === "execution_interrupted") this.ended(say(CANCELLED));
     if (type === "execution_error") this.ended(detail.exception_message);
   }
 
@@ -250,6 +270,10 @@ app.registerExtension({
   setup() {
     for (const type of ["execution_start", "executed", "execution_success", "execution_interrupted", "execution_error"])
       api.addEventListener(type, ({ detail }) => current?.heard(type, detail));
+    // Whenever the queue changes, and when a connection is made again.
+    api.addEventListener("status", ({ detail }) => {
+      if (detail) current?.look().catch((error) => console.warn("FastUSP: ComfyUI's queue was not read:", error));
+    });
     api.addEventListener("fastusp.measuring", ({ detail }) => followed(detail)?.measuring(detail));
   },
 });

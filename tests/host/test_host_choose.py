@@ -220,6 +220,10 @@ def test_it_waits_for_its_turn_and_leaves_the_queue(host, page):
         loader(page)
         measure(page)
         page.wait_for(f"{LINE}.startsWith('waiting for its turn') && !{WINDOW}.querySelectorAll('button')[1].disabled")
+        host.post("/queue", {"clear": True})
+        page.wait_for(f"{LINE}.startsWith('Measure again: ')", 10)
+        press(page, "Measure")
+        page.wait_for(f"{LINE}.startsWith('waiting for its turn') && !{WINDOW}.querySelectorAll('button')[1].disabled")
         assert len(host.get("/queue")["queue_pending"]) == 1
         press(page, "Cancel")
         page.wait_for(f"{LINE} == 'cancelled before it began'")
@@ -232,7 +236,7 @@ def test_it_waits_for_its_turn_and_leaves_the_queue(host, page):
 
 def test_a_page_that_was_loaded_meanwhile(page):
     """Has a window again for the loader that is measured, not for another workflow's of its number, nor in the place
-    of another loader's."""
+    of another loader's; until ComfyUI's queue has the measurement no more, as after a restart."""
 
     def told(workflow: str) -> None:
         page.evaluate(f"""import('/scripts/api.js').then(({{ api }}) => {{
@@ -252,8 +256,9 @@ def test_a_page_that_was_loaded_meanwhile(page):
     press(page, "Close")
     told("app.graph.id")
     assert page.evaluate(LINE) == "here"
-    ended = "api.dispatchCustomEvent('execution_success', { prompt_id: 'before' })"
-    page.evaluate(f"import('/scripts/api.js').then(({{ api }}) => {{ {ended}; }})")
+    status = "api.dispatchCustomEvent('status', { exec_info: { queue_remaining: 0 } })"
+    page.evaluate(f"import('/scripts/api.js').then(({{ api }}) => {{ {status}; }})")
+    page.wait_for(f"{LINE}.startsWith('Measure again: ')", 10)
     press(page, "Close")
     assert page.evaluate(WINDOW) is None
 
