@@ -18,6 +18,19 @@ PROBLEM = "document.querySelector('.fastusp-choose .problem')?.innerText ?? ''"
 GPUS = "app.graph.getNodeById(1).widgets.find(({ name }) => name == 'gpus')"
 UNDO = "app.extensionManager.workflow.activeWorkflow.changeTracker.undo()"
 AGAIN = "import('/scripts/api.js').then(({ api }) => { api.dispatchCustomEvent('reconnected'); })"
+COUNTED = """import('/scripts/api.js').then(({ api }) => {
+    const { fetchApi } = api;
+    let times = 0;
+    api.fetchApi = (route, options) => {
+        times += route === "/fastusp/plan";
+        return fetchApi.call(api, route, options);
+    };
+    window.counted = () => {
+        api.fetchApi = fetchApi;
+        return times;
+    };
+})"""
+"""How often USP Loaders ask what their values come to, from here until `counted()`."""
 TWO_GPUS = """import('/scripts/api.js').then(({ api }) => {
     const gpus = [0, 1].map(index => ({ index, name: 'NVIDIA GeForce RTX 4090', used: 1e9, total: 24e9 }));
     const { fetchApi } = api;
@@ -106,6 +119,9 @@ def test_values_that_are_set_elsewhere(page):
         text.connect(0, app.graph.getNodeById(1), "gpus");
     } 0""")
     page.wait_for(f"({TOLD}).includes('gpus comes from another node')")
+    page.evaluate(COUNTED)
+    page.evaluate(AGAIN)
+    assert page.evaluate("counted()") == 1, "the loader of before, in its subgraph, is gone"
     assert page.evaluate(f"{chip('cpu:1')}.disabled") is True
 
 
