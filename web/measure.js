@@ -6,7 +6,7 @@ import { app } from "../../scripts/app.js";
 import { applyRow } from "./apply.js";
 import { element } from "./element.js";
 import { say, size, word } from "./words.js";
-import { allOf, emptyLatent, executionId, finder, isOpen, settingsNode, settingsOf, valueOf, workflow } from "./values.js";
+import { allOf, executionId, finder, isOpen, settingsNode, settingsOf, sizeOfPictures, valueOf, workflow } from "./values.js";
 
 const STYLE = `
 .fastusp-measure { position: fixed; bottom: 72px; right: 24px; z-index: 1000; max-width: min(720px, 90vw);
@@ -80,7 +80,8 @@ class Measurement {
     this.find = finder(node);
     this.fields = {};
     this.stopping = false;
-    const fields = Object.entries(FIELDS).map(([name, [label, value]]) => this.field(name, label, "number", { value }));
+    const known = sizeOfPictures(node) ?? {};
+    const fields = Object.entries(FIELDS).map(([name, [label, value]]) => this.field(name, label, "number", { value: known[name] ?? value }));
     const switches = Object.entries(SWITCHES).map(([name, label]) => this.field(name, label, "checkbox", {}));
     this.line = element("p", say(BEFORE));
     this.line.setAttribute("role", "status");
@@ -104,16 +105,6 @@ class Measurement {
     };
     document.body.append(this.root);
     this.start.focus();
-    this.takeSize(node).catch((error) => console.warn("FastUSP: the size of the pictures is not known:", error));
-  }
-
-  /** The size of the workflow's pictures, where that is known, as the one to begin with. */
-  async takeSize(node) {
-    const known = (await emptyLatent(node)) ?? {};
-    for (const name of ["width", "height"]) {
-      const untouched = this.fields[name].valueAsNumber === FIELDS[name][1];
-      if (untouched && Number.isInteger(known[name])) this.fields[name].value = known[name];
-    }
   }
 
   node() {

@@ -147,10 +147,14 @@ def measure(page: Page, **options) -> None:
 
 
 def test_its_window(page):
-    """Begins with the size of the workflow's pictures, and leaves room for ComfyUI's messages."""
+    """Begins with the size of the workflow's pictures, not of those that another model makes of them, and leaves room
+    for ComfyUI's messages."""
     graph = Graph()
     model = graph.node("ModelSamplingFlux", model=graph.usp(), max_shift=1.15, base_shift=0.5, width=64, height=64)
-    graph.save(graph.sample(model, latent_image=graph.empty(256, 192)))
+    first = graph.sample(model, latent_image=graph.latent())
+    seen = graph.node("ReferenceLatent", conditioning=graph.prompt(), latent=first)
+    graph.sample(graph.stock(), positive=seen, latent_image=graph.empty(512, 512))
+    graph.save(graph.sample(model, latent_image=graph.empty(graph.node("PrimitiveInt", value=256), 192)))
     open_prompt(page, graph)
     page.wait_for("!!document.querySelector('.fastusp-choose')")
     press(page, "Measure here", "document.querySelector('.fastusp-choose')")
