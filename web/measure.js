@@ -143,6 +143,7 @@ class Measurement {
     try {
       this.id = (await api.queuePrompt(0, { output, workflow: workflow() })).prompt_id;
     } catch (error) {
+      this.early = undefined;
       return this.ended(refusal(error));
     }
     this.cancel.disabled = this.stopping = false;
