@@ -10,7 +10,7 @@ import { allOf, executionId, finder, isOpen, settingsNode, settingsOf, sizeOfPic
 
 const STYLE = `
 .fastusp-measure { position: fixed; bottom: 72px; right: 24px; z-index: 1000; max-width: min(720px, 90vw);
-  max-height: calc(100vh - 20rem); /* ComfyUI's messages are above it */
+  max-height: max(240px, calc(100vh - 20rem)); /* ComfyUI's messages are above it */
   overflow: auto; padding: 12px; border: 1px solid var(--border-color); border-radius: 8px; box-sizing: border-box;
   background: var(--comfy-menu-bg); color: var(--fg-color); font-size: 13px; line-height: 1.5; user-select: text; }
 .fastusp-measure h2 { margin: 0 0 8px; font-size: 15px; font-weight: 600; }
@@ -179,6 +179,7 @@ class Measurement {
 
   /** While it is measured the window is only hidden: Measure here of the node brings it back, and so does the end. */
   close() {
+    if (this.root.contains(document.activeElement)) this.opener?.focus();
     this.root.hidden = true;
     if (!this.cancel.disabled) return;
     this.root.remove();
@@ -241,11 +242,13 @@ let current;
 
 /** Opens the window for a node; the one of a measurement that goes on is shown instead. */
 export function measureHere(node) {
+  const opener = document.activeElement; // which has the focus again when it is closed
   if (current && !current.cancel.disabled) current.root.hidden = false;
   else {
     current?.root.remove();
     current = new Measurement(node);
   }
+  current.opener = opener;
 }
 
 /** The measurement that an event is of; a page that was loaded meanwhile has no window for it yet. */

@@ -157,6 +157,7 @@ def test_its_window(page):
     graph.save(graph.sample(model, latent_image=graph.empty(graph.node("PrimitiveInt", value=256), 192)))
     open_prompt(page, graph)
     page.wait_for("!!document.querySelector('.fastusp-choose')")
+    page.evaluate("document.querySelector('.fastusp-choose > div > button').focus()")
     press(page, "Measure here", "document.querySelector('.fastusp-choose')")
     page.wait_for(f"[...{WINDOW}.querySelectorAll('input')].slice(0, 3).map(({{ value }}) => value) == '256,192,8'")
     page.resize(1400, 757)
@@ -170,6 +171,7 @@ def test_its_window(page):
     assert page.evaluate(f"{WINDOW}.getBoundingClientRect().height > 300 && {WINDOW}.getBoundingClientRect().top > 0")
     page.evaluate("app.extensionManager.toast.removeAll()")
     press(page, "Close")
+    assert page.evaluate("document.activeElement.innerText").startswith("Measure here")
 
 
 def descendants(pid: int) -> list[int]:
