@@ -65,7 +65,8 @@ export function promptFor(node, options) {
 
 const BEFORE = word(
   "Times steps on 1, 2, ... all of the node's devices: on GPUs that takes minutes, since each of these starts workers, " +
-    "loads the model and compiles. The workers of other pools, and ComfyUI's models, leave the devices meanwhile.",
+    "loads the model and compiles. The workers of other pools, and ComfyUI's models, leave the devices meanwhile. " +
+    "A step is of one prompt, as with cfg = 1: that cfg above 1 has two, which groups of ranks may share, is not measured.",
 );
 
 // How it ends, where it does not with an error.
