@@ -67,6 +67,7 @@ class USPMeasure(io.ComfyNode):
                 ),
             ],
             outputs=[],
+            hidden=[io.Hidden.extra_pnginfo],
             is_output_node=True,
         )
 
@@ -94,7 +95,7 @@ class USPMeasure(io.ComfyNode):
     ) -> io.NodeOutput:
         with node_run("making room to measure"), interruptible(), _devices_to_itself():
             file, devices = read_named(unet_name), own_devices(gpus)
-            told = Told(gpus, devices)
+            told = Told(gpus, devices, _workflow_id(cls.hidden.extra_pnginfo))
             plan = bench.Bench(
                 spec=spec_on(devices, file, weight_dtype),
                 given=random_inputs(file.config, (width, height), TEXT),
@@ -114,6 +115,13 @@ class USPMeasure(io.ComfyNode):
                 told.compare(plan, file.config.timestep_scale)
             told.show_result()
             return io.NodeOutput(ui={"fastusp": [told.table()]})
+
+
+def _workflow_id(png: object) -> str | None:
+    """The id of the workflow that a prompt was queued with, for pictures' metadata; None where whoever queued it gave
+    none."""
+    workflow = png.get("workflow") if isinstance(png, dict) else None
+    return workflow.get("id") if isinstance(workflow, dict) else None
 
 
 @contextlib.contextmanager
@@ -140,15 +148,15 @@ def _start_again(pool: Pool) -> None:
 
 
 class Told:
-    """What was measured, and what the page is told of it meanwhile."""
+    """What was measured, and what the page is told of it meanwhile. workflow: as `_workflow_id`."""
 
-    def __init__(self, gpus: str, devices: Devices):
+    def __init__(self, gpus: str, devices: Devices, workflow: str | None):
         self._gpus, self._devices = gpus, devices
         self._rows: list[bench.Row] = []
         self._differences: dict[bench.Row, dict] = {}
         self._done, self._doing, self._sent = 0, "", 0.0
         context = get_executing_context()
-        self._of = {"node": context.node_id, "prompt": context.prompt_id}
+        self._of = {"node": context.node_id, "prompt": context.prompt_id, "workflow": workflow}
 
     def expect(self, evaluations: int) -> None:
         self._total, self._bar = evaluations, ProgressBar(evaluations)
