@@ -6,6 +6,7 @@ kernels that are launched on the default stream, whatever stream is current, are
 computed around them. SageAttention 2.2 has such.
 """
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable
@@ -61,9 +62,13 @@ def _on_gpu(attend: Callable, given: torch.Tensor, fresh: torch.Tensor, lse: boo
 
 def _replayed(attend: Callable, given: torch.Tensor, fresh: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What a graph that was captured with `given` gives for `fresh`."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        results = attend(*given, _scale(given))
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    try:
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            results = attend(*given, _scale(given))
+    except FAILURES:
+        _end_capture(given.device, pool)
+        raise
     torch.cuda.synchronize()  # with what is not in the graph, and has run
     for result in results:
         if result is not None:
@@ -76,6 +81,16 @@ def _replayed(attend: Callable, given: torch.Tensor, fresh: torch.Tensor) -> tup
         graph.replay()
     torch.cuda.synchronize()
     return tuple(result if result is None else result.clone() for result in results)
+
+
+def _end_capture(device: torch.device, pool: tuple[int, int]) -> None:
+    """Tells torch's allocator that a capture into `pool` failed. Older torch does not where the capture's end fails as
+    well (pytorch #180395): the next `empty_cache`, and so the next capture, would find one under way, and raise. The
+    pool's few MB stay in use: newer torch releases it itself (pytorch #190348), which must not be done twice."""
+    renamed = getattr(torch._C, "_cuda_endAllocateToPool", None)  # in torch 2.8
+    end = renamed or torch._C._cuda_endAllocateCurrentStreamToPool
+    with contextlib.suppress(RuntimeError):  # where torch has told it
+        end(device.index, pool)
 
 
 def _tokens(seed: int, dtype: torch.dtype, heads: tuple[int, int]) -> torch.Tensor:

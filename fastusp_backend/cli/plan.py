@@ -77,7 +77,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise RequestError("Leave out --linear fp8: only GPUs from Ada on (RTX 40, L40, H100) have products in fp8")
     file = File(*describe(arguments.model, devices, bfloat16=True if imagined else None)) if arguments.model else None
     heads = file.config.heads if file else 24
-    layouts = plan_batches(devices.ranks, heads, ulysses=arguments.ulysses, ring=arguments.ring)
+    # Of several machines the wish is that of all their ranks.
+    wish = {"ulysses": arguments.ulysses, "ring": arguments.ring} if arguments.nnodes == 1 else {}
+    layouts = plan_batches(devices.ranks, heads, **wish)
     print(f"{devices}, {heads} heads: {layouts[-1]}")
     print("legal: " + ", ".join(str(x) for x in legal_layouts(devices.ranks, heads)))
     if arguments.nnodes > 1:

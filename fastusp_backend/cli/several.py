@@ -54,8 +54,9 @@ def several(file: File, arguments: argparse.Namespace, per_machine: int, free: i
         return [f"{machines} machines: {error}"]
     whole = file.whole(per_machine * machines, arguments.linear)
     if whole.device_bytes > free - kept:
+        more = ", or linear = fp8" if arguments.linear == "exact" and CARDS[card].fp8 else ""
         return [
-            f"{machines} machines: take a smaller file, or linear = fp8: weights stay whole there, which takes "
+            f"{machines} machines: take a smaller file{more}: weights stay whole there, which takes "
             f"{whole.device_bytes / 1e9:.1f} GB of each GPU, and {(free - kept) / 1e9:.1f} GB are free"
         ]
     link: Link = CARDS[card].nvlink or over_pcie(CARDS[card].pcie, 16)

@@ -3,9 +3,8 @@ of the small model that is shipped: the latents of another file cannot be looked
 And which one is the fastest for how much error."""
 
 import argparse
-import statistics
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -23,6 +22,7 @@ from ..protocol import Done
 from .arguments import add_degrees, add_gpus, add_sizes
 from .bar import Watch, bar
 from .bench import MARGIN
+from .clock import Clock, skipping_all
 from .inputs import BOUNDS, describe, difference, random_inputs
 from .table import Column, Table
 
@@ -73,32 +73,44 @@ def run(arguments: argparse.Namespace) -> int:
         Column("ms/step", 8, ".1f"),
         Column("pictures, dB", 12, ".1f"),
         Column("captions met", 12, "d"),
-        Column("steps skipped"),
+        Column(f"skipped of {arguments.steps}", 13, "d"),
+        Column(f"of {PICTURE_STEPS} in pictures", 17, "d"),
     )
     print(table.head())
 
-    options, clock = with_caches(options_of(devices)), _Clock(bar)
+    options, clock = with_caches(options_of(devices)), Clock(bar)
+    skipping = skipping_all(options)
     with closing(Pool(devices)) as pool:
 
-        def timed(name: str, option: dict[str, str | float], attempted=attempt) -> list[torch.Tensor] | str:
+        def timed(name: str, option, attempted=attempt, warm_up=WARM_UP, steps=arguments.steps):
             session = Session(pool, spec, (layout,), Settings(**option))
-            if devices.gpus and isinstance(why := attempted(session, given, WARM_UP, name, clock), str):
+            if devices.gpus and isinstance(why := attempted(session, given, warm_up, name, clock), str):
                 return why
-            return attempted(session, given, arguments.steps, name, clock)
+            return attempted(session, given, steps, name, clock)
 
         exact = timed("exact", {}, results)
+        found: dict[str, list[torch.Tensor] | str] = {"exact": exact}
         # The file is read once for each `linear`.
-        by_linear = sorted(options, key=lambda name: options[name].get("linear", ""))
-        found = {name: timed(name, options[name]) for name in by_linear}
+        for name in sorted(options, key=lambda name: options[name].get("linear", "")):
+            found[name] = timed(name, options[name])
+            if name in skipping and (most := skipping[name]).name not in found:
+                found[most.name] = timed(most.name, most.option, warm_up=PICTURE_STEPS, steps=PICTURE_STEPS)
         drawn = {name: _pictures(pool, spec.compute, Settings(**o)) for name, o in ({"": {}} | options).items()}
     shown, rows = drawn.pop(""), []
     for name, option in options.items():
-        row = Row.of(option, found[name], exact, clock.step(name), drawn[name], shown)
+        result, seconds, here = found[name], clock.step(name), None
+        if most := skipping.get(name):
+            result = next((found[n] for n in (most.plain, most.name) if isinstance(found[n], str)), result)
+            known = not isinstance(result, str) and not isinstance(drawn[name], str)
+            seconds = clock.step_of(drawn[name].skipped, most) if known else None
+            here = clock.skipped(name) if known else None
+        row = Row.of(option, result, exact, seconds, drawn[name], shown)._replace(here=here)
         print(_line(table, name, row))
         rows.append(row)
     print(
         f"pictures: {CAPTIONS} of {shapes.MODEL.name}, {PIXELS} x {PIXELS}, {PICTURE_STEPS} steps less those "
-        f"that are skipped; exact ones meet {_met(shown)} captions"
+        f"that are skipped; exact ones meet {_met(shown)} captions\n"
+        "ms/step with a cache: where as many steps are skipped as in the pictures"
     )
     print("\n".join(recommend(rows, clock.step("exact"), _met(shown))))
     if devices.ranks == 1:
@@ -135,7 +147,7 @@ def with_caches(options: dict[str, dict[str, str]]) -> dict[str, dict[str, str |
     """Returns options of 8 bits, caches alone, and caches beside as many of the 8 bits as there are at a time."""
     most = max(map(len, options.values()))
     together = {
-        f"{name}, cache {kind}": option | {"cache": kind}
+        f"{name}, cache {kind}": option | {"cache": kind, "cache_threshold": Settings().cache_threshold}
         for name, option in options.items()
         if len(option) == most
         for kind in dict.fromkeys(of["cache"] for of in CACHES.values())
@@ -199,37 +211,15 @@ def _met(drawn: _Drawn | str) -> int | None:
     return sum(not shapes.unmet(*pair) for pair in zip(shapes.examples(CAPTIONS), drawn.pictures, strict=True))
 
 
-class _Clock:
-    """A `Watch` that keeps how long the steps of a name's last run took."""
-
-    def __init__(self, watch: Watch):
-        self._watch, self._seconds = watch, {}
-
-    @contextmanager
-    def __call__(self, name: str, total: int) -> Iterator[Progress]:
-        seconds = self._seconds[name] = []
-
-        def step(event, tensors) -> None:
-            if event is not None:
-                seconds.append(event.seconds)
-            watched.step(event, tensors)
-
-        with self._watch(name, total) as watched:
-            yield replace(watched, step=step)
-
-    def step(self, name: str) -> float | None:
-        """Returns the mean seconds of a step, those that were skipped included; None where there was none."""
-        return statistics.fmean(self._seconds[name]) if self._seconds.get(name) else None
-
-
 class Row(NamedTuple):
     """What an option costs and brings.
 
     option: values of `Settings`.
     problem: why it was not run; the rest is not known then.
     differences: relative ones of the evaluations, then of the latents.
-    seconds: of a step in the mean.
+    seconds: of a step in the mean; with a cache, of one that skips as many as the pictures'. None where not known.
     decibels: of the pictures; None where there are none. So are `met`, the captions that they meet, and `skipped`.
+    skipped, here: steps that a cache skipped of the pictures, and of the file's own run; None without one.
     """
 
     option: dict[str, str | float]
@@ -238,7 +228,8 @@ class Row(NamedTuple):
     seconds: float | None = None
     decibels: float | None = None
     met: int | None = None
-    skipped: int = 0
+    skipped: int | None = None
+    here: int | None = None
 
     @classmethod
     def of(cls, option, found, wanted, seconds: float | None, drawn: _Drawn | str, shown: _Drawn | str) -> "Row":
@@ -250,7 +241,8 @@ class Row(NamedTuple):
         if isinstance(drawn, str) or isinstance(shown, str):
             return cls(option, "", differences, seconds)
         decibels = shapes.psnr(drawn.pictures, shown.pictures)
-        return cls(option, "", differences, seconds, decibels, _met(drawn), drawn.skipped)
+        skipped = drawn.skipped if "cache" in option else None
+        return cls(option, "", differences, seconds, decibels, _met(drawn), skipped)
 
     @property
     def values(self) -> str:
@@ -261,9 +253,8 @@ class Row(NamedTuple):
 def _line(table: Table, label: str, row: Row) -> str:
     if row.problem:
         return Table(table.columns[0], Column("why")).row(label, f"not run: {row.problem}")
-    skipped = f"{row.skipped} of {PICTURE_STEPS}" if row.skipped else ""
     milliseconds = row.seconds and row.seconds * 1000
-    return table.row(label, *row.differences, milliseconds, row.decibels, row.met, skipped)
+    return table.row(label, *row.differences, milliseconds, row.decibels, row.met, row.here, row.skipped)
 
 
 def recommend(rows: Sequence[Row], exact: float, met: int | None) -> list[str]:
@@ -271,7 +262,8 @@ def recommend(rows: Sequence[Row], exact: float, met: int | None) -> list[str]:
     ones, the closest of those as fast as the fastest, to MARGIN. exact: seconds of an exact step."""
     said = []
     for budget in BUDGETS:
-        near = [row for row in rows if row.decibels is not None and row.decibels >= budget and row.met >= met]
+        known = [row for row in rows if row.seconds is not None and row.decibels is not None]
+        near = [row for row in known if row.decibels >= budget and row.met >= met]
         fastest = min((row.seconds for row in near), default=exact)
         if fastest >= exact * (1 - MARGIN):
             said.append(f"For {budget} dB: exact values, {exact * 1000:.1f} ms a step; nothing so close is faster.")

@@ -141,6 +141,22 @@ def test_what_is_launched_on_another_stream_is_found():
     assert trial.problem(local.math, device, torch.bfloat16, (2, 128), lse=True) == ""
 
 
+def test_what_waits_for_the_gpu_is_found():
+    """No graph may be captured meanwhile; torch itself holds such a capture for one under way, and dies of it later."""
+    device = torch.device("cuda", torch.cuda.current_device())
+
+    def waits(q, k, v, scale):
+        q.sum().item()
+        return local.math(q, k, v, scale)
+
+    def attends(*given):
+        return local.math(*given)
+
+    assert "captur" in trial.problem(waits, device, torch.bfloat16, (2, 128), lse=True)
+    torch.cuda.empty_cache()
+    assert trial.problem(attends, device, torch.bfloat16, (2, 128), lse=True) == ""
+
+
 def test_what_is_not_finite_is_not_hidden(attend):
     q, k, v = qkv(128, 256)
     k[0, 5, 3, 7] = torch.nan

@@ -1,8 +1,10 @@
 """The one call by which packages of attention are tried: what fails, what is wrong, and what is taken instead. What a
 graph has is tried on GPUs (tests/gpu/test_eight_bit_attention.py)."""
 
+import contextlib
 import functools
 import sys
+from collections import UserList
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -58,6 +60,37 @@ def test_results_that_are_wrong_are_found(which, wrong):
 
     assert "where less than 0.1 is right" in trial.problem(attend, CPU, torch.float32, HEADS, lse=True)
     assert trial.problem(local.math, CPU, torch.float32, HEADS, lse=True) == ""
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["older torch", "newer"])
+@pytest.mark.parametrize("name", ["_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool"])
+def test_a_capture_that_fails_is_ended(monkeypatch, name, known):
+    """In torch's allocator, which else holds it for under way: the next capture would die of that."""
+    ended = []
+
+    def end(*given):
+        ended.append(given)
+        if known:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+
+    @contextlib.contextmanager
+    def graph(_, *, pool, capture_error_mode):
+        assert pool == (0, 7)
+        yield
+
+    def waits(*given):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.delattr(torch._C, "_cuda_endAllocateToPool", raising=False)
+    monkeypatch.setattr(torch._C, name, end, raising=False)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 7))
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    given = UserList([None] * 3)
+    given.device, given.shape = CUDA, (3, 1, 128, *HEADS)
+    with pytest.raises(RuntimeError, match="^operation not permitted"):
+        trial._replayed(waits, given, given)
+    assert ended == [(CUDA.index, (0, 7))]
 
 
 @pytest.mark.parametrize("ring", [False, True])

@@ -1,6 +1,7 @@
 """Every page: its links lead somewhere, the files that it names exist, its words are a user's; README stays short."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,27 @@ def test_every_page_of_docs_is_in_its_index():
     index = ROOT / "docs/README.md"
     listed = {(index.parent / link.partition("#")[0]).resolve() for link in LINK.findall(index.read_text("utf-8"))}
     assert {page.resolve() for page in (ROOT / "docs").glob("**/*.md")} - {index} <= listed
+
+
+SLURM = """
+SLURM_JOB_NODELIST=node[1-2] SLURM_NNODES=2 on=node1
+scontrol() { printf 'node1\\nnode2\\n'; }
+getent() { [ "$2" = "$on" ] && echo "127.0.1.1 STREAM $2" || echo "10.0.0.5 STREAM $2"; }
+srun() {
+    for word in "$@"; do
+        case $word in
+            --nodelist=*) on=${word#*=} ;;
+            getent) "${@: -3}" ;;
+            exec*) echo "$word" ;;
+        esac
+    done
+}
+"""
+
+
+def test_slurm_finds_an_address_that_others_reach():
+    """A machine has its own name as 127.0.1.1, as Debian's /etc/hosts says."""
+    page = (ROOT / "docs/several-machines.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```\n(#SBATCH .*?)^```", page, re.MULTILINE | re.DOTALL)
+    done = subprocess.run(["bash", "-c", SLURM + block], capture_output=True, text=True, timeout=10, check=True)
+    assert "--nnodes 2 " in done.stdout and "--rdzv-endpoint 10.0.0.5:8189 " in done.stdout, done.stdout + done.stderr

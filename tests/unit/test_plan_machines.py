@@ -1,10 +1,13 @@
 """`plan --nnodes`: layouts on several machines, and what is slower there."""
 
 import re
+from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 from test_plan_memory import plan_says
 
+from fastusp_backend.cli.several import several
 from fastusp_backend.models.synthetic import TINY_FLUX, write_checkpoint
 
 pytestmark = [pytest.mark.unit, pytest.mark.any_processor]
@@ -20,6 +23,32 @@ def path(tmp_path_factory):
 def test_layouts_of_cpu_ranks(monkeypatch, capsys, path):
     code, said, _ = plan_says(monkeypatch, capsys, path, "--gpus", "cpu:2", "--nnodes", "2")
     assert code == 0 and "2 machines of 2: ulysses 2 x ring 2\n" in said and "ms a step" not in said
+
+
+@pytest.mark.parametrize(
+    "wish, layout", [(("--ring", "2"), "ulysses 1 x ring 2"), (("--ulysses", "2"), "ulysses 2 x ring 1")]
+)
+def test_a_wish_is_of_all_machines(monkeypatch, capsys, path, wish, layout):
+    """One of them alone could not have it."""
+    given = "--gpus", "0", "--free", "80", "--nnodes", "2", *wish
+    code, said, errors = plan_says(monkeypatch, capsys, path, *given)
+    assert code == 0, errors
+    assert f"2 machines of 1: {layout}\n" in said and "2 machines of 1 H100" in said
+    code, _, errors = plan_says(monkeypatch, capsys, path, *given[:-2], "--ring", "4")
+    assert code == 2 and "ring = 4 cannot be used on 2 ranks" in errors
+
+
+@pytest.mark.parametrize(
+    "linear, card, remedy",
+    [("exact", "H100", "file, or linear = fp8:"), ("fp8", "H100", "file:"), ("exact", "RTX 3090", "file:")],
+)
+def test_what_is_given_already_or_not_to_be_had_is_no_remedy(linear, card, remedy):
+    """Of a file that fits a machine in parts alone."""
+    weights = SimpleNamespace(device_bytes=2_000_000_000)
+    file = SimpleNamespace(config=TINY_FLUX, settle=lambda *_, **__: (weights, 500_000_000), whole=lambda *_: weights)
+    arguments = Namespace(nnodes=2, linear=linear, ulysses=0, ring=0)
+    (said,) = several(file, arguments, 2, 2_000_000_000, card)
+    assert said.startswith(f"2 machines: take a smaller {remedy} weights stay whole there, which takes 2.0 GB")
 
 
 def test_what_is_slower_is_said(monkeypatch, capsys, path):

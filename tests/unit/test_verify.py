@@ -1,15 +1,21 @@
 """What verify measures on which devices."""
 
 import contextlib
+import sys
 from types import SimpleNamespace
 
 import pytest
 
+from fastusp_backend import shapes
+from fastusp_backend.__main__ import main
 from fastusp_backend.cli import verify
+from fastusp_backend.cli.clock import Clock
 from fastusp_backend.cli.verify import Row
 from fastusp_backend.config import Settings
 from fastusp_backend.devices import Devices
+from fastusp_backend.models.synthetic import TINY_FLUX, write_checkpoint
 from fastusp_backend.pool import Progress
+from fastusp_backend.protocol import Done
 
 pytestmark = pytest.mark.unit
 
@@ -45,7 +51,10 @@ def test_caches_alone_and_beside_all_there_is_in_8_bits(monkeypatch):
     assert lossy == [*verify.options_of(Devices(ranks=2, gpus=(0, 1)))]
     most = "int8 wire and fp8 products, fp8 attention"
     assert cached == [*verify.CACHES, f"{most}, cache easy", f"{most}, cache first_block"]
-    assert found[cached[-1]] == {"wire": "int8", "linear": "fp8", "attention": "flash3-fp8", "cache": "first_block"}
+    eight_bits = {"wire": "int8", "linear": "fp8", "attention": "flash3-fp8"}
+    assert found[cached[-1]] == eight_bits | {"cache": "first_block", "cache_threshold": 0.1}, (
+        "a recommendation says it"
+    )
     alone = verify.with_caches(verify.options_of(Devices(ranks=1)))
     assert [*alone] == ["fp8 products", *verify.CACHES, "fp8 products, cache easy", "fp8 products, cache first_block"]
     assert all(Settings(**option) for option in (found | alone).values())
@@ -90,10 +99,48 @@ def test_steps_are_timed_and_those_that_warm_up_are_not():
         yield Progress(step=lambda event, tensors: stepped.append(event))
         ends.append((name, total))
 
-    clock = verify._Clock(watch)
+    clock = Clock(watch)
     for seconds in ([9.0], [1.0, 3.0]):
         with clock("wire", len(seconds)) as progress:
             for event in [None, *(SimpleNamespace(seconds=s) for s in seconds)]:
                 progress.step(event, {})
     assert clock.step("wire") == 2.0 and clock.step("other") is None
     assert len(stepped) == 5 and ends == [("wire", 1), ("wire", 2)]
+
+
+class Counted:
+    """A session whose steps take a second, 0.1 where they are skipped: all but 4 by a threshold that nothing reaches,
+    else none of the file's and half of the pictures'. The latents are the noise."""
+
+    def __init__(self, pool, spec, layouts, settings):
+        self.settings, self.pictures = settings, spec.path == str(shapes.MODEL)
+
+    def evaluate(self, x, timestep, prompt, progress):
+        return x
+
+    def sample(self, x, sigmas, *, progress, **_):
+        steps, skipped = len(sigmas) - 1, 0
+        if self.settings.cache != "off":
+            skipped = steps - 4 if self.settings.cache_threshold > 1 else steps // 2 if self.pictures else 0
+        for number in range(steps):
+            progress.step(SimpleNamespace(seconds=0.1 if number < skipped else 1.0), {})
+        progress.done(Done(id=0, skipped=skipped))
+        return x
+
+
+def test_caches_are_timed_where_they_skip_what_they_skip_of_the_pictures(tmp_path, monkeypatch, capsys):
+    """Of a file's random inputs they may skip nothing, which says nothing of what they gain at those dB."""
+    path = tmp_path / "flux.safetensors"
+    write_checkpoint(str(path), TINY_FLUX, seed=1)
+    for name, value in {"Session": Counted, "CAPTIONS": 1, "PIXELS": 64}.items():
+        monkeypatch.setattr(verify, name, value)
+    monkeypatch.setattr(verify, "Pool", lambda devices: SimpleNamespace(devices=devices, close=lambda: None))
+    given = ("verify", str(path), "--gpus", "cpu:1", "--size", "64", "--text", "4", "--steps", "5")
+    monkeypatch.setattr(sys, "argv", ["fastusp_backend", *given])
+    assert main() == 0
+    said = capsys.readouterr().out
+    rows = {line[:60].strip(): line[60:].split() for line in said.splitlines()}
+    assert rows["cache easy, threshold 0.1"][4] == rows["fp8 products, cache easy"][4] == "550.0"
+    assert rows["cache easy, threshold 0.1"][-2:] == ["0", "14"], "skipped of the file's steps, and of the pictures'"
+    assert rows["fp8 products"][4] == "1000.0"
+    assert "550.0 ms a step, 1.82 x as fast" in said
