@@ -47,6 +47,10 @@ class PatchesLost(RequestError):
     """The workers' weights do not have the patch set that a request names; it must be sent anew."""
 
 
+class TensorsLost(RequestError):
+    """The workers do not keep a tensor that a request reuses; it must be sent anew."""
+
+
 class ProtocolError(FastUSPError):
     """A frame that is malformed, too large, of another version or of an unknown kind. message: of a frame whose tensors
     alone could not be taken."""

@@ -28,7 +28,7 @@ def plan(ranks: int, heads: int, *, ulysses: int = 0, ring: int = 0, per_machine
     """
     if min(ulysses, ring) < 0:
         raise LayoutError(
-            f"ulysses = {ulysses} and ring = {ring}: expected degrees of at least 1, or 0, which lets FastUSP choose"
+            f"Set degrees of at least 1, or 0, which lets FastUSP choose: not ulysses = {ulysses} and ring = {ring}"
         )
     legal = legal_layouts(ranks, heads, per_machine)
     fitting = [x for x in legal if ulysses in (0, x.ulysses) and ring in (0, x.ring)]
@@ -63,12 +63,12 @@ def plan_batches(
     LayoutError when the wish cannot be honoured.
     """
     if batch_parallel not in get_args(BatchParallel):
-        raise LayoutError(f"batch_parallel = {batch_parallel!r} is not one of {', '.join(get_args(BatchParallel))}")
+        raise LayoutError(f"Set batch_parallel to one of {', '.join(get_args(BatchParallel))}, not {batch_parallel!r}")
     if batch_parallel == "off":
         return (plan(ranks, heads, ulysses=ulysses, ring=ring, per_machine=per_machine),)
     if batch_parallel == "on":
         if ranks % 2:
-            raise LayoutError(f"batch_parallel = 'on' needs an even number of ranks, not {ranks}; use 'auto' or 'off'")
+            raise LayoutError(f"Set batch_parallel to auto or off: on needs an even number of ranks, not {ranks}")
         whole = plan(ranks, heads, per_machine=per_machine)
     else:
         whole = plan(ranks, heads, ulysses=ulysses, ring=ring, per_machine=per_machine)
@@ -76,9 +76,9 @@ def plan_batches(
     for batch in (b for b in range(ranks, 1, -1) if ranks % b == 0):
         try:
             group = plan(ranks // batch, heads, ulysses=ulysses, ring=ring, per_machine=per_machine)
-        except LayoutError:
+        except LayoutError as error:
             if batch_parallel == "on" and batch == 2:
-                raise
+                raise LayoutError(f"{error} (of each of the two groups that batch_parallel = on asks for)") from None
             continue  # the degrees that are set want larger groups
         layouts.append(Layout(ulysses=group.ulysses, ring=group.ring, batch=batch))
     return (*layouts, whole)

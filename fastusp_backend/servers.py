@@ -28,10 +28,11 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """address: host:port. key: the path of its key file."""
+    """address: host:port. key: the path of its key file. listed: whether fastusp.toml has it."""
 
     address: str
     key: Path
+    listed: bool = True
 
 
 def named_server(text: str, file: Path) -> Server | None:
@@ -47,7 +48,7 @@ def named_server(text: str, file: Path) -> Server | None:
     if not _ADDRESS.fullmatch(value):
         return None
     known = [entry for entry in entries.values() if entry.address == value]
-    return Server(value, _key(known[0], file) if known else usual_path())
+    return Server(value, _key(known[0], file)) if known else Server(value, usual_path(), listed=False)
 
 
 def _key(entry: _Entry, file: Path) -> Path:

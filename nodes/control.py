@@ -5,18 +5,17 @@ Nothing else is taken, and nothing from another site."""
 import asyncio
 import re
 from collections.abc import Callable
-from urllib.parse import urlsplit
 
 from aiohttp import web
 
 from ..fastusp_backend.errors import FastUSPError
 from ..fastusp_backend.pool import Pool
+from .answers import FOREIGN, foreign, refused
 from .comfyui import PromptServer
 from .pools import all_pools
 from .report import report
 from .status import push_pools
 
-FOREIGN = "Open ComfyUI's own page: another site has sent this"
 _NO_POOL = "There is no pool on {}"
 _BUSY = "Stop the run first: the pool on {} works on a prompt"
 
@@ -93,22 +92,3 @@ def add_routes() -> None:
 
 def _pool(devices: object) -> Pool | None:
     return next((pool for pool in all_pools() if str(pool.devices) == devices), None)
-
-
-def foreign(request: web.Request) -> bool:
-    """Whether a page of another site sends a request."""
-    headers = request.headers
-    return not same_site(headers.get("Origin"), headers.get("Sec-Fetch-Site"), request.host)
-
-
-def same_site(origin: str | None, fetched: str | None, host: str) -> bool:
-    """Whether a request comes from a page of this server or from no page at all, by what browsers send of it: Origin
-    with each POST, and Sec-Fetch-Site, which no page can change."""
-    if fetched is not None:  # behind a proxy, the host may have another name than the page's
-        return fetched in ("same-origin", "none")
-    return origin is None or urlsplit(origin).netloc == host
-
-
-def refused(status: int, text: str) -> web.Response:
-    """An answer with a text for people."""
-    return web.json_response({"error": text}, status=status)

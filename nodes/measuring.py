@@ -6,6 +6,7 @@ under the id of the USP Loader whose values it has (web/measure.js); the rows co
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -16,8 +17,9 @@ import torch
 from ..fastusp_backend.cli import bench, verify
 from ..fastusp_backend.cli.inputs import difference, random_inputs
 from ..fastusp_backend.config import Settings
-from ..fastusp_backend.devices import Devices
-from ..fastusp_backend.pool import Progress, Session
+from ..fastusp_backend.devices import Devices, ServerDevices
+from ..fastusp_backend.errors import FastUSPError
+from ..fastusp_backend.pool import Pool, Progress, Session
 from .comfyui import ProgressBar, PromptServer, dev_only, get_executing_context, io, model_management
 from .files import model_names
 from .host import interruptible
@@ -26,6 +28,8 @@ from .pools import all_pools
 from .servers import own_devices
 from .settings import SettingsType
 from .status import PUSH_SECONDS, node_run, show
+
+log = logging.getLogger(__name__)
 
 TEXT = 512
 """Tokens of the prompt, of random values."""
@@ -63,6 +67,7 @@ class USPMeasure(io.ComfyNode):
                 ),
             ],
             outputs=[],
+            hidden=[io.Hidden.extra_pnginfo],
             is_output_node=True,
         )
 
@@ -90,7 +95,7 @@ class USPMeasure(io.ComfyNode):
     ) -> io.NodeOutput:
         with node_run("making room to measure"), interruptible(), _devices_to_itself():
             file, devices = read_named(unet_name), own_devices(gpus)
-            told = Told(gpus, devices)
+            told = Told(gpus, devices, _workflow_id(cls.hidden.extra_pnginfo))
             plan = bench.Bench(
                 spec=spec_on(devices, file, weight_dtype),
                 given=random_inputs(file.config, (width, height), TEXT),
@@ -112,30 +117,46 @@ class USPMeasure(io.ComfyNode):
             return io.NodeOutput(ui={"fastusp": [told.table()]})
 
 
+def _workflow_id(png: object) -> str | None:
+    """The id of the workflow that a prompt was queued with, for pictures' metadata; None where whoever queued it gave
+    none."""
+    workflow = png.get("workflow") if isinstance(png, dict) else None
+    return workflow.get("id") if isinstance(workflow, dict) else None
+
+
 @contextlib.contextmanager
 def _devices_to_itself() -> Iterator[None]:
-    """The pools' workers leave the devices, of which those that ran are started again, and so do ComfyUI's models.
+    """The workers of pools here leave the devices, and those that ran are started again; so do ComfyUI's models leave.
     Workers first: ComfyUI would have them make room, which costs time and tells the pool that it is crowded."""
-    running = [pool for pool in all_pools() if pool.status()["state"] != "off"]
+    here = (pool for pool in all_pools() if not isinstance(pool.devices, ServerDevices))
+    running = [pool for pool in here if pool.status()["state"] != "off"]
     with contextlib.ExitStack() as again:
         for pool in running:
-            again.callback(pool.start)
+            again.callback(_start_again, pool)
             pool.stop("their devices are measured")
         model_management.unload_all_models()
         model_management.soft_empty_cache()
         yield
 
 
-class Told:
-    """What was measured, and what the page is told of it meanwhile."""
+def _start_again(pool: Pool) -> None:
+    """What was measured counts, also where the workers do not start: the next prompt tries that again."""
+    try:
+        pool.start()
+    except FastUSPError as error:
+        log.warning("The workers on %s were not started again: %s", pool.devices, error)
 
-    def __init__(self, gpus: str, devices: Devices):
+
+class Told:
+    """What was measured, and what the page is told of it meanwhile. workflow: as `_workflow_id`."""
+
+    def __init__(self, gpus: str, devices: Devices, workflow: str | None):
         self._gpus, self._devices = gpus, devices
         self._rows: list[bench.Row] = []
         self._differences: dict[bench.Row, dict] = {}
         self._done, self._doing, self._sent = 0, "", 0.0
         context = get_executing_context()
-        self._of = {"node": context.node_id, "prompt": context.prompt_id}
+        self._of = {"node": context.node_id, "prompt": context.prompt_id, "workflow": workflow}
 
     def expect(self, evaluations: int) -> None:
         self._total, self._bar = evaluations, ProgressBar(evaluations)

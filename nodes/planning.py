@@ -15,11 +15,13 @@ from ..fastusp_backend.models.files import ModelFile
 from ..fastusp_backend.models.placement import Placement, size_in_words
 from ..fastusp_backend.models.prediction import CARDS, SIZE, Link, Prediction, slowest_card
 from ..fastusp_backend.planner import plan_batches
+from ..fastusp_backend.servers import Server
+from .answers import FOREIGN, foreign, refused
 from .comfyui import PromptServer
-from .control import FOREIGN, foreign, refused
 from .fewer_gpus import known_links
 from .loader import STORAGE, read_named, spec_on, state_of
-from .servers import devices_of
+from .pools import all_pools
+from .servers import devices_of, server_of
 
 
 class Values(msgspec.Struct, frozen=True):
@@ -49,6 +51,8 @@ def preview(values: Values) -> dict:
     try:
         if values.gpus is None:
             return found | {"lines": ["gpus comes from another node: known when it runs"]}
+        if (server := _stranger(values.gpus)) is not None:
+            return found | {"lines": [f"{server.address} is asked when it runs: it is not in fastusp.toml"]}
         devices = devices_of(values.gpus)
         found["gpus"] = list(devices.gpus)
         if values.unet_name is None:
@@ -67,6 +71,15 @@ def preview(values: Values) -> dict:
     except FastUSPError as error:
         found["problem"] = str(error)
     return found
+
+
+def _stranger(gpus: str) -> Server | None:
+    """The server that `gpus` names, where neither fastusp.toml nor a run has had to do with it: a workflow that is only
+    opened makes nobody connect to whom its author has chosen."""
+    server = server_of(gpus)
+    if server is None or server.listed or any(str(pool.devices) == server.address for pool in all_pools()):
+        return None
+    return server
 
 
 @functools.lru_cache(maxsize=4)

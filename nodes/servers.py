@@ -5,7 +5,7 @@ from pathlib import Path
 from ..fastusp_backend.devices import Devices, ServerDevices, local_devices
 from ..fastusp_backend.errors import DeviceError
 from ..fastusp_backend.pool import ask
-from ..fastusp_backend.servers import named_server
+from ..fastusp_backend.servers import Server, named_server
 from .comfyui import folder_paths
 
 
@@ -18,15 +18,20 @@ def served(gpus: str | None) -> ServerDevices | None:
     """Those of a server, which is asked; None where it means none. Raises as `devices_of`."""
     if gpus is None:
         return None
-    server = named_server(gpus, Path(folder_paths.get_user_directory()) / "fastusp.toml")
+    server = server_of(gpus)
     return ask(server.address, str(server.key)) if server is not None else None
 
 
+def server_of(gpus: str) -> Server | None:
+    """Which server is meant, which is not asked; None where it means none. Raises DeviceError as `named_server`."""
+    return named_server(gpus, Path(folder_paths.get_user_directory()) / "fastusp.toml")
+
+
 def own_devices(gpus: str) -> Devices:
-    """As `devices_of`. Raises DeviceError for a server's, too: what is measured is measured where the devices are."""
-    devices = devices_of(gpus)
-    if isinstance(devices, ServerDevices):
+    """This machine's devices. Raises DeviceError for a server's, too: what is measured is measured where they are."""
+    server = server_of(gpus)
+    if server is not None:
         raise DeviceError(
-            f"Run `python -m fastusp_backend bench FILE` on {devices}: only this machine is measured here"
+            f"Run `python -m fastusp_backend bench FILE` on {server.address}: only this machine is measured here"
         )
-    return devices
+    return local_devices(gpus)

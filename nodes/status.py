@@ -11,6 +11,7 @@ from aiohttp import web
 
 from ..fastusp_backend.devices import gpu_loads
 from ..fastusp_backend.errors import DeviceError
+from .answers import FOREIGN, foreign, refused
 from .comfyui import PromptServer, get_executing_context, model_management
 from .pools import all_pools, on_change
 
@@ -186,16 +187,20 @@ def _pools() -> dict:
 def add_routes() -> None:
     """GET /fastusp/status: the pools, as `Pool.status` gives them. GET /fastusp/gpus: what the GPUs do just now, as
     `nvml.loads` does. GET /fastusp/texts?client=ID: the status lines of that client's running prompt, for a page that
-    was loaded anew. None changes anything."""
+    was loaded anew. None changes anything; pages of other sites are refused: errors tell of files."""
     on_change(push_pools)
     routes = PromptServer.instance.routes
 
     @routes.get("/fastusp/status")
-    async def status(_request: web.Request) -> web.Response:
+    async def status(request: web.Request) -> web.Response:
+        if foreign(request):
+            return refused(403, FOREIGN)
         return web.json_response(_pools())
 
     @routes.get("/fastusp/gpus")
-    async def gpus(_request: web.Request) -> web.Response:
+    async def gpus(request: web.Request) -> web.Response:
+        if foreign(request):
+            return refused(403, FOREIGN)
         try:
             return web.json_response({"gpus": await asyncio.to_thread(gpu_loads)})
         except DeviceError as error:
@@ -203,4 +208,6 @@ def add_routes() -> None:
 
     @routes.get("/fastusp/texts")
     async def texts(request: web.Request) -> web.Response:
+        if foreign(request):
+            return refused(403, FOREIGN)
         return web.json_response(_running_texts(request.query.get("client")))

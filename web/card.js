@@ -88,11 +88,11 @@ function bar(parts) {
   return made;
 }
 
-/** How much faster a run was than the same on one rank, with the same options of 8 bits, in words; none where that was not
- *  measured here. A run of which steps may have been skipped has no time of a step, and is not compared. */
+/** How much faster a run was than the same on one rank, with the same sampler, types and options of 8 bits, in words;
+ *  none where that was not measured here. A run of which steps may have been skipped has no time of a step, and is not compared. */
 function speed(run, pool, pools) {
   if (pool.ranks < 2 || !run.ms_per_step) return [];
-  const same = ["model", "width", "height", "images", "cfg", "eight_bits"];
+  const same = ["model", "storage", "width", "height", "images", "sampler", "cfg", "eight_bits"];
   for (const one of pools.filter(({ ranks, gpus }) => ranks === 1 && gpus.length > 0 === pool.gpus.length > 0)) {
     const found = one.history.find((other) => other.ms_per_step && same.every((name) => other[name] === run[name]));
     const times = found && (found.ms_per_step / run.ms_per_step).toFixed(2);

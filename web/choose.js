@@ -7,7 +7,7 @@ import { element } from "./element.js";
 import { measureHere } from "./measure.js";
 import { post, readGpus } from "./pools.js";
 import { say } from "./words.js";
-import { keepStep, setValue, settingsOf, valueOf } from "./values.js";
+import { allOf, keepStep, setValue, settingsOf, valueOf } from "./values.js";
 
 const LOADER = "FastUSPLoader";
 const INPUTS = ["unet_name", "weight_dtype", "gpus", "ulysses", "ring", "batch_parallel"];
@@ -86,7 +86,6 @@ class Chooser {
     };
     const [width, height] = node.computeSize();
     node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)]);
-    choosers.add(this);
     this.soon();
   }
 
@@ -100,6 +99,7 @@ class Chooser {
   }
 
   soon() {
+    choosers.add(this);
     clearTimeout(this.timer);
     this.timer = setTimeout(() => this.ask(), PAUSE_MS);
   }
@@ -162,7 +162,14 @@ export function toggled(used, index) {
   return next.join() || "auto";
 }
 
-const allSoon = () => choosers.forEach((chooser) => chooser.soon());
+/** Has all look again. Of nodes in subgraphs the front end does not say that they are gone, nor of one that was made and
+ *  never added: their choosers are left here. */
+function allSoon() {
+  const there = allOf(LOADER);
+  for (const chooser of choosers)
+    if (there.includes(chooser.node)) chooser.soon();
+    else choosers.delete(chooser);
+}
 
 app.registerExtension({
   name: "FastUSP.Choose",

@@ -9,15 +9,17 @@ const OURS = "FastUSPLoader";
 const UNET = "UNETLoader";
 const CHECKPOINT = "CheckpointLoaderSimple";
 const GGUF = "UnetLoaderGGUF";
+const ADVANCED = "UnetLoaderGGUFAdvanced";
 
 /** The widget of each type that names the file. */
-const FILE = { [OURS]: "unet_name", [UNET]: "unet_name", [CHECKPOINT]: "ckpt_name", [GGUF]: "unet_name" };
+const FILE = { [OURS]: "unet_name", [UNET]: "unet_name", [CHECKPOINT]: "ckpt_name", [GGUF]: "unet_name", [ADVANCED]: "unet_name" };
 /** The first widgets of each type, in their order; the values that are not here stay as they are in a new node. */
 const WIDGETS = {
   [OURS]: ["unet_name", "weight_dtype"],
   [UNET]: ["unet_name", "weight_dtype"],
   [CHECKPOINT]: ["ckpt_name"],
   [GGUF]: ["unet_name"],
+  [ADVANCED]: ["unet_name"],
 };
 
 /** The types of weights that UNETLoader has as well, and what it has beside: the same weights, and products in fp8. */
@@ -105,6 +107,7 @@ function named(graph, node, files) {
 
 /** Why USP Loader cannot take a loader's place; undefined where it can. */
 function whyNot(node, files) {
+  if (node.type === ADVANCED) return say("put Unet Loader (GGUF) in its place: USP Loader has no dequant_dtype or patch_dtype");
   if (node.type === CHECKPOINT && files.includes(null)) return say("its file name comes from another node");
   const pickle = namesOf(files).find((name) => !READABLE.test(name));
   if (pickle) return say("USP Loader reads safetensors and GGUF files, not {pickle}", { pickle });

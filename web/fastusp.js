@@ -6,11 +6,9 @@ import { app } from "../../scripts/app.js";
 import { logCommand, logTab } from "./log.js";
 import { commands as poolCommands, tab } from "./panel.js";
 import { followNews } from "./toasts.js";
+import { isOpen } from "./values.js";
 
 const commands = [...poolCommands, logCommand];
-
-// The id of graphs that have none; they get one when the page is loaded anew.
-const NO_ID = "00000000-0000-0000-0000-000000000000";
 
 /** Shows again what the nodes of this page's running prompt say, unless another workflow has taken their place. */
 async function showTexts() {
@@ -19,7 +17,7 @@ async function showTexts() {
   const answer = await api.fetchApi(`/fastusp/texts?client=${encodeURIComponent(client)}`);
   if (!answer.ok) throw new Error(`/fastusp/texts answered ${answer.status}`);
   const { workflow, texts } = await answer.json();
-  if (![null, NO_ID, (app.rootGraph ?? app.graph).id].includes(workflow)) return;
+  if (!isOpen(workflow)) return;
   for (const [nodeId, text] of Object.entries(texts))
     api.dispatchEvent(new CustomEvent("progress_text", { detail: { nodeId, text } }));
 }

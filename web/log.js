@@ -58,7 +58,7 @@ class Reader {
 
   /** Follows what is written until the tab is closed. */
   async follow() {
-    const changed = () => this.wake();
+    const changed = () => this.wake?.(); // none yet in the first look
     document.addEventListener("fastusp.log", changed);
     do {
       try {

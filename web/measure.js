@@ -6,11 +6,11 @@ import { app } from "../../scripts/app.js";
 import { applyRow } from "./apply.js";
 import { element } from "./element.js";
 import { say, size, word } from "./words.js";
-import { allOf, emptyLatent, executionId, finder, settingsNode, settingsOf, valueOf, workflow } from "./values.js";
+import { allOf, executionId, finder, isOpen, settingsNode, settingsOf, sizeOfPictures, valueOf, workflow } from "./values.js";
 
 const STYLE = `
 .fastusp-measure { position: fixed; bottom: 72px; right: 24px; z-index: 1000; max-width: min(720px, 90vw);
-  max-height: calc(100vh - 20rem); /* ComfyUI's messages are above it */
+  max-height: max(240px, calc(100vh - 20rem)); /* ComfyUI's messages are above it */
   overflow: auto; padding: 12px; border: 1px solid var(--border-color); border-radius: 8px; box-sizing: border-box;
   background: var(--comfy-menu-bg); color: var(--fg-color); font-size: 13px; line-height: 1.5; user-select: text; }
 .fastusp-measure h2 { margin: 0 0 8px; font-size: 15px; font-weight: 600; }
@@ -65,8 +65,15 @@ export function promptFor(node, options) {
 
 const BEFORE = word(
   "Times steps on 1, 2, ... all of the node's devices: on GPUs that takes minutes, since each of these starts workers, " +
-    "loads the model and compiles. The workers of other pools, and ComfyUI's models, leave the devices meanwhile.",
+    "loads the model and compiles. The workers of other pools, and ComfyUI's models, leave the devices meanwhile. " +
+    "A step is of one prompt, as with cfg = 1: that cfg above 1 has two, which groups of ranks may share, is not measured.",
 );
+
+// How it ends, where it does not with an error.
+const MEASURED = word("measured");
+const CANCELLED = word("cancelled: what was measured before is below");
+const BEFORE_IT_BEGAN = word("cancelled before it began");
+const LOST = word("Measure again: this one is no longer in ComfyUI's queue, which was cleared, or ComfyUI was started anew");
 
 /** One measurement, from the question to its end: a window in the page. */
 class Measurement {
@@ -74,7 +81,8 @@ class Measurement {
     this.find = finder(node);
     this.fields = {};
     this.stopping = false;
-    const fields = Object.entries(FIELDS).map(([name, [label, value]]) => this.field(name, label, "number", { value }));
+    const known = sizeOfPictures(node) ?? {};
+    const fields = Object.entries(FIELDS).map(([name, [label, value]]) => this.field(name, label, "number", { value: known[name] ?? value }));
     const switches = Object.entries(SWITCHES).map(([name, label]) => this.field(name, label, "checkbox", {}));
     this.line = element("p", say(BEFORE));
     this.line.setAttribute("role", "status");
@@ -98,16 +106,6 @@ class Measurement {
     };
     document.body.append(this.root);
     this.start.focus();
-    this.takeSize(node).catch((error) => console.warn("FastUSP: the size of the pictures is not known:", error));
-  }
-
-  /** The size of the workflow's pictures, where that is known, as the one to begin with. */
-  async takeSize(node) {
-    const known = (await emptyLatent(node)) ?? {};
-    for (const name of ["width", "height"]) {
-      const untouched = this.fields[name].valueAsNumber === FIELDS[name][1];
-      if (untouched && Number.isInteger(known[name])) this.fields[name].value = known[name];
-    }
   }
 
   node() {
@@ -146,6 +144,7 @@ class Measurement {
     try {
       this.id = (await api.queuePrompt(0, { output, workflow: workflow() })).prompt_id;
     } catch (error) {
+      this.early = undefined;
       return this.ended(refusal(error));
     }
     this.cancel.disabled = this.stopping = false;
@@ -162,11 +161,26 @@ class Measurement {
       api.fetchApi(route, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
     await post("/queue", { delete: [this.id] });
     if (this.running) await post("/interrupt", { prompt_id: this.id });
-    else this.ended(say("cancelled before it began"));
+    else this.ended(say(BEFORE_IT_BEGAN));
+  }
+
+  /** Looks whether its prompt is still in the queue: one that was cleared ends without a word, and so does ComfyUI. */
+  async look() {
+    const id = this.id;
+    if (id === undefined || !this.start.disabled) return;
+    const read = async (route) => (await api.fetchApi(route)).json();
+    const queue = await read("/queue");
+    if ([...queue.queue_running, ...queue.queue_pending].some(([, prompt]) => prompt === id)) return;
+    const past = Object.values((await read(`/history/${id}`))[id]?.outputs ?? {}).find(({ fastusp }) => fastusp);
+    if (this.id !== id || !this.start.disabled) return; // it has told its end meanwhile
+    if (past) this.show(past.fastusp[0]);
+    const lost = this.stopping ? (this.running ? CANCELLED : BEFORE_IT_BEGAN) : LOST;
+    this.ended(say(past ? MEASURED : lost));
   }
 
   /** While it is measured the window is only hidden: Measure here of the node brings it back, and so does the end. */
   close() {
+    if (this.root.contains(document.activeElement)) this.opener?.focus();
     this.root.hidden = true;
     if (!this.cancel.disabled) return;
     this.root.remove();
@@ -178,8 +192,8 @@ class Measurement {
     if (this.id === undefined || detail.prompt_id !== this.id) return;
     if (type === "execution_start") this.running = true;
     if (type === "executed" && detail.output?.fastusp) this.show(detail.output.fastusp[0]);
-    if (type === "execution_success") this.ended(say("measured"));
-    if (type === "execution_interrupted") this.ended(say("cancelled: what was measured before is below"));
+    if (type === "execution_success") this.ended(say(MEASURED));
+    if (type === "execution_interrupted") this.ended(say(CANCELLED));
     if (type === "execution_error") this.ended(detail.exception_message);
   }
 
@@ -229,19 +243,22 @@ let current;
 
 /** Opens the window for a node; the one of a measurement that goes on is shown instead. */
 export function measureHere(node) {
+  const opener = document.activeElement; // which has the focus again when it is closed
   if (current && !current.cancel.disabled) current.root.hidden = false;
   else {
     current?.root.remove();
     current = new Measurement(node);
   }
+  current.opener = opener;
 }
 
 /** The measurement that an event is of; a page that was loaded meanwhile has no window for it yet. */
-function followed({ node: id, prompt }) {
+function followed({ node: id, prompt, workflow: flow }) {
   if (current?.id === prompt) return current;
-  const node = allOf("FastUSPLoader").find((loader) => executionId(loader) === id);
-  if (!current && node) measureHere(node);
-  return current?.id === undefined ? current : undefined;
+  const node = isOpen(flow) ? allOf("FastUSPLoader").find((loader) => executionId(loader) === id) : undefined;
+  if (!node) return undefined;
+  if (!current) measureHere(node);
+  return current.id === undefined && current.find() === node ? current : undefined;
 }
 
 app.registerExtension({
@@ -249,6 +266,10 @@ app.registerExtension({
   setup() {
     for (const type of ["execution_start", "executed", "execution_success", "execution_interrupted", "execution_error"])
       api.addEventListener(type, ({ detail }) => current?.heard(type, detail));
+    // Whenever the queue changes, and when a connection is made again.
+    api.addEventListener("status", ({ detail }) => {
+      if (detail) current?.look().catch((error) => console.warn("FastUSP: ComfyUI's queue was not read:", error));
+    });
     api.addEventListener("fastusp.measuring", ({ detail }) => followed(detail)?.measuring(detail));
   },
 });

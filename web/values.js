@@ -10,21 +10,19 @@ const SETTINGS = "FastUSPSettings";
 const root = () => app.rootGraph ?? app.graph.rootGraph ?? app.graph;
 
 /** The nodes that stand for a subgraph. */
-function boxes(subgraph) {
-  const all = [root(), ...(root().subgraphs?.values() ?? [])];
-  return all.flatMap((graph) => graph.nodes.filter((node) => node.subgraph === subgraph));
-}
+const boxes = (subgraph) => allNodes().filter((node) => node.subgraph === subgraph);
+
+/** The nodes of the workflow and of its subgraphs. */
+const allNodes = () => [root(), ...(root().subgraphs?.values() ?? [])].flatMap((graph) => graph.nodes);
 
 /** The nodes of a kind, in the workflow and in its subgraphs. */
-export function allOf(comfyClass) {
-  const all = [root(), ...(root().subgraphs?.values() ?? [])];
-  return all.flatMap((graph) => graph.nodes.filter((node) => node.comfyClass === comfyClass));
+export const allOf = (comfyClass) => allNodes().filter((node) => node.comfyClass === comfyClass);
+
+function linkOf(graph, id) {
+  return id == null ? undefined : (graph.getLink?.(id) ?? graph.links[id]);
 }
 
-function linkInto(node, name) {
-  const id = node.inputs?.find((input) => input.name === name)?.link;
-  return id == null ? undefined : (node.graph.getLink?.(id) ?? node.graph.links[id]);
-}
+const linkInto = (node, name) => linkOf(node.graph, node.inputs?.find((input) => input.name === name)?.link);
 
 /** [node, widget] wherever a node's widget is set; null for a value that another node computes. */
 export function holders(node, name) {
@@ -62,16 +60,22 @@ export function setValue(node, name, value) {
   return true;
 }
 
-/** The node whose output comes to an input, through reroutes and out of subgraphs; undefined for none. */
+/** The node whose output comes to an input, through reroutes, into subgraphs and out of them; undefined for none. */
 export function sourceOf(node, name) {
-  const link = linkInto(node, name);
+  return originOf(node.graph, linkInto(node, name));
+}
+
+function originOf(graph, link) {
   if (!link) return undefined;
   if (Number(link.origin_id) === INPUTS) {
-    const [box] = boxes(node.graph);
-    return box && sourceOf(box, node.graph.inputs[link.origin_slot].name);
+    const [box] = boxes(graph);
+    return box && sourceOf(box, graph.inputs[link.origin_slot].name);
   }
-  const origin = node.graph.getNodeById(link.origin_id);
-  return origin?.type === "Reroute" ? sourceOf(origin, origin.inputs[0].name) : origin;
+  const origin = graph.getNodeById(link.origin_id);
+  if (origin?.type === "Reroute") return sourceOf(origin, origin.inputs[0].name);
+  if (!origin?.subgraph) return origin;
+  const inner = origin.subgraph;
+  return originOf(inner, linkOf(inner, inner.outputs[link.origin_slot].linkIds?.[0]));
 }
 
 /** A loader's USP Optimization Settings; undefined where there is none that works, or another node gives them. */
@@ -88,6 +92,12 @@ export function settingsOf(node) {
 }
 
 const opened = () => app.extensionManager?.workflow?.activeWorkflow;
+
+// The id of graphs that have none; they get one when the page is loaded anew.
+const NO_ID = "00000000-0000-0000-0000-000000000000";
+
+/** Whether the open workflow is the one of a prompt. id: of that; null where whoever queued it gave none. */
+export const isOpen = (id) => [null, NO_ID, root().id].includes(id);
 
 /** Finds a node again when its workflow was loaded anew, as undo does; what it answers is undefined in another one. */
 export function finder(node) {
@@ -107,18 +117,37 @@ export function executionId(node) {
   return box ? `${executionId(box)}:${node.id}` : String(node.id);
 }
 
-/** The inputs of the node that makes the empty latent for a sampler that the node's model comes to, as ComfyUI would run
- *  it; undefined for none. */
-export async function emptyLatent(node) {
-  const { output } = await app.graphToPrompt();
-  const reached = new Set([executionId(node)]);
-  for (const id of reached)
-    for (const [next, { inputs }] of Object.entries(output)) {
-      if (!Object.values(inputs).some((value) => Array.isArray(value) && value[0] === id)) continue;
-      const latent = output[inputs.latent_image?.[0]];
-      if (/^Empty\w*Latent/.test(latent?.class_type)) return latent.inputs;
-      reached.add(next);
+const samples = (node) => node.inputs?.some(({ name }) => name === "latent_image");
+
+/** Whether what a sampler is given comes from a node, and not by way of another sampler. */
+function comesFrom(sampler, node) {
+  const reached = new Set([sampler]);
+  for (const one of reached)
+    for (const { name } of one.inputs ?? []) {
+      const source = sourceOf(one, name);
+      if (source === node) return true;
+      if (source && !samples(source)) reached.add(source);
     }
+  return false;
+}
+
+/** An integer of a node, its own or a primitive's; undefined for what is known when it runs. */
+function integer(node, name) {
+  const value = valueOf(node, name);
+  const source = value === null ? sourceOf(node, name) : undefined;
+  const known = source?.comfyClass === "PrimitiveInt" ? valueOf(source, "value") : value;
+  return Number.isInteger(known) ? known : undefined;
+}
+
+/** The size of the empty latent of a sampler that a node's model comes to: width and height in pixels; undefined where
+ *  there is none, or one of them is not known. Asks nothing of the widgets: those of other packs may do things then. */
+export function sizeOfPictures(node) {
+  for (const sampler of allNodes().filter((one) => samples(one) && one.mode === 0 && comesFrom(one, node))) {
+    const latent = sourceOf(sampler, "latent_image");
+    if (!/^Empty\w*Latent/.test(latent?.comfyClass)) continue;
+    const [width, height] = ["width", "height"].map((name) => integer(latent, name));
+    if (width && height) return { width, height };
+  }
   return undefined;
 }
 

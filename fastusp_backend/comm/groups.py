@@ -49,6 +49,12 @@ def world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
 
 
+def machine() -> int:
+    """Returns the number of this rank's machine, by what torchrun has told it: two may have one hostname."""
+    rank, ranks = world()
+    return rank // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+
+
 def one_machine() -> bool:
     """Whether all ranks share a machine, by what torchrun has told this one."""
     _, ranks = world()

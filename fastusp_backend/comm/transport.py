@@ -23,7 +23,7 @@ from ..config import WireChoice
 from ..kernels import signals
 from .arena import Arena, Part, carve
 from .collective import CollectiveRing, CollectiveUlysses, GroupExchange
-from .groups import all_gather_single
+from .groups import all_gather_single, machine
 from .link_speed import measure_link_speed
 from .links import Links, LocalUlysses, Ring, Ulysses
 from .mesh import Mesh
@@ -140,7 +140,7 @@ def reach_each_other(group: dist.ProcessGroup) -> bool:
 def _closeness(group: dist.ProcessGroup) -> int:
     """Returns 2 where every rank of a group can write to every other's memory, 1 where they share a host, else 0; the
     same on all of them. NCCL_P2P_DISABLE is respected."""
-    host = zlib.crc32(socket.gethostname().encode())
+    host = zlib.crc32(f"{socket.gethostname()} {machine()}".encode())
     # Signals over peers' memory are kernels of Triton's.
     disabled = int(os.environ.get("NCCL_P2P_DISABLE", "0") == "1" or not signals.AVAILABLE)
     device = torch.cuda.current_device()

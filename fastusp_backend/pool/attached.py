@@ -17,6 +17,7 @@ from ..prompt import Tensors
 from ..protocol import (
     LOST_SECONDS,
     Attach,
+    Channel,
     Ended,
     Held,
     Message,
@@ -71,16 +72,10 @@ class AttachedWorkers(Contact):
 
     def _attach(self) -> None:
         try:
-            channel, welcome, _ = enter(self.devices.address, self.devices.key, ToAttached)
-            if _devices(welcome, self.devices.address, self.devices.key) != self.devices:
-                channel.close()
-                raise PoolError("it has other devices now; queue the prompt again")
-            channel.send(Attach())
-        except (FastUSPError, OSError) as error:
+            self.channel, self._link = self._enter()
+        except (FastUSPError, OSError, RuntimeError) as error:  # the last where this process gets no more threads
             self._end(str(error))
             return
-        self.channel = channel
-        self._link = Link(channel, self._hear)
         while not self._ended.wait(POLL_SECONDS):
             if self.ready is None and self._said is not None:
                 self.ready = self._said
@@ -89,9 +84,21 @@ class AttachedWorkers(Contact):
                 self._changed()
             if self._link.ended:
                 self._end("the connection was lost")
-            elif time.monotonic() - channel.heard > LOST_SECONDS:  # less than a message counts, on a slow line
+            elif time.monotonic() - self.channel.heard > LOST_SECONDS:  # less than a message counts, on a slow line
                 self._end(f"nothing was heard of it for {LOST_SECONDS} s")
         self._link.close()
+
+    def _enter(self) -> tuple[Channel, Link]:
+        """Raises as `enter` and `Link`, and PoolError where the server is not what it was."""
+        channel, welcome, _ = enter(self.devices.address, self.devices.key, ToAttached)
+        try:
+            if _devices(welcome, self.devices.address, self.devices.key) != self.devices:
+                raise PoolError("it has other devices now; queue the prompt again")
+            channel.send(Attach())
+            return channel, Link(channel, self._hear)
+        except BaseException:
+            channel.close()
+            raise
 
     def _hear(self, message: Message) -> bool | None:
         if isinstance(message, Shown):

@@ -44,10 +44,12 @@ class Suspicion(NamedTuple):
 
 
 class Hang(NamedTuple):
-    """Says who hangs, and in what: a cause for people, and lines that say where the ranks were."""
+    """Says who hangs, and in what: a cause for people, and lines that say where the ranks were. waiting: whether all of
+    them waited, and none of them is known to hang."""
 
     cause: str
     stacks: list[str]
+    waiting: bool = False
 
 
 @dataclass
@@ -156,11 +158,12 @@ class HangDetector:
         """Who it is and where they are; those that wait for nobody, where it is not known. The ranks may do anything
         afterwards but answer well."""
         stacks, everybody = self._stacks(), range(len(self._ranks))
+        waiting = not suspicion.ranks and all(stack and _waits(stack) for stack in stacks)
         ranks = suspicion.ranks or [n for n in everybody if stacks[n] and not _waits(stacks[n])] or list(everybody)
         signs = [(n, self._ranks[n].sign) for n in ranks]
         names = [f"rank {self._first + n}" + (f" (process {sign.pid})" if sign else "") for n, sign in signs]
         doing = signs[0][1].doing if signs[0][1] else "while it imported its libraries"
-        return Hang(f"{' and '.join(names)} {suspicion.what} {doing}", self._lines(stacks, ranks))
+        return Hang(f"{' and '.join(names)} {suspicion.what} {doing}", self._lines(stacks, ranks), waiting)
 
     def _lines(self, stacks: list[list[str]], full: Sequence[int]) -> list[str]:
         lines = []

@@ -2,7 +2,7 @@
 
 import time
 
-from ..errors import Cancelled, FastUSPError, OutOfRoom, PatchesLost, ProtocolError, RequestError
+from ..errors import Cancelled, FastUSPError, OutOfRoom, PatchesLost, ProtocolError, RequestError, TensorsLost
 from ..prompt import Tensors
 from ..protocol import Cancel, Done, Failed, Held, Message, Phase, Step
 from .contact import Contact
@@ -12,6 +12,9 @@ from .progress import CallersOwn, Progress, call
 CANCEL_SECONDS = 5.0
 """How long a cancel waits for its answer. Loading and compiling do not hear it: the request is then left behind, and
 its late replies are dropped."""
+
+_REFUSALS = {"unpatched": PatchesLost, "unkept": TensorsLost}
+"""`Failed.kind` -> what is raised for it."""
 
 
 class NotSent(Exception):
@@ -80,7 +83,7 @@ def follow(workers: Contact, number: int, progress: Progress) -> Tensors:
             device = workers.ready.devices[message.rank]
             raise OutOfRoom(f"rank {message.rank} ({device}) ran out of memory {message.text}")
         else:
-            raise (PatchesLost if message.kind == "unpatched" else RequestError)(message.text)
+            raise _REFUSALS.get(message.kind, RequestError)(message.text)
 
 
 def cancel(workers: Contact, number: int) -> None:

@@ -11,7 +11,7 @@ import msgspec
 import torch
 
 from ..config import CacheRule, Layout, ModelSpec, Settings
-from ..errors import OutOfRoom, PatchesLost
+from ..errors import OutOfRoom, PatchesLost, TensorsLost
 from ..prompt import Inpainting, Prompt, Tensors
 from ..protocol import Evaluate, Patch, Sample
 from .contact import Contact
@@ -183,24 +183,25 @@ class Session:
 
     def _run(self, request: Callable[[Contact, int], Tensors], progress: Progress) -> torch.Tensor:
         """Gives the output of request(workers, patch set), with this session's patches in the workers' weights. Workers
-        that turn out to have lost them get all of them once more; unpacked weights that leave too little room are read
-        anew, as their file has them."""
+        that turn out to have lost them, or the prompt's tensors, get all of them once more; unpacked weights that leave
+        too little room are read anew, as their file has them."""
 
         def patched(workers: Contact) -> torch.Tensor:
             return request(workers, self._patch(workers, progress))["output"]
 
         def run(workers: Contact) -> torch.Tensor:
             workers.settings = self.settings
-            sent_anew = gave_way = False
+            lost, gave_way = set(), False
             while True:
                 unpack = self.spec.unpack
                 try:
                     return patched(workers)
-                except PatchesLost:
-                    if sent_anew:
+                except (PatchesLost, TensorsLost) as error:
+                    if type(error) in lost:
                         raise
-                    sent_anew = True
-                    workers.patches.doubt()
+                    lost.add(type(error))
+                    if isinstance(error, PatchesLost):
+                        workers.patches.doubt()  # the tensors are in doubt without it: their request was not answered
                 except OutOfRoom:
                     held = workers.held
                     if not unpack or held and held.state == "resident" and not held.unpacked:

@@ -13,7 +13,7 @@ from ..protocol import VERSION, Channel, Hello, Message, Ready, Shutdown
 from ..protocol.messages import ToClient
 from .cause import full_disk, last_log_lines
 from .contact import Contact
-from .hangs import LOOK_SECONDS, Awaited, HangDetector, Suspicion
+from .hangs import LOOK_SECONDS, Awaited, Hang, HangDetector, Suspicion
 from .link import POLL_SECONDS, Link
 from .log import WorkerLog
 from .processes import Place, Processes
@@ -78,7 +78,8 @@ class Workers(Contact):
             while not self.processes.wait_until_ended(LOOK_SECONDS):
                 if (suspicion := self._suspect()) is not None:
                     self._condemned = True
-                    self._end(*self._hangs.accuse(suspicion))
+                    hang = self._accuse(suspicion)
+                    self._end(hang.cause, hang.stacks)
         except Exception as error:
             log.exception("the FastUSP workers on %s cannot be watched any more", self.devices)
             self._end(f"they could not be watched any more ({type(error).__name__}: {error})")
@@ -86,6 +87,9 @@ class Workers(Contact):
 
     def _suspect(self) -> Suspicion | None:
         return self._hangs.look(self._awaited)
+
+    def _accuse(self, suspicion: Suspicion) -> Hang:
+        return self._hangs.accuse(suspicion)
 
     @property
     def _awaited(self) -> Awaited | None:

@@ -25,7 +25,7 @@ class Run(Message):
 
 
 class Stop(Message):
-    """End the run."""
+    """End the run: that of the last `Run`."""
 
 
 class Awaits(Message):
@@ -36,17 +36,19 @@ class Awaits(Message):
 
 class Seen(Message):
     """Each second: what a machine's ranks have shown and written, as `Shown`, and whether all of them have been still
-    for longer than they said."""
+    for longer than they said. run: the one that they are of; empty where there was none yet."""
 
+    run: str
     memory: list[tuple[int, int, int, int] | None]
     lines: list[str]
     quiet: bool
 
 
 class Broke(Message):
-    """A machine's part of the run has ended. order: how likely it is the cause, as `pool.cause` has it, the least most.
-    lines: the last of its log."""
+    """A machine's part of run `run` has ended. order: how likely it is the cause, as `pool.cause` has it, the least
+    most. lines: the last of its log."""
 
+    run: str
     order: int
     text: str
     lines: list[str]

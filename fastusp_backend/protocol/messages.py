@@ -10,7 +10,7 @@ import msgspec
 
 from ..config import CacheRule, Layout, ModelSpec, Settings, WeightPatch
 
-VERSION = 11
+VERSION = 12
 """Raised whenever a message or the framing changes: client and workers of different versions refuse each other."""
 
 
@@ -199,11 +199,12 @@ class Failed(Message):
     """Request `id` has ended without a result; id is None when the frame itself was refused.
 
     kind: `cancelled` by the client, `refused` (bad request or file; the pool is fine), `protocol`, `out_of_memory`,
-    `unpatched` (the weights hold another patch set than the request names).
+    `unpatched` (the weights hold another patch set than the request names), `unkept` (a tensor that it reuses is not
+    kept: another client's Release dropped it).
     """
 
     id: int | None
-    kind: Literal["cancelled", "refused", "protocol", "out_of_memory", "unpatched"]
+    kind: Literal["cancelled", "refused", "protocol", "out_of_memory", "unpatched", "unkept"]
     rank: int
     text: str
 

@@ -28,6 +28,7 @@ from ..protocol import (
     Unmap,
 )
 from ..protocol.messages import Request
+from .meanwhile import meanwhile
 from .numbers import ClientNumbers, WorkerNumbers
 from .turns import Job, Turns
 
@@ -52,13 +53,13 @@ class Client:
         self.workers: Contact | None = None
         self.numbers: ClientNumbers | None = None
         self._channel, self._pool, self._turns = channel, pool, turns
-        self._link = Link(channel, lambda message: None)
         self._cancelled: set[int] = set()
         self._taken = self._answered = 0
         self._unsent: deque[tuple[Future[None], int]] = deque()
         self._posting = threading.Lock()
         self._told = 0.0
         _, self._line = pool.log_since(0)
+        self._link = Link(channel, self._too_early)
 
     @property
     def gone(self) -> bool:
@@ -71,7 +72,7 @@ class Client:
     def attach(self, numbers: Callable[[Contact], WorkerNumbers]) -> bool:
         """Waits until the workers are ready, and tells them so. Whether the client is attached then. numbers: gives
         those of the workers."""
-        workers = self._pool.start()
+        workers = meanwhile(self._pool.start, self._show)  # what the last ones left may take a while to go
         while workers.alive and workers.ready is None and not self.gone:
             time.sleep(POLL_SECONDS)
             self._show()
@@ -127,6 +128,15 @@ class Client:
         if self.numbers is not None:
             self.numbers.leave()
         self._link.close()
+
+    def _too_early(self, message: Message) -> bool:
+        """Whether it came before Ready, while nobody takes what arrives: so much could that one that sends it is let
+        go."""
+        if self.workers is not None:
+            return False
+        log.warning("%s asked for something before it was told Ready, and is let go", self.name)
+        self._channel.shut()
+        return True
 
     def _hear(self, message: Message, tensors: Tensors) -> None:
         if not isinstance(message, Request | Patch | Release | Park | Unmap | Cancel):

@@ -4,12 +4,13 @@ import logging
 import threading
 import time
 from concurrent.futures import wait
+from functools import partial
 
 from ..devices import Devices, supports_bfloat16
 from ..door import enter
-from ..errors import DeviceError, ProtocolError
+from ..errors import DeviceError, PoolError, ProtocolError
 from ..pool.cause import KILLED, last_log_lines
-from ..pool.hangs import LOOK_SECONDS, HangDetector
+from ..pool.hangs import LOOK_SECONDS, HangDetector, Suspicion
 from ..pool.link import Link
 from ..pool.log import WorkerLog
 from ..pool.processes import Place, Processes
@@ -17,6 +18,7 @@ from ..pool.rundir import RunDir
 from ..protocol import Channel, Failed
 from ..protocol.machines import Awaits, Broke, Join, Leave, Run, Seen, Stop, ToMachine
 from .interfaces import interface_of
+from .meanwhile import meanwhile
 
 log = logging.getLogger(__name__)
 
@@ -31,20 +33,26 @@ class _Part:
     """This machine's processes of one run."""
 
     def __init__(self, devices: Devices, place: Place, first: int):
+        self.run = place.run
         self._run_dir = RunDir()
         self.hangs = HangDetector(self._run_dir.path, devices.ranks, first)
         self.log, self._line = WorkerLog(), 0
         self._why = ""
         self._stopped = False
+        self.quiet = False
+        """Whether all ranks are still, which may be another machine's doing."""
         self.processes = Processes(devices, self._run_dir.path, place)
 
-    def look(self, awaited: str | None) -> bool:
-        """Whether all ranks are still, which may be another machine's doing. One that was stopped ends the part."""
+    def look(self, awaited: str | None) -> Suspicion | None:
+        """Whom the part is to be ended for: ranks that were stopped."""
         suspicion = self.hangs.look(awaited)
-        if suspicion is not None and suspicion.ranks:
-            self._why = self.hangs.accuse(suspicion).cause
-            self.kill()
-        return suspicion is not None
+        self.quiet = suspicion is not None
+        return suspicion if self.quiet and suspicion.ranks and self.processes.alive else None
+
+    def condemn(self, suspicion: Suspicion) -> None:
+        """Ends it for what `look` has found."""
+        self._why = self.hangs.accuse(suspicion).cause
+        self.kill()
 
     def memory(self) -> list[tuple | None]:
         return [pulse.memory() for pulse in self.hangs.pulses]
@@ -66,10 +74,11 @@ class _Part:
     def report(self) -> Broke:
         """Why it has ended."""
         if self._why:
-            return Broke(order=0, text=self._why, lines=[])
+            return Broke(run=self.run, order=0, text=self._why, lines=[])
         order, text = self.processes.ranked_cause(None)
         lines = [] if self._stopped else last_log_lines(self._run_dir.path)
-        return Broke(order=max(order, KILLED + 1) if self._stopped else order, text=text, lines=lines)
+        order = max(order, KILLED + 1) if self._stopped else order
+        return Broke(run=self.run, order=order, text=text, lines=lines)
 
     def close(self) -> None:
         self.kill()
@@ -128,16 +137,29 @@ class Follower:
         def post(message) -> None:
             link.post(channel.frame(message))
 
+        def show() -> None:  # also while processes take their time to end, or this machine would count as lost
+            nonlocal shown
+            if time.monotonic() - shown > SHOWN_SECONDS:
+                shown = time.monotonic()
+                seen = {"run": "", "memory": [], "lines": [], "quiet": False}
+                if part is not None:
+                    seen = {"run": part.run, "memory": part.memory(), "lines": part.lines(), "quiet": part.quiet}
+                post(Seen(**seen))
+
         try:
             while not self._stopped.is_set():
                 received = link.receive(LOOK_SECONDS / 5)
                 message = received[0] if received is not None else None
                 if isinstance(message, Run):
                     if part is not None:
-                        part.close()
-                    part, told = self._begin(message, interface), False
+                        old, part = part, None
+                        meanwhile(old.close, show)
+                    try:
+                        part, told = self._begin(message, interface), False
+                    except PoolError as error:  # no room for its files, say: the next run may have it
+                        post(Broke(run=message.run, order=0, text=str(error), lines=[]))
                 elif isinstance(message, Stop) and part is not None:
-                    part.stop()
+                    meanwhile(part.stop, show)
                 elif isinstance(message, Awaits):
                     self._awaited = message.what
                 elif isinstance(message, Leave):
@@ -145,11 +167,9 @@ class Follower:
                     self._stopped.set()
                 elif isinstance(message, Failed):
                     raise ProtocolError(message.text)
-                quiet = part is not None and part.look(self._awaited)
-                if time.monotonic() - shown > SHOWN_SECONDS:
-                    shown = time.monotonic()
-                    lines, memory = (part.lines(), part.memory()) if part is not None else ([], [])
-                    post(Seen(memory=memory, lines=lines, quiet=quiet))
+                if part is not None and (suspicion := part.look(self._awaited)) is not None:
+                    meanwhile(partial(part.condemn, suspicion), show)
+                show()
                 if part is not None and not told and not part.processes.alive:
                     told = True
                     post(part.report())

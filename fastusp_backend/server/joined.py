@@ -1,12 +1,12 @@
 """Workers on several machines: a pool's processes here, with parts of the same run elsewhere."""
 
-import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 
 from ..devices import Devices
 from ..errors import PoolError
 from ..pool.cause import KILLED
-from ..pool.hangs import Suspicion
+from ..pool.hangs import Hang, Suspicion
 from ..pool.log import WorkerLog
 from ..pool.workers import Workers
 from .machines import Machines, Report
@@ -19,24 +19,31 @@ class JoinedWorkers(Workers):
     """devices: this machine's."""
 
     def __init__(self, devices: Devices, changed: Callable[[], None], machines: Machines):
-        """Raises PoolError where machines are missing."""
+        """Raises PoolError where machines are missing, and as `Workers`."""
         self._machines = machines
         self._reports: list[Report] | None = None
         self._told: str | None = "start"
-        self._begun = threading.Event()
+        self._begun: Future[bool] = Future()
         place = machines.begin(self._broke)
-        super().__init__(devices, lambda: self._tell(changed), place)
+        self._run = place.run
+        try:
+            super().__init__(devices, lambda: self._tell(changed), place)
+        except BaseException:  # what has begun elsewhere would wait for these
+            machines.end(place.run)
+            self._begun.set_result(False)
+            raise
         self.beginning = f"starting {devices.ranks} worker(s) on each of {machines.count} machines"
-        self._begun.set()
+        self._begun.set_result(True)
 
     def _tell(self, changed: Callable[[], None]) -> None:
         if not self.alive:
-            self._machines.end()
+            self._machines.end(self._run)
         changed()
 
     def _broke(self, why: str | None, sure: bool) -> None:
         """A part elsewhere has ended."""
-        self._begun.wait()
+        if not self._begun.result():
+            return
         if not sure:
             self.processes.wait_until_ended(OWN_SECONDS)
         if self.alive:
@@ -46,14 +53,20 @@ class JoinedWorkers(Workers):
         awaited = self._awaited
         if awaited != self._told:
             self._told = awaited
-            self._machines.wait_for(awaited)
+            self._machines.wait_for(self._run, awaited)
         suspicion = super()._suspect()
         if suspicion is None or suspicion.ranks or awaited == "start" or self._machines.quiet:
             return suspicion
         return None  # another machine's ranks get on, and these wait for them
 
+    def _accuse(self, suspicion: Suspicion) -> Hang:
+        hang = super()._accuse(suspicion)
+        if not hang.waiting:
+            return hang
+        return hang._replace(cause=f"a rank of {self._machines} {suspicion.what}, and all ranks here waited for it")
+
     def kill(self) -> None:
-        self._machines.end()
+        self._machines.end(self._run)
         super().kill()
 
     def memory(self) -> list[dict | None]:
@@ -67,8 +80,8 @@ class JoinedWorkers(Workers):
         if self._why:
             return self._why
         if self._reports is None:
-            self._machines.end()
-            self._reports = self._machines.reports()
+            self._machines.end(self._run)
+            self._reports = self._machines.reports(self._run)
         order, text = self.processes.ranked_cause(self.model)
         first = min([Report(order, text, []), *self._reports], key=lambda report: report.order)
         return first.text

@@ -38,16 +38,21 @@ class Machine:
 
     def __init__(self, number: int, address: str, channel: Channel):
         self.number, self.address = number, address
-        self.link = Link(channel, self._hear)
-        self.seen = Seen(memory=[], lines=[], quiet=False)
-        self.report: Report | None = None
-        """Why its part of the last run ended; None while it runs."""
         self.heard = time.monotonic()
+        self.expect("")
         self._channel = channel
         self._lines: deque[str] = deque(maxlen=LINES)
+        self.link = Link(channel, self._hear)
 
     def __str__(self) -> str:
         return f"machine {self.number} ({self.address})"
+
+    def expect(self, run: str) -> None:
+        """Of a run that begins: what it still says of those before does not count."""
+        self.run = run
+        self.seen = Seen(run=run, memory=[], lines=[], quiet=False)
+        self.report: Report | None = None
+        """Why its part of the run ended; None while it runs."""
 
     def post(self, message: Message) -> None:
         self.link.post(self._channel.frame(message))
@@ -59,10 +64,11 @@ class Machine:
     def _hear(self, message: Message) -> bool | None:
         self.heard = time.monotonic()
         if isinstance(message, Seen):
-            self.seen = message
             self._lines.extend(message.lines)
+            if message.run == self.run:
+                self.seen = message
             return True
-        if isinstance(message, Broke):
+        if isinstance(message, Broke) and message.run == self.run:
             self.report = Report(message.order, f"{message.text}, on {self}", message.lines)
         return None
 
@@ -91,6 +97,10 @@ class Machines:
         self._run, self._board = "", Board()
         self._broke: Callable[[str | None, bool], None] = lambda why, sure: None
 
+    def __str__(self) -> str:
+        """The other ones, for people."""
+        return " or ".join(map(str, self._all()))
+
     def begin(self, broke: Callable[[str | None, bool], None]) -> Place:
         """Has all machines start their parts of a new run, and says where they meet.
 
@@ -109,7 +119,7 @@ class Machines:
             others = [self._machines[number] for number in range(1, self.count)]
             addresses = [self._here, *(machine.address for machine in others)]
             for machine in others:
-                machine.report = None
+                machine.expect(self._run)
                 machine.post(Run(run=self._run, addresses=addresses))
             return Place(
                 machine=0,
@@ -120,11 +130,13 @@ class Machines:
                 addresses=tuple(addresses),
             )
 
-    def end(self) -> None:
-        """Has all machines end their parts. May be called twice."""
-        self._board.close()
-        for machine in self._all():
-            machine.post(Stop())
+    def end(self, run: str) -> None:
+        """Has all machines end their parts of a run. May be called twice, and when another run has begun."""
+        with self._lock:
+            if run == self._run:
+                self._board.close()
+                for machine in self._machines.values():
+                    machine.post(Stop())
 
     def leave(self) -> None:
         """Has all machines end."""
@@ -135,10 +147,12 @@ class Machines:
         """That of the run, if it goes on."""
         return self._board if run == self._run else None
 
-    def wait_for(self, what: str | None) -> None:
-        """Tells all machines what somebody waits for."""
-        for machine in self._all():
-            machine.post(Awaits(what=what))
+    def wait_for(self, run: str, what: str | None) -> None:
+        """Tells all machines what somebody waits for of a run."""
+        with self._lock:
+            if run == self._run:
+                for machine in self._machines.values():
+                    machine.post(Awaits(what=what))
 
     @property
     def quiet(self) -> bool:
@@ -154,12 +168,15 @@ class Machines:
         """What was written to their logs since the last time."""
         return [line for machine in self._all() for line in machine.take_lines()]
 
-    def reports(self) -> list[Report]:
-        """Why their parts have ended, after `end`: waits for them."""
+    def reports(self, run: str) -> list[Report]:
+        """Why their parts of a run have ended, after `end`: waits for them, unless another run begins."""
         deadline = time.monotonic() + REPORT_SECONDS
-        while any(machine.report is None for machine in self._all()) and time.monotonic() < deadline:
+        while True:
+            with self._lock:
+                reports = [machine.report for machine in self._machines.values() if machine.run == run]
+            if None not in reports or time.monotonic() > deadline:
+                return [report for report in reports if report is not None]
             time.sleep(0.02)
-        return [machine.report for machine in self._all() if machine.report is not None]
 
     def serve(self, join: Join, address: str, channel: Channel) -> None:
         """Returns when the machine is gone. Raises ProtocolError where it is none of these."""
@@ -180,9 +197,10 @@ class Machines:
         finally:
             with self._lock:
                 del self._machines[machine.number]
+                broke = self._broke  # of the run that it was in: no other begins before it, or another one, has joined
             machine.link.close()
         log.warning("%s %s", machine, lost)
-        self._broke(f"{machine} {lost}", True)
+        broke(f"{machine} {lost}", True)
 
     def _add(self, number: int, address: str, channel: Channel) -> tuple[Machine, bool]:
         """A machine, and whether all are there now. One that was lost, and comes again, waits until that is noticed.
@@ -214,7 +232,10 @@ class Machines:
                 self._ended()
                 return "was told to end"
             if isinstance(message, Broke):
-                self._broke(None, message.order <= SURE)
+                with self._lock:
+                    broke = self._broke if message.run == self._run else None
+                if broke is not None:
+                    broke(None, message.order <= SURE)
 
     def _all(self) -> list[Machine]:
         with self._lock:

@@ -167,14 +167,15 @@ class Server:
 
     def _meet(self, sock: socket.socket, name: str) -> None:
         try:
-            with limited(sock, AUTHENTICATION_SECONDS):
-                channel = self._authenticate(sock)
+            try:
+                with limited(sock, AUTHENTICATION_SECONDS):
+                    channel = self._authenticate(sock)
+            finally:
+                self._strangers.leave(sock)
         except (AuthenticationError, EOFError, OSError, RuntimeError) as error:  # the last for want of threads
             self._refuse(name, error or type(error).__name__)
             sock.close()
             return
-        finally:
-            self._strangers.leave(sock)
         try:
             with limited(sock, GREETING_SECONDS):
                 wish = self._greet(channel)

@@ -24,7 +24,7 @@ WAITING = 16
 CLIENT_BYTES = MAX_FRAME
 """Of the tensors of a client's waiting requests: a single one may have as many."""
 ALL_BYTES = 4 * MAX_FRAME
-"""Of all clients'."""
+"""Of all clients', with those of the one that is under way."""
 
 
 class Job(NamedTuple):
@@ -43,7 +43,7 @@ class Turns:
         self._places = itertools.count()
         self._changed = threading.Condition()
         self._last: Hashable | None = None
-        self._working = False
+        self._working: Job | None = None
         self._since = self._until = 0.0  # of the last one's turn
 
     def add(self, client: Hashable, job: Job) -> bool:
@@ -77,8 +77,8 @@ class Turns:
                 if client is not None:
                     if client is not self._last:
                         self._last, self._since = client, time.monotonic()
-                    self._working = True
-                    return client, self._waiting[client].popleft()
+                    self._working = self._waiting[client].popleft()
+                    return client, self._working
                 left = deadline - time.monotonic()
                 if left <= 0:
                     return None
@@ -88,7 +88,7 @@ class Turns:
         """The job that was taken last has ended."""
         with self._changed:
             now = time.monotonic()
-            self._working = False
+            self._working = None
             self._until = now + KEPT_SECONDS.get(type(message), 0.0)
             if now - self._since > LONGEST_SECONDS and not isinstance(message, Patch):
                 self._until = 0.0
@@ -110,6 +110,8 @@ class Turns:
     def _check_room(self, client: Hashable, job: Job) -> None:
         own = self._waiting.get(client, ())
         of_all = sum(other.nbytes for jobs in self._waiting.values() for other in jobs) + job.nbytes
+        if self._working is not None:
+            of_all += self._working.nbytes  # not of its client's: it hears of the end a little before this does
         of_client = sum(other.nbytes for other in own) + job.nbytes
         if len(own) >= WAITING or own and of_client > CLIENT_BYTES:
             raise RequestError(
@@ -118,7 +120,7 @@ class Turns:
             )
         if of_all > ALL_BYTES:
             raise RequestError(
-                f"Queue the prompt again later: the requests of all clients that wait hold {of_all / 1e9:.2f} GB with "
+                f"Queue the prompt again later: the requests of all clients hold {of_all / 1e9:.2f} GB with "
                 f"it, of {ALL_BYTES / 1e9:.2f} GB that may"
             )
 

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from ..comm.groups import OutOfMemoryTogether, is_out_of_memory
 from ..engine import Engine
-from ..errors import FastUSPError, PatchesLost
+from ..errors import FastUSPError, PatchesLost, TensorsLost
 from ..protocol.messages import Request
 from ..pulse import USUAL_SECONDS, beat, turn_to
 from .activity import EVALUATING, PREPARING, explain
@@ -47,6 +47,8 @@ class Agreement:
             result = part()
         except PatchesLost as error:
             problem = f"unpatched\n{error}"
+        except TensorsLost as error:
+            problem = f"unkept\n{error}"
         except (FastUSPError, ValueError) as error:
             problem = f"refused\n{error}"
         except (RuntimeError, MemoryError) as error:

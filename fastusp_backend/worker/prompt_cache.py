@@ -2,7 +2,7 @@
 
 import torch
 
-from ..errors import RequestError
+from ..errors import TensorsLost
 from ..prompt import Prompt, Tensors, is_prompt_tensor, take
 from ..protocol import Evaluate
 
@@ -21,7 +21,7 @@ class PromptCache:
     def prompt(self, request: Evaluate, tensors: Tensors) -> Prompt:
         """The request's prompt. The same cached tensors give the same object, so that what was computed from it lasts.
 
-        Raises RequestError for a tensor that is not in the cache.
+        Raises TensorsLost for a tensor that is not in the cache.
         """
         for number in request.forget:
             self._tensors.pop(number, None)
@@ -30,7 +30,7 @@ class PromptCache:
             self._tensors[number] = take(tensors, name)
         for name, number in request.reuse.items():
             if number not in self._tensors:
-                raise RequestError(f"tensor {name!r} should have been kept as {number}, but was not")
+                raise TensorsLost(f"tensor {name!r} should have been kept as {number}, but was not")
             tensors[name] = self._tensors[number]
         numbers, method = request.keep | request.reuse, request.reference_method
         prompt = Prompt.from_tensors(tensors, method)

@@ -142,6 +142,7 @@ def test_another_clients_weights_stay(attach, dev):
     assert other.held.state == "resident"
     other.release()
     wait_until(lambda: one.held.state == "none", 5)
+    assert evaluate(one, dev).isfinite().all()  # its prompt, which went with them, is sent anew
 
 
 def test_a_lost_client_takes_nothing_with_it(attach, server, dev):

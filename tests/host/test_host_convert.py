@@ -165,14 +165,19 @@ def test_usp_loaders_from_the_start(page):
 
 def test_gguf(page):
     """With ComfyUI-GGUF's node, or one of its name."""
-    definition = {"name": GGUF, "display_name": GGUF, "category": "", "python_module": "custom_nodes.gguf"}
-    definition |= {"input": {"required": {"unet_name": [["q4.gguf"]]}}}
-    definition |= {"output": ["MODEL"], "output_name": ["MODEL"], "output_is_list": [False]}
-    page.evaluate(f"app.registerNodeDef('{GGUF}', {json.dumps(definition)})")
+    for kind in (GGUF, f"{GGUF}Advanced"):
+        definition = {"name": kind, "display_name": kind, "category": "", "python_module": "custom_nodes.gguf"}
+        definition |= {"input": {"required": {"unet_name": [["q4.gguf"]]}}}
+        definition |= {"output": ["MODEL"], "output_name": ["MODEL"], "output_is_list": [False]}
+        page.evaluate(f"app.registerNodeDef('{kind}', {json.dumps(definition)})")
     open_prompt(page, {"1": node(GGUF, unet_name="q4.gguf"), "2": lora(1)})
     before = user(page, "")
     assert widgets(nodes(command(page, USE), OURS)[0])["unet_name"] == "q4.gguf"
     assert plain(command(page, BACK)) == plain(before)
+    open_prompt(page, {"1": node(f"{GGUF}Advanced", unet_name="q4.gguf"), "2": lora(1)})
+    before = user(page, "")
+    assert command(page, USE) == before
+    assert "put Unet Loader (GGUF) in its place" in page.evaluate(TOAST)
 
 
 def test_menus(page):

@@ -58,7 +58,7 @@ def test_impossible_combinations(host, gpus, ulysses, ring, words):
 
 @pytest.mark.any_host
 def test_a_choice_that_is_not_offered(host):
-    assert "batch_parallel = 'sometimes' is not one of auto, on, off" in refusal(host, batch_parallel="sometimes")
+    assert "Set batch_parallel to one of auto, on, off, not 'sometimes'" in refusal(host, batch_parallel="sometimes")
 
 
 @pytest.mark.parametrize(

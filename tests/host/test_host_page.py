@@ -83,7 +83,8 @@ def test_what_is_seldom_set_is_advanced(host, node):
 
 @pytest.mark.parametrize("node", NODES)
 def test_found_by_what_people_search_for(host, node):
-    assert {"multi gpu", "parallel"} <= set(host.get(f"/object_info/{node}")[node]["search_aliases"])
+    wanted = {"multi gpu", "multigpu", "parallel"} | ({"gpus", "flux loader"} if node == "FastUSPLoader" else set())
+    assert wanted <= set(host.get(f"/object_info/{node}")[node]["search_aliases"])
 
 
 @pytest.mark.any_host
@@ -133,6 +134,9 @@ def test_status_route(host):
         ("log?devices=cpu:2&from=-1", None, {}, 400, "Send from=N"),
         ("log?devices=cpu:2", None, {"Sec-Fetch-Site": "cross-site"}, 403, ""),
         ("report?devices=cpu:2", None, {"Sec-Fetch-Site": "same-site"}, 403, ""),
+        ("../status", None, {"Sec-Fetch-Site": "cross-site"}, 403, ""),
+        ("../gpus", None, {"Sec-Fetch-Site": "cross-site"}, 403, ""),
+        ("../texts?client=a", None, {"Origin": "http://evil.example"}, 403, ""),
         ("report", None, {}, 404, "There is no pool on"),
         ("explode", {"devices": "cpu:2"}, {}, 404, "Choose one of release, stop, restart, not explode"),
         ("stop", {"devices": "cpu:77"}, {}, 404, "There is no pool on cpu:77"),

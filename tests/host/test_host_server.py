@@ -42,6 +42,14 @@ def test_the_same_latents(host, server):
     assert (status["state"], status["model"], status["ranks"]) == ("idle", DEV, 2) and "error" not in status
 
 
+def test_what_its_devices_come_to(host, server):
+    """Told without a run of servers that fastusp.toml names; nobody else's is asked, though it may be there."""
+    told = host.post("/fastusp/plan", {"gpus": "box", "unet_name": DEV})
+    assert told["lines"][1].startswith(f"{server.address}: ulysses 2 x ring 1")
+    told = host.post("/fastusp/plan", {"gpus": "127.0.0.1:2", "unet_name": DEV})
+    assert told == {"gpus": [], "lines": ["127.0.0.1:2 is asked when it runs: it is not in fastusp.toml"]}
+
+
 def test_what_is_wrong_is_told_at_the_node(host, server):
     def failure(gpus: str) -> str:
         graph = Graph()

@@ -40,7 +40,7 @@ class FakeWorkers(Workers):
     served: also where it is said next.
     gone: the workers have died before it.
     dies: they die of it.
-    refused, unpatched: answered so, and not served.
+    refused, unpatched, unkept: answered so, and not served.
     misread: its frame is refused.
     interrupted: Ctrl-C comes while it is sent.
     late: not answered until `Rank.catch_up`.

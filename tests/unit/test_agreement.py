@@ -8,6 +8,7 @@ from support import SOME_FILE
 
 from fastusp_backend.comm.groups import OutOfMemoryTogether
 from fastusp_backend.config import Layout, ModelSpec, Settings
+from fastusp_backend.errors import PatchesLost, RequestError, TensorsLost
 from fastusp_backend.protocol import Evaluate
 from fastusp_backend.worker import agreement
 from fastusp_backend.worker.activity import PREPARING
@@ -73,6 +74,20 @@ class Engine:
 def no_pulse(monkeypatch):
     for name in ("turn_to", "beat"):
         monkeypatch.setattr(agreement, name, lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    "error, kind", [(PatchesLost, "unpatched"), (TensorsLost, "unkept"), (RequestError, "refused")]
+)
+def test_what_one_rank_fails_in_is_refused_by_its_kind(error, kind):
+    def work(crew, rank):
+        def part():
+            if rank:
+                raise error("no")
+
+        return Agreement(crew, Engine(0)).together(part, PREPARING)
+
+    assert [(r.rank, r.kind, str(r)) for r in Ranks().run(work)] == [(1, kind, "no")] * 2
 
 
 @pytest.mark.parametrize("before, after", [(1, 2), (2, 1), (2, 0)], ids=["a layout more", "other options", "widened"])

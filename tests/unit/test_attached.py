@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 from channels import WHAT
+from support import wait_until
 
 from fastusp_backend.devices import ServerDevices
 from fastusp_backend.errors import PoolError, RequestError
@@ -82,6 +83,17 @@ def test_a_connection_that_is_cut_while_something_is_sent_is_not_made_again(atta
 def test_a_server_with_other_devices_than_before(attach):
     with pytest.raises(PoolError, match="it has other devices now; queue the prompt again"):
         evaluate(attach(ranks=2), 4)
+
+
+def test_without_threads_it_ends_with_why(attach, monkeypatch):
+    def no_more(*_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(attached, "Link", no_more)
+    workers = attach().start()
+    wait_until(lambda: not workers.alive, 5)
+    with pytest.raises(PoolError, match="did not start: can't start new thread"):
+        raise workers.failure("did not start")
 
 
 def test_more_than_travels_at_a_time_is_refused(attach, monkeypatch):

@@ -115,7 +115,7 @@ def test_who_waits_for_nobody_is_blamed(ranks, waits):
     beat(ranks, 12)
     assert ranks.look(11) is None
     hang = ranks.look(3)
-    assert hang.cause == f"rank 1 (process 1) made no progress for 12 s {DOING}"
+    assert hang.cause == f"rank 1 (process 1) made no progress for 12 s {DOING}" and not hang.waiting
     assert [line.strip() for line in hang.stacks] == [
         "Rank 0 was in:",
         hangs._short(waits),
@@ -127,7 +127,8 @@ def test_who_waits_for_nobody_is_blamed(ranks, waits):
 def test_where_all_wait_all_are_named(ranks):
     ranks.stacks[1] = WAITS
     beat(ranks, 12)
-    assert ranks.look(14).cause.startswith("rank 0 (process 0) and rank 1 (process 1) made no progress")
+    hang = ranks.look(14)
+    assert hang.cause.startswith("rank 0 (process 0) and rank 1 (process 1) made no progress") and hang.waiting
 
 
 def test_a_rank_that_does_not_tell_its_stack(ranks, monkeypatch):

@@ -30,9 +30,15 @@ class Pool:
 
 
 @pytest.fixture
-def control(node_module, monkeypatch):
+def answers(node_module, monkeypatch):
     monkeypatch.setitem(sys.modules, "aiohttp", SimpleNamespace(web=SimpleNamespace(Request=object, Response=object)))
+    return node_module("answers")
+
+
+@pytest.fixture
+def control(node_module, answers):
     neighbours = {"pools": {"all_pools": lambda: []}, "report": {"report": None}, "status": {"push_pools": None}}
+    neighbours["answers"] = dict.fromkeys(("FOREIGN", "foreign", "refused"))
     return node_module("control", comfyui={"PromptServer": None}, **neighbours)
 
 
@@ -70,5 +76,5 @@ def test_nothing_is_released_in_a_run(control, state):
         ("http://127.0.0.1:8188", "same-site", False),
     ],
 )
-def test_other_sites_are_refused(control, origin, fetched, allowed):
-    assert control.same_site(origin, fetched, "127.0.0.1:8188") == allowed
+def test_other_sites_are_refused(answers, origin, fetched, allowed):
+    assert answers.same_site(origin, fetched, "127.0.0.1:8188") == allowed

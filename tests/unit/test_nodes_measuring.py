@@ -11,7 +11,8 @@ import fastusp_backend.cli.bench
 import fastusp_backend.cli.verify  # noqa: F401 - the node takes them as parts of its own package
 from fastusp_backend.cli.bench import Bench, Row
 from fastusp_backend.config import Layout, Settings
-from fastusp_backend.devices import Devices
+from fastusp_backend.devices import Devices, ServerDevices
+from fastusp_backend.errors import PoolError
 
 pytestmark = [pytest.mark.unit, pytest.mark.any_processor]
 
@@ -66,7 +67,7 @@ TWO = Devices(ranks=2, gpus=(3, 5))
 
 
 def told_of(measuring, *rows, gpus="auto", devices=TWO):
-    told = measuring.Told(gpus, devices)
+    told = measuring.Told(gpus, devices, "w")
     told.expect(100)
     for one in rows:
         told.add(one)
@@ -112,8 +113,8 @@ def test_the_page_is_told_meanwhile(measuring, monkeypatch):
         measuring.stop.append(True)
         assert progress.interrupted()
     told.add(row(1, 100))
-    assert [(event, data["node"], data["prompt"], client) for event, data, client in measuring.sent] == [
-        ("fastusp.measuring", "7", "p", "page")
+    assert [(event, data["workflow"], data["node"], data["prompt"], to) for event, data, to in measuring.sent] == [
+        ("fastusp.measuring", "w", "7", "p", "page")
     ] * 2, "steps come often, and are left out"
     assert measuring.sent[0][1]["doing"] == "two ranks: loading the model"
     assert measuring.sent[1][1]["done"] == 3, "of a run that was given up, too"
@@ -148,18 +149,28 @@ def test_workers_leave_and_come_again(measuring):
     nothing."""
     done = measuring.shown
 
-    def pool(name, state):
+    def pool(name, state, devices):
+        def start():
+            done.append(f"{name}: start")
+            if name == "lost":
+                raise PoolError("no memory")
+
         return SimpleNamespace(
             status=lambda: {"state": state},
             stop=lambda why: measuring.shown.append(f"{name}: stop, {why}"),
-            start=lambda: done.append(f"{name}: start"),
+            start=start,
+            devices=devices,
         )
 
-    measuring.pools += [pool("warm", "idle"), pool("cold", "off")]
+    here = Devices(ranks=2)
+    server = ServerDevices(ranks=2, address="b:1", key="", kind="cpu", per_machine=2, bfloat16=True)
+    measuring.pools += [pool("warm", "idle", here), pool("cold", "off", here)]
+    measuring.pools += [pool("server", "idle", server), pool("lost", "idle", here)]
     with pytest.raises(ValueError), measuring._devices_to_itself():
         done.append("measuring")
         raise ValueError
-    assert done == ["warm: stop, their devices are measured", "unloaded", "measuring", "warm: start"]
+    stops = [f"{name}: stop, their devices are measured" for name in ("warm", "lost")]
+    assert done == [*stops, "unloaded", "measuring", "lost: start", "warm: start"]
 
 
 @pytest.mark.parametrize(
@@ -199,9 +210,17 @@ def test_what_is_measured_is_what_the_prompt_would_run(measuring, monkeypatch, s
     for devices in (TWO, Devices(ranks=1, gpus=(3,))):
         pool = SimpleNamespace(devices=devices, crowded=devices in crowded, status=lambda: {"state": "off"})
         measuring.pools.append(pool)
+    hidden = SimpleNamespace(extra_pnginfo={"workflow": {"id": "w"}})
+    monkeypatch.setattr(measuring.USPMeasure, "hidden", hidden, raising=False)  # ComfyUI sets it
     told = measuring.USPMeasure.execute("dev.safetensors", "default", "3,5", 640, 480, 5, True, False, settings)
     (what,) = made
     assert what["base"] == base and what["crowded"] == (TWO in crowded)
     assert what["given"] == ((640, 480), measuring.TEXT) and what["spec"] == (file, "default")
     assert (what["steps"], what["every_layout"]) == (5, True)
     assert told.ui["fastusp"][0]["rows"][0]["ms"] == 100.0
+    assert {event["workflow"] for _, event, _ in measuring.sent} == {"w"}
+
+
+@pytest.mark.parametrize("png", [None, [], {}, {"workflow": None}, {"workflow": {"nodes": []}}])
+def test_a_prompt_of_no_workflow(measuring, png):
+    assert measuring._workflow_id(png) is None

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import msgspec
@@ -15,6 +16,7 @@ from fastusp_backend.config import FileState, Settings
 from fastusp_backend.devices import ServerDevices, local_devices
 from fastusp_backend.errors import CheckpointError, RequestError
 from fastusp_backend.models.synthetic import FLUX_DEV, QWEN_IMAGE
+from fastusp_backend.servers import Server
 
 pytestmark = [pytest.mark.unit, pytest.mark.any_processor]
 
@@ -41,8 +43,9 @@ def planning(node_module, monkeypatch):
         loader = {"STORAGE": STORAGE, "read_named": read, "state_of": lambda _: FileState(0, 0, 0, 0)}
         loader["spec_on"] = lambda devices, file, dtype: spec_with("auto")
         links = {"known_links": node_module("fewer_gpus").known_links}
-        neighbours = {"comfyui": {"PromptServer": None}, "control": dict.fromkeys(("FOREIGN", "foreign", "refused"))}
-        neighbours["servers"] = {"devices_of": local_devices}
+        neighbours = {"comfyui": {"PromptServer": None}, "answers": dict.fromkeys(("FOREIGN", "foreign", "refused"))}
+        neighbours["servers"] = {"devices_of": local_devices, "server_of": lambda gpus: None}
+        neighbours["pools"] = {"all_pools": list}
         module = node_module("planning", loader=loader, fewer_gpus=links, **neighbours)
         module.closed = closed
         return module
@@ -64,6 +67,25 @@ def test_two_gpus(planning, nvml):
     assert layouts == "gpu 0,1: ulysses 2 x ring 1; for 2 prompts or images batch 2 x ulysses 1 x ring 1"
     assert weights.startswith("weights: whole, ") and weights.endswith(" GB a device, of 25.8 GB")
     assert "cfg above 1" not in step, "its guidance is a number"
+
+
+def test_a_server_that_only_the_workflow_names(planning, monkeypatch):
+    """Is not asked: whoever made the workflow would have whoever opens it connect there. One in fastusp.toml is, and
+    one that has a pool."""
+    module, asked = planning(), []
+
+    def devices_of(gpus):
+        asked.append(gpus)
+        return local_devices("cpu:2")
+
+    monkeypatch.setattr(module, "devices_of", devices_of)
+    monkeypatch.setattr(module, "server_of", lambda gpus: Server("a:1", Path("key"), listed=gpus == "box"))
+    told = previewed(module, gpus="a:1")
+    assert told == {"gpus": [], "lines": ["a:1 is asked when it runs: it is not in fastusp.toml"]} and not asked
+    previewed(module, gpus="box")
+    monkeypatch.setattr(module, "all_pools", lambda: [SimpleNamespace(devices="a:1")])
+    previewed(module, gpus="a:1")
+    assert asked == ["box", "a:1"]
 
 
 @pytest.mark.parametrize(
@@ -138,7 +160,7 @@ def test_cpu_ranks(planning):
         ({"gpus": "7"}, "Name GPUs of this machine, 0 (NVIDIA GeForce RTX 4090), 1 "),
         ({"gpus": "cpu:2", "unet_name": "gone"}, "unet_name: there is no 'gone'"),
         ({"gpus": "cpu:2", "ulysses": 3}, "Set 0, or a legal layout (ulysses 2 x ring 1, ulysses 1 x ring 2): "),
-        ({"gpus": "cpu:3", "batch_parallel": "on"}, "batch_parallel = 'on' needs an even number"),
+        ({"gpus": "cpu:3", "batch_parallel": "on"}, "Set batch_parallel to auto or off: on needs an even number"),
         ({"gpus": "0", "settings": {"weights": "shared"}}, "Set weights to host or auto"),
     ],
 )

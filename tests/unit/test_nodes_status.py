@@ -25,6 +25,7 @@ def status(node_module, monkeypatch):
             "get_executing_context": lambda: SimpleNamespace(prompt_id="1", node_id="7"),
             "model_management": SimpleNamespace(InterruptProcessingException=Interrupted),
         },
+        answers=dict.fromkeys(("FOREIGN", "foreign", "refused")),
         pools={"all_pools": lambda: [], "on_change": None},
     )
     module.shown = shown

@@ -5,7 +5,7 @@ import torch
 from support import SOME_FILE
 
 from fastusp_backend.config import Layout, ModelSpec, Settings
-from fastusp_backend.errors import RequestError
+from fastusp_backend.errors import TensorsLost
 from fastusp_backend.protocol import Evaluate
 from fastusp_backend.worker.prompt_cache import PromptCache
 
@@ -41,8 +41,8 @@ def test_what_is_forgotten_is_gone():
     cache, context = PromptCache(), torch.ones(1, 2, 3)
     cache.prompt(evaluate(keep={"context": 1}), {"context": context})
     cache.prompt(evaluate(keep={"context": 2}, forget=[1]), {"context": context})
-    with pytest.raises(RequestError, match="'context' should have been kept as 1"):
+    with pytest.raises(TensorsLost, match="'context' should have been kept as 1"):
         cache.prompt(evaluate(reuse={"context": 1}), {})
     cache.clear()
-    with pytest.raises(RequestError, match="should have been kept as 2"):
+    with pytest.raises(TensorsLost, match="should have been kept as 2"):
         cache.prompt(evaluate(reuse={"context": 2}), {})

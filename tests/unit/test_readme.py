@@ -23,6 +23,13 @@ def test_the_tests_of_the_compatibility_table_exist():
     assert all("test_" in row.rsplit("|", 2)[1] or "the same" in row.rsplit("|", 2)[1] for row in rows)
 
 
+def test_what_people_ask_first_is_answered():
+    """How it looks, where it comes from, how it differs from what ComfyUI has, how it is kept new and removed."""
+    head, install = README.split("## Speed")[0], README.partition("## Install\n")[2].partition("\n## ")[0]
+    assert "](docs/images/workflow.webp)" in head and "git clone https://github.com/" in install
+    assert all(text in README for text in ("## Beside ComfyUI's MultiGPU CFG Split", "**Update**", "**Removal**"))
+
+
 def test_the_commands_that_it_names_exist():
     named = set(re.findall(r"python -m fastusp_backend (\w+)", README))
     assert named == set(COMMANDS) - {"demo"}  # `make demo`

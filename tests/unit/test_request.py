@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastusp_backend.errors import Cancelled, PatchesLost, ProtocolError, RequestError
+from fastusp_backend.errors import Cancelled, PatchesLost, ProtocolError, RequestError, TensorsLost
 from fastusp_backend.pool import request
 from fastusp_backend.pool.progress import QUIET, Progress
 from fastusp_backend.pool.request import follow
@@ -57,6 +57,7 @@ def test_late_replies_of_a_request_that_was_given_up_are_dropped():
     [
         ("refused", RequestError, "^no$"),
         ("unpatched", PatchesLost, "^no$"),
+        ("unkept", TensorsLost, "^no$"),
         ("out_of_memory", RequestError, r"^rank 1 \(b\) ran out of memory no$"),
         ("cancelled", Cancelled, "request 2 was cancelled"),
     ],

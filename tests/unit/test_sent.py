@@ -10,7 +10,7 @@ from fake_pool import ENDINGS, names_sent, stopping, waiting
 from fake_workers import X, evaluate, lora, rank, script, session
 from support import randn
 
-from fastusp_backend.errors import Cancelled, PoolError, ProtocolError
+from fastusp_backend.errors import Cancelled, PoolError, ProtocolError, TensorsLost
 from fastusp_backend.pool import Progress, request
 from fastusp_backend.pool.progress import QUIET
 from fastusp_backend.pool.sent import KEPT_TENSORS
@@ -84,6 +84,21 @@ def test_what_was_not_answered_is_sent_anew(pool, ending):
         assert torch.equal(evaluate(pool, context, progress=waiting(pool)), context)
     assert all("context" in names for names in names_sent(pool)[-2:])
     assert len(rank(pool).kept) == 3 and pool.starts == 1
+
+
+def test_workers_that_lost_a_prompt_get_it_once_more(pool):
+    """Another client's Release drops what all have sent."""
+    context = torch.zeros(1, 3, 4)
+    evaluate(pool, context)
+    rank(pool).kept.clear()
+    script("unkept")
+    assert torch.equal(evaluate(pool, context), context) and "error" not in pool.status()
+    step = {"x", "timestep"}
+    assert names_sent(pool)[1:] == [step, step | {"context", "y"}]
+    script("unkept", "unkept")
+    with pytest.raises(TensorsLost):
+        evaluate(pool, context)
+    assert torch.equal(evaluate(pool, context), context)
 
 
 def test_a_caller_who_stops_before_its_turn_changes_nothing(pool):

@@ -2,17 +2,19 @@
 
 import contextlib
 import logging
+import queue
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from fastusp_backend.devices import Devices, supports_bfloat16
 from fastusp_backend.door import enter
-from fastusp_backend.errors import ProtocolError
+from fastusp_backend.errors import PoolError, ProtocolError
 from fastusp_backend.keyfile import Key
-from fastusp_backend.protocol import Attach, Channel, Ended, Failed, Welcome
+from fastusp_backend.protocol import Attach, Channel, Ended, Failed, Release, Shown, Welcome
 from fastusp_backend.protocol.machines import Join, ToFirst, ToMachine
 from fastusp_backend.protocol.messages import ToAttached
 from fastusp_backend.server import follower, machines, server, strangers
@@ -50,13 +52,32 @@ def comes_in(door, key) -> Channel:
     return channel
 
 
-def test_the_silent_keep_nobody_out(door, key):
+def test_one_is_a_stranger_no_more_before_it_is_closed(door, monkeypatch):
+    """Its descriptor may be another one's then, which would make way in its place."""
+    left, leave = queue.SimpleQueue(), door._strangers.leave
+
+    def leaves(sock):
+        left.put(sock.fileno())
+        leave(sock)
+
+    monkeypatch.setattr(door._strangers, "leave", leaves)
+    with knock(door) as loud:
+        loud.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        assert left.get(timeout=5) >= 0
+
+
+def test_the_silent_keep_nobody_out(door, key, monkeypatch):
+    monkeypatch.setattr(server, "AUTHENTICATION_SECONDS", 60.0)  # else it is this that ends them
+    began = time.monotonic()
     with contextlib.ExitStack() as open_ones:
         crowd = [open_ones.enter_context(knock(door)) for _ in range(STRANGERS + 3)]
         assert [stranger.recv(1) for stranger in crowd[:3]] == [b""] * 3
         for _ in range(10):
             comes_in(door, key).close()
-        assert crowd[-1].send(b"x") == 1
+        assert time.monotonic() - began < 8
+        crowd[-1].setblocking(False)
+        with pytest.raises(BlockingIOError):
+            crowd[-1].recv(1)
 
 
 def test_one_address_keeps_no_other_out():
@@ -133,6 +154,33 @@ def test_more_clients_than_may_attach(door, key, monkeypatch):
     channel.send(Attach())
     told = channel.receive()[0]
     assert isinstance(told, Ended) and told.text.startswith("Close another ComfyUI")
+    channel.close()
+
+
+def test_a_client_hears_of_the_server_while_it_waits_for_the_last_workers_end(door, key, monkeypatch):
+    ended = threading.Event()
+
+    def start():
+        ended.wait(5)
+        raise PoolError("Free space in /tmp")
+
+    monkeypatch.setattr(door._pool, "start", start)
+    channel = comes_in(door, key)
+    channel.send(Attach())
+    assert isinstance(channel.receive()[0], Shown)
+    ended.set()
+    assert channel.receive()[0] == Ended(text="Free space in /tmp")
+    channel.close()
+
+
+def test_whoever_asks_before_there_are_workers_is_let_go(door, key, monkeypatch):
+    monkeypatch.setattr(door._pool, "start", lambda: SimpleNamespace(alive=True, ready=None))
+    channel = comes_in(door, key)
+    channel.send(Attach())
+    assert isinstance(channel.receive()[0], Shown)
+    channel.send(Release(id=1))
+    with pytest.raises(EOFError):
+        channel.receive()
     channel.close()
 
 

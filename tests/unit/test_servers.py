@@ -34,7 +34,7 @@ def test_names_and_addresses(toml, monkeypatch):
     box = Server("10.0.0.5:8189", toml.parent / "box.key")
     assert named_server(" box ", toml) == named_server("10.0.0.5:8189", toml) == box
     assert named_server("bare", toml) == Server("[fe80::1]:81", Path("/configured/fastusp/key"))
-    assert named_server("gpu-box.local:99", toml) == Server("gpu-box.local:99", usual_path())
+    assert named_server("gpu-box.local:99", toml) == Server("gpu-box.local:99", usual_path(), listed=False)
     for local in ("auto", "all", "0,1", "cpu:2", "cuda:0", "CUDA:0,1", "cuda:0,cuda:1", "other"):
         assert named_server(local, toml) is None
     assert named_server("box", toml.parent / "no.toml") is None

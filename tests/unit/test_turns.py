@@ -153,5 +153,13 @@ def test_no_more_waits_than_may(queue, monkeypatch):
     queue.turns.add("c", large)
     with pytest.raises(RequestError, match="^Queue the prompt again later: the requests of all clients"):
         queue.turns.add("d", large)
-    queue.turns.leave("b")
+    client, job = queue.turns.take(0)
+    assert client == "a" and job.nbytes == 0
+    queue.turns.done(job.message)
+    queue.turns.leave("a")
+    assert queue.turns.take(0) == ("b", large)
+    with pytest.raises(RequestError, match="^Queue the prompt again later"):
+        queue.turns.add("d", large)  # what is under way is held as well
+    queue.turns.add("b", Job(SAMPLE, {}))
+    queue.turns.done(SAMPLE)
     queue.turns.add("d", large)

@@ -27,7 +27,7 @@ CHANGES = [
     (
         "nodes/measuring.py",
         "workers that had to leave stay away after an error",
-        "            again.callback(pool.start)\n",
+        "            again.callback(_start_again, pool)\n",
         "",
         "unit/test_nodes_measuring.py",
     ),
@@ -39,7 +39,7 @@ CHANGES = [
         "unit/test_nodes_measuring.py",
     ),
     (
-        "nodes/control.py",
+        "nodes/answers.py",
         "other sites may stop pools where they send no Origin",
         'return fetched in ("same-origin", "none")',
         "pass",
