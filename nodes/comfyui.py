@@ -108,6 +108,7 @@ USED = {
         "ComfyExtension",
         "io.ComfyNode",
         "io.Custom",
+        "io.Hidden.extra_pnginfo",
         "io.Input(extra_dict)",
         "io.NodeOutput",
         "io.Schema",
@@ -115,6 +116,7 @@ USED = {
     "comfy_execution.utils": ["get_executing_context()"],
     "execution": ["PromptQueue.get_current_queue_volatile()"],
     "folder_paths": [
+        "add_model_folder_path(folder_name, full_folder_path)",
         "base_path",
         "folder_names_and_paths",
         "get_filename_list(folder_name)",
