@@ -9,10 +9,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from common import Case, Inputs, random_inputs
+from common import Case, Inputs, random_inputs, shipped_model
 from diffusers_models import arguments, diffusers_model, latents
 from peers import PEERS, Run, Task
-from quality import shipped_model
 
 from fastusp_backend import shapes
 from fastusp_backend.models.family import Transformer

@@ -30,6 +30,7 @@ from fastusp_backend.cli.table import Column, Table
 from fastusp_backend.config import ModelSpec, Settings
 from fastusp_backend.devices import parse_devices
 from fastusp_backend.models.family import FamilyConfig
+from fastusp_backend.models.files import read_model
 from fastusp_backend.planner import plan
 from fastusp_backend.pool import Pool, Progress, Session
 from fastusp_backend.prompt import Prompt
@@ -53,16 +54,16 @@ BUDGETS = (50, 45, 40, 35, 30)
 @dataclass(frozen=True, slots=True)
 class Cost:
     """What one engine's runs take, in seconds: without a cache, with one that skips nothing, and where it skips
-    `skipped` steps."""
+    as many as it may, `skipped` steps."""
 
     off: float
     nothing: float
-    all: float
+    most: float
     skipped: int
 
     def of(self, skipped: float) -> float:
         """Returns the seconds of a run that skips so many steps, each of which saves alike."""
-        return self.nothing - (self.nothing - self.all) * skipped / self.skipped
+        return self.nothing - (self.nothing - self.most) * skipped / self.skipped
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +118,7 @@ def ours_timed(pool: Pool, a: argparse.Namespace, device: torch.device, dtype: t
 def ours_drawn(pool: Pool, a: argparse.Namespace, dtype: torch.dtype) -> list[Drawn]:
     spec = ModelSpec.of_file(str(shapes.MODEL), storage=None, compute=str(dtype).removeprefix("torch."))
     given = captioned(a.captions, torch.device("cpu"), dtype)
-    run = run_of(pool, spec, given, a, CONFIGS["flux", False])
+    run = run_of(pool, spec, given, a, read_model(str(shapes.MODEL)).config)
     wanted, found = shapes.decode(run({})[0]), []
     for threshold in THRESHOLDS:
         x, _, skipped = run({"cache": "first_block", "cache_threshold": threshold})
@@ -160,7 +161,7 @@ def joined(engines: dict[str, tuple[Cost, list[Drawn]]], steps: int) -> None:
     table = Table(*columns, markdown=True)
     print(f"\n{table.head()}")
     for name, (cost, _) in engines.items():
-        print(table.row(name, cost.off, cost.nothing, cost.all, f"{cost.skipped} of {steps}"))
+        print(table.row(name, cost.off, cost.nothing, cost.most, f"{cost.skipped} of {steps}"))
     table = Table(Column("engine"), *(Column(f"{threshold:g}") for threshold in THRESHOLDS), markdown=True)
     print(
         f"\nPictures of the shipped model: steps of {steps} that were skipped, dB, at each threshold\n\n{table.head()}"

@@ -12,9 +12,12 @@ from dataclasses import dataclass
 import paths  # noqa: F401
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
+from fastusp_backend import shapes
 from fastusp_backend.models import synthetic
 from fastusp_backend.models.family import FamilyConfig, Transformer
+from fastusp_backend.models.files import read_model
 from fastusp_backend.prompt import Prompt
 
 CONFIGS: dict[tuple[str, bool], FamilyConfig] = {
@@ -58,6 +61,15 @@ def random_model(config: FamilyConfig, device: torch.device, dtype: torch.dtype)
         else:
             std = parameter.shape[1] ** -0.5 if parameter.dim() == 2 else 0.02
             parameter.data.normal_(std=std, generator=generator)
+    return model.eval().requires_grad_(False)
+
+
+def shipped_model(device: torch.device, dtype: torch.dtype) -> Transformer:
+    """Returns the small model that draws."""
+    with torch.device("meta"):
+        model = read_model(str(shapes.MODEL)).config.build()
+    state = {model.module_key(key): tensor.to(device, dtype) for key, tensor in load_file(shapes.MODEL).items()}
+    model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
 
 

@@ -17,10 +17,9 @@ from pathlib import Path
 import paths
 import torch
 import torch.distributed as dist
-from common import CONFIGS, MODELS, Case, random_inputs, random_model
+from common import CONFIGS, MODELS, Case, random_inputs, random_model, shipped_model
 from ours import held_by_rows
 from PIL import Image, ImageDraw
-from safetensors.torch import load_file
 
 from fastusp_backend import shapes
 from fastusp_backend.attention.lossy import installed
@@ -32,7 +31,6 @@ from fastusp_backend.config import Layout, Settings
 from fastusp_backend.engine import Denoiser
 from fastusp_backend.environment import inherited
 from fastusp_backend.models.family import Transformer
-from fastusp_backend.models.files import read_model
 from fastusp_backend.prompt import Prompt
 from fastusp_backend.sampling import SAMPLERS, Cache, GuidedModel
 
@@ -142,14 +140,6 @@ def rank(a: argparse.Namespace) -> None:
 def picture_table() -> Table:
     numbers = Column("pictures, dB", format=".1f"), Column("captions met", format=".1%")
     return Table(Column("layout"), Column("option"), *numbers, Column("skipped", format=".0%"), markdown=True)
-
-
-def shipped_model(device: torch.device, dtype: torch.dtype) -> Transformer:
-    with torch.device("meta"):
-        model = read_model(str(shapes.MODEL)).config.build()
-    state = {model.module_key(key): tensor.to(device, dtype) for key, tensor in load_file(shapes.MODEL).items()}
-    model.load_state_dict(state, assign=True)
-    return model.eval().requires_grad_(False)
 
 
 @torch.inference_mode()

@@ -27,7 +27,7 @@ from .loader import STORAGE, read_named, spec_on
 from .pools import all_pools
 from .servers import own_devices
 from .settings import SettingsType
-from .status import PUSH_SECONDS, node_run, show
+from .status import PUSH_SECONDS, node_run, show, workflow_id
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class USPMeasure(io.ComfyNode):
     ) -> io.NodeOutput:
         with node_run("making room to measure"), interruptible(), _devices_to_itself():
             file, devices = read_named(unet_name), own_devices(gpus)
-            told = Told(gpus, devices, _workflow_id(cls.hidden.extra_pnginfo))
+            told = Told(gpus, devices, workflow_id(cls.hidden.extra_pnginfo))
             plan = bench.Bench(
                 spec=spec_on(devices, file, weight_dtype),
                 given=random_inputs(file.config, (width, height), TEXT),
@@ -115,13 +115,6 @@ class USPMeasure(io.ComfyNode):
                 told.compare(plan, file.config.timestep_scale)
             told.show_result()
             return io.NodeOutput(ui={"fastusp": [told.table()]})
-
-
-def _workflow_id(png: object) -> str | None:
-    """The id of the workflow that a prompt was queued with, for pictures' metadata; None where whoever queued it gave
-    none."""
-    workflow = png.get("workflow") if isinstance(png, dict) else None
-    return workflow.get("id") if isinstance(workflow, dict) else None
 
 
 @contextlib.contextmanager
@@ -148,7 +141,7 @@ def _start_again(pool: Pool) -> None:
 
 
 class Told:
-    """What was measured, and what the page is told of it meanwhile. workflow: as `_workflow_id`."""
+    """What was measured, and what the page is told of it meanwhile. workflow: its id, or None."""
 
     def __init__(self, gpus: str, devices: Devices, workflow: str | None):
         self._gpus, self._devices = gpus, devices

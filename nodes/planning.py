@@ -118,8 +118,8 @@ def _costs(values: Values, devices: Devices, file: ModelFile, layouts: tuple[Lay
     links, memory = known if known is not None else (None, _least_memory(devices))
     unknown = f"no times are known for {', '.join(sorted({gpu.name for gpu in used}))}: measure them"
     if memory is None:
-        whole = described.whole(devices.ranks, settings.linear).device_bytes / 1e9
-        return unknown, f"weights: {whole:.1f} GB on each GPU, if they stay whole; NVML tells no size of its memory"
+        whole = size_in_words(described.whole(devices.ranks, settings.linear).device_bytes)
+        return unknown, f"weights: {whole} on each GPU, if they stay whole; NVML tells no size of its memory"
     link = links[devices.ranks] if links else None
     # Over PCIe GPUs may reach each other or not; who wants weights to be shared knows that they do.
     peers = settings.weights == "shared" or card is not None and link is CARDS[card].nvlink

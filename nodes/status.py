@@ -157,6 +157,13 @@ def _as_text(text: str) -> str:
     return text.replace("<", "‹").replace(">", "›").replace("[[", "[ [")
 
 
+def workflow_id(png: object) -> str | None:
+    """The id of the workflow that a prompt was queued with, for pictures' metadata; None where whoever queued it gave
+    none."""
+    workflow = png.get("workflow") if isinstance(png, dict) else None
+    return workflow.get("id") if isinstance(workflow, dict) else None
+
+
 def _running_texts(client: str | None) -> dict:
     """texts: what the nodes of `client`'s running prompt show, by id; workflow: the id of the graph that they are of,
     where the client named it."""
@@ -164,10 +171,8 @@ def _running_texts(client: str | None) -> dict:
     running, _ = PromptServer.instance.prompt_queue.get_current_queue_volatile()
     for _number, number, _prompt, extra, *_ in running:
         if number == prompt and client and extra.get("client_id") == client:
-            png = extra.get("extra_pnginfo")
-            workflow = png.get("workflow") if isinstance(png, dict) else None
-            number = workflow.get("id") if isinstance(workflow, dict) else None
-            return {"workflow": number, "texts": {node: _as_text(text) for node, text in texts.items()}}
+            shown = {node: _as_text(text) for node, text in texts.items()}
+            return {"workflow": workflow_id(extra.get("extra_pnginfo")), "texts": shown}
     return {"workflow": None, "texts": {}}
 
 

@@ -115,7 +115,7 @@ export function runLines(run, pool, pools) {
 }
 
 /** A pool's facts: names, words, and shares where there is a bar for them. While it has no processes, or they have not answered yet, there is no more than its state. */
-export function facts(pool, loads) {
+function facts(pool, loads) {
   const rows = [[say("Ranks"), String(pool.ranks)]];
   for (const gpu of loads.filter(({ index }) => pool.gpus.includes(index))) rows.push([`GPU ${gpu.index}`, load(gpu)]);
   if (pool.pids) {

@@ -6,7 +6,7 @@ import { app } from "../../scripts/app.js";
 import { element } from "./element.js";
 import { measureHere } from "./measure.js";
 import { post, readGpus } from "./pools.js";
-import { say } from "./words.js";
+import { say, size } from "./words.js";
 import { allOf, keepStep, setValue, settingsOf, valueOf } from "./values.js";
 
 const LOADER = "FastUSPLoader";
@@ -40,8 +40,8 @@ export function valuesOf(node) {
 }
 
 /** A GPU in a few words: number, name and what is free of its memory. */
-export function gpuLabel({ index, name, used, total }) {
-  const free = total ? `, ${say("{size} GB free", { size: ((total - used) / 1e9).toFixed(1) })}` : "";
+function gpuLabel({ index, name, used, total }) {
+  const free = total ? `, ${say("{size} free", { size: size(total - used) })}` : "";
   return `${index}: ${name.replace(/^NVIDIA (GeForce )?/, "")}${free}`;
 }
 
@@ -157,7 +157,7 @@ class Chooser {
 }
 
 /** The text for these GPUs and one more, or less; `auto` for none. */
-export function toggled(used, index) {
+function toggled(used, index) {
   const next = used.includes(index) ? used.filter((other) => other !== index) : [...used, index];
   return next.join() || "auto";
 }

@@ -1,9 +1,10 @@
 // "Use FastUSP here" and its reverse, on saved workflows: USP Loader in the place of ComfyUI's loaders. Ids, links,
 // titles and positions stay; what the reverse needs beyond them is in the node's properties.fastusp.
 
-import { closed, giveBackId, graphs, hide, holders, inputOf, isShared, keep, newId, opened } from "./workflow.js";
 import { say } from "./words.js";
-import { replaceInputs, setValue, show, take, valueOf } from "./workflow.js";
+import {
+  closed, giveBackId, graphs, hide, holders, inputOf, isShared, keep, newId, opened, replaceInputs, setValue, show, take, valueOf,
+} from "./workflow.js";
 
 const OURS = "FastUSPLoader";
 const UNET = "UNETLoader";

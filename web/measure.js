@@ -51,7 +51,7 @@ export function cells({ ranks, layout, wire, linear, attention, ms, gain, nbytes
 }
 
 /** The prompt that measures for a loader: its values and `options`. Raises an Error for one that is not known. */
-export function promptFor(node, options) {
+function promptFor(node, options) {
   const values = Object.fromEntries(LOADER_INPUTS.map((name) => [name, valueOf(node, name)]));
   const unknown = LOADER_INPUTS.find((name) => values[name] == null);
   if (unknown) throw new Error(say("Set {unknown} in USP Loader: it comes from another node, and is known when that runs", { unknown }));

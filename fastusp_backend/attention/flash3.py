@@ -16,14 +16,13 @@ from collections.abc import Callable
 import torch
 
 from ..kernels.smooth import add_mean, quantise_heads
+from .trial import FAILURES
 
 log = logging.getLogger(__name__)
 
 CAPABILITY = (9, 0)
 _MODULES = "fa3_fwd_interface", "flash_attn_interface"
 """Of fa3-fwd and of flash-attn 3, whose function is the same."""
-_NOT_LOADED = ImportError, OSError, RuntimeError, AttributeError
-"""What a package raises that does not load, or has no such function."""
 _QUERIES, _ROUNDS = 128, 3
 """Queries of one tile, and how often tiles must fill the GPU for this kernel to lead cuDNN's: on an H100 12 heads x
 4608 tokens (3.3 times) took 220 us for 235, 6 heads 131 for 124, 6 x 16896 (6 times) 1249 for 1348."""
@@ -42,7 +41,7 @@ def _function() -> Callable | None:
             if "return_attn_probs" not in inspect.signature(function).parameters:
                 raise ImportError(f"{module} is an older version, without return_attn_probs")
             return function
-        except _NOT_LOADED as error:
+        except FAILURES as error:
             failure = error
     if failure is not None:
         raise failure
@@ -59,7 +58,7 @@ def installed() -> bool:
     """Whether it can be used. A package that does not load is told in the log, once."""
     try:
         return _function() is not None
-    except _NOT_LOADED as error:
+    except FAILURES as error:
         log.warning("FlashAttention-3 is installed but does not load, so that cuDNN's attention is used: %s", error)
         return False
 

@@ -5,7 +5,9 @@ import contextlib
 import itertools
 import os
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -100,6 +102,13 @@ class Cluster:
         for server in self.servers[1:]:
             server.says("joined")
         return self.servers[0].attach()
+
+    def sigterm_ends_all(self, number: int, ranks: list[int], seconds: float) -> None:
+        """Ends `serve` on one machine, as an administrator does. The others and the ranks end in so many seconds."""
+        began = time.monotonic()
+        self.servers[number].process.send_signal(signal.SIGTERM)
+        assert [server.process.wait(seconds) for server in self.servers] == [0] * len(self.servers)
+        assert time.monotonic() - began < seconds and not any(os.path.exists(f"/proc/{rank}") for rank in ranks)
 
     def close(self) -> None:
         for server in reversed(self.servers):

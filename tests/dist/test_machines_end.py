@@ -8,7 +8,7 @@ import signal
 import machines
 import pytest
 import torch
-from pools import GIVEN, LONG, PROMPT, SHORT, Stopwatch, evaluate, pids, sample, session
+from pools import GIVEN, LONG, PROMPT, SHORT, evaluate, pids, sample, session
 from support import relative_difference, wait_until
 from test_serve_life import LIMIT, Later, failure
 
@@ -90,7 +90,4 @@ def test_sigterm_on_another_machine_ends_all(two, dev):
     """The last test of these servers."""
     pool = two.attach()
     evaluate(pool, dev)
-    ranks, watch = pids(pool), Stopwatch()
-    two.servers[1].process.send_signal(signal.SIGTERM)
-    assert [server.process.wait(LIMIT) for server in two.servers] == [0, 0]
-    assert watch.seconds < LIMIT and not any(os.path.exists(f"/proc/{rank}") for rank in ranks)
+    two.sigterm_ends_all(1, pids(pool), LIMIT)

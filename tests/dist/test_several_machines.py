@@ -10,7 +10,7 @@ import machines
 import pytest
 import torch
 from listening import listeners
-from pools import GIVEN, PROMPT, SHORT, Stopwatch, evaluate, pids, sample, session
+from pools import GIVEN, PROMPT, SHORT, evaluate, pids, sample, session
 from support import SMALL, relative_difference, wait_until
 from test_patches import QKV, lora, patched, stack
 from test_serve_life import LIMIT, failure
@@ -144,10 +144,7 @@ def test_sigterm_on_a_machine_ends_all(four, dev):
     """The last test of these servers."""
     pool = four.attach()
     evaluate(pool, dev)
-    ranks, watch = pids(pool), Stopwatch()
-    four.servers[0].process.send_signal(signal.SIGTERM)
-    assert [server.process.wait(LIMIT) for server in four.servers] == [0, 0]
-    assert watch.seconds < LIMIT and not any(os.path.exists(f"/proc/{rank}") for rank in ranks)
+    four.sigterm_ends_all(0, pids(pool), LIMIT)
 
 
 def test_three_machines_of_one_rank(three, one, dev):

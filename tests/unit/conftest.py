@@ -14,15 +14,16 @@ from node_modules import node_module  # noqa: F401 - a fixture
 from small_library import world  # noqa: F401 - a fixture
 
 from fastusp_backend.devices import list_gpus
-from fastusp_backend.models.synthetic import write_checkpoint
+from fastusp_backend.models.synthetic import TINY_FLUX, write_checkpoint
 
 torch.set_num_threads(1)
 
 ANY_PROCESSOR = """
-    account bench call_tracer cause channel_refusals comfyui command_line config control devices docs doctor
-    doctor_facts documents errors fuzzed_headers gguf_header hangs large_headers link locales mutations no_driver
-    nodes_memory nodes_status nvml obstacles once other_files planner pool_log ports processes provenance readme
-    registry rehearsal request rundir visible walls worker_ends workflows
+    account attached bench call_tracer cause channel_refusals closeness comfyui command_line config control devices
+    docs doctor doctor_facts documents errors fuzzed_headers gguf_header hangs large_headers library link locales
+    meeting mutations no_driver nodes_control nodes_memory nodes_status nvml obstacles once other_files planner
+    pool_log pool_stop ports processes provenance readme registry rehearsal request rundir runs server_doors
+    server_numbers servers settings table tls turns visible walls worker_ends worker_log workflows
 """.split()
 """Tests of text, headers, sockets and processes: nothing is computed in them, or copied, that another processor's
 vector instructions could make something else of. `make test-portable` leaves them out; what is not named here is in
@@ -70,4 +71,12 @@ def mini(tmp_path_factory):
     """A plain file of the model whose formats are tested; not to be written to."""
     path = tmp_path_factory.mktemp("formats") / "mini.safetensors"
     write_checkpoint(str(path), MINI, seed=1)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_flux(tmp_path_factory):
+    """A file of `TINY_FLUX`; not to be written to."""
+    path = tmp_path_factory.mktemp("tiny") / "flux.safetensors"
+    write_checkpoint(str(path), TINY_FLUX, seed=1)
     return path

@@ -52,7 +52,12 @@ def measuring(node_module):
         pools={"all_pools": lambda: pools},
         servers={"own_devices": None},
         settings={"SettingsType": None},
-        status={"PUSH_SECONDS": 0.2, "node_run": None, "show": shown.append},
+        status={
+            "PUSH_SECONDS": 0.2,
+            "node_run": None,
+            "show": shown.append,
+            "workflow_id": lambda png: png["workflow"]["id"],
+        },
     )
     module.sent, module.pools, module.stop, module.shown = server.sent, pools, stop, shown
     return module
@@ -219,8 +224,3 @@ def test_what_is_measured_is_what_the_prompt_would_run(measuring, monkeypatch, s
     assert (what["steps"], what["every_layout"]) == (5, True)
     assert told.ui["fastusp"][0]["rows"][0]["ms"] == 100.0
     assert {event["workflow"] for _, event, _ in measuring.sent} == {"w"}
-
-
-@pytest.mark.parametrize("png", [None, [], {}, {"workflow": None}, {"workflow": {"nodes": []}}])
-def test_a_prompt_of_no_workflow(measuring, png):
-    assert measuring._workflow_id(png) is None

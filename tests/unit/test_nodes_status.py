@@ -68,3 +68,8 @@ def test_a_page_that_is_loaded_anew_is_told_of_its_own_prompt(status):
     assert status._running_texts("page") == {"workflow": "w", "texts": {"7": "FastUSP: sampling"}}
     for other in ("another page", None):
         assert status._running_texts(other) == {"workflow": None, "texts": {}}
+
+
+@pytest.mark.parametrize("png", [None, [], {}, {"workflow": None}, {"workflow": {"nodes": []}}])
+def test_a_prompt_of_no_workflow(status, png):
+    assert status.workflow_id(png) is None

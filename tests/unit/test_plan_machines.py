@@ -8,33 +8,26 @@ import pytest
 from test_plan_memory import plan_says
 
 from fastusp_backend.cli.several import several
-from fastusp_backend.models.synthetic import TINY_FLUX, write_checkpoint
+from fastusp_backend.models.synthetic import TINY_FLUX
 
 pytestmark = [pytest.mark.unit, pytest.mark.any_processor]
 
 
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    found = tmp_path_factory.mktemp("plan") / "flux.safetensors"
-    write_checkpoint(str(found), TINY_FLUX, seed=1)
-    return found
-
-
-def test_layouts_of_cpu_ranks(monkeypatch, capsys, path):
-    code, said, _ = plan_says(monkeypatch, capsys, path, "--gpus", "cpu:2", "--nnodes", "2")
+def test_layouts_of_cpu_ranks(monkeypatch, capsys, tiny_flux):
+    code, said, _ = plan_says(monkeypatch, capsys, tiny_flux, "--gpus", "cpu:2", "--nnodes", "2")
     assert code == 0 and "2 machines of 2: ulysses 2 x ring 2\n" in said and "ms a step" not in said
 
 
 @pytest.mark.parametrize(
     "wish, layout", [(("--ring", "2"), "ulysses 1 x ring 2"), (("--ulysses", "2"), "ulysses 2 x ring 1")]
 )
-def test_a_wish_is_of_all_machines(monkeypatch, capsys, path, wish, layout):
+def test_a_wish_is_of_all_machines(monkeypatch, capsys, tiny_flux, wish, layout):
     """One of them alone could not have it."""
     given = "--gpus", "0", "--free", "80", "--nnodes", "2", *wish
-    code, said, errors = plan_says(monkeypatch, capsys, path, *given)
+    code, said, errors = plan_says(monkeypatch, capsys, tiny_flux, *given)
     assert code == 0, errors
     assert f"2 machines of 1: {layout}\n" in said and "2 machines of 1 H100" in said
-    code, _, errors = plan_says(monkeypatch, capsys, path, *given[:-2], "--ring", "4")
+    code, _, errors = plan_says(monkeypatch, capsys, tiny_flux, *given[:-2], "--ring", "4")
     assert code == 2 and "ring = 4 cannot be used on 2 ranks" in errors
 
 
@@ -51,12 +44,12 @@ def test_what_is_given_already_or_not_to_be_had_is_no_remedy(linear, card, remed
     assert said.startswith(f"2 machines: take a smaller {remedy} weights stay whole there, which takes 2.0 GB")
 
 
-def test_what_is_slower_is_said(monkeypatch, capsys, path):
+def test_what_is_slower_is_said(monkeypatch, capsys, tiny_flux):
     given = "--gpus", "0,1", "--free", "80", "--nnodes", "2"
-    code, said, _ = plan_says(monkeypatch, capsys, path, *given)
+    code, said, _ = plan_says(monkeypatch, capsys, tiny_flux, *given)
     assert code == 0 and "2 machines of 2 H100 (NVLink, PCIe 5 x16), predicted, and not tried:" in said
     assert [int(found) for found in re.findall(r"all, (\d+) Gbit/s, wire exact", said)] == [10, 25, 100, 400]
-    code, said, _ = plan_says(monkeypatch, capsys, path, *given, "--network", "0.1")
+    code, said, _ = plan_says(monkeypatch, capsys, tiny_flux, *given, "--network", "0.1")
     (row,) = [line for line in said.splitlines() if "all, 0.1 Gbit/s, wire exact" in line]
     assert code == 0 and row.endswith("cfg 1")
 
@@ -69,6 +62,6 @@ def test_what_is_slower_is_said(monkeypatch, capsys, path):
         (("--nnodes", "2", "--network", "0"), "Give --network Gbit/s"),
     ],
 )
-def test_values_that_do_not_go_together(monkeypatch, capsys, path, arguments, words):
-    code, _, errors = plan_says(monkeypatch, capsys, path, "--gpus", "0,1", "--free", "80", *arguments)
+def test_values_that_do_not_go_together(monkeypatch, capsys, tiny_flux, arguments, words):
+    code, _, errors = plan_says(monkeypatch, capsys, tiny_flux, "--gpus", "0,1", "--free", "80", *arguments)
     assert code == 2 and words in errors

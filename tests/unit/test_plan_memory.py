@@ -17,7 +17,7 @@ from fastusp_backend.engine import room
 from fastusp_backend.errors import RequestError
 from fastusp_backend.models.files import model_and_plans
 from fastusp_backend.models.placement import place_file
-from fastusp_backend.models.synthetic import CHROMA, FLUX2_DEV, FLUX_DEV, TINY_FLUX, write_checkpoint
+from fastusp_backend.models.synthetic import CHROMA, FLUX2_DEV, FLUX_DEV, TINY_FLUX
 from fastusp_backend.planner import plan_batches
 from fastusp_backend.weights.tensor_info import TensorInfo
 
@@ -45,15 +45,8 @@ def test_the_page_of_memory_names_what_plan_keeps():
     assert f"FLUX.1 on two GPUs {(kept - room.CONTEXT) / 1e9:.1f} GB" in page
 
 
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    found = tmp_path_factory.mktemp("plan") / "flux.safetensors"
-    write_checkpoint(str(found), TINY_FLUX, seed=1)
-    return found
-
-
-def test_plan_answers_for_cards_that_are_not_there(monkeypatch, capsys, path):
-    code, said, errors = plan_says(monkeypatch, capsys, path, "--gpus", "0,1", "--free", "24")
+def test_plan_answers_for_cards_that_are_not_there(monkeypatch, capsys, tiny_flux):
+    code, said, errors = plan_says(monkeypatch, capsys, tiny_flux, "--gpus", "0,1", "--free", "24")
     assert code == 0 and not errors
     assert (
         "ulysses 2 x ring 1" in said and re.search(r"any GPUs: whole, \d+ MB", said) and "times are an H100's" in said
@@ -61,16 +54,16 @@ def test_plan_answers_for_cards_that_are_not_there(monkeypatch, capsys, path):
     kept = kept_free_of(TINY_FLUX, least=True)
     whole = placed(TINY_FLUX, dtype=torch.bfloat16).device_bytes
     free = f"{(kept + whole) / 1e9 - 1e-3:.4f}"
-    code, said, _ = plan_says(monkeypatch, capsys, path, "--gpus", "0,1", "--free", free, "--card", "rtx4090")
+    code, said, _ = plan_says(monkeypatch, capsys, tiny_flux, "--gpus", "0,1", "--free", free, "--card", "rtx4090")
     assert code == 0 and "RTX 4090: 0 of 4 blocks stay, 4 come from host memory" in said
     assert "GB of host memory are needed" in said and "little room is left: nothing is left for" in said
     assert "NVLink," not in said and said.count("\n  PCIe 4 x8") == 1 and "predicted for RTX 4090" in said
     assert "with linear = fp8" in said and " ms a step (PCIe 5 x16)" in said and "times are an H100's" not in said
-    code, said, _ = plan_says(monkeypatch, capsys, path, "--gpus", "0,1", "--free", f"{free}GB", "--card", "3090")
+    code, said, _ = plan_says(monkeypatch, capsys, tiny_flux, "--gpus", "0,1", "--free", f"{free}GB", "--card", "3090")
     assert code == 0 and "linear = fp8" not in said and "NVLink bridge" in said and said.count("\n  PCIe 4 x8") == 2
     assert "reach each other's memory (doctor tells): 0 of 4 blocks stay, 4 shared" in said
     assert "little room is left: set weights = host for" in said
-    code, said, _ = plan_says(monkeypatch, capsys, path, "--gpus", "0", "--free", "24", "--linear", "fp8")
+    code, said, _ = plan_says(monkeypatch, capsys, tiny_flux, "--gpus", "0", "--free", "24", "--linear", "fp8")
     assert code == 0 and "one GPU: whole" in said and "\n  any " in said
 
 
@@ -88,22 +81,22 @@ def test_plan_answers_for_cards_that_are_not_there(monkeypatch, capsys, path):
         (("--gpus", "0", "--free", "24", "--linear", "fp8", "--card", "A100"), "Leave out --linear fp8"),
     ],
 )
-def test_what_plan_refuses(monkeypatch, capsys, path, arguments, words):
-    code, _, errors = plan_says(monkeypatch, capsys, path, *arguments)
+def test_what_plan_refuses(monkeypatch, capsys, tiny_flux, arguments, words):
+    code, _, errors = plan_says(monkeypatch, capsys, tiny_flux, *arguments)
     assert code == 2 and words in errors and "Traceback" not in errors
 
 
 @pytest.mark.parametrize("free", ["nan", "inf", "-3", "0", "much", "24000"])
-def test_sizes_that_are_none(monkeypatch, capsys, path, free):
+def test_sizes_that_are_none(monkeypatch, capsys, tiny_flux, free):
     with pytest.raises(SystemExit) as ended:
-        plan_says(monkeypatch, capsys, path, "--gpus", "0,1", f"--free={free}")
+        plan_says(monkeypatch, capsys, tiny_flux, "--gpus", "0,1", f"--free={free}")
     said = capsys.readouterr().err
     assert ended.value.code == 2 and f"give a number of GB, as 25 for a card of 24: got {free}" in said
 
 
-def test_cards_that_are_none(monkeypatch, capsys, path):
+def test_cards_that_are_none(monkeypatch, capsys, tiny_flux):
     with pytest.raises(SystemExit):
-        plan_says(monkeypatch, capsys, path, "--card", "RTX 1")
+        plan_says(monkeypatch, capsys, tiny_flux, "--card", "RTX 1")
     assert "choose the card that is most like yours, of H100, H200" in capsys.readouterr().err
 
 
@@ -114,11 +107,11 @@ def test_room_without_a_file(monkeypatch, capsys):
     assert main() == 2 and "Name a model file: --linear fp8" in capsys.readouterr().err
 
 
-def test_products_in_fp8_are_not_asked_of_gpus_that_are_not_meant(monkeypatch, capsys, path):
+def test_products_in_fp8_are_not_asked_of_gpus_that_are_not_meant(monkeypatch, capsys, tiny_flux):
     """CPU ranks have them, and imagined GPUs are not those that are there."""
     monkeypatch.setattr(plan, "list_gpus", lambda: pytest.fail("NVML was asked"))
     for devices in (("--gpus", "cpu:2"), ("--gpus", "0,1", "--free", "24")):
-        code, said, errors = plan_says(monkeypatch, capsys, path, *devices, "--linear", "fp8")
+        code, said, errors = plan_says(monkeypatch, capsys, tiny_flux, *devices, "--linear", "fp8")
         assert code == 0 and not errors and "weights: 0." in said
 
 
@@ -132,7 +125,7 @@ def test_products_in_fp8_are_not_asked_of_gpus_that_are_not_meant(monkeypatch, c
         ((None, None), ("NVIDIA H100 80GB HBM3", "NVIDIA H200"), "NVML reports no size"),
     ],
 )
-def test_plan_answers_for_the_gpus_that_are_there(monkeypatch, capsys, path, sizes, names, words):
+def test_plan_answers_for_the_gpus_that_are_there(monkeypatch, capsys, tiny_flux, sizes, names, words):
     """As if all memory of the smallest were free; with the times of the slowest, if it is known."""
     totals = {0: 4 * GB, **{number: size and size * GB for number, size in zip((2, 3), sizes, strict=True)}}
     monkeypatch.setattr(plan, "local_devices", lambda _: Devices(ranks=2, gpus=(2, 3)))
@@ -144,9 +137,9 @@ def test_plan_answers_for_the_gpus_that_are_there(monkeypatch, capsys, path, siz
         for index, name in zip((2, 3), names, strict=True)
     ]
     monkeypatch.setattr(plan, "list_gpus", lambda: gpus)
-    code, said, errors = plan_says(monkeypatch, capsys, path)
+    code, said, errors = plan_says(monkeypatch, capsys, tiny_flux)
     assert code == 0 and not errors and words in said and "weights: 0." in said
-    code, _, errors = plan_says(monkeypatch, capsys, path, "--linear", "fp8")
+    code, _, errors = plan_says(monkeypatch, capsys, tiny_flux, "--linear", "fp8")
     assert (code == 2 and "Leave out --linear fp8" in errors) == any("H" not in name for name in names)
 
 
