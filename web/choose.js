@@ -162,14 +162,15 @@ function toggled(used, index) {
   return next.join() || "auto";
 }
 
-/** Has all look again. Of nodes in subgraphs the front end does not say that they are gone, nor of one that was made and
- *  never added: their choosers are left here. */
-function allSoon() {
+/** All choosers of the open workflow. Of nodes in subgraphs the front end does not say that they are gone, nor of one that
+ *  was made and never added: their choosers are left here. */
+function present() {
   const there = allOf(LOADER);
-  for (const chooser of choosers)
-    if (there.includes(chooser.node)) chooser.soon();
-    else choosers.delete(chooser);
+  for (const chooser of choosers) if (!there.includes(chooser.node)) choosers.delete(chooser);
+  return [...choosers];
 }
+
+const allSoon = () => present().forEach((chooser) => chooser.soon());
 
 app.registerExtension({
   name: "FastUSP.Choose",
@@ -181,7 +182,7 @@ app.registerExtension({
     api.addEventListener("graphChanged", allSoon);
     api.addEventListener("reconnected", () => {
       asked = -Infinity;
-      choosers.forEach((chooser) => chooser.ask(true));
+      present().forEach((chooser) => chooser.ask(true));
     });
   },
 });

@@ -161,6 +161,8 @@ def test_its_window(page):
     press(page, "Measure here", "document.querySelector('.fastusp-choose')")
     page.wait_for(f"[...{WINDOW}.querySelectorAll('input')].slice(0, 3).map(({{ value }}) => value) == '256,192,8'")
     page.resize(1400, 757)
+    page.evaluate("app.extensionManager.toast.removeAll()")  # of what other tests made known
+    page.wait_for("!document.querySelector('.p-toast-message')")
     page.evaluate(f"""{{
         {WINDOW}.querySelector("table").innerHTML = "<tr><td>a row</td></tr>".repeat(60);
         const detail = "Set 0, or a legal layout. ".repeat(8);
