@@ -26,6 +26,7 @@ const STYLE = `
 .fastusp h3 { margin: 0; font-size: 13px; font-weight: 600; }
 .fastusp h4 { margin: 8px 0 0; font-size: 13px; font-weight: 600; }
 .fastusp ol { margin: 0; padding: 0; list-style: none; overflow-wrap: anywhere; }
+.fastusp li + li { margin-top: 4px; }
 .fastusp small { display: block; color: var(--descrip-text); }
 .fastusp pre { max-height: 200px; margin: 4px 0 0; padding: 6px; overflow: auto; font-size: 12px; white-space: pre-wrap;
   overflow-wrap: anywhere; border-left: 3px solid var(--error-text, #d33); background: var(--comfy-input-bg); }

@@ -2,13 +2,14 @@
 ranks and of phases; commands, and copying where the browser has no clipboard for the page."""
 
 import itertools
+import json
 import time
 
 import pytest
 from browser import PROGRAM, Page
 from conversion import node, open_prompt, user
 from test_host_browser import LOG, PANEL, STATE, TOASTS, button, choose, copied, has, panel, queue
-from test_host_choose import LINE, ROWS, WINDOW, measure, press
+from test_host_choose import LINE, ROWS, TOLD, WINDOW, loader, measure, press
 from workflows import DEV, Graph
 
 pytestmark = [pytest.mark.host, pytest.mark.skipif(PROGRAM is None, reason="no Chromium")]
@@ -17,6 +18,13 @@ SEEDS = itertools.count(740)
 ASKED = "performance.getEntriesByType('resource').map(({ name }) => name).filter(name => name.includes('fastusp/'))"
 CARD = """document.querySelector('.fastusp section[aria-label="Pool on cpu:1"]')"""
 STARTING = "starting 1 worker(s) on cpu:1"
+POOLS = [{"state": state} for state in ("off", "starting", "idle", "busy", "stopping")]
+POOLS += [
+    {"state": "busy", "phase": phase, "phase_seconds": 999}
+    for phase in ("starting 8 worker(s) on 0,1,2,3,4,5,6,7", "waiting for the workers", "loading the model")
+]
+POOLS.append({"state": "busy", "phase": "sampling", "phase_seconds": 9, "step": 100, "steps": 100})
+POOLS[-1] |= {"ms_per_step": 99999.9, "seconds_left": 9999}
 
 
 @pytest.fixture(scope="module")
@@ -100,12 +108,46 @@ def test_what_is_open_is_told_again_to_a_comfyui_that_was_away(host, page):
 def test_a_cpu_ranks_threads_and_memory_are_on_its_card(host, page):
     host.run(run())
     panel(page)
-    rows = f"[...{CARD}.querySelectorAll('tr')].map(row => [...row.cells].map(cell => cell.textContent))"
+    rows = f"[...({CARD}?.querySelectorAll('tr') ?? [])].map(row => [...row.cells].map(cell => cell.textContent))"
     (pid,) = host.pool("cpu:1")["pids"]
     page.wait_for(
         f"{rows}.some(([name, text]) => name == 'Rank 0' && "
         f"/^cpu \\(1 thread\\), process {pid}\\n[0-9.]+ [MG]B of memory$/.test(text))"
     )
+
+
+@pytest.mark.parametrize("pool", POOLS, ids=lambda pool: pool.get("phase") or pool["state"])
+def test_what_a_pool_is_at_takes_two_lines_at_most(host, page, pool):
+    """At the side bar's first width, with its buttons right below, in sight without scrolling however much follows."""
+    run = {"ended": 0, "width": 1024, "height": 1024, "images": 1, "steps": 20, "seconds": 99.9, "ms_per_step": 999.9}
+    run |= {"evaluations": 0, "phases": {"starting 8 worker(s) on 0,1,2,3,4,5,6,7": 20, "sampling": 79}}
+    given = {
+        "devices": "0,1,2,3,4,5,6,7",
+        "ranks": 8,
+        "gpus": [],
+        "starts": 1,
+        "history": [run] * 5,
+        "error": "No\n" * 99,
+    }
+    panel(page)
+    page.evaluate(f"""import('/extensions/ComfyUI-FastUSP/card.js').then(({{ Card }}) => {{
+        window.card = new Card("0,1,2,3,4,5,6,7");
+        document.querySelector(".fastusp > div").prepend(card.section);
+        card.show({json.dumps(given | pool)}, [], []);
+    }})""")
+    lines = "card.state.getBoundingClientRect().height / parseFloat(getComputedStyle(card.state).lineHeight)"
+    assert 0.9 < page.evaluate(lines) < 2.1, page.evaluate("card.state.textContent")
+    assert page.evaluate("Math.max(...card.buttons.map(({ button }) => button.getBoundingClientRect().bottom))") < 250
+    page.evaluate("card.section.remove()")
+
+
+def test_a_new_loaders_texts_fit_it(page, renderer):
+    """What it would come to, and what is wrong, at the size that ComfyUI gives it, without scrolling."""
+    box = "document.querySelector('.fastusp-choose')"
+    for file, begins in ((DEV, "no times known for CPU ranks"), ("flux1-dev-of-theirs.safetensors", "unet_name: ")):
+        loader(page, unet_name=file)
+        page.wait_for(f"({TOLD}).includes('{begins}')")
+        assert page.evaluate(f"{box}.scrollHeight <= {box}.clientHeight"), page.evaluate(TOLD)
 
 
 def test_copied_where_the_browser_has_no_clipboard_for_the_page(host, page):
@@ -138,18 +180,23 @@ def test_commands_that_stop_and_report(host, page):
     page.wait_for(has(TOASTS, "There is no pool that this changes"))
 
 
-def test_a_loader_in_a_subgraph_is_measured_and_set(page):
+def test_a_loader_in_a_subgraph_is_measured_and_set(host, page):
     """Under the number that its box gives it; Apply writes where the box shows the value."""
     values = {"unet_name": DEV, "weight_dtype": "default", "gpus": "cpu:1", "ulysses": 0, "ring": 0}
     open_prompt(page, {"1": node("FastUSPLoader", **values), "2": node("FastUSPSettings", linear="fp8")})
     user(page, "of(2).connect(0, of(1), 'settings'); box(1, 'gpus')")
-    box = "app.graph.nodes.find(node => node.subgraph)"
+    box = "app.rootGraph.nodes.find(node => node.subgraph)"
     page.evaluate(f"app.canvas.openSubgraph({box}.subgraph, {box})")
     measure(page)
     page.wait_for(f"{LINE} == 'measured'", 90)
+    *_, (_, _, measured, *_) = (ran["prompt"] for ran in host.get("/history").values())
+    assert {each["class_type"]: number for number, each in measured.items()} == {
+        "FastUSPMeasure": f"{page.evaluate(f'{box}.id')}:1",
+        "FastUSPSettings": "2",
+    }
     first, *_ = page.evaluate(ROWS)
     assert first[:5] == ["1", "ulysses 1 x ring 1", "exact", "exact", "auto"] and float(first[5]) > 0
-    gpus = f"{box.replace('app.graph', 'app.rootGraph')}.widgets.find(({{ name }}) => name == 'gpus')"
+    gpus = f"{box}.widgets.find(({{ name }}) => name == 'gpus')"
     page.evaluate(f"{gpus}.value = 'cpu:2'")
     press(page, "Apply", f"{WINDOW}.querySelectorAll('tr')[1]")
     assert page.evaluate(f"{gpus}.value") == "cpu:1"
