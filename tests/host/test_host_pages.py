@@ -141,6 +141,18 @@ def test_what_a_pool_is_at_takes_two_lines_at_most(host, page, pool):
     page.evaluate("card.section.remove()")
 
 
+def test_what_gpus_do_is_on_the_card_when_it_is_sent(page):
+    panel(page)
+    pool = {"devices": "7", "ranks": 1, "gpus": [7], "starts": 1, "state": "off", "history": []}
+    gpus = [{"index": 7, "used": 38_200_000_000, "total": 80_000_000_000, "utilisation": 97, "temperature": 64}]
+    for event, sent in (("pools", {"pools": [pool]}), ("loads", {"gpus": gpus})):
+        told = f"api.dispatchCustomEvent('fastusp.{event}', {json.dumps(sent)})"
+        page.evaluate(f"import('/scripts/api.js').then(({{ api }}) => {{ {told}; }})")
+    page.wait_for(has(PANEL, "97 % busy, 38.2 GB of 80.0 GB in use, 64 °C"), 5)
+    page.evaluate("import('/scripts/api.js').then(({ api }) => { api.dispatchCustomEvent('reconnected'); })")
+    page.wait_for(f"!{has(PANEL, '97 % busy')}")
+
+
 def test_a_new_loaders_texts_fit_it(page, renderer):
     """What it would come to, and what is wrong, at the size that ComfyUI gives it, without scrolling."""
     box = "document.querySelector('.fastusp-choose')"
@@ -148,6 +160,24 @@ def test_a_new_loaders_texts_fit_it(page, renderer):
         loader(page, unet_name=file)
         page.wait_for(f"({TOLD}).includes('{begins}')")
         assert page.evaluate(f"{box}.scrollHeight <= {box}.clientHeight"), page.evaluate(TOLD)
+
+
+def test_what_to_do_is_in_the_first_two_lines_of_comfyuis_own_message(page):
+    """Of a layout that cannot be: the legal ones, before it is cut."""
+    graph = Graph()
+    graph.save(graph.sample(graph.usp(ulysses=3, ring=1), steps=1))
+    queue(page, graph)
+    lines = page.wait_for("""(() => {
+        const said = [...document.querySelectorAll("p, div, span")].find(({ children, textContent }) =>
+            !children.length && /^USP Loader.*Set 0, or a legal layout/.test(textContent));
+        if (!said) return 0;
+        const remedy = new Range();
+        remedy.setStart(said.firstChild, 0);
+        remedy.setEnd(said.firstChild, said.textContent.indexOf("ulysses 1 x ring 2)") + 19);
+        return remedy.getBoundingClientRect().height / parseFloat(getComputedStyle(said).lineHeight);
+    })()""")
+    assert lines < 2.1
+    page.evaluate("app.extensionManager.toast.removeAll()")
 
 
 def test_copied_where_the_browser_has_no_clipboard_for_the_page(host, page):
