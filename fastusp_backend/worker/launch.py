@@ -1,5 +1,6 @@
 """torchrun for one pool: `python -m fastusp_backend.worker.launch <torchrun arguments>`."""
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -14,6 +15,13 @@ def main(arguments: list[str]) -> int:
     with importing():
         from .torchrun import run
 
+        if os.environ["FASTUSP_DEVICE_TYPE"] == "cpu":  # on GPUs forks are not tried yet
+            from . import __main__ as worker
+            from .forked import start_by_fork
+
+            with contextlib.suppress(ImportError):  # which each rank meets as well, and reports
+                from . import rank  # noqa: F401
+            start_by_fork(lambda: leave(worker.main()))
     return run(arguments, Path(os.environ[RUN_DIR_VARIABLE]))
 
 

@@ -3,7 +3,6 @@ directory holds [{rank, pid, exitcode}] in the order in which torchrun noticed; 
 was told to end by a signal.
 """
 
-import contextlib
 import json
 import os
 from pathlib import Path
@@ -20,10 +19,8 @@ from torch.distributed.elastic.rendezvous import (
     rendezvous_handler_registry,
 )
 
-from .__main__ import main
-from .forked import start_by_fork
 from .meeting import meeting_of
-from .process import STORE_VARIABLE, leave
+from .process import STORE_VARIABLE
 
 KILLING_SECONDS = 20
 """Ranks that outlive the first that fails are told to end, and killed by torchrun 30 s later: not a fault of theirs."""
@@ -72,10 +69,6 @@ def run(arguments: list[str], run_dir: Path) -> int:
     store = os.memfd_create("fastusp-store", os.MFD_CLOEXEC)
     os.environ[STORE_VARIABLE] = f"/proc/{os.getpid()}/fd/{store}"
     rendezvous_handler_registry.register(Rendezvous.NAME, Rendezvous)
-    if os.environ["FASTUSP_DEVICE_TYPE"] == "cpu":  # forks of a process with CUDA are not tried yet
-        with contextlib.suppress(ImportError):  # which each rank meets, too, and reports
-            from . import rank  # noqa: F401
-        start_by_fork(lambda: leave(main()))
     try:
         torchrun.run(torchrun.parse_args([f"--rdzv-backend={Rendezvous.NAME}", "--rdzv-endpoint=memory", *arguments]))
         return 0
