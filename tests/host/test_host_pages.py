@@ -65,7 +65,8 @@ def test_two_pages_of_one_pool(host, page, other):
         each.wait_for(f"{PANEL}.split('96 x 64: 5 steps').length == 3 && {has(STATE, 'idle: warm')}", 60)
     assert host.pool("cpu:1")["starts"] == starts + 1
     states = page.evaluate("clearInterval(looks), [...states]")
-    assert {f"{STARTING} ({second} s)" for second in (0, 1, 2)} <= {*states}, states
+    counted = [state for state in states if state.startswith(STARTING) and state.endswith(" s)")]
+    assert len(counted) > 2, states
 
 
 def test_pages_ask_for_nothing_again_and_again(host, page):
@@ -139,6 +140,27 @@ def test_what_a_pool_is_at_takes_two_lines_at_most(host, page, pool):
     assert 0.9 < page.evaluate(lines) < 2.1, page.evaluate("card.state.textContent")
     assert page.evaluate("Math.max(...card.buttons.map(({ button }) => button.getBoundingClientRect().bottom))") < 250
     page.evaluate("card.section.remove()")
+
+
+def test_a_panel_without_pools_says_how_to_come_to_one(page):
+    panel(page)
+    none = "api.dispatchCustomEvent('fastusp.pools', { pools: [] })"
+    page.evaluate(f"import('/scripts/api.js').then(({{ api }}) => {{ {none}; }})")
+    first, second = (
+        f"[...document.querySelectorAll('.fastusp button')].find(({{ innerText }}) => innerText == '{label}')"
+        for label in ("Use FastUSP here", "Open templates")
+    )
+    open_prompt(page, {"1": node("UNETLoader", unet_name=DEV, weight_dtype="default")})
+    page.evaluate("app.extensionManager.toast.removeAll()")
+    page.click(first)
+    page.wait_for(has(TOASTS, "FastUSP: nothing was changed"))  # its model goes nowhere
+    page.click(second)
+    page.wait_for(
+        "[...document.querySelectorAll('[role=dialog]')].some(({ innerText }) => /Templates/.test(innerText))"
+    )
+    page.press("Escape", 27)
+    page.evaluate("import('/scripts/api.js').then(({ api }) => { api.dispatchCustomEvent('reconnected'); })")
+    page.wait_for(has(PANEL, "Started"))
 
 
 def test_what_gpus_do_is_on_the_card_when_it_is_sent(page):
