@@ -152,6 +152,7 @@ def test_a_panel_without_pools_says_how_to_come_to_one(page):
     )
     open_prompt(page, {"1": node("UNETLoader", unet_name=DEV, weight_dtype="default")})
     page.evaluate("app.extensionManager.toast.removeAll()")
+    page.press("Escape", 27)  # ComfyUI's templates, which a new user is shown
     page.click(first)
     page.wait_for(has(TOASTS, "FastUSP: nothing was changed"))  # its model goes nowhere
     page.click(second)
@@ -203,7 +204,8 @@ def test_what_to_do_is_in_the_first_two_lines_of_comfyuis_own_message(page):
 
 
 def test_copied_where_the_browser_has_no_clipboard_for_the_page(host, page):
-    """As for a page of another machine without https. By the button and by the command."""
+    """As for a page of another machine without https."""
+    host.run(run())
     panel(page)
     page.evaluate("""{
         window.hidden = Object.getOwnPropertyDescriptor(Navigator.prototype, "clipboard");
@@ -211,7 +213,7 @@ def test_copied_where_the_browser_has_no_clipboard_for_the_page(host, page):
         document.addEventListener("copy", ({ target }) => window.copied = target.value);
     } 0""")
     try:
-        page.press("Escape", 27)  # ComfyUI's templates, which a new user is shown
+        page.press("Escape", 27)  # as above
         page.evaluate(f"window.copied = null, ({button('Copy report', 'cpu:1')}).scrollIntoView()")
         page.click(button("Copy report", "cpu:1"))
         assert "Rank 0: cpu (1 thread)" in page.wait_for("window.copied")
