@@ -96,6 +96,7 @@ def test_pages_ask_for_nothing_again_and_again(host, page):
 
 def test_what_is_open_is_told_again_to_a_comfyui_that_was_away(host, page):
     panel(page)
+    time.sleep(1)  # until that it is open has been told
     page.evaluate("performance.clearResourceTimings()")
     page.evaluate("import('/scripts/api.js').then(({ api }) => { api.dispatchCustomEvent('reconnecting'); })")
     page.wait_for(has(PANEL, "ComfyUI does not answer."))
@@ -142,8 +143,10 @@ def test_what_a_pool_is_at_takes_two_lines_at_most(host, page, pool):
     page.evaluate("card.section.remove()")
 
 
-def test_a_panel_without_pools_says_how_to_come_to_one(page):
+def test_a_panel_without_pools_says_how_to_come_to_one(host, page):
+    host.run(run())
     panel(page)
+    page.wait_for(has(PANEL, "Started"))
     none = "api.dispatchCustomEvent('fastusp.pools', { pools: [] })"
     page.evaluate(f"import('/scripts/api.js').then(({{ api }}) => {{ {none}; }})")
     first, second = (
@@ -164,8 +167,10 @@ def test_a_panel_without_pools_says_how_to_come_to_one(page):
     page.wait_for(has(PANEL, "Started"))
 
 
-def test_what_gpus_do_is_on_the_card_when_it_is_sent(page):
+def test_what_gpus_do_is_on_the_card_when_it_is_sent(host, page):
+    host.run(run())
     panel(page)
+    page.wait_for(has(PANEL, "Started"))
     pool = {"devices": "7", "ranks": 1, "gpus": [7], "starts": 1, "state": "off", "history": []}
     gpus = [{"index": 7, "used": 38_200_000_000, "total": 80_000_000_000, "utilisation": 97, "temperature": 64}]
     for event, sent in (("pools", {"pools": [pool]}), ("loads", {"gpus": gpus})):
