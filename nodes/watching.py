@@ -37,6 +37,8 @@ class Watch(msgspec.Struct, frozen=True):
 
 _watches: dict[str, Watch] = {}
 _tasks: dict[Callable, asyncio.Task] = {}
+_sending = asyncio.Lock()
+"""A page's request and the next look may come at once; lines go out in order."""
 
 
 def _connected(client: str) -> bool:
@@ -50,15 +52,18 @@ async def _changes() -> None:
 
 
 async def _send_log(watch: Watch) -> None:
-    """Sends a page the lines that it has not: devices, from: the number of the first one, next: of the one to come."""
+    """Sends a page the lines that it has not: devices; asked: the number of the first one that it lacks; from: of the
+    first that is sent, later where that is no longer kept; next: of the one to come; lines."""
     pool = pool_named(watch.log.devices) if watch.log is not None else None
     if pool is None:
         return
-    lines, following = await asyncio.to_thread(pool.log_since, watch.log.from_line)
-    if lines:
-        watch.log.from_line = following
-        told = {"devices": watch.log.devices, "from": following - len(lines), "next": following, "lines": lines}
-        PromptServer.instance.send_sync("fastusp.log", told, watch.client)
+    async with _sending:
+        asked = watch.log.from_line
+        lines, watch.log.from_line = await asyncio.to_thread(pool.log_since, asked)
+        following = watch.log.from_line
+        if lines:
+            told = {"devices": watch.log.devices, "asked": asked, "from": following - len(lines), "next": following}
+            PromptServer.instance.send_sync("fastusp.log", told | {"lines": lines}, watch.client)
 
 
 async def _loads() -> None:

@@ -1,6 +1,6 @@
 // A pool's card in the side panel.
 
-import { element } from "./element.js";
+import { button, classed, element } from "./element.js";
 import { act, copyReport, interrupt } from "./pools.js";
 import { showLog } from "./log.js";
 import { say, size, word } from "./words.js";
@@ -140,20 +140,7 @@ function redraw(node, value, draw) {
   node.dataset.drawn = text;
 }
 
-function button(label, tip, press) {
-  const made = element("button", label);
-  made.type = "button";
-  made.title = tip;
-  made.onclick = press;
-  return made;
-}
-
 const REPORT = word("Versions, layout, options, the last error and log lines, for a bug report; no paths, no prompts");
-
-function classed(name, made) {
-  made.className = name;
-  return made;
-}
 
 /** It stays in the page as long as the pool is there: what is in it changes, so that the keyboard's focus and a selection
  *  of text stay where they are. */

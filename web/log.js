@@ -70,7 +70,8 @@ class Reader {
 
   ask() {
     readPools().then((pools) => this.offer(pools), (error) => {
-      this.lines.replaceChildren(say("ComfyUI does not answer ({error}). The log is here again when it does.", { error: error.message }));
+      this.clear();
+      this.lines.append(say("ComfyUI does not answer ({error}). The log is here again when it does.", { error: error.message }));
     });
   }
 
@@ -101,11 +102,11 @@ class Reader {
     return { devices: this.shown, from: this.next };
   }
 
-  /** lines: the first one has number `from`, the one to come `next`. */
-  hear({ devices, from, next, lines }) {
-    if (devices !== this.shown) return; // another one was chosen meanwhile
-    if (next < this.next || from > this.next) this.clear(); // ComfyUI was started anew; or some are no longer kept
-    this.add(this.next ? lines.slice(this.next - from) : lines);
+  /** As nodes/watching.py sends it. */
+  hear({ devices, asked, from, next, lines }) {
+    if (devices !== this.shown || asked > this.next) return; // for what was shown before another choice
+    if (next < this.next || this.next === 0) this.clear(); // ComfyUI was started anew; what was said in place of lines
+    this.add(lines.slice(Math.max(0, this.next - from)));
     this.next = next;
   }
 

@@ -9,7 +9,7 @@ import { say, size, word } from "./words.js";
 import { allOf, executionId, finder, isOpen, settingsNode, settingsOf, sizeOfPictures, valueOf, workflow } from "./values.js";
 
 const STYLE = `
-.fastusp-measure { position: fixed; bottom: 72px; right: 24px; z-index: 1000; max-width: min(720px, 90vw);
+.fastusp-measure { position: fixed; bottom: 72px; right: 24px; z-index: 1000; max-width: min(760px, 90vw);
   max-height: max(240px, calc(100vh - 20rem)); /* ComfyUI's messages are above it */
   overflow: auto; padding: 12px; border: 1px solid var(--border-color); border-radius: 8px; box-sizing: border-box;
   background: var(--comfy-menu-bg); color: var(--fg-color); font-size: 13px; line-height: 1.5; user-select: text; }
@@ -21,6 +21,7 @@ const STYLE = `
 .fastusp-measure progress { width: 100%; accent-color: var(--p-primary-color, #3b82f6); }
 .fastusp-measure table { border-collapse: collapse; }
 .fastusp-measure th, .fastusp-measure td { padding: 2px 10px 2px 0; text-align: left; font-weight: normal; }
+.fastusp-measure td:nth-child(2) { white-space: nowrap; }
 .fastusp-measure th { color: var(--descrip-text); }
 .fastusp-measure tr.best td { font-weight: 600; }
 .fastusp-measure button { padding: 2px 10px; border: 1px solid var(--border-color); border-radius: 4px; cursor: pointer;
@@ -96,7 +97,7 @@ class Measurement {
     const actions = element("div", this.start, this.cancel, this.button(say("Close"), () => this.close()));
     const title = element("h2", say("Measure here: {title}", node));
     this.root = element("section", element("style", STYLE), title, element("div", ...fields), element("div", ...switches));
-    this.root.append(actions, this.line, this.bar, this.table, this.said);
+    this.root.append(actions, this.line, this.bar, this.said, this.table); // which may have to be scrolled
     this.root.className = "fastusp-measure";
     this.root.setAttribute("role", "dialog");
     this.root.setAttribute("aria-label", say("FastUSP: Measure here"));

@@ -2,8 +2,9 @@
 // them from then on ("fastusp.pools"), what their GPUs do ("fastusp.loads"), and what may be done with them.
 
 import { api } from "../../scripts/api.js";
+import { app } from "../../scripts/app.js";
 import { ACTIONS, Card } from "./card.js";
-import { element } from "./element.js";
+import { button, classed, element } from "./element.js";
 import { act, copyReport, readPools, toast } from "./pools.js";
 import { watch } from "./watch.js";
 import { say, word } from "./words.js";
@@ -14,14 +15,17 @@ const SECOND_MS = 1000;
 const AWAY = word("ComfyUI does not answer. The pools are here again when it does.");
 
 const EMPTY = word(
-  "No pool yet. Add USP Loader (Add Node > FastUSP) and connect its model to USP Sampler or KSampler. " +
-    "Its worker processes start when you run the workflow; they are listed here and stay warm for the next run.",
+  "No pool yet. Worker processes start when a workflow with USP Loader runs; they are listed here and stay warm for the next run.",
+);
+const WAYS = word(
+  "Have the open workflow use them, or open one that does: under FastUSP in ComfyUI's templates, where FastUSP demo shapes needs no download.",
 );
 
 const STYLE = `
 .fastusp { padding: 12px; container-type: inline-size; color: var(--fg-color); font-size: 13px; line-height: 1.5; user-select: text; }
 .fastusp h2 { margin: 0 0 12px; font-size: 15px; font-weight: 600; }
 .fastusp p { margin: 0; color: var(--descrip-text); overflow-wrap: anywhere; }
+.fastusp p + p { margin-top: 8px; }
 .fastusp section { margin-bottom: 12px; padding: 10px; border: 1px solid var(--border-color); border-radius: 6px; }
 .fastusp h3 { margin: 0; font-size: 13px; font-weight: 600; }
 .fastusp h4 { margin: 8px 0 0; font-size: 13px; font-weight: 600; }
@@ -49,17 +53,26 @@ const STYLE = `
 .fastusp button:disabled { opacity: 0.5; cursor: default; }
 `;
 
-/** Shows pools in `list`, whose cards are kept by devices. */
-function show(list, cards, pools, loads) {
+/** What there is without any pool: how to come to one. */
+function noPools() {
+  const ways = [
+    [word("Use FastUSP here"), "FastUSP.UseHere"],
+    [word("Open templates"), "Comfy.BrowseTemplates"],
+  ].map(([label, command]) => button(say(label), "", () => app.extensionManager.command.execute(command)));
+  return element("div", element("p", say(EMPTY)), element("p", say(WAYS)), classed("actions", element("div", ...ways)));
+}
+
+/** Shows pools in `list`, whose cards are kept by devices. empty: what is shown where there are none. */
+function show(list, cards, pools, loads, empty) {
   for (const devices of cards.keys())
     if (!pools.some((pool) => pool.devices === devices)) cards.delete(devices);
   for (const pool of pools) {
     if (!cards.has(pool.devices)) cards.set(pool.devices, new Card(pool.devices));
     cards.get(pool.devices).show(pool, loads, pools);
   }
-  const wanted = cards.size > 0 ? [...cards.values()].map((card) => card.section) : [element("p", say(EMPTY))];
+  const wanted = cards.size > 0 ? [...cards.values()].map((card) => card.section) : [empty];
   if (wanted.length !== list.children.length || wanted.some((node, i) => node !== list.children[i]))
-    if (cards.size > 0 || list.textContent !== say(EMPTY)) list.replaceChildren(...wanted);
+    list.replaceChildren(...wanted);
 }
 
 /** How many panels are in the page: one that is drawn anew is there before the other one is gone. */
@@ -67,12 +80,12 @@ let open = 0;
 
 /** Keeps `list` up to date while it is in the page. The front end does not tell a tab that another one took its place. */
 function follow(list) {
-  const cards = new Map();
+  const [cards, empty] = [new Map(), noPools()];
   let [pools, loads, since] = [[], [], 0];
   const draw = () => {
     const seconds = (performance.now() - since) / 1000;
     const counted = pools.map((pool) => (pool.phase ? { ...pool, phase_seconds: pool.phase_seconds + seconds } : pool));
-    show(list, cards, counted, loads);
+    show(list, cards, counted, loads, empty);
   };
   const take = (told) => {
     [pools, since] = [told, performance.now()];
@@ -132,7 +145,7 @@ async function report() {
   const pools = await readPools();
   const pool = pools.find(({ error }) => error) ?? pools[0];
   if (pool) await copyReport(pool.devices);
-  else toast("info", say("FastUSP: no report"), say(EMPTY));
+  else toast("info", say("FastUSP: no report"), say("No pool yet: its workers start when a workflow with USP Loader runs."));
 }
 
 const icon = "pi pi-microchip";

@@ -200,6 +200,7 @@ def test_measured_and_applied(host, page):
         ["2", "ulysses 2 x ring 1", "int8", "exact", "auto"],
     ]
     assert len(rows) == 7 and all(float(row[5]) > 0 and row[7].endswith(" MB") for row in rows)
+    assert page.evaluate(f"[...{WINDOW}.querySelectorAll('td')].every(cell => cell.offsetHeight < 40)"), "in one line"
     assert starts(host) > before, "workers that had to leave are there again"
     values = "app.graph.getNodeById(1).widgets.map(({ value }) => value).slice(2, 6)"
     press(page, "Apply", f"{WINDOW}.querySelectorAll('tr')[3]")

@@ -65,7 +65,8 @@ def test_two_pages_of_one_pool(host, page, other):
         each.wait_for(f"{PANEL}.split('96 x 64: 5 steps').length == 3 && {has(STATE, 'idle: warm')}", 60)
     assert host.pool("cpu:1")["starts"] == starts + 1
     states = page.evaluate("clearInterval(looks), [...states]")
-    assert {f"{STARTING} ({second} s)" for second in (0, 1, 2)} <= {*states}, states
+    counted = [state for state in states if state.startswith(STARTING) and state.endswith(" s)")]
+    assert len(counted) > 2, states
 
 
 def test_pages_ask_for_nothing_again_and_again(host, page):
@@ -95,6 +96,7 @@ def test_pages_ask_for_nothing_again_and_again(host, page):
 
 def test_what_is_open_is_told_again_to_a_comfyui_that_was_away(host, page):
     panel(page)
+    time.sleep(1)  # until that it is open has been told
     page.evaluate("performance.clearResourceTimings()")
     page.evaluate("import('/scripts/api.js').then(({ api }) => { api.dispatchCustomEvent('reconnecting'); })")
     page.wait_for(has(PANEL, "ComfyUI does not answer."))
@@ -141,8 +143,34 @@ def test_what_a_pool_is_at_takes_two_lines_at_most(host, page, pool):
     page.evaluate("card.section.remove()")
 
 
-def test_what_gpus_do_is_on_the_card_when_it_is_sent(page):
+def test_a_panel_without_pools_says_how_to_come_to_one(host, page):
+    host.run(run())
     panel(page)
+    page.wait_for(has(PANEL, "Started"))
+    none = "api.dispatchCustomEvent('fastusp.pools', { pools: [] })"
+    page.evaluate(f"import('/scripts/api.js').then(({{ api }}) => {{ {none}; }})")
+    first, second = (
+        f"[...document.querySelectorAll('.fastusp button')].find(({{ innerText }}) => innerText == '{label}')"
+        for label in ("Use FastUSP here", "Open templates")
+    )
+    open_prompt(page, {"1": node("UNETLoader", unet_name=DEV, weight_dtype="default")})
+    page.evaluate("app.extensionManager.toast.removeAll()")
+    page.press("Escape", 27)  # ComfyUI's templates, which a new user is shown
+    page.click(first)
+    page.wait_for(has(TOASTS, "FastUSP: nothing was changed"))  # its model goes nowhere
+    page.click(second)
+    page.wait_for(
+        "[...document.querySelectorAll('[role=dialog]')].some(({ innerText }) => /Templates/.test(innerText))"
+    )
+    page.press("Escape", 27)
+    page.evaluate("import('/scripts/api.js').then(({ api }) => { api.dispatchCustomEvent('reconnected'); })")
+    page.wait_for(has(PANEL, "Started"))
+
+
+def test_what_gpus_do_is_on_the_card_when_it_is_sent(host, page):
+    host.run(run())
+    panel(page)
+    page.wait_for(has(PANEL, "Started"))
     pool = {"devices": "7", "ranks": 1, "gpus": [7], "starts": 1, "state": "off", "history": []}
     gpus = [{"index": 7, "used": 38_200_000_000, "total": 80_000_000_000, "utilisation": 97, "temperature": 64}]
     for event, sent in (("pools", {"pools": [pool]}), ("loads", {"gpus": gpus})):
@@ -181,7 +209,8 @@ def test_what_to_do_is_in_the_first_two_lines_of_comfyuis_own_message(page):
 
 
 def test_copied_where_the_browser_has_no_clipboard_for_the_page(host, page):
-    """As for a page of another machine without https. By the button and by the command."""
+    """As for a page of another machine without https."""
+    host.run(run())
     panel(page)
     page.evaluate("""{
         window.hidden = Object.getOwnPropertyDescriptor(Navigator.prototype, "clipboard");
@@ -189,12 +218,12 @@ def test_copied_where_the_browser_has_no_clipboard_for_the_page(host, page):
         document.addEventListener("copy", ({ target }) => window.copied = target.value);
     } 0""")
     try:
-        page.press("Escape", 27)  # ComfyUI's templates, which a new user is shown
+        page.press("Escape", 27)  # as above
         page.evaluate(f"window.copied = null, ({button('Copy report', 'cpu:1')}).scrollIntoView()")
         page.click(button("Copy report", "cpu:1"))
         assert "Rank 0: cpu (1 thread)" in page.wait_for("window.copied")
         page.wait_for(has(TOASTS, "FastUSP: report copied"))
-        assert page.evaluate("document.querySelectorAll('textarea').length") == 0, "what was copied from is gone"
+        assert page.evaluate("document.querySelectorAll('body > textarea').length") == 0, "what was copied from is gone"
     finally:
         page.evaluate("Object.defineProperty(Navigator.prototype, 'clipboard', hidden), 0")
 

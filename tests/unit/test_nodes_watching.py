@@ -68,8 +68,8 @@ def test_each_line_of_a_log_is_sent_once(watching):
     asyncio.run(watching._changes())
     logs = [event[1:] for event in watching.sent if event[0] == "fastusp.log"]
     assert logs == [
-        ({"devices": "cpu:2", "from": 0, "next": 2, "lines": ["first", "second"]}, "reader"),
-        ({"devices": "cpu:2", "from": 2, "next": 3, "lines": ["third"]}, "reader"),
+        ({"devices": "cpu:2", "asked": 0, "from": 0, "next": 2, "lines": ["first", "second"]}, "reader"),
+        ({"devices": "cpu:2", "asked": 2, "from": 2, "next": 3, "lines": ["third"]}, "reader"),
     ]
     assert watching.sent.count(("changes",)) == 3
 

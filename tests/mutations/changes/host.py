@@ -49,8 +49,8 @@ CHANGES = [
     (
         WATCHING,
         "lines of a log are sent again and again",
-        "        watch.log.from_line = following\n",
-        "",
+        "lines, watch.log.from_line = await",
+        "lines, _ = await",
         "unit/test_nodes_watching.py",
     ),
     (
