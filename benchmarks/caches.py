@@ -14,7 +14,7 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,6 +76,7 @@ class Drawn:
     psnr: float
 
 
+Engines = dict[str, tuple[Cost, list[Drawn]]]
 Run = Callable[[dict], tuple[torch.Tensor, float, int]]
 
 
@@ -126,36 +127,35 @@ def ours_drawn(pool: Pool, a: argparse.Namespace, dtype: torch.dtype) -> list[Dr
     return found
 
 
-def peers(a: argparse.Namespace, ranks: int, cuda: bool) -> dict[str, tuple[Cost, list[Drawn]]]:
-    """Runs each engine's cache in processes of its own: once in parallel, timed, and once on one rank, for pictures."""
+def peers(a: argparse.Namespace, ranks: int, cuda: bool) -> Iterator[tuple[str, Cost, list[Drawn]]]:
+    """Runs each engine's cache in processes of its own: once in parallel, timed, and once on one rank, for pictures.
+    Yields each engine's figures as it has them: what follows may run out of time."""
     case = {"size": a.size, "texts": (a.text,), "batch": 1}
     job = {"side": "cached_peers", "model": "flux", "device": "cuda" if cuda else "cpu", "cases": [case]}
     job |= {"steps": a.steps, "profile": []}
-    sets = []
-    for name in CACHES:
+    for name in CACHES if a.peers == "all" else [a.peers]:
         timed = {"who": name, "tiny": a.tiny, "count": a.runs, "thresholds": [NOTHING, ALL]}
         drawn = {"who": name, "tiny": True, "count": 1, "thresholds": THRESHOLDS}
         more = {"who": name, "link": "nvlink", "module": MODULES[name]}
-        sets.append(ProcessSet(job=job | timed | {"pictures": 0, "compiled": cuda}, ranks=ranks, **more))
-        sets.append(ProcessSet(job=job | drawn | {"pictures": a.captions, "compiled": False}, ranks=1, **more))
-    found = {}
-    with tempfile.TemporaryDirectory(prefix="fastusp-bench-") as folder:
-        rows = run_all(sets, Path(folder), seconds=200, minutes=8).rows
-        for number, name in enumerate(CACHES):
-            timed, drawn = ([row for row in rows if row["set"] == 2 * number + i] for i in (0, 1))
-            if any("failed" in row for row in timed + drawn) or not (timed and drawn):
+        sets = [
+            ProcessSet(job=job | timed | {"pictures": 0, "compiled": cuda}, ranks=ranks, **more),
+            ProcessSet(job=job | drawn | {"pictures": a.captions, "compiled": False}, ranks=1, **more),
+        ]
+        with tempfile.TemporaryDirectory(prefix="fastusp-bench-") as folder:
+            rows = run_all(sets, Path(folder), seconds=200, minutes=8).rows
+            timed, drawn = ([row for row in rows if row["set"] == number] for number in (0, 1))
+            if any("failed" in row for row in timed + drawn) or len(timed + drawn) < 4 + len(THRESHOLDS):
                 continue  # which was said when it happened
             off, nothing, all_ = (row["median"] / 1000 for row in timed)
             pictures = [shapes.decode(torch.load(row["output"])) for row in drawn]
-            compared = [
-                Drawn(threshold, row["skipped"], shapes.psnr(picture, pictures[0]))
-                for threshold, row, picture in zip(THRESHOLDS, drawn[1:], pictures[1:], strict=True)
-            ]
-            found[name] = Cost(off, nothing, all_, timed[-1]["skipped"]), compared
-    return found
+        compared = [
+            Drawn(threshold, row["skipped"], shapes.psnr(picture, pictures[0]))
+            for threshold, row, picture in zip(THRESHOLDS, drawn[1:], pictures[1:], strict=True)
+        ]
+        yield name, Cost(off, nothing, all_, timed[-1]["skipped"]), compared
 
 
-def joined(engines: dict[str, tuple[Cost, list[Drawn]]], steps: int) -> None:
+def joined(engines: Engines, steps: int) -> None:
     names = "off", "skips nothing", "skips all"
     columns = Column("engine"), *(Column(f"{name}, s", format=".3f") for name in names), Column("skipped")
     table = Table(*columns, markdown=True)
@@ -184,11 +184,18 @@ def main() -> None:
     parser.add_argument("--text", type=int, default=512)
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--runs", type=int, default=3, help="of each row, beside the first, which may capture")
-    parser.add_argument("--peers", action="store_true", help="also other engines' caches, and pictures")
+    parser.add_argument(
+        "--peers",
+        nargs="?",
+        const="all",
+        help=f"also pictures, and other engines' caches: all, or one of {list(CACHES)}",
+    )
     parser.add_argument("--captions", type=int, default=48, help="pictures of the shipped model (default 48)")
     a = parser.parse_args()
     if a.peers and a.model != "flux":
         raise SystemExit(f"--model {a.model}: with --peers, give flux, which the other engines' caches are asked for")
+    if a.peers and a.peers not in ("all", *CACHES):
+        raise SystemExit(f"--peers: unknown {a.peers}; choose from: all, {', '.join(CACHES)}")
     devices = parse_devices(a.gpus)
     device = torch.device("cuda", devices.gpus[0]) if devices.gpus else torch.device("cpu")
     dtype = torch.bfloat16 if devices.gpus else torch.float32
@@ -200,7 +207,12 @@ def main() -> None:
     finally:
         pool.close()
     if a.peers:
-        joined({"FastUSP first_block": (cost, drawn)} | peers(a, devices.ranks, bool(devices.gpus)), a.steps)
+        engines: Engines = {"FastUSP first_block": (cost, drawn)}
+        joined(engines, a.steps)
+        for name, *figures in peers(a, devices.ranks, bool(devices.gpus)):
+            engines[name] = tuple(figures)
+            joined({name: engines[name]}, a.steps)
+        joined(engines, a.steps)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from common import MODELS, Case, random_inputs
-from diffusers_models import arguments, diffusers_model, flux_sizes, latents
+from diffusers_models import arguments, diffusers_model, latents
 
 from fastusp_backend.models.family import FamilyConfig, Transformer
 from fastusp_backend.models.patchify import patch_grid
@@ -121,22 +121,10 @@ def _cache_dit(ring: bool, **options):
 
 def _xdit(ring: bool):
     def setup(model, task: Task):
-        from types import SimpleNamespace
+        import xdit
 
-        from xfuser import xFuserArgs
-        from xfuser.core.distributed import get_runtime_state, init_distributed_environment, initialize_runtime_state
-        from xfuser.model_executor.models.transformers.transformer_flux import xFuserFlux1Transformer2DWrapper
-
-        init_distributed_environment()
-        degrees = {"ulysses_degree": 1 if ring else task.ranks, "ring_degree": task.ranks if ring else 1}
-        config, _ = xFuserArgs(model="none", attention_backend="CUDNN", **degrees).create_config()
-        with torch.device("meta"):
-            theirs = xFuserFlux1Transformer2DWrapper(**flux_sizes(task.config))
-        theirs.load_state_dict(model.state_dict(), assign=True)
-        initialize_runtime_state(SimpleNamespace(transformer=theirs, vae_scale_factor=8), config)
-        state = get_runtime_state()
-        state.max_condition_sequence_length, state.split_text_embed_in_sp = task.text, True
-        return theirs.eval()
+        degrees = {"ulysses": 1 if ring else task.ranks, "ring": task.ranks if ring else 1}
+        return xdit.parallel(model, task.config, task.text, **degrees)
 
     return setup
 
@@ -151,8 +139,8 @@ PEERS = {
     "diffusers-fsdp": Peer(module="diffusers", setup=_fsdp, compile="wrapped blocks", models=PLANNED),
     "paraattention-ulysses": Peer(module="para_attn", setup=_paraattention(ring=False), models=("flux",)),
     "paraattention-ring": Peer(module="para_attn", setup=_paraattention(ring=True), models=("flux",)),
-    "xdit-ulysses": Peer(module="xfuser", setup=_xdit(ring=False), compile="whole", models=("flux",)),
-    "xdit-ring": Peer(module="xfuser", setup=_xdit(ring=True), compile="whole", models=("flux",)),
+    "xdit-ulysses": Peer(module="xfuser", setup=_xdit(ring=False), compile="whole", models=("flux", "sd3")),
+    "xdit-ring": Peer(module="xfuser", setup=_xdit(ring=True), compile="whole", models=("flux", "sd3")),
     "cache-dit-ulysses": Peer(module="cache_dit", setup=_cache_dit(ring=False), compile="broken blocks"),
     "cache-dit-async": Peer(
         module="cache_dit", setup=_cache_dit(ring=False, ulysses_async=True), compile="broken blocks"

@@ -49,5 +49,10 @@ class ServerDevices(Devices):
     def together(self) -> int:
         return self.per_machine
 
+    def first(self, ranks: int) -> "ServerDevices":
+        """Returns all of them: a server's workers run together. `ranks` is how many they are."""
+        assert ranks == self.ranks
+        return self
+
     def __str__(self) -> str:
         return self.address

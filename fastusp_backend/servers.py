@@ -45,10 +45,16 @@ def named_server(text: str, file: Path) -> Server | None:
         if not _ADDRESS.fullmatch(entry.address):
             raise DeviceError(f'Write address = "host:port" for server {value} in {file}, not {entry.address!r}')
         return Server(entry.address, _key(entry, file))
-    if not _ADDRESS.fullmatch(value):
+    if address_of(value) is None:
         return None
     known = [entry for entry in entries.values() if entry.address == value]
     return Server(value, _key(known[0], file)) if known else Server(value, usual_path(), listed=False)
+
+
+def address_of(text: str) -> str | None:
+    """Returns the host:port that a `gpus` value is; None where it is none."""
+    value = text.strip()
+    return value if _ADDRESS.fullmatch(value) else None
 
 
 def _key(entry: _Entry, file: Path) -> Path:

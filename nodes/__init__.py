@@ -1,6 +1,6 @@
 """The nodes, and everything else that touches ComfyUI. Nothing outside this folder imports the host."""
 
-from . import control, memory, planning, status
+from . import control, memory, planning, status, watching
 from .comfyui import ComfyExtension, io
 from .demo import USPDemoDecode, USPDemoPrompt, offer_model
 from .loader import USPLoader
@@ -18,6 +18,7 @@ async def comfy_entrypoint() -> ComfyExtension:
     status.add_routes()
     control.add_routes()
     planning.add_routes()
+    watching.add_routes()
     offer_model()
     memory.weights.follow_unload_all()
     return FastUSPExtension()

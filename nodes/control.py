@@ -12,7 +12,7 @@ from ..fastusp_backend.errors import FastUSPError
 from ..fastusp_backend.pool import Pool
 from .answers import FOREIGN, foreign, refused
 from .comfyui import PromptServer
-from .pools import all_pools
+from .pools import pool_named
 from .report import report
 from .status import push_pools
 
@@ -56,7 +56,7 @@ def add_routes() -> None:
             devices = (await request.json())["devices"]
         except (ValueError, KeyError, TypeError):
             return refused(400, 'Send {"devices": ...}, as GET /fastusp/status names them')
-        pool = _pool(devices)
+        pool = pool_named(devices)
         if pool is None:
             return refused(404, _NO_POOL.format(devices))
         try:
@@ -73,7 +73,7 @@ def add_routes() -> None:
         devices, number = request.query.get("devices"), request.query.get("from", "0")
         if not re.fullmatch("[0-9]{1,15}", number):
             return refused(400, f"Send from=N, the number of a line, not {number}")
-        pool = _pool(devices)
+        pool = pool_named(devices)
         if pool is None:
             return refused(404, _NO_POOL.format(devices))
         lines, following = await asyncio.to_thread(pool.log_since, int(number))
@@ -84,11 +84,7 @@ def add_routes() -> None:
         if foreign(request):
             return refused(403, FOREIGN)
         devices = request.query.get("devices")
-        pool = _pool(devices)
+        pool = pool_named(devices)
         if pool is None:
             return refused(404, _NO_POOL.format(devices))
         return web.json_response({"report": await asyncio.to_thread(report, pool)})
-
-
-def _pool(devices: object) -> Pool | None:
-    return next((pool for pool in all_pools() if str(pool.devices) == devices), None)

@@ -106,17 +106,17 @@ def _costs(values: Values, devices: Devices, file: ModelFile, layouts: tuple[Lay
     if not devices.gpus:
         whole = size_in_words(described.whole(1, settings.linear).device_bytes)
         if isinstance(devices, ServerDevices):
-            told = "no times are known for a server's devices: `bench` measures them there"
+            told = "no times known for a server's devices: `bench` measures them there"
             if devices.per_machine < layouts[-1].sequence_ranks:
                 machines = devices.ranks // devices.per_machine
                 told = f"{machines} machines may be slower than one: `plan --nnodes {machines}` there predicts both"
             return told, f"weights: {whole} in all"
-        return "no times are known for CPU ranks: measure them", f"weights: {whole}, which the ranks share"
+        return "no times known for CPU ranks: measure them", f"weights: {whole}, which the ranks share"
     used = [gpu for gpu in list_gpus() if gpu.index in devices.gpus]
     card = slowest_card(gpu.name for gpu in used)
     known = known_links(devices.gpus, CARDS[card]) if card is not None else None
     links, memory = known if known is not None else (None, _least_memory(devices))
-    unknown = f"no times are known for {', '.join(sorted({gpu.name for gpu in used}))}: measure them"
+    unknown = f"no times known for {', '.join(sorted({gpu.name for gpu in used}))}: measure them"
     if memory is None:
         whole = size_in_words(described.whole(devices.ranks, settings.linear).device_bytes)
         return unknown, f"weights: {whole} on each GPU, if they stay whole; NVML tells no size of its memory"

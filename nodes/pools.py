@@ -28,6 +28,11 @@ def all_pools() -> list[Pool]:
         return list(_pools.values())
 
 
+def pool_named(devices: object) -> Pool | None:
+    """The pool on devices of that name, as `Pool.status` tells it."""
+    return next((pool for pool in all_pools() if str(pool.devices) == devices), None)
+
+
 def on_change(listener: Callable[[], None]) -> None:
     """listener is called, on some thread, when a pool's processes are ready, and when they have ended."""
     _listeners.append(listener)

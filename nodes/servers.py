@@ -32,6 +32,7 @@ def own_devices(gpus: str) -> Devices:
     server = server_of(gpus)
     if server is not None:
         raise DeviceError(
-            f"Run `python -m fastusp_backend bench FILE` on {server.address}: only this machine is measured here"
+            f"Run `python -m fastusp_backend bench FILE --gpus {server.address} --key {server.key}`: only this machine "
+            f"is measured here"
         )
     return local_devices(gpus)

@@ -26,6 +26,8 @@ PUSH_SECONDS = 0.2
 """Between two times that the page is sent how far runs are."""
 
 _pushed = 0.0
+_sent: list[dict] = []
+"""What the pages were sent last, less what goes on by itself."""
 
 _logged = ""
 """The last line. A phase is not logged twice: a sampler that steps from ComfyUI reports at each step."""
@@ -178,15 +180,28 @@ def _running_texts(client: str | None) -> dict:
 
 def push_pools(*, now: bool = True) -> None:
     """Sends all pages what the pools are at. now: also where they were told a moment ago."""
-    global _pushed
+    global _pushed, _sent
     moment = time.monotonic()
     if now or moment - _pushed >= PUSH_SECONDS:
-        _pushed = moment
-        PromptServer.instance.send_sync("fastusp.pools", _pools())
+        told = _pools()
+        _pushed, _sent = moment, _lasting(told)
+        PromptServer.instance.send_sync("fastusp.pools", told)
+
+
+def push_changes() -> None:
+    """Does as `push_pools` where something has changed of which nobody has told, such as workers that have come to the
+    end of what was cancelled."""
+    if _lasting(_pools()) != _sent:
+        push_pools()
 
 
 def _pools() -> dict:
     return {"pools": [pool.status() for pool in all_pools()]}
+
+
+def _lasting(told: dict) -> list[dict]:
+    """The pools without the seconds that pages count themselves."""
+    return [{key: value for key, value in pool.items() if key != "phase_seconds"} for pool in told["pools"]]
 
 
 def add_routes() -> None:

@@ -184,7 +184,8 @@ export class Card {
       button(say("Copy report"), say(REPORT), () => copyReport(devices)),
     ];
     const actions = classed("actions", element("div", ...this.buttons.map(({ button }) => button), ...more));
-    const parts = [this.state, this.spoken, this.bar, this.failure, this.history, this.table, actions];
+    // What one does comes before what one reads, which may be long.
+    const parts = [this.state, this.spoken, this.bar, actions, this.failure, this.history, this.table];
     this.section = element("section", element("h3", devices), ...parts);
     this.section.setAttribute("aria-label", say("Pool on {devices}", { devices }));
   }

@@ -16,7 +16,8 @@ const INPUTS = ["unet_name", "weight_dtype", "gpus", "ulysses", "ring", "batch_p
 const PAUSE_MS = 300;
 /** How old what GPUs have free may be. */
 const FRESH_MS = 5000;
-const HEIGHT = 112;
+/** Of two rows of chips and five lines. */
+const HEIGHT = 128;
 
 const STYLE = `
 .fastusp-choose { display: flex; flex-direction: column; gap: 4px; height: 100%; min-height: ${HEIGHT}px; padding: 2px 4px;

@@ -9,7 +9,7 @@ const USE = {
   convert: useFastUSP,
   can: isTheirs,
   done: word("FastUSP: USP Loader instead of ComfyUI's"),
-  after: word("A model that FastUSP does not know is refused when it runs; the node's menu brings ComfyUI's loader back."),
+  after: word("Pick GPUs in USP Loader: auto takes all of one kind. Its menu brings ComfyUI's loader back."),
   nothing: word("There is no Load Diffusion Model, Load Checkpoint or Unet Loader (GGUF) whose model is connected."),
 };
 const BACK = {

@@ -7,12 +7,13 @@ import { logCommand, logTab } from "./log.js";
 import { commands as poolCommands, tab } from "./panel.js";
 import { followNews } from "./toasts.js";
 import { isOpen } from "./values.js";
+import { clientId, followConnection } from "./watch.js";
 
 const commands = [...poolCommands, logCommand];
 
 /** Shows again what the nodes of this page's running prompt say, unless another workflow has taken their place. */
 async function showTexts() {
-  const client = api.clientId ?? api.initialClientId;
+  const client = clientId();
   if (!client) return;
   const answer = await api.fetchApi(`/fastusp/texts?client=${encodeURIComponent(client)}`);
   if (!answer.ok) throw new Error(`/fastusp/texts answered ${answer.status}`);
@@ -37,6 +38,7 @@ app.registerExtension({
     // Older front ends have no side bar; the nodes do not need it.
     app.extensionManager?.registerSidebarTab?.(tab);
     api.addEventListener("reconnected", showTextsSoon);
+    followConnection();
     followNews();
   },
 });

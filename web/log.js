@@ -1,12 +1,15 @@
-// A tab of ComfyUI's bottom panel: what a pool's workers write, as GET /fastusp/pools/log gives it, while it is open.
+// A tab of ComfyUI's bottom panel: what a pool's workers write, as the server sends it while the tab is open.
 
+import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { element } from "./element.js";
-import { copy, readLog, readPools } from "./pools.js";
+import { copy, readPools } from "./pools.js";
+import { watch } from "./watch.js";
 import { say } from "./words.js";
 
 const ID = "fastusp-log";
-const REFRESH_MS = 1000;
+/** How soon it is noticed that the tab was closed. */
+const CLOSED_MS = 1000;
 /** As many lines as the server keeps. */
 const LINES = 2000;
 
@@ -23,6 +26,8 @@ const STYLE = `
 
 /** The devices of the pool whose log is shown; none before there is a pool. */
 let chosen = null;
+/** The tab's content, the last that was drawn. */
+let current;
 
 class Reader {
   constructor(container) {
@@ -42,13 +47,48 @@ class Reader {
     this.root.className = "fastusp-log";
     container.style.height = "100%"; // or the tab would be as high as the log, and its end cut off
     container.replaceChildren(this.root);
-    this.shown = null;
     this.clear();
   }
 
+  /** Follows what is written until the tab is closed. The front end does not tell when that is. */
+  follow() {
+    current = this;
+    const heard = {
+      "fastusp.pools": ({ detail }) => this.offer(detail.pools),
+      "fastusp.log": ({ detail }) => this.hear(detail),
+      reconnected: () => this.ask(),
+    };
+    for (const [type, listener] of Object.entries(heard)) api.addEventListener(type, listener);
+    this.ask();
+    const clock = setInterval(() => {
+      if (this.root.isConnected) return;
+      clearInterval(clock);
+      for (const [type, listener] of Object.entries(heard)) api.removeEventListener(type, listener);
+      if (current === this) watch({ log: (current = null) });
+    }, CLOSED_MS);
+  }
+
+  ask() {
+    readPools().then((pools) => this.offer(pools), (error) => {
+      this.lines.replaceChildren(say("ComfyUI does not answer ({error}). The log is here again when it does.", { error: error.message }));
+    });
+  }
+
+  /** Has the pools that are there to be chosen from. */
+  offer(pools) {
+    const known = pools.map(({ devices }) => devices);
+    if ([...this.pools.options].map((option) => option.value).join() !== known.join())
+      this.pools.replaceChildren(...known.map((devices) => element("option", devices)));
+    const wanted = known.includes(chosen) ? chosen : (known[0] ?? null);
+    if (wanted !== this.shown) this.choose(wanted);
+    else if (this.pools.value !== wanted) this.pools.value = wanted;
+  }
+
   choose(devices) {
-    chosen = devices;
-    this.wake?.();
+    this.shown = chosen = this.pools.value = devices;
+    this.clear();
+    if (devices === null) this.lines.append(say("No pool yet: its workers start when a workflow with USP Loader runs."));
+    watch({ log: devices === null ? null : this });
   }
 
   clear() {
@@ -56,42 +96,16 @@ class Reader {
     this.lines.replaceChildren();
   }
 
-  /** Follows what is written until the tab is closed. */
-  async follow() {
-    const changed = () => this.wake?.(); // none yet in the first look
-    document.addEventListener("fastusp.log", changed);
-    do {
-      try {
-        await this.look();
-      } catch (error) {
-        this.clear();
-        this.lines.append(say("ComfyUI does not answer ({error}). Trying again.", { error: error.message }));
-      }
-      await new Promise((resolve) => {
-        this.wake = resolve;
-        setTimeout(resolve, REFRESH_MS);
-      });
-    } while (this.root.isConnected);
-    document.removeEventListener("fastusp.log", changed);
+  /** What the server is asked for: this pool's lines from here on. */
+  toJSON() {
+    return { devices: this.shown, from: this.next };
   }
 
-  async look() {
-    const known = (await readPools()).map((pool) => pool.devices);
-    if (!known.includes(chosen)) chosen = known[0] ?? null;
-    if ([...this.pools.options].map((option) => option.value).join() !== known.join())
-      this.pools.replaceChildren(...known.map((devices) => element("option", devices)));
-    if (this.pools.value !== chosen) this.pools.value = chosen;
-    if (this.shown !== chosen) this.clear();
-    this.shown = chosen;
-    if (chosen === null) {
-      if (!this.lines.textContent) this.lines.append(say("No pool yet: its workers start when a workflow with USP Loader runs."));
-      return;
-    }
-    const { lines, next } = await readLog(chosen, this.next);
-    if (this.shown !== chosen) return; // another one was chosen meanwhile
-    if (next < this.next) this.clear(); // ComfyUI was started anew
-    if (this.next === 0) this.lines.replaceChildren();
-    this.add(lines);
+  /** lines: the first one has number `from`, the one to come `next`. */
+  hear({ devices, from, next, lines }) {
+    if (devices !== this.shown) return; // another one was chosen meanwhile
+    if (next < this.next || from > this.next) this.clear(); // ComfyUI was started anew; or some are no longer kept
+    this.add(this.next ? lines.slice(this.next - from) : lines);
     this.next = next;
   }
 
@@ -112,13 +126,13 @@ export const logTab = {
     return say("FastUSP log"); // when it is drawn: the words are not there yet
   },
   type: "custom",
-  render: (container) => void new Reader(container).follow(),
+  render: (container) => new Reader(container).follow(),
 };
 
 /** Opens the tab, with the log of one pool. */
 export function showLog(devices) {
+  if (devices && current) current.choose(devices);
   chosen = devices ?? chosen;
-  document.dispatchEvent(new CustomEvent("fastusp.log"));
   const panel = app.extensionManager.bottomPanel;
   if (!panel.bottomPanelVisible || panel.activeBottomPanelTabId !== ID) panel.toggleBottomPanelTab(ID);
 }

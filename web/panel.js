@@ -1,16 +1,17 @@
-// The FastUSP side panel: the worker pools of this ComfyUI, as GET /fastusp/status gives them and as the server sends
-// them while a run goes on ("fastusp.pools"), and what may be done with them.
+// The FastUSP side panel: the worker pools of this ComfyUI, as GET /fastusp/status gives them once and as the server sends
+// them from then on ("fastusp.pools"), what their GPUs do ("fastusp.loads"), and what may be done with them.
 
 import { api } from "../../scripts/api.js";
 import { ACTIONS, Card } from "./card.js";
 import { element } from "./element.js";
-import { act, copyReport, readLoads, readPools, toast } from "./pools.js";
+import { act, copyReport, readPools, toast } from "./pools.js";
+import { watch } from "./watch.js";
 import { say, word } from "./words.js";
 
-// Between two looks at pools of which nothing is sent: workers may end without a run.
-const REFRESH_MS = 4000;
-// The same while the seconds of a phase are shown.
+// In which the seconds of a phase are counted.
 const SECOND_MS = 1000;
+
+const AWAY = word("ComfyUI does not answer. The pools are here again when it does.");
 
 const EMPTY = word(
   "No pool yet. Add USP Loader (Add Node > FastUSP) and connect its model to USP Sampler or KSampler. " +
@@ -25,6 +26,7 @@ const STYLE = `
 .fastusp h3 { margin: 0; font-size: 13px; font-weight: 600; }
 .fastusp h4 { margin: 8px 0 0; font-size: 13px; font-weight: 600; }
 .fastusp ol { margin: 0; padding: 0; list-style: none; overflow-wrap: anywhere; }
+.fastusp li + li { margin-top: 4px; }
 .fastusp small { display: block; color: var(--descrip-text); }
 .fastusp pre { max-height: 200px; margin: 4px 0 0; padding: 6px; overflow: auto; font-size: 12px; white-space: pre-wrap;
   overflow-wrap: anywhere; border-left: 3px solid var(--error-text, #d33); background: var(--comfy-input-bg); }
@@ -60,33 +62,43 @@ function show(list, cards, pools, loads) {
     if (cards.size > 0 || list.textContent !== say(EMPTY)) list.replaceChildren(...wanted);
 }
 
+/** How many panels are in the page: one that is drawn anew is there before the other one is gone. */
+let open = 0;
+
 /** Keeps `list` up to date while it is in the page. The front end does not tell a tab that another one took its place. */
-async function follow(list) {
+function follow(list) {
   const cards = new Map();
-  let loads = [];
-  let counting = false;
-  let wake = () => {};
-  const sent = (event) => show(list, cards, event.detail.pools, loads);
-  const changed = () => wake();
-  api.addEventListener("fastusp.pools", sent);
-  document.addEventListener("fastusp.changed", changed);
-  do {
-    try {
-      const pools = await readPools();
-      loads = await readLoads(pools);
-      counting = pools.some(({ phase, steps }) => phase && !steps);
-      show(list, cards, pools, loads);
-    } catch (error) {
-      cards.clear();
-      list.replaceChildren(element("p", say("ComfyUI does not answer ({error}). Trying again.", { error })));
-    }
-    await new Promise((resolve) => {
-      wake = resolve;
-      setTimeout(resolve, counting ? SECOND_MS : REFRESH_MS);
-    });
-  } while (list.isConnected);
-  api.removeEventListener("fastusp.pools", sent);
-  document.removeEventListener("fastusp.changed", changed);
+  let [pools, loads, since] = [[], [], 0];
+  const draw = () => {
+    const seconds = (performance.now() - since) / 1000;
+    const counted = pools.map((pool) => (pool.phase ? { ...pool, phase_seconds: pool.phase_seconds + seconds } : pool));
+    show(list, cards, counted, loads);
+  };
+  const take = (told) => {
+    [pools, since] = [told, performance.now()];
+    draw();
+  };
+  const away = () => {
+    cards.clear();
+    pools = [];
+    list.replaceChildren(element("p", say(AWAY)));
+  };
+  const ask = () => readPools().then(take, away);
+  const heard = {
+    "fastusp.pools": ({ detail }) => take(detail.pools),
+    "fastusp.loads": ({ detail }) => ((loads = detail.gpus), draw()),
+    reconnecting: away,
+    reconnected: ask,
+  };
+  for (const [type, listener] of Object.entries(heard)) api.addEventListener(type, listener);
+  ask();
+  watch({ panel: ++open > 0 });
+  const clock = setInterval(() => {
+    if (list.isConnected) return pools.some(({ phase, steps }) => phase && !steps) && draw();
+    clearInterval(clock);
+    for (const [type, listener] of Object.entries(heard)) api.removeEventListener(type, listener);
+    watch({ panel: --open > 0 });
+  }, SECOND_MS);
 }
 
 export const tab = {

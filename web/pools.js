@@ -27,14 +27,7 @@ export const readGpus = () => read("/fastusp/gpus");
 const named = (devices) => `devices=${encodeURIComponent(devices)}`;
 
 export const readPools = async () => (await read("/fastusp/status")).pools;
-export const readLog = (devices, from) => read(`/fastusp/pools/log?${named(devices)}&from=${from}`);
 const readReport = async (devices) => (await read(`/fastusp/pools/report?${named(devices)}`)).report;
-
-/** What the GPUs do, where a pool has some: of each one that NVML names. */
-export async function readLoads(pools) {
-  if (!pools.some((pool) => pool.gpus.length > 0)) return [];
-  return (await readGpus()).gpus;
-}
 
 /** Has the server do something with a pool. How it ends is told by toasts.js, but for a refusal. */
 export async function act(action, devices, label) {
@@ -43,7 +36,6 @@ export async function act(action, devices, label) {
   } catch (error) {
     toast("error", `FastUSP: ${label}, ${devices}`, error.message);
   }
-  document.dispatchEvent(new CustomEvent("fastusp.changed"));
 }
 
 /** As ComfyUI's own button does. */

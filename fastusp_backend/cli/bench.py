@@ -1,4 +1,4 @@
-"""`bench`: how fast a file is on 1, 2, ... all devices of this machine, and which settings are best."""
+"""`bench`: how fast a file is on 1, 2, ... all devices of this machine, or a server's, and which settings are best."""
 
 import argparse
 import statistics
@@ -11,15 +11,16 @@ import torch
 
 from ..attention.lossy import installed
 from ..config import Layout, ModelSpec, Settings
-from ..devices import Devices, local_devices
+from ..devices import Devices, ServerDevices
 from ..errors import PoolError, RequestError
 from ..planner import legal_layouts
 from ..pool import Pool, Progress, Session
 from ..prompt import Prompt
-from .arguments import add_gpus, add_sizes
+from .arguments import add_sizes
 from .bar import Watch, bar
 from .inputs import describe, random_inputs
 from .limit import limit
+from .served import add_devices, devices_of, links
 from .table import Column, Table
 
 WARM_UP = {"cuda": 3, "cpu": 1}
@@ -86,7 +87,7 @@ class Row:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a model file")
-    add_gpus(parser)
+    add_devices(parser)
     add_sizes(parser)
     parser.add_argument("--steps", type=int, default=8, help="steps that are timed in each row (default 8)")
     parser.add_argument(
@@ -101,7 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    path, devices = arguments.model, local_devices(arguments.gpus)
+    path, devices = arguments.model, devices_of(arguments.gpus, arguments.key)
     if arguments.steps < 1:
         raise RequestError(f"--steps {arguments.steps}: at least 1 step must be timed")
     _, config, spec = describe(path, devices)
@@ -116,6 +117,9 @@ def run(arguments: argparse.Namespace) -> int:
         f"{path}: {config.family}, {spec.compute}, on {devices}; {'x'.join(map(str, arguments.size))} px, "
         f"{arguments.text} text tokens of random values; medians of {arguments.steps} evaluations"
     )
+    if isinstance(devices, ServerDevices):
+        for told in links(devices, spec, config):
+            print(told, flush=True)
     print(TABLE.head(), flush=True)
     rows: list[Row] = []
     for row in bench.rows(devices, config.heads):
@@ -147,10 +151,11 @@ class Bench:
     watch: Watch = bar
 
     def rows(self, devices: Devices, heads: int) -> Iterator[Row]:
-        """Measures 1, 2, 4, ... of the devices, then the options on all of them. Workers run between two rows alone."""
+        """Measures 1, 2, 4, ... of the devices, then the options on all of them; of a server's, all alone. Workers run
+        between two rows alone."""
         exact = self.base.without_loss()
-        for ranks in rank_counts(devices.ranks):
-            layouts = legal_layouts(ranks, heads)
+        for ranks in rank_counts(devices):
+            layouts = legal_layouts(ranks, heads, devices.first(ranks).together)
             some = []
             with closing(self.pool(devices.first(ranks))) as pool:
                 for layout in layouts if self.every_layout else layouts[:1]:
@@ -178,7 +183,7 @@ class Bench:
 
     def count(self, devices: Devices, heads: int) -> int:
         """How many rows there are at most."""
-        layouts = [len(legal_layouts(n, heads)) if self.every_layout else 1 for n in rank_counts(devices.ranks)]
+        layouts = [len(legal_layouts(n, heads)) if self.every_layout else 1 for n in rank_counts(devices)]
         return sum(layouts) + len(options(devices))
 
     def measured(self, row: Row, pool: Pool) -> Row:
@@ -216,9 +221,12 @@ class Bench:
         )
 
 
-def rank_counts(ranks: int) -> list[int]:
-    """Returns 1, 2, 4 and so on below `ranks`, then `ranks`."""
-    return [2**n for n in range(ranks.bit_length()) if 2**n < ranks] + [ranks]
+def rank_counts(devices: Devices) -> list[int]:
+    """Returns 1, 2, 4 and so on below the devices' ranks, then these; of a server, whose workers run together, these
+    alone."""
+    ranks = devices.ranks
+    fewer = [] if isinstance(devices, ServerDevices) else [2**n for n in range(ranks.bit_length()) if 2**n < ranks]
+    return [*fewer, ranks]
 
 
 def options(devices: Devices) -> list[dict[str, str]]:
@@ -234,11 +242,11 @@ def options(devices: Devices) -> list[dict[str, str]]:
 
 
 def line(row: Row, alone: Row) -> str:
-    """Returns a line of the table. alone: one rank's row, exact."""
+    """Returns a line of the table. alone: one rank's row, exact, where there is one."""
     what = row.layout.ranks, str(row.layout), row.settings.wire, row.settings.linear, row.settings.attention
     if row.seconds is None:
         return NOT_RUN.row(*what, f"not run: {row.problem.splitlines()[0]}")
-    gain = alone.seconds / row.seconds if alone.seconds else "-"
+    gain = alone.seconds / row.seconds if alone.seconds and alone.layout.ranks == 1 else "-"
     return TABLE.row(*what, row.seconds * 1000, gain, row.first, row.nbytes / 1e9, row.transport or "-")
 
 

@@ -15,6 +15,8 @@ from support import SMALL, relative_difference, wait_until
 from test_patches import QKV, lora, patched, stack
 from test_serve_life import LIMIT, failure
 
+from fastusp_backend.__main__ import main
+from fastusp_backend.cli import bench
 from fastusp_backend.config import Layout
 from fastusp_backend.errors import RequestError
 from fastusp_backend.planner import legal_layouts, plan_batches
@@ -72,6 +74,27 @@ def test_a_ring_between_machines_with_each_wire(four, one, dev, wire, most):
         wire == "exact" or relative_difference(got[0], one[0]) > 1e-4
     ) and pool.held.transport == f"gloo, {wire} wire"
     assert relative_difference(got[0], one[0]) < most
+
+
+def test_bench_measures_both_links(four, dev, monkeypatch, capsys):
+    """From a machine that has no devices of its own."""
+    four.attach()
+    server = "--gpus", four.servers[0].address, "--key", str(four.folder / "key")
+    monkeypatch.setattr(bench, "LINEARS", ("exact",))  # with the products in fp8 it would take twice as long
+    monkeypatch.setattr(bench, "WIRES", ("exact", "int8"))
+    sizes = "--size", "64", "--text", "9", "--steps", "1"
+    monkeypatch.setattr("sys.argv", ["fastusp_backend", "bench", str(dev), *server, *sizes])
+    code, (printed, errors) = main(), capsys.readouterr()
+    assert code == 0, printed + errors
+    title, inside, between, advice, _, *rows = printed.splitlines()
+    assert f"on {four.servers[0].address}; 64x64 px" in title
+    assert inside.startswith("inside a machine, batch 2 x ulysses 2 x ring 1: gloo")
+    assert between.startswith("between machines, ulysses 2 x ring 2: gloo")
+    assert "plan FILE --nnodes 2 --network GBIT" in advice and "2 ranks of each" in advice
+    found = [re.split(r" {2,}", row.strip()) for row in rows[:2]]
+    assert [row[:4] for row in found] == [["4", "ulysses 2 x ring 2", wire, "exact"] for wire in ("exact", "int8")]
+    assert all(float(row[5]) > 0 and row[6] == "-" for row in found)
+    assert f"gpus = {four.servers[0].address} (4 ranks), ulysses = 0, ring = 0 (automatic)" in rows[2]
 
 
 def test_patches_reach_all_machines(four, shared_pool, dev):

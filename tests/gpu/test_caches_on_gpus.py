@@ -1,6 +1,7 @@
 """The first block's cache with CUDA graphs: two of a shape, of which the second is left out or not, in any order."""
 
 import itertools
+from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
@@ -72,27 +73,26 @@ def test_two_gpus_skip_as_one_does(tmp_path, layout):
     spec = ModelSpec.of_file(str(path), storage=None, compute="bfloat16")
     ulysses, ring, batch = layout
 
-    def sampled(gpus: tuple[int, ...], over: Layout, **settings):
+    def sampled(pool: Pool, over: Layout, **settings):
         told, given = [], inputs(SMALL, text=24, size=(16, 12), seed=3)
         prompts = [Prompt(context, given.y, given.guidance) for context in (given.context, given.context * 0.5)]
-        pool = Pool(Devices(ranks=len(gpus), gpus=gpus))
-        try:
-            latents = Session(pool, spec, (over,), Settings(cache_start=0.1, cache_end=0.9, **settings)).sample(
-                given.x,
-                torch.linspace(1, 0, 13),
-                sampler="euler",
-                positive=prompts[0],
-                negative=prompts[1],
-                cfg=2.0,
-                progress=Progress(done=told.append),
-            )
-        finally:
-            pool.close()
+        latents = Session(pool, spec, (over,), Settings(cache_start=0.1, cache_end=0.9, **settings)).sample(
+            given.x,
+            torch.linspace(1, 0, 13),
+            sampler="euler",
+            positive=prompts[0],
+            negative=prompts[1],
+            cfg=2.0,
+            progress=Progress(done=told.append),
+        )
         return latents, told[-1].skipped
 
     two, one = Layout(ulysses=ulysses, ring=ring, batch=batch), Layout(ulysses=1, ring=1)
     first = {"cache": "first_block", "cache_threshold": 1e9}
-    (got, skips), (wanted, alone) = sampled((0, 1), two, **first), sampled((0,), one, **first)
+    with closing(Pool(Devices(ranks=2, gpus=(0, 1)))) as pool:
+        off, never = sampled(pool, two), sampled(pool, two, **first | {"cache_threshold": 0.0})
+        got, skips = sampled(pool, two, **first)
+    with closing(Pool(Devices(ranks=1, gpus=(0,)))) as pool:
+        wanted, alone = sampled(pool, one, **first)
     assert skips == alone == 18 and relative_difference(got, wanted) < 0.05
-    never, off = sampled((0, 1), two, **first | {"cache_threshold": 0.0}), sampled((0, 1), two)
     assert torch.equal(never[0], off[0]) and never[1] == 0

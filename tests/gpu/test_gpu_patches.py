@@ -42,7 +42,7 @@ def test_captured_graphs_see_patches(tmp_path, storage):
     for _ in range(3):
         plain = evaluate()
     evaluation = next(iter(engine.denoiser(ONE, FAST)._evaluations.values()))
-    graph, compiled = evaluation._graph, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    graph, compiled = evaluation._whole, torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graph is not None
     weights = {name: (p.data_ptr(), p.clone()) for name, p in engine._resident.model.named_parameters()}
     up, down = randn(1536, 4, seed=1) * 0.5, randn(4, 512, seed=2)
@@ -55,7 +55,7 @@ def test_captured_graphs_see_patches(tmp_path, storage):
         torch.testing.assert_close(parameter.float(), want, rtol=2**-8, atol=1e-5)
         got = evaluate()
         assert relative_difference(got, plain) > 0.01
-    assert evaluation._graph is graph and torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
+    assert evaluation._whole is graph and torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
     engine.patch({KEY: ()}, {}, base=2, number=0)
     assert torch.equal(evaluate(), plain)
     for name, parameter in engine._resident.model.named_parameters():

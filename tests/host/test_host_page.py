@@ -3,6 +3,7 @@
 import json
 import urllib.error
 import urllib.request
+from urllib.parse import urljoin
 
 import pytest
 from comfy import REPOSITORY
@@ -134,9 +135,13 @@ def test_status_route(host):
         ("log?devices=cpu:2&from=-1", None, {}, 400, "Send from=N"),
         ("log?devices=cpu:2", None, {"Sec-Fetch-Site": "cross-site"}, 403, ""),
         ("report?devices=cpu:2", None, {"Sec-Fetch-Site": "same-site"}, 403, ""),
-        ("../status", None, {"Sec-Fetch-Site": "cross-site"}, 403, ""),
-        ("../gpus", None, {"Sec-Fetch-Site": "cross-site"}, 403, ""),
-        ("../texts?client=a", None, {"Origin": "http://evil.example"}, 403, ""),
+        ("../status", None, {"Sec-Fetch-Site": "same-site"}, 403, ""),
+        ("../gpus", None, {"Sec-Fetch-Site": "same-site"}, 403, ""),
+        ("../texts?client=a", None, {"Sec-Fetch-Site": "same-site"}, 403, ""),
+        ("../watch", {"client": "a"}, {"Sec-Fetch-Site": "same-site"}, 403, ""),
+        ("../watch", {"client": "a"}, {"Content-Type": "text/plain"}, 415, "Send JSON"),
+        ("../watch", {"client": 1}, {}, 400, "Send the page's client, panel and log: "),
+        ("../watch", {"client": "nobody", "panel": True}, {}, 404, "Connect to /ws first"),
         ("report", None, {}, 404, "There is no pool on"),
         ("explode", {"devices": "cpu:2"}, {}, 404, "Choose one of release, stop, restart, not explode"),
         ("stop", {"devices": "cpu:77"}, {}, 404, "There is no pool on cpu:77"),
@@ -148,7 +153,7 @@ def test_status_route(host):
 )
 def test_what_is_done_to_pools_is_named_and_comes_from_this_page(host, action, body, headers, code, said):
     request = urllib.request.Request(
-        f"http://127.0.0.1:{host.port}/fastusp/pools/{action}",
+        urljoin(f"http://127.0.0.1:{host.port}/fastusp/pools/", action),
         data=None if body is None else json.dumps(body).encode(),
         headers={"Content-Type": "application/json"} | headers,
     )

@@ -71,7 +71,7 @@ def test_what_did_not_run():
 
 
 def test_what_is_measured():
-    assert [rank_counts(n) for n in (1, 2, 3, 4, 8)] == [[1], [1, 2], [1, 2, 3], [1, 2, 4], [1, 2, 4, 8]]
+    assert [rank_counts(Devices(ranks=n)) for n in (1, 2, 3, 4, 8)] == [[1], [1, 2], [1, 2, 3], [1, 2, 4], [1, 2, 4, 8]]
     assert [(s["linear"], s["wire"]) for s in options(Devices(ranks=1))] == [("fp8", "exact")]
     assert [(s["linear"], s["wire"]) for s in options(Devices(ranks=2))] == [
         ("exact", "int8"),

@@ -37,7 +37,7 @@ def answers(node_module, monkeypatch):
 
 @pytest.fixture
 def control(node_module, answers):
-    neighbours = {"pools": {"all_pools": lambda: []}, "report": {"report": None}, "status": {"push_pools": None}}
+    neighbours = {"pools": {"pool_named": None}, "report": {"report": None}, "status": {"push_pools": None}}
     neighbours["answers"] = dict.fromkeys(("FOREIGN", "foreign", "refused"))
     return node_module("control", comfyui={"PromptServer": None}, **neighbours)
 

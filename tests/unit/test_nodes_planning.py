@@ -92,7 +92,7 @@ def test_a_server_that_only_the_workflow_names(planning, monkeypatch):
     ("per_machine", "said"),
     [
         (2, "2 machines may be slower than one: `plan --nnodes 2` there predicts both"),
-        (4, "no times are known for a server's devices: `bench` measures them there"),
+        (4, "no times known for a server's devices: `bench` measures them there"),
     ],
 )
 def test_a_server(planning, monkeypatch, per_machine, said):
@@ -137,9 +137,9 @@ def test_what_one_gpu_has_no_room_for(planning, nvml):
 @pytest.mark.parametrize(
     ("gpu", "said"),
     [
-        ({"name": "Tesla T4", "memory": [60 * GIB, GIB]}, "no times are known for Tesla T4: measure them"),
+        ({"name": "Tesla T4", "memory": [60 * GIB, GIB]}, "no times known for Tesla T4: measure them"),
         ({"name": "Tesla T4", "memory": None}, "NVML tells no size of its memory"),
-        (RTX_4090 | {"memory": [60 * GIB, GIB]}, "no times are known for NVIDIA GeForce RTX 4090: measure them"),
+        (RTX_4090 | {"memory": [60 * GIB, GIB]}, "no times known for NVIDIA GeForce RTX 4090: measure them"),
     ],
 )
 def test_what_is_not_known_is_said(planning, nvml, gpu, said):
@@ -151,7 +151,7 @@ def test_what_is_not_known_is_said(planning, nvml, gpu, said):
 def test_cpu_ranks(planning):
     told = previewed(planning(), gpus="cpu:2")
     assert told["gpus"] == [] and told["lines"][1].startswith("cpu:2: ulysses 2 x ring 1")
-    assert told["lines"][0] == "no times are known for CPU ranks: measure them"
+    assert told["lines"][0] == "no times known for CPU ranks: measure them"
 
 
 @pytest.mark.parametrize(

@@ -73,3 +73,16 @@ def test_a_page_that_is_loaded_anew_is_told_of_its_own_prompt(status):
 @pytest.mark.parametrize("png", [None, [], {}, {"workflow": None}, {"workflow": {"nodes": []}}])
 def test_a_prompt_of_no_workflow(status, png):
     assert status.workflow_id(png) is None
+
+
+def test_what_changes_without_anybody_telling_is_sent_once(status, monkeypatch):
+    told, sent = {"state": "stopping", "phase_seconds": 1.0}, []
+    monkeypatch.setattr(status, "all_pools", lambda: [SimpleNamespace(status=lambda: dict(told))])
+    status.PromptServer.instance.send_sync = lambda event, data: sent.append((event, data["pools"][0]["state"]))
+    status.push_pools()
+    told["phase_seconds"] = 2.0  # pages count these themselves
+    status.push_changes()
+    told["state"] = "idle"
+    status.push_changes()
+    status.push_changes()
+    assert sent == [("fastusp.pools", "stopping"), ("fastusp.pools", "idle")]

@@ -7,6 +7,7 @@ PROVENANCE = "nodes/provenance.py"
 REACHABLE = "nodes/reachable.py"
 REHEARSAL = "nodes/rehearsal.py"
 STATUS = "nodes/status.py"
+WATCHING = "nodes/watching.py"
 WEIGHT_PATCHES = "nodes/weight_patches.py"
 
 CHANGES = [
@@ -37,6 +38,34 @@ CHANGES = [
         "exact = plan.base.without_loss()",
         "exact = plan.base",
         "unit/test_nodes_measuring.py",
+    ),
+    (
+        WATCHING,
+        "a page that is gone is told for ever",
+        "if not _connected(client)]:",
+        "if False]:",
+        "unit/test_nodes_watching.py",
+    ),
+    (
+        WATCHING,
+        "lines of a log are sent again and again",
+        "        watch.log.from_line = following\n",
+        "",
+        "unit/test_nodes_watching.py",
+    ),
+    (
+        WATCHING,
+        "the driver is asked for pages that show no panel",
+        "if not any(watch.panel for watch in _watches.values()) or not",
+        "if not",
+        "unit/test_nodes_watching.py",
+    ),
+    (
+        STATUS,
+        "seconds that pages count themselves are sent as a change",
+        ' if key != "phase_seconds"}',
+        "}",
+        "unit/test_nodes_status.py",
     ),
     (
         "nodes/answers.py",

@@ -1,0 +1,238 @@
+"""Two pages of one ComfyUI, which are sent what changes and ask for nothing again and again; what cards say of CPU
+ranks and of phases; commands, and copying where the browser has no clipboard for the page."""
+
+import itertools
+import json
+import time
+
+import pytest
+from browser import PROGRAM, Page
+from conversion import node, open_prompt, user
+from test_host_browser import LOG, PANEL, STATE, TOASTS, button, choose, copied, has, panel, queue
+from test_host_choose import LINE, ROWS, TOLD, WINDOW, loader, measure, press
+from workflows import DEV, Graph
+
+pytestmark = [pytest.mark.host, pytest.mark.skipif(PROGRAM is None, reason="no Chromium")]
+
+SEEDS = itertools.count(740)
+ASKED = "performance.getEntriesByType('resource').map(({ name }) => name).filter(name => name.includes('fastusp/'))"
+CARD = """document.querySelector('.fastusp section[aria-label="Pool on cpu:1"]')"""
+STARTING = "starting 1 worker(s) on cpu:1"
+POOLS = [{"state": state} for state in ("off", "starting", "idle", "busy", "stopping")]
+POOLS += [
+    {"state": "busy", "phase": phase, "phase_seconds": 999}
+    for phase in ("starting 8 worker(s) on 0,1,2,3,4,5,6,7", "waiting for the workers", "loading the model")
+]
+POOLS.append({"state": "busy", "phase": "sampling", "phase_seconds": 9, "step": 100, "steps": 100})
+POOLS[-1] |= {"ms_per_step": 99999.9, "seconds_left": 9999}
+
+
+@pytest.fixture(scope="module")
+def other(host, tmp_path_factory):
+    """Another browser with the host's page."""
+    page = Page(f"http://127.0.0.1:{host.port}/", tmp_path_factory.mktemp("other"))
+    yield page
+    page.close()
+
+
+def run(gpus: str = "cpu:1", **inputs) -> Graph:
+    """One that ComfyUI has not run yet."""
+    graph = Graph()
+    given = {"latent_image": graph.empty(96, 64), "steps": 2, "seed": next(SEEDS)} | inputs
+    graph.save(graph.sample(graph.usp(gpus), **given))
+    return graph
+
+
+def test_two_pages_of_one_pool(host, page, other):
+    """Both follow a run of one of them, and what is done in one is told in the other. Runs of both at once start
+    workers once; the seconds of that phase are counted on the card."""
+    host.run(run())
+    for each in (page, other):
+        panel(each)
+    starts = host.pool("cpu:1")["starts"]
+    queue(other, run(steps=3))
+    for each in (page, other):
+        each.wait_for(f"/96 x 64: 3 steps in [0-9.]+ s/.test({PANEL}) && {has(STATE, 'idle: warm')}", 60)
+    assert host.pool("cpu:1")["starts"] == starts
+    other.evaluate(f"({button('Stop', 'cpu:1')}).click()")
+    for each in (page, other):
+        each.wait_for(has(STATE, "off: starts with the next run"))
+        each.wait_for(has(TOASTS, "the workers on cpu:1 were stopped"))
+    page.evaluate(f"window.states = new Set(), window.looks = setInterval(() => states.add({STATE}), 50), 0")
+    for each in (page, other):
+        queue(each, run(steps=5))
+    for each in (page, other):
+        each.wait_for(f"{PANEL}.split('96 x 64: 5 steps').length == 3 && {has(STATE, 'idle: warm')}", 60)
+    assert host.pool("cpu:1")["starts"] == starts + 1
+    states = page.evaluate("clearInterval(looks), [...states]")
+    assert {f"{STARTING} ({second} s)" for second in (0, 1, 2)} <= {*states}, states
+
+
+def test_pages_ask_for_nothing_again_and_again(host, page):
+    """Neither while a pool is idle nor in a run, with the panel and the log open: they are sent steps, lines of the
+    log, and what happens to a pool of which nobody tells."""
+    panel(page)
+    page.evaluate("app.extensionManager.command.execute('FastUSP.log')")
+    host.run(run())
+    choose(page, "cpu:1")
+    page.wait_for(has(LOG, "(Sample)"))
+    lines = page.evaluate(f"({LOG}).split('\\n').length")
+    page.evaluate("performance.clearResourceTimings()")
+    page.evaluate(f"window.states = new Set(), window.looks = setInterval(() => states.add({STATE}), 20), 0")
+    host.run(run(steps=40, latent_image=None))
+    page.wait_for(f"/64 x 64: 40 steps in [0-9.]+ s/.test({PANEL}) && ({LOG}).split('\\n').length > {lines}")
+    host.post("/free", {"unload_models": True})
+    page.wait_for(has(PANEL, "released: loads with the next run"))
+    time.sleep(2)
+    assert page.evaluate(ASKED) == []
+    states = page.evaluate("clearInterval(looks), [...states]")
+    assert any(state.startswith("step ") for state in states), states
+    written = host.get("/fastusp/pools/log?devices=cpu:1")["lines"]
+    assert page.evaluate(f"({LOG}).trim().split('\\n')") == written
+    page.evaluate("app.extensionManager.command.execute('Workspace.ToggleBottomPanelTab.fastusp-log')")
+    page.wait_for(f"{ASKED}.map(name => name.split('/').at(-1)) == 'watch'")  # that it is closed
+
+
+def test_what_is_open_is_told_again_to_a_comfyui_that_was_away(host, page):
+    panel(page)
+    page.evaluate("performance.clearResourceTimings()")
+    page.evaluate("import('/scripts/api.js').then(({ api }) => { api.dispatchCustomEvent('reconnecting'); })")
+    page.wait_for(has(PANEL, "ComfyUI does not answer."))
+    page.evaluate("import('/scripts/api.js').then(({ api }) => { api.dispatchCustomEvent('reconnected'); })")
+    page.wait_for(has(PANEL, "Started"))
+    page.wait_for(f"['status', 'watch'].every(route => {ASKED}.some(name => name.endsWith(route)))")
+    page.evaluate("app.extensionManager.sidebarTab.toggleSidebarTab('fastusp')")
+    page.wait_for(f"{ASKED}.filter(name => name.endsWith('watch')).length == 2")
+
+
+def test_a_cpu_ranks_threads_and_memory_are_on_its_card(host, page):
+    host.run(run())
+    panel(page)
+    rows = f"[...({CARD}?.querySelectorAll('tr') ?? [])].map(row => [...row.cells].map(cell => cell.textContent))"
+    (pid,) = host.pool("cpu:1")["pids"]
+    page.wait_for(
+        f"{rows}.some(([name, text]) => name == 'Rank 0' && "
+        f"/^cpu \\(1 thread\\), process {pid}\\n[0-9.]+ [MG]B of memory$/.test(text))"
+    )
+
+
+@pytest.mark.parametrize("pool", POOLS, ids=lambda pool: pool.get("phase") or pool["state"])
+def test_what_a_pool_is_at_takes_two_lines_at_most(host, page, pool):
+    """At the side bar's first width, with its buttons right below, in sight without scrolling however much follows."""
+    run = {"ended": 0, "width": 1024, "height": 1024, "images": 1, "steps": 20, "seconds": 99.9, "ms_per_step": 999.9}
+    run |= {"evaluations": 0, "phases": {"starting 8 worker(s) on 0,1,2,3,4,5,6,7": 20, "sampling": 79}}
+    given = {
+        "devices": "0,1,2,3,4,5,6,7",
+        "ranks": 8,
+        "gpus": [],
+        "starts": 1,
+        "history": [run] * 5,
+        "error": "No\n" * 99,
+    }
+    panel(page)
+    page.evaluate(f"""import('/extensions/ComfyUI-FastUSP/card.js').then(({{ Card }}) => {{
+        window.card = new Card("0,1,2,3,4,5,6,7");
+        document.querySelector(".fastusp > div").prepend(card.section);
+        card.show({json.dumps(given | pool)}, [], []);
+    }})""")
+    lines = "card.state.getBoundingClientRect().height / parseFloat(getComputedStyle(card.state).lineHeight)"
+    assert 0.9 < page.evaluate(lines) < 2.1, page.evaluate("card.state.textContent")
+    assert page.evaluate("Math.max(...card.buttons.map(({ button }) => button.getBoundingClientRect().bottom))") < 250
+    page.evaluate("card.section.remove()")
+
+
+def test_what_gpus_do_is_on_the_card_when_it_is_sent(page):
+    panel(page)
+    pool = {"devices": "7", "ranks": 1, "gpus": [7], "starts": 1, "state": "off", "history": []}
+    gpus = [{"index": 7, "used": 38_200_000_000, "total": 80_000_000_000, "utilisation": 97, "temperature": 64}]
+    for event, sent in (("pools", {"pools": [pool]}), ("loads", {"gpus": gpus})):
+        told = f"api.dispatchCustomEvent('fastusp.{event}', {json.dumps(sent)})"
+        page.evaluate(f"import('/scripts/api.js').then(({{ api }}) => {{ {told}; }})")
+    page.wait_for(has(PANEL, "97 % busy, 38.2 GB of 80.0 GB in use, 64 °C"), 5)
+    page.evaluate("import('/scripts/api.js').then(({ api }) => { api.dispatchCustomEvent('reconnected'); })")
+    page.wait_for(f"!{has(PANEL, '97 % busy')}")
+
+
+def test_a_new_loaders_texts_fit_it(page, renderer):
+    """What it would come to, and what is wrong, at the size that ComfyUI gives it, without scrolling."""
+    box = "document.querySelector('.fastusp-choose')"
+    for file, begins in ((DEV, "no times known for CPU ranks"), ("flux1-dev-of-theirs.safetensors", "unet_name: ")):
+        loader(page, unet_name=file)
+        page.wait_for(f"({TOLD}).includes('{begins}')")
+        assert page.evaluate(f"{box}.scrollHeight <= {box}.clientHeight"), page.evaluate(TOLD)
+
+
+def test_what_to_do_is_in_the_first_two_lines_of_comfyuis_own_message(page):
+    """Of a layout that cannot be: the legal ones, before it is cut."""
+    graph = Graph()
+    graph.save(graph.sample(graph.usp(ulysses=3, ring=1), steps=1))
+    queue(page, graph)
+    lines = page.wait_for("""(() => {
+        const said = [...document.querySelectorAll("p, div, span")].find(({ children, textContent }) =>
+            !children.length && /^USP Loader.*Set 0, or a legal layout/.test(textContent));
+        if (!said) return 0;
+        const remedy = new Range();
+        remedy.setStart(said.firstChild, 0);
+        remedy.setEnd(said.firstChild, said.textContent.indexOf("ulysses 1 x ring 2)") + 19);
+        return remedy.getBoundingClientRect().height / parseFloat(getComputedStyle(said).lineHeight);
+    })()""")
+    assert lines < 2.1
+    page.evaluate("app.extensionManager.toast.removeAll()")
+
+
+def test_copied_where_the_browser_has_no_clipboard_for_the_page(host, page):
+    """As for a page of another machine without https. By the button and by the command."""
+    panel(page)
+    page.evaluate("""{
+        window.hidden = Object.getOwnPropertyDescriptor(Navigator.prototype, "clipboard");
+        Object.defineProperty(Navigator.prototype, "clipboard", { get: () => undefined, configurable: true });
+        document.addEventListener("copy", ({ target }) => window.copied = target.value);
+    } 0""")
+    try:
+        page.press("Escape", 27)  # ComfyUI's templates, which a new user is shown
+        page.evaluate(f"window.copied = null, ({button('Copy report', 'cpu:1')}).scrollIntoView()")
+        page.click(button("Copy report", "cpu:1"))
+        assert "Rank 0: cpu (1 thread)" in page.wait_for("window.copied")
+        page.wait_for(has(TOASTS, "FastUSP: report copied"))
+        assert page.evaluate("document.querySelectorAll('textarea').length") == 0, "what was copied from is gone"
+    finally:
+        page.evaluate("Object.defineProperty(Navigator.prototype, 'clipboard', hidden), 0")
+
+
+def test_commands_that_stop_and_report(host, page):
+    host.run(run())
+    report = copied(page, "{ click: () => app.extensionManager.command.execute('FastUSP.report') }")
+    assert "FastUSP " in report and "Log:" in report
+    page.evaluate("app.extensionManager.command.execute('FastUSP.stop')")
+    page.wait_for(has(TOASTS, "the workers on cpu:1 were stopped"))
+    assert {pool["state"] for pool in host.get("/fastusp/status")["pools"]} == {"off"}
+    page.evaluate("app.extensionManager.command.execute('FastUSP.stop')")
+    page.wait_for(has(TOASTS, "There is no pool that this changes"))
+
+
+def test_a_loader_in_a_subgraph_is_measured_and_set(host, page):
+    """Under the number that its box gives it; Apply writes where the box shows the value."""
+    values = {"unet_name": DEV, "weight_dtype": "default", "gpus": "cpu:1", "ulysses": 0, "ring": 0}
+    open_prompt(page, {"1": node("FastUSPLoader", **values), "2": node("FastUSPSettings", linear="fp8")})
+    user(page, "of(2).connect(0, of(1), 'settings'); box(1, 'gpus')")
+    box = "app.rootGraph.nodes.find(node => node.subgraph)"
+    page.evaluate(f"app.canvas.openSubgraph({box}.subgraph, {box})")
+    measure(page)
+    page.wait_for(f"{LINE} == 'measured'", 90)
+    *_, (_, _, measured, *_) = (ran["prompt"] for ran in host.get("/history").values())
+    assert {each["class_type"]: number for number, each in measured.items()} == {
+        "FastUSPMeasure": f"{page.evaluate(f'{box}.id')}:1",
+        "FastUSPSettings": "2",
+    }
+    first, *_ = page.evaluate(ROWS)
+    assert first[:5] == ["1", "ulysses 1 x ring 1", "exact", "exact", "auto"] and float(first[5]) > 0
+    gpus = f"{box}.widgets.find(({{ name }}) => name == 'gpus')"
+    page.evaluate(f"{gpus}.value = 'cpu:2'")
+    press(page, "Apply", f"{WINDOW}.querySelectorAll('tr')[1]")
+    assert page.evaluate(f"{gpus}.value") == "cpu:1"
+    prompt = page.evaluate("app.graphToPrompt().then(({ output }) => Object.values(output))")
+    set_to = {"FastUSPLoader": ("gpus", "cpu:1"), "FastUSPSettings": ("linear", "exact")}
+    assert {each["class_type"]: each["inputs"][set_to[each["class_type"]][0]] for each in prompt} == {
+        kind: value for kind, (_, value) in set_to.items()
+    }
+    press(page, "Close")
