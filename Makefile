@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+TEST := PYTHONDONTWRITEBYTECODE= OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
 
-.PHONY: demo test test-portable lint clean
+.PHONY: demo test test-thorough test-portable lint clean
 
 $(VENV)/ready: requirements.txt requirements-dev.txt constraints-dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -15,7 +16,11 @@ demo: $(VENV)/ready
 	$(RUN) -m fastusp_backend demo
 
 test: $(VENV)/ready
-	PYTHONDONTWRITEBYTECODE= OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 $(PYTEST_ARGS)
+	$(TEST) -m "not thorough" $(PYTEST_ARGS)
+
+# All tests: rare faults, too, and further variants of what others cover.
+test-thorough: $(VENV)/ready
+	$(TEST) $(PYTEST_ARGS)
 
 # The unit tests that compute as another processor would run them: without vector instructions, on one thread.
 test-portable: $(VENV)/ready

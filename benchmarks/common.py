@@ -53,7 +53,9 @@ class Inputs:
 def random_model(config: FamilyConfig, device: torch.device, dtype: torch.dtype) -> Transformer:
     with torch.device("meta"):
         model = config.build()
-    model = model.to(dtype).to_empty(device=device)
+    # Not `to_empty`: it has torch import its symbolic shapes, which takes each rank seconds.
+    made = {name: torch.empty(p.shape, dtype=dtype, device=device) for name, p in model.named_parameters()}
+    model.load_state_dict(made, assign=True)
     generator = torch.Generator(device).manual_seed(0)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1 and not name.endswith("bias"):

@@ -2,10 +2,13 @@
 one folder stay together, since they share a ComfyUI, or pools (three groups of them: pools' lives, what they compute,
 and servers, whose tests wait most of the time); unit tests of one file do, and commands that start all they need."""
 
+import gc
 from collections import Counter
 from pathlib import Path
 
 import pytest
+
+gc.disable()  # until all tests are imported, as `importing` of the workers does it, for the same reason
 
 HERE = Path(__file__).parent
 ORDER = ("host", "dist", "unit", "chaos", "mutations", "gpu")
@@ -13,6 +16,11 @@ ORDER = ("host", "dist", "unit", "chaos", "mutations", "gpu")
 LIVES = ("tests/dist/test_pool_", "tests/dist/test_changing_files")
 SERVERS = ("tests/dist/test_serve", "tests/dist/test_several_machines", "tests/dist/test_machines_end")
 BY_FILE = ("tests/unit/", "tests/dist/test_chaos", "tests/dist/test_cli", "tests/dist/test_benchmarks")
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items):

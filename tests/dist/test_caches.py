@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from itertools import cycle
 
 import pytest
 import torch
@@ -69,6 +70,20 @@ def prompt(config, text: int, batch: int, references=()) -> Prompt:
     return Prompt(given.context, given.y, given.guidance, references=references)
 
 
+@pytest.fixture(scope="module")
+def sampled(session_of):
+    """sampled(layout, settings, **more): as `sample` of a session that has them, each computed once for all tests."""
+    known = {}
+
+    def of(layout: tuple[int, ...], settings: dict, **more) -> tuple[torch.Tensor, int, int]:
+        key = str((layout, settings, more))
+        if key not in known:
+            known[key] = sample(session_of(*layout, **settings), **more)
+        return known[key]
+
+    return of
+
+
 def sample(
     session: Session, config=SMALL, *, batch=1, cfg=1.0, text=7, sampler="euler", mask=None, references=(), **progress
 ):
@@ -103,18 +118,22 @@ def sample(
     ids=str,
 )
 @KINDS
-def test_all_layouts_skip_alike(session_of, layout, more, settings):
+def test_all_layouts_skip_alike(sampled, layout, more, settings):
     """Prompts of one length and of two, images, and batch groups of either."""
-    one, evaluations, skipped = sample(session_of(1, 1, **settings), **more)
+    one, evaluations, skipped = sampled((1, 1), settings, **more)
     calls = len(SAMPLERS[more.get("sampler", "euler")].evaluations(SIGMAS))
     assert evaluations == (2 * calls if settings is FIRST and "cfg" in more else calls) and 0 < skipped < evaluations
-    two, *counts = sample(session_of(*layout, **settings), **more)
+    two, *counts = sampled(layout, settings, **more)
     assert relative_difference(two, one) < TOLERANCE and counts == [evaluations, skipped]
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@KINDS
+@pytest.mark.parametrize(
+    "sampler, settings",
+    [*zip(SAMPLERS, cycle([EASY, FIRST]), strict=False)],
+    ids=[f"{sampler}-{kind}" for sampler, kind in zip(SAMPLERS, cycle(["easy", "first_block"]), strict=False)],
+)
 def test_every_sampler_and_a_mask(session_of, sampler, settings):
+    """With one kind each: a sampler sees what a skipped evaluation gives, not who gave it."""
     ones = (randn(1, 1, *SIZE, seed=30) > 0).float().expand(1, SMALL.channels, *SIZE)
     image, noise = (randn(1, SMALL.channels, *SIZE, seed=seed) for seed in (31, 32))
     more = {"sampler": sampler, "mask": Inpainting(mask=ones, latent_image=image, noise=noise)}
@@ -123,15 +142,15 @@ def test_every_sampler_and_a_mask(session_of, sampler, settings):
     assert relative_difference(two[0], one[0]) < TOLERANCE and two[1:] == one[1:] and one[2] > 0
 
 
-@KINDS
-def test_what_skips_nothing_is_bit_equal_and_off_counts_nothing(session_of, settings):
+def test_what_skips_nothing_is_bit_equal_and_off_counts_nothing(session_of):
     off, *none = sample(session_of(2, 1), cfg=3.0)
-    idle, *counts = sample(session_of(2, 1, **settings | {"cache_threshold": 0.0}), cfg=3.0)
-    assert torch.equal(idle, off) and none == [0, 0] and counts == [2 * STEPS if settings is FIRST else STEPS, 0]
-    skipping, *_ = sample(session_of(2, 1, **settings), cfg=3.0)
-    assert relative_difference(skipping, off) > 10 * TOLERANCE
-    again, *_ = sample(session_of(2, 1), cfg=3.0)
-    assert torch.equal(again, off), "nothing is left behind"
+    for settings, count in ((EASY, STEPS), (FIRST, 2 * STEPS)):
+        idle, *counts = sample(session_of(2, 1, **settings | {"cache_threshold": 0.0}), cfg=3.0)
+        assert torch.equal(idle, off) and none == [0, 0] and counts == [count, 0]
+        skipping, *_ = sample(session_of(2, 1, **settings), cfg=3.0)
+        assert relative_difference(skipping, off) > 10 * TOLERANCE
+        again, *_ = sample(session_of(2, 1), cfg=3.0)
+        assert torch.equal(again, off), "nothing is left behind"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -168,14 +187,13 @@ def test_blocks_that_travel_are_not_left_out(session_of, weights):
     assert skipped and torch.equal(latents, sample(session_of(2, 1, **EASY))[0])
 
 
-@pytest.mark.parametrize("layout", [(1, 2), (1, 1, 2)], ids=str)
-@KINDS
-def test_with_8_bits(session_of, layout, settings):
-    """Ranks that did not decide alike would wait for each other."""
+@pytest.mark.parametrize("layout, settings", [((1, 2), FIRST), ((1, 1, 2), FIRST), ((1, 1, 2), EASY)], ids=str)
+def test_with_8_bits(session_of, sampled, layout, settings):
+    """Ranks that did not decide alike would wait for each other. For easy one decides for all, of every layout."""
     lossy, more = {"wire": "int8", "linear": "fp8"}, {"cfg": 3.0, "text": 24}
     latents, evaluations, skipped = sample(session_of(*layout, **settings, **lossy), **more)
     assert latents.isfinite().all() and 0 < skipped < evaluations == (2 if settings is FIRST else 1) * STEPS
-    exact, *_ = sample(session_of(*layout, **settings), **more)
+    exact, *_ = sampled(layout, settings, **more)
     assert 10 * TOLERANCE < relative_difference(latents, exact) < 0.1
 
 
@@ -184,25 +202,25 @@ def test_nothing_of_other_weights_is_kept(session_of, settings):
     """A LoRA between two runs: as where the model is read anew, for patched weights lie in memory of their own."""
     plain = session_of(2, 1, **settings)
     patched = replace(plain, patches=stack({QKV: [lora(QKV, 1)]}))
-    without = sample(plain, cfg=3.0)
-    got, *counts = sample(patched, cfg=3.0)
+    without = sample(plain)
+    got, *counts = sample(patched)
     plain.pool.release()
-    fresh, *again = sample(patched, cfg=3.0)
+    fresh, *again = sample(patched)
     assert torch.equal(got, fresh) and counts == again and counts[1]
     assert relative_difference(got, without[0]) > 1e-3
-    back, *same = sample(plain, cfg=3.0)
+    back, *same = sample(plain)
     assert relative_difference(back, without[0]) < TOLERANCE and same == [*without[1:]]
 
 
 @KINDS
 def test_a_cancel_finds_ranks_that_skip(session_of, settings):
     session = session_of(2, 1, **settings)
-    expected, *_ = sample(session, cfg=3.0)
+    expected, *_ = sample(session)
     steps = []
     with pytest.raises(Cancelled):
-        sample(session, cfg=3.0, step=lambda *step: steps.append(step), interrupted=lambda: len(steps) > 1)
+        sample(session, step=lambda *step: steps.append(step), interrupted=lambda: len(steps) > 1)
     began = time.monotonic()
-    again, *_ = sample(session, cfg=3.0)
+    again, *_ = sample(session)
     assert torch.equal(again, expected) and time.monotonic() - began < 30
 
 

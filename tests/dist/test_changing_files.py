@@ -82,7 +82,7 @@ def test_a_file_that_is_overwritten_while_a_prompt_runs(pool, model, other):
             overwrite(model, other)
 
     with pytest.raises(RequestError, match="was changed since it was loaded"):
-        sample(pool, model, torch.linspace(1, 0, 201), Progress(step=step))
+        sample(pool, model, torch.linspace(1, 0, 101), Progress(step=step))
     assert relative_difference(sample(pool, model), want) < 1e-3
     assert pids(pool) == before
 

@@ -190,7 +190,7 @@ print(pool._workers.run_dir.path, flush=True)
 given = inputs(SMALL, text=7, size=(8, 6))
 session = Session(pool, spec_of({model!r}), (Layout(ulysses=2, ring=1),), Settings())
 step = lambda event, tensors: print(event.index, flush=True)
-sigmas = torch.linspace(1, 0, 20_001)
+sigmas = torch.linspace(1, 0, 5001)
 prompt = Prompt(given.context, given.y, given.guidance)
 session.sample(given.x, sigmas, sampler="euler", positive=prompt, progress=Progress(step=step))
 """

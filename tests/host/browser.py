@@ -37,24 +37,17 @@ CONTRAST = """(() => {
 """Of the panel's texts, the least with what is behind them, as WCAG counts it."""
 
 
-class Page:
-    """One tab of a browser of its own. profile: an empty folder."""
+class Browser:
+    """A browser of its own, which keeps what it has compiled of a page from tab to tab. profile: an empty folder."""
 
-    def __init__(self, url: str, profile: Path):
+    def __init__(self, profile: Path):
         command = [PROGRAM, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
         command += ["--no-first-run", "--remote-debugging-port=0", "--remote-allow-origins=*"]
         command += [f"--user-data-dir={profile}", "--window-size=1400,900", "about:blank"]
         with open(profile / "browser.log", "wb") as output:
             self.process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
         try:
-            port = self._port(profile)
-            tabs = json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/json", timeout=30))
-            address = next(tab["webSocketDebuggerUrl"] for tab in tabs if tab["type"] == "page")
-            self._socket = websocket.create_connection(address, timeout=60)
-            self._number = 0
-            self.url = url
-            self._call("Page.enable")
-            self.load()
+            self._address = f"http://127.0.0.1:{self._port(profile)}/json"
         except BaseException:
             self.close()
             raise
@@ -66,6 +59,30 @@ class Page:
             assert time.monotonic() < deadline, (profile / "browser.log").read_text()[-2000:]
             time.sleep(0.1)
         return int(file.read_text().split()[0])
+
+    def open(self) -> dict:
+        """A tab, as the browser describes it."""
+        request = urllib.request.Request(f"{self._address}/new?about:blank", method="PUT")
+        return json.load(urllib.request.urlopen(request, timeout=30))
+
+    def close_tab(self, tab: dict) -> None:
+        urllib.request.urlopen(f"{self._address}/close/{tab['id']}", timeout=30).close()
+
+    def close(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+class Page:
+    """One tab of a browser, which remembers nothing of the tabs before."""
+
+    def __init__(self, browser: Browser, url: str):
+        self._browser, self.url, self._number = browser, url, 0
+        self._tab = browser.open()
+        self._socket = websocket.create_connection(self._tab["webSocketDebuggerUrl"], timeout=60)
+        self._call("Page.enable")
+        self._call("Storage.clearDataForOrigin", origin=url.rstrip("/"), storageTypes="all")
+        self.load()
 
     def load(self) -> None:
         """Loads the page (again) and waits until ComfyUI's application is there."""
@@ -122,5 +139,5 @@ class Page:
         return answer["result"]
 
     def close(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        self._socket.close()
+        self._browser.close_tab(self._tab)

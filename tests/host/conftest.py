@@ -10,12 +10,12 @@ import controlnets
 import loras
 import pytest
 import torch
-from browser import Page
+from browser import Browser, Page
 from comfy import ComfyUI
 from ending import wait_for_the_end
 from hosts import host_paths, knows_small_flux, version
 from safetensors.torch import save_file
-from workflows import DEV, QWEN_IMAGE, SCHNELL, SMALL, SMALL_CHROMA, SMALL_FLUX2, SMALL_Z_IMAGE
+from workflows import DEV, SCHNELL, SMALL, SMALL_CHROMA, SMALL_FLUX2, SMALL_QWEN, SMALL_Z_IMAGE
 
 from fastusp_backend.models.synthetic import TINY_SD3, write_checkpoint
 
@@ -57,10 +57,18 @@ def host(request, tmp_path_factory):
     assert not wait_for_the_end(pids, 5), "workers outlive their host"
 
 
+@pytest.fixture(scope="session")
+def browser(host, tmp_path_factory):
+    """One for all pages: half of what a page takes is its beginning."""
+    browser = Browser(tmp_path_factory.mktemp("browser"))
+    yield browser
+    browser.close()
+
+
 @pytest.fixture(scope="module")
-def page(host, tmp_path_factory):
-    """The host's page in a browser of its own."""
-    page = Page(f"http://127.0.0.1:{host.port}/", tmp_path_factory.mktemp("browser"))
+def page(host, browser):
+    """The host's page in a tab of its own."""
+    page = Page(browser, f"http://127.0.0.1:{host.port}/")
     yield page
     page.close()
 
@@ -114,9 +122,9 @@ def chroma(host):
 
 @pytest.fixture(scope="session")
 def qwen(host):
-    """A Qwen-Image file. In float32: CPU ranks convert others at each use, which takes longer than the products."""
+    """A Qwen-Image file, whose sizes the hosts take from it: see the tests' node pack."""
     path = host.base / "models/diffusion_models/qwen.safetensors"
-    write_checkpoint(str(path), QWEN_IMAGE)
+    write_checkpoint(str(path), SMALL_QWEN)
     yield path.name
     path.unlink()
 
@@ -132,7 +140,7 @@ def qwen_control_net(host, qwen):
 
 @pytest.fixture(scope="session")
 def qwen_lora(host):
-    return loras.write(host.base / "models/loras", "qwen", loras.qwen_names(QWEN_IMAGE.hidden, seed=0))
+    return loras.write(host.base / "models/loras", "qwen", loras.qwen_names(SMALL_QWEN.hidden, seed=0))
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from diffusers import FluxControlNetModel, QwenImageControlNetModel, SD3ControlNetModel
 from safetensors.torch import load_file, save_file
-from workflows import SMALL, Graph, Link
+from workflows import SMALL, SMALL_QWEN, Graph, Link
 
 from fastusp_backend.models.flux import Flux
 from fastusp_backend.models.synthetic import TINY_SD3, random_state
@@ -54,7 +54,7 @@ def write_union(folder: Path) -> str:
 def write_qwen(folder: Path, base: Path) -> str:
     """InstantX's kind for Qwen-Image: the beginning of the model in `base`, as training starts with it."""
     with torch.device("meta"):
-        model = QwenImageControlNetModel(num_layers=1)
+        model = QwenImageControlNetModel(num_layers=1, num_attention_heads=SMALL_QWEN.heads)
     own = {name: p for name, p in model.named_parameters() if name.startswith("controlnet_")}
     tensors, generator = load_file(base), torch.Generator().manual_seed(8)
     for name, parameter in own.items():

@@ -36,7 +36,7 @@ def compare(host, models, names: dict[str, str], *, inputs_too: bool = False) ->
     stock rounds layers' inputs too, returns how far its latents are."""
     formats, rounded = Comparison(), []
     graph = formats.graph
-    inputs = {"positive": graph.prompt(), "negative": graph.prompt(2), "latent_image": graph.empty()}
+    inputs = {"positive": graph.prompt(), "negative": graph.prompt(2), "latent_image": graph.empty(), "steps": 6}
     for name, file in names.items():
         save_file(write(name, models / DEV, models / file), models / f"plain_{name}.safetensors")
         got = graph.sample(graph.usp(file=file), **inputs)

@@ -134,7 +134,7 @@ def test_a_file_that_changed_is_loaded_anew(host):
     assert all(difference(again, results[0]) < TOLERANCE for again in results[2:])
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.thorough), 1])
 def test_killed_worker(host, rank):
     run(host, seed=60 + rank)
     pids = host.pool("cpu:2")["pids"]

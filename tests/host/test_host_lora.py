@@ -51,7 +51,7 @@ def test_loras_as_in_stock(host, files):
         ((("bfl", 0.8), ("diffusers", -0.35)), "euler", IN_WORKERS),
         ((("bfl", 0.5), ("kinds", 1.0), ("bfl", -0.25)), "uni_pc", STEPPING),
     ):
-        got, want = (graph.sample(loaded(graph, x, files, stack), sampler_name=sampler) for x in (usp, stock))
+        got, want = (graph.sample(loaded(graph, x, files, stack), steps=6, sampler_name=sampler) for x in (usp, stock))
         both.add(str(stack), got, want, where)
     both.check(host)
     left_out = re.findall(r"(ERROR lora|weight patch out:) (\S+?):? ", host.log_text()[began:])

@@ -8,7 +8,7 @@ from urllib.parse import urljoin
 import pytest
 from comfy import REPOSITORY
 from PIL import Image
-from workflows import DEV, QWEN_IMAGE, SMALL_FLUX2, SMALL_Z_IMAGE, Graph
+from workflows import DEV, SMALL_FLUX2, SMALL_QWEN, SMALL_Z_IMAGE, Graph
 
 pytestmark = pytest.mark.host
 
@@ -194,7 +194,7 @@ def picture(host):
 def test_example_runs(host, picture, fill, flux2, chroma, qwen, qwen_lora, qwen_control_net, sd3, z_image, path):
     """As it is, but for what cannot be had in a test: text encoders, VAE and weights, and sizes for CPUs."""
     files = {"flux.1_fill": (fill, 4096), "flux.1": (DEV, 4096), "flux.2": (flux2, SMALL_FLUX2.context)}
-    files |= {"chroma": (chroma, 4096), "qwen": (qwen, QWEN_IMAGE.context), "stable": (sd3, 4096)}
+    files |= {"chroma": (chroma, 4096), "qwen": (qwen, SMALL_QWEN.context), "stable": (sd3, 4096)}
     files |= {"z-image": (z_image, SMALL_Z_IMAGE.context)}
     file, context = next(files[start] for start in files if path.name.startswith(start))
     small = {"unet_name": file, "gpus": "cpu:2", "width": 64, "height": 64, "steps": 2, "image": picture}

@@ -54,7 +54,9 @@ def test_a_workflow_for_all_gpus_runs_where_there_is_none(host):
     both.check(host)
 
 
-@pytest.mark.parametrize(("cfg", "node"), [(1.0, "KSampler"), (3.0, "FastUSPSampler")])
+@pytest.mark.parametrize(
+    ("cfg", "node"), [pytest.param(1.0, "KSampler", marks=pytest.mark.thorough), (3.0, "FastUSPSampler")]
+)
 def test_loop_samplers(host, cfg, node):
     """Over 20 steps, as the bound on the difference has them."""
     samplers = Comparison()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from comfy import PromptFailed
 from safetensors.torch import load_file, save_file
-from workflows import QWEN_IMAGE, STEPPING, Comparison, Graph, difference
+from workflows import SMALL_QWEN, STEPPING, Comparison, Graph, difference
 
 pytestmark = [pytest.mark.host, pytest.mark.any_host]
 
@@ -14,7 +14,7 @@ LAYOUTS = (("cpu:1", 1, 1), ("cpu:2", 2, 1), ("cpu:2", 1, 2))
 
 
 def prompt(graph: Graph, tokens: int):
-    return graph.prompt(tokens, tokens, width=QWEN_IMAGE.context)
+    return graph.prompt(tokens, tokens, width=SMALL_QWEN.context)
 
 
 def test_layouts_and_guidance(host, qwen):
@@ -40,7 +40,7 @@ def test_shift_odd_sizes_masks_and_stepping(host, qwen):
     """Prompts of one length are evaluated together where ComfyUI steps."""
     others = Comparison()
     graph = others.graph
-    positive, same, shorter = prompt(graph, 12), graph.prompt(2, 12, width=QWEN_IMAGE.context), prompt(graph, 6)
+    positive, same, shorter = prompt(graph, 12), graph.prompt(2, 12, width=SMALL_QWEN.context), prompt(graph, 6)
     stock, usp = graph.stock(qwen), graph.usp("cpu:2", file=qwen)
     shifted = [graph.node("ModelSamplingAuraFlow", model=model, shift=3.1) for model in (usp, stock)]
     odd, masked = graph.empty(8 * 9, 8 * 7), graph.latent(64, 72, 2, masked=True)
@@ -59,7 +59,7 @@ def test_shift_odd_sizes_masks_and_stepping(host, qwen):
 
 def test_loras(host, qwen):
     folder = host.base / "models/loras"
-    names = [loras.write(folder, f"qwen{i}", loras.qwen_names(QWEN_IMAGE.hidden, seed=i)) for i in range(2)]
+    names = [loras.write(folder, f"qwen{i}", loras.qwen_names(SMALL_QWEN.hidden, seed=i)) for i in range(2)]
     loras.check_stack(host, qwen, names, "cpu:1", lambda graph: prompt(graph, 6))
 
 

@@ -12,9 +12,9 @@ WIDE = replace(SMALL, hidden=512, heads=4, mlp=2048)
 SMALL_FLUX2 = replace(TINY_FLUX2, hidden=256, heads=2, mlp=768)
 SMALL_CHROMA = replace(TINY_CHROMA, hidden=256, heads=2, mlp=1024)
 DEV, SCHNELL = "dev.safetensors", "schnell.safetensors"
-# ComfyUI takes every Qwen-Image for one of this width: one block is 1.4 GB. Those that follow another are compared with
-# the reference in tests/unit and tests/dist.
+SMALL_QWEN = replace(TINY_QWEN_IMAGE, hidden=256, heads=2, mlp=1024, blocks=1)
 QWEN_IMAGE = replace(TINY_QWEN_IMAGE, hidden=3072, heads=24, mlp=12288, blocks=1)
+"""For GPUs: one block of full size is 1.4 GB."""
 ONE_Z_IMAGE = replace(Z_IMAGE, blocks=1)
 # Of Z-Image it knows two refiners a stream, and a feed-forward and a timestep that follow from the width.
 SMALL_Z_IMAGE = replace(TINY_Z_IMAGE, hidden=256, heads=2, mlp=768, timestep=256, image_blocks=2, context_refiners=2)

@@ -19,15 +19,17 @@ from fastusp_backend.models.synthetic import TINY_FLUX, write_checkpoint
 torch.set_num_threads(1)
 
 ANY_PROCESSOR = """
-    account attached bench call_tracer cause channel_refusals closeness comfyui command_line config control devices
-    docs doctor doctor_facts documents errors fuzzed_headers gguf_header hangs large_headers library link locales
-    meeting mutations no_driver nodes_control nodes_memory nodes_status nvml obstacles once other_files planner
-    pool_log pool_stop ports processes provenance readme registry rehearsal request rundir runs server_doors
-    server_numbers servers settings table tls turns visible walls worker_ends worker_log workflows
+    account attached bench block_waits call_tracer cause channel channel_refusals closeness comfyui command_line
+    config control damaged_files detection detection_families detection_sd3 detection_z_image devices docs doctor
+    doctor_facts doctor_trial documents engine_loading errors extra_tensors families file_state format_refusals
+    fuzzed_headers gguf_header hangs large_headers library link locales meeting mesh mutations no_driver
+    nodes_control nodes_memory nodes_status nvml obstacles once other_files planner pool_log pool_stop ports
+    processes provenance reading readme registry rehearsal request rundir runner runs server_doors server_numbers
+    servers settings shards table tls turns visible walls worker_ends worker_log workflows
 """.split()
-"""Tests of text, headers, sockets and processes: nothing is computed in them, or copied, that another processor's
-vector instructions could make something else of. `make test-portable` leaves them out; what is not named here is in
-it."""
+"""Tests of text, headers, sockets, processes, and of what is read from files as it lies there: nothing is computed in
+them that another processor's vector instructions could make something else of. `make test-portable` leaves them out;
+what is not named here is in it."""
 
 
 def pytest_collection_modifyitems(items):

@@ -251,13 +251,15 @@ _detect = comfy.model_detection.detect_unet_config
 
 
 def detect_small(state_dict, key_prefix, *args, **kwargs):
-    """ComfyUI takes every Chroma for one of full size: 1.1 GB for the network that gives modulations. And it knows
-    Z-Image at one width alone: 3.6 GB with one block."""
+    """ComfyUI takes every Chroma for one of full size: 1.1 GB for the network that gives modulations; and every
+    Qwen-Image: 1.4 GB for a block. And it knows Z-Image at one width alone: 3.6 GB with one block."""
     found = _detect(state_dict, key_prefix, *args, **kwargs)
     if found and found.get("image_model") == "chroma":
         shape = state_dict[f"{key_prefix}distilled_guidance_layer.out_proj.weight"].shape
         found["out_dim"], found["hidden_dim"] = shape
         found["hidden_size"], found["num_heads"] = shape[0], shape[0] // 128  # old ComfyUI: those of FLUX.1, too
+    if found and found.get("image_model") == "qwen_image":
+        found["num_attention_heads"] = state_dict[f"{key_prefix}img_in.weight"].shape[0] // 128
     key, filled = f"{key_prefix}cap_embedder.1.weight", f"{key_prefix}cap_pad_token" in state_dict
     if found and found.get("image_model") == "lumina2" and filled:
         width, context = state_dict[key].shape
