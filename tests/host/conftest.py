@@ -4,6 +4,7 @@ A host older than 0.4 knows FLUX at hidden size 3072 alone, which is slow on a C
 """
 
 import json
+from contextlib import closing
 from dataclasses import replace
 
 import controlnets
@@ -60,17 +61,15 @@ def host(request, tmp_path_factory):
 @pytest.fixture(scope="session")
 def browser(host, tmp_path_factory):
     """One for all pages: half of what a page takes is its beginning."""
-    browser = Browser(tmp_path_factory.mktemp("browser"))
-    yield browser
-    browser.close()
+    with closing(Browser(tmp_path_factory.mktemp("browser"))) as browser:
+        yield browser
 
 
 @pytest.fixture(scope="module")
 def page(host, browser):
     """The host's page in a tab of its own."""
-    page = Page(browser, f"http://127.0.0.1:{host.port}/")
-    yield page
-    page.close()
+    with closing(Page(browser, f"http://127.0.0.1:{host.port}/")) as page:
+        yield page
 
 
 @pytest.fixture(params=[False, True], ids=["canvas", "Nodes 2.0"])

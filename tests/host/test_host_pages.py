@@ -4,9 +4,10 @@ ranks and of phases; commands, and copying where the browser has no clipboard fo
 import itertools
 import json
 import time
+from contextlib import closing
 
 import pytest
-from browser import PROGRAM, Page
+from browser import PROGRAM, Browser, Page
 from conversion import node, open_prompt, user
 from test_host_browser import LOG, PANEL, STATE, TOASTS, button, choose, copied, has, panel, queue
 from test_host_choose import LINE, ROWS, TOLD, WINDOW, loader, measure, press
@@ -30,9 +31,8 @@ POOLS[-1] |= {"ms_per_step": 99999.9, "seconds_left": 9999}
 @pytest.fixture(scope="module")
 def other(host, tmp_path_factory):
     """Another browser with the host's page."""
-    page = Page(f"http://127.0.0.1:{host.port}/", tmp_path_factory.mktemp("other"))
-    yield page
-    page.close()
+    with closing(Browser(tmp_path_factory.mktemp("other"))) as browser:
+        yield Page(browser, f"http://127.0.0.1:{host.port}/")
 
 
 def run(gpus: str = "cpu:1", **inputs) -> Graph:
