@@ -46,6 +46,8 @@ class StableDiffusion(torch.nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, **others):
         group, (batch, _, *size) = self._group, hidden_states.shape
+        if size[0] // 2 % group.world_size or encoder_hidden_states.shape[1] % group.world_size:
+            raise ValueError(f"{group.world_size} ranks do not divide {size[0] // 2} rows of patches and the text")
         height, width = (8 * edge for edge in size)
         self._state.set_input_parameters(height=height, width=width, batch_size=batch, num_inference_steps=1)
         rows, tokens = (

@@ -2,6 +2,7 @@
 otherwise or is gone. Pages ask nothing again and again."""
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 
 import msgspec
@@ -13,6 +14,8 @@ from .answers import FOREIGN, foreign, refused
 from .comfyui import PromptServer
 from .pools import all_pools, pool_named
 from .status import push_changes
+
+log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 1.0
 """Between two looks at pools and at what their workers have written."""
@@ -85,7 +88,10 @@ async def _repeat(tell: Callable[[], Awaitable[None]], seconds: float) -> None:
             del _watches[client]
         if not _watches:
             return
-        await tell()
+        try:
+            await tell()
+        except Exception:  # of any kind: the next look may see more
+            log.exception("FastUSP: the pages were not told what changed")
         await asyncio.sleep(seconds)
 
 
@@ -108,8 +114,8 @@ def add_routes() -> None:
             _watches.pop(wanted.client, None)
             return web.json_response({})
         _watches[wanted.client] = wanted
-        await _send_log(wanted)
         for tell, seconds in ((_changes, LOOK_SECONDS), (_loads, LOADS_SECONDS)):
             if tell not in _tasks or _tasks[tell].done():
                 _tasks[tell] = asyncio.create_task(_repeat(tell, seconds))
+        await _send_log(wanted)
         return web.json_response({})

@@ -71,6 +71,7 @@ class Reader {
   ask() {
     readPools().then((pools) => this.offer(pools), (error) => {
       this.clear();
+      this.shown = undefined; // what is offered next is chosen anew
       this.lines.append(say("ComfyUI does not answer ({error}). The log is here again when it does.", { error: error.message }));
     });
   }

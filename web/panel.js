@@ -13,6 +13,9 @@ import { say, word } from "./words.js";
 const SECOND_MS = 1000;
 
 const AWAY = word("ComfyUI does not answer. The pools are here again when it does.");
+const REFUSED = word("ComfyUI does not answer ({error}). The pools are here again when it does.");
+// How soon it is asked again after it did not answer.
+const AGAIN_MS = 4000;
 
 const EMPTY = word(
   "No pool yet. Worker processes start when a workflow with USP Loader runs; they are listed here and stay warm for the next run.",
@@ -91,16 +94,25 @@ function follow(list) {
     [pools, since] = [told, performance.now()];
     draw();
   };
-  const away = () => {
+  const away = (why) => {
     cards.clear();
     pools = [];
-    list.replaceChildren(element("p", say(AWAY)));
+    list.replaceChildren(element("p", why));
   };
-  const ask = () => readPools().then(take, away);
+  const ask = () => {
+    const asked = performance.now();
+    readPools().then(
+      (told) => asked > since && take(told), // else newer ones were sent meanwhile
+      ({ message }) => {
+        away(say(REFUSED, { error: message }));
+        setTimeout(() => list.isConnected && asked > since && ask(), AGAIN_MS);
+      },
+    );
+  };
   const heard = {
     "fastusp.pools": ({ detail }) => take(detail.pools),
     "fastusp.loads": ({ detail }) => ((loads = detail.gpus), draw()),
-    reconnecting: away,
+    reconnecting: () => away(say(AWAY)),
     reconnected: ask,
   };
   for (const [type, listener] of Object.entries(heard)) api.addEventListener(type, listener);

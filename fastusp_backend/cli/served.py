@@ -66,7 +66,7 @@ def links(devices: ServerDevices, spec: ModelSpec, config: FamilyConfig) -> Iter
     if machines > 1:
         yield (
             f"For what one machine alone would take: plan FILE --nnodes {machines} --network GBIT, which is 8 x the "
-            f"GB/s between machines x {here} rank{'s' * (here > 1)} of each"
+            f"GB/s between machines, and where each of its GPUs has a network card of its own as many times that"
         )
 
 

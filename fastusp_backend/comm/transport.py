@@ -52,7 +52,8 @@ class Transport:
 
     def __str__(self) -> str:
         """Returns, for people, how tensors move and which format was last asked for."""
-        speed = f" ({self._speed:.3g} GB/s)" if self._speed is not None else ""
+        digits = 2 if self._speed is not None and self._speed < 10 else 0  # of networks of 10 Gbit/s, too
+        speed = f" ({self._speed:.{digits}f} GB/s)" if self._speed is not None else ""
         return f"{self.kind}{speed}" + (f", {self._wire} wire" if self._wire and self.kind != "none" else "")
 
     def wire(self, choice: WireChoice) -> WireFormat:

@@ -16,8 +16,8 @@ from typing import NoReturn
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
 POLL_SECONDS = 0.02
-_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-"""Which torchrun handles, beside SIGINT."""
+_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGINT)
+"""Which torchrun handles."""
 
 
 class Forked:
@@ -57,8 +57,11 @@ def fork(work: Callable[[], NoReturn], env: Mapping[str, str], output: list[int 
     sys.stdout.flush()
     sys.stderr.flush()
     hears, tells = os.pipe()
+    # One that came before the new process has its own handlers would have it do what torchrun does at its end.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     pid = os.fork()
     if pid:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         os.close(tells)
         os.read(hears, 1)  # nothing comes: it ends when the session is there, which torchrun signals
         os.close(hears)
@@ -71,8 +74,8 @@ def fork(work: Callable[[], NoReturn], env: Mapping[str, str], output: list[int 
             if here is not None:
                 os.dup2(here, stream)
         for number in _SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         os.environ.clear()
         os.environ.update(env)
         logging.root.handlers.clear()

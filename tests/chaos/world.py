@@ -86,6 +86,7 @@ class World:
             if self._lies_elsewhere(request.model):
                 self.release()
             self.expected[request] = request.run(self, Caller())
+        assert sorted(self.ranks()) == [*range(self.devices.ranks)], "faults would strike no rank"
 
     def spec(self, model: str) -> ModelSpec:
         """What a request for `model` asks for: its file, or what a fault has given in its place."""
@@ -163,6 +164,7 @@ class World:
 
 
 def _children(pid: int) -> Iterator[tuple[int, int]]:
+    """torchrun's ranks, each known by the file of its own that it writes to: a fork's environment is torchrun's."""
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         try:
             children = task.read_text().split()
@@ -170,9 +172,8 @@ def _children(pid: int) -> Iterator[tuple[int, int]]:
             continue  # that thread has ended
         for child in children:
             try:
-                environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+                written = Path(os.readlink(f"/proc/{child}/fd/1"))
             except OSError:
                 continue
-            ranks = [entry[len(b"RANK=") :] for entry in environment if entry.startswith(b"RANK=")]
-            if ranks:
-                yield int(ranks[0]), int(child)
+            if written.name == "stdout.log":
+                yield int(written.parent.name), int(child)

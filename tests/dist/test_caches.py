@@ -202,25 +202,25 @@ def test_nothing_of_other_weights_is_kept(session_of, settings):
     """A LoRA between two runs: as where the model is read anew, for patched weights lie in memory of their own."""
     plain = session_of(2, 1, **settings)
     patched = replace(plain, patches=stack({QKV: [lora(QKV, 1)]}))
-    without = sample(plain)
-    got, *counts = sample(patched)
+    without = sample(plain, cfg=3.0)
+    got, *counts = sample(patched, cfg=3.0)
     plain.pool.release()
-    fresh, *again = sample(patched)
+    fresh, *again = sample(patched, cfg=3.0)
     assert torch.equal(got, fresh) and counts == again and counts[1]
     assert relative_difference(got, without[0]) > 1e-3
-    back, *same = sample(plain)
+    back, *same = sample(plain, cfg=3.0)
     assert relative_difference(back, without[0]) < TOLERANCE and same == [*without[1:]]
 
 
 @KINDS
 def test_a_cancel_finds_ranks_that_skip(session_of, settings):
     session = session_of(2, 1, **settings)
-    expected, *_ = sample(session)
+    expected, *_ = sample(session, cfg=3.0)
     steps = []
     with pytest.raises(Cancelled):
-        sample(session, step=lambda *step: steps.append(step), interrupted=lambda: len(steps) > 1)
+        sample(session, cfg=3.0, step=lambda *step: steps.append(step), interrupted=lambda: len(steps) > 1)
     began = time.monotonic()
-    again, *_ = sample(session)
+    again, *_ = sample(session, cfg=3.0)
     assert torch.equal(again, expected) and time.monotonic() - began < 30
 
 

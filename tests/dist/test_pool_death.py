@@ -175,6 +175,26 @@ def test_processes_that_still_import_torch(tmp_path, entry):
     wait_until(lambda: not processes_of(tmp_path), 5)
 
 
+BROKEN = """
+import sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "fastusp_backend.worker.rank":
+            raise ValueError("numpy.dtype size changed")
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+def test_what_ranks_cannot_import_is_told_as_theirs(new_pool, dev, tmp_path, monkeypatch):
+    """torchrun's process imports it for them, and does not end of it."""
+    (tmp_path / "sitecustomize.py").write_text(BROKEN)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(PoolError, match=r"rank [01] failed with ValueError: numpy\.dtype size changed"):
+        evaluate(new_pool(2), dev)
+
+
 CLIENT = """
 import sys, torch
 sys.path.insert(0, {tests!r})

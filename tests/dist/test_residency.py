@@ -171,7 +171,7 @@ def cramped(pool, dev):
     lift()
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.thorough), 1])
+@pytest.mark.parametrize("rank", [0, 1])
 def test_an_evaluation_that_does_not_fit_is_refused(pool, dev, cramped, rank):
     large = inputs(SMALL, text=7, size=(128, 96), batch=2)
     prompt = Prompt(large.context, large.y, large.guidance)

@@ -107,6 +107,26 @@ def test_what_is_open_is_told_again_to_a_comfyui_that_was_away(host, page):
     page.wait_for(f"{ASKED}.filter(name => name.endsWith('watch')).length == 2")
 
 
+REFUSING = """
+window.refusing = true, window.asks = window.fetch, window.fetch = (url, ...rest) =>
+    window.refusing && String(url).includes("/fastusp/status")
+        ? Promise.resolve(Response.json({ error: "no such session" }, { status: 500 }))
+        : window.asks(url, ...rest), 0
+"""
+
+
+def test_a_refusal_is_told_and_not_the_last_question(host, page):
+    host.run(run())
+    page.evaluate(REFUSING)
+    try:
+        panel(page)
+        page.wait_for(has(PANEL, "ComfyUI does not answer (no such session)."))
+        page.evaluate("window.refusing = false, 0")
+        page.wait_for(has(PANEL, "Started"))
+    finally:
+        page.evaluate("window.fetch = window.asks, 0")
+
+
 def test_a_cpu_ranks_threads_and_memory_are_on_its_card(host, page):
     host.run(run())
     panel(page)

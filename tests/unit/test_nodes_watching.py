@@ -83,3 +83,16 @@ def test_it_ends_with_the_last_page(watching):
 
     asyncio.run(asyncio.wait_for(watching._repeat(look, 0), 5))
     assert looks == [{"open", "reader"}, {"reader"}] and not watching._watches
+
+
+def test_a_look_that_fails_is_not_the_last(watching, caplog):
+    looks = []
+
+    async def look():
+        looks.append(len(looks))
+        if len(looks) == 1:
+            raise ValueError("a line that is none")
+        watching.sockets.clear()
+
+    asyncio.run(watching._repeat(look, 0))
+    assert looks == [0, 1] and "a line that is none" in caplog.text
