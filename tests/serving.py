@@ -1,6 +1,7 @@
 """A server as its administrator starts it, and the pools that attach to it."""
 
 import contextlib
+import functools
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastusp_backend.pool import Pool, ask
+from fastusp_backend.worker.process import die_with_parent
 
 ROOT = Path(__file__).resolve().parents[1]
 START_SECONDS = 60
@@ -33,7 +35,12 @@ class Serving:
         command += ["--listen", listen] if listen else []
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(
-            [*command, *arguments], cwd=ROOT, stdout=pipe, stderr=subprocess.STDOUT, text=True
+            [*command, *arguments],
+            cwd=ROOT,
+            stdout=pipe,
+            stderr=subprocess.STDOUT,
+            text=True,
+            preexec_fn=functools.partial(die_with_parent, os.getpid()),  # a run of tests may be killed
         )
         self._pools: list[Pool] = []
         threading.Thread(target=self._listen, daemon=True).start()

@@ -1,5 +1,6 @@
 """ComfyUI's page in a headless Chromium, driven over its debugging protocol."""
 
+import functools
 import json
 import os
 import shutil
@@ -10,6 +11,8 @@ import urllib.request
 from pathlib import Path
 
 import websocket
+
+from fastusp_backend.worker.process import die_with_parent
 
 PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -45,7 +48,13 @@ class Browser:
         command += ["--no-first-run", "--remote-debugging-port=0", "--remote-allow-origins=*"]
         command += [f"--user-data-dir={profile}", "--window-size=1400,900", "about:blank"]
         with open(profile / "browser.log", "wb") as output:
-            self.process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+            self.process = subprocess.Popen(
+                command,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                preexec_fn=functools.partial(die_with_parent, os.getpid()),  # a run of tests may be killed
+            )
         try:
             self._address = f"http://127.0.0.1:{self._port(profile)}/json"
         except BaseException:

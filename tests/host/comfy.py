@@ -1,5 +1,6 @@
 """A real ComfyUI as a child process, driven over its HTTP API and websocket."""
 
+import functools
 import io
 import json
 import os
@@ -19,6 +20,8 @@ import torch
 import websocket
 from PIL import Image
 from safetensors.torch import load_file
+
+from fastusp_backend.worker.process import die_with_parent
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -87,7 +90,14 @@ class ComfyUI:
         env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         env |= {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
         with open(self.log, "wb") as output:
-            self.process = subprocess.Popen(command, cwd=path, stdout=output, stderr=subprocess.STDOUT, env=env)
+            self.process = subprocess.Popen(
+                command,
+                cwd=path,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=env,
+                preexec_fn=functools.partial(die_with_parent, os.getpid()),  # a run of tests may be killed
+            )
         self.client = uuid.uuid4().hex
 
     def wait_until_ready(self, seconds: float = 120) -> None:
