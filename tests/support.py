@@ -1,5 +1,6 @@
 """Small models, and requests for them, that several tests use."""
 
+import contextlib
 import itertools
 import os
 import time
@@ -156,3 +157,12 @@ def wait_until(condition, seconds: float) -> None:
 
 def open_descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
+
+
+def open_files() -> list[str]:
+    """What this process's descriptors lead to."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # that by which the folder is read
+            found.append(os.readlink(f"/proc/self/fd/{name}"))
+    return found
