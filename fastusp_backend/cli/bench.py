@@ -118,7 +118,7 @@ def run(arguments: argparse.Namespace) -> int:
         f"{arguments.text} text tokens of random values; medians of {arguments.steps} evaluations"
     )
     if isinstance(devices, ServerDevices):
-        for told in links(devices, spec, config):
+        for told in links(devices, spec, config, arguments.seconds):
             print(told, flush=True)
     print(TABLE.head(), flush=True)
     rows: list[Row] = []

@@ -17,6 +17,7 @@ from ..pool import Pool, Progress, Session, ask
 from ..prompt import Prompt
 from ..servers import address_of
 from .inputs import random_inputs
+from .limit import limit
 
 MEASURED_BY = Settings(wire="auto", compile=False, cuda_graphs=False)
 """`wire = auto` measures the link before the first step, which nobody waits for to be compiled."""
@@ -41,9 +42,9 @@ def devices_of(gpus: str, key: Path) -> Devices:
     return local_devices(gpus) if address is None else ask(address, str(key))
 
 
-def links(devices: ServerDevices, spec: ModelSpec, config: FamilyConfig) -> Iterator[str]:
+def links(devices: ServerDevices, spec: ModelSpec, config: FamilyConfig, seconds: float) -> Iterator[str]:
     """Says how ranks of a machine, and of several, send to each other, and how fast where GPUs do. The workers load
-    `spec` for it. Nothing where one rank is alone."""
+    `spec` for it. Nothing where one rank is alone. seconds: for each of the two, loading included."""
     here, machines = devices.together, devices.ranks // devices.together
     inside = plan(here, config.heads)
     found = {}
@@ -56,9 +57,14 @@ def links(devices: ServerDevices, spec: ModelSpec, config: FamilyConfig) -> Iter
         for where, layout in found.items():
             images, texts = x.repeat(layout.batch, 1, 1, 1), repeated(prompt, layout.batch)
             try:
-                Session(pool, spec, (layout,), MEASURED_BY).sample(
-                    images, torch.tensor([1.0, 0.0]), sampler="euler", positive=texts, progress=Progress()
-                )
+                with limit(pool, seconds) as late:
+                    Session(pool, spec, (layout,), MEASURED_BY).sample(
+                        images,
+                        torch.tensor([1.0, 0.0]),
+                        sampler="euler",
+                        positive=texts,
+                        progress=Progress(interrupted=late),
+                    )
             except (RequestError, PoolError) as error:
                 yield f"{where}, {layout}: not measured: {str(error).splitlines()[0]}"
             else:
