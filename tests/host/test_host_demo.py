@@ -35,7 +35,6 @@ TOLERANCE = 2e-4
 CAPTION = "a large yellow triangle left of a small purple square on grey"
 
 
-@pytest.mark.any_host
 def test_the_shipped_model_draws_in_stock_and_in_usp_nodes_alike(host):
     both = Comparison()
     graph = both.graph
