@@ -9,6 +9,7 @@ import pytest
 import torch
 from support import SMALL
 
+from fastusp_backend.devices import gpu_loads
 from fastusp_backend.models.synthetic import write_checkpoint
 
 pytestmark = [
@@ -22,6 +23,16 @@ ROOT = Path(__file__).resolve().parents[2]
 def command_line(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "fastusp_backend", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+
+
+def test_what_gpus_do():
+    """As the panel is sent it."""
+    torch.ones(1 << 28, device="cuda").sum().item()
+    loads = gpu_loads()
+    assert [gpu["index"] for gpu in loads] == list(range(len(loads))) and len(loads) >= torch.cuda.device_count()
+    for gpu in loads:
+        assert 0 <= gpu["used"] <= gpu["total"] and 0 <= gpu["utilisation"] <= 100 and 10 <= gpu["temperature"] <= 110
+    assert max(gpu["used"] for gpu in loads) > 1 << 30
 
 
 def test_doctor():
