@@ -83,6 +83,7 @@ async def _loads() -> None:
 
 
 async def _repeat(tell: Callable[[], Awaitable[None]], seconds: float) -> None:
+    logged = ""  # what goes on for each look is told once
     while True:
         for client in [client for client in _watches if not _connected(client)]:
             del _watches[client]
@@ -90,8 +91,10 @@ async def _repeat(tell: Callable[[], Awaitable[None]], seconds: float) -> None:
             return
         try:
             await tell()
-        except Exception:  # of any kind: the next look may see more
-            log.exception("FastUSP: the pages were not told what changed")
+        except Exception as error:  # of any kind: the next look may see more
+            if repr(error) != logged:
+                log.exception("FastUSP: the pages were not told what changed")
+            logged = repr(error)
         await asyncio.sleep(seconds)
 
 
