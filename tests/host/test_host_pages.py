@@ -95,6 +95,7 @@ def test_pages_ask_for_nothing_again_and_again(host, page):
 
 
 def test_what_is_open_is_told_again_to_a_comfyui_that_was_away(host, page):
+    host.run(run())
     panel(page)
     time.sleep(1)  # until that it is open has been told
     page.evaluate("performance.clearResourceTimings()")
