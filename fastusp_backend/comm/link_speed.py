@@ -1,4 +1,5 @@
-"""How fast the ranks of a sequence send to each other, measured on the link that their exchanges will take.
+"""How fast the ranks of a sequence send to each other, measured on the link that their exchanges will take, the slower
+of two.
 
 No table of GPUs, lanes and switches would say it: what counts is all ranks sending at once, over whatever lies between
 them. Each sends 160 MiB, once per layout, and only where `wire = auto` asks for it (see wire.py).
@@ -19,22 +20,28 @@ _ROUNDS = 4
 
 
 def measure_link_speed(
-    mesh: Mesh, make_arena: Callable[[dist.ProcessGroup, torch.device], Arena] | None = None
+    mesh: Mesh,
+    group: dist.ProcessGroup,
+    make_arena: Callable[[dist.ProcessGroup, torch.device], Arena] | None = None,
 ) -> float:
-    """Returns the GB/s at which every rank sends to the next one at once; the slowest rank's, on all of them.
+    """Returns the GB/s at which every rank of the sequence sends at once to the next one of its group; the slowest
+    rank's, on all of them.
 
-    make_arena makes the memory through which peers are written to; without it the group's collectives send. Collective;
-    raises OutOfMemoryTogether."""
+    group: the sequence's, or this rank's ring.
+    make_arena: makes the memory through which peers are written to; without it the group's collectives send.
+
+    Collective over the sequence; raises OutOfMemoryTogether.
+    """
     # Two: what a rank sends, and where it receives, unless that is an arena's.
     payload, _ = allocate_together(
         lambda: [torch.empty(PROBE_BYTES, dtype=torch.uint8, device=mesh.device) for _ in range(2)], mesh.sequence
     )
     if make_arena:
-        arena = make_arena(mesh.sequence, mesh.device)
+        arena = make_arena(group, mesh.device)
         (region,) = allocate_together(lambda: carve(arena, [((PROBE_BYTES,), torch.uint8)]), mesh.sequence)
         target = region.of((arena.position + 1) % arena.size)
     else:
-        target, ring = None, GroupExchange(mesh.sequence)
+        target, ring = None, GroupExchange(group)
 
     def send() -> None:
         if target is None:

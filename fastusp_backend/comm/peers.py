@@ -11,6 +11,10 @@ they sent after they had read the last one: one slot of each kind is enough, and
 over any number of graph replays. A ring's block is read by its peers while they attend; they say when they are done,
 and only then are attended tokens given back. The final gather has an arena of its own: a peer's next one comes after a
 whole step of other messages.
+
+Where the ring and the gather go by a group's collectives (transport.py), Ulysses' arena keeps this order: such a ring
+has sent all of its block before attended tokens are given back, and such a gather has a part of every rank, which sent
+it after it had read its last attended tokens. A step of another shape, whose messages lie elsewhere, follows that.
 """
 
 from collections.abc import Callable, Iterator

@@ -4,7 +4,8 @@
 |---|---|---|
 | symmetric memory | GPUs that map each other's memory | peers.py over symmetric.py |
 | host memory | GPUs of one host that do not | peers.py over staged.py |
-| nccl, gloo | several hosts; CPU ranks | collective.py |
+| one of these, nccl between machines | several hosts, Ulysses inside each | Ulysses so, ring and gather as below |
+| nccl, gloo | other GPUs of several hosts; CPU ranks | collective.py |
 | none | one rank | nothing is sent |
 
 It takes the first that the ranks' devices allow; peers.py and staged.py say why. All ranks of a sequence must choose
@@ -33,8 +34,17 @@ from .staged import StagedArena
 from .symmetric import SymmetricArena
 from .wire import Wire, WireFormat, decide_wire
 
-Kind = Literal["none", "symmetric memory", "host memory", "nccl", "gloo"]
+Kind = Literal[
+    "none",
+    "symmetric memory",
+    "host memory",
+    "symmetric memory, nccl between machines",
+    "host memory, nccl between machines",
+    "nccl",
+    "gloo",
+]
 _ARENAS = {"symmetric memory": SymmetricArena, "host memory": StagedArena}
+_BETWEEN = ", nccl between machines"
 
 
 class Transport:
@@ -44,9 +54,11 @@ class Transport:
     def __init__(self, mesh: Mesh, kind: Kind | None = None):
         self._mesh = mesh
         self.kind: Kind = kind or _choose(mesh)
-        make = self._make_arena = _ARENAS.get(self.kind)
+        self._between = self.kind.endswith(_BETWEEN)  # the one arena is the Ulysses group's
+        make = self._make_arena = _ARENAS.get(self.kind.removesuffix(_BETWEEN))
         # The gather's memory must not be another message's in a step of another shape: see peers.py.
-        self._arenas: list[Arena] = [make(mesh.sequence, mesh.device) for _ in range(2)] if make else []
+        groups = [] if make is None else [mesh.ulysses] if self._between else [mesh.sequence] * 2
+        self._arenas: list[Arena] = [make(group, mesh.device) for group in groups]
         self._speed: float | None = None
         self._wire: WireFormat | None = None
 
@@ -58,9 +70,10 @@ class Transport:
 
     def wire(self, choice: WireChoice) -> WireFormat:
         """Returns what the ranks send: see `decide_wire`. `auto` measures the link, once, unless CPU ranks share their
-        memory. Collective; raises OutOfMemoryTogether."""
+        memory; of two that of the ring, between machines. Collective; raises OutOfMemoryTogether."""
         if choice == "auto" and self._speed is None and self.kind not in ("none", "gloo"):
-            self._speed = measure_link_speed(self._mesh, self._make_arena)
+            over = (self._mesh.ring,) if self._between else (self._mesh.sequence, self._make_arena)
+            self._speed = measure_link_speed(self._mesh, *over)
         self._wire = decide_wire(choice, self._speed)
         return self._wire
 
@@ -89,8 +102,9 @@ class Transport:
         wire = Wire(heads // mesh.layout.ulysses, dim, dtype, packed)
         if self._arenas:
             ulysses, ring = self._connect_peers(shards, batch, wire)
-            gather = PeerGather(self._arenas[1], (batch, shards.local_image, width), dtype)
-            return Links(ulysses, ring, gather)
+            if self._between:
+                return Links(ulysses, ring, GroupExchange(mesh.sequence))
+            return Links(ulysses, ring, PeerGather(self._arenas[1], (batch, shards.local_image, width), dtype))
         if mesh.ulysses is None:
             received = (3, batch, shards.local, wire.heads, dim)
             ulysses = LocalUlysses(torch.empty(received, dtype=dtype, device=mesh.device))
@@ -110,16 +124,18 @@ class Transport:
         shapes = [received]
         if u > 1:
             shapes = [arrivals if wire.packed else received, returned]
-        if wire.packed and mesh.ring:
+        peers_ring = mesh.ring and not self._between
+        if wire.packed and peers_ring:
             shapes.append(packed_block)
         regions = carve(self._arenas[0], shapes)
         if u > 1:
-            members = [mesh.ring_position * u + i for i in range(u)]
+            first = 0 if self._between else mesh.ring_position * u
+            members = [first + i for i in range(u)]
             ulysses = PeerUlysses(members, shards, wire, regions[0], regions[1], batch)
         else:
             ulysses = LocalUlysses(regions[0].own)
-        if not mesh.ring:
-            return ulysses, None
+        if not peers_ring:
+            return ulysses, CollectiveRing(GroupExchange(mesh.ring), wire) if mesh.ring else None
         members = [r * u + mesh.ulysses_position for r in range(mesh.layout.ring)]
         block = Part(regions[-1]) if wire.packed else Part(regions[0], (slice(1, 3),))
         return ulysses, PeerRing(members, wire, block)
@@ -130,7 +146,13 @@ def _choose(mesh: Mesh) -> Kind:
         return "none"
     if mesh.device.type == "cpu":
         return "gloo"
-    return ("nccl", "host memory", "symmetric memory")[_closeness(mesh.sequence)]
+    kinds: tuple[Kind, ...] = ("nccl", "host memory", "symmetric memory")
+    closeness = _closeness(mesh.sequence)
+    if closeness or not (mesh.ulysses and mesh.ring):
+        return kinds[closeness]
+    least = torch.tensor([_closeness(mesh.ulysses)])
+    dist.all_reduce(least, dist.ReduceOp.MIN, group=mesh.sequence)  # other Ulysses groups may reach less
+    return f"{kinds[int(least)]}{_BETWEEN}" if least else "nccl"
 
 
 def reach_each_other(group: dist.ProcessGroup) -> bool:

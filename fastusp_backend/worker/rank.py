@@ -65,7 +65,9 @@ def work(run_dir: Path) -> None:
         control = Control(str(run_dir / "control.sock"), key, ready, functools.partial(record_failure, run_dir, 0))
     if device.type == "cuda":
         _wake_compiler(device)  # a prompt's texts are being encoded, or its request waits
-    Runner(crew, Engine(device), control).serve()
+    engine = Engine(device)
+    Runner(crew, engine, control).serve()
+    engine.drop_evaluations()  # NCCL's end waits for that of all graphs it is in
     crew.agree(True)
     dist.destroy_process_group()
 
