@@ -25,6 +25,7 @@ class StepCost:
     sent_bytes: what a rank sends, in 16 bits, and receives as well.
     turned_bytes: those of them that go round a ring.
     messages: to how many peers, in all blocks: to all of Ulysses' ranks, and once for each turn of a ring.
+    turns: those of them that are a ring's.
     """
 
     parameters: int
@@ -34,6 +35,7 @@ class StepCost:
     sent_bytes: float
     turned_bytes: float
     messages: int
+    turns: int
 
 
 @functools.cache
@@ -63,6 +65,7 @@ def step_cost(config: FamilyConfig, layout: Layout, *, size: tuple[int, int], te
         values * 4 * (ulysses - 1) / ulysses + turned,
         turned,
         (ulysses - 1 + ring - 1) * (len(blocks) + second),
+        (ring - 1) * (len(blocks) + second),
     )
 
 

@@ -68,6 +68,10 @@ class Network:
     per_machine: int
     rate: float
 
+    def joins_ulysses(self, layout: Layout) -> bool:
+        """Whether a Ulysses group has ranks on several machines."""
+        return layout.ulysses > self.per_machine or self.per_machine % layout.ulysses != 0
+
     def sent(self, layout: Layout, cost: StepCost) -> tuple[float, float, float]:
         """Of what a GPU sends in a step the bytes that stay on its machine, and what its machine sends to others: by
         Ulysses, which is waited for, and round a ring, which is so for what attention does not hide. A ring's position
@@ -75,7 +79,7 @@ class Network:
         here, exchanged = self.per_machine, cost.sent_bytes - cost.turned_bytes
         if layout.sequence_ranks <= here:
             return cost.sent_bytes, 0.0, 0.0
-        if layout.ulysses <= here and here % layout.ulysses == 0:
+        if not self.joins_ulysses(layout):
             return exchanged, 0.0, cost.turned_bytes * layout.ulysses
         away = (layout.ulysses - min(here, layout.ulysses - 1)) / (layout.ulysses - 1)
         return exchanged * (1 - away), exchanged * away * here, cost.turned_bytes * min(here, layout.ulysses)
@@ -189,7 +193,8 @@ class Prediction:
         if waited or turned:
             per_byte = self._of_tokens / (network.rate * 1e9)
             hidden = cost.attention / rate * (layout.ring - 1) / layout.ring
-            away = TURN * cost.messages + waited * per_byte + max(0.0, turned * per_byte - hidden)
+            messages = cost.messages if network.joins_ulysses(layout) else cost.turns
+            away = TURN * messages + waited * per_byte + max(0.0, turned * per_byte - hidden)
         return prompts / layout.batch * (self._on_a_machine(found, link, computing, inside * self._of_tokens) + away)
 
     def _on_a_machine(self, found: Placement, link: Link, computing: float, sent: float) -> float:

@@ -149,12 +149,8 @@ def layers(joint: JointAttention, x, scales, rope, local_text: int, count: int) 
     return x
 
 
-def run_rank(arena, ground_of, layout, rank, given, *, packed, overlap, results):
-    groups = {"sequence": object(), "ulysses": None, "ring": object() if layout.ring > 1 else None}
-    mesh = Mesh(layout=layout, device=CPU, sequence_position=rank, **groups)
-    transport = Transport(mesh, "gloo")
-    transport._arenas = [arena(ground, rank) for ground in ground_of]
-    shards = SequenceShards(layout, TEXT, IMAGE)
+def run_rank(mesh, transport, given, *, packed, overlap, results):
+    rank, shards = mesh.sequence_position, SequenceShards(mesh.layout, TEXT, IMAGE)
     links = transport.connect(shards, BATCH, HEADS, DIM, torch.float32, packed=packed, width=3)
     joint = JointAttention(mesh, math, shards, links, overlap=overlap, pipelined=overlap)
 
@@ -168,6 +164,33 @@ def run_rank(arena, ground_of, layout, rank, given, *, packed, overlap, results)
         image = out[:, shards.local_text :, :3].contiguous()
         whole = shards.join_image(links.gather.all_gather(image)()).clone()
         results.append(SimpleNamespace(rank=rank, image=whole))
+
+
+def agree_with_one(places: list[tuple[Mesh, Transport]], *, packed: torch.dtype | None, overlap: bool, bound: float):
+    """Runs the ranks at `places`, each in a thread, and one rank alone, and compares."""
+    layout = places[0][0].layout
+    generator = torch.Generator().manual_seed(layout.ulysses * 10 + layout.ring)
+    x = torch.randn(BATCH, TEXT + IMAGE, 3 * HEADS * DIM, generator=generator)
+    angles = torch.rand(TEXT + IMAGE, DIM // 2, generator=generator)
+    scales = torch.rand(DIM, generator=generator), torch.rand(DIM, generator=generator), None
+    given = x, scales, (angles.cos(), angles.sin())
+
+    alone = single_rank_mesh(CPU)
+    shards = SequenceShards(alone.layout, TEXT, IMAGE)
+    links = Transport(alone).connect(shards, BATCH, HEADS, DIM, torch.float32, packed=None, width=3)
+    joint = JointAttention(alone, math, shards, links, overlap=True, pipelined=True)
+    expected = layers(joint, x, scales, given[2], TEXT, 5)[:, TEXT:, :3]
+
+    results = []
+    how = {"packed": packed, "overlap": overlap, "results": results}
+    threads = [threading.Thread(target=run_rank, args=(*place, given), kwargs=how) for place in places]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(results) == 2 * layout.ranks
+    for result in results:
+        assert relative_difference(result.image, expected) < bound, f"rank {result.rank}"
 
 
 EXACT, EIGHT_BITS = (None, 1e-6), ((torch.uint8, 0.1), (torch.int8, 0.03))
@@ -188,35 +211,15 @@ def test_ranks_agree_with_one(ulysses, ring, packed, bound, overlap, arena, monk
     monkeypatch.setattr(
         peers, "unpack_gathered", lambda p, *args, **kw: (unpacked.append(len(p)), unpack(p, *args, **kw))
     )
-    generator = torch.Generator().manual_seed(ulysses * 10 + ring)
-    x = torch.randn(BATCH, TEXT + IMAGE, 3 * HEADS * DIM, generator=generator)
-    angles = torch.rand(TEXT + IMAGE, DIM // 2, generator=generator)
-    scales = torch.rand(DIM, generator=generator), torch.rand(DIM, generator=generator), None
-    given = x, scales, (angles.cos(), angles.sin())
-
-    alone = single_rank_mesh(CPU)
-    shards = SequenceShards(alone.layout, TEXT, IMAGE)
-    links = Transport(alone).connect(shards, BATCH, HEADS, DIM, torch.float32, packed=None, width=3)
-    joint = JointAttention(alone, math, shards, links, overlap=True, pipelined=True)
-    expected = layers(joint, x, scales, given[2], TEXT, 5)[:, TEXT:, :3]
-
     layout = Layout(ulysses=ulysses, ring=ring)
-    grounds, results = [Ground(layout.ranks), Ground(layout.ranks)], []
-    threads = [
-        threading.Thread(
-            target=run_rank,
-            args=(arena, grounds, layout, rank, given),
-            kwargs={"packed": packed, "overlap": overlap, "results": results},
-        )
-        for rank in range(layout.ranks)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert len(results) == 2 * layout.ranks
-    for result in results:
-        assert relative_difference(result.image, expected) < bound, f"rank {result.rank}"
+    grounds = [Ground(layout.ranks), Ground(layout.ranks)]
+    groups = {"sequence": object(), "ring": object() if ring > 1 else None}
+    places = []
+    for rank in range(layout.ranks):
+        mesh = Mesh(layout=layout, device=CPU, sequence_position=rank, **groups)
+        places.append((mesh, Transport(mesh, "gloo")))
+        places[-1][1]._arenas = [arena(ground, rank) for ground in grounds]
+    agree_with_one(places, packed=packed, overlap=overlap, bound=bound)
     assert not grounds[0].raised and not grounds[1].raised, "a signal was never heard"
     # Three double blocks and two single ones, twice: q, k, v once, or the image's one by one and all with the text; and
     # of the image's own attention.

@@ -9,7 +9,9 @@ from fastusp_backend.models.detection import FAMILIES
 from fastusp_backend.models.placement import place_file
 from fastusp_backend.models.prediction import (
     CARDS,
+    MESSAGE,
     PCIE,
+    TURN,
     Network,
     Prediction,
     fewer_are_faster,
@@ -70,6 +72,14 @@ def test_a_network_takes_what_a_ring_sends_that_attention_does_not_hide():
 
 def test_a_network_takes_nothing_of_batch_groups():
     assert across(2, 2, 1, prompts=2) == pytest.approx(predicted(FLUX_DEV, 2)[1])
+
+
+def test_messages_inside_a_machine_take_no_turn_of_the_network():
+    """Of layouts that compute alike, and have as many messages but for the last."""
+    fast = {layout: across(2, 4, 1e9, ulysses=layout, ring=8 // layout) for layout in (4, 8)}
+    inside = predicted(FLUX_DEV, 8)[1]
+    assert fast[8] - inside == pytest.approx(57 * 7 * 1000 * TURN, rel=0.01)
+    assert fast[4] - inside == pytest.approx(57 * 1000 * (TURN - 3 * MESSAGE), rel=0.01)
 
 
 def test_ulysses_between_machines_is_waited_for():
@@ -210,11 +220,11 @@ def test_operations_are_those_of_the_papers_formulas():
     attention = 4 * tokens**2 * c * 57
     cost = step_cost(FLUX_DEV, Layout(ulysses=2, ring=1), size=(1024, 1024), text=512)
     assert cost.flops == pytest.approx(products + attention, rel=1e-6) and cost.attention == attention
-    assert cost.streams == 2 * 19 + 38 and cost.messages == 57
+    assert cost.streams == 2 * 19 + 38 and (cost.messages, cost.turns) == (57, 0)
     assert cost.sent_bytes == 57 * 2 * 4 * (tokens / 2) * c / 2
     assert cost.parameters == 2 * 12 * c * c * 19 + 12 * c * c * 38
     around = step_cost(FLUX_DEV, Layout(ulysses=1, ring=4), size=(1024, 1024), text=512)
-    assert around.sent_bytes == 57 * 2 * 2 * (tokens / 4) * c * 3 and around.messages == 57 * 3
+    assert around.sent_bytes == 57 * 2 * 2 * (tokens / 4) * c * 3 and around.messages == around.turns == 57 * 3
     assert step_cost(QWEN_IMAGE, Layout(ulysses=1, ring=1), size=(1024, 1024), text=35).sent_bytes == 0
 
 

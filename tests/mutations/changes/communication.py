@@ -3,6 +3,7 @@
 SHARDS = "fastusp_backend/comm/shards.py"
 PEERS = "fastusp_backend/comm/peers.py"
 COLLECTIVE = "fastusp_backend/comm/collective.py"
+TRANSPORT = "fastusp_backend/comm/transport.py"
 ARENA = "fastusp_backend/comm/arena.py"
 USP = "fastusp_backend/attention/usp.py"
 LOSSY = "unit/test_lossy_attention.py"
@@ -85,6 +86,20 @@ CHANGES = [
         "arrived = arriving() if arriving and not pipelined else None",
         "arrived = arriving() if arriving else None",
         "unit/test_in_flight.py",
+    ),
+    (
+        TRANSPORT,
+        "each Ulysses group of several machines chooses for itself",
+        "dist.all_reduce(least, dist.ReduceOp.MIN, group=mesh.sequence)",
+        "pass",
+        "unit/test_closeness.py",
+    ),
+    (
+        TRANSPORT,
+        "between machines `wire = auto` measures the link inside them",
+        "over = (self._mesh.ring,) if self._between else (self._mesh.sequence, self._make_arena)",
+        "over = self._mesh.sequence, self._make_arena",
+        "unit/test_closeness.py",
     ),
     (
         PEERS,
