@@ -1,6 +1,7 @@
 """One rank of test_exchange.py, started by torchrun: joint attention over memory that ranks share, against one rank's.
 
-With fewer GPUs than ranks, ranks share one (TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES).
+With fewer GPUs than ranks, ranks share one (TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES). Where NCCL sends between
+machines, each pair of ranks is one to NCCL, which takes sockets of the loopback interface then.
 """
 
 import itertools
@@ -23,6 +24,7 @@ SHAPES = ((1, 64, 256), (1, 7, 333), (2, 301, 64), (1, 64, 256))
 """batch, text tokens, image tokens: the arena grows, and serves a smaller shape again."""
 BOUNDS = {None: 1e-2, torch.uint8: 6e-2, torch.int8: 3e-2}
 """Relative difference by how the wire is packed."""
+NETWORK = {"NCCL_SOCKET_IFNAME": "=lo", "NCCL_SOCKET_FAMILY": "AF_INET", "NCCL_IB_DISABLE": "1"}
 
 
 def layer(joint: JointAttention, gather, text, image, scales, rope) -> torch.Tensor:
@@ -47,7 +49,7 @@ def layer(joint: JointAttention, gather, text, image, scales, rope) -> torch.Ten
     return gather.all_gather(done)() if gather else done[None]
 
 
-def check(transport: Transport, layout: Layout, mesh, packed, shape: tuple[int, int, int]) -> float:
+def check(transport: Transport, layout: Layout, mesh, packed, shape: tuple[int, int, int], pipelined: bool) -> float:
     """The largest relative difference over an eager turn, a captured one and ten replays."""
     batch, text_tokens, image_tokens = shape
     device, position = mesh.device, mesh.sequence_position
@@ -58,7 +60,7 @@ def check(transport: Transport, layout: Layout, mesh, packed, shape: tuple[int, 
     for where, how, on_wire in ((mesh, transport, packed), (own_mesh, Transport(own_mesh), None)):
         shards = SequenceShards(where.layout, text_tokens, image_tokens)
         links = how.connect(shards, batch, HEADS, DIM, DTYPE, packed=on_wire, width=HEADS * DIM)
-        joints.append((JointAttention(where, attend, shards, links, overlap=True, pipelined=True), links.gather))
+        joints.append((JointAttention(where, attend, shards, links, overlap=True, pipelined=pipelined), links.gather))
         all_shards.append(shards)
     shards = all_shards[0]
     scales = (torch.rand(DIM, generator=generator).to(device, DTYPE),) * 2 + (None,)
@@ -100,17 +102,25 @@ def main(kind: str) -> None:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = torch.device("cuda", rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
-    dist.init_process_group("gloo")
-    layouts = [Layout(ulysses=u, ring=world // u) for u in range(1, world + 1) if world % u == 0]
+    between = kind.endswith("nccl between machines")
+    if between:
+        os.environ |= NETWORK | {"NCCL_HOSTID": f"machine {rank // 2}"}
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
+    degrees = [2] if between else [u for u in range(1, world + 1) if world % u == 0]
+    layouts = [Layout(ulysses=u, ring=world // u) for u in degrees]
     for layout, packed in itertools.product(layouts, BOUNDS):
         mesh = make_mesh(layout, device)
         transport = Transport(mesh, kind)
         transport.wire("auto")  # measures over an arena of its own
         assert "GB/s" in str(transport), transport
-        worst = max(check(transport, layout, mesh, packed, shape) for shape in SHAPES)
-        torch.cuda.synchronize()
-        dist.all_reduce(torch.zeros(1))
-        print(f"rank {rank}: {layout} over {kind}, packed {packed}: largest difference {worst:.1e}", flush=True)
+        for pipelined in (True, False) if between else (True,):
+            worst = max(check(transport, layout, mesh, packed, shape, pipelined) for shape in SHAPES)
+            torch.cuda.synchronize()
+            dist.all_reduce(torch.zeros(1))
+            how = f"packed {packed}, pipelined {pipelined}"
+            print(f"rank {rank}: {layout} over {kind}, {how}: largest difference {worst:.1e}", flush=True)
     dist.destroy_process_group()
 
 
