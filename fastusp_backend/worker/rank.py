@@ -66,6 +66,8 @@ def work(run_dir: Path) -> None:
         key = (run_dir / "key").read_bytes()
         control = Control(str(run_dir / "control.sock"), key, ready, functools.partial(record_failure, run_dir, 0))
     if device.type == "cuda":
+        if control is not None:
+            control.wait_for_client()  # what the compiler imports leaves no time to Python's other threads, for seconds
         _wake_compiler(device)  # a prompt's texts are being encoded, or its request waits
     Runner(crew, Engine(device), control).serve()
     crew.agree(True)
