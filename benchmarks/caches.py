@@ -197,7 +197,7 @@ def main() -> None:
     if a.peers and a.peers not in ("all", *CACHES):
         raise SystemExit(f"--peers: unknown {a.peers}; choose from: all, {', '.join(CACHES)}")
     devices = parse_devices(a.gpus)
-    device = torch.device("cuda", devices.gpus[0]) if devices.gpus else torch.device("cpu")
+    device = torch.device("cuda") if devices.gpus else torch.device("cpu")
     dtype = torch.bfloat16 if devices.gpus else torch.float32
     print(f"{a.model}, {a.size} px, text {a.text}, {a.steps} steps of euler; {devices}, torch {torch.__version__}")
     pool = Pool(devices)

@@ -43,7 +43,7 @@ def main() -> None:
     options = parser.parse_args()
     devices = parse_devices(options.gpus)
     if devices.gpus:
-        config, batch, side, dtype, device = FLUX_DEV, 1, 128, torch.bfloat16, f"cuda:{devices.gpus[0]}"
+        config, batch, side, dtype, device = FLUX_DEV, 1, 128, torch.bfloat16, "cuda"
     else:
         config, batch, side, dtype, device = (
             replace(TINY_FLUX, hidden=256, heads=2, mlp=64),

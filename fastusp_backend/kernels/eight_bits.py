@@ -5,11 +5,13 @@ what the codes are: uint8 holds e4m3 (largest value 448), int8 integers (127). s
 code = round_to_nearest_even(x / scale): the largest value of a head is met exactly, and what was packed and unpacked
 packs to the same bytes again. On normally distributed values the relative error of e4m3 is 2.6 %, of integers 0.65 %;
 where one value in a head is far above the others, e4m3 keeps more of the rest. A head that is not finite arrives as
-NaN, whole.
+NaN, whole; one of values below 5e-36 as zeros.
 
-The kernels round with integer arithmetic, since GPUs before Ada have no e4m3 instructions.
+Values are multiplied with the inverse of their scale, which is rounded correctly, so that the bits are the reference's.
+GPUs before Ada have no e4m3 instructions: there the kernels round with integer arithmetic, to the same bits.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -50,8 +52,9 @@ def quantise(x: torch.Tensor, carrier: torch.dtype = torch.uint8) -> tuple[torch
     wide, limit = x.float(), LARGEST[carrier]
     largest = wide.abs().amax(-1)
     scales = largest / torch.full_like(largest, limit)  # by a number, GPUs multiply with its rounded inverse
-    divisors = torch.where(scales > 0, scales, 1.0)
-    scaled = (wide / divisors[..., None]).clamp(-limit, limit)
+    # Below this, an inverse may be infinite.
+    inverses = torch.where(scales >= torch.finfo(torch.float32).tiny, scales, 1.0).reciprocal()
+    scaled = (wide * inverses[..., None]).clamp(-limit, limit)
     return scaled.round().to(torch.int8) if carrier == torch.int8 else scaled.to(torch.float8_e4m3fn), scales
 
 
@@ -98,6 +101,12 @@ def unpack_reference(packed: torch.Tensor, out: torch.Tensor, to: Destination) -
         out[:, :, image : image + local - to.text, columns] = wide[:, source, :, to.text :]
 
 
+@functools.cache
+def has_e4m3(device: torch.device) -> bool:
+    """Whether a GPU has instructions for e4m3."""
+    return torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def _heads(packed: torch.Tensor, out: torch.Tensor, to: Destination) -> int:
     """Heads of a packed row: all of out's, unless each source brings its own."""
     return to.head_step or out.shape[3]
@@ -106,16 +115,19 @@ def _heads(packed: torch.Tensor, out: torch.Tensor, to: Destination) -> int:
 if triton is not None:
 
     @triton.jit
-    def encode(y):
+    def encode(y, HARDWARE: tl.constexpr):
         """float32 in [-448, 448] to the bits of e4m3, rounded to nearest even."""
-        bits = y.to(tl.int32, bitcast=True)
-        magnitude = bits & 0x7FFFFFFF
-        normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - 960  # exponent bias 127 to 7
-        # Below 2^-6 values are multiples of 2^-9, the spacing of float32 above 2^14: adding that rounds to them.
-        size = magnitude.to(tl.float32, bitcast=True)
-        small = (size + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
-        code = tl.where(size < 0.015625, small, normal) | ((bits >> 24) & 0x80)
-        return code.to(tl.uint8)
+        if HARDWARE:
+            code = y.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        else:
+            bits = y.to(tl.int32, bitcast=True)
+            magnitude = bits & 0x7FFFFFFF
+            normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - 960  # exponent bias 127 to 7
+            # Below 2^-6 values are multiples of 2^-9, the spacing of float32 above 2^14: adding that rounds to them.
+            size = magnitude.to(tl.float32, bitcast=True)
+            small = (size + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+            code = (tl.where(size < 0.015625, small, normal) | ((bits >> 24) & 0x80)).to(tl.uint8)
+        return code
 
     @triton.jit
     def round_to_integer(y):
@@ -123,13 +135,17 @@ if triton is not None:
         return (y + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
 
     @triton.jit
-    def decode(code):
+    def decode(code, HARDWARE: tl.constexpr):
         """The bits of e4m3 to float32."""
-        bits = code.to(tl.int32)
-        size = bits & 0x7F
-        normal = ((size << 20) + 0x3C000000).to(tl.float32, bitcast=True)
-        value = tl.where(size < 8, size.to(tl.float32) * 0.001953125, normal)
-        return tl.where(bits >= 0x80, -value, value)
+        if HARDWARE:
+            value = code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        else:
+            bits = code.to(tl.int32)
+            size = bits & 0x7F
+            normal = ((size << 20) + 0x3C000000).to(tl.float32, bitcast=True)
+            value = tl.where(size < 8, size.to(tl.float32) * 0.001953125, normal)
+            value = tl.where(bits >= 0x80, -value, value)
+        return value
 
     @triton.jit
     def magnitudes(x):
@@ -137,21 +153,24 @@ if triton is not None:
         return tl.where(x == x, tl.abs(x), float("inf"))
 
     @triton.jit
-    def store_packed(base, value, slot, inside, HEADS: tl.constexpr, D: tl.constexpr, INTEGER: tl.constexpr):
+    def store_packed(
+        base, value, slot, inside, HEADS: tl.constexpr, D: tl.constexpr, INTEGER: tl.constexpr, HARDWARE: tl.constexpr
+    ):
         """Quantises value (R, D), rows of head `slot`, into the packed rows at base (R, 1), pointers to bytes."""
         limit: tl.constexpr = 127.0 if INTEGER else 448.0
         wide = value.to(tl.float32)
-        # Correctly rounded divisions: the bits must be those of the reference.
+        # Correctly rounded divisions, one for each row: the bits must be those of the reference.
         largest = tl.max(magnitudes(wide), axis=1)
         scale = tl.div_rn(largest, tl.full(largest.shape, limit, tl.float32))[:, None]
         scale = tl.where(scale < float("inf"), scale, float("nan"))
-        scaled = tl.div_rn(wide, tl.broadcast_to(tl.where(scale > 0, scale, 1.0), wide.shape))
+        divisor = tl.where(scale >= 1.1754943508222875e-38, scale, 1.0)
+        scaled = wide * tl.div_rn(tl.full(divisor.shape, 1.0, tl.float32), divisor)
         scaled = tl.minimum(tl.maximum(scaled, -limit), limit)
         place = base + slot * D + tl.arange(0, D)[None, :]
         if INTEGER:
             tl.store(place, round_to_integer(scaled).to(tl.int8), mask=inside)
         else:
-            tl.store(place, encode(scaled), mask=inside)
+            tl.store(place, encode(scaled, HARDWARE), mask=inside)
         tl.store((base + HEADS * D + slot * 4).to(tl.pointer_type(tl.float32)), scale, mask=inside)
 
     @triton.jit
@@ -166,6 +185,7 @@ if triton is not None:
         HEADS: tl.constexpr,
         D: tl.constexpr,
         INTEGER: tl.constexpr,
+        HARDWARE: tl.constexpr,
         R: tl.constexpr,
     ):
         # One program: R rows of one head of one batch item.
@@ -177,7 +197,7 @@ if triton is not None:
         value = tl.load(
             x + item * x_batch + wide_row * x_row + head * x_head + tl.arange(0, D)[None, :], mask=inside, other=0.0
         )
-        store_packed(out + (item * rows + wide_row) * PITCH, value, head, inside, HEADS, D, INTEGER)
+        store_packed(out + (item * rows + wide_row) * PITCH, value, head, inside, HEADS, D, INTEGER, HARDWARE)
 
     @triton.jit
     def _unpack_kernel(
@@ -198,6 +218,7 @@ if triton is not None:
         ALL_HEADS: tl.constexpr,
         D: tl.constexpr,
         INTEGER: tl.constexpr,
+        HARDWARE: tl.constexpr,
         R: tl.constexpr,
     ):
         # One program: R rows of one head of one (tensor, source, batch item).
@@ -215,7 +236,7 @@ if triton is not None:
             target = tl.where(row < text, source * text_step + row, image_start + source * image_step + row - text)
             place = out + ((tensor * batch + item).to(tl.int64) * gathered + target[:, None]) * ALL_HEADS * D
             place += (source * head_step + head) * D + column
-            value = code.to(tl.float32) if INTEGER else decode(code)
+            value = code.to(tl.float32) if INTEGER else decode(code, HARDWARE)
             tl.store(place, (value * scale).to(out.dtype.element_ty), mask=inside)
 
 
@@ -233,6 +254,7 @@ def _launch_pack(x: torch.Tensor, out: torch.Tensor) -> None:
         HEADS=heads,
         D=dim,
         INTEGER=out.dtype == torch.int8,
+        HARDWARE=has_e4m3(out.device),
         R=_ROWS,
     )
 
@@ -259,5 +281,6 @@ def _launch_unpack(packed: torch.Tensor, out: torch.Tensor, to: Destination) -> 
         ALL_HEADS=out.shape[3],
         D=dim,
         INTEGER=packed.dtype == torch.int8,
+        HARDWARE=has_e4m3(out.device),
         R=_ROWS,
     )

@@ -119,6 +119,7 @@ if triton is not None:
         D: tl.constexpr,
         PITCH: tl.constexpr,
         INTEGER: tl.constexpr,
+        HARDWARE: tl.constexpr,
         NORMED: tl.constexpr,
         ROTATED: tl.constexpr,
         ROWS: tl.constexpr,
@@ -162,7 +163,7 @@ if triton is not None:
             if PITCH == 0:
                 tl.store(outgoing + (leaving * LOCAL_HEADS + slot) * D + column, value, mask=inside)
             else:
-                store_packed(outgoing + leaving * PITCH, value, slot, inside, LOCAL_HEADS, D, INTEGER)
+                store_packed(outgoing + leaving * PITCH, value, slot, inside, LOCAL_HEADS, D, INTEGER, HARDWARE)
 
 
 def _launch(projected, scales, rope, which, first_row, received, outgoing, position, regions, eps) -> None:
@@ -200,6 +201,7 @@ def _launch(projected, scales, rope, which, first_row, received, outgoing, posit
         D=d,
         PITCH=outgoing.shape[4] if outgoing.dtype in eight_bits.LARGEST else 0,
         INTEGER=outgoing.dtype == torch.int8,
+        HARDWARE=eight_bits.has_e4m3(outgoing.device),
         NORMED=any(s is not None for s in scales),
         ROTATED=rope is not None,
         ROWS=rows_per_program,

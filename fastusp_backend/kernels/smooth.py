@@ -29,7 +29,7 @@ except ImportError:  # a CPU build of torch brings no Triton
 
 LARGEST = 448.0
 """The largest value of e4m3."""
-_RUN, _SEEN, _RUNS, _ROWS = 128, 32, 64, 64
+_RUN, _SEEN, _RUNS, _ROWS = 256, 32, 64, 64
 """Tokens that one program of the first kernel sees, tokens at a time, runs at a time in the second, and tokens of one
 program of the last."""
 

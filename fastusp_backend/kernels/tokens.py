@@ -110,12 +110,20 @@ if triton is not None:
         return tl.where(value != value, 0.0, tl.minimum(tl.maximum(value, -65504.0), 65504.0))
 
     @triton.jit
+    def _tanh(value):
+        """By the instruction of NVIDIA's GPUs, wrong by 2^-11 at most: enough for what becomes e4m3, which is all that
+        it is for. With an exponential and a division these kernels would wait for the arithmetic, not for memory."""
+        return tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [value], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+    @triton.jit
     def store_token(value, out, out_scale, inside, FP8: tl.constexpr):
         """Stores a token's values at `out`; FP8: quantised, with their scale at `out_scale`."""
         if FP8:
             largest = tl.max(tl.where(inside, magnitudes(value), 0.0), axis=0)
-            divisor = tl.where(largest > 0, largest / 448.0, 1.0)
-            scaled = tl.minimum(tl.maximum(value / divisor, -448.0), 448.0)
+            inverse = 1.0 / tl.where(largest > 0, largest / 448.0, 1.0)
+            scaled = tl.minimum(tl.maximum(value * inverse, -448.0), 448.0)
             tl.store(out, scaled.to(out.dtype.element_ty), mask=inside)
             tl.store(out_scale, tl.where(largest < float("inf"), largest / 448.0, float("nan")))
         else:
@@ -175,10 +183,10 @@ if triton is not None:
             scales = tl.load(scale + vector, mask=inside, other=0.0).to(tl.float32)
             value = centred * deviation * (1 + scales) + tl.load(shift + vector, mask=inside, other=0.0).to(tl.float32)
         if GELU:
-            # 0.5 x (1 + tanh(u)) = x sigmoid(2 u)
-            value *= tl.sigmoid(1.5957691216057308 * (value + 0.044715 * value * value * value))
-        if GATED:
-            value *= tl.sigmoid(value) * tl.load(source + C, mask=inside, other=0.0).to(tl.float32)
+            value *= 0.5 + 0.5 * _tanh(0.7978845608028654 * (value + 0.044715 * value * value * value))
+        if GATED:  # sigmoid(x) = 0.5 + 0.5 tanh(x / 2)
+            other = tl.load(source + C, mask=inside, other=0.0).to(tl.float32)
+            value *= (0.5 + 0.5 * _tanh(0.5 * value)) * other
         store_token(value, out + place + column, out_scales + item * tokens + token, inside, FP8)
 
 
@@ -226,7 +234,7 @@ def _launch(
         ROWS=rows is not None,
         BOUNDED=x.dtype == torch.float16,
         eps=EPS,
-        num_warps=min(16, max(1, block // 512)),
+        num_warps=min(8, max(1, block // 1024)),  # measured on an H200, widths of 3072 and 12288
     )
     made = (out, out_scales) if fp8 else (out,)
     return (summed, *made) if add and norm else made

@@ -77,6 +77,8 @@ def worker_environment(
         env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // devices.ranks)))
         # Ranks, host and others share the cores: threads that spin while they wait take them from those that work.
         env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    elif devices.ranks > 1:
+        env.setdefault("OMP_NUM_THREADS", "1")  # torchrun's own choice, which comes too late for forks of it
     return env
 
 

@@ -5,26 +5,44 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from .process import PARENT_VARIABLE, RUN_DIR_VARIABLE, die_with_parent, importing, leave
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 def main(arguments: list[str]) -> int:
     die_with_parent(int(os.environ[PARENT_VARIABLE]))
     os.environ[PARENT_VARIABLE] = str(os.getpid())  # for the ranks
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, as some supervisors leave it, it hides how ranks ended
+    visible = _hide_gpus()
+
+    def begin() -> NoReturn:
+        os.environ[VISIBLE] = visible
+        leave(worker.main())
+
     # Not above: importing torch takes seconds, in which this process would outlive its parent.
     with importing():
+        from . import __main__ as worker
+        from .forked import start_by_fork
         from .torchrun import run
 
-        if os.environ["FASTUSP_DEVICE_TYPE"] == "cpu":  # on GPUs forks are not tried yet
-            from . import __main__ as worker
-            from .forked import start_by_fork
-
-            with contextlib.suppress(Exception):  # which each rank meets as well, and reports
-                from . import rank  # noqa: F401
-            start_by_fork(lambda: leave(worker.main()))
+        with contextlib.suppress(Exception):  # which each rank meets as well, and reports
+            from . import rank  # noqa: F401
+        start_by_fork(begin)
     return run(arguments, Path(os.environ[RUN_DIR_VARIABLE]))
+
+
+def _hide_gpus() -> str:
+    """A process that has asked CUDA for GPUs is not to be forked. torchrun asks for all that it sees, since torch 2.9,
+    to have ranks run on their NUMA nodes (here they see to it themselves: nearby.py); of none it asks NVML alone.
+
+    Returns CUDA_VISIBLE_DEVICES as it was.
+    """
+    visible = os.environ[VISIBLE]
+    os.environ |= {VISIBLE: "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    return visible
 
 
 if __name__ == "__main__":

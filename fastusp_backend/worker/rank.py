@@ -19,6 +19,7 @@ from ..protocol import VERSION, Ready
 from .control import Control
 from .crew import Crew
 from .meeting import meeting_of
+from .nearby import stay_near
 from .process import STORE_VARIABLE, record_failure
 from .runner import Runner
 
@@ -41,6 +42,7 @@ def work(run_dir: Path) -> None:
     place |= {"world_size": int(os.environ["WORLD_SIZE"]), "timeout": GROUP_TIMEOUT}
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        stay_near(device)
         # One segment serves every type and also counts of 1: more variants than the default allows.
         torch._dynamo.config.recompile_limit = 64
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **place)
@@ -64,6 +66,8 @@ def work(run_dir: Path) -> None:
         key = (run_dir / "key").read_bytes()
         control = Control(str(run_dir / "control.sock"), key, ready, functools.partial(record_failure, run_dir, 0))
     if device.type == "cuda":
+        if control is not None:
+            control.wait_for_client()  # what the compiler imports leaves no time to Python's other threads, for seconds
         _wake_compiler(device)  # a prompt's texts are being encoded, or its request waits
     engine = Engine(device)
     Runner(crew, engine, control).serve()

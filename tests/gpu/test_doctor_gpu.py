@@ -55,7 +55,7 @@ def test_bench(tmp_path):
     write_checkpoint(str(path), SMALL, dtype=torch.bfloat16)
     done = command_line("bench", str(path), "--gpus", "0", "--size", "256", "--text", "16", "--steps", "4")
     assert done.returncode == 0, done.stdout + done.stderr
-    _, _, exact, fp8, *recommended = done.stdout.splitlines()
+    _, _, exact, *others = done.stdout.splitlines()
     assert exact.split()[6:8] == ["exact", "exact"] and "not run" not in exact
-    assert fp8.split()[6:8] == ["exact", "fp8"]
-    assert recommended[-1].startswith(("Recommended, without loss: gpus = 0 (1 rank)", "In 8 bits"))
+    assert ["exact", "fp8"] in [row.split()[6:8] for row in others], done.stdout
+    assert others[-1].startswith(("Recommended, without loss: gpus = 0 (1 rank)", "In 8 bits"))

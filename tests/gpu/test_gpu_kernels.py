@@ -32,7 +32,9 @@ def rows(*shape, dtype=torch.float32, seed=0):
 @pytest.mark.parametrize("size", [1e-4, 1.0, 100.0])
 @pytest.mark.parametrize("heads", [1, 3, 12])
 @pytest.mark.parametrize("carrier", eight_bits.LARGEST)
-def test_packed_bits_are_the_references(dim, carrier, heads, size, dtype):
+@pytest.mark.parametrize("hardware", [True, False])
+def test_packed_bits_are_the_references(dim, carrier, heads, size, dtype, hardware, monkeypatch):
+    monkeypatch.setattr(eight_bits, "has_e4m3", lambda device: hardware)
     x = (rows(2, 77, heads, dim) * size).to(dtype)
     x[0, 5] = 0
     for source in (x, x.transpose(1, 2).contiguous().transpose(1, 2)):
@@ -76,7 +78,9 @@ def test_a_head_that_is_not_finite_arrives_as_nan(dim, bad, dtype):
     ],
 )
 @pytest.mark.parametrize("carrier", eight_bits.LARGEST)
-def test_rows_are_unpacked_as_the_reference_does(dim, carrier, to, gathered, heads, dtype):
+@pytest.mark.parametrize("hardware", [True, False])
+def test_rows_are_unpacked_as_the_reference_does(dim, carrier, to, gathered, heads, dtype, hardware, monkeypatch):
+    monkeypatch.setattr(eight_bits, "has_e4m3", lambda device: hardware)
     packed = torch.zeros(2 * 3 * 2, 70, eight_bits.pitch(3, dim), dtype=carrier, device="cuda")
     eight_bits.pack_reference(rows(12, 70, 3, dim), packed)
     packed = packed.unflatten(0, (2, 3, 2))

@@ -56,6 +56,13 @@ def test_largest_values_zeros_and_signs_are_kept(carrier):
 
 
 @pytest.mark.parametrize("carrier", eight_bits.LARGEST)
+def test_values_whose_scale_has_no_inverse_are_zeros(carrier):
+    x = torch.zeros(1, 5, HEADS, DIM)
+    x[0, 1, 1, 2] = 1e-38
+    assert torch.equal(unpacked(packed(x, carrier), x), torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("carrier", eight_bits.LARGEST)
 def test_packing_again_changes_nothing(carrier):
     x = torch.randn(2, 5, HEADS, DIM, generator=torch.Generator().manual_seed(1))
     filled = HEADS * (DIM + 4)  # the rest is padding

@@ -109,6 +109,8 @@ def test_gpus_are_handed_down_by_uuid(tmp_path, monkeypatch):
     monkeypatch.setattr(devices, "list_gpus", lambda: gpus)
     env = worker_environment(Devices(ranks=2, gpus=(3, 1)), tmp_path, {"CUDA_VISIBLE_DEVICES": "1,3"})
     assert env["FASTUSP_DEVICE_TYPE"] == "cuda" and env["CUDA_VISIBLE_DEVICES"] == "GPU-3,GPU-1"
+    assert env["OMP_NUM_THREADS"] == "1", "as torchrun says where it starts ranks itself"
+    assert "OMP_NUM_THREADS" not in worker_environment(Devices(ranks=1, gpus=(3,)), tmp_path, {})
     with pytest.raises(DeviceError, match="GPU 7 does not exist"):
         workers.Workers(Devices(ranks=1, gpus=(7,)))
 
