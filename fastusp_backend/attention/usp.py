@@ -61,6 +61,9 @@ class JointAttention:
         self._valid = [shards.valid(position) for position in positions]
         self._valid_image = [shards.valid(position, text=False) for position in positions]
         self._scale = self._ulysses.received.shape[-1] ** -0.5
+        # With Ulysses, what the ring passes on is not there before tokens have arrived.
+        self._ring_early = self._ring is not None and overlap and pipelined and mesh.layout.ulysses == 1
+        self._projected: set[tuple[int, str]] = set()  # keys and values that the ring may take
 
     def project(
         self,
@@ -96,6 +99,15 @@ class JointAttention:
         self._ulysses.send(which, text=text, image=image)
         if not self._overlap:
             self._ulysses.wait()
+        if self._ring_early:
+            self._start_ring({K, V}.intersection(range(which.start, which.stop)), text, image)
+
+    def _start_ring(self, tensors: set[int], text: bool, image: bool) -> None:
+        """Has keys and values travel as soon as they are complete: what a layer computes until it attends hides it."""
+        before = len(self._projected)
+        self._projected |= {(tensor, rows) for tensor in tensors for rows in ("text",) * text + ("image",) * image}
+        if before < len(self._projected) == 4:
+            self._ring.start(self._ulysses.received[K:])
 
     def attend(self, *, text_first: bool = False, image_only: bool = False) -> None:
         """Waits for what was projected, attends, and starts returning the tokens to their owners.
@@ -106,6 +118,7 @@ class JointAttention:
             out.
         """
         self._ulysses.wait()
+        self._projected.clear()
         self._tokens_arrived()
         q, k, v = self._ulysses.received.unbind(0)
         valid = self._valid_image if image_only else self._valid

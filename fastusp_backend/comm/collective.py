@@ -123,16 +123,22 @@ class CollectiveRing:
 
     def __init__(self, group: GroupExchange, wire: Wire):
         self._group, self._wire = group, wire
+        self._first: Pending | None = None
+
+    def start(self, own: torch.Tensor) -> None:
+        self._first = self._group.shift(self._wire.encode(own.flatten(0, 1)).unflatten(0, own.shape[:2]))
 
     def rotate(self, own: torch.Tensor, *, pipelined: bool) -> Iterator[Block]:
+        if self._first is None:
+            self.start(own)
+        arriving, self._first = self._first, None
         position, size = self._group.position, self._group.size
-        block = self._wire.encode(own.flatten(0, 1)).unflatten(0, own.shape[:2])
         current, unpacked = own, torch.empty_like(own) if self._wire.packed else own
         for hop in range(size):
-            arriving = self._group.shift(block) if hop < size - 1 else None
             arrived = arriving() if arriving and not pipelined else None
             # After `hop` shifts this rank has the block of the position `hop` before its own.
             yield (position - hop) % size, current
             if arriving:
                 block = arrived if arrived is not None else arriving()
                 current = self._wire.decode_ring(block, unpacked)
+                arriving = self._group.shift(block) if hop + 1 < size - 1 else None

@@ -56,10 +56,14 @@ class Ulysses(Protocol):
 
 
 class Ring(Protocol):
+    def start(self, own: torch.Tensor) -> None:
+        """Starts passing this rank's keys and values on, which stay as they are until the `rotate` that follows is
+        exhausted."""
+
     def rotate(self, own: torch.Tensor, *, pipelined: bool) -> Iterator[Block]:
-        """Yields all ring positions' blocks, this rank's `own` keys and values (2, B, N, h, D) first. A block is valid
-        until the next is asked for; the iterator must be exhausted. pipelined: the next block travels while the
-        caller works with one."""
+        """Yields all ring positions' blocks, this rank's `own` keys and values (2, B, N, h, D) first, and starts unless
+        `start` has. A block is valid until the next is asked for; the iterator must be exhausted. pipelined: the next
+        block travels while the caller works with one."""
 
 
 class Gather(Protocol):

@@ -164,39 +164,46 @@ class PeerRing:
 
     def __init__(self, members: list[int], wire: Wire, block: Part):
         self._arena, self._wire, self._members, self._block = block.region.arena, wire, members, block
-        self._position = members.index(self._arena.position)
+        self._position, size = members.index(self._arena.position), len(members)
+        self._others = [(self._position - hop) % size for hop in range(1, size)]  # as their blocks are read
+        self._started = False
         own = self._block.own
-        self._buffers = [torch.empty_like(own) for _ in range(min(2, len(members) - 1))]
+        self._buffers = [torch.empty_like(own) for _ in range(min(2, size - 1))]
         shape = (*own.shape[:3], wire.heads, wire.dim)
         self._unpacked = torch.empty(shape, dtype=wire.dtype, device=own.device) if wire.packed else None
 
-    def rotate(self, own: torch.Tensor, *, pipelined: bool) -> Iterator[Block]:
-        arena, size = self._arena, len(self._members)
-        others = [(self._position - hop) % size for hop in range(1, size)]
-        peers = [self._members[other] for other in others]
+    def start(self, own: torch.Tensor) -> None:
         if self._wire.packed:
             self._block.own.copy_(self._wire.encode(own.flatten(0, 1)).view_as(self._block.own))
-        with arena.side_stream():
-            arena.publish(self._block)
-            arena.put_signals(peers, _READY)
+        with self._arena.side_stream():
+            self._arena.publish(self._block)
+            self._arena.put_signals([self._members[other] for other in self._others], _READY)
+        self._pull(0)
+        self._started = True
+
+    def rotate(self, own: torch.Tensor, *, pipelined: bool) -> Iterator[Block]:
+        if not self._started:
+            self.start(own)
+        self._started = False
+        arena, size = self._arena, len(self._members)
         current = own
         for hop in range(size):
-            owner = (self._position - hop) % size
-            if hop < size - 1:
-                self._pull(others[hop], self._buffers[hop % 2])
-                if not pipelined:
-                    arena.wait_all()
-            yield owner, current
+            if 0 < hop < size - 1:
+                self._pull(hop)
+            if hop < size - 1 and not pipelined:
+                arena.wait_all()
+            yield (self._position - hop) % size, current
             if hop < size - 1:
                 arena.wait_all()
                 current = self._wire.decode_ring(self._buffers[hop % 2], self._unpacked)
-        arena.wait_signals(peers, _DONE)
+        arena.wait_signals([self._members[other] for other in self._others], _DONE)
 
-    def _pull(self, owner: int, buffer: torch.Tensor) -> None:
-        peer = self._members[owner]
+    def _pull(self, hop: int) -> None:
+        """Reads the block that follows `hop` others."""
+        peer = self._members[self._others[hop]]
         with self._arena.side_stream():
             self._arena.wait_signals([peer], _READY)
-            buffer.copy_(self._block.of(peer), non_blocking=True)
+            self._buffers[hop % 2].copy_(self._block.of(peer), non_blocking=True)
             self._arena.put_signals([peer], _DONE)
 
 

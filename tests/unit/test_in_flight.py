@@ -89,15 +89,21 @@ def test_the_rings_next_block_travels_while_one_is_attended_if_that_is_wanted(ki
     else:
         ring, own = CollectiveRing(Group(calls), wire), torch.empty(*shape, HEADS, DIM)
     own.copy_(randn(*own.shape, seed=0))
-    order = []
-    for position, _ in ring.rotate(own, pipelined=pipelined):
-        order.append(position)
-        calls.append("attend")
-    assert order == [0, 2, 1]
     late, early = ["start", "attend", "await"], ["start", "await", "attend"]
     if kind == "peers" and not pipelined:
         early.append("await")  # once more, for nothing
-    assert calls == 2 * (late if pipelined else early) + ["attend"]
+    for before in (["start"], []):  # a layer that has started before it attends, and one that has not
+        calls.clear()
+        for _ in before:
+            ring.start(own)
+            calls.append("compute")
+        order = []
+        for position, _ in ring.rotate(own, pipelined=pipelined):
+            order.append(position)
+            calls.append("attend")
+        assert order == [0, 2, 1]
+        expected = 2 * (late if pipelined else early) + ["attend"]
+        assert calls == [*before, "compute", *expected[1:]] if before else calls == expected
 
 
 @pytest.mark.parametrize("packed", [None, torch.uint8, torch.int8])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import OneRank, inputs, randn
 
-from fastusp_backend.attention import ALL, JointAttention
+from fastusp_backend.attention import ALL, ONLY_K, ONLY_Q, ONLY_V, JointAttention
 from fastusp_backend.attention.local import math
 from fastusp_backend.comm.links import Links, LocalUlysses
 from fastusp_backend.comm.mesh import single_rank_mesh
@@ -81,6 +81,9 @@ class Ring:
     def __init__(self, blocks):
         self.blocks, self.asked = blocks, []
 
+    def start(self, own):
+        self.asked.append("start")
+
     def rotate(self, own, *, pipelined):
         self.asked.append(pipelined)
         yield from enumerate(self.blocks)
@@ -118,6 +121,37 @@ def test_the_ring_is_asked_as_was_wanted(pipelined):
         [randn(2, 1, 4, 2, 8, seed=n) for n in range(3)], randn(1, 4, 2, 8, seed=3), pipelined=pipelined
     )
     assert ring.asked == [pipelined]
+
+
+@pytest.mark.parametrize(
+    "ulysses, overlap, pipelined, early",
+    [(1, True, True, 1), (2, True, True, 0), (1, False, True, 0), (1, True, False, 0)],
+)
+def test_keys_and_values_leave_as_soon_as_they_are_complete(ulysses, overlap, pipelined, early):
+    """Of text and image, in any order, layer after layer; where Ulysses brings others', they are not yet."""
+    mesh, shards = single_rank_mesh(CPU), SequenceShards(Layout(ulysses=1, ring=2), 4, 6)
+    mesh = dataclasses.replace(mesh, layout=Layout(ulysses=ulysses, ring=2))
+    ring = Ring(randn(2, 2, 1, 5, 2, 8, seed=0))
+    links = Links(LocalUlysses(randn(3, 1, 5, 2, 8, seed=1)), ring, None)
+    joint = JointAttention(mesh, math, shards, links, overlap=overlap, pipelined=pipelined)
+
+    def project(which, tokens, **streams):
+        count = which.stop - which.start
+        joint.project(randn(1, tokens, 16 * count, seed=2), (None,) * count, None, which, **streams)
+
+    for _ in range(2):
+        ring.asked.clear()
+        for which in (ONLY_V, ONLY_K):
+            project(which, 3, text=False)
+        project(slice(0, 3), 2, image=False)
+        assert ring.asked == early * ["start"]
+        project(ONLY_Q, 3, text=False)
+        joint.attend()
+        assert ring.asked == early * ["start"] + [pipelined]
+    ring.asked.clear()
+    project(slice(0, 3), 3, text=False)
+    joint.attend(image_only=True)
+    assert ring.asked == [pipelined], "the text's were not projected"
 
 
 @pytest.mark.parametrize("overlap, pipelined", [(True, False), (False, True)])
