@@ -1,4 +1,7 @@
-"""A rank that fails ends at once, also where it can leave no trace: one that lived on would do nothing any more."""
+"""A rank that fails ends at once, also where it can leave no trace: one that lived on would do nothing any more. One
+that was told to leaves nothing that others wait for."""
+
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -54,3 +57,17 @@ def test_a_rank(exits, tmp_path, monkeypatch, what):
     with pytest.raises(Ended):
         worker.main()
     assert exits == [1]
+
+
+def test_graphs_go_before_nccl(tmp_path, monkeypatch):
+    """NCCL's end waits for that of all graphs it is in."""
+    for name, value in {"FASTUSP_DEVICE_TYPE": "cpu", "RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    all_of_them = MagicMock()
+    for name in ("dist", "meeting_of", "Crew", "Engine", "Runner"):
+        monkeypatch.setattr(rank, name, getattr(all_of_them, name))
+    all_of_them.Crew().rank, all_of_them.Crew().all_gather.return_value = 1, []
+    rank.work(tmp_path)
+    names = [name for name, _, _ in all_of_them.mock_calls]
+    order = ["Runner().serve", "Engine().drop_evaluations", "Crew().agree", "dist.destroy_process_group"]
+    assert names[-len(order) :] == order
