@@ -3,6 +3,7 @@
 Lengths are in units of the picture's shorter edge, places in its width and height.
 """
 
+import functools
 import itertools
 import zlib
 from dataclasses import dataclass
@@ -121,7 +122,13 @@ def held_back(caption: Caption) -> bool:
     return zlib.crc32(str(caption).encode()) % 10 == 0
 
 
+@functools.cache
+def _all_held_back() -> tuple[Caption, ...]:
+    """Found once a process: that takes a quarter of a second, and `verify` asks for examples twice an option."""
+    return tuple(caption for caption in all_captions() if held_back(caption))
+
+
 def examples(count: int) -> list[Caption]:
     """Some captions that are held back, always the same ones."""
-    held = [caption for caption in all_captions() if held_back(caption)]
+    held = _all_held_back()
     return [held[i] for i in torch.randperm(len(held), generator=torch.Generator().manual_seed(1))[:count].tolist()]

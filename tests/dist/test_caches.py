@@ -32,9 +32,9 @@ from fastusp_backend.sampling import SAMPLERS
 pytestmark = pytest.mark.dist
 
 TOLERANCE = 2e-5
-SIZE, STEPS = (10, 8), 12
+SIZE, STEPS = (10, 8), 8
 SIGMAS = torch.linspace(1, 0, STEPS + 1)
-SPAN = {"cache_start": 0.1, "cache_end": 0.9}
+SPAN = {"cache_start": 0.2, "cache_end": 0.8}
 EASY = SPAN | {"cache": "easy", "cache_threshold": 1.0}
 FIRST = SPAN | {"cache": "first_block", "cache_threshold": 0.69}
 KINDS = pytest.mark.parametrize("settings", [EASY, FIRST], ids=["easy", "first_block"])
@@ -158,10 +158,10 @@ def test_the_first_block_of_every_family(session_of, family):
     """At a threshold that nothing reaches all steps from start to end are skipped."""
     config, high = FAMILIES[family], FIRST | {"cache_threshold": 1e9}
     one, evaluations, skipped = sample(session_of(1, 1, family=family, **high), config)
-    assert (evaluations, skipped) == (STEPS, 9)
+    assert (evaluations, skipped) == (STEPS, 5)
     for layout in ((2, 1), (1, 2)):
         two, *counts = sample(session_of(*layout, family=family, **high), config)
-        assert relative_difference(two, one) < TOLERANCE and counts == [STEPS, 9]
+        assert relative_difference(two, one) < TOLERANCE and counts == [STEPS, 5]
     exact, *_ = sample(session_of(2, 1, family=family), config)
     idle, *_ = sample(session_of(2, 1, family=family, **FIRST | {"cache_threshold": 0.0}), config)
     assert torch.equal(idle, exact) and 10 * TOLERANCE < relative_difference(one, exact) < 0.5

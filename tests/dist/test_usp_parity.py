@@ -154,11 +154,11 @@ def test_a_sampling_loop(session_of, name, masked, cfg):
         torch.testing.assert_close(two[kept], mask.latent_image[kept], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("ulysses, ring", [(1, 2), (2, 2), (1, 3)])
-def test_a_sampling_loop_on_other_layouts(session_of, ulysses, ring):
+def test_a_sampling_loop_on_other_layouts(session_of):
     one, _ = sample(session_of(1, 1), "heun", cfg=3.0)
-    more, _ = sample(session_of(ulysses, ring), "heun", cfg=3.0)
-    assert relative_difference(more, one) < TOLERANCE
+    for layout in ((1, 2), (2, 2), (1, 3)):
+        more, _ = sample(session_of(*layout), "heun", cfg=3.0)
+        assert relative_difference(more, one) < TOLERANCE, layout
 
 
 def test_guidance_and_masks_matter(session_of):

@@ -109,7 +109,7 @@ class Page:
         deadline = time.monotonic() + seconds
         while not (value := self.evaluate(expression)):
             assert time.monotonic() < deadline, f"{expression} is {value!r}"
-            time.sleep(0.1)
+            time.sleep(0.05)
         return value
 
     def resize(self, width: int, height: int) -> None:

@@ -104,6 +104,7 @@ def fitting(rank: int) -> dict[str, dict[str, tuple[int, ...]]]:
     }
 
 
+@pytest.mark.any_processor
 @pytest.mark.filterwarnings("ignore:Tensor.mT")
 def test_what_passes_the_check_can_be_applied():
     chance, seen = random.Random(0), Counter()
