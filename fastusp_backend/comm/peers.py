@@ -159,13 +159,14 @@ class PeerRing:
     its neighbour.
 
     members: the ring's positions in the arena, in its order.
-    block (2, B, N, *row): what peers read; where the wire is not packed it must be the memory that `rotate` is given.
+    block (2, B, N, *row): what peers read; where the wire is not packed it must be the memory that `start` and `rotate`
+        are given.
     """
 
     def __init__(self, members: list[int], wire: Wire, block: Part):
-        self._arena, self._wire, self._members, self._block = block.region.arena, wire, members, block
+        self._arena, self._wire, self._block = block.region.arena, wire, block
         self._position, size = members.index(self._arena.position), len(members)
-        self._others = [(self._position - hop) % size for hop in range(1, size)]  # as their blocks are read
+        self._peers = [members[(self._position - hop) % size] for hop in range(1, size)]  # as their blocks are read
         self._started = False
         own = self._block.own
         self._buffers = [torch.empty_like(own) for _ in range(min(2, size - 1))]
@@ -177,7 +178,7 @@ class PeerRing:
             self._block.own.copy_(self._wire.encode(own.flatten(0, 1)).view_as(self._block.own))
         with self._arena.side_stream():
             self._arena.publish(self._block)
-            self._arena.put_signals([self._members[other] for other in self._others], _READY)
+            self._arena.put_signals(self._peers, _READY)
         self._pull(0)
         self._started = True
 
@@ -185,8 +186,7 @@ class PeerRing:
         if not self._started:
             self.start(own)
         self._started = False
-        arena, size = self._arena, len(self._members)
-        current = own
+        arena, size, current = self._arena, 1 + len(self._peers), own
         for hop in range(size):
             if 0 < hop < size - 1:
                 self._pull(hop)
@@ -196,11 +196,11 @@ class PeerRing:
             if hop < size - 1:
                 arena.wait_all()
                 current = self._wire.decode_ring(self._buffers[hop % 2], self._unpacked)
-        arena.wait_signals([self._members[other] for other in self._others], _DONE)
+        arena.wait_signals(self._peers, _DONE)
 
     def _pull(self, hop: int) -> None:
         """Reads the block that follows `hop` others."""
-        peer = self._members[self._others[hop]]
+        peer = self._peers[hop]
         with self._arena.side_stream():
             self._arena.wait_signals([peer], _READY)
             self._buffers[hop % 2].copy_(self._block.of(peer), non_blocking=True)

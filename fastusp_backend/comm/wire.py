@@ -18,6 +18,7 @@ import torch
 
 from ..config import WireChoice
 from ..kernels import eight_bits
+from ..kernels.unpack import Destination, Own, unpack
 from .shards import SequenceShards
 
 WireFormat = Literal["exact", "fp8", "int8"]
@@ -76,7 +77,7 @@ class Wire:
         """Returns a block (2, B, N, *row) as keys and values (2, B, N, h, D), in `out` where they were packed."""
         if not self.packed:
             return block
-        eight_bits.unpack(block[:, None], out, eight_bits.Destination(block.shape[2], 0, block.shape[2], 0))
+        unpack(block[:, None], out, Destination(block.shape[2], 0, block.shape[2], 0))
         return out
 
 
@@ -87,7 +88,7 @@ def unpack_gathered(
     (T, B, N, h, D), but for those of this rank's own `position`."""
     u, t, i = shards.layout.ulysses, shards.local_text, shards.local_image
     start = u * t
-    eight_bits.unpack(packed, received, eight_bits.Destination(t if text else 0, t, start, i, skipped=position))
+    unpack(packed, received, Destination(t if text else 0, t, start, i, skipped=position))
 
 
 def unpack_returned(
@@ -98,8 +99,7 @@ def unpack_returned(
     heads, dim = attended.shape[2:]
     t = shards.local_text
     out = attended.new_empty(packed.shape[1], shards.local, packed.shape[0] * heads, dim)
-    to = eight_bits.Destination(t, 0, t, 0, head_step=heads, skipped=position)
-    eight_bits.unpack(packed[None], out[None], to)
-    for rows, region in shards.regions(position):
-        out[:, rows, position * heads : (position + 1) * heads] = attended[:, region]
+    to = Destination(t, 0, t, 0, head_step=heads, skipped=position)
+    (_, text), (_, image) = shards.regions(position)
+    unpack(packed[None], out[None], to, Own(attended.contiguous(), text.start, image.start))
     return out.flatten(2)

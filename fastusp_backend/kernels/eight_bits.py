@@ -12,7 +12,6 @@ GPUs before Ada have no e4m3 instructions: there the kernels round with integer 
 """
 
 import functools
-from typing import NamedTuple
 
 import torch
 
@@ -58,58 +57,10 @@ def quantise(x: torch.Tensor, carrier: torch.dtype = torch.uint8) -> tuple[torch
     return scaled.round().to(torch.int8) if carrier == torch.int8 else scaled.to(torch.float8_e4m3fn), scales
 
 
-class Destination(NamedTuple):
-    """Where unpacked rows go.
-
-    text: how many of a source's rows are text; row l < text of source s goes to row s text_step + l.
-    text_step: rows from one source's text to the next one's.
-    image_start, image_step: any other row goes to row image_start + s image_step + (l - text).
-    head_step: the heads of source s go to those from s head_step on.
-    skipped: a source whose rows stay where they are; -1 for none.
-    """
-
-    text: int
-    text_step: int
-    image_start: int
-    image_step: int
-    head_step: int = 0
-    skipped: int = -1
-
-
-def unpack(packed: torch.Tensor, out: torch.Tensor, to: Destination) -> None:
-    """packed (T, S, B, L, pitch) of S sources into out (T, B, N, H, D), contiguous."""
-    if packed.is_cuda and triton is not None:
-        _launch_unpack(packed, out, to)
-    else:
-        unpack_reference(packed, out, to)
-
-
-def unpack_reference(packed: torch.Tensor, out: torch.Tensor, to: Destination) -> None:
-    """The same in plain torch."""
-    dim, local = out.shape[-1], packed.shape[3]
-    heads = _heads(packed, out, to)
-    kind = torch.int8 if packed.dtype == torch.int8 else torch.float8_e4m3fn
-    values = packed[..., : heads * dim].contiguous().view(kind).unflatten(-1, (heads, dim))
-    scales = packed[..., heads * dim : heads * (dim + 4)].contiguous().view(torch.float32)
-    wide = (values.float() * scales[..., None]).to(out.dtype)
-    for source in range(packed.shape[1]):
-        if source == to.skipped:
-            continue
-        columns = slice(source * to.head_step, source * to.head_step + heads)
-        text, image = source * to.text_step, to.image_start + source * to.image_step
-        out[:, :, text : text + to.text, columns] = wide[:, source, :, : to.text]
-        out[:, :, image : image + local - to.text, columns] = wide[:, source, :, to.text :]
-
-
 @functools.cache
 def has_e4m3(device: torch.device) -> bool:
     """Whether a GPU has instructions for e4m3."""
     return torch.cuda.get_device_capability(device) >= (8, 9)
-
-
-def _heads(packed: torch.Tensor, out: torch.Tensor, to: Destination) -> int:
-    """Heads of a packed row: all of out's, unless each source brings its own."""
-    return to.head_step or out.shape[3]
 
 
 if triton is not None:
@@ -199,46 +150,6 @@ if triton is not None:
         )
         store_packed(out + (item * rows + wide_row) * PITCH, value, head, inside, HEADS, D, INTEGER, HARDWARE)
 
-    @triton.jit
-    def _unpack_kernel(
-        packed,
-        out,
-        sources,
-        batch,
-        local,
-        gathered,
-        text,
-        text_step,
-        image_start,
-        image_step,
-        head_step,
-        skipped,
-        PITCH: tl.constexpr,
-        HEADS: tl.constexpr,
-        ALL_HEADS: tl.constexpr,
-        D: tl.constexpr,
-        INTEGER: tl.constexpr,
-        HARDWARE: tl.constexpr,
-        R: tl.constexpr,
-    ):
-        # One program: R rows of one head of one (tensor, source, batch item).
-        row = tl.program_id(0) * R + tl.arange(0, R)
-        head = tl.program_id(1)
-        item = tl.program_id(2) % batch
-        source = (tl.program_id(2) // batch) % sources
-        tensor = tl.program_id(2) // (batch * sources)
-        inside = (row < local)[:, None]
-        column = tl.arange(0, D)[None, :]
-        if source != skipped:
-            base = packed + (tl.program_id(2).to(tl.int64) * local + row[:, None]) * PITCH
-            code = tl.load(base + head * D + column, mask=inside, other=0)
-            scale = tl.load((base + HEADS * D + head * 4).to(tl.pointer_type(tl.float32)), mask=inside, other=0.0)
-            target = tl.where(row < text, source * text_step + row, image_start + source * image_step + row - text)
-            place = out + ((tensor * batch + item).to(tl.int64) * gathered + target[:, None]) * ALL_HEADS * D
-            place += (source * head_step + head) * D + column
-            value = code.to(tl.float32) if INTEGER else decode(code, HARDWARE)
-            tl.store(place, (value * scale).to(out.dtype.element_ty), mask=inside)
-
 
 def _launch_pack(x: torch.Tensor, out: torch.Tensor) -> None:
     batch, rows, heads, dim = x.shape
@@ -254,33 +165,6 @@ def _launch_pack(x: torch.Tensor, out: torch.Tensor) -> None:
         HEADS=heads,
         D=dim,
         INTEGER=out.dtype == torch.int8,
-        HARDWARE=has_e4m3(out.device),
-        R=_ROWS,
-    )
-
-
-def _launch_unpack(packed: torch.Tensor, out: torch.Tensor, to: Destination) -> None:
-    tensors, sources, batch, local, row_bytes = packed.shape
-    heads, dim = _heads(packed, out, to), out.shape[4]
-    assert packed.is_contiguous() and out.is_contiguous() and row_bytes == pitch(heads, dim)
-    _unpack_kernel[(triton.cdiv(local, _ROWS), heads, tensors * sources * batch)](
-        packed,
-        out,
-        sources,
-        batch,
-        local,
-        out.shape[2],
-        to.text,
-        to.text_step,
-        to.image_start,
-        to.image_step,
-        to.head_step,
-        to.skipped,
-        PITCH=row_bytes,
-        HEADS=heads,
-        ALL_HEADS=out.shape[3],
-        D=dim,
-        INTEGER=packed.dtype == torch.int8,
         HARDWARE=has_e4m3(out.device),
         R=_ROWS,
     )

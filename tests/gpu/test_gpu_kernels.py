@@ -7,9 +7,10 @@ import torch
 from formats import HALVES, random_blocks
 from packed_layers import in_memory
 
-from fastusp_backend.kernels import eight_bits, merge, widen
+from fastusp_backend.kernels import eight_bits, merge, unpack, widen
 from fastusp_backend.kernels import gguf_blocks as kernel
 from fastusp_backend.kernels import scaled_blocks as scaled_kernel
+from fastusp_backend.kernels.unpack import Destination, Own
 from fastusp_backend.weights import packings, scaled_blocks
 
 pytestmark = [
@@ -56,12 +57,12 @@ def test_a_head_that_is_not_finite_arrives_as_nan(dim, bad, dtype):
         torch.zeros(1, 1, 1, 77, eight_bits.pitch(3, dim), dtype=torch.uint8, device="cuda"),
         torch.zeros_like(x)[None],
     )
-    for pack, unpack in (
-        (eight_bits.pack, eight_bits.unpack),
-        (eight_bits.pack_reference, eight_bits.unpack_reference),
+    for packing, unpacking in (
+        (eight_bits.pack, unpack.unpack),
+        (eight_bits.pack_reference, unpack.unpack_reference),
     ):
-        pack(x, packed[0, 0])
-        unpack(packed, out, eight_bits.Destination(77, 0, 77, 0))
+        packing(x, packed[0, 0])
+        unpacking(packed, out, Destination(77, 0, 77, 0))
         expected = torch.zeros(77, 3, dtype=torch.bool, device="cuda")
         expected[5, 1] = expected[60, 2] = True
         assert torch.equal(out[0, 0].isnan().all(-1), expected) and torch.equal(out[0, 0].isnan().any(-1), expected)
@@ -72,22 +73,35 @@ def test_a_head_that_is_not_finite_arrives_as_nan(dim, bad, dtype):
 @pytest.mark.parametrize(
     "to, gathered, heads",
     [
-        (eight_bits.Destination(20, 20, 60, 50, skipped=1), 210, 3),
-        (eight_bits.Destination(20, 0, 20, 0, head_step=3, skipped=0), 70, 9),
-        (eight_bits.Destination(0, 20, 60, 70), 270, 3),
+        (Destination(20, 20, 60, 50, skipped=1), 210, 3),
+        (Destination(20, 0, 20, 0, head_step=3, skipped=0), 70, 9),
+        (Destination(0, 20, 60, 70), 270, 3),
     ],
 )
 @pytest.mark.parametrize("carrier", eight_bits.LARGEST)
 @pytest.mark.parametrize("hardware", [True, False])
 def test_rows_are_unpacked_as_the_reference_does(dim, carrier, to, gathered, heads, dtype, hardware, monkeypatch):
-    monkeypatch.setattr(eight_bits, "has_e4m3", lambda device: hardware)
+    monkeypatch.setattr(unpack, "has_e4m3", lambda device: hardware)
     packed = torch.zeros(2 * 3 * 2, 70, eight_bits.pitch(3, dim), dtype=carrier, device="cuda")
     eight_bits.pack_reference(rows(12, 70, 3, dim), packed)
     packed = packed.unflatten(0, (2, 3, 2))
     kernel, reference = (torch.zeros(2, 2, gathered, heads, dim, dtype=dtype, device="cuda") for _ in "ab")
-    eight_bits.unpack(packed, kernel, to)
-    eight_bits.unpack_reference(packed, reference, to)
+    unpack.unpack(packed, kernel, to)
+    unpack.unpack_reference(packed, reference, to)
     assert kernel.any() and torch.equal(kernel, reference)
+
+
+@pytest.mark.parametrize("carrier", eight_bits.LARGEST)
+def test_own_rows_lie_between_the_others(carrier):
+    packed = torch.zeros(3 * 2, 70, eight_bits.pitch(3, 128), dtype=carrier, device="cuda")
+    eight_bits.pack_reference(rows(6, 70, 3, 128), packed)
+    packed, own = packed.unflatten(0, (1, 3, 2)), Own(rows(2, 210, 3, 128, seed=4).bfloat16(), 40, 160)
+    kernel, reference = (torch.zeros(1, 2, 70, 9, 128, dtype=torch.bfloat16, device="cuda") for _ in "ab")
+    for out, by in ((kernel, unpack.unpack), (reference, unpack.unpack_reference)):
+        by(packed, out, Destination(20, 0, 20, 0, head_step=3, skipped=1), own)
+    assert torch.equal(kernel, reference)
+    assert torch.equal(kernel[0, :, :20, 3:6], own.values[:, 40:60]) and kernel[..., :3, :].any()
+    assert torch.equal(kernel[0, :, 20:, 3:6], own.values[:, 160:])
 
 
 @pytest.mark.parametrize("dim", [64, 128])

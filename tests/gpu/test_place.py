@@ -5,8 +5,9 @@ import torch
 
 from fastusp_backend.comm.shards import SequenceShards
 from fastusp_backend.config import Layout
-from fastusp_backend.kernels.eight_bits import Destination, pitch, unpack_reference
+from fastusp_backend.kernels.eight_bits import pitch
 from fastusp_backend.kernels.place import place, place_reference
+from fastusp_backend.kernels.unpack import Destination, unpack_reference
 
 pytestmark = [
     pytest.mark.gpu,

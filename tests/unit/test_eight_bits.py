@@ -7,11 +7,12 @@ from fastusp_backend.comm.shards import SequenceShards
 from fastusp_backend.comm.wire import Wire, unpack_gathered, unpack_returned
 from fastusp_backend.config import Layout
 from fastusp_backend.kernels import eight_bits
+from fastusp_backend.kernels.unpack import Destination, unpack
 
 pytestmark = pytest.mark.unit
 
 HEADS, DIM = 3, 8
-WHOLE = eight_bits.Destination(5, 0, 5, 0)
+WHOLE = Destination(5, 0, 5, 0)
 
 
 def packed(x: torch.Tensor, carrier: torch.dtype = torch.uint8) -> torch.Tensor:
@@ -22,7 +23,7 @@ def packed(x: torch.Tensor, carrier: torch.dtype = torch.uint8) -> torch.Tensor:
 
 def unpacked(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     out = torch.full_like(like, torch.nan)[None]
-    eight_bits.unpack(rows[None, None], out, WHOLE)
+    unpack(rows[None, None], out, WHOLE)
     return out[0]
 
 

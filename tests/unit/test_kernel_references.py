@@ -6,6 +6,7 @@ from support import randn
 
 from fastusp_backend.kernels import eight_bits, tokens
 from fastusp_backend.kernels.place import place
+from fastusp_backend.kernels.unpack import Destination, unpack
 from fastusp_backend.models.layers import RMSNorm
 from fastusp_backend.models.segments import Segments
 
@@ -25,7 +26,7 @@ def test_a_head_that_is_not_finite_arrives_as_nan_whole(value, dtype, carrier):
     rows = torch.empty(1, 4, eight_bits.pitch(3, 8), dtype=carrier)
     eight_bits.pack(x, rows)
     out = torch.zeros_like(x)[None]
-    eight_bits.unpack(rows[None, None], out, eight_bits.Destination(4, 0, 4, 0))
+    unpack(rows[None, None], out, Destination(4, 0, 4, 0))
     lost = torch.zeros(x.shape, dtype=torch.bool)
     lost[0, 2, 1] = True
     assert out[0][lost].isnan().all() and out[0][~lost].isfinite().all()
