@@ -112,7 +112,9 @@ class Segments:
 
 def wake_compiler(device: torch.device) -> None:
     """Compiles next to nothing: torch.compile's first use imports for seconds, which a process may as well spend while
-    nothing is asked of it."""
+    nothing is asked of it. So does its first option."""
+    # One segment serves every type and also counts of 1: more variants than the default allows.
+    torch._dynamo.config.recompile_limit = 64
     torch.compile(lambda x: x + 1, fullgraph=True)(torch.zeros(1, device=device))
 
 

@@ -43,8 +43,6 @@ def work(run_dir: Path) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         stay_near(device)
-        # One segment serves every type and also counts of 1: more variants than the default allows.
-        torch._dynamo.config.recompile_limit = 64
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **place)
         name = torch.cuda.get_device_name(device)
     else:

@@ -17,8 +17,9 @@ class Watch:
             with open("imports", "a") as file:
                 file.write(name + chr(10))
 
-if "RANK" in os.environ:
+if "FASTUSP_RUN_DIR" in os.environ:  # torchrun, whose forks the ranks are
     sys.meta_path.insert(0, Watch())
+    open("watching", "w").close()
 """
 
 
@@ -37,5 +38,6 @@ def test_a_first_request_of_each_kind_imports_nothing(new_pool, dev, monkeypatch
     pool.park()
     evaluate(pool, dev)
     pool.release()
+    assert (directory / "watching").exists()
     found = (directory / "imports").read_text().split() if (directory / "imports").exists() else []
     assert not found, found[:20]
