@@ -85,7 +85,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     per (token, head), `auto` int8 where the measured link is slow.
     attention: the local attention back end; `auto` takes the fastest that the device and type allow. `sage` and
         `flash3-fp8` attend in 8 bits.
-    compile: element-wise segments are fused, by kernels of our own and the compiler (GPUs).
+    compile: element-wise segments are fused, by kernels of our own that Triton compiles (GPUs).
     cuda_graphs: a whole evaluation is replayed as one graph (GPUs).
     overlap: exchanges run beside computation instead of being awaited where they start.
     ring_pipeline: the ring's next keys and values travel while the current ones are attended.

@@ -20,8 +20,8 @@ TOOLTIPS = {
     "run on GPUs, flash also on CPU ranks; math is the slow reference and runs everywhere. flash3: on H100 and H200, "
     "with the package fa3-fwd, which auto uses too where it is faster. In 8 bits, only where chosen here: sage, with "
     "the package sageattention, on GPUs from Ampere on; flash3-fp8, with fa3-fwd, on H100 and H200.",
-    "compile": "Fuse the element-wise parts, by kernels of our own and torch.compile. GPUs only; CPU ranks run them as "
-    "they are.",
+    "compile": "Fuse the element-wise parts, by kernels of our own that Triton compiles. GPUs only; CPU ranks run them "
+    "as they are.",
     "cuda_graphs": "Replay a whole evaluation as one CUDA graph, so that no GPU waits for its CPU. GPUs only.",
     "overlap": "Ranks compute on while their exchanges travel. Off: each exchange is awaited at once.",
     "ring_pipeline": "In a ring, the next keys and values travel while the current ones are attended.",

@@ -1,15 +1,12 @@
 """The element-wise segments between matrix products and exchanges: pure functions of tokens.
 
-On GPUs each is one pass over the tokens by a kernel of our own (kernels/tokens.py, kernels/sandwich.py), and gelu is
-the epilogue of the library's product. Only SwiGLU of one product's halves that is not quantised is left to the
-compiler: nothing is reduced in it, so that one pass is what it makes anyway, once for all blocks, with a dynamic token
-dimension. On CPU ranks, and where fusing is switched off, all are torch's separate operations, against which the
-kernels are tested. The compiler never sees a collective.
+On GPUs each is one pass over the tokens by a kernel of our own (kernels/tokens.py, kernels/sandwich.py), which Triton
+compiles, and gelu is the epilogue of the library's product. torch.compile has no part in it: its imports alone keep a
+first prompt waiting for seven seconds. On CPU ranks, and where fusing is switched off, all are torch's separate
+operations, against which the kernels are tested.
 
 Shapes: x, y (B, L, C); shift, scale, gate (B, 1, C), or (B, n, C) where each token takes one of n rows (`by_row`).
 """
-
-import functools
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +87,7 @@ class Segments:
         if self._fused and self._fp8:
             return self._as_activations(wide, *(tokens.swiglu_quantise if gated else tokens.gelu_quantise)(wide))
         if self._fused:
-            return _compiled(tokens.swiglu_reference)(wide)
+            return tokens.swiglu(wide)
         return self.activations((tokens.swiglu_reference if gated else tokens.gelu_reference)(wide))
 
     def activations(self, x: torch.Tensor) -> Activations:
@@ -108,27 +105,6 @@ class Segments:
         if self._rows is None or modulation.shape[1] == 1:
             return None
         return self._rows[len(self._rows) - x.shape[1] :]
-
-
-def wake_compiler(device: torch.device) -> None:
-    """Compiles next to nothing: torch.compile's first use imports for seconds, which a process may as well spend while
-    nothing is asked of it. So does its first option."""
-    # One segment serves every type and also counts of 1: more variants than the default allows.
-    torch._dynamo.config.recompile_limit = 64
-    torch.compile(lambda x: x + 1, fullgraph=True)(torch.zeros(1, device=device))
-
-
-@functools.cache
-def _compiled(function):
-    fast = torch.compile(function, fullgraph=True)
-
-    @functools.wraps(function)
-    def call(x: torch.Tensor) -> torch.Tensor:
-        if x.shape[1] > 1:
-            torch._dynamo.maybe_mark_dynamic(x, 1)
-        return fast(x)
-
-    return call
 
 
 def _gelu_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

@@ -70,8 +70,6 @@ def worker_environment(
     if MODELS_VARIABLE in environment:
         env[MODELS_VARIABLE] = environment[MODELS_VARIABLE]
     env["TMPDIR"] = str(run_dir)  # goes with all that is in it, sockets of torch's symmetric memory too
-    # torch's own choice, a folder of /tmp, may be another user's: it holds code, and pickles.
-    env.setdefault("TORCHINDUCTOR_CACHE_DIR", str(run_dir.parent / "torchinductor"))
     env["CUDA_VISIBLE_DEVICES"] = cuda_visible(devices)
     if not devices.gpus:
         env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // devices.ranks)))

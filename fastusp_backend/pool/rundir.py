@@ -2,7 +2,7 @@
 
 It lies at <temporary directory>/fastusp-<uid>/<token>, readable by the user alone. Everything that a pool writes is
 in it, torchrun's own files too, so removing it removes all traces, also those of a process that was killed with
-SIGKILL. Beside it lies what the compiler has made, which stays.
+SIGKILL.
 """
 
 import contextlib

@@ -44,7 +44,6 @@ class Control:
         self._cancelled: set[int] = set()
         self._taken = self._answered = 0  # the last request that has arrived, and that has ended
         self._channel: Channel | None = None
-        self._greeted = threading.Event()
         self._greeting = threading.Lock()
         self._strangers = threading.Semaphore(STRANGERS)
         self._listener = socket.socket(socket.AF_UNIX)
@@ -52,10 +51,6 @@ class Control:
         self._listener.listen(STRANGERS)
         for work in (self._accept, self._write):
             self._start(work)
-
-    def wait_for_client(self) -> None:
-        """Returns when the client is greeted, or could have been."""
-        self._greeted.wait(GREETING_SECONDS)
 
     def next_request(self) -> tuple[Message, dict[str, torch.Tensor]]:
         """Waits for the next request."""
@@ -135,7 +130,6 @@ class Control:
                 else:
                     channel.send(self._ready)
                     self._channel = channel
-                    self._greeted.set()
                     return
             channel.send(Failed(id=None, kind="protocol", rank=0, text=problem))
             raise ProtocolError(problem)

@@ -4,7 +4,6 @@ import functools
 import json
 import logging
 import os
-import time
 from pathlib import Path
 
 import numpy.ctypeslib  # noqa: F401 - this and the one below: else a request would import them, see agreement.py
@@ -14,7 +13,6 @@ import torch.utils._device  # noqa: F401
 
 from ..comm.groups import GROUP_TIMEOUT
 from ..engine import Engine
-from ..models.segments import wake_compiler
 from ..protocol import VERSION, Ready
 from .control import Control
 from .crew import Crew
@@ -63,21 +61,8 @@ def work(run_dir: Path) -> None:
         )
         key = (run_dir / "key").read_bytes()
         control = Control(str(run_dir / "control.sock"), key, ready, functools.partial(record_failure, run_dir, 0))
-    if device.type == "cuda":
-        if control is not None:
-            control.wait_for_client()  # what the compiler imports leaves no time to Python's other threads, for seconds
-        _wake_compiler(device)  # a prompt's texts are being encoded, or its request waits
     engine = Engine(device)
     Runner(crew, engine, control).serve()
     engine.drop_evaluations()  # NCCL's end waits for that of all graphs it is in
     crew.agree(True)
     dist.destroy_process_group()
-
-
-def _wake_compiler(device: torch.device) -> None:
-    started = time.perf_counter()
-    try:
-        wake_compiler(device)
-        log.info("the compiler is there after %.1f s", time.perf_counter() - started)
-    except Exception as error:  # of any kind; a matter of the requests that want it
-        log.warning("torch.compile does not work here: %s: %s", type(error).__name__, error)

@@ -63,12 +63,6 @@ def test_streamed_steps_equal_eager_ones(pool, spec):
     assert relative_difference(result, expected) < 0.05
 
 
-def test_the_compiler_is_woken_before_anything_is_asked(pool, spec):
-    sample(pool, spec, ONE)
-    log = (pool._workers.run_dir.path / "pool.log").read_text()
-    assert log.index("the compiler is there after") < log.index("request 1")
-
-
 def test_a_cancel_is_felt_and_the_pool_stays(pool, spec):
     sample(pool, spec, ONE)
     pids, seen = pool.status()["pids"], []

@@ -97,6 +97,16 @@ def test_fused_segments_by_row_are_the_separate_operations(fp8):
                 torch.testing.assert_close(*unpacked, rtol=0.13, atol=0.05)
 
 
+@pytest.mark.parametrize("width", [512, 3072, 18432])
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_swiglu_equals_its_reference(dtype, width):
+    x, y, *_ = given(dtype, width)
+    wide = torch.cat([x, y], -1)
+    mine, expected = tokens.swiglu(wide), tokens.swiglu_reference(wide.float()).to(dtype)
+    assert mine.dtype == dtype
+    torch.testing.assert_close(mine, expected, rtol=2 * BOUNDS[dtype], atol=2 * BOUNDS[dtype])
+
+
 def test_a_float16_stream_stays_finite():
     x, y, gate, shift, scale = given(torch.float16, 512)
     x[0, 0, :3] = torch.tensor([6e4, -6e4, float("nan")])

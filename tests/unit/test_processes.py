@@ -79,14 +79,6 @@ def test_workers_listen_on_the_loopback_interface_whatever_their_host_uses(tmp_p
     assert env["NCCL_SOCKET_FAMILY"] == "AF_INET" and env["NCCL_RAS_ENABLE"] == "0"
 
 
-def test_compiled_code_lies_in_a_private_folder(tmp_path):
-    """A folder of /tmp with the name that torch would take may be another user's."""
-    env = worker_environment(Devices(ranks=1), tmp_path / "run", {})
-    assert env["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "torchinductor")
-    theirs = {"TORCHINDUCTOR_CACHE_DIR": "/theirs"}
-    assert theirs.items() <= worker_environment(Devices(ranks=1), tmp_path / "run", theirs).items()
-
-
 def test_every_option_of_torchrun_is_ours_alone(tmp_path):
     """As torch reads them: PET_ and the option's name."""
     options = {f"PET_{action.dest.upper()}": "1" for action in torchrun.get_args_parser()._actions}

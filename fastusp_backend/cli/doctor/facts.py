@@ -27,7 +27,7 @@ PROBE_SECONDS = 180.0
 COMPILER_SECONDS = 60.0
 
 SHOWN = ("CC", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_NO_CUDA_MEMORY_CACHING")
-SHOWN += ("CUDA_*", "GLOO_*", "NCCL_*", "NVSHMEM_*", "OMP_*", "TORCHINDUCTOR_*", "TORCH_SYMM_MEM_*", "TRITON_*")
+SHOWN += ("CUDA_*", "GLOO_*", "NCCL_*", "NVSHMEM_*", "OMP_*", "TORCH_SYMM_MEM_*", "TRITON_*")
 """The environment variables that a report shows; no others."""
 _PACKAGE_ROOT = Path(__file__).resolve().parents[3]
 
