@@ -59,6 +59,7 @@ class JointAttention:
         self._own_regions = shards.regions(self._ulysses.position)
         positions = range(mesh.layout.ring)
         self._valid = [shards.valid(position) for position in positions]
+        self._text_rows = mesh.layout.ulysses * shards.local_text
         self._valid_image = [shards.valid(position, text=False) for position in positions]
         self._scale = self._ulysses.received.shape[-1] ** -0.5
         # With Ulysses, what the ring passes on is not there before tokens have arrived.
@@ -113,15 +114,17 @@ class JointAttention:
         """Waits for what was projected, attends, and starts returning the tokens to their owners.
 
         text_first: the text's, so that a layer computes with them while the image's travel.
-        image_only: to the image's tokens. The text's queries, of the layer before or of nothing, do so as well, and
-            nobody takes what comes of it: one call over neighbouring rows costs less than to cut the few of the text
-            out.
+        image_only: to the image's tokens. The text's queries do so as well, as zeros, and nobody takes what comes of
+            it: one call over neighbouring rows costs less than to cut the few of the text out. (They are of the layer
+            before, or of nothing: what is no number there would be in the scale of a head in 8 bits.)
         """
         self._ulysses.wait()
         self._projected.clear()
         self._tokens_arrived()
         q, k, v = self._ulysses.received.unbind(0)
         valid = self._valid_image if image_only else self._valid
+        if image_only:
+            q[:, : self._text_rows] = 0
         if self._ring:
             attended = self._over_ring(q, self._ulysses.received[K:], valid)
         else:

@@ -15,7 +15,8 @@ alike, or they would wait for each other forever, so they exchange what each can
 import os
 import socket
 import zlib
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,7 @@ from ..config import WireChoice
 from ..kernels import signals
 from .arena import Arena, Part, carve
 from .collective import CollectiveRing, CollectiveUlysses, GroupExchange
-from .groups import all_gather_single, machine
+from .groups import all_gather_single, allocate_together, machine
 from .link_speed import measure_link_speed
 from .links import Links, LocalUlysses, Ring, Ulysses
 from .mesh import Mesh
@@ -45,6 +46,7 @@ Kind = Literal[
 ]
 _ARENAS = {"symmetric memory": SymmetricArena, "host memory": StagedArena}
 _BETWEEN = ", nccl between machines"
+T = TypeVar("T")
 
 
 class Transport:
@@ -58,7 +60,7 @@ class Transport:
         make = self._make_arena = _ARENAS.get(self.kind.removesuffix(_BETWEEN))
         # The gather's memory must not be another message's in a step of another shape: see peers.py.
         groups = [] if make is None else [mesh.ulysses] if self._between else [mesh.sequence] * 2
-        self._arenas: list[Arena] = [make(group, mesh.device) for group in groups]
+        self._arenas: list[Arena] = self._together(lambda: [make(group, mesh.device) for group in groups])
         self._speed: float | None = None
         self._wire: WireFormat | None = None
 
@@ -113,6 +115,11 @@ class Transport:
         ring = CollectiveRing(GroupExchange(mesh.ring), wire) if mesh.ring else None
         return Links(ulysses, ring, GroupExchange(mesh.sequence) if mesh.sequence else None)
 
+    def _together(self, allocate: Callable[[], T]) -> T:
+        """allocate() for an arena, which all ranks of its group leave alike where memory ran out. Where that group is
+        not the sequence's, the sequence's other ranks do so, too: else they would go on into an exchange with it."""
+        return allocate_together(allocate, self._mesh.sequence) if self._between else allocate()
+
     def _connect_peers(self, shards: SequenceShards, batch: int, wire: Wire) -> tuple[Ulysses, Ring | None]:
         mesh, u = self._mesh, self._mesh.layout.ulysses
         received = (3, batch, shards.gathered, wire.heads, wire.dim), wire.dtype
@@ -127,7 +134,7 @@ class Transport:
         peers_ring = mesh.ring and not self._between
         if wire.packed and peers_ring:
             shapes.append(packed_block)
-        regions = carve(self._arenas[0], shapes)
+        regions = self._together(lambda: carve(self._arenas[0], shapes))
         if u > 1:
             first = 0 if self._between else mesh.ring_position * u
             members = [first + i for i in range(u)]

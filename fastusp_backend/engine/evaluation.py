@@ -151,7 +151,6 @@ class Evaluation:
         self._whole: _Graph | None = None
         self._head: _Graph | None = None
         self._rest: _Graph | None = None
-        self._captured: Iterator[Stage] | None = None  # its rest is still to be captured
 
     @property
     def captured(self) -> bool:
@@ -214,8 +213,8 @@ class Evaluation:
             head = next(stages)
         else:
             if self._head is None:
-                self._captured = self._stages()
-                self._head = _Graph(lambda: next(self._captured), pool)
+                stages = self._stages()
+                self._head, self._rest = (_Graph(lambda: next(stages), pool) for _ in range(2))
             head = self._head.replay()
         image = cache.skip_to(head, self._own_tokens)
         if image is not None:
@@ -224,9 +223,6 @@ class Evaluation:
             if not replays:
                 end, self._computed = next(stages), True
             else:
-                if self._rest is None:
-                    self._rest = _Graph(lambda: next(self._captured), pool)
-                    self._captured = None  # what it holds of memory is not read any more
                 end = self._rest.replay()
         cache.keep(head, end)
         return end.velocity

@@ -8,7 +8,8 @@ where one value in a head is far above the others, e4m3 keeps more of the rest. 
 NaN, whole; one of values below 5e-36 as zeros.
 
 Values are multiplied with the inverse of their scale, which is rounded correctly, so that the bits are the reference's.
-GPUs before Ada have no e4m3 instructions: there the kernels round with integer arithmetic, to the same bits.
+GPUs before Hopper have no instruction that rounds to e4m3, or on Ada one by way of float16, which rounds twice: there
+the kernels round with integer arithmetic, to the same bits.
 """
 
 import functools
@@ -59,8 +60,8 @@ def quantise(x: torch.Tensor, carrier: torch.dtype = torch.uint8) -> tuple[torch
 
 @functools.cache
 def has_e4m3(device: torch.device) -> bool:
-    """Whether a GPU has instructions for e4m3."""
-    return torch.cuda.get_device_capability(device) >= (8, 9)
+    """Whether a GPU has an instruction for e4m3 that rounds once."""
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 if triton is not None:

@@ -191,7 +191,7 @@ if triton is not None:
         value = _tile(x, x_batch, x_row, x_head, item, head, row, rows, D)
         wanted = value - mean[None, :]
         if EIGHT:
-            wanted = wanted * (1.0 / tl.where(scale > 0, scale, 1.0))
+            wanted = wanted * (1.0 / tl.where(scale >= 1.1754943508222875e-38, scale, 1.0))  # else infinite, perhaps
             wanted = tl.minimum(tl.maximum(wanted, -448.0), 448.0)
         place = out + ((item.to(tl.int64) * rows + row[:, None]) * heads + head) * D + tl.arange(0, D)[None, :]
         tl.store(place, wanted.to(out.dtype.element_ty), mask=(row < rows)[:, None])

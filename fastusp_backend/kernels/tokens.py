@@ -127,7 +127,8 @@ if triton is not None:
         """Stores a token's values at `out`; FP8: quantised, with their scale at `out_scale`."""
         if FP8:
             largest = tl.max(tl.where(inside, magnitudes(value), 0.0), axis=0)
-            inverse = 1.0 / tl.where(largest > 0, largest / 448.0, 1.0)
+            by = largest / 448.0
+            inverse = 1.0 / tl.where(by >= 1.1754943508222875e-38, by, 1.0)  # of a smaller one it may be infinite
             scaled = tl.minimum(tl.maximum(value * inverse, -448.0), 448.0)
             tl.store(out, scaled.to(out.dtype.element_ty), mask=inside)
             tl.store(out_scale, tl.where(largest < float("inf"), largest / 448.0, float("nan")))

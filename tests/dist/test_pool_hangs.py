@@ -63,7 +63,7 @@ def test_a_rank_that_is_stopped_while_it_starts(mortal, dev, impatient):
     assert sample(mortal, dev).isfinite().all()
 
 
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.thorough), 1])
+@pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_is_stopped_in_a_step(mortal, dev, right, victim):
     pid = pids(mortal)[victim]
     progress, watches = in_step(victim, signal.SIGSTOP, mortal)

@@ -44,12 +44,14 @@ def test_room_for_each_node(page, renderer):
     """USP Loader's foot would be under the next node if what Nodes 2.0 draws below its inputs were forgotten."""
     assert EXAMPLES
     page.resize(500, 400)  # drawn by software: the more of it, the longer it takes
-    for path in EXAMPLES:
-        workflow = json.loads(path.read_text(encoding="utf-8"))
-        page.evaluate(f"app.loadGraphData({json.dumps(workflow)}, true, false)")
-        page.wait_for(f"{DRAWN} == {len(workflow['nodes']) if renderer else 0}")
-        page.wait_for(f"{OVERLAPS}.length == 0", 5)
-    page.resize(1400, 757)
+    try:
+        for path in EXAMPLES:
+            workflow = json.loads(path.read_text(encoding="utf-8"))
+            page.evaluate(f"app.loadGraphData({json.dumps(workflow)}, true, false)")
+            page.wait_for(f"{DRAWN} == {len(workflow['nodes']) if renderer else 0}")
+            page.wait_for(f"{OVERLAPS}.length == 0", 5)
+    finally:
+        page.resize(1400, 757)
 
 
 def test_files_and_a_pack_that_are_missing(page):

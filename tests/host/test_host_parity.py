@@ -75,7 +75,7 @@ def test_layouts_where_nothing_divides(host):
     layouts = Comparison()
     graph = layouts.graph
     sizes = {"positive": graph.prompt(1, 7), "negative": graph.prompt(2, 5), "latent_image": graph.empty(120, 136)}
-    one, two = {"cfg": 1.0, "steps": 3, **sizes}, {"cfg": 2.0, "steps": 2, **sizes}
+    one, two = {"cfg": 1.0, "steps": 6, **sizes}, {"cfg": 2.0, "steps": 3, **sizes}
     stock = graph.stock(path.name)
     want, want_two = graph.sample(stock, **one), graph.sample(stock, **two)
     for gpus, degrees in LAYOUTS.items():
@@ -121,7 +121,7 @@ def test_schedulers(host):
     (names, *_) = host.get("/object_info/KSampler")["KSampler"]["input"]["required"]["scheduler"]
     assert len(names) > 5 and "test_squares" in names
     for name in names:
-        inputs = {"scheduler": name, "steps": 4, "sampler_name": "dpmpp_2m"}
+        inputs = {"scheduler": name, "steps": 6, "sampler_name": "dpmpp_2m"}
         schedulers.add(name, graph.sample(usp, **inputs), graph.sample(stock, **inputs))
     schedulers.check(host)
 
@@ -143,7 +143,7 @@ def test_text_of_any_length(host):
     graph = texts.graph
     stock = graph.stock()
     for tokens in (1, 7, 24, 301, 512):
-        inputs = {"positive": graph.prompt(tokens, tokens), "steps": 2}
+        inputs = {"positive": graph.prompt(tokens, tokens), "steps": 3}
         want = graph.sample(stock, **inputs)
         for gpus, ulysses, ring in (("cpu:2", 2, 1), ("cpu:2", 1, 2), ("cpu:3", 1, 3)):
             usp = graph.usp(gpus, ulysses, ring)

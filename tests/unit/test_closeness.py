@@ -77,6 +77,7 @@ def test_the_slower_link_is_measured(monkeypatch):
     made, measured = [], []
     monkeypatch.setitem(transport._ARENAS, "host memory", lambda group, device: made.append(group))
     monkeypatch.setattr(transport, "measure_link_speed", lambda mesh, *how: measured.append(how) or 1.2)
+    monkeypatch.setattr(transport, "allocate_together", lambda allocate, group: allocate())
     groups_of = {"sequence": object(), "ulysses": object(), "ring": object()}
     mesh = Mesh(layout=Layout(ulysses=2, ring=2), device=CUDA, **groups_of)
     between = transport.Transport(mesh, BOTH[1])

@@ -1,5 +1,7 @@
 """What the first block's cache decides by, and that what it leaves out is what the last blocks would have given."""
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -203,6 +205,24 @@ def test_nothing_is_captured_before_all_blocks_were_computed_once(on_gpu):
         assert relative_difference(on_gpu.evaluate(cache), wanted) < 1e-5 and len(GRAPHS) == graphs
         skips.pop(0)
     assert (cache.evaluations, cache.skipped) == (5, 2)
+
+
+def test_a_run_that_ends_with_a_skip_holds_nothing_afterwards(on_gpu):
+    """An evaluation that knew itself would keep the model's memory, and graphs that NCCL waits for, until Python's
+    collector comes."""
+    skips = [False]
+    cache = cache_of(0.5, 1.0, 0.0, scale=SMALL.timestep_scale, gather=lambda _: [[0.0, 1.0] if skips[0] else [1, 1]])
+    on_gpu.evaluate(cache)
+    skips[0] = True
+    on_gpu.evaluate(cache)
+    assert cache.skipped == 1 and len(GRAPHS) == 2
+    (evaluation,) = map(weakref.ref, on_gpu.model._evaluations.values())
+    gc.disable()
+    try:
+        on_gpu.model._evaluations.clear()
+        assert evaluation() is None
+    finally:
+        gc.enable()
 
 
 def test_graphs_of_a_run_with_a_cache_are_others(on_gpu, monkeypatch):

@@ -154,6 +154,23 @@ def test_keys_and_values_leave_as_soon_as_they_are_complete(ulysses, overlap, pi
     assert ring.asked == [pipelined], "the text's were not projected"
 
 
+def test_the_texts_queries_are_zeros_where_the_image_attends_alone():
+    """Of nothing, or of a layer before: what is no number among them would spoil the scale of a head in 8 bits."""
+    mesh, shards, seen = single_rank_mesh(CPU), SequenceShards(Layout(ulysses=1, ring=1), 2, 3), []
+
+    def attend(q, k, v, scale):
+        seen.append((q, k))
+        return math(q, k, v, scale)
+
+    ulysses = LocalUlysses(torch.full((3, 1, 5, 2, 8), torch.nan))
+    joint = JointAttention(mesh, attend, shards, Links(ulysses, None, None), overlap=True, pipelined=True)
+    joint.project(randn(1, 3, 48, seed=0), (None,) * 3, None, text=False)
+    joint.attend(image_only=True)
+    ((q, k),) = seen
+    assert q.shape[1] == 5 and k.shape[1] == 3 and not q[:, :2].any() and q.isfinite().all() and k.isfinite().all()
+    assert joint.collect_image().isfinite().all()
+
+
 @pytest.mark.parametrize("overlap, pipelined", [(True, False), (False, True)])
 def test_the_settings_say_when(monkeypatch, overlap, pipelined):
     made = []

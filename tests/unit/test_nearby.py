@@ -1,5 +1,6 @@
 """Which processors a rank runs on."""
 
+import logging
 import os
 from types import SimpleNamespace
 
@@ -32,10 +33,11 @@ def pci(monkeypatch, tmp_path):
 @pytest.fixture
 def allowed(monkeypatch):
     """What this thread may run on, as it is set."""
-    now = {0, 1, 2, 3}
+    now, threads = {0, 1, 2, 3}, torch.get_num_threads()
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(now))
     monkeypatch.setattr(os, "sched_setaffinity", lambda process, wanted: (now.clear(), now.update(wanted)))
-    return now
+    yield now
+    torch.set_num_threads(threads)
 
 
 def test_linux_lists_of_processors():
@@ -44,7 +46,19 @@ def test_linux_lists_of_processors():
 
 
 def test_those_beside_the_gpu_of_those_that_are_allowed(pci, allowed):
+    torch.set_num_threads(3)
     assert stay_near(GPU, pci("2-5")) == allowed == {2, 3}
+    assert torch.get_num_threads() == 2, "more would share processors"
+
+
+def test_what_guards_a_container_may_forbid_it(pci, allowed, monkeypatch, caplog):
+    def forbidden(process, wanted):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "sched_setaffinity", forbidden)
+    with caplog.at_level(logging.INFO):
+        assert stay_near(GPU, pci("2-5")) == set()
+    assert "Operation not permitted" in caplog.text
 
 
 @pytest.mark.parametrize("listed", [None, "", "8-15"])

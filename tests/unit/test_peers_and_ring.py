@@ -94,6 +94,7 @@ def places_of(layout: Layout) -> list[tuple[Mesh, Transport]]:
 @pytest.mark.parametrize("packed, bound", [(None, 1e-6), (torch.int8, 0.03), (torch.uint8, 0.1)])
 @pytest.mark.parametrize("ulysses, ring, arena", [(2, 2, ThreadArena), (2, 2, MirroredArena), (2, 3, ThreadArena)])
 def test_ranks_agree_with_one(ulysses, ring, arena, packed, bound, overlap, monkeypatch):
+    monkeypatch.setattr(transport, "allocate_together", lambda allocate, group: allocate())
     monkeypatch.setattr(transport, "GroupExchange", ThreadExchange)
     monkeypatch.setitem(
         transport._ARENAS, "symmetric memory", lambda group, device: arena(group.ground, group.position)

@@ -11,6 +11,27 @@ PORTS = "fastusp_backend/ports.py"
 
 CHANGES = [
     (
+        "fastusp_backend/worker/launch.py",
+        "ranks see no GPU, as torchrun's process does",
+        "os.environ[VISIBLE] = visible",
+        "pass",
+        "unit/test_launch.py",
+    ),
+    (
+        "fastusp_backend/worker/nearby.py",
+        "torch has threads for processors that a rank may not use any more",
+        "torch.set_num_threads(min(torch.get_num_threads(), len(near)))",
+        "pass",
+        "unit/test_nearby.py",
+    ),
+    (
+        "fastusp_backend/engine/evaluation.py",
+        "an evaluation knows itself while the rest of its graphs is to be captured",
+        "stages = self._stages()\n                self._head,",
+        "stages = self._kept = self._stages()\n                self._head,",
+        "unit/test_first_block.py",
+    ),
+    (
         REQUESTS,
         "prompts of two lengths count as evaluated in one go",
         "return one == other",
