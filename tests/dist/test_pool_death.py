@@ -169,7 +169,11 @@ with subprocess.Popen([sys.executable, "-m", sys.argv[1]], env=os.environ | {"FA
 def test_processes_that_still_import_torch(tmp_path, entry):
     """That takes seconds, of a start: they die with their parent then, too, and a rank shows its pulse."""
     (tmp_path / "torch.py").write_text(SLOW)
-    env = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "FASTUSP_RUN_DIR": str(tmp_path), "RANK": "0"}
+    env = (
+        os.environ
+        | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "FASTUSP_RUN_DIR": str(tmp_path), "RANK": "0"}
+        | {"CUDA_VISIBLE_DEVICES": ""}
+    )
     with subprocess.Popen([sys.executable, "-c", PARENT, entry], env=env) as parent:
         wait_until((tmp_path / "importing").exists, 20)
         sign = pulse.Reader(tmp_path / "pulse-0").read()
