@@ -98,11 +98,20 @@ class Part:
         return self.region.of(position)[self.index]
 
 
-def carve(arena: Arena, shapes: list[tuple[tuple[int, ...], torch.dtype]]) -> list[Region]:
+Shapes = list[tuple[tuple[int, ...], torch.dtype]]
+
+
+def carve(arena: Arena, shapes: Shapes) -> list[Region]:
     """Lays out tensors of these shapes one after the other, from the arena's start. Collective."""
-    regions, offset = [], 0
-    for shape, dtype in shapes:
-        regions.append(Region(arena, shape, dtype, offset))
-        offset += -(-torch.Size(shape).numel() * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
-    arena.reserve(offset)
-    return regions
+    sizes = [_aligned(*of) for of in shapes]
+    arena.reserve(sum(sizes))
+    return [Region(arena, *of, sum(sizes[:i])) for i, of in enumerate(shapes)]
+
+
+def capacity(shapes: Shapes) -> int:
+    """Returns the bytes that `carve` reserves."""
+    return sum(_aligned(*of) for of in shapes)
+
+
+def _aligned(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return -(-torch.Size(shape).numel() * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT

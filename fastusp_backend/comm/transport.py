@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from ..config import WireChoice
 from ..kernels import signals
-from .arena import Arena, Part, carve
+from .arena import Arena, Part, Shapes, capacity, carve
 from .collective import CollectiveRing, CollectiveUlysses, GroupExchange
 from .groups import all_gather_single, allocate_together, machine
 from .link_speed import measure_link_speed
@@ -115,6 +115,45 @@ class Transport:
         ring = CollectiveRing(GroupExchange(mesh.ring), wire) if mesh.ring else None
         return Links(ulysses, ring, GroupExchange(mesh.sequence) if mesh.sequence else None)
 
+    def reserve(
+        self,
+        shards: SequenceShards,
+        batch: int,
+        heads: int,
+        dim: int,
+        dtype: torch.dtype,
+        *,
+        packed: torch.dtype | None,
+        width: int,
+    ) -> None:
+        """Makes room for what `connect` makes with these, or less, which allocates nothing then. Collective.
+
+        Batch groups connect for prompts of their own, but their memory must grow alike: torch numbers the meetings of a
+        process's ranks about symmetric memory, and ranks of two groups that have met a different number of times would
+        wait for each other forever in a third.
+        """
+        if not self._arenas:
+            return
+        wire = Wire(heads // self._mesh.layout.ulysses, dim, dtype, packed)
+        gathered = (self._mesh.layout.sequence_ranks, batch, shards.local_image, width), dtype
+        shapes = self._message_shapes(shards, batch, wire), [gathered]
+        self._together(lambda: [arena.reserve(capacity(of)) for arena, of in zip(self._arenas, shapes, strict=False)])
+
+    def _message_shapes(self, shards: SequenceShards, batch: int, wire: Wire) -> Shapes:
+        """What a rank's ring and Ulysses' exchanges write to its arena."""
+        u = self._mesh.layout.ulysses
+        received = (3, batch, shards.gathered, wire.heads, wire.dim), wire.dtype
+        arrivals = (3, u, batch, shards.local, *wire.row), wire.carrier
+        returned = (batch, shards.local, u, *wire.row), wire.carrier
+        if wire.packed:
+            returned = (u, batch, shards.local, *wire.row), wire.carrier
+        shapes = [received]
+        if u > 1:
+            shapes = [arrivals if wire.packed else received, returned]
+        if wire.packed and self._mesh.ring and not self._between:
+            shapes.append(((2, batch, shards.gathered, *wire.row), wire.carrier))
+        return shapes
+
     def _together(self, allocate: Callable[[], T]) -> T:
         """allocate() for an arena, which all ranks of its group leave alike where memory ran out. Where that group is
         not the sequence's, the sequence's other ranks do so, too: else they would go on into an exchange with it."""
@@ -122,19 +161,8 @@ class Transport:
 
     def _connect_peers(self, shards: SequenceShards, batch: int, wire: Wire) -> tuple[Ulysses, Ring | None]:
         mesh, u = self._mesh, self._mesh.layout.ulysses
-        received = (3, batch, shards.gathered, wire.heads, wire.dim), wire.dtype
-        arrivals = (3, u, batch, shards.local, *wire.row), wire.carrier
-        returned = (batch, shards.local, u, *wire.row), wire.carrier
-        if wire.packed:
-            returned = (u, batch, shards.local, *wire.row), wire.carrier
-        packed_block = (2, batch, shards.gathered, *wire.row), wire.carrier
-        shapes = [received]
-        if u > 1:
-            shapes = [arrivals if wire.packed else received, returned]
         peers_ring = mesh.ring and not self._between
-        if wire.packed and peers_ring:
-            shapes.append(packed_block)
-        regions = self._together(lambda: carve(self._arenas[0], shapes))
+        regions = self._together(lambda: carve(self._arenas[0], self._message_shapes(shards, batch, wire)))
         if u > 1:
             first = 0 if self._between else mesh.ring_position * u
             members = [first + i for i in range(u)]

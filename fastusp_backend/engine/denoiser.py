@@ -29,7 +29,7 @@ from ..models.prompts import check_control, references_of
 from ..models.segments import Segments
 from ..prompt import Prompt
 from ..pulse import USUAL_SECONDS, beat
-from .evaluation import Evaluation, PromptTensors, Shape
+from .evaluation import Evaluation, PromptTensors, Shape, exchanged
 from .first_block import KEPT, FirstBlockCache, Gather, PromptCache
 from .modulations import ModulationTable
 
@@ -146,6 +146,7 @@ class Denoiser:
         blocks but the first, in evaluations of the same prompts. Collective over all ranks.
         """
         shares = self.shares(prompts)
+        self._reserve(x[next(images for images in shares if images != NO_IMAGES)], prompts)
         go_on()
         modulations = self._modulations.rows(tuple(timestep.tolist()), prompts, shares)
         velocities = []
@@ -163,6 +164,14 @@ class Denoiser:
         # (batch groups, prompts of a group, images, ...)
         gathered = self._batch_exchange.all_gather(torch.stack(velocities))()
         return list(gathered.flatten(0, 1)) if len(prompts) > 1 else [gathered.flatten(0, 2)]
+
+    def _reserve(self, x: torch.Tensor, prompts: Sequence[Prompt]) -> None:
+        """Makes the exchanges' room on all batch groups alike, for the longest of all prompts; x: a group's images."""
+        if self._mesh.layout.batch > 1:
+            all_of_them = [self._shards_of(x, prompt) for prompt in prompts]
+            text, image = (max(getattr(of, stream) for of in all_of_them) for stream in ("text", "image"))
+            of_model = exchanged(self._model.config, self._dtype, self._transport.wire(self._settings.wire))
+            self._transport.reserve(SequenceShards(self._mesh.layout, text, image), len(x), **of_model)
 
     def forget_prompts(self) -> None:
         """Drops what was computed from prompts, after weights have changed; buffers and graphs stay. All ranks drop

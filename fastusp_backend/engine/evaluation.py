@@ -20,9 +20,9 @@ from ..attention.local import Attend
 from ..comm.mesh import Mesh
 from ..comm.shards import SequenceShards
 from ..comm.transport import Transport
-from ..comm.wire import PACKED
+from ..comm.wire import PACKED, WireFormat
 from ..config import Settings
-from ..models.family import Residuals, Stage, Transformer
+from ..models.family import FamilyConfig, Residuals, Stage, Transformer
 from ..models.patchify import patch_grid, patchify, unpatchify
 from ..models.positions import References
 from ..models.segments import Segments
@@ -64,6 +64,12 @@ class PromptTensors(NamedTuple):
     references: torch.Tensor | None
 
 
+def exchanged(config: FamilyConfig, dtype: torch.dtype, wire: WireFormat) -> dict:
+    """What `Transport.connect` asks of a model."""
+    heads = {"heads": config.heads, "dim": config.hidden // config.heads, "dtype": dtype}
+    return heads | {"packed": PACKED[wire], "width": config.channels * config.patch**2}
+
+
 class _Graph:
     """What was computed once while it was captured, to be computed again by `replay`."""
 
@@ -101,15 +107,7 @@ class Evaluation:
         self._tokens = self._grid[0] * self._grid[1]
         filled = config.filled(self._tokens + references.tokens)
         self._shards = shards = SequenceShards(mesh.layout, shape.text, filled)
-        links = transport.connect(
-            shards,
-            batch,
-            config.heads,
-            config.hidden // config.heads,
-            dtype,
-            packed=PACKED[transport.wire(settings.wire)],
-            width=config.channels * patch**2,
-        )
+        links = transport.connect(shards, batch, **exchanged(config, dtype, transport.wire(settings.wire)))
         self._gather = links.gather
         self._joint = JointAttention(
             mesh,

@@ -11,6 +11,13 @@ MESH = "fastusp_backend/comm/mesh.py"
 
 CHANGES = [
     (
+        "fastusp_backend/engine/denoiser.py",
+        "each batch group makes room for its own prompt alone",
+        "for prompt in prompts]\n            text, image",
+        "for prompt in prompts[self._mesh.batch_position :][:1]]\n            text, image",
+        "unit/test_reserve.py",
+    ),
+    (
         TRANSPORT,
         "memory that runs out in one machine's Ulysses group is not told to the others",
         "allocate_together(allocate, self._mesh.sequence) if self._between else allocate()",
