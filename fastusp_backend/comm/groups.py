@@ -65,14 +65,16 @@ def allocate_together(allocate: Callable[[], T], group: dist.ProcessGroup | None
     """Returns what allocate() gives. Where memory ran out on any rank of the group, all of them raise
     OutOfMemoryTogether, so that none goes on alone into an exchange. allocate() may be collective if a rank fails in it
     only after its last exchange. group: None for this rank alone. Collective."""
-    made, problem = None, ""
+    made, problem, lacking = None, "", -1
     try:
         made = allocate()
     except (RuntimeError, MemoryError) as error:  # CUDA's driver says it by a plain RuntimeError
         if not is_out_of_memory(error) and "out of memory" not in str(error):
             raise
-        problem = str(error)
-    failed = torch.tensor([world()[0] if problem else -1])
+        problem, lacking = str(error), world()[0]
+        if isinstance(error, OutOfMemoryTogether):  # of a part of the group
+            lacking = error.rank
+    failed = torch.tensor([lacking])
     if group is not None:
         dist.all_reduce(failed, dist.ReduceOp.MAX, group=group)
     if (rank := int(failed)) >= 0:

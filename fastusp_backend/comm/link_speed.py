@@ -24,21 +24,22 @@ def measure_link_speed(
     group: dist.ProcessGroup,
     make_arena: Callable[[dist.ProcessGroup, torch.device], Arena] | None = None,
 ) -> float:
-    """Returns the GB/s at which every rank of the sequence sends at once to the next one of its group; the slowest
-    rank's, on all of them.
+    """Returns the GB/s at which every rank sends at once to the next one of its group; the slowest rank's, on all of
+    them: batch groups whose links differ must choose one wire, of which the size of their memory depends.
 
     group: the sequence's, or this rank's ring.
     make_arena: makes the memory through which peers are written to; without it the group's collectives send.
 
-    Collective over the sequence; raises OutOfMemoryTogether.
+    Collective over all ranks; raises OutOfMemoryTogether.
     """
+    everyone = dist.group.WORLD
     # Two: what a rank sends, and where it receives, unless that is an arena's.
     payload, _ = allocate_together(
-        lambda: [torch.empty(PROBE_BYTES, dtype=torch.uint8, device=mesh.device) for _ in range(2)], mesh.sequence
+        lambda: [torch.empty(PROBE_BYTES, dtype=torch.uint8, device=mesh.device) for _ in range(2)], everyone
     )
     if make_arena:
         arena = make_arena(group, mesh.device)
-        (region,) = allocate_together(lambda: carve(arena, [((PROBE_BYTES,), torch.uint8)]), mesh.sequence)
+        (region,) = allocate_together(lambda: carve(arena, [((PROBE_BYTES,), torch.uint8)]), everyone)
         target = region.of((arena.position + 1) % arena.size)
     else:
         target, ring = None, GroupExchange(group)
@@ -51,7 +52,7 @@ def measure_link_speed(
 
     send()
     torch.cuda.synchronize()
-    dist.all_reduce(torch.zeros(1), group=mesh.sequence)  # all begin together
+    dist.all_reduce(torch.zeros(1), group=everyone)  # all begin together
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(_ROUNDS):
@@ -59,5 +60,5 @@ def measure_link_speed(
     stop.record()
     torch.cuda.synchronize()
     speed = torch.tensor([_ROUNDS * PROBE_BYTES / start.elapsed_time(stop) / 1e6])
-    dist.all_reduce(speed, dist.ReduceOp.MIN, group=mesh.sequence)
+    dist.all_reduce(speed, dist.ReduceOp.MIN, group=everyone)
     return float(speed)

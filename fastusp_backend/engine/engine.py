@@ -15,6 +15,7 @@ from msgspec.structs import replace
 
 from ..comm.groups import world
 from ..comm.mesh import Mesh, make_mesh, single_rank_mesh
+from ..comm.symmetric import meetings
 from ..comm.transport import Transport
 from ..config import Layout, ModelSpec, Settings
 from ..kernels.fp8_product import check_fp8_products, check_fp8_sizes
@@ -193,6 +194,11 @@ class Engine:
             cached[key] = Denoiser(resident.model, mesh, self._transport, settings, dtype, owners)
         cached.move_to_end(key)
         return cached[key]
+
+    @property
+    def meetings(self) -> int:
+        """See comm/symmetric.py."""
+        return meetings()
 
     @property
     def shares_memory(self) -> bool:

@@ -79,7 +79,8 @@ class Agreement:
 
     def connect(self, request: Request) -> None:
         """Has the ranks of the request's layout know each other. What one rank fails in alone is raised and ends it, as
-        the others wait for it in an exchange; memory that ran out where a whole group knows of it is Refused."""
+        the others wait for it in an exchange; memory that ran out where a whole group knows of it is Refused, unless
+        ranks could not meet any more after it: then it is raised on all of them, which ends them."""
         self.doing = PREPARING
         told = ""
         try:
@@ -91,11 +92,13 @@ class Agreement:
             if text:
                 self._engine.drop_evaluations()
                 rank, why = text.split("\n", 1)
+                if len(set(self._crew.all_gather(str(self._engine.meetings)))) > 1:
+                    raise MemoryError(why)
                 raise Refused(int(rank), "out_of_memory", why)
 
 
 def _importing(error: BaseException) -> bool:
     """Whether it comes out of an import: half a module may be left, on which later requests would fail. What plain
-    requests need is imported before them; patches on CPU ranks, and what is compiled, import hundreds of modules."""
+    requests need is imported before them; patches on CPU ranks import hundreds of modules."""
     codes = (frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__))
     return any(code.co_name == "<module>" or code.co_filename.startswith("<frozen importlib") for code in codes)

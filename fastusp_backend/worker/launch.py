@@ -4,22 +4,21 @@ import contextlib
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 from .process import PARENT_VARIABLE, RUN_DIR_VARIABLE, die_with_parent, importing, leave
-
-VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 def main(arguments: list[str]) -> int:
     die_with_parent(int(os.environ[PARENT_VARIABLE]))
     os.environ[PARENT_VARIABLE] = str(os.getpid())  # for the ranks
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, as some supervisors leave it, it hides how ranks ended
-    visible = _hide_gpus()
+    show_gpus = _hide_gpus()
 
     def begin() -> NoReturn:
-        os.environ[VISIBLE] = visible
+        show_gpus()
         leave(worker.main())
 
     # Not above: importing torch takes seconds, in which this process would outlive its parent.
@@ -34,15 +33,23 @@ def main(arguments: list[str]) -> int:
     return run(arguments, Path(os.environ[RUN_DIR_VARIABLE]))
 
 
-def _hide_gpus() -> str:
+def _hide_gpus() -> Callable[[], None]:
     """A process that has asked CUDA for GPUs is not to be forked. torchrun asks for all that it sees, since torch 2.9,
     to have ranks run on their NUMA nodes (here they see to it themselves: nearby.py); of none it asks NVML alone.
 
-    Returns CUDA_VISIBLE_DEVICES as it was.
+    Returns what undoes it.
     """
-    visible = os.environ[VISIBLE]
-    os.environ |= {VISIBLE: "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-    return visible
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    before = {name: os.environ.get(name) for name in hidden}
+    os.environ |= hidden
+
+    def show() -> None:
+        for name, value in before.items():
+            del os.environ[name]
+            if value is not None:
+                os.environ[name] = value
+
+    return show
 
 
 if __name__ == "__main__":

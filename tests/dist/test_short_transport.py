@@ -29,7 +29,7 @@ class Short:
 
     def _run_out(self, when: str) -> None:
         if self._there and when == self._when:
-            raise OutOfMemoryTogether(3, "memory ran out there")
+            raise OutOfMemoryTogether(2, "memory ran out there")
 
     def reserve(self, capacity: int) -> None:
         self._run_out("grown")
@@ -39,9 +39,10 @@ def _work(rank: int, folder: str, when: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=4)
     transport._ARENAS["host memory"] = lambda group, device: Short(group, when)
     mesh = make_mesh(Layout(ulysses=2, ring=2), torch.device("cpu"))
-    with pytest.raises(OutOfMemoryTogether, match="memory ran out"):
+    with pytest.raises(OutOfMemoryTogether, match="memory ran out") as found:
         made = transport.Transport(mesh, KIND)
         made.connect(SequenceShards(mesh.layout, 4, 8), 1, 2, 8, torch.float32, packed=None, width=4)
+    assert found.value.rank == 2, "who lacks it, not who hears of it"
     dist.destroy_process_group()
 
 

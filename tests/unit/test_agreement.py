@@ -44,7 +44,7 @@ class Ranks:
         def one(rank: int) -> None:
             try:
                 found[rank] = work(self.crew(rank), rank)
-            except (Refused, threading.BrokenBarrierError) as error:
+            except (Refused, MemoryError, threading.BrokenBarrierError) as error:
                 found[rank] = error
 
         threads = [threading.Thread(target=one, args=(rank,)) for rank in range(2)]
@@ -56,8 +56,8 @@ class Ranks:
 
 
 class Engine:
-    def __init__(self, cached: int):
-        self.cached = cached
+    def __init__(self, cached: int, meetings: int = 3):
+        self.cached, self.meetings = cached, meetings
 
     @property
     def shares_memory(self) -> bool:
@@ -119,13 +119,14 @@ def test_without_other_layouts_it_is_refused_by_both():
         assert isinstance(error, Refused) and (error.rank, error.kind) == (1, "out_of_memory")
 
 
-def test_groups_hear_of_memory_that_another_group_lacks():
-    """Those of prompts that are evaluated side by side exchange nothing else."""
+@pytest.mark.parametrize("met, error_of", [((3, 3), Refused), ((3, 4), MemoryError)])
+def test_groups_hear_of_memory_that_another_group_lacks(met, error_of):
+    """Those of prompts that are evaluated side by side exchange nothing else. Ranks that could not meet again end."""
     spec = ModelSpec(path="/m", file=SOME_FILE, storage=None, compute="float32")
     request = Evaluate(id=1, model=spec, layout=Layout(batch=2, ulysses=1, ring=1), settings=Settings())
 
     def work(crew, rank):
-        engine = Engine(1)
+        engine = Engine(1, met[rank])
 
         def connect(layout, settings):
             if rank == 1:
@@ -135,4 +136,6 @@ def test_groups_hear_of_memory_that_another_group_lacks():
         return Agreement(crew, engine).connect(request)
 
     for error in Ranks().run(work):
-        assert isinstance(error, Refused) and (error.rank, error.kind) == (1, "out_of_memory")
+        assert type(error) is error_of and "memory ran out on rank 1" in str(error)
+        if error_of is Refused:
+            assert (error.rank, error.kind) == (1, "out_of_memory")

@@ -10,13 +10,16 @@ from fastusp_backend.worker.process import PARENT_VARIABLE, RUN_DIR_VARIABLE
 
 pytestmark = pytest.mark.unit
 
+NAMES = "CUDA_VISIBLE_DEVICES", "PYTORCH_NVML_BASED_CUDA_CHECK"
 
-def test_gpus_are_seen_by_the_ranks_alone(monkeypatch, tmp_path):
+
+@pytest.mark.parametrize("theirs", ["0", None])
+def test_gpus_are_seen_by_the_ranks_alone(monkeypatch, tmp_path, theirs):
     """Who asks CUDA for them must not be forked, and torchrun would ask."""
     begins, seen = [], {}
 
     def run(arguments, run_dir):
-        seen["torchrun"] = os.environ["CUDA_VISIBLE_DEVICES"], os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"]
+        seen["torchrun"] = tuple(map(os.environ.get, NAMES))
         with pytest.raises(SystemExit):
             begins[0]()
         return 0
@@ -25,12 +28,13 @@ def test_gpus_are_seen_by_the_ranks_alone(monkeypatch, tmp_path):
         raise SystemExit(code)
 
     def work():
-        seen["a rank"] = os.environ["CUDA_VISIBLE_DEVICES"]
+        seen["a rank"] = tuple(map(os.environ.get, NAMES))
         return 0
 
     for name, value in {PARENT_VARIABLE: "1", RUN_DIR_VARIABLE: str(tmp_path), "CUDA_VISIBLE_DEVICES": "GPU-1"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "0")
+    if theirs is not None:
+        monkeypatch.setenv(NAMES[1], theirs)
     monkeypatch.setattr(launch, "die_with_parent", lambda parent: None)
     monkeypatch.setattr(launch, "leave", leave)
     monkeypatch.setattr(launch.signal, "signal", lambda *_: None)
@@ -38,4 +42,4 @@ def test_gpus_are_seen_by_the_ranks_alone(monkeypatch, tmp_path):
     monkeypatch.setattr(forked, "start_by_fork", begins.append)
     monkeypatch.setattr(torchrun, "run", run)
     assert launch.main([]) == 0
-    assert seen == {"torchrun": ("", "1"), "a rank": "GPU-1"}
+    assert seen == {"torchrun": ("", "1"), "a rank": ("GPU-1", theirs)}

@@ -48,7 +48,7 @@ class Crew:
         return number
 
     def all_gather(self, text):
-        return [text, self.other]
+        return [text, text if text.isdigit() else self.other]  # it has met others as often
 
 
 class Control:
@@ -66,7 +66,7 @@ class Control:
 class Engine:
     device, patches = torch.device("cpu"), 0
     spec, parked, nbytes, transport, placement, streams, unpacked = None, False, 0, "", "", False, False
-    shares_memory, spare = False, 0
+    shares_memory, spare, meetings = False, 0, 0
 
     def __init__(self, describe=lambda: None, load=lambda: None):
         self._describe, self.load = describe, load

@@ -13,8 +13,8 @@ CHANGES = [
     (
         "fastusp_backend/worker/launch.py",
         "ranks see no GPU, as torchrun's process does",
-        "os.environ[VISIBLE] = visible",
-        "pass",
+        "        show_gpus()\n",
+        "",
         "unit/test_launch.py",
     ),
     (
