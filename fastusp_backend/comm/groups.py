@@ -49,6 +49,11 @@ def world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
 
 
+def all_ranks() -> dist.ProcessGroup:
+    """Returns the default group."""
+    return dist.group.WORLD
+
+
 def machine() -> int:
     """Returns the number of this rank's machine, by what torchrun has told it: two may have one hostname."""
     rank, ranks = world()

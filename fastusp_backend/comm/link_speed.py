@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from .arena import Arena, carve
 from .collective import GroupExchange
-from .groups import allocate_together
+from .groups import all_ranks, allocate_together
 from .mesh import Mesh
 
 PROBE_BYTES = 32 << 20
@@ -32,7 +32,7 @@ def measure_link_speed(
 
     Collective over all ranks; raises OutOfMemoryTogether.
     """
-    everyone = dist.group.WORLD
+    everyone = all_ranks()
     # Two: what a rank sends, and where it receives, unless that is an arena's.
     payload, _ = allocate_together(
         lambda: [torch.empty(PROBE_BYTES, dtype=torch.uint8, device=mesh.device) for _ in range(2)], everyone

@@ -30,6 +30,7 @@ def test_a_probe_without_memory_fails_on_all_ranks_alike(short, monkeypatch):
 
     def measure(rank):
         group = dist.ProcessGroupGloo(store, rank, 2, timedelta(seconds=20))
+        groups[threading.current_thread()] = group
         mesh = Mesh(layout=Layout(ulysses=2, ring=1), device=CPU, sequence_position=rank, sequence=group)
         try:
             Transport(mesh, "nccl").wire("auto")
@@ -40,8 +41,10 @@ def test_a_probe_without_memory_fails_on_all_ranks_alike(short, monkeypatch):
         raise NotImplementedError
 
     monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr("fastusp_backend.comm.link_speed.all_ranks", lambda: groups[threading.current_thread()])
     monkeypatch.setattr("fastusp_backend.comm.link_speed.GroupExchange", begin)  # past the agreement
     ends: dict[int, Exception] = {}
+    groups: dict[threading.Thread, dist.ProcessGroup] = {}
     threads = [threading.Thread(target=measure, args=(rank,), name=f"rank {rank}") for rank in range(2)]
     for thread in threads:
         thread.start()
