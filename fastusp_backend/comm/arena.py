@@ -104,7 +104,7 @@ Shapes = list[tuple[tuple[int, ...], torch.dtype]]
 def carve(arena: Arena, shapes: Shapes) -> list[Region]:
     """Lays out tensors of these shapes one after the other, from the arena's start. Collective."""
     sizes = [_aligned(*of) for of in shapes]
-    arena.reserve(sum(sizes))
+    arena.reserve(capacity(shapes))
     return [Region(arena, *of, sum(sizes[:i])) for i, of in enumerate(shapes)]
 
 

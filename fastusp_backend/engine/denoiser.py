@@ -103,22 +103,23 @@ class Denoiser:
         evaluations: int = 1,
         spare: int = 0,
         caches: bool = False,
-    ) -> None:
+    ) -> bool:
         """Allocates, and frees again, what this group's evaluations of x take beside the modulations of `evaluations`
         of them, while all ranks can still refuse together: within an evaluation, a rank that fails leaves the others
         waiting. spare: bytes of a GPU that must be left where buffers are still to be made. caches: with a
-        `FirstBlockCache`. Raises torch.OutOfMemoryError, and RequestError where attention is wrong for so many
-        tokens."""
+        `FirstBlockCache`. Returns whether all of their shapes were evaluated before, so that nothing compiles. Raises
+        torch.OutOfMemoryError, and RequestError where attention is wrong for so many tokens."""
         shares = self.shares(prompts)
         _rows = self._modulations.probe_memory(evaluations, prompts, shares)  # allocated while evaluations are tried
-        kept = []  # likewise
+        kept, known = [], True  # likewise
         for prompt, images in zip(prompts, shares, strict=True):
             if images != NO_IMAGES:
                 mine, shards = x[images], self._shards_of(x, prompt)
                 if caches:
                     shape = KEPT, len(mine), shards.local, self._model.config.hidden
                     kept.append(x.new_empty(shape, dtype=self._dtype))
-                self._probe_evaluation(mine, prompt, residuals.of_images(images), spare, shards, caches)
+                known &= self._probe_evaluation(mine, prompt, residuals.of_images(images), spare, shards, caches)
+        return known
 
     def first_block_cache(self, rule: CacheRule, timestep_scale: float, gather: Gather) -> FirstBlockCache:
         """For one sampling run, of prompts that come in every step of it. Raises RequestError for a model of which
@@ -206,11 +207,11 @@ class Denoiser:
 
     def _probe_evaluation(
         self, x: torch.Tensor, prompt: Prompt, residuals: Residuals, spare: int, shards: SequenceShards, caches: bool
-    ) -> None:
+    ) -> bool:
         shape = self._shape(_flat(x), prompt, residuals)
         evaluation = self._evaluations.get(shape)
         if evaluation is not None and evaluation.captured_for(caches=caches):
-            return
+            return True
         self._check_keys(shards)
         count = WORKING_SET * len(x) * shards.local * self._model.config.hidden
         if evaluation is None:
@@ -218,6 +219,7 @@ class Denoiser:
         torch.empty(count, dtype=self._dtype, device=x.device)  # and free it
         if x.is_cuda and evaluation is None:
             torch.cuda.empty_cache()  # exchanges' buffers do not come from torch's cache
+        return evaluation is not None
 
     def _check_keys(self, shards: SequenceShards) -> None:
         """Raises RequestError where the chosen attention is wrong for so many keys."""

@@ -131,7 +131,7 @@ class Runner:
     def _sample(self, request: Sample, sent: Tensors) -> None:
         rule = request.cache
 
-        def prepare() -> tuple[Denoiser, SamplingInputs, Cache | FirstBlockCache | None]:
+        def prepare() -> tuple[Denoiser, SamplingInputs, Cache | FirstBlockCache | None, bool]:
             inputs = sampling_inputs(request, self._here(sent))
             denoiser = self._engine.denoiser(request.layout, request.settings)
             denoiser.check(inputs.x, inputs.prompts)
@@ -142,10 +142,11 @@ class Runner:
                 cache = Cache(rule, self._crew.agree, together=inputs.alike)
             more = {"evaluations": len(inputs.timesteps), "spare": self._engine.spare}
             more["caches"] = isinstance(cache, FirstBlockCache)
-            denoiser.probe_memory(inputs.x, inputs.prompts, **more)
-            return denoiser, inputs, cache
+            known = denoiser.probe_memory(inputs.x, inputs.prompts, **more)
+            return denoiser, inputs, cache, known
 
-        denoiser, inputs, cache = self._prepare(request, prepare)
+        denoiser, inputs, cache, known = self._prepare(request, prepare)
+        self._tell_of_compiling(request, known)
         model = GuidedModel(
             velocities=self._velocities(request, denoiser, cache=cache if isinstance(cache, FirstBlockCache) else None),
             positive=inputs.positive,
@@ -163,6 +164,11 @@ class Runner:
         counts = {} if cache is None else {"evaluations": cache.evaluations, "skipped": cache.skipped}
         self._finish(request, output, **counts)
 
+    def _tell_of_compiling(self, request: Request, known: bool) -> None:
+        """Else the first step of a shape would count as what came before it, as loading. CPU ranks compile nothing."""
+        if self._engine.device.type == "cuda" and not known:
+            self._reply(Phase(id=request.id, text="compiling"))
+
     def _follower(self, request: Sample, *, steps: int) -> Callable[[StepState], None]:
         """What tells the client of each step."""
         last = time.perf_counter()
@@ -179,16 +185,17 @@ class Runner:
         return follow
 
     def _evaluate(self, request: Evaluate, sent: Tensors) -> None:
-        def prepare() -> tuple[Denoiser, Prompt, torch.Tensor, torch.Tensor, Residuals]:
+        def prepare() -> tuple[Denoiser, Prompt, torch.Tensor, torch.Tensor, Residuals, bool]:
             tensors = self._here(sent)
             prompt = self._prompts.prompt(request, tensors)
             x, timestep, residuals = evaluation_inputs(request, tensors)
             denoiser = self._engine.denoiser(request.layout, request.settings)
             denoiser.check(x, [prompt], residuals)
-            denoiser.probe_memory(x, [prompt], residuals, spare=self._engine.spare)
-            return denoiser, prompt, x, timestep, residuals
+            known = denoiser.probe_memory(x, [prompt], residuals, spare=self._engine.spare)
+            return denoiser, prompt, x, timestep, residuals, known
 
-        denoiser, prompt, x, timestep, residuals = self._prepare(request, prepare)
+        denoiser, prompt, x, timestep, residuals, known = self._prepare(request, prepare)
+        self._tell_of_compiling(request, known)
         (output,) = self._velocities(request, denoiser, residuals)(x, timestep, [prompt])
         self._finish(request, output)
 

@@ -244,3 +244,13 @@ def test_graphs_of_a_run_with_a_cache_are_others(on_gpu, monkeypatch):
     assert not tried(False) and tried(True)
     on_gpu.evaluate(cache)
     assert len(GRAPHS) == 3 and not tried(False) and not tried(True)
+
+
+def test_a_shape_that_was_evaluated_before_is_known(on_gpu):
+    def known() -> bool:
+        return on_gpu.model.probe_memory(on_gpu.x, [on_gpu.prompt])
+
+    assert not known(), "its first evaluation compiles"
+    for _ in range(2):  # the second is captured
+        on_gpu.evaluate()
+        assert known()
