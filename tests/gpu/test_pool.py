@@ -63,6 +63,14 @@ def test_streamed_steps_equal_eager_ones(pool, spec):
     assert relative_difference(result, expected) < 0.05
 
 
+def test_a_shape_s_first_evaluation_is_told_as_compiling(pool, spec):
+    """Once for a shape: else its seconds would count as loading."""
+    phases = [[], []]
+    for seen in phases:
+        sample(pool, spec, ONE, Settings(compile=False), progress=Progress(phase=seen.append))
+    assert phases[0][-1] == "compiling" and "compiling" not in phases[1]
+
+
 def test_a_cancel_is_felt_and_the_pool_stays(pool, spec):
     sample(pool, spec, ONE)
     pids, seen = pool.status()["pids"], []
