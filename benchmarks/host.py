@@ -4,8 +4,10 @@
     python benchmarks/host.py --comfyui ~/ComfyUI --gpus 0 --file /tmp/flux.safetensors --shared 40
 
 Needs no text encoder: prompts are seeded tensors. The file is written (FLUX.1-dev, random bf16) where it is missing.
-`first` includes loading, compilation and capture; `prompt` is the median of the later ones, each with another seed, and
-`difference` the largest relative (Frobenius) difference of their latents from stock's.
+`first` includes loading, compilation and capture; `prompt` is the median of the later ones, each with another seed:
+from the request to ComfyUI's word that it has ended. A `step` is the median time between two of its progress events;
+what a prompt takes `beyond` its steps lies `before` the first step has ended (less a step) and `after` the last one.
+`difference` is the largest relative (Frobenius) difference of the latents from stock's.
 
 --shared leaves so many GB free on the first GPU, for ComfyUI's model and the workers' together, and lets stock and USP
 take turns: what each prompt takes, and how much memory ComfyUI and the workers use after it.
@@ -16,9 +18,10 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import paths  # noqa: F401
 import pynvml
@@ -70,8 +73,17 @@ def model_node(graph: Graph, name: str, a: argparse.Namespace) -> list:
     return graph.node("TorchCompileModel", model=model, backend="inductor") if name == COMPILED else model
 
 
-def prompt(host: ComfyUI, name: str, seed: int, a: argparse.Namespace) -> tuple[float, torch.Tensor]:
-    """Returns the seconds from the request to its end, and the latents."""
+class Times(NamedTuple):
+    """Seconds of a prompt: all of it, one step, and what is before and after the steps."""
+
+    whole: float
+    step: float
+    before: float
+    after: float
+
+
+def prompt(host: ComfyUI, name: str, seed: int, a: argparse.Namespace) -> tuple[Times, torch.Tensor]:
+    """Returns what it took, and the latents."""
     graph = Graph()
     sampled = graph.sample(
         model_node(graph, name, a),
@@ -81,9 +93,11 @@ def prompt(host: ComfyUI, name: str, seed: int, a: argparse.Namespace) -> tuple[
         latent_image=graph.empty(a.size, a.size),
     )
     saved = graph.save(sampled)
-    started = time.perf_counter()
     outcome = host.run(graph)
-    return time.perf_counter() - started, outcome.latents[saved].float()
+    at = [when for _, _, when in outcome.progress]
+    step = statistics.median(b - a for a, b in pairwise(at))
+    times = Times(outcome.ended - outcome.queued, step, at[0] - outcome.queued - step, outcome.ended - at[-1])
+    return times, outcome.latents[saved].float()
 
 
 def compare(host: ComfyUI, a: argparse.Namespace) -> None:
@@ -92,7 +106,10 @@ def compare(host: ComfyUI, a: argparse.Namespace) -> None:
         Column("configuration", 24),
         Column("first s", 7, ".1f"),
         Column("prompt s", 8, ".2f"),
-        Column("ms a step", 9, ".1f"),
+        Column("step ms", 7, ".1f"),
+        Column("before ms", 9, ".0f"),
+        Column("after ms", 8, ".0f"),
+        Column("beyond ms", 9, ".0f"),
         Column("x stock", 7, ".2f"),
         Column("difference", 10, ".1e"),
         markdown=True,
@@ -100,16 +117,17 @@ def compare(host: ComfyUI, a: argparse.Namespace) -> None:
     print(table.head(), flush=True)
     base = None
     for name in a.configs.split(";"):
-        seconds, apart = [], [0.0]
+        all_times, apart = [], [0.0]
         for seed in range(a.prompts):
-            took, latents = prompt(host, name, seed, a)
-            seconds.append(took)
+            times, latents = prompt(host, name, seed, a)
+            all_times.append(times)
             wanted = stock.setdefault(seed, latents)
             apart.append(((latents - wanted).norm() / wanted.norm()).item())
-        median = statistics.median(seconds[1:])
-        base = base or median
-        step = 1000 * median / a.steps
-        print(table.row(name, seconds[0], median, step, base / median, max(apart)), flush=True)
+        median = Times(*map(statistics.median, zip(*all_times[1:], strict=True)))
+        base = base or median.whole
+        beyond = median.whole - a.steps * median.step
+        of_it = [1000 * seconds for seconds in (median.step, median.before, median.after, beyond)]
+        print(table.row(name, all_times[0].whole, median.whole, *of_it, base / median.whole, max(apart)), flush=True)
 
 
 def turns(host: ComfyUI, a: argparse.Namespace) -> None:
@@ -126,13 +144,13 @@ def turns(host: ComfyUI, a: argparse.Namespace) -> None:
     names = a.configs.split(";")
     for turn in range(3):
         for name in names:
-            took, _ = prompt(host, name, turn, a)
+            times, _ = prompt(host, name, turn, a)
             (device, *_), pools = host.get("/system_stats")["devices"], host.get("/fastusp/status")["pools"]
             held = "; ".join(f"{pool['held']}" for pool in pools)
             mine = device["torch_vram_total"] / 1e9
             workers = sum(used_by_process()[pid] for pool in pools for pid in pool.get("pids", ()))
             free = device["vram_free"] / 1e9
-            print(table.row(name, took, mine, workers, held, free), flush=True)
+            print(table.row(name, times.whole, mine, workers, held, free), flush=True)
 
 
 def used_by_process() -> Counter[int]:

@@ -23,6 +23,7 @@ from ..comm.shards import SequenceShards
 from ..comm.transport import Transport
 from ..config import CacheRule, Settings
 from ..errors import RequestError
+from ..models.beside import Beside
 from ..models.family import NO_RESIDUALS, Residuals, Transformer
 from ..models.patchify import patch_grid, patchify
 from ..models.prompts import check_control, references_of
@@ -60,7 +61,9 @@ class Denoiser:
         config, layout = model.config, mesh.layout
         heads = config.heads // layout.ulysses, config.hidden // config.heads
         _, self._attend = choose(settings.attention, mesh.device, dtype, heads, ring=layout.ring > 1)
-        self._segments = Segments(mesh.device, fused=settings.compile, fp8=settings.linear == "fp8")
+        # Where blocks are streamed, a slot is free when the main stream is done with it.
+        beside = Beside(mesh.device, active=settings.overlap and model.stream is None)
+        self._segments = Segments(mesh.device, fused=settings.compile, fp8=settings.linear == "fp8", beside=beside)
         self._modulations = ModulationTable(model, dtype, owners)
         self._batch_exchange = GroupExchange(mesh.batch) if mesh.batch else None
         self._prompts: weakref.WeakKeyDictionary[Prompt, PromptTensors] = weakref.WeakKeyDictionary()

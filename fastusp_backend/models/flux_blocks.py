@@ -93,12 +93,8 @@ class StreamBlock(nn.Module):
         first, last = (self.hidden, config.mlp_in_features), (config.mlp, self.hidden)
         self.mlp = nn.Sequential(Linear(*first, bias=bias), nn.Identity(), Linear(*last, bias=bias))
 
-    def project(self, normed: Activations, rope: Rope, joint: JointAttention, **stream: bool) -> None:
-        """All of q, k, v in one product and one message: right for a short stream."""
-        joint.project(self.attn.qkv(normed), self.attn.norm.scales, rope, ALL, **stream)
-
     def project_in_turn(self, normed: Activations, rope: Rope, joint: JointAttention, **stream: bool) -> None:
-        """v, k, q one after the other: each travels while the next is computed."""
+        """v, k, q one after the other, right for a long stream: each travels while the next is computed."""
         for which in (ONLY_V, ONLY_K, ONLY_Q):
             rows = slice(which.start * self.hidden, which.stop * self.hidden)
             joint.project(self.attn.qkv(normed, rows), self.attn.norm.scales[which], rope, which, **stream)
@@ -120,11 +116,17 @@ class DoubleStreamBlock(nn.Module):
     def forward(self, txt, img, txt_normed, img_normed, modulations, rope, joint: JointAttention, ops: Segments):
         """txt (B, Lt, C), img (B, Li, C); modulations, of StreamModulation, and rope a pair (text, image) each ->
         (txt, img, and what to add to each)."""
+        with ops.beside.run(txt_normed):
+            txt_qkv = self.txt.attn.qkv(txt_normed)
         self.img.project_in_turn(img_normed, rope[1], joint, text=False)
-        self.txt.project(txt_normed, rope[0], joint, image=False)
+        ops.beside.join()
+        joint.project(txt_qkv, self.txt.attn.norm.scales, rope[0], ALL, image=False)
         joint.attend(text_first=True)
-        txt, txt_mlp = self.txt.combine(txt, joint.collect_text(), modulations[0], ops)
+        attended = joint.collect_text()
+        with ops.beside.run(txt, attended):
+            txt, txt_mlp = self.txt.combine(txt, attended, modulations[0], ops)
         img, img_mlp = self.img.combine(img, joint.collect_image(), modulations[1], ops)
+        ops.beside.join()
         return txt, img, txt_mlp, img_mlp
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..attention import ONLY_K, ONLY_Q, ONLY_V, JointAttention, Rope
+from .beside import Beside
 from .layers import Activations, Linear, RMSNorm, StreamModulation, timestep_embedding
 from .segments import Segments
 
@@ -48,21 +49,23 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([Linear(hidden, hidden)])
         self.to_add_out = Linear(hidden, hidden)
 
-    def forward(self, txt: Activations, img: Activations, rope: tuple[Rope, Rope], joint: JointAttention) -> None:
+    def forward(
+        self, txt: Activations, img: Activations, rope: tuple[Rope, Rope], joint: JointAttention, beside: Beside
+    ) -> None:
         """Normed txt (B, Lt, C), img (B, Li, C), rope (text, image): attends, the text's tokens to be collected first,
         ahead of their output projections."""
+        with beside.run(txt):
+            projected = [layer(txt) for layer in (self.add_v_proj, self.add_k_proj, self.add_q_proj)]
         for layer, norm, which in (
             (self.to_v, None, ONLY_V),
             (self.to_k, self.norm_k, ONLY_K),
             (self.to_q, self.norm_q, ONLY_Q),
         ):
             joint.project(layer(img), (norm and norm.weight,), rope[1], which, text=False)
-        for layer, norm, which in (
-            (self.add_v_proj, None, ONLY_V),
-            (self.add_k_proj, self.norm_added_k, ONLY_K),
-            (self.add_q_proj, self.norm_added_q, ONLY_Q),
-        ):
-            joint.project(layer(txt), (norm and norm.weight,), rope[0], which, image=False)
+        beside.join()
+        norms = (None, ONLY_V), (self.norm_added_k, ONLY_K), (self.norm_added_q, ONLY_Q)
+        for tensor, (norm, which) in zip(projected, norms, strict=True):
+            joint.project(tensor, (norm and norm.weight,), rope[0], which, image=False)
         joint.attend(text_first=True)
 
 

@@ -184,15 +184,18 @@ class QwenImage(Transformer):
         blocks = zip(self.transformer_blocks, mods.blocks, following, strict=True)
         for i, (block, (txt_own, img_own), after) in enumerate(blocks):
             self.begin_block(i)
-            block.attn(txt_normed, img_normed, rope, joint)
+            block.attn(txt_normed, img_normed, rope, joint, ops.beside)
             txt_end, img_end = (stream.attention[:2] for stream in after) if after else (None, mods.final)
             if txt_end:
-                projected = block.attn.to_add_out(ops.activations(joint.collect_text()))
-                txt, txt_normed = combine(txt, projected, txt_own, txt_end, block.txt_mlp, ops)
+                attended = joint.collect_text()
+                with ops.beside.run(txt, attended):
+                    projected = block.attn.to_add_out(ops.activations(attended))
+                    txt, txt_normed = combine(txt, projected, txt_own, txt_end, block.txt_mlp, ops)
             projected, residual = block.attn.to_out[0](ops.activations(joint.collect_image())), residuals.after_input(i)
             img, img_normed = combine(
                 img, projected, img_own, img_end, block.img_mlp, ops, residual, last=after is None
             )
+            ops.beside.join()
             if i == 0:
                 yield Stage(before, img)
                 del before

@@ -93,14 +93,10 @@ class Attention(nn.Module):
         """For q, k and v, as `JointAttention.project` takes them."""
         return self.ln_q and self.ln_q.weight, self.ln_k and self.ln_k.weight, None
 
-    def project_text(self, normed: Activations, joint: JointAttention) -> None:
-        """All in one message: right for a short stream."""
-        joint.project(self.qkv(normed), self.scales, None, ALL, image=False)
-
     def project_image(
         self, normed: Activations, joint: JointAttention, order: tuple[slice, ...] = (ONLY_V, ONLY_K, ONLY_Q)
     ) -> None:
-        """One after the other: each travels while the next is computed."""
+        """One after the other, right for a long stream: each travels while the next is computed."""
         for which in order:
             rows = slice(which.start * self.hidden, which.stop * self.hidden)
             joint.project(self.qkv(normed, rows), self.scales[which], None, which, text=False)
@@ -157,25 +153,33 @@ class JointBlock(nn.Module):
         residual: what a ControlNet adds after it, (B or 1, Li, C).
         """
         text, image = self.context_block, self.x_block
+        with ops.beside.run(txt_normed):
+            txt_qkv = text.attn.qkv(txt_normed)
         image.attn.project_image(img_normed, joint)
-        text.attn.project_text(txt_normed, joint)
+        ops.beside.join()
+        joint.project(txt_qkv, text.attn.scales, None, ALL, image=False)
         second = None if own.second is None else ops.norm(img, own.second.shift, own.second.scale)
         joint.attend(text_first=True)
         if txt_end is not None:
-            projected = text.attn.proj(ops.activations(joint.collect_text()))
-            txt, txt_normed = _combine(txt, projected, own.text, txt_end, text.mlp, ops)
+            attended = joint.collect_text()
+            with ops.beside.run(txt, attended):
+                projected = text.attn.proj(ops.activations(attended))
+                txt, txt_normed = _combine(txt, projected, own.text, txt_end, text.mlp, ops)
         attended, gate = joint.collect_image(), own.image.attention.gate
         if second is not None:
             image.attn2.project_image(second, joint, (ONLY_V, ONLY_K))
         projected = image.attn.proj(ops.activations(attended))  # while the second attention's tokens travel
         if second is not None:
-            # Only now: with all of q, k and v, other ranks would give back their next tokens to where these lay.
+            # Only now: with all of q, k and v, other ranks would give back their next tokens to where these lay, the
+            # text's too.
+            ops.beside.join()
             image.attn2.project_image(second, joint, (ONLY_Q,))
             joint.attend(image_only=True)
             img, gate = ops.add(img, projected, gate), own.second.gate  # while its attended tokens travel
             projected = image.attn2.proj(ops.activations(joint.collect_image()))
         after = ops if txt_end is not None else ops.exact
         img, img_normed = _combine(img, projected, own.image, img_end, image.mlp, ops, gate, residual, after)
+        ops.beside.join()
         return txt, img, txt_normed, img_normed
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from ..kernels import sandwich, tokens
 from ..kernels.fp8_product import Quantised
+from .beside import Beside
 from .layers import Activations, Linear, RMSNorm
 
 
@@ -23,17 +24,27 @@ class Segments:
     fp8: what products take of norms and activations is quantised in the same pass, for products in fp8; `activations`
     does so with what comes from elsewhere.
     rows: (L,) int64, see `by_row`.
+    beside: where the text's half of a block is computed; by default in turn with the image's.
     exact: the same segments without quantisation.
     """
 
-    def __init__(self, device: torch.device, *, fused: bool, fp8: bool = False, rows: torch.Tensor | None = None):
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        fused: bool,
+        fp8: bool = False,
+        rows: torch.Tensor | None = None,
+        beside: Beside | None = None,
+    ):
         self._device, self._fused, self._fp8, self._rows = device, fused and tokens.available(device), fp8, rows
-        self.exact = Segments(device, fused=fused, rows=rows) if fp8 else self
+        self.beside = beside or Beside(device, active=False)
+        self.exact = Segments(device, fused=fused, rows=rows, beside=self.beside) if fp8 else self
 
     def by_row(self, rows: torch.Tensor) -> "Segments":
         """The same for a model whose modulations may have several rows: rows (L,) says which one each of the rank's
         tokens takes, text first. A stream of fewer tokens is the image's. Modulations of one row stay what they are."""
-        return Segments(self._device, fused=self._fused, fp8=self._fp8, rows=rows)
+        return Segments(self._device, fused=self._fused, fp8=self._fp8, rows=rows, beside=self.beside)
 
     def norm(self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> Activations:
         """(1 + scale) layer_norm(x) + shift (adaLN)."""

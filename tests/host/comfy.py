@@ -42,7 +42,7 @@ def pixels(file) -> torch.Tensor:
 @dataclass
 class Outcome:
     """What one prompt brought: saved latents by node id, saved images (3, h, w) from 0 to 1, and the websocket's
-    events. preview: the last, as an image."""
+    events. preview: the last, as an image. queued, ended: when, as those of `progress`, by time.monotonic()."""
 
     latents: dict = field(default_factory=dict)
     images: list = field(default_factory=list)
@@ -51,6 +51,8 @@ class Outcome:
     preview: torch.Tensor | None = None
     texts: list = field(default_factory=list)
     interrupted: bool = False
+    queued: float = 0.0
+    ended: float = 0.0
 
     def texts_of(self, node: str) -> list[str]:
         """The status lines that a node showed."""
@@ -140,6 +142,7 @@ class ComfyUI:
         outcome = Outcome()
         ws = websocket.create_connection(f"ws://127.0.0.1:{self.port}/ws?clientId={self.client}", timeout=300)
         try:
+            outcome.queued = time.monotonic()
             number = self.post("/prompt", {"prompt": prompt, "client_id": self.client})["prompt_id"]
             while True:
                 frame = ws.recv()
@@ -173,6 +176,7 @@ class ComfyUI:
                     break
         finally:
             ws.close()
+        outcome.ended = time.monotonic()
         for _ in range(100):
             history = self.get(f"/history/{number}")
             if number in history:
