@@ -23,8 +23,20 @@ MARK = "BENCHMARK "
 GRACE_SECONDS = 40
 """torchrun gives its ranks 30 s to end before it kills them."""
 
-LINKS = {"nvlink": {}, "slow": {"NCCL_P2P_DISABLE": "1"}}
-"""Environments: the machine's own links, and all traffic through host memory."""
+_NO_PEERS = {"NCCL_P2P_DISABLE": "1"}
+LINKS = {
+    "nvlink": {},
+    "slow": _NO_PEERS,
+    "sockets": {
+        **_NO_PEERS,
+        "NCCL_SHM_DISABLE": "1",
+        "NCCL_IB_DISABLE": "1",
+        "NCCL_SOCKET_IFNAME": "=lo",
+        "NCCL_SOCKET_FAMILY": "AF_INET",
+    },
+}
+"""Environments: the machine's own links, all traffic through host memory, and through the loopback interface, as if
+each rank were a machine of its own (see `rank.py`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +91,7 @@ def _run(each: ProcessSet, number: int, folder: Path, outcome: Outcome, seconds:
     """Runs one set; returns what went wrong, or nothing."""
     folder.mkdir(parents=True)
     job = folder / "job.json"
-    job.write_text(json.dumps(each.job | {"outputs": str(folder)}))
+    job.write_text(json.dumps(each.job | {"outputs": str(folder), "link": each.link}))
     environment = inherited(os.environ, ROOT) | {"TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={each.ranks}"]
     with open(folder / "errors.txt", "w+") as errors:

@@ -3,7 +3,7 @@
     torchrun --nproc_per_node=2 benchmarks/rank.py JOB.json
 
 A job names `who` (ours, or a peer), model, tiny, device, cases, count, profile (names of configurations), outputs (a
-folder), and what ours.py, peers.py or another module that it names as `side` reads.
+folder), link, and what ours.py, peers.py or another module that it names as `side` reads.
 """
 
 import dataclasses
@@ -28,6 +28,8 @@ def main() -> None:
     die_with_parent(os.getppid())
     job = json.loads(Path(sys.argv[1]).read_text())
     rank, device = int(os.environ["RANK"]), torch.device("cpu")
+    if job["link"] == "sockets":  # what torchrun, and NCCL, would say on so many machines
+        os.environ.update(LOCAL_WORLD_SIZE="1", NCCL_HOSTID=f"machine-{rank}")
     if job["device"] == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)

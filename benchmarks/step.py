@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
 def add_common(made: argparse.ArgumentParser) -> None:
     made.add_argument("--model", choices=MODELS, default="flux")
     made.add_argument("--gpus", type=int, default=2, help="ranks")
-    made.add_argument("--link", default="nvlink", help=f"of: {', '.join(LINKS)} (NCCL_P2P_DISABLE=1)")
+    made.add_argument("--link", default="nvlink", help=f"of: {', '.join(LINKS)} (see process_sets.py)")
     made.add_argument("--count", type=int, default=12, help="timed evaluations of each configuration")
     made.add_argument("--tiny", action="store_true", help="2 blocks of 512 channels instead of the full size")
     made.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
