@@ -7,7 +7,8 @@ Needs no text encoder: prompts are seeded tensors. The file is written (FLUX.1-d
 `first` includes loading, compilation and capture; `prompt` is the median of the later ones, each with another seed:
 from the request to ComfyUI's word that it has ended. A `step` is the median time between two of its progress events;
 what a prompt takes `beyond` its steps lies `before` the first step has ended (less a step) and `after` the last one.
-`difference` is the largest relative (Frobenius) difference of the latents from stock's.
+Prompts are a second apart: behind each one ComfyUI registers its files, and often collects garbage, which the next one
+would wait for. `difference` is the largest relative (Frobenius) difference of the latents from stock's.
 
 --shared leaves so many GB free on the first GPU, for ComfyUI's model and the workers' together, and lets stock and USP
 take turns: what each prompt takes, and how much memory ComfyUI and the workers use after it.
@@ -18,6 +19,7 @@ import os
 import statistics
 import sys
 import tempfile
+import time
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -40,6 +42,7 @@ OPTIONS = {
 }
 """Name -> options of USP Optimization Settings."""
 STOCK, COMPILED = "stock", "stock, TorchCompileModel"
+PAUSE_SECONDS = 1
 
 
 def parser() -> argparse.ArgumentParser:
@@ -93,6 +96,7 @@ def prompt(host: ComfyUI, name: str, seed: int, a: argparse.Namespace) -> tuple[
         latent_image=graph.empty(a.size, a.size),
     )
     saved = graph.save(sampled)
+    time.sleep(PAUSE_SECONDS)
     outcome = host.run(graph)
     at = [when for _, _, when in outcome.progress]
     step = statistics.median(b - a for a, b in pairwise(at))

@@ -48,6 +48,7 @@ VARIANTS = {
     "linear-fp8": _variant(**_LOSSLESS, linear="fp8"),
     "fp8": _variant(**_LOSSLESS, wire="fp8", linear="fp8"),
     **{name: _variant(**_LOSSLESS, attention=name) for name in EIGHT_BIT_ATTENTION},
+    **{f"linear-fp8-{name}": _variant(**_LOSSLESS, linear="fp8", attention=name) for name in EIGHT_BIT_ATTENTION},
     **{f"fp8-{name}": _variant(**_LOSSLESS, wire="fp8", linear="fp8", attention=name) for name in EIGHT_BIT_ATTENTION},
     **{f"weights-{storage}": _variant(**_LOSSLESS, storage=storage) for storage in ("fp8", "Q8_0", "Q4_0")},
     "weights-Q4_0-eager": _variant(storage="Q4_0"),
