@@ -29,10 +29,9 @@ except ImportError:  # a CPU build of torch brings no Triton
 
 LARGEST = 448.0
 """The largest value of e4m3."""
-_RUN, _SEEN, _WARPS = 256, 32, 4
-"""Tokens that one program of the first kernel sees, tokens at a time, and its warps."""
-_RUNS, _ROWS = 64, 64
-"""Runs that the second kernel sees at a time, and tokens of one program of the last."""
+_RUN, _SEEN, _RUNS, _ROWS = 256, 32, 64, 64
+"""Tokens that one program of the first kernel sees, tokens at a time, runs at a time in the second, and tokens of one
+program of the last."""
 
 
 class Heads(NamedTuple):
@@ -283,7 +282,7 @@ def _launch(q, k, v, out: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     shift = torch.empty(batch, heads, queries, **like)
     given = [part for x in (q, k, v) for part in (x, *x.stride()[:3])]
     _observe_kernel[(heads, runs, (last - first) * batch)](
-        *given, observed, queries, keys, batch, FIRST=first, D=dim, RUN=_RUN, R=_SEEN, num_warps=_WARPS
+        *given, observed, queries, keys, batch, FIRST=first, D=dim, RUN=_RUN, R=_SEEN
     )
     _finish_kernel[(heads, (last - first) * batch)](
         observed, means, scales, runs, keys, batch, FIRST=first, D=dim, RUNS=_RUNS
