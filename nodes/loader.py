@@ -138,7 +138,7 @@ class USPLoader(io.ComfyNode):
         devices = devices_of(gpus) if gpus is not None else None
         if unet_name is None:
             return True
-        heads = read_named(unet_name).config.heads
+        heads = _heads_of(unet_name, state_of(unet_name))
         if devices is not None and ulysses is not None and ring is not None:
             wish = "auto" if batch_parallel is None else batch_parallel
             more = {"batch_parallel": wish, "per_machine": devices.together}
@@ -244,6 +244,12 @@ def state_of(unet_name: str) -> FileState:
         raise CheckpointError(
             f"unet_name: choose another file: {unet_name!r} cannot be read: {error.strerror}"
         ) from error
+
+
+@functools.lru_cache(maxsize=32)
+def _heads_of(unet_name: str, state: FileState) -> int:
+    """A model's attention heads, which are asked for with each prompt: to read its file again takes some 50 ms."""
+    return read_named(unet_name).config.heads
 
 
 def read_named(unet_name: str) -> ModelFile:

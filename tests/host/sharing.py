@@ -188,4 +188,10 @@ folder_paths.add_model_folder_path("diffusion_models", os.path.dirname(FILE))
 choice = {"unet_name": os.path.basename(FILE), "ulysses": 0, "ring": 0}
 assert asyncio.run(USPLoader.validate_inputs(gpus="cpu:2", **choice)) is True
 assert len(threads) == 2 and threading.main_thread() not in threads
+# Each prompt asks: a file is read again when it was written to.
+assert asyncio.run(USPLoader.validate_inputs(gpus="cpu:2", **choice)) is True
+assert len(threads) == 3
+os.utime(FILE, ns=(1, 1))
+assert asyncio.run(USPLoader.validate_inputs(gpus="cpu:2", **choice)) is True
+assert len(threads) == 5
 print("done")
