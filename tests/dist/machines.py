@@ -3,12 +3,13 @@ a server on all of them."""
 
 import contextlib
 import itertools
+import json
 import os
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from serving import Serving
@@ -24,10 +25,12 @@ HOST = f"{NETWORK}.254"
 PORTS = itertools.count(8189)
 
 
-def run(*command: str) -> None:
+def run(*command: str) -> str:
+    """What it prints. Raises OSError where it fails."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise OSError(f"{' '.join(command)}: {done.stderr.strip()}")
+    return done.stdout
 
 
 def name(number: int) -> str:
@@ -65,37 +68,57 @@ def host_cut_off() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def shaped(number: int, *how: str) -> Iterator[None]:
-    """What the machine sends goes through one of the system's queues, as `tc` calls it. Raises OSError where the system
-    has none such."""
-    where = ("dev", f"{name(number)}-in", "root")
-    run(*inside(number), "tc", "qdisc", "add", *where, *how)
+def shaped(number: int, *how: str) -> Iterator[Callable[[], dict]]:
+    """What the machine sends goes through one of the system's queues, as `tc` calls it. Yields what tells its counts:
+    of `drops`, and of `overlimits`, packets that had to wait. Raises OSError where the system has none such."""
+    device = ("dev", f"{name(number)}-in")
+    run(*inside(number), "tc", "qdisc", "add", *device, "root", *how)
+
+    def counts() -> dict:
+        return json.loads(run(*inside(number), "tc", "-s", "-j", "qdisc", "show", *device))[0]
+
     try:
-        yield
+        yield counts
     finally:
-        run(*inside(number), "tc", "qdisc", "del", *where)
+        run(*inside(number), "tc", "qdisc", "del", *device, "root")
 
 
 class Cluster:
-    """`serve` on each of the machines from 0 on, with so many CPU ranks each, and folders of their own for a model."""
+    """`serve` on each of the machines from 0 on, with so many CPU ranks each, and folders of their own: `key`, of which
+    the private one is machine 0's alone, and `models`."""
 
     def __init__(self, folder: Path, count: int, ranks: int, model: Path):
-        self.folder, self.port = folder, next(PORTS)
-        self._count, self._ranks = count, ranks
-        Key.read_or_make(folder / "key")  # for all to start at once
+        self.port = next(PORTS)
+        self._folder, self._count, self._ranks = folder, count, ranks
         for number in range(count):
-            (folder / f"models-{number}").mkdir()
-            shutil.copy(model, folder / f"models-{number}" / model.name)
-        self.servers = [self._start(number) for number in range(count)]
+            self.models(number).mkdir(parents=True)
+            shutil.copy(model, self.models(number) / model.name)
+        Key.read_or_make(self.key)  # for all to start at once
+        for number in range(1, count):
+            shutil.copy(self.key, self._home(number))
+        self._ended: list[Serving] = []
+        self.servers = [self.start(number, self._home(number)) for number in range(count)]
 
-    def _start(self, number: int) -> Serving:
+    def _home(self, number: int) -> Path:
+        return self._folder / f"machine-{number}"
+
+    def models(self, number: int) -> Path:
+        return self._home(number) / "models"
+
+    @property
+    def key(self) -> Path:
+        return self._home(0) / "key"
+
+    def start(self, number: int, folder: Path) -> Serving:
+        """folder: which has the key."""
         arguments = ["--gpus", f"cpu:{self._ranks}", "--nnodes", str(self._count), "--node-rank", str(number)]
         arguments += ["--rdzv-endpoint", f"{address(0)}:{self.port}", "--trust-network"]
-        arguments += ["--models", str(self.folder / f"models-{number}")]
-        return Serving(self.folder, *arguments, listen=None, prefix=inside(number))
+        return Serving(folder, *arguments, "--models", str(self.models(number)), listen=None, prefix=inside(number))
 
     def start_again(self, number: int) -> None:
-        self.servers[number] = self._start(number)
+        """Returns when it has joined the others, or one of them has joined it."""
+        self._ended.append(self.servers[number])  # with the clients that attach anew
+        self.servers[number] = self.start(number, self._home(number))
         self.servers[number].says("joined")
 
     def attach(self) -> Pool:
@@ -111,7 +134,7 @@ class Cluster:
         assert time.monotonic() - began < seconds and not any(os.path.exists(f"/proc/{rank}") for rank in ranks)
 
     def close(self) -> None:
-        for server in reversed(self.servers):
+        for server in [*reversed(self.servers), *self._ended]:
             server.close()
 
 

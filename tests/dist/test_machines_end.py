@@ -14,6 +14,7 @@ from test_serve_life import LIMIT, Later, failure
 
 from fastusp_backend.config import Layout
 from fastusp_backend.errors import PoolError
+from fastusp_backend.pool import hangs
 
 pytestmark = pytest.mark.dist
 
@@ -65,9 +66,12 @@ def test_a_rank_here_dies(pool, dev):
 
 
 def test_a_rank_elsewhere_is_stopped(pool, dev):
+    """It counts as stopped after ten seconds."""
     rank = pids(pool)[1]
+    later = Later(lambda: os.kill(rank, signal.SIGSTOP))
     with pytest.raises(PoolError, match=rf"rank 1 \(process {rank}\) was stopped \(SIGSTOP, Ctrl-Z\)"):
-        sample(pool, dev, LONG, Later(lambda: os.kill(rank, signal.SIGSTOP)).progress)
+        sample(pool, dev, LONG, later.progress)
+    assert hangs.STOPPED_SECONDS <= later.watch.seconds < hangs.STOPPED_SECONDS + 5
 
 
 def test_a_machine_is_lost_and_comes_back(pool, two, dev):
@@ -76,6 +80,22 @@ def test_a_machine_is_lost_and_comes_back(pool, two, dev):
     with pytest.raises(PoolError, match="Start `serve --node-rank 1` on its machine: 1 of 2 machines are there"):
         evaluate(pool, dev)
     two.start_again(1)
+
+
+def test_the_first_machine_is_lost_and_comes_back(pool, two, dev):
+    """The other one ends its ranks, waits, and joins by itself."""
+    expected, ranks = sample(pool, dev), pids(pool)
+    said = "".join(two.servers[1].said).count("joined")
+    told = failure(pool, dev, lambda: two.servers[0].end(signal.SIGKILL))
+    assert f"The FastUSP workers of {machines.address(0)}:{two.port} stopped while a prompt ran" in told, told
+    assert "the connection was lost" in told, told
+    wait_until(lambda: not any(os.path.exists(f"/proc/{rank}") for rank in ranks), LIMIT)
+    two.servers[1].says("the first machine is lost")
+    with pytest.raises(PoolError, match=f"no server answers at {machines.address(0)}"):
+        evaluate(pool, dev)
+    two.start_again(0)
+    wait_until(lambda: "".join(two.servers[1].said).count("joined") > said, 5)
+    assert torch.equal(sample(pool, dev), expected) and not set(pids(pool)) & set(ranks)
 
 
 def test_the_link_between_machines_is_cut(pool, two, dev):

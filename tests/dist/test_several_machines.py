@@ -3,8 +3,10 @@
 import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
+from pathlib import Path
 
 import machines
 import pytest
@@ -19,6 +21,7 @@ from fastusp_backend.__main__ import main
 from fastusp_backend.cli import bench
 from fastusp_backend.config import Layout
 from fastusp_backend.errors import RequestError
+from fastusp_backend.keyfile import Key
 from fastusp_backend.planner import legal_layouts, plan_batches
 from fastusp_backend.pool import Progress, attached
 from fastusp_backend.prompt import Prompt
@@ -79,7 +82,7 @@ def test_a_ring_between_machines_with_each_wire(four, one, dev, wire, most):
 def test_bench_measures_both_links(four, dev, monkeypatch, capsys):
     """From a machine that has no devices of its own."""
     four.attach()
-    server = "--gpus", four.servers[0].address, "--key", str(four.folder / "key")
+    server = "--gpus", four.servers[0].address, "--key", str(four.key)
     monkeypatch.setattr(bench, "LINEARS", ("exact",))  # with the products in fp8 it would take twice as long
     monkeypatch.setattr(bench, "WIRES", ("exact", "int8"))
     sizes = "--size", "64", "--text", "9", "--steps", "1"
@@ -122,7 +125,8 @@ def test_what_listens(four, dev):
     """The server's port, and gloo's, which take nobody any more, each on its machine's own address."""
     pool = four.attach()
     evaluate(pool, dev)
-    for number, rank in enumerate(pids(pool)):
+    ranks = pids(pool)
+    for number, rank in enumerate(ranks):
         net = [x for x in listeners(rank) if x.kind != "unix"]
         assert {x.name for x in net} <= {machines.address(number // 2)}, net
         for port in net[:1]:
@@ -130,11 +134,18 @@ def test_what_listens(four, dev):
                 socket.create_connection((port.name, port.port), 0.3)
     served = [x for x in listeners(four.servers[0].process.pid) if x.kind != "unix"]
     assert {(x.name, x.port) for x in served} == {(machines.address(0), four.port)}
-    assert [x for x in listeners(four.servers[1].process.pid) if x.kind != "unix"] == []
+    torchruns = {parent(rank) for rank in ranks}
+    assert len(torchruns) == 2
+    for silent in (four.servers[1].process.pid, *torchruns):
+        assert [x for x in listeners(silent) if x.kind != "unix"] == []
+
+
+def parent(process: int) -> int:
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def test_a_machine_that_lacks_the_file_is_named(four, dev):
-    pool, theirs = four.attach(), four.folder / "models-1" / dev.name
+    pool, theirs = four.attach(), four.models(1) / dev.name
     evaluate(pool, dev)
     pool.release()
     theirs.rename(theirs.with_suffix(".away"))
@@ -142,6 +153,37 @@ def test_a_machine_that_lacks_the_file_is_named(four, dev):
         evaluate(pool, dev)
     theirs.with_suffix(".away").rename(theirs)
     assert evaluate(pool, dev).isfinite().all()
+
+
+def test_a_machine_that_has_another_file_is_named(four, dev):
+    pool, theirs = four.attach(), four.models(1) / dev.name
+    evaluate(pool, dev)
+    pool.release()
+    data = bytearray(theirs.read_bytes())
+    data[-1] ^= 1
+    theirs.write_bytes(data)
+    with pytest.raises(RequestError, match=re.escape(f"{theirs} is another file (other contents)")):
+        evaluate(pool, dev)
+    shutil.copy(dev, theirs)
+    assert evaluate(pool, dev).isfinite().all()
+
+
+def test_a_machine_without_the_key_does_not_come_in(four, dev, tmp_path):
+    """Neither with another server's key, nor with this one's certificate and another secret; and it harms nobody."""
+    pool = four.attach()
+    expected, before = evaluate(pool, dev), pids(pool)
+    Key.read_or_make(tmp_path / "another" / "key")
+    forged = tmp_path / "forged" / "key"
+    forged.parent.mkdir()
+    shutil.copy(four.key, forged)
+    forged.write_text(re.sub("secret [0-9a-f]+", f"secret {'0' * 64}", forged.read_text()))
+    for key in (tmp_path / "another" / "key", forged):
+        stranger = four.start(1, key.parent)
+        assert stranger.process.wait(LIMIT) == 2
+        stranger.says(f"Copy the key file from {machines.address(0)}:{four.port} again: {key} is another server's")
+        stranger.close()
+    four.servers[0].says(f"refused {machines.address(1)}", 15)
+    assert torch.equal(evaluate(pool, dev), expected) and pids(pool) == before
 
 
 @pytest.mark.parametrize("weights", ["shared", "host"])
@@ -181,17 +223,26 @@ def test_three_machines_of_one_rank(three, one, dev):
     assert relative_difference(images, sample(three.attach(), dev, layout=RING).repeat(3, 1, 1, 1)) < 2e-5
 
 
-@pytest.mark.parametrize("how", ["tbf rate 20mbit burst 32kbit latency 400ms", "netem delay 30ms 10ms loss 2%"])
-def test_a_slow_link_gives_the_same_image(three, dev, how):
-    """Slow, or late and with losses, at one machine of three."""
+@pytest.mark.parametrize(
+    "how, counted",
+    [
+        ("tbf rate 20mbit burst 32kbit latency 400ms", "overlimits"),
+        ("tbf rate 20mbit burst 32kbit limit 6000", "drops"),
+        ("netem delay 30ms 10ms loss 2%", "drops"),
+    ],
+    ids=["slow", "slow and lossy", "late and lossy"],
+)
+def test_a_slow_link_gives_the_same_image(three, dev, how, counted):
+    """At one machine of three; the system's own counts say that packets had to wait, or were lost."""
     pool = three.attach()
     expected = sample(pool, dev, layout=RING)
     with contextlib.ExitStack() as shaped:
         try:
-            shaped.enter_context(machines.shaped(1, *how.split()))
+            counts = shaped.enter_context(machines.shaped(1, *how.split()))
         except OSError as error:
             pytest.skip(f"this system's tc cannot do it: {error}")
         assert torch.equal(sample(pool, dev, layout=RING), expected)
+        assert counts()[counted] > 0, counts()
 
 
 def test_a_machine_of_three_dies(three, dev):
