@@ -7,12 +7,12 @@ import signal
 
 import pytest
 import torch
-from pools import LONG, Stopwatch, evaluate, pids, processes_of, sample
+from pools import LONG, Stopwatch, evaluate, forked, pids, processes_of, sample
 from serving import run_dirs_of, serving
 from support import wait_until
 
 from fastusp_backend.errors import DeviceError, PoolError
-from fastusp_backend.pool import Progress, ask
+from fastusp_backend.pool import Pool, Progress, ask
 
 pytestmark = pytest.mark.dist
 
@@ -86,6 +86,31 @@ def test_a_rank_that_dies_is_named_and_replaced(server, dev):
     wait_until(lambda: pool.status()["state"] == "off", LIMIT)
     assert "rank 0" in pool.status()["error"]
     assert torch.equal(evaluate(pool, dev), expected) and not set(pids(pool)) & set(idle)
+
+
+def _client(address: str, key: str, model, began) -> None:
+    """In a process of its own: a run that goes on until it is killed."""
+    sample(Pool(ask(address, key)), model, LONG, Progress(step=lambda *_: began.send(None)))
+
+
+def test_a_client_whose_process_is_killed_takes_nothing_with_it(server, dev):
+    """The next client's run begins within the limit, in the same workers."""
+    pool = server.now.attach()
+    expected, before = sample(pool, dev), pids(pool)
+    pool.close()
+    context = forked()
+    told, began = context.Pipe(duplex=False)
+    client = context.Process(target=_client, args=(server.address, str(server.now.key), dev, began))
+    client.start()
+    began.close()
+    assert told.poll(60) and told.recv() is None  # its first step
+    os.kill(client.pid, signal.SIGKILL)
+    watch = Stopwatch()
+    other = server.now.attach()
+    assert torch.equal(sample(other, dev), expected) and pids(other) == before
+    assert watch.seconds < LIMIT
+    client.join()
+    assert client.exitcode == -signal.SIGKILL
 
 
 def test_a_server_that_is_killed_and_comes_back(server, dev):

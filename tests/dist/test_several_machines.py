@@ -13,6 +13,7 @@ import pytest
 import torch
 from listening import listeners
 from pools import GIVEN, PROMPT, SHORT, evaluate, pids, sample, session
+from serving import serving
 from support import SMALL, relative_difference, wait_until
 from test_patches import QKV, lora, patched, stack
 from test_serve_life import LIMIT, failure
@@ -98,6 +99,25 @@ def test_bench_measures_both_links(four, dev, monkeypatch, capsys):
     assert [row[:4] for row in found] == [["4", "ulysses 2 x ring 2", wire, "exact"] for wire in ("exact", "int8")]
     assert all(float(row[5]) > 0 and row[6] == "-" for row in found)
     assert f"gpus = {four.servers[0].address} (4 ranks), ulysses = 0, ring = 0 (automatic)" in rows[2]
+
+
+def test_one_machine_of_two_ranks(network, run_dirs, one, dev, tmp_path):
+    """That its clients reach by its address, which is all that it listens at."""
+    with serving(
+        tmp_path,
+        *("--gpus", "cpu:2", "--models", str(dev.parent)),
+        listen=f"{machines.address(0)}:{next(machines.PORTS)}",
+        prefix=machines.inside(0),
+    ) as server:
+        pool = server.attach()
+        for layout in (Layout(ulysses=2, ring=1), Layout(ulysses=1, ring=2)):
+            assert relative_difference(evaluate(pool, dev, layout), one[0]) < 2e-5
+        groups = session(pool, dev, Layout(batch=2, ulysses=1, ring=1))
+        assert relative_difference(groups.sample(GIVEN.x, SHORT, **GUIDED), one[1]) < 2e-5
+        net = [x for x in listeners(server.process.pid) if x.kind != "unix"]
+        assert [f"{x.name}:{x.port}" for x in net] == [server.address]
+        inside = [x for rank in pids(pool) for x in listeners(rank) if x.kind != "unix"]
+        assert {x.name for x in inside} <= {"127.0.0.1", "::1"}, inside
 
 
 def test_patches_reach_all_machines(four, shared_pool, dev):
