@@ -2,6 +2,7 @@
 results as one GPU's."""
 
 import contextlib
+import shutil
 import signal
 import socket
 import time
@@ -12,6 +13,7 @@ import pytest
 import torch
 from serving import Serving, serving
 from support import relative_difference
+from test_batch_groups_on_gpus import GROUPS, guided
 from test_pool import EAGER, ONE, sample, spec  # noqa: F401 - spec is a fixture
 
 from fastusp_backend.config import Layout, Settings
@@ -39,7 +41,11 @@ END_SECONDS = 8
 @contextlib.contextmanager
 def machines(folder: Path, model: str, gpus: tuple[str, ...], environment: dict[str, str]) -> Iterator[list[Serving]]:
     """A server for each of `gpus`, all of one run."""
-    Key.read_or_make(folder / "key")  # for all to start at once
+    homes = [folder / f"machine-{number}" for number in range(len(gpus))]
+    key = Key.read_or_make(homes[0] / "key")  # for all to start at once
+    for home in homes[1:]:
+        home.mkdir()
+        shutil.copy(key.path, home)
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{found.getsockname()[1]}"
@@ -50,20 +56,23 @@ def machines(folder: Path, model: str, gpus: tuple[str, ...], environment: dict[
             arguments = ["--gpus", names, "--nnodes", str(len(gpus)), "--node-rank", str(number)]
             arguments += ["--rdzv-endpoint", endpoint, "--models", str(Path(model).parent)]
             prefix = "env", *(f"{name}={value}" for name, value in variables.items())
-            made.append(servers.enter_context(serving(folder, *arguments, listen=None, prefix=prefix)))
+            made.append(servers.enter_context(serving(homes[number], *arguments, listen=None, prefix=prefix)))
         for server in made[1:]:
             server.says("joined")
         yield made
 
 
 @pytest.fixture(scope="module")
-def expected(spec):  # noqa: F811
-    """What one GPU makes of it."""
+def alone():
+    """One GPU, which the others are held against."""
     pool = Pool(Devices(ranks=1, gpus=(0,)))
-    try:
-        return sample(pool, spec, ONE, EAGER)
-    finally:
-        pool.close()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="module")
+def expected(alone, spec):  # noqa: F811
+    return sample(alone, spec, ONE, EAGER)
 
 
 @pytest.fixture(scope="module")
@@ -112,14 +121,18 @@ def test_two_machines_of_one_gpu_end_by_themselves(two, spec):  # noqa: F811
 
 
 @needs_four
-def test_two_machines_of_two_gpus(four, spec, expected):  # noqa: F811
-    """Ulysses inside each, and a ring between them; and one of both over all four."""
+def test_two_machines_of_two_gpus(four, spec, expected, alone):  # noqa: F811
+    """Ulysses inside each, and a ring between them; one of both over all four; and batch groups, each in a machine."""
     servers, kind = four
     pool = servers[0].attach()
     held_against_one(pool, spec, Layout(ulysses=2, ring=2), kind, expected)
     for layout in (Layout(ulysses=4, ring=1), Layout(ulysses=1, ring=4)):
         assert relative_difference(sample(pool, spec, layout), expected) < BOUND
         assert pool.held.transport == "nccl, exact wire"
+    for texts in ((35, 6), (6, 35)):
+        got = guided(pool, spec, GROUPS, texts, Settings())
+        assert relative_difference(got, guided(alone, spec, ONE, texts, EAGER)) < BOUND, texts
+        assert pool.held.transport == f"{kind.partition(',')[0]}, exact wire"
 
 
 @needs_four

@@ -1,6 +1,10 @@
-"""Every page: its links lead somewhere, the files that it names exist, its words are a user's; README stays short."""
+"""Every page: its links lead somewhere, the files that it names exist, its commands are understood, its words are a
+user's; README stays short."""
 
+import argparse
+import importlib
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -25,6 +29,7 @@ FILE = re.compile(r"`((?:fastusp_backend|nodes|tests|web|docs|benchmarks|example
 MODULE = re.compile(
     r"`((?:attention|cli|comm|engine|kernels|models|pool|protocol|sampling|weights|worker)/\w+)(?:\.\w+)*`"
 )
+COMMAND = re.compile(r"python -m fastusp_backend (\w+) ([^`\n]+)|`(bench|plan|verify) (FILE[^`\n]*)`")
 ODD = re.compile(r"\b(stands?|stood|mend(s|ed|ing)?|cannot be had|can be had)\b", re.IGNORECASE)
 PICTURE = 200_000
 """Bytes: pages open on slow links, too."""
@@ -71,6 +76,35 @@ def test_the_files_that_it_names_exist(page):
 def test_the_modules_that_it_names_exist(page):
     modules = MODULE.findall(page.read_text(encoding="utf-8"))
     assert not [module for module in modules if not is_there(f"fastusp_backend/{module}")]
+
+
+def commands(page: Path) -> list[tuple[str, list[str]]]:
+    """The command lines that have arguments: (command, arguments), with 1 for each of a shell's variables."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    found = []
+    for match in COMMAND.finditer(text):
+        command, line = match[1] or match[3], re.sub(r"\\?\$\w+", "1", match[2] or match[4])
+        for quote in "'\"":
+            if line.count(quote) % 2:  # it ends a line that another command is given
+                line = line.rpartition(quote)[0]
+        found.append((command, shlex.split(line, comments=True)))
+    return found
+
+
+@pytest.mark.parametrize("page", [page for page in LIVING if commands(page)], ids=name)
+def test_the_commands_that_it_names_are_understood(page):
+    for command, arguments in commands(page):
+        parser = argparse.ArgumentParser(prog=command)
+        importlib.import_module(f"fastusp_backend.cli.{command}").add_arguments(parser)
+        parser.parse_args(arguments)
+
+
+def test_commands_are_found_where_pages_have_them():
+    """In blocks, in what Slurm and MPI start, and in sentences."""
+    several = [(command, arguments[:1]) for command, arguments in commands(ROOT / "docs/several-machines.md")]
+    assert [command for command, _ in several].count("serve") == 5 and ("plan", ["FILE"]) in several
+    assert several.count(("bench", ["FILE"])) == 2
+    assert ("plan", ["FILE", "--card", "RTX 4090"]) in [(x, [*y[:1], *y[-2:]]) for x, y in commands(ROOT / "README.md")]
 
 
 @pytest.mark.parametrize("page", LIVING, ids=name)
