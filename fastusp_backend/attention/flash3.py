@@ -3,7 +3,9 @@ of queries, keys and values, and in 8 bits.
 
 In 8 bits it multiplies e4m3 with one scale for each (batch item, head) of q, k and v, the only ones it takes; 2^8 times
 the probabilities are e4m3 too, and sums what the tensor cores give. Its log-sum-exp is natural, of scaled scores. What
-8 bits cost is in kernels/smooth.py: keys and values go in without their means. A packed block of the ring has a scale
+8 bits cost is in kernels/smooth.py: keys and values go in without their means. (The paper has scales for each block and
+rotates q and k by a random Hadamard matrix against single large channels; the package takes no scales but those, and
+what large channels share over the tokens is what the means take away.) A packed block of the ring has a scale
 for each (token, head), so it is unpacked before.
 """
 
