@@ -111,6 +111,14 @@ def over_pcie(generation: int, width: int) -> Link:
 
 PCIE = (over_pcie(5, 16), over_pcie(4, 16), over_pcie(4, 8))
 
+
+def measured_link(rate: float, card: Card) -> Link:
+    """One that was measured to carry so many GB/s, between cards of this kind: no PCIe where it carries more than that
+    does."""
+    host = over_pcie(card.pcie, 16).host
+    return Link(f"measured {rate:g} GB/s", rate, min(rate, host), apart=rate > PCIE[0].peers)
+
+
 CARDS = {
     "H100": Card(989, 3.35, 5, nvlink=Link("NVLink, PCIe 5 x16", 360, 50, apart=True)),
     "H200": Card(989, 4.8, 5, nvlink=Link("NVLink, PCIe 5 x16", 360, 50, apart=True)),
