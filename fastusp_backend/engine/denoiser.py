@@ -61,8 +61,9 @@ class Denoiser:
         config, layout = model.config, mesh.layout
         heads = config.heads // layout.ulysses, config.hidden // config.heads
         _, self._attend = choose(settings.attention, mesh.device, dtype, heads, ring=layout.ring > 1)
-        # Where blocks are streamed, a slot is free when the main stream is done with it.
-        beside = Beside(mesh.device, active=settings.overlap and model.stream is None)
+        # What travels is ordered by the main stream, and so are the slots of blocks that are streamed.
+        alone = layout.sequence_ranks == 1 and model.stream is None
+        beside = Beside(mesh.device, active=settings.overlap and alone)
         self._segments = Segments(mesh.device, fused=settings.compile, fp8=settings.linear == "fp8", beside=beside)
         self._modulations = ModulationTable(model, dtype, owners)
         self._batch_exchange = GroupExchange(mesh.batch) if mesh.batch else None

@@ -94,7 +94,7 @@ def commands(page: Path) -> list[tuple[str, list[str]]]:
 @pytest.mark.parametrize("page", [page for page in LIVING if commands(page)], ids=name)
 def test_the_commands_that_it_names_are_understood(page):
     for command, arguments in commands(page):
-        parser = argparse.ArgumentParser(prog=command)
+        parser = argparse.ArgumentParser(prog=command, allow_abbrev=False)
         importlib.import_module(f"fastusp_backend.cli.{command}").add_arguments(parser)
         parser.parse_args(arguments)
 
