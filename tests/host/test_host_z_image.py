@@ -50,6 +50,19 @@ def test_shift_odd_sizes_masks_and_stepping(host, z_image):
     others.check(host)
 
 
+@pytest.mark.parametrize("digits", ["111110000", "110111011"])
+def test_masks_have_no_effect(host, z_image, digits):
+    """As in ComfyUI, which makes nothing of them."""
+    both = Comparison()
+    graph = both.graph
+    masked = graph.node("TestMaskedConditioning", conditioning=prompt(graph, len(digits)), digits=digits)
+    for name, where in (("euler", IN_WORKERS), ("uni_pc", STEPPING)):
+        inputs = {"positive": masked, "negative": prompt(graph, 9), "cfg": 2.5, "steps": 2, "sampler_name": name}
+        got, want = (graph.sample(m, **inputs) for m in (graph.usp("cpu:2", file=z_image), graph.stock(z_image)))
+        both.add(name, got, want, where)
+    both.check(host)
+
+
 def test_loras(host, z_image):
     folder, sizes = host.base / "models/loras", (SMALL_Z_IMAGE.hidden, SMALL_Z_IMAGE.mlp)
     names = [loras.write(folder, f"z{i}", loras.z_image_names(*sizes, seed=i)) for i in range(2)]
