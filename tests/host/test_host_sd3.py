@@ -13,7 +13,7 @@ from fastusp_backend.models.synthetic import TINY_SD3
 
 pytestmark = [pytest.mark.host, pytest.mark.any_host]
 
-LAYOUTS = (("cpu:1", 1, 1), ("cpu:2", 2, 1), ("cpu:2", 1, 2))
+LAYOUTS = (("cpu:1", 1, 1), ("cpu:2", 2, 1), ("cpu:2", 1, 2), ("cpu:4", 2, 2))
 
 
 def prompt(graph: Graph, tokens: int, seed: int = 1):
@@ -31,6 +31,8 @@ def test_layouts_and_guidance(host, sd3):
         for gpus, ulysses, ring in LAYOUTS:
             got = graph.sample(graph.usp(gpus, ulysses, ring, file=sd3), cfg=cfg, steps=4, **inputs)
             layouts.add(f"cfg {cfg}", got, want, f"ulysses {ulysses} x ring {ring} on {gpus}, loop in the workers")
+    got = graph.sample(graph.usp("cpu:2", file=sd3), cfg=cfg, steps=4, **inputs)
+    layouts.add("a prompt for each", got, want, "batch 2 x ulysses 1 x ring 1 on cpu:2, loop in the workers")
     layouts.check(host)
 
 
