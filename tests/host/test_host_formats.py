@@ -59,8 +59,8 @@ def test_packed_layers(host, models):
 
 
 def test_layers_of_integers(host, models):
-    """Alone, and among layers of all other formats. Stock rounds these layers' inputs to 8 or 4 bits too, also where the
-    file says that it is not to (`full_precision_matrix_mult`)."""
+    """Alone, and among layers of all other formats. Stock rounds these layers' inputs to 8 or 4 bits too, also where
+    the file says that it is not to (`full_precision_matrix_mult`)."""
     near = compare(
         host,
         models,
