@@ -17,7 +17,7 @@ from . import provenance, reachable
 from .call_tracer import changed_in
 from .comfyui import CONST, k_diffusion, samplers
 from .rehearsal import rehearse
-from .remote_transformer import RemoteTransformer, masks_nothing
+from .remote_transformer import RemoteTransformer
 from .sampler_names import menu_name
 
 PROMPT_FIELDS = {
@@ -76,20 +76,24 @@ def _in_conditioning(guider) -> str | None:
         if prompts is None or len(prompts) != 1:
             return f"{len(prompts or ())} parts of the {name} conditioning"
         (prompt,) = prompts
-        given = prompt["model_conds"].items()
-        special = {
-            key for key, value in given if not _is_taken(key, value)
-        } - guider.inner_model.diffusion_model.ignored
+        given, transformer = prompt["model_conds"], guider.inner_model.diffusion_model
+        special = given.keys() - PROMPT_FIELDS.keys() - transformer.ignored
+        if "c_crossattn" in given and text_length(given, transformer) is not None:
+            special -= {"attention_mask"}
         if special:
             return f"{', '.join(sorted(special))} on the {name} conditioning"
-        if "c_crossattn" not in prompt["model_conds"]:
+        if "c_crossattn" not in given:
             return f"no prompt in the {name} conditioning"
     return None
 
 
-def _is_taken(key: str, value) -> bool:
-    """Whether the loop honours what ComfyUI gives its transformer under this name."""
-    return key in PROMPT_FIELDS or key == "attention_mask" and masks_nothing(value.cond)
+def text_length(model_conds: dict, transformer: RemoteTransformer) -> int | None:
+    """How many of a conditioning's text tokens count; None where the loop cannot honour its attention mask."""
+    tokens, mask = model_conds["c_crossattn"].cond.shape[1], model_conds.get("attention_mask")
+    if mask is None or "attention_mask" in transformer.ignored:
+        return tokens
+    lengths = transformer.shown(mask.cond, tokens)
+    return lengths[0] if lengths is not None and len(set(lengths)) == 1 else None
 
 
 def _change_of_sampler(name: str, model) -> str | None:

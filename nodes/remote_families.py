@@ -1,6 +1,7 @@
 """What stands for the transformer of each family (remote_transformer.py), called as ComfyUI calls its own."""
 
 import inspect
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -10,7 +11,8 @@ from ..fastusp_backend.prompt import Prompt
 from .comfyui import QwenImageTransformer2DModel
 from .host import Unsupported
 from .provenance import leaves_out
-from .remote_transformer import RemoteTransformer, masks_nothing, refuse_unsupported
+from .remote_transformer import RemoteTransformer, refuse_unsupported
+from .text_masks import hidden_end, masks_nothing
 from .weight_patches import PREFIX
 
 
@@ -97,6 +99,13 @@ class RemoteQwenImage(RemoteTransformer):
     """The order of arguments differs between versions of ComfyUI; it calls by name, wrappers are called by position."""
     _ORDER = tuple(name for name, p in _POSITIONS.items() if name != "self" and p.kind is not p.VAR_KEYWORD)
 
+    def shown(self, mask: torch.Tensor, tokens: int) -> list[int] | None:
+        """A token that no other sees counts no more than one that is not there: its output is not used, and the others'
+        positions are the same."""
+        if masks_nothing(mask):
+            return super().shown(mask, tokens)
+        return hidden_end(mask) if mask.shape[-1] == tokens else None
+
     def process_img(self, *args, **kwargs):
         """What a ControlNet calls that computes with weights of the model itself."""
         raise Unsupported(
@@ -125,13 +134,25 @@ class RemoteQwenImage(RemoteTransformer):
         ref_latents_method=None,
         **kwargs,
     ):
-        if attention_mask is not None and not masks_nothing(attention_mask):
-            raise Unsupported("A prompt with an attention mask")
+        shown = [context.shape[1]] if attention_mask is None else self.shown(attention_mask, context.shape[1])
+        if shown is None:
+            raise Unsupported("A prompt with an attention mask that hides more than the end of a text")
         if additional_t_cond is not None:
             raise Unsupported("The timestep condition of Qwen-Image-Layered (additional_t_cond)")
         refuse_unsupported(transformer_options, kwargs, self.stock)
         prompt = Prompt(context, references=tuple(ref_latents or ()), reference_method=ref_latents_method)
-        return self._on_workers(x, timestep, prompt, control, input=self._config.blocks)
+        blocks = {"input": self._config.blocks}
+        if len(set(shown)) == 1:
+            prompt = replace(prompt, context=context[:, : shown[0]])
+            return self._on_workers(x, timestep, prompt, control, **blocks)
+        parts = []
+        for number, length in enumerate(shown):  # ComfyUI joins what is of one length with its hidden tokens
+            one = slice(number, number + 1)
+            own = prompt.of_images(one)
+            own = replace(own, context=own.context[:, :length])
+            residuals = {kind: [t if t is None else t[one] for t in given] for kind, given in (control or {}).items()}
+            parts.append(self._on_workers(x[one], timestep[one], own, residuals, **blocks))
+        return torch.cat(parts)
 
 
 class RemoteSD3(RemoteTransformer):
@@ -182,7 +203,7 @@ class RemoteSD3(RemoteTransformer):
 
 
 class RemoteZImage(RemoteTransformer):
-    ignored = frozenset(("num_tokens", "clip_text_pooled"))
+    ignored = frozenset(("num_tokens", "clip_text_pooled", "attention_mask"))
 
     @classmethod
     def fits(cls, unet_config: dict, config: FamilyConfig) -> bool:
@@ -208,8 +229,6 @@ class RemoteZImage(RemoteTransformer):
         clip_text_pooled=None,
         **kwargs,
     ):
-        if attention_mask is not None and not masks_nothing(attention_mask):
-            raise Unsupported("A prompt with an attention mask")
         if ref_latents or ref_contexts or siglip_feats:
             raise Unsupported("A prompt with images (Z-Image Omni)", "Remove the images from the prompt")
         refuse_unsupported(transformer_options, kwargs, self.stock)

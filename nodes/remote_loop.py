@@ -22,7 +22,8 @@ from ..fastusp_backend.sampling import SAMPLERS
 from . import obstacles, step_caches
 from .comfyui import k_diffusion
 from .host import interruptible, progress
-from .obstacles import PROMPT_FIELDS, evaluated_conditionings, name_in_workers, neutral, timestep_scale
+from .obstacles import PROMPT_FIELDS, evaluated_conditionings, name_in_workers, neutral, text_length, timestep_scale
+from .remote_transformer import RemoteTransformer
 from .status import node_status, push_pools, set_headline
 
 
@@ -86,7 +87,8 @@ def _loop_for(function, guider):
         return function(model, x, sigmas, extra_args=extra_args, callback=callback, disable=disable, **options)
 
     def in_workers(model, x, sigmas, extra_args, callback, disable, options, cached):
-        session: Session = guider.inner_model.diffusion_model.session
+        transformer: RemoteTransformer = guider.inner_model.diffusion_model
+        session = transformer.session
         if cached is not None and session.settings.cache != "off":
             raise RequestError(
                 f"Remove the node {cached.holder.name}, or set cache = off in USP Optimization Settings: each of them "
@@ -96,7 +98,7 @@ def _loop_for(function, guider):
         evaluations = 2 if len(evaluated_conditionings(guider)) > 1 else batch
         headline = f"{session.layout(evaluations)} on {session.pool.devices}, loop in the workers"
         set_headline(headline)
-        prompts = {key: _prompt(parts[0], batch) for key, parts in evaluated_conditionings(guider).items()}
+        prompts = {key: _prompt(parts[0], batch, transformer) for key, parts in evaluated_conditionings(guider).items()}
         options = {k: options.get(k, neutral(function, k)) for k in SAMPLERS[name].options}
         options = {k: v for k, v in options.items() if v is not inspect.Parameter.empty}
         bar = trange(len(sigmas) - 1, disable=disable)
@@ -147,12 +149,13 @@ def _cache_node(guider, x: torch.Tensor, extra_args: dict) -> step_caches.StepCa
     return step_caches.step_cache(extra_args["model_options"], x, converted=converted)
 
 
-def _prompt(conditioning: dict, batch: int) -> Prompt:
+def _prompt(conditioning: dict, batch: int, transformer: RemoteTransformer) -> Prompt:
     fields = {
         PROMPT_FIELDS[key]: value.process_cond(batch_size=batch, area=None).cond
         for key, value in conditioning["model_conds"].items()
         if key in PROMPT_FIELDS
     }
+    fields["context"] = fields["context"][:, : text_length(conditioning["model_conds"], transformer)]
     return Prompt(**fields | {"references": tuple(fields.get("references", ()))})
 
 

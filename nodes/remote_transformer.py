@@ -21,6 +21,7 @@ from .host import Unsupported, interruptible, progress
 from .provenance import owner
 from .reachable import Unchanged, unchanged
 from .status import ends_told, node_status
+from .text_masks import masks_nothing
 from .weight_patches import PREFIX, weight_patches
 
 log = logging.getLogger(__name__)
@@ -165,6 +166,11 @@ class RemoteTransformer(torch.nn.Module, metaclass=_Sealed):
         """The numbers of blocks that nodes leave out of an evaluation; a family that runs so overrides it."""
         return []
 
+    def shown(self, mask: torch.Tensor, tokens: int) -> list[int] | None:
+        """How many of a text's `tokens` a prompt's attention mask leaves, for each image, those behind them being as
+        if they were not there; None for a mask that does anything else."""
+        return [tokens] * len(mask) if masks_nothing(mask) else None
+
     @torch.compiler.disable  # Torch Compile Model has nothing to compile here
     def _on_workers(
         self, x, timestep, prompt: Prompt, control: dict | None, *, skipped: Sequence[int] = (), **blocks: int
@@ -207,13 +213,6 @@ def refuse_unsupported(transformer_options: dict, extra: dict, stock: Unchanged)
     for name, value in extra.items():
         if value is not None:
             raise Unsupported(f"The conditioning's {name!r}")
-
-
-def masks_nothing(mask: torch.Tensor) -> bool:
-    """Whether a text's attention mask has no effect: ComfyUI adds floating-point ones to the attention's scores, as it
-    does booleans; integers say which tokens count."""
-    adds = mask.is_floating_point() or mask.dtype == torch.bool
-    return not mask.any() if adds else bool((mask == 1).all())
 
 
 def refuse_replaced(stock: Unchanged) -> None:

@@ -184,6 +184,7 @@ FORMATS: dict[str, Callable[[State, Path], State]] = {
     "int8_convrot": lambda state, path: packed_layers(state, path, "int8_convrot", metadata=True),
     "int4_convrot": lambda state, path: packed_layers(state, path, "int4_convrot"),
     "mixed": lambda state, path: packed_layers(state, path, "", *LAYERS),
+    "mixed_exact": lambda state, path: packed_layers(state, path, "", *LAYERS, full_precision_matrix_mult=True),
     "gguf_Q8_0": lambda state, path: as_gguf(state, path, "Q8_0"),
     "gguf_Q4_K": lambda state, path: as_gguf(state, path, "Q4_K"),
 }

@@ -18,10 +18,10 @@ from fastusp_backend.comm.shards import SequenceShards
 from fastusp_backend.comm.transport import Transport
 from fastusp_backend.config import Layout
 
-HEADS, DIM = 8, 128
+HEADS = 8
 DTYPE = torch.bfloat16
-SHAPES = ((1, 64, 256), (1, 7, 333), (2, 301, 64), (1, 64, 256))
-"""batch, text tokens, image tokens: the arena grows, and serves a smaller shape again."""
+SHAPES = ((1, 64, 256, 128), (1, 7, 333, 64), (2, 301, 64, 128), (1, 64, 256, 64), (1, 64, 256, 128))
+"""batch, text tokens, image tokens, head dimension: the arena grows, and serves smaller shapes again."""
 BOUNDS = {None: 1e-2, torch.uint8: 6e-2, torch.int8: 3e-2}
 """Relative difference by how the wire is packed."""
 NETWORK = {"NCCL_SOCKET_IFNAME": "=lo", "NCCL_SOCKET_FAMILY": "AF_INET", "NCCL_IB_DISABLE": "1"}
@@ -32,7 +32,7 @@ def layer(joint: JointAttention, gather, text, image, scales, rope) -> torch.Ten
     gather: all kinds of messages alternate as in the models. -> the image rows of all ranks (P, B, Li, H D)."""
     local_text = text.shape[1]
     text_rope, image_rope = tuple(r[:local_text] for r in rope), tuple(r[local_text:] for r in rope)
-    c = HEADS * DIM
+    c = text.shape[-1] // 3
     for which in (ONLY_V, ONLY_K, ONLY_Q):
         part = image[..., which.start * c : which.stop * c]
         joint.project(part, scales[which], image_rope, which, text=False)
@@ -49,22 +49,22 @@ def layer(joint: JointAttention, gather, text, image, scales, rope) -> torch.Ten
     return gather.all_gather(done)() if gather else done[None]
 
 
-def check(transport: Transport, layout: Layout, mesh, packed, shape: tuple[int, int, int], pipelined: bool) -> float:
+def check(transport: Transport, layout: Layout, mesh, packed, shape: tuple[int, ...], pipelined: bool) -> float:
     """The largest relative difference over an eager turn, a captured one and ten replays."""
-    batch, text_tokens, image_tokens = shape
+    batch, text_tokens, image_tokens, head_dim = shape
     device, position = mesh.device, mesh.sequence_position
     generator = torch.Generator().manual_seed(text_tokens)
-    _, attend = choose("auto", device, DTYPE, (HEADS // layout.ulysses, DIM))
+    _, attend = choose("auto", device, DTYPE, (HEADS // layout.ulysses, head_dim))
     own_mesh = single_rank_mesh(device)
     joints, all_shards = [], []
     for where, how, on_wire in ((mesh, transport, packed), (own_mesh, Transport(own_mesh), None)):
         shards = SequenceShards(where.layout, text_tokens, image_tokens)
-        links = how.connect(shards, batch, HEADS, DIM, DTYPE, packed=on_wire, width=HEADS * DIM)
+        links = how.connect(shards, batch, HEADS, head_dim, DTYPE, packed=on_wire, width=HEADS * head_dim)
         joints.append((JointAttention(where, attend, shards, links, overlap=True, pipelined=pipelined), links.gather))
         all_shards.append(shards)
     shards = all_shards[0]
-    scales = (torch.rand(DIM, generator=generator).to(device, DTYPE),) * 2 + (None,)
-    angles = torch.rand(text_tokens + image_tokens, DIM // 2, generator=generator).to(device)
+    scales = (torch.rand(head_dim, generator=generator).to(device, DTYPE),) * 2 + (None,)
+    angles = torch.rand(text_tokens + image_tokens, head_dim // 2, generator=generator).to(device)
     rope = angles.cos(), angles.sin()
 
     def local(x, dim=1):
@@ -72,11 +72,11 @@ def check(transport: Transport, layout: Layout, mesh, packed, shape: tuple[int, 
         return shards.take_text(text, position, dim=dim), shards.take_image(image, position, dim=dim)
 
     own_rope = tuple(torch.cat(local(r, 0)) for r in rope)
-    zeros = torch.zeros(batch, len(angles), 3 * HEADS * DIM, device=device, dtype=DTYPE)
+    zeros = torch.zeros(batch, len(angles), 3 * HEADS * head_dim, device=device, dtype=DTYPE)
     static = [t.clone() for t in local(zeros)]
     graph, output, worst = None, None, 0.0
     for turn in range(12):
-        x = torch.randn(batch, len(angles), 3 * HEADS * DIM, generator=generator).to(device, DTYPE)
+        x = torch.randn(batch, len(angles), 3 * HEADS * head_dim, generator=generator).to(device, DTYPE)
         for target, value in zip(static, local(x), strict=True):
             target.copy_(value)
         with torch.inference_mode():

@@ -16,12 +16,13 @@ pytestmark = [
 ]
 
 
+@pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("lengths", [(1, 9), (300, 300), (77, 1031), (4608, 4608)], ids=str)
-def test_out_and_lse(lengths, batch):
+def test_out_and_lse(lengths, batch, dim):
     generator = torch.Generator("cuda").manual_seed(0)
     q, k, v = (
-        torch.randn(batch, n, 12, 128, device="cuda", generator=generator).bfloat16()
+        torch.randn(batch, n, 12, dim, device="cuda", generator=generator).bfloat16()
         for n in (lengths[0],) + lengths[1:] * 2
     )
     k, v = k[:, : lengths[1] - 3], v[:, : lengths[1] - 3]  # as where a rank's last keys are padding

@@ -10,7 +10,7 @@ from workflows import IN_WORKERS, SMALL_CHROMA, STEPPING, Comparison, Graph, dif
 
 pytestmark = pytest.mark.host
 
-LAYOUTS = (("cpu:1", 1, 1), ("cpu:2", 2, 1), ("cpu:2", 1, 2))
+LAYOUTS = (("cpu:1", 1, 1), ("cpu:2", 2, 1), ("cpu:2", 1, 2), ("cpu:4", 2, 2))
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +39,8 @@ def test_layouts_and_guidance(host, chroma):
         for gpus, ulysses, ring in LAYOUTS:
             got = graph.sample(graph.usp(gpus, ulysses, ring, file=chroma), cfg=cfg, steps=3, **inputs)
             layouts.add(f"cfg {cfg}", got, want, f"ulysses {ulysses} x ring {ring} on {gpus}, loop in the workers")
+    got = graph.sample(graph.usp("cpu:2", file=chroma), cfg=cfg, steps=3, **inputs)
+    layouts.add("a prompt for each", got, want, "batch 2 x ulysses 1 x ring 1 on cpu:2, loop in the workers")
     layouts.check(host)
 
 

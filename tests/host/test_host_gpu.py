@@ -4,7 +4,7 @@ import pytest
 import torch
 from comfy import ComfyUI
 from hosts import host_paths, knows_small_flux
-from workflows import IN_WORKERS, ONE_Z_IMAGE, QWEN_IMAGE, STEPPING, WIDE, Graph
+from workflows import IN_WORKERS, ONE_Z_IMAGE, QWEN_IMAGE, SMALL_CHROMA, STEPPING, WIDE, Graph
 
 from fastusp_backend.models.synthetic import TINY_FLUX2, TINY_SD3, write_checkpoint
 
@@ -25,6 +25,7 @@ def gpu_host(tmp_path_factory):
         write_checkpoint(str(models / "flux.safetensors"), WIDE, **bf16)
         write_checkpoint(str(models / "flux2.safetensors"), TINY_FLUX2, **bf16)
         write_checkpoint(str(models / "qwen.safetensors"), QWEN_IMAGE, **bf16)
+        write_checkpoint(str(models / "chroma.safetensors"), SMALL_CHROMA, **bf16)
         write_checkpoint(str(models / "sd3.safetensors"), TINY_SD3, **bf16)
         write_checkpoint(str(models / "z_image.safetensors"), ONE_Z_IMAGE, **bf16)
         comfyui.wait_until_ready()
@@ -39,6 +40,7 @@ def gpu_host(tmp_path_factory):
     [
         ("flux.safetensors", 4096, 3.5, "EmptySD3LatentImage"),
         ("flux2.safetensors", TINY_FLUX2.context, 3.5, "EmptyFlux2LatentImage"),  # 3500 is no bfloat16
+        ("chroma.safetensors", SMALL_CHROMA.context, 0.0, "EmptySD3LatentImage"),
         ("qwen.safetensors", 3584, 1.0, "EmptySD3LatentImage"),
         ("sd3.safetensors", TINY_SD3.context, 1.0, "EmptySD3LatentImage"),
         ("z_image.safetensors", ONE_Z_IMAGE.context, 1.0, "EmptySD3LatentImage"),

@@ -127,11 +127,12 @@ def test_a_scaled_fp8_file(host, files):
             path.unlink()
 
 
-def test_packed_weights(host, files):
-    """A GGUF file, whose weights stay packed, against stock with a plain file of the same values."""
+@pytest.mark.parametrize("form, name", [("gguf_Q4_K", "lora.gguf"), ("nvfp4", "lora_nvfp4.safetensors")])
+def test_packed_weights(host, files, form, name):
+    """A file whose weights stay packed, against stock with a plain file of the same values."""
     folder = host.base / "models"
-    paths = folder / "diffusion_models/lora.gguf", folder / "diffusion_models/lora_values.safetensors"
-    save_file(write("gguf_Q4_K", folder / "diffusion_models" / DEV, paths[0]), paths[1])
+    paths = folder / "diffusion_models" / name, folder / "diffusion_models/lora_values.safetensors"
+    save_file(write(form, folder / "diffusion_models" / DEV, paths[0]), paths[1])
     mlp, hidden = loras.shapes(paths[1])
     packed = {name: t for name, t in loras.diffusers_names(hidden, mlp, 5).items() if "blocks" in name}
     stack = (("bfl", 0.8), ("packed", -0.35))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from comfy import PromptFailed
 from safetensors.torch import load_file, save_file
-from workflows import SMALL_QWEN, STEPPING, Comparison, Graph, difference
+from workflows import IN_WORKERS, SMALL_QWEN, STEPPING, Comparison, Graph, difference
 
 pytestmark = [pytest.mark.host, pytest.mark.any_host]
 
@@ -177,11 +177,64 @@ def test_a_mask_of_ones_is_none(host, qwen):
     both.check(host)
 
 
-def test_attention_masks_are_refused(host, qwen):
+def test_masks_of_a_texts_end(host, qwen):
+    """Of integers, as ComfyUI's text encoder gives one where a prompt holds its end's token, and added ones; stepping,
+    two prompts of one length are evaluated together, whatever is hidden of them."""
+    skip_old(host, "drops the attention masks of Qwen-Image's prompts")
+    both = Comparison()
+    graph = both.graph
+    stock, usp = graph.stock(qwen), graph.usp("cpu:2", file=qwen)
+
+    def masked(digits: str, **kind: bool):
+        plain = prompt(graph, len(digits))
+        return graph.node("TestMaskedConditioning", conditioning=plain, digits=digits, **kind)
+
+    five, two, all_of_it = masked("111110000"), masked("110000000"), prompt(graph, 9)
+    added = masked("111110000", added=True)
+    uni_pc = {"sampler_name": "uni_pc", "steps": 2}
+    edit = [graph.referring(given, (48, 80), framed=True) for given in (five, two)]
+    for label, where, inputs in (
+        ("loop", IN_WORKERS, {"positive": five, "negative": two}),
+        ("loop, batch", IN_WORKERS, {"positive": five, "negative": all_of_it, "latent_image": graph.empty(72, 56, 2)}),
+        ("loop, added", IN_WORKERS, {"positive": added, "negative": all_of_it}),
+        ("stepping", STEPPING, {"positive": five, "negative": two, **uni_pc}),
+        ("stepping, added", STEPPING, {"positive": added, "negative": all_of_it, **uni_pc}),
+        ("references", STEPPING, {"positive": edit[0], "negative": edit[1], **uni_pc}),
+    ):
+        inputs = {"cfg": 2.5, "steps": 1, "latent_image": graph.empty(72, 112)} | inputs
+        got, want = (graph.sample(model, **inputs) for model in (usp, stock))
+        both.add(label, got, want, where)
+    inputs = {"cfg": 2.5, "steps": 1, "latent_image": graph.empty(72, 112), "negative": two}
+    whole = graph.save(graph.sample(stock, positive=all_of_it, **inputs))
+    latents = both.check(host).latents
+    assert difference(latents[both.pairs[0][4]], latents[whole]) > 1e-3  # it counts
+
+
+def test_hidden_texts_and_a_control_net(host, qwen, qwen_control_net):
+    """The ControlNet is ComfyUI's, and sees the whole text."""
+    skip_old(host, "drops the attention masks of Qwen-Image's prompts")
+    control = Comparison()
+    graph = control.graph
+    masked = [
+        graph.node("TestMaskedConditioning", conditioning=prompt(graph, 9), digits=digits)
+        for digits in ("111110000", "110000000")
+    ]
+    positive, negative = controlnets.applied(graph, qwen_control_net, *masked, vae="framed", strength=0.5)
+    inputs = {"positive": positive, "negative": negative, "cfg": 2.5, "steps": 1, "latent_image": graph.empty(80, 112)}
+    got, want = (graph.sample(m, **inputs) for m in (graph.usp("cpu:2", file=qwen), graph.stock(qwen)))
+    control.add("hidden", got, want, STEPPING)
+    control.check(host)
+
+
+@pytest.mark.parametrize("sampler_name", ["euler", "uni_pc"])
+@pytest.mark.parametrize("digits", ["", "110111", "011111", "000000"])
+def test_other_attention_masks_are_refused(host, qwen, digits, sampler_name):
+    """One that weights, one with a hole, one of a text's beginning, and one of all of it."""
     skip_old(host, "drops the attention masks of Qwen-Image's prompts")
     graph = Graph()
-    masked = graph.node("TestMaskedConditioning", conditioning=prompt(graph, 6))
-    graph.save(graph.sample(graph.usp(file=qwen), positive=masked, negative=prompt(graph, 6), steps=2))
+    masked = graph.node("TestMaskedConditioning", conditioning=prompt(graph, 6), digits=digits)
+    inputs = {"positive": masked, "negative": prompt(graph, 6), "steps": 2, "sampler_name": sampler_name}
+    graph.save(graph.sample(graph.usp(file=qwen), **inputs))
     with pytest.raises(PromptFailed) as refused:
         host.run(graph)
-    assert "attention mask" in refused.value.text
+    assert "attention mask that hides more than the end of a text" in refused.value.text

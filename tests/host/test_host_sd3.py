@@ -1,5 +1,7 @@
 """Stable Diffusion 3 gives the same latents as stock UNETLoader + KSampler, with Skip Layer Guidance as well."""
 
+from dataclasses import replace
+
 import controlnets
 import loras
 import pytest
@@ -9,11 +11,11 @@ from hosts import knows_small_flux
 from safetensors.torch import save_file
 from workflows import IN_WORKERS, STEPPING, Comparison, Graph, difference
 
-from fastusp_backend.models.synthetic import TINY_SD3
+from fastusp_backend.models.synthetic import TINY_SD3, write_checkpoint
 
 pytestmark = [pytest.mark.host, pytest.mark.any_host]
 
-LAYOUTS = (("cpu:1", 1, 1), ("cpu:2", 2, 1), ("cpu:2", 1, 2))
+LAYOUTS = (("cpu:1", 1, 1), ("cpu:2", 2, 1), ("cpu:2", 1, 2), ("cpu:4", 2, 2))
 
 
 def prompt(graph: Graph, tokens: int, seed: int = 1):
@@ -31,7 +33,27 @@ def test_layouts_and_guidance(host, sd3):
         for gpus, ulysses, ring in LAYOUTS:
             got = graph.sample(graph.usp(gpus, ulysses, ring, file=sd3), cfg=cfg, steps=4, **inputs)
             layouts.add(f"cfg {cfg}", got, want, f"ulysses {ulysses} x ring {ring} on {gpus}, loop in the workers")
+    got = graph.sample(graph.usp("cpu:2", file=sd3), cfg=cfg, steps=4, **inputs)
+    layouts.add("a prompt for each", got, want, "batch 2 x ulysses 1 x ring 1 on cpu:2, loop in the workers")
     layouts.check(host)
+
+
+@pytest.mark.parametrize("name, kind", [("large", {}), ("3_medium", {"normed": False})])
+def test_without_second_attentions(host, name, kind):
+    """In the loop and stepping; 3 medium norms no queries and keys either."""
+    path = host.base / f"models/diffusion_models/sd_{name}.safetensors"
+    write_checkpoint(str(path), replace(TINY_SD3, second_attentions=0, **kind), seed=2)
+    both = Comparison()
+    graph = both.graph
+    inputs = {"positive": prompt(graph, 12), "negative": prompt(graph, 12, seed=2), "latent_image": graph.empty(72, 56)}
+    usp, stock = graph.usp("cpu:2", 2, 1, file=path.name), graph.stock(path.name)
+    for sampler, where in (("euler", IN_WORKERS), ("uni_pc", STEPPING)):
+        got, want = (graph.sample(m, steps=2, cfg=2.5, sampler_name=sampler, **inputs) for m in (usp, stock))
+        both.add(sampler, got, want, where)
+    try:
+        both.check(host)
+    finally:
+        path.unlink()
 
 
 def test_shift_odd_sizes_masks_and_stepping(host, sd3):

@@ -8,7 +8,7 @@ from workflows import IN_WORKERS, SMALL_Z_IMAGE, STEPPING, Comparison, Graph, di
 
 pytestmark = pytest.mark.host
 
-LAYOUTS = (("cpu:1", 1, 1), ("cpu:2", 2, 1), ("cpu:2", 1, 2))
+LAYOUTS = (("cpu:1", 1, 1), ("cpu:2", 2, 1), ("cpu:2", 1, 2), ("cpu:4", 2, 2))
 
 
 def prompt(graph: Graph, tokens: int, seed: int = 1):
@@ -21,12 +21,14 @@ def test_layouts_and_guidance(host, z_image):
     graph = layouts.graph
     stock = graph.stock(z_image)
     inputs = {"positive": prompt(graph, 35), "negative": prompt(graph, 6), "latent_image": graph.empty(112, 80)}
-    for cfg, steps, under in ((1.0, 2, LAYOUTS[1:2]), (3.0, 1, LAYOUTS[1:])):
+    for cfg, steps, under in ((1.0, 2, LAYOUTS[:2]), (3.0, 1, LAYOUTS[1:])):
         inputs |= {"cfg": cfg, "steps": steps, "sampler_name": "res_multistep"}
         want = graph.sample(stock, **inputs)
         for gpus, ulysses, ring in under:
             got = graph.sample(graph.usp(gpus, ulysses, ring, file=z_image), **inputs)
             layouts.add(f"cfg {cfg}", got, want, f"ulysses {ulysses} x ring {ring} on {gpus}, loop in the workers")
+    got = graph.sample(graph.usp("cpu:2", file=z_image), **inputs)
+    layouts.add("a prompt for each", got, want, "batch 2 x ulysses 1 x ring 1 on cpu:2, loop in the workers")
     layouts.check(host)
 
 
@@ -48,6 +50,19 @@ def test_shift_odd_sizes_masks_and_stepping(host, z_image):
         got, want = (graph.sample(model, **inputs) for model in models)
         others.add(label, got, want, where)
     others.check(host)
+
+
+@pytest.mark.parametrize("digits", ["111110000", "110111011"])
+def test_masks_have_no_effect(host, z_image, digits):
+    """As in ComfyUI, which makes nothing of them."""
+    both = Comparison()
+    graph = both.graph
+    masked = graph.node("TestMaskedConditioning", conditioning=prompt(graph, len(digits)), digits=digits)
+    for name, where in (("euler", IN_WORKERS), ("uni_pc", STEPPING)):
+        inputs = {"positive": masked, "negative": prompt(graph, 9), "cfg": 2.5, "steps": 2, "sampler_name": name}
+        got, want = (graph.sample(m, **inputs) for m in (graph.usp("cpu:2", file=z_image), graph.stock(z_image)))
+        both.add(name, got, want, where)
+    both.check(host)
 
 
 def test_loras(host, z_image):

@@ -34,6 +34,9 @@ class Stock:
 
     ignored = frozenset(("num_tokens",))
 
+    def shown(self, mask, tokens):
+        return mask.sum(1).tolist()
+
 
 def sample_euler(model, x, sigmas, s_churn=0.0, s_noise=1.0):
     pass
@@ -56,7 +59,7 @@ def obstacles(node_module):
             "samplers": SimpleNamespace(KSAMPLER=SimpleNamespace),
         },
         rehearsal={"rehearse": None},
-        remote_transformer={"RemoteTransformer": Stock, "masks_nothing": lambda mask: bool(mask.all())},
+        remote_transformer={"RemoteTransformer": Stock},
         sampler_names={"menu_name": lambda sampler: sampler.sampler_function.__name__},
     )
 
@@ -94,7 +97,7 @@ def test_a_schedule_is_a_plain_flow(obstacles, sigmas, changes, words):
 
 
 def conditioning(mask=None, **more):
-    conds = {"c_crossattn": None, "guidance": None} | more
+    conds = {"c_crossattn": SimpleNamespace(cond=torch.ones(1, 2, 4)), "guidance": None} | more
     if mask is not None:
         conds["attention_mask"] = SimpleNamespace(cond=torch.tensor(mask))
     return [{"model_conds": conds}]
@@ -104,9 +107,9 @@ def conditioning(mask=None, **more):
     "positive, negative, words",
     [
         (conditioning(), conditioning(), None),
-        (conditioning(mask=[1, 1]), conditioning(), None),
+        (conditioning(mask=[[1, 0]]), conditioning(), None),
         (conditioning(num_tokens=3), conditioning(), None),
-        (conditioning(mask=[1, 0]), conditioning(), "attention_mask on the positive"),
+        (conditioning(mask=[[1, 0], [1, 1]]), conditioning(), "attention_mask on the positive"),
         (conditioning(), conditioning(control=None), "control on the negative"),
         (2 * conditioning(), conditioning(), "2 parts of the positive"),
         (conditioning(), None, "0 parts of the negative"),
@@ -116,6 +119,13 @@ def conditioning(mask=None, **more):
 def test_a_conditioning_is_one_prompt_of_what_the_loop_knows(obstacles, positive, negative, words):
     found = obstacles._in_conditioning(guider(positive=positive, negative=negative))
     assert found is None if words is None else words in found
+
+
+@pytest.mark.parametrize("ignored, length", [((), 1), (("attention_mask",), 2)])
+def test_how_much_of_a_text_counts(obstacles, ignored, length):
+    transformer = Stock()
+    transformer.ignored = frozenset(ignored)
+    assert obstacles.text_length(conditioning(mask=[[1, 0]])[0]["model_conds"], transformer) == length
 
 
 def test_at_cfg_1_the_negative_conditioning_is_not_evaluated(obstacles):

@@ -1,5 +1,6 @@
 """Our Stable Diffusion 3 against diffusers' SD3Transformer2DModel with the same weights in float32."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -93,6 +94,17 @@ def test_velocity(models, text, size, batch):
     denoiser.check(given.x, [prompt])
     ours = denoiser(given.x, given.timestep, prompt)
     assert relative_difference(ours, velocity_of(theirs, given)) < 1e-5
+
+
+def test_bfloat16(models):
+    """Embedded timesteps and pooled text are rounded as others round them."""
+    ours, theirs = (copy.deepcopy(model).bfloat16() for model in (models[0].model, models[1]))
+    given = example(ours.config, text=7, size=(16, 12))
+    timestep = torch.full_like(given.timestep, 500.0)  # a bfloat16
+    got = OneRank(ours, dtype=torch.bfloat16)(given.x, timestep, Prompt(given.context, given.y)).float()
+    rounded = {name: getattr(given, name).bfloat16() for name in ("x", "context", "y")}
+    want = velocity_of(theirs, replace(given, timestep=timestep.bfloat16(), **rounded)).float()
+    assert ((got - want).norm() / want.norm()).item() < 0.02
 
 
 def test_without_pooled_text(models):

@@ -1,5 +1,6 @@
 """Our Z-Image against diffusers' ZImageTransformer2DModel with the same weights in float32."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -85,7 +86,18 @@ def test_velocity(models, text, size, batch):
     prompt = Prompt(given.context)
     denoiser.check(given.x, [prompt])
     ours = denoiser(given.x, given.timestep, prompt)
-    assert relative_difference(ours, velocity_of(theirs, given)) < 2e-5
+    assert relative_difference(ours, velocity_of(theirs, given)) < 1e-5
+
+
+def test_bfloat16(models):
+    """Embedded timesteps are rounded as others round them."""
+    ours, theirs = (copy.deepcopy(model).bfloat16() for model in (models[0].model, models[1]))
+    given = inputs(ours.config, text=7, size=(16, 12))
+    timestep = torch.full_like(given.timestep, 0.5)  # a bfloat16
+    got = OneRank(ours, dtype=torch.bfloat16)(given.x, timestep, Prompt(given.context)).float()
+    rounded = {name: getattr(given, name).bfloat16() for name in ("x", "context")}
+    want = velocity_of(theirs, replace(given, timestep=timestep.bfloat16(), **rounded)).float()
+    assert ((got - want).norm() / want.norm()).item() < 0.02
 
 
 def test_filling_tokens_are_attended(models):

@@ -50,7 +50,7 @@ def factors(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Ten
     return torch.cat([up, q_up], 1).to(dtype), torch.cat([down, TENSORS["q_down"]]).to(dtype)
 
 
-@pytest.fixture(scope="module", params=["gguf_Q8_0", "gguf_Q4_K", "nvfp4", "int8_convrot"])
+@pytest.fixture(scope="module", params=["gguf_Q8_0", "gguf_Q4_K", "nvfp4", "mxfp8", "int8_convrot", "int4_convrot"])
 def packed(request, tmp_path_factory):
     """A file, and what it means without a patch."""
     folder = tmp_path_factory.mktemp("packed")

@@ -161,20 +161,28 @@ class InpaintConditioning:
 
 class MaskedConditioning:
     """A prompt whose tokens are weighted in attention, as StyleModelApply's attn_bias does it; or with a mask that has
-    no effect, as FLUX.2's text encoders give it."""
+    no effect, as FLUX.2's text encoders give it; or one that counts these digits' tokens, as Qwen-Image's does, or that
+    is added to the attention's scores for the same."""
 
     @classmethod
     def INPUT_TYPES(cls):
-        effective = {"effective": ("BOOLEAN", {"default": True})}
-        return {"required": {"conditioning": ("CONDITIONING",)}, "optional": effective}
+        switches = {name: ("BOOLEAN", {"default": name == "effective"}) for name in ("effective", "added")}
+        optional = switches | {"digits": ("STRING", {"default": ""})}
+        return {"required": {"conditioning": ("CONDITIONING",)}, "optional": optional}
 
     RETURN_TYPES = ("CONDITIONING",)
     FUNCTION = "apply"
     CATEGORY = "test"
 
-    def apply(self, conditioning, effective=True):
+    def apply(self, conditioning, effective=True, added=False, digits=""):
         weighted = []
         for c, extra in conditioning:
+            if digits:
+                mask = torch.tensor([[int(digit) for digit in digits]])
+                if added:
+                    mask = (mask - 1) * torch.finfo(torch.float32).max
+                weighted.append([c, {**extra, "attention_mask": mask}])
+                continue
             if not effective:
                 weighted.append([c, {**extra, "attention_mask": torch.ones(c.shape[:2], dtype=torch.int64)}])
                 continue
