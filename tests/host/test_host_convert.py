@@ -56,7 +56,7 @@ def test_what_the_user_had_stays(page):
 def test_room_for_more_widgets(page, renderer):
     """Below, or above where another node would be covered; a node that was moved since is not moved back."""
     open_prompt(page, {"1": unet(), "2": lora(1)})
-    before = user(page, "of(1).pos = [0, 0], of(2).pos = [0, 200], of(2).size = [300, 90]")
+    before = user(page, "of(1).pos = [0, 0], of(2).pos = [0, 130], of(2).size = [300, 90]")
     (old,), (new,) = nodes(before, UNET), nodes(command(page, USE), OURS)
     assert new["size"][1] > old["size"][1] and new["pos"][1] + new["size"][1] == old["size"][1]
     page.wait_for(f"{DRAWN} == {2 * renderer} && {OVERLAPS}.length == 0", 5)
