@@ -53,7 +53,16 @@ def test_what_the_user_had_stays(page):
     assert plain(command(page, BACK)) == plain(before)
 
 
-def test_room_for_more_widgets(page, renderer):
+@pytest.fixture
+def advanced_shown(page):
+    """Where people have ComfyUI always show advanced inputs, Nodes 2.0 draws USP Loader higher than its size says."""
+    always = "app.extensionManager.setting.set('Comfy.Node.AlwaysShowAdvancedWidgets', {})".format
+    page.evaluate(always("true"))
+    yield
+    page.evaluate(always("false"))
+
+
+def test_room_for_more_widgets(page, renderer, advanced_shown):
     """Below, or above where another node would be covered; a node that was moved since is not moved back."""
     open_prompt(page, {"1": unet(), "2": lora(1)})
     before = user(page, "of(1).pos = [0, 0], of(2).pos = [0, 130], of(2).size = [300, 90]")
