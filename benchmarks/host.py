@@ -170,8 +170,9 @@ def used_by_process() -> Counter[int]:
 def main() -> None:
     a = parser().parse_args()
     names = a.configs.split(";")
-    if names[0] != STOCK or not set(names) <= set(configs()) or a.prompts < 2:
-        raise SystemExit(f"--configs are {STOCK}, then any of: {'; '.join(configs())}; --prompts is 2 or more")
+    if names[0] != STOCK or not set(names) <= set(configs()) or min(a.prompts, a.steps) < 2:
+        others = "; ".join(configs())
+        raise SystemExit(f"--configs are {STOCK}, then any of: {others}; --prompts and --steps are 2 or more")
     cpu = a.gpus.startswith("cpu")
     if not a.file.exists():
         device = torch.device("cpu" if cpu else "cuda")

@@ -6,13 +6,14 @@ one rank of so many, and the second GPU stands for all others.
 Both GPUs run the first rank's share. What a rank sends to each of its P - 1 peers goes to the other GPU, and so much
 comes from there, at the same time and over the same link: as where all GPUs reach each other at full speed (NVSwitch),
 or each has its own link to the host (NCCL_P2P_DISABLE=1). What is computed of it is no picture. With two the step is a
-real one, and both ways of taking it must agree.
+real one, and both ways of taking it must agree. A last line says where it stops scaling.
 """
 
 import argparse
 import functools
 import os
 import time
+from itertools import pairwise
 
 import paths  # noqa: F401
 import torch
@@ -32,6 +33,9 @@ from fastusp_backend.comm.symmetric import SymmetricArena
 from fastusp_backend.comm.transport import Transport, reach_each_other
 from fastusp_backend.config import Layout
 from fastusp_backend.planner import plan
+
+HALF = 0.5
+"""Of a GPU's speed, below which more of them are hardly worth it."""
 
 
 class PlayedSymmetric(SymmetricArena):
@@ -90,6 +94,17 @@ def played(layout: Layout, device: torch.device, peers: bool) -> tuple[Mesh, Tra
     return mesh, transport
 
 
+def where_it_ends(steps: list[tuple[int, float]]) -> str:
+    """Says from where on more GPUs are not worth their number. steps: (GPUs, ms), by their number."""
+    alone = steps[0][0] * steps[0][1]
+    for (fewer, before), (count, ms) in pairwise(steps):
+        if ms >= before:
+            return f"it stops scaling at {fewer} GPUs: {count} take {ms:.1f} ms, {fewer} {before:.1f}"
+        if alone / ms / count < HALF:
+            return f"from {count} GPUs on less than half of each is used: {alone / ms:.1f} times one's speed"
+    return f"it scales to {steps[-1][0]} GPUs: {alone / steps[-1][1]:.1f} times one's speed"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="flux")
@@ -105,7 +120,7 @@ def main() -> None:
     config, dtype = CONFIGS[a.model, False], torch.bfloat16
     model, given = random_model(config, device, dtype), random_inputs(config, Case(a.size, (a.text,), 1), device, dtype)
     peers = reach_each_other(dist.group.WORLD)
-    rows, alone = [], None
+    rows, steps, alone = [], [], None
 
     def timed(name: str, mesh: Mesh, transport: Transport) -> None:
         nonlocal alone
@@ -125,6 +140,8 @@ def main() -> None:
         parts = breakdown(run, ms, device)
         alone = alone or ms
         shares = [parts[part] for part in ("gemm", "attention", "elementwise", "exposed", "gaps")]
+        if not steps or steps[-1][0] != mesh.layout.ranks:  # two are real ones, and then played
+            steps.append((mesh.layout.ranks, ms))
         rows.append((name, str(mesh.layout), ms, alone / ms, alone / ms / mesh.layout.ranks, *shares))
 
     for count in map(int, a.gpus.split(",")):
@@ -148,6 +165,7 @@ def main() -> None:
         columns += [Column(part, format=".1f") for part in ("products", "attention", "element-wise", "exposed", "gaps")]
         print(f"{a.model}, {a.size} pixels, {a.text} tokens, {'peer access' if peers else 'no peer access'}")
         print(fitted(tuple(columns), rows))
+        print(where_it_ends(steps))
     dist.destroy_process_group()
 
 

@@ -87,7 +87,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         `flash3-fp8` attend in 8 bits.
     compile: element-wise segments are fused, by kernels of our own that Triton compiles (GPUs).
     cuda_graphs: a whole evaluation is replayed as one graph (GPUs).
-    overlap: exchanges run beside computation instead of being awaited where they start.
+    overlap: exchanges run beside computation instead of being awaited where they start; on a GPU that has all tokens of
+        a prompt the text's half of a block runs beside the image's.
     ring_pipeline: the ring's next keys and values travel while the current ones are attended.
     linear: how the blocks' matrix products are computed; `fp8` with a scale per token and per row of the weights.
     residency: what becomes of the weights after a sampling run. The client sees to it; the ranks never read it.

@@ -3,7 +3,9 @@ of queries, keys and values, and in 8 bits.
 
 In 8 bits it multiplies e4m3 with one scale for each (batch item, head) of q, k and v, the only ones it takes; 2^8 times
 the probabilities are e4m3 too, and sums what the tensor cores give. Its log-sum-exp is natural, of scaled scores. What
-8 bits cost is in kernels/smooth.py: keys and values go in without their means. A packed block of the ring has a scale
+8 bits cost is in kernels/smooth.py: keys and values go in without their means. (The paper has scales for each block and
+rotates q and k by a random Hadamard matrix against single large channels; the package takes no scales but those, and
+what large channels share over the tokens is what the means take away.) A packed block of the ring has a scale
 for each (token, head), so it is unpacked before.
 """
 
@@ -25,7 +27,8 @@ _MODULES = "fa3_fwd_interface", "flash_attn_interface"
 """Of fa3-fwd and of flash-attn 3, whose function is the same."""
 _QUERIES, _ROUNDS = 128, 3
 """Queries of one tile, and how often tiles must fill the GPU for this kernel to lead cuDNN's: on an H100 12 heads x
-4608 tokens (3.3 times) took 220 us for 235, 6 heads 131 for 124, 6 x 16896 (6 times) 1249 for 1348."""
+4608 tokens (3.3 times) took 220 us for 235, 6 heads 131 for 124, 6 x 16896 (6 times) 1249 for 1348. (On an H200 it led
+with 6 heads too, 108 for 117.) A rule and no timing at each start, whose chance would decide a picture's last bits."""
 _DIM = 128
 """The head dim of which that was measured: its tiles are others for any other."""
 

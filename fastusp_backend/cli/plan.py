@@ -9,7 +9,7 @@ from ..devices import Devices, gpu_states, list_gpus, local_devices
 from ..engine import host_memory
 from ..errors import DeviceError, RequestError
 from ..models.placement import Placement
-from ..models.prediction import CARDS, PCIE, SIZE, Link, Prediction, slowest_card
+from ..models.prediction import CARDS, PCIE, SIZE, Link, Prediction, measured_link, slowest_card
 from ..planner import legal_layouts, plan_batches
 from .arguments import add_degrees, add_gpus
 from .file import File
@@ -41,6 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"whose times to predict, of: {', '.join(CARDS)} (default: the GPUs that are there; with --free an H100)",
     )
+    parser.add_argument(
+        "--link",
+        type=_gigabytes,
+        metavar="GB/S",
+        help="what the link between the GPUs was measured to carry, as doctor and the panel say it: times over it, too",
+    )
     add_machines(parser)
     parser.add_argument("--linear", choices=("exact", "fp8"), default="exact", help="as USP Optimization Settings'")
 
@@ -71,6 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.card and not (arguments.model and devices.gpus):
         raise RequestError(f"Name a model file, and GPUs: --card {arguments.card} predicts its steps on them")
     card = arguments.card or ("H100" if imagined else None)
+    if arguments.link and not (arguments.model and devices.gpus):
+        raise RequestError(f"Name a model file, and GPUs: --link {arguments.link:g} predicts steps over it")
     if arguments.linear == "fp8" and not arguments.model:
         raise RequestError("Name a model file: --linear fp8 halves the weights of its blocks")
     if arguments.linear == "fp8" and not _has_fp8(devices, card):
@@ -103,7 +111,9 @@ def run(arguments: argparse.Namespace) -> int:
             return 0
         if card is None:
             print(f"no times: choose the card that is most like yours with --card, of {', '.join(CARDS)}")
-    print("\n".join(fits(file, layouts, free, host, linear=arguments.linear, card=card, hint=hint)))
+    print(
+        "\n".join(fits(file, layouts, free, host, linear=arguments.linear, card=card, hint=hint, link=arguments.link))
+    )
     if arguments.nnodes > 1 and card is not None:
         print("\n".join(["", *several(file, arguments, devices.ranks, free, card)]))
     return 0
@@ -152,6 +162,7 @@ def fits(
     linear: str,
     card: str | None,
     hint: bool,
+    link: float | None = None,
 ) -> list[str]:
     """Says what `weights = auto` does where a worker has so many bytes of each GPU, with peer access and without.
 
@@ -159,6 +170,7 @@ def fits(
     host: bytes of host memory that are available; None for any number.
     card: of `CARDS`, whose times to predict; None for none.
     hint: whether to say what `linear = fp8` would change.
+    link: GB/s that were measured between the GPUs.
 
     Raises RequestError where the weights fit neither way.
     """
@@ -168,6 +180,7 @@ def fits(
     placed: dict[bool, Placement | RequestError] = {}
     told: list[str] = []
     nvlink = CARDS[card].nvlink if card is not None else None
+    measured = () if card is None or link is None else (measured_link(link, CARDS[card]),)
     apart = ranks == 1 or card is not None and nvlink is None
     ways = (False,) if apart else (True, False)
     for peers in ways:
@@ -190,7 +203,7 @@ def fits(
         if found.device_bytes > free - kept:
             larger = "set weights = host for" if found.source == "shared" else "nothing is left for"
             told.append(f"  little room is left: {larger} images above 1024 x 1024")
-        links = ((nvlink,) if nvlink and peers else ()) + PCIE
+        links = measured + ((nvlink,) if nvlink and peers else ()) + PCIE
         if made is not None:
             told += _times(made, found, links, ranks)
         if hint:
@@ -199,7 +212,7 @@ def fits(
     if made is not None and not apart and _better_apart(made, placed[True], placed[False]):
         told += ["over PCIe the second way is faster: set NCCL_P2P_DISABLE=1 where ComfyUI starts", ""]
     if made is not None:
-        told += [*scaling(file, layouts, free, CARDS[card], linear), ""]
+        told += [*scaling(file, layouts, free, CARDS[card], linear, measured), ""]
         what = f"{SIZE[0]} x {SIZE[1]}, {file.config.text} tokens of text"
         told.append(f"times: predicted for {card}, {what}, wire = exact. {CLAIM}")
     return [f"of {free / 1e9:.1f} GB of each GPU {kept / 1e9:.1f} GB are kept for all else", "", *told]

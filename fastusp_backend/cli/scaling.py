@@ -11,26 +11,29 @@ COUNTS = 1, 2, 4, 8
 PROMPTS = {1: "cfg 1", 2: "cfg above 1"}
 
 
-def scaling(file: File, layouts: tuple[Layout, ...], free: int, card: Card, linear: str) -> list[str]:
+def scaling(
+    file: File, layouts: tuple[Layout, ...], free: int, card: Card, linear: str, measured: tuple[Link, ...] = ()
+) -> list[str]:
     """Says what a step is predicted to take on so many GPUs as are meant, and on `COUNTS`.
 
     layouts: of those that are meant, as `plan_batches` gives them.
     free: bytes of each GPU that a worker has.
+    measured: links beside those that are usual.
     """
     meant = layouts[-1].ranks
     counts = sorted({*COUNTS, meant})
-    links = (*filter(None, [card.nvlink]), *PCIE)
+    links = (*measured, *filter(None, [card.nvlink]), *PCIE)
     of_count = {count: plan_batches(count, file.config.heads) for count in COUNTS} | {meant: layouts}
     made = {count: Prediction(file.header, file.config, some, card, linear) for count, some in of_count.items()}
     seconds: dict[tuple[Link, int], dict[int, float]] = {(link, prompts): {} for link in links for prompts in PROMPTS}
     for count in counts:
-        for peers in {link is card.nvlink for link in links}:
+        for peers in {link.apart for link in links}:
             try:
                 found, _ = file.settle(count, linear, free, peers=peers and count > 1)
             except RequestError:  # too little room on so many
                 continue
             for link, prompts in seconds:
-                if (link is card.nvlink) == peers:
+                if link.apart == peers:
                     seconds[link, prompts][count] = made[count].seconds(found, link, prompts=prompts)
 
     def cell(count: int, link: Link) -> str:

@@ -61,8 +61,10 @@ class Denoiser:
         config, layout = model.config, mesh.layout
         heads = config.heads // layout.ulysses, config.hidden // config.heads
         _, self._attend = choose(settings.attention, mesh.device, dtype, heads, ring=layout.ring > 1)
-        # Where blocks are streamed, a slot is free when the main stream is done with it.
-        beside = Beside(mesh.device, active=settings.overlap and model.stream is None)
+        # The main stream orders what travels, and streamed blocks' slots; unpacked values would take twice the memory.
+        unpacks = settings.linear == "exact" and any(layer.weight.element_size() == 1 for layer in model.products())
+        alone = layout.sequence_ranks == 1 and model.stream is None and not unpacks
+        beside = Beside(mesh.device, active=settings.overlap and alone)
         self._segments = Segments(mesh.device, fused=settings.compile, fp8=settings.linear == "fp8", beside=beside)
         self._modulations = ModulationTable(model, dtype, owners)
         self._batch_exchange = GroupExchange(mesh.batch) if mesh.batch else None

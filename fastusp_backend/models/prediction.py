@@ -6,8 +6,8 @@ A step of P ranks takes
     F / P / (sustained * peak) * (1 + BESIDE, where P > 1) + KERNELS * streams + MESSAGE * messages
 
 where nothing else is slower, and what crosses links beside computing or after it (`Prediction.seconds`). Of it only the
-first part falls with P. Fitted to FLUX.1 at 1024 x 1024 on H200 with NVLink, 118.6, 67.8, 37.0 and 22.6 ms for P = 1,
-2, 4 and 8, the last two as benchmarks/scale.py plays one rank's share of so many on two GPUs; four real ones took 35.7.
+first part falls with P. Fitted to FLUX.1 at 1024 x 1024 on H200 with NVLink, 118.6, 66.2, 35.7 and 22.4 ms for P = 1,
+2, 4 and 8, the last as benchmarks/scale.py plays one rank's share of so many on two GPUs.
 """
 
 import re
@@ -23,7 +23,7 @@ from .placement import Placement
 
 SIZE = 1024, 1024
 
-BESIDE = 0.09
+BESIDE = 0.05
 """How much longer they take where GPUs exchange: the copies beside them, and a share of the heads, cost time."""
 KERNELS = 60e-6
 """Seconds of each stream of a block however few tokens a rank has: launches, gaps, kernels that do not fill a GPU."""
@@ -110,6 +110,14 @@ def over_pcie(generation: int, width: int) -> Link:
 
 
 PCIE = (over_pcie(5, 16), over_pcie(4, 16), over_pcie(4, 8))
+
+
+def measured_link(rate: float, card: Card) -> Link:
+    """One that was measured to carry so many GB/s, between cards of this kind: no PCIe where it carries more than that
+    does."""
+    host = over_pcie(card.pcie, 16).host
+    return Link(f"measured {rate:g} GB/s", rate, min(rate, host), apart=rate > PCIE[0].peers)
+
 
 CARDS = {
     "H100": Card(989, 3.35, 5, nvlink=Link("NVLink, PCIe 5 x16", 360, 50, apart=True)),

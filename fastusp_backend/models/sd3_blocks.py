@@ -170,9 +170,7 @@ class JointBlock(nn.Module):
             image.attn2.project_image(second, joint, (ONLY_V, ONLY_K))
         projected = image.attn.proj(ops.activations(attended))  # while the second attention's tokens travel
         if second is not None:
-            # Only now: with all of q, k and v, other ranks would give back their next tokens to where these lay, the
-            # text's too.
-            ops.beside.join()
+            # Only now: with all of q, k and v, other ranks would give back their next tokens to where these lay.
             image.attn2.project_image(second, joint, (ONLY_Q,))
             joint.attend(image_only=True)
             img, gate = ops.add(img, projected, gate), own.second.gate  # while its attended tokens travel

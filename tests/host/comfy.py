@@ -173,10 +173,10 @@ class ComfyUI:
                 elif event["type"] in ("execution_success",) or (
                     event["type"] == "executing" and data.get("node") is None
                 ):
+                    outcome.ended = time.monotonic()
                     break
         finally:
             ws.close()
-        outcome.ended = time.monotonic()
         for _ in range(100):
             history = self.get(f"/history/{number}")
             if number in history:

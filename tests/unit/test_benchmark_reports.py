@@ -14,7 +14,7 @@ import torch
 pytestmark = pytest.mark.unit
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-SCRIPTS = ("step", "ablation", "loop", "load", "lora", "control", "caches", "quality", "plot", "host")
+SCRIPTS = ("step", "ablation", "loop", "load", "lora", "control", "caches", "quality", "plot", "host", "scale")
 STARTS = """
 import os, runpy, sys
 import torch  # once: a forked process has it, and nothing of the repository
@@ -134,3 +134,17 @@ def test_every_script_starts_from_any_folder(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert all(f"usage: {script}.py" in done.stdout for script in SCRIPTS)
+
+
+@pytest.mark.parametrize(
+    "steps, said",
+    [
+        ([(1, 120.0), (2, 66.0), (4, 36.0), (8, 22.0)], "it scales to 8 GPUs: 5.5 times one's speed"),
+        ([(1, 120.0), (2, 98.0), (4, 60.0), (8, 36.0)], "from 8 GPUs on less than half of each is used: 3.3 times"),
+        ([(1, 120.0), (2, 130.0), (4, 84.0)], "it stops scaling at 1 GPUs: 2 take 130.0 ms, 1 120.0"),
+    ],
+)
+def test_where_it_stops_scaling(steps, said):
+    import scale
+
+    assert scale.where_it_ends(steps).startswith(said)

@@ -33,7 +33,7 @@ def test_what_is_beside(config, monkeypatch):
         original = getattr(owner, name)
 
         def call(self, *arguments, **options):
-            check(self)
+            check(self, **options)
             return original(self, *arguments, **options)
 
         monkeypatch.setattr(owner, name, call)
@@ -48,16 +48,16 @@ def test_what_is_beside(config, monkeypatch):
     names = {layer: name for name, layer in model.named_modules() if layer not in hoisted and "blocks." in name}
     seen = []
 
-    def of_layer(layer):
+    def of_layer(layer, **_):
         if layer in names:
             seen.append(names[layer])
             assert state["beside"] == any(part in names[layer] for part in OF_TEXT), names[layer]
 
-    def of_exchange(joint):
+    def of_exchange(joint, **_):
         assert not state["beside"]
 
-    def of_attention(joint):
-        assert not state["beside"] and state["awaited"]
+    def of_attention(joint, *, image_only=False, **_):
+        assert not state["beside"] and (state["awaited"] or image_only)
 
     for name in ("forward", "rows"):
         watched(Linear, name, of_layer)

@@ -199,10 +199,10 @@ def test_room_for_larger_images_is_given_up_before_blocks_come_from_the_host(
     assert any(line.endswith(without) for line in said)
 
 
-def steps_of_flux(card, free, *, linear="exact", counts=2):
+def steps_of_flux(card, free, *, linear="exact", counts=2, link=None):
     """The table of GPUs and links, each cell (cfg 1, above 1), and the sentences below it."""
     file, layouts = plan.File(header(FLUX_DEV), FLUX_DEV, spec_with("auto")), plan_batches(counts, FLUX_DEV.heads)
-    said = plan.fits(file, layouts, int(free * GB), None, linear=linear, card=card, hint=False)
+    said = plan.fits(file, layouts, int(free * GB), None, linear=linear, card=card, hint=False, link=link)
     first = next(i for i, line in enumerate(said) if line.startswith("ms a step, cfg 1 / above 1"))
     rows = [re.split(r"\s\s+", line.strip()) for line in said[first + 1 : said.index("", first)] if line[0] == " "]
     cells = {int(count): dict(zip(rows[0][1:], cells, strict=True)) for count, *cells in rows[1:]}
@@ -213,11 +213,21 @@ def test_plan_says_what_a_step_takes_on_one_to_eight_gpus():
     """Of one that is meant, too."""
     for counts in (1, 2):
         cells, _ = steps_of_flux("H200", 140, counts=counts)
-        assert [cells[n]["NVLink, PCIe 5 x16"] for n in (1, 2, 4, 8)] == ["120 / 240", "68 / 120", "37 / 68", "23 / 37"]
-        assert cells[2]["PCIe 5 x16"] == "100 / 120"
+        assert [cells[n]["NVLink, PCIe 5 x16"] for n in (1, 2, 4, 8)] == ["120 / 240", "66 / 120", "36 / 66", "22 / 36"]
+        assert cells[2]["PCIe 5 x16"] == "98 / 120"
     assert list(steps_of_flux("H200", 140, counts=3)[0]) == [1, 2, 3, 4, 8]
     (quick, _), (slow, _) = (steps_of_flux("H200", 140, linear=linear) for linear in ("fp8", "exact"))
     assert all(int(quick[n][link].split()[0]) < int(slow[n][link].split()[0]) for n in slow for link in slow[n])
+
+
+def test_plan_takes_a_link_that_was_measured():
+    """A column of its own, first."""
+    for rate, like in ((50, "PCIe 5 x16"), (25, "PCIe 4 x16"), (360, "NVLink, PCIe 5 x16")):
+        cells, _ = steps_of_flux("H200", 140, link=rate)
+        name = next(iter(cells[1]))
+        assert name == f"measured {rate} GB/s" and all(of[name] == of[like] for of in cells.values())
+    cells, _ = steps_of_flux("H200", 140, link=3)
+    assert int(cells[2]["measured 3 GB/s"].split()[0]) > int(cells[2]["PCIe 4 x8"].split()[0])
 
 
 def test_plan_says_of_what_text_times_are():
@@ -229,7 +239,7 @@ def test_plan_says_of_what_text_times_are():
 
 def test_plan_says_where_more_gpus_are_slower():
     _, slower = steps_of_flux("H100", 80)
-    assert "4 GPUs are predicted to be slower than 2 on PCIe 4 x16 and PCIe 4 x8, cfg above 1" in slower
+    assert "4 GPUs are predicted to be slower than 2 on PCIe 4 x8, cfg above 1" in slower
     assert "4 GPUs are predicted to be slower than 1 on PCIe 4 x8, cfg 1" in slower
     assert not any("NVLink" in line or "PCIe 5" in line for line in slower)
     cells, slower = steps_of_flux("RTX 5090", 34)
