@@ -147,6 +147,7 @@ const REPORT = word("Versions, layout, options, the last error and log lines, fo
 export class Card {
   constructor(devices) {
     this.state = element("p");
+    this.line = classed("line", element("small"));
     this.spoken = classed("spoken", element("p"));
     this.spoken.setAttribute("role", "status");
     this.bar = element("progress");
@@ -172,13 +173,13 @@ export class Card {
     ];
     const actions = classed("actions", element("div", ...this.buttons.map(({ button }) => button), ...more));
     // What one does comes before what one reads, which may be long.
-    const parts = [this.state, this.spoken, this.bar, actions, this.failure, this.history, this.table];
+    const parts = [this.state, this.line, this.spoken, this.bar, actions, this.failure, this.history, this.table];
     this.section = element("section", element("h3", devices), ...parts);
     this.section.setAttribute("aria-label", say("Pool on {devices}", { devices }));
   }
 
   show(pool, loads, pools) {
-    for (const [node, line] of [[this.state, said(pool)], [this.spoken, announced(pool)]])
+    for (const [node, line] of [[this.state, said(pool)], [this.line, pool.last_line ?? ""], [this.spoken, announced(pool)]])
       if (node.textContent !== line) node.textContent = line;
     this.bar.hidden = !pool.steps;
     if (pool.steps) [this.bar.max, this.bar.value] = [pool.steps, pool.step];

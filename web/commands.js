@@ -22,7 +22,7 @@ const BACK = {
 /** Loaders whose model goes nowhere are left alone, unless they are asked for one by one. */
 const connected = (_graph, node) => Boolean(node.outputs?.[0]?.links?.length);
 
-/** By how much Nodes 2.0 draws a widget higher than a new node's size says. */
+/** By how much Nodes 2.0, told to show all advanced inputs, draws a widget higher than a new node's size says. */
 const NODES_2_ROW = 10;
 
 const plain = (value) => JSON.parse(JSON.stringify(value));

@@ -9,7 +9,7 @@ import { say, size, word } from "./words.js";
 import { allOf, executionId, finder, isOpen, settingsNode, settingsOf, sizeOfPictures, valueOf, workflow } from "./values.js";
 
 const STYLE = `
-.fastusp-measure { position: fixed; bottom: 72px; right: 24px; z-index: 1000; max-width: min(760px, 90vw);
+.fastusp-measure { position: fixed; bottom: 72px; right: 24px; z-index: 1000; max-width: min(840px, 90vw);
   max-height: max(240px, calc(100vh - 20rem)); /* ComfyUI's messages are above it */
   overflow: auto; padding: 12px; border: 1px solid var(--border-color); border-radius: 8px; box-sizing: border-box;
   background: var(--comfy-menu-bg); color: var(--fg-color); font-size: 13px; line-height: 1.5; user-select: text; }

@@ -5,7 +5,7 @@ import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { ACTIONS, Card } from "./card.js";
 import { button, classed, element } from "./element.js";
-import { act, copyReport, readPools, toast } from "./pools.js";
+import { act, copyReport, interrupt, readPools, toast } from "./pools.js";
 import { watch } from "./watch.js";
 import { say, word } from "./words.js";
 
@@ -35,6 +35,7 @@ const STYLE = `
 .fastusp ol { margin: 0; padding: 0; list-style: none; overflow-wrap: anywhere; }
 .fastusp li + li { margin-top: 4px; }
 .fastusp small { display: block; color: var(--descrip-text); }
+.fastusp .line { max-height: 4.5em; overflow: hidden; overflow-wrap: anywhere; }
 .fastusp pre { max-height: 200px; margin: 4px 0 0; padding: 6px; overflow: auto; font-size: 12px; white-space: pre-wrap;
   overflow-wrap: anywhere; border-left: 3px solid var(--error-text, #d33); background: var(--comfy-input-bg); }
 .fastusp .spoken { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
@@ -163,6 +164,7 @@ async function report() {
 const icon = "pi pi-microchip";
 
 export const commands = [
+  { id: "FastUSP.interrupt", label: "FastUSP: Interrupt", icon, function: interrupt },
   ...ACTIONS.map(([action, label]) => {
     return { id: `FastUSP.${action}`, label: `FastUSP: ${label} (all pools)`, icon, function: () => onAll(action, label) };
   }),

@@ -16,4 +16,9 @@ Watch = Callable[[str, int], AbstractContextManager[Progress]]
 def bar(name: str, total: int) -> Iterator[Progress]:
     """A `Watch`: a bar on the terminal."""
     with closing(tqdm(total=total, desc=name, unit="evaluation", leave=False)) as shown:
-        yield Progress(step=lambda *_: shown.update(), phase=shown.set_postfix_str)
+
+        def step(*_) -> None:
+            shown.set_postfix_str("sampling", refresh=False)  # else it would name the last phase before it
+            shown.update()
+
+        yield Progress(step=step, phase=shown.set_postfix_str)

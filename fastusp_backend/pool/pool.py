@@ -47,6 +47,7 @@ class Pool:
         """Whether weights that were unpacked had to leave, for a request or for others: they are not unpacked again."""
         self._account = Account()
         self._log = WorkerLog()
+        self._first_line = 0  # of those that the last workers write
         self._workers: Contact | None = None
         self._turn_lock = threading.Lock()
         self._running = False
@@ -68,6 +69,7 @@ class Pool:
                 return self._workers
             if self._workers is not None:
                 self._dispose(self._workers)
+            _, self._first_line = self._log.since(0)
             kind = AttachedWorkers if isinstance(self.devices, ServerDevices) else Workers
             self._workers = (self._start or kind)(self.devices, self._tell)
             self.starts += 1
@@ -192,7 +194,7 @@ class Pool:
         """What people want to know: devices, state (`off`, `starting`, `idle`, `busy`, `stopping`: at what was
         cancelled), processes and the model that they hold; of the last request the layout and the options that are not
         the default; memory, as `Workers.memory`; how far a request is, as `Activity.facts`; history, as `Account`'s;
-        error: the last one's text, until a request succeeds."""
+        last_line: what workers that start have written last; error: the last one's text, until a request succeeds."""
         workers = self._workers
         alive = workers is not None and workers.alive
         ready = workers.ready if workers is not None else None
@@ -208,6 +210,8 @@ class Pool:
             "starts": self.starts,
             "history": list(self._account.history),
         }
+        if state == "starting" and (line := self._last_line()):
+            status["last_line"] = line
         if ready is not None:
             status |= {"names": ready.devices, "torch": ready.torch, "backend": ready.backend} | workers.last_request()
             if alive:
@@ -222,6 +226,11 @@ class Pool:
         if self._account.error is not None:
             status["error"] = self._account.error
         return status
+
+    def _last_line(self) -> str:
+        """The last that the present workers have written; empty before there is any."""
+        lines, _ = self.log_since(self._first_line)
+        return lines[-1] if lines else ""
 
     def log_since(self, number: int) -> tuple[list[str], int]:
         """What the workers have written, those before them too: the lines from `number` on, of the newest

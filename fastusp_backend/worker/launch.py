@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -21,6 +22,8 @@ def main(arguments: list[str]) -> int:
         show_gpus()
         leave(worker.main())
 
+    began = time.monotonic()
+    _tell("importing torch")
     # Not above: importing torch takes seconds, in which this process would outlive its parent.
     with importing():
         from . import __main__ as worker
@@ -30,7 +33,15 @@ def main(arguments: list[str]) -> int:
         with contextlib.suppress(Exception):  # which each rank meets as well, and reports
             from . import rank  # noqa: F401
         start_by_fork(begin)
+    _tell(f"imported torch in {time.monotonic() - began:.1f} s; the ranks begin")
     return run(arguments, Path(os.environ[RUN_DIR_VARIABLE]))
+
+
+def _tell(text: str) -> None:
+    """Writes a line to torchrun's log, for people who wait: before the ranks begin nobody else says anything. A full
+    disk, which the ranks tell of themselves, ends nothing here."""
+    with contextlib.suppress(OSError):
+        os.write(sys.stdout.fileno(), f"{text}\n".encode())
 
 
 def _hide_gpus() -> Callable[[], None]:

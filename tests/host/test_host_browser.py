@@ -14,6 +14,7 @@ pytestmark = [pytest.mark.host, pytest.mark.skipif(PROGRAM is None, reason="no C
 
 TEXTS = """app.graph.nodes.flatMap(node => (node.widgets ?? []).filter(widget => widget.name == "$$node-text-preview")
     .map(widget => `${node.type}: ${widget.value}`)).join("; ")"""
+DRAWN_ABOVE = "[...document.querySelectorAll('.dom-widget')].map(({ innerText }) => innerText).join()"
 PANEL = 'document.querySelector(".fastusp")?.innerText'
 STATE = """document.querySelector('.fastusp section[aria-label="Pool on cpu:1"] p').textContent"""
 LOG = "document.querySelector('.fastusp-log pre')?.textContent"
@@ -34,7 +35,7 @@ def queue(page: Page, graph: Graph) -> None:
 
 
 def test_a_reload_in_the_middle_of_a_run(host, page):
-    host.run(_short("cpu:1"))  # workers that start may take longer than anything that is waited for here
+    host.run(short("cpu:1"))  # workers that start may take longer than anything that is waited for here
     graph = Graph()
     inputs = {"latent_image": graph.empty(384, 384), "positive": graph.prompt(1, 256)}
     graph.save(graph.sample(graph.usp("cpu:1"), steps=4000, seed=320, **inputs))  # one core; the page wants the other
@@ -52,6 +53,17 @@ def test_a_reload_in_the_middle_of_a_run(host, page):
         assert page.evaluate(TEXTS) == "", "on the nodes of another workflow, which happen to have the same numbers"
     finally:
         host.post("/interrupt", {})
+
+
+def test_what_a_run_says_is_drawn_on_its_node(host, page, renderer):
+    """In Nodes 2.0 the node is in the page; on the canvas the text lies above it."""
+    graph = Graph()
+    sampler = graph.sample(graph.usp("cpu:1"), steps=2, seed=next(SEEDS))
+    graph.save(sampler)
+    queue(page, graph)
+    drawn = f"document.querySelector('[data-node-id=\"{sampler[0]}\"]')?.innerText" if renderer else DRAWN_ABOVE
+    page.wait_for(has(drawn, f"FastUSP: ulysses 1 x ring 1 on cpu:1, {IN_WORKERS}"), 60)
+    assert page.evaluate("!!document.querySelector('[data-node-id]')") == renderer
 
 
 def test_found_by_what_people_search_for(page):
@@ -108,10 +120,10 @@ def test_the_panel_follows_a_run_and_stops_a_pool(host, page):
     page.wait_for(f"/256 x 256: 3 steps in [0-9.]+ s, [0-9.]+ ms a step/.test({PANEL})", 60)
     focused = f"({button('Stop', 'cpu:1')}).focus(), document.activeElement.textContent"
     assert page.evaluate(focused) == "Stop"
-    _in_mid_run(page)
+    in_mid_run(page)
     page.evaluate(f"({button('Interrupt', 'cpu:1')}).click()")
     page.wait_for(f"{has(STATE, 'idle: warm')} && ({button('Interrupt', 'cpu:1')}).disabled")
-    _in_mid_run(page)
+    in_mid_run(page)
     assert page.evaluate("document.activeElement.textContent") == "Stop", "what is focused stays in the page"
     assert page.evaluate(f"({button('Release memory', 'cpu:1')}).disabled") is True
     page.press("Tab", 9)
@@ -144,22 +156,9 @@ def test_what_gpus_do_is_told(host, page):
     assert all(rank["own"] > 1e7 and rank["total"] > rank["free"] for rank in host.pool("cpu:2")["memory"])
 
 
-def test_commands_that_keys_can_be_bound_to(host, page):
-    panel(page)
-    host.run(_short("cpu:1"))
-    page.evaluate("app.extensionManager.command.execute('FastUSP.release')")
-    page.wait_for(has(PANEL, "released: loads with the next run"))
-    page.wait_for(has(TOASTS, "memory on cpu:1 was released"))
-    before = host.pool("cpu:1")["starts"]
-    page.evaluate("app.extensionManager.command.execute('FastUSP.restart')")
-    page.wait_for(has(TOASTS, "new workers on cpu:1"))
-    page.wait_for(has(PANEL, "idle: warm, waiting for a run"), 60)
-    assert host.pool("cpu:1")["starts"] == before + 1
-
-
 def test_the_workers_log(host, page):
     """As they write it; of the pool that is chosen; copied whole."""
-    host.run(_short("cpu:1"))
+    host.run(short("cpu:1"))
     page.evaluate("app.extensionManager.command.execute('FastUSP.log')")
     choose(page, "cpu:2")
     page.wait_for(has(LOG, "[rank 1]"))
@@ -167,7 +166,7 @@ def test_the_workers_log(host, page):
     page.evaluate(f"({button('Show log', 'cpu:1')}).click()")
     page.wait_for(f"{has(LOG, 'rank 0 of 1 on cpu')} && !{has(LOG, '[rank 1]')}")
     lines = page.evaluate(LOG).count("(Sample)")
-    host.run(_short("cpu:1"))
+    host.run(short("cpu:1"))
     page.wait_for(f"{LOG}.split('(Sample)').length > {lines + 1}")
     assert copied(page, "document.querySelector('.fastusp-log button')") in page.evaluate(LOG)
     inside = "document.querySelector('.fastusp-log pre').getBoundingClientRect().bottom < innerHeight"
@@ -193,7 +192,7 @@ def copied(page: Page, what: str) -> str:
 
 def test_workers_that_die_are_told_and_reported(host, page):
     """While nobody asks anything of them: the card says why, with the last log lines, until a run ends well."""
-    host.run(_short("cpu:1"))
+    host.run(short("cpu:1"))
     panel(page)
     pid = host.pool("cpu:1")["pids"][0]
     os.kill(pid, signal.SIGKILL)
@@ -215,13 +214,13 @@ def test_workers_that_die_are_told_and_reported(host, page):
     ):
         assert part in report, report
     assert str(host.base) not in report and str(host.path) not in report and "/models/" not in report
-    _in_mid_run(page)
+    in_mid_run(page)
     pid = host.pool("cpu:1")["pids"][0]
     os.kill(pid, signal.SIGKILL)
     page.wait_for(has(TOASTS, f"stopped while a prompt ran: rank 0 (process {pid}) was ended"), 60)
     page.evaluate("new Promise(done => setTimeout(done, 500))")
     assert page.evaluate(TOASTS).count(f"process {pid}") == 1, "the pool and the run tell it once"
-    host.run(_short("cpu:1"))
+    host.run(short("cpu:1"))
     page.wait_for(f"!{has(PANEL, died)} && /starting 1 worker.s. on cpu:1 [0-9.]+ s/.test({PANEL})")
 
 
@@ -265,7 +264,7 @@ def test_runs_in_8_bits_and_runs_that_skip_steps_are_compared_with_no_others(pag
 
 
 def test_themes_narrow_bars_and_the_keyboard(host, page):
-    host.run(_short("cpu:1"))
+    host.run(short("cpu:1"))
     panel(page)
     page.wait_for(has(PANEL, "Last runs"))
     for theme in ("light", "dark"):
@@ -284,7 +283,7 @@ def test_themes_narrow_bars_and_the_keyboard(host, page):
     assert "cpu:1: idle: warm, waiting for a run" in page.evaluate(announced)
 
 
-def _in_mid_run(page: Page) -> None:
+def in_mid_run(page: Page) -> None:
     """Of a long one on cpu:1, as the panel shows it."""
     graph = Graph()
     given = {"latent_image": graph.empty(384, 384), "positive": graph.prompt(1, 256)}
@@ -293,7 +292,7 @@ def _in_mid_run(page: Page) -> None:
     page.wait_for(f"/step [0-9]+ of 4000, [0-9.]+ ms a step, [0-9]+ s left/.test({PANEL})", 60)
 
 
-def _short(gpus: str) -> Graph:
+def short(gpus: str) -> Graph:
     """One that ComfyUI has not run yet."""
     graph = Graph()
     graph.save(graph.sample(graph.usp(gpus), steps=1, seed=next(SEEDS)))

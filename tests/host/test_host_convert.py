@@ -26,6 +26,7 @@ from conversion import (
     user,
     widgets,
 )
+from test_host_examples import DRAWN, OVERLAPS
 from workflows import DEV
 
 pytestmark = [pytest.mark.host, pytest.mark.skipif(PROGRAM is None, reason="no Chromium")]
@@ -52,12 +53,22 @@ def test_what_the_user_had_stays(page):
     assert plain(command(page, BACK)) == plain(before)
 
 
-def test_room_for_more_widgets(page):
+@pytest.fixture
+def advanced_shown(page):
+    """Where people have ComfyUI always show advanced inputs, Nodes 2.0 draws USP Loader higher than its size says."""
+    always = "app.extensionManager.setting.set('Comfy.Node.AlwaysShowAdvancedWidgets', {})".format
+    page.evaluate(always("true"))
+    yield
+    page.evaluate(always("false"))
+
+
+def test_room_for_more_widgets(page, renderer, advanced_shown):
     """Below, or above where another node would be covered; a node that was moved since is not moved back."""
     open_prompt(page, {"1": unet(), "2": lora(1)})
-    before = user(page, "of(1).pos = [0, 0], of(2).pos = [0, 200], of(2).size = [300, 90]")
+    before = user(page, "of(1).pos = [0, 0], of(2).pos = [0, 130], of(2).size = [300, 90]")
     (old,), (new,) = nodes(before, UNET), nodes(command(page, USE), OURS)
     assert new["size"][1] > old["size"][1] and new["pos"][1] + new["size"][1] == old["size"][1]
+    page.wait_for(f"{DRAWN} == {2 * renderer} && {OVERLAPS}.length == 0", 5)
     page.evaluate(f"app.graph.getNodeById({new['id']}).pos[0] = 5, 0")
     assert nodes(command(page, BACK), UNET)[0] == old | {"pos": [5, 0]}
     user(page, "of(1).pos = [0, 0], of(2).pos = [0, 800]")
@@ -180,7 +191,7 @@ def test_gguf(page):
     assert "put Unet Loader (GGUF) in its place" in page.evaluate(TOAST)
 
 
-def test_menus(page):
+def test_menus(page, renderer):
     open_prompt(page, {"1": unet(), "2": lora(1), "3": unet(), "4": lora(3)})
     user(page, "box(3)")
     items = "app.graph.nodes.flatMap(node => app.collectNodeMenuItems(node)).filter(Boolean)"

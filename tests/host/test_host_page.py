@@ -70,16 +70,18 @@ def test_schema(host, node):
     assert info["description"]
 
 
-ADVANCED = {"ulysses", "ring", "batch_parallel", "compile", "cuda_graphs", "overlap", "ring_pipeline"}
-ADVANCED |= {"cache_start", "cache_end"}
+ADVANCED = {
+    "FastUSPLoader": {"ulysses", "ring", "batch_parallel"},
+    "FastUSPSampler": set(),
+    "FastUSPSettings": {"compile", "cuda_graphs", "overlap", "ring_pipeline", "cache_start", "cache_end"},
+}
 
 
 @pytest.mark.any_host
 @pytest.mark.parametrize("node", NODES)
 def test_what_is_seldom_set_is_advanced(host, node):
     groups = host.get(f"/object_info/{node}")[node]["input"].values()
-    marked = {name: of[1]["advanced"] for group in groups for name, of in group.items() if "advanced" in of[1]}
-    assert marked.keys() <= ADVANCED and all(marked.values()) and bool(marked) == (node != "FastUSPSampler")
+    assert {name for group in groups for name, of in group.items() if of[1].get("advanced")} == ADVANCED[node]
 
 
 @pytest.mark.parametrize("node", NODES)

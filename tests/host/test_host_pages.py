@@ -9,8 +9,9 @@ from contextlib import closing
 import pytest
 from browser import PROGRAM, Browser, Page
 from conversion import node, open_prompt, user
-from test_host_browser import LOG, PANEL, STATE, TOASTS, button, choose, copied, has, panel, queue
-from test_host_choose import LINE, ROWS, TOLD, WINDOW, loader, measure, press
+from test_host_browser import LOG, PANEL, STATE, TOASTS, button, choose, has, panel, queue
+from test_host_choose import TOLD, loader
+from test_host_measure import LINE, ROWS, WINDOW, measure, press
 from workflows import DEV, Graph
 
 pytestmark = [pytest.mark.host, pytest.mark.skipif(PROGRAM is None, reason="no Chromium")]
@@ -247,17 +248,6 @@ def test_copied_where_the_browser_has_no_clipboard_for_the_page(host, page):
         assert page.evaluate("document.querySelectorAll('body > textarea').length") == 0, "what was copied from is gone"
     finally:
         page.evaluate("Object.defineProperty(Navigator.prototype, 'clipboard', hidden), 0")
-
-
-def test_commands_that_stop_and_report(host, page):
-    host.run(run())
-    report = copied(page, "{ click: () => app.extensionManager.command.execute('FastUSP.report') }")
-    assert "FastUSP " in report and "Log:" in report
-    page.evaluate("app.extensionManager.command.execute('FastUSP.stop')")
-    page.wait_for(has(TOASTS, "the workers on cpu:1 were stopped"))
-    assert {pool["state"] for pool in host.get("/fastusp/status")["pools"]} == {"off"}
-    page.evaluate("app.extensionManager.command.execute('FastUSP.stop')")
-    page.wait_for(has(TOASTS, "There is no pool that this changes"))
 
 
 def test_a_loader_in_a_subgraph_is_measured_and_set(host, page):

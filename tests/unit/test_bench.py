@@ -1,6 +1,7 @@
 """What bench makes of its measurements, and plan of a file's size."""
 
 import argparse
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -132,7 +133,9 @@ def test_the_bar_names_the_phase_that_it_is_in(capsys):
         for phase in ("loading the model", "compiling"):
             progress.phase(phase)
             assert phase in capsys.readouterr().err
+        time.sleep(0.11)  # a bar is drawn ten times a second at most
         progress.step(None, {})
+        assert "1/3" in (said := capsys.readouterr().err) and "sampling" in said and "compiling" not in said
 
 
 def test_sizes():

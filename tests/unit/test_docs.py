@@ -30,6 +30,7 @@ MODULE = re.compile(
     r"`((?:attention|cli|comm|engine|kernels|models|pool|protocol|sampling|weights|worker)/\w+)(?:\.\w+)*`"
 )
 COMMAND = re.compile(r"python -m fastusp_backend (\w+) ([^`\n]+)|`(bench|plan|verify) (FILE[^`\n]*)`")
+TEST = re.compile(r"`(test_\w+\.py)::(test_\w+)`")
 ODD = re.compile(r"\b(stands?|stood|mend(s|ed|ing)?|cannot be had|can be had)\b", re.IGNORECASE)
 PICTURE = 200_000
 """Bytes: pages open on slow links, too."""
@@ -70,6 +71,13 @@ def is_there(path: str) -> bool:
 @pytest.mark.parametrize("page", LIVING, ids=name)
 def test_the_files_that_it_names_exist(page):
     assert not [file for file in FILE.findall(page.read_text(encoding="utf-8")) if not is_there(file)]
+
+
+@pytest.mark.parametrize("page", LIVING, ids=name)
+def test_the_tests_that_it_names_exist(page):
+    for file, test in TEST.findall(page.read_text(encoding="utf-8")):
+        (path,) = ROOT.glob(f"tests/*/{file}")
+        assert f"\ndef {test}(" in path.read_text(encoding="utf-8"), f"{file}::{test}"
 
 
 @pytest.mark.parametrize("page", DEVELOPERS, ids=name)

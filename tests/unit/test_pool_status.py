@@ -31,6 +31,28 @@ def test_the_page_reads_what_a_status_has(monkeypatch):
     pool.close()
     read = set(re.findall(r"\bpool\.(\w+)", "".join(page.read_text() for page in PAGES)))
     of_runs = Activity("sampling", 0.0, 1, 2, (0.1,)).facts().keys()
-    assert read - status.keys() == {"error", *of_runs}
+    assert read - status.keys() == {"error", "last_line", *of_runs}
     assert status.keys() - read == set()
     assert (status["starts"], status["backend"], status["transport"], status["model"]) == (1, "gloo", "gloo", "m")
+
+
+def test_what_workers_that_start_have_written_last(monkeypatch):
+    """Not what those before them have; nothing more once they are ready."""
+    monkeypatch.setattr(pools, "Workers", FakeWorkers)
+    monkeypatch.setattr(workers, "Processes", FakeProcesses)
+    pool = Pool(Devices(ranks=1))
+    write(pool, "of before")
+    assert "last_line" not in pool.status()
+    pool.stop("they were stopped from the page")
+    new = pool.start()
+    ready, new.ready = new.ready, None
+    assert pool.status()["state"] == "starting" and "last_line" not in pool.status()
+    write(pool, "importing torch")
+    assert pool.status()["last_line"] == "[torchrun] importing torch"
+    new.ready = ready
+    assert pool.status()["state"] == "idle" and "last_line" not in pool.status()
+    pool.close()
+
+
+def write(pool: Pool, text: str) -> None:
+    (pool.start().run_dir.path / "torchrun.log").write_text(f"{text}\n")
