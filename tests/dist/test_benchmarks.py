@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from pools import forked
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.thorough]
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 LAUNCHED = {"PET_NO_PYTHON": "1", "PET_NNODES": "4", "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "5"}

@@ -69,6 +69,7 @@ def test_loop_samplers(host, cfg, node):
     samplers.check(host)
 
 
+@pytest.mark.thorough
 def test_layouts_where_nothing_divides(host):
     path = host.base / "models/diffusion_models/wide.safetensors"
     write_checkpoint(str(path), WIDE)
