@@ -181,9 +181,16 @@ CHANGES = [
     ),
     (
         OBSTACLES,
-        "a mask that hides words counts as none",
-        'or key == "attention_mask" and masks_nothing(value.cond)',
-        'or key == "attention_mask"',
+        "a mask that the loop cannot honour counts as none",
+        'if "c_crossattn" in given and text_length(given, transformer) is not None:',
+        'if "c_crossattn" in given:',
         "unit/test_obstacles.py",
+    ),
+    (
+        "nodes/text_masks.py",
+        "a hole in a text counts as its end",
+        "known.all() and at_end.all() and lengths.all()",
+        "known.all() and lengths.all()",
+        "unit/test_nodes_text_masks.py",
     ),
 ]
