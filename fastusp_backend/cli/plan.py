@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--link",
-        type=_gigabytes,
+        type=_rate,
         metavar="GB/S",
         help="what the link between the GPUs was measured to carry, as doctor and the panel say it: times over it, too",
     )
@@ -58,6 +58,16 @@ def _gigabytes(text: str) -> float:
         value = 0.0
     if not 0 < value < 2000:  # more are MB
         raise argparse.ArgumentTypeError(f"give a number of GB, as 25 for a card of 24: got {text}")
+    return value
+
+
+def _rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 10_000:
+        raise argparse.ArgumentTypeError(f"give the link's GB/s, as 24: got {text}")
     return value
 
 

@@ -6,7 +6,6 @@ from workflows import Comparison, difference
 pytestmark = pytest.mark.host
 
 
-@pytest.mark.thorough
 def test_a_type_for_all_weights(second_host):
     runs = Comparison()
     graph = runs.graph

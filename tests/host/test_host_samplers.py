@@ -43,7 +43,6 @@ def check(host, names, **inputs) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.thorough
 def test_every_sampler_of_the_host(host):
     (names, *_) = host.get("/object_info/KSampler")["KSampler"]["input"]["required"]["sampler_name"]
     assert {*LOOP_SAMPLERS, "test_midpoint"} < set(names)

@@ -230,6 +230,13 @@ def test_plan_takes_a_link_that_was_measured():
     assert int(cells[2]["measured 3 GB/s"].split()[0]) > int(cells[2]["PCIe 4 x8"].split()[0])
 
 
+@pytest.mark.parametrize("rate", ["fast", "0", "-3", "nan", "inf"])
+def test_a_link_is_a_number_of_gigabytes(monkeypatch, capsys, tiny_flux, rate):
+    with pytest.raises(SystemExit) as ended:
+        plan_says(monkeypatch, capsys, tiny_flux, "--gpus", "0,1", f"--link={rate}")
+    assert ended.value.code == 2 and f"give the link's GB/s, as 24: got {rate}" in capsys.readouterr().err
+
+
 def test_plan_says_of_what_text_times_are():
     for config in (FLUX_DEV, CHROMA):
         file, layouts = plan.File(header(config), config, spec_with("auto")), plan_batches(2, config.heads)

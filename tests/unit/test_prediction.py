@@ -95,7 +95,7 @@ FP8 = torch.float8_e4m3fn
 @pytest.mark.parametrize(
     "config, ranks, given, measured",
     [
-        (FLUX_DEV, 1, {}, 118.6),  # H200, all
+        (FLUX_DEV, 1, {}, 118.6),  # H200, but for the last ones
         (FLUX_DEV, 2, {}, 66.2),
         (FLUX_DEV, 4, {}, 35.7),
         (FLUX_DEV, 8, {}, 22.4),  # one rank's share, played
@@ -109,6 +109,10 @@ FP8 = torch.float8_e4m3fn
         (SD35_LARGE, 2, {}, 32.8),
         (Z_IMAGE, 1, {}, 89.3),
         (Z_IMAGE, 2, {}, 50.3),
+        (FLUX_DEV, 1, {}, 125),  # H100
+        (FLUX_DEV, 2, {}, 66.3),
+        (FLUX_DEV, 2, {"link": PCIE[0], "peers": False}, 99.2),
+        (FLUX_DEV, 2, {"link": PCIE[0], "peers": False, "wire": "int8"}, 80.5),
     ],
 )
 def test_within_a_twentieth_where_weights_stay(config, ranks, given, measured):
