@@ -37,6 +37,10 @@ class Arena(Protocol):
     def own(self, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> torch.Tensor:
         """Returns this rank's memory on its own device."""
 
+    def addresses(self, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> torch.Tensor | None:
+        """Returns where such a tensor begins in the memory of each rank, (P,) int64 on this rank's device, for kernels
+        that write there themselves; None where they cannot."""
+
     def side_stream(self) -> AbstractContextManager:
         """Queues what is called inside on a stream of its own, behind what the main stream has been given so far."""
 
@@ -77,6 +81,11 @@ class Region:
     @cached_property
     def _views(self) -> list[torch.Tensor]:
         return [self.arena.view(p, self.shape, self.dtype, self.offset) for p in range(self.arena.size)]
+
+    @cached_property
+    def addresses(self) -> torch.Tensor | None:
+        """See `Arena.addresses`."""
+        return self.arena.addresses(self.shape, self.dtype, self.offset)
 
     def of(self, position: int) -> torch.Tensor:
         """Returns `Arena.view` of the rank at `position`."""

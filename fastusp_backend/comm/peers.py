@@ -12,6 +12,9 @@ over any number of graph replays. A ring's block is read by its peers while they
 and only then are attended tokens given back. The final gather has an arena of its own: a peer's next one comes after a
 whole step of other messages.
 
+What is too little for a copy to be worth its beginning, some microseconds, kernels write to peers themselves: q, k and
+v that which lays them out, attended tokens one for all ranks. The order is the same.
+
 Where the ring and the gather go by a group's collectives (transport.py), Ulysses' arena keeps this order: such a ring
 has sent all of its block before attended tokens are given back, and such a gather has a part of every rank, which sent
 it after it had read its last attended tokens. A step of another shape, whose messages lie elsewhere, follows that.
@@ -21,6 +24,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from ..kernels.scatter import scatter
 from .arena import CHANNELS, Arena, Part, Region, carve
 from .copies import copy
 from .links import Block, Pending
@@ -29,6 +33,9 @@ from .wire import Wire, unpack_gathered, unpack_returned
 
 _RETURN, _RETURN_TEXT, _READY, _DONE, _FIRST_SEND = range(5)
 """Channels of signals. q, k and v may travel in several messages, each on its own channel: _FIRST_SEND and above."""
+
+_WRITTEN = 1 << 20
+"""Bytes to each peer up to which a kernel writes them there."""
 
 
 class PeerUlysses:
@@ -58,6 +65,9 @@ class PeerUlysses:
         self.outgoing = torch.empty(outgoing, dtype=wire.carrier, device=device)
         self._targets = [(self.position + i) % len(members) for i in range(1, len(members))]
         self._peers = [members[target] for target in self._targets]
+        # Of what is packed the other side makes something else.
+        bases = [None if wire.packed else region.addresses for region in (gathered, returned)]
+        self._received_there, self._returned_there = (None if b is None else b[members] for b in bases)
         self._in_flight: list[slice] = []
         self._messages = 0  # of this layer, awaited or not: a channel is used again when all have heard it
         self._attended: torch.Tensor | None = None
@@ -74,12 +84,22 @@ class PeerUlysses:
                 parts.append((Part(self._gathered, index), (b, rows)))
         return parts
 
+    def _bytes(self, *, text: bool = True, image: bool = True) -> int:
+        """Of one tensor's rows, to a peer."""
+        rows = self._shards.local_text * text + self._shards.local_image * image
+        return self._batch * rows * self._wire.heads * self._wire.dim * self._wire.dtype.itemsize
+
+    def peers_memory(self, which: slice, *, text: bool = True, image: bool = True) -> torch.Tensor | None:
+        size = (which.stop - which.start) * self._bytes(text=text, image=image)
+        return self._received_there if size <= _WRITTEN else None
+
     def send(self, which: slice, *, text: bool = True, image: bool = True) -> None:
         channel = _FIRST_SEND + self._messages
         assert channel < CHANNELS
         self._messages += 1
         self._in_flight.append(which)
-        mine = self._arrival(self.position, which, text=text, image=image)
+        written = self.peers_memory(which, text=text, image=image) is not None
+        mine = [] if written else self._arrival(self.position, which, text=text, image=image)
         with self._arena.side_stream():
             for part, rows in mine:
                 for to in self._targets:
@@ -110,23 +130,33 @@ class PeerUlysses:
         else:
             self._return(rows_of, _RETURN)
 
-    def _return(self, rows_of: torch.Tensor, channel: int, **streams: bool) -> None:
+    def _return(self, rows_of: torch.Tensor, channel: int, *, text: bool = True, image: bool = True) -> None:
+        small = self._bytes(text=text, image=image) <= _WRITTEN
         with self._arena.side_stream():
-            regions = [self._shards.regions(to, **streams) for to in range(len(self._members))]
-            for stream, (rows, _) in enumerate(regions[self.position]):
-                for b in range(self._batch):
-                    part = self._place_of(self.position, b, rows)
-                    for to in self._targets:
-                        copy(part.of(self._members[to]), rows_of[b, regions[to][stream][1]])
-            self._arena.put_signals(self._peers, channel)
-            if not self._wire.packed:
-                for rows, own in regions[self.position]:
-                    for b in range(self._batch):
-                        copy(self._place_of(self.position, b, rows).own, rows_of[b, own])
+            if self._returned_there is not None and small:
+                shards = self._shards
+                rows = slice(0 if text else shards.local_text, shards.local if image else shards.local_text)
+                scatter(rows_of, self._returned_there, self.position, shards.local_text, shards.local_image, rows)
+                self._arena.put_signals(self._peers, channel)
+            else:
+                self._copy_back(rows_of, channel, text=text, image=image)
         for source in self._targets:
-            local = self._shards.regions(self.position, **streams)
+            local = self._shards.regions(self.position, text=text, image=image)
             parts = [self._place_of(source, b, rows) for rows, _ in local for b in range(self._batch)]
             self._arena.expect(self._members[source], channel, parts)
+
+    def _copy_back(self, rows_of: torch.Tensor, channel: int, **streams: bool) -> None:
+        regions = [self._shards.regions(to, **streams) for to in range(len(self._members))]
+        for stream, (rows, _) in enumerate(regions[self.position]):
+            for b in range(self._batch):
+                part = self._place_of(self.position, b, rows)
+                for to in self._targets:
+                    copy(part.of(self._members[to]), rows_of[b, regions[to][stream][1]])
+        self._arena.put_signals(self._peers, channel)
+        if not self._wire.packed:
+            for rows, own in regions[self.position]:
+                for b in range(self._batch):
+                    copy(self._place_of(self.position, b, rows).own, rows_of[b, own])
 
     def _place_of(self, source: int, b: int, rows: slice) -> Part:
         """Where attended rows of an image come back, of the heads that `source` attends."""

@@ -60,6 +60,10 @@ class SymmetricArena:
     def own(self, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> torch.Tensor:
         return self.view(self.position, shape, dtype, offset)
 
+    def addresses(self, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> torch.Tensor:
+        views = (self.view(position, shape, dtype, offset) for position in range(self.size))
+        return torch.tensor([view.data_ptr() for view in views], device=self._device)
+
     def side_stream(self):
         self._stream.wait_stream(torch.cuda.current_stream())
         return torch.cuda.stream(self._stream)
