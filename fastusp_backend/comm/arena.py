@@ -20,11 +20,13 @@ _ALIGNMENT = 256
 class Arena(Protocol):
     """Memory of this rank that all ranks of a group reach. `position`, `peer`: positions in that group.
 
+    hops: how many copies bring what a rank sends to where it is read.
     generation: changes when addresses that a CUDA graph has captured have moved.
     """
 
     position: int
     size: int
+    hops: int
     generation: int
 
     def reserve(self, capacity: int) -> None:
@@ -43,6 +45,9 @@ class Arena(Protocol):
 
     def side_stream(self) -> AbstractContextManager:
         """Queues what is called inside on a stream of its own, behind what the main stream has been given so far."""
+
+    def reading_stream(self) -> AbstractContextManager:
+        """The same for what is read from peers, beside what this rank publishes."""
 
     def put_signals(self, peers: Iterable[int], channel: int) -> None:
         """Signals to `peers`, behind what was queued before on the current stream. They must have heard the last

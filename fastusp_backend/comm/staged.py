@@ -42,6 +42,8 @@ class _Operation(ctypes.Structure):
 class StagedArena:
     """See `Arena`. group: ranks of one host."""
 
+    hops = 2
+
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
         self._group, self._device = group, device
         self.position, self.size = dist.get_rank(group), dist.get_world_size(group)
@@ -81,6 +83,9 @@ class StagedArena:
 
     def side_stream(self):
         return self._on(self._sending)
+
+    def reading_stream(self):
+        return self._on(self._fetching)
 
     def put_signals(self, peers: Iterable[int], channel: int) -> None:
         _stream_operations([(_WRITE, self._slot(peer, self.position, channel), 1) for peer in peers])

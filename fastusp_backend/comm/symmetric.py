@@ -34,6 +34,8 @@ def _meet(buffer: torch.Tensor, group: dist.ProcessGroup):
 class SymmetricArena:
     """See `Arena`."""
 
+    hops = 1
+
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
         self._group, self._device = group, device
         self.position, self.size = dist.get_rank(group), dist.get_world_size(group)
@@ -67,6 +69,8 @@ class SymmetricArena:
     def side_stream(self):
         self._stream.wait_stream(torch.cuda.current_stream())
         return torch.cuda.stream(self._stream)
+
+    reading_stream = side_stream
 
     def put_signals(self, peers: Iterable[int], channel: int) -> None:
         signals.put(self._pads, _mask(peers), self.position * CHANNELS + channel)
