@@ -129,7 +129,7 @@ class Unchanged:
         """Place, qualified name and value of what is not."""
         for place in self.places:
             known = self._known.get(place)
-            if known is not None and all(scope.get(name) is value for scope, name, value in known):
+            if known is not None and _still_there(known):
                 continue
             change = changed(place)
             if change is None:
@@ -150,6 +150,15 @@ class Unchanged:
 def unchanged(kind: type) -> Unchanged:
     """The one `Unchanged` of a class."""
     return Unchanged(kind)
+
+
+def _still_there(known: list[tuple[dict, str, object]]) -> bool:
+    """Whether each scope has each value at its name. A plain loop: this runs before each evaluation, and a rehearsal's
+    tracer sees every step of a generator."""
+    for scope, name, value in known:
+        if scope.get(name) is not value:
+            return False
+    return True
 
 
 def _values_at(place: Place) -> Iterator[tuple[dict, str, object]]:
