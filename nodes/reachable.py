@@ -35,11 +35,12 @@ def reached(module: ModuleType, name: str, library: str) -> tuple[Place, ...]:
     return tuple(found)
 
 
-def codes_at(place: Place) -> Iterator[CodeType]:
+@functools.cache
+def codes_at(place: Place) -> tuple[CodeType, ...]:
     """The code that a place's file has there: a function's, or of all methods of a class; none for an imported name."""
-    for code, name in provenance.codes(place.module).items():
-        if name == place.name or name.startswith(f"{place.name}."):
-            yield code
+    inside = f"{place.name}."
+    codes = provenance.codes(place.module).items()
+    return tuple(code for code, name in codes if name == place.name or name.startswith(inside))
 
 
 def _decorators(place: Place) -> Iterator[Place]:

@@ -25,7 +25,6 @@ import torch
 
 from . import provenance
 from .call_tracer import CallTracer, Obstacle
-from .comfyui import samplers
 from .reachable import Unchanged
 
 log = logging.getLogger(__name__)
@@ -41,8 +40,6 @@ def rehearse(
 ) -> str | None:
     """What a sampler function's evaluations, model(x, sigma, **extra_args), meet that the workers' loop would leave
     out; None if nothing. conditionings: the names of those of the guider that are evaluated."""
-    if type(model) is not samplers.KSamplerX0Inpaint or model.inner_model is not guider:
-        return f"{provenance.owner(model)} wraps the model in {type(model).__name__}"
     if sys.getprofile() is not None:
         return "a profiler is active"
     transformer = guider.inner_model.diffusion_model
