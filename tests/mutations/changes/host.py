@@ -159,6 +159,27 @@ CHANGES = [
         "unit/test_rehearsal.py",
     ),
     (
+        REHEARSAL,
+        "a text is cut short though a mask counts its tokens",
+        'if "attention_mask" in conds or not isinstance',
+        "if not isinstance",
+        "unit/test_rehearsal.py",
+    ),
+    (
+        "nodes/remote_loop.py",
+        "a run is sent before its rehearsal though the last one found something",
+        "transformer.unobstructed = found is None",
+        "transformer.unobstructed = True",
+        "unit/test_remote_loop.py",
+    ),
+    (
+        "fastusp_backend/pool/request.py",
+        "a run goes on unrehearsed",
+        "        call(meanwhile)\n",
+        "",
+        "unit/test_request.py",
+    ),
+    (
         WEIGHT_PATCHES,
         "the strength of the weight before a patch is lost",
         "strength_model=float(strength_model)",
