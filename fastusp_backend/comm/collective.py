@@ -74,6 +74,9 @@ class CollectiveUlysses:
         self._returning = None
         self._taken: torch.Tensor | None = None
 
+    def peers_memory(self, which: slice, *, text: bool = True, image: bool = True) -> None:
+        return None
+
     def send(self, which: slice, *, text: bool = True, image: bool = True) -> None:
         rows = slice(0 if text else self._shards.local_text, None if image else self._shards.local_text)
         sent = self.outgoing[which][:, :, :, rows].transpose(0, 1).contiguous()  # (U, T, B, R, *row)
