@@ -115,7 +115,7 @@ class Client:
                 self._channel.shut()
                 return
             frame = self._channel.frame(message, tensors)
-            self._unsent.append((self._link.post(frame), len(frame.data)))
+            self._unsent.append((self._link.post(frame), frame.nbytes))
 
     def end(self, text: str) -> None:
         """Tells why it is served no longer, and closes the connection."""
