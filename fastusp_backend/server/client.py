@@ -24,6 +24,8 @@ from ..protocol import (
     Patch,
     Phase,
     Release,
+    SharedMemory,
+    SharedTensors,
     Shown,
     Unmap,
 )
@@ -55,6 +57,7 @@ class Client:
         self._channel, self._pool, self._turns = channel, pool, turns
         self._cancelled: set[int] = set()
         self._taken = self._answered = 0
+        self._lasting: SharedMemory | None = None  # where its evaluations' tensors lie
         self._unsent: deque[tuple[Future[None], int]] = deque()
         self._posting = threading.Lock()
         self._told = 0.0
@@ -145,6 +148,7 @@ class Client:
             )
         elif not isinstance(message, Cancel):
             self._taken = message.id
+            self._keep(message, tensors)
             model = getattr(message, "model", None)
             if model is not None and not model.fingerprint:  # the workers would open whatever path it says
                 text = "Install the same FastUSP here and on the server: a file was asked for by its path, not its name"
@@ -157,6 +161,14 @@ class Client:
             self.post(Failed(id=message.id, kind="cancelled", rank=0, text="it was waiting for its turn"))
         else:
             self._cancelled.add(message.id)
+
+    def _keep(self, message: Message, tensors: Tensors) -> None:
+        """Keeps the memory mapped in which the client will write its next evaluation's tensors, until it is done with
+        it."""
+        if isinstance(message, Release | Unmap):
+            self._lasting = None
+        elif isinstance(tensors, SharedTensors) and tensors.memory.lasting:
+            self._lasting = tensors.memory
 
     def _wait(self, message: Message, tensors: Tensors) -> None:
         """Has a request wait for its turn."""
