@@ -131,6 +131,7 @@ class Client:
         if self.numbers is not None:
             self.numbers.leave()
         self._link.close()
+        self._lasting = None
 
     def _too_early(self, message: Message) -> bool:
         """Whether it came before Ready, while nobody takes what arrives: so much could that one that sends it is let

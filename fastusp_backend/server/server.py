@@ -113,21 +113,26 @@ class Server:
 
     def _work(self) -> None:
         while not self._stopped.is_set():
-            taken = self._turns.take(IDLE_SECONDS)
-            if taken is None:
+            if not self._do_next():
                 with contextlib.suppress(FastUSPError):  # they have died: whoever needs them hears of it
                     self._pool.unmap()
-                continue
-            client, job = taken
-            try:
-                if not client.gone:
-                    self._relay.run(client, job)
-            except Exception as error:  # one client's request must not end all others'
-                log.exception("a request of %s failed", client.name)
-                client.end(f"the server failed in it: {type(error).__name__}: {error}")
-            finally:
-                self._turns.done(job.message)
-            self._look()
+
+    def _do_next(self) -> bool:
+        """Whether there was a request, in time. What it held goes at its end."""
+        taken = self._turns.take(IDLE_SECONDS)
+        if taken is None:
+            return False
+        client, job = taken
+        try:
+            if not client.gone:
+                self._relay.run(client, job)
+        except Exception as error:  # one client's request must not end all others'
+            log.exception("a request of %s failed", client.name)
+            client.end(f"the server failed in it: {type(error).__name__}: {error}")
+        finally:
+            self._turns.done(job.message)
+        self._look()
+        return True
 
     def _look(self) -> None:
         """Lets the clients go whose workers have ended."""
