@@ -86,13 +86,15 @@ class Pair:
         self.worker.close()
 
 
-def header(carrier: int, length: int, magic: bytes = b"FU") -> bytes:
-    return struct.pack(">2sBxI", magic, carrier, length)
+def header(carrier: int, length: int, listed: int = 0, magic: bytes = b"FU") -> bytes:
+    return struct.pack(">2sBxII", magic, carrier, length, listed)
 
 
-def frame(message: object, *, carrier: int = NONE, blob: bytes = b"") -> bytes:
+def frame(message: object, *, carrier: int = NONE, places: bytes = b"", blob: bytes = b"") -> bytes:
+    """blob: the tensors, where they lie behind the message."""
     body = msgspec.msgpack.encode(message)
-    return header(carrier, len(body)) + body + blob
+    head = header(carrier, len(body), len(places)) + body + places
+    return head + bytes(-len(head) % 256) + blob if blob else head
 
 
 def recorded_frame(message, tensors=None) -> bytes:

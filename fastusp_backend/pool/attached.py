@@ -1,5 +1,6 @@
 """Workers of a server: this process attaches to them, and lets them be when it goes."""
 
+import contextlib
 import logging
 import threading
 import time
@@ -19,6 +20,7 @@ from ..protocol import (
     Attach,
     Channel,
     Ended,
+    Found,
     Held,
     Message,
     Ready,
@@ -27,6 +29,7 @@ from ..protocol import (
 )
 from ..protocol.messages import ToAttached
 from ..pulse import Memory
+from ..side_door import find, look
 from .cause import LOG_LINES
 from .contact import Contact
 from .link import POLL_SECONDS, Link
@@ -52,6 +55,25 @@ def _devices(welcome: Welcome, address: str, key: str) -> ServerDevices:
         per_machine=welcome.per_machine,
         bfloat16=welcome.bfloat16,
     )
+
+
+def _come_in(channel: Channel, welcome: Welcome) -> Channel:
+    """The channel to which a server answers from now on: on this machine one of its own, by which memory is shared.
+    Raises OSError or ProtocolError."""
+    sock = find(welcome.side_door)
+    if sock is None:
+        channel.send(Attach())
+        return channel
+    with contextlib.ExitStack() as not_let_in:
+        not_let_in.callback(sock.close)
+        channel.send(Attach(beside=True))
+        content = look(sock)
+        channel.send(Found(content=content))
+        if not content:
+            return channel
+        not_let_in.pop_all()
+    channel.close()
+    return Channel(sock, ToAttached)
 
 
 class AttachedWorkers(Contact):
@@ -80,7 +102,8 @@ class AttachedWorkers(Contact):
             if self.ready is None and self._said is not None:
                 self.ready = self._said
                 names = ", ".join(self.ready.devices)
-                log.info("FastUSP: attached to the workers of %s (%s)", self.devices, names)
+                way = "in shared memory" if self.channel.shares_memory else "inside TLS"
+                log.info("FastUSP: attached to the workers of %s (%s); tensors go %s", self.devices, names, way)
                 self._changed()
             if self._link.ended:
                 self._end("the connection was lost")
@@ -94,7 +117,7 @@ class AttachedWorkers(Contact):
         try:
             if _devices(welcome, self.devices.address, self.devices.key) != self.devices:
                 raise PoolError("it has other devices now; queue the prompt again")
-            channel.send(Attach())
+            channel = _come_in(channel, welcome)
             return channel, Link(channel, self._hear)
         except BaseException:
             channel.close()

@@ -93,6 +93,7 @@ class Link:
                 written.set_result(None)
             except BaseException as error:  # told to who sends it
                 written.set_exception(error)
+            del item, frame  # or its memory would stay until something else is sent
 
     def _read(self) -> None:
         while True:
@@ -108,3 +109,4 @@ class Link:
             else:
                 if not self._heard(message):
                     self._inbox.put((message, tensors))
+                del message, tensors  # or their memory would stay until something else arrives

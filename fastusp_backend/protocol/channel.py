@@ -1,9 +1,9 @@
 """Frames over a stream socket: a message and the tensors that travel with it.
 
-A frame is preceded by its length (4 bytes, big endian). It is 8 bytes (magic, carrier, length of the message, big
-endian), the msgpack message, and the tensors as a safetensors file. Tensors of more than 256 KiB together go into
-shared memory instead; the frame says where in it they lie, and its descriptor comes with the frame over the AF_UNIX
-socket, unless the receiver has mapped it before.
+A frame is preceded by its length (4 bytes, big endian). It is 12 bytes (magic, carrier, lengths of the message and of
+the places, big endian), the msgpack message, in msgpack the places of the tensors, and at the next multiple of 256
+bytes the tensors, which are received as they lie. Tensors of more than 256 KiB together go into shared memory instead,
+whose descriptor comes with the frame over the AF_UNIX socket, unless the receiver has mapped it before.
 
 `multiprocessing.connection` would frame bytes as well, but passes no descriptor with them and unpickles by default. Of
 it there is only the handshake by which both ends prove that they have the key. Nothing that arrives is ever unpickled.
@@ -20,33 +20,36 @@ from multiprocessing.connection import answer_challenge, deliver_challenge
 from typing import NamedTuple
 
 import msgspec
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 
 from ..errors import ProtocolError, RequestError
 from .messages import Message
-from .shared import ADVICE, Places, SharedMemory, SharedTensors, inline_tensors, room_for
+from .shared import ADVICE, Places, SharedMemory, SharedTensors, aligned, placed, put
 from .tls import TlsStream
 
-_HEADER = struct.Struct(">2sBxI")
+_HEADER = struct.Struct(">2sBxII")
 _LENGTH = struct.Struct(">I")
 _FD = struct.Struct("i")
 _MAGIC = b"FU"
 _NONE, _INLINE, _SHARED, _LASTING = range(4)
+_FRONT = aligned(_LENGTH.size)
+"""Before a frame with tensors in its sender's memory: its length, at the end of that."""
 
 INLINE_LIMIT = 256 * 1024
 MAX_FRAME = 1 << 30
 """Upper bound of a frame, in bytes: tensors travel inline where there is no shared memory (TCP, no memfd)."""
-_NAMES = 256 * 1024
-"""What the names and shapes of a frame's tensors take at most, in bytes."""
 
 
 class Frame(NamedTuple):
-    """What `Channel.write` sends. memory: whose descriptor goes along."""
+    """What `Channel.write` sends. data: with its length in front. memory: whose descriptor goes along."""
 
-    data: bytes
+    data: bytes | memoryview
     memory: SharedMemory | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """What it holds until it is sent."""
+        return len(self.data) + (len(self.memory.bytes) if self.memory is not None else 0)
 
 
 class Channel:
@@ -106,34 +109,41 @@ class Channel:
         Raises RequestError for more than travels.
         """
         tensors = {name: t.detach() for name, t in (tensors or {}).items()}
-        body, nbytes = msgspec.msgpack.encode(message), sum(t.nbytes for t in tensors.values())
-        if nbytes > INLINE_LIMIT and self.shares_memory:
-            return self._shared_frame(body, tensors, lasting)
-        if nbytes + len(body) > MAX_FRAME - _NAMES:
+        body, (places, size) = msgspec.msgpack.encode(message), placed(tensors)
+        if not tensors:
+            return _bytes_frame(_head(_NONE, body))
+        if size > INLINE_LIMIT and self.shares_memory:
+            return self._shared_frame(body, tensors, places, size, lasting)
+        head = _head(_INLINE, body, msgspec.msgpack.encode(places))
+        length = aligned(len(head)) + size
+        if length > MAX_FRAME:
             raise RequestError(
-                f"Use smaller images, batches or LoRAs: {nbytes / 1e9:.2f} GB of tensors at a time do not travel "
+                f"Use smaller images, batches or LoRAs: {size / 1e9:.2f} GB of tensors at a time do not travel "
                 f"between machines, {MAX_FRAME / 1e9:.2f} GB would"
             )
-        blob = safetensors.torch.save(_standing_alone(tensors)) if tensors else b""
-        return Frame(_HEADER.pack(_MAGIC, _INLINE if tensors else _NONE, len(body)) + body + blob)
+        whole = torch.empty(_FRONT + length, dtype=torch.uint8)
+        put(tensors, places, whole[_FRONT + aligned(len(head)) :])
+        data = memoryview(whole.numpy())[_FRONT - _LENGTH.size :]
+        data[: _LENGTH.size + len(head)] = _LENGTH.pack(length) + head
+        return Frame(data)
 
     def write(self, frame: Frame) -> None:
         """Raises OSError when the other end is gone. Whoever is interrupted here leaves half a frame behind."""
         with self._send_lock:
-            data, sent = _LENGTH.pack(len(frame.data)) + frame.data, 0
+            sent = 0
             if frame.memory is not None:
-                sent = socket.send_fds(self._socket, [data], [frame.memory.fd])
-            self._socket.sendall(data[sent:])
+                sent = socket.send_fds(self._socket, [frame.data], [frame.memory.fd])
+            self._socket.sendall(memoryview(frame.data)[sent:])
 
     def send_bytes(self, data: bytes) -> None:
         """Sends a frame of the handshake, which is no message. Raises as `write`."""
-        self.write(Frame(data))
+        self.write(_bytes_frame(data))
 
     def recv_bytes(self, most: int) -> bytes:
         """The next frame as it is, of so many bytes at most. Raises as `receive`."""
         frame, fd, _ = self._receive_frame(most)
         _close(fd)
-        return frame
+        return bytes(frame.numpy())
 
     def forget(self) -> None:
         """Gives lasting memory up: the next tensors go into other memory."""
@@ -146,19 +156,20 @@ class Channel:
         """The size of the lasting memory that this end writes to; 0 for none."""
         return len(self._lasting.bytes) if self._lasting is not None else 0
 
-    def _shared_frame(self, body: bytes, tensors: dict[str, torch.Tensor], lasting: bool) -> Frame:
-        size = room_for(tensors)
+    def _shared_frame(
+        self, body: bytes, tensors: dict[str, torch.Tensor], places: Places, size: int, lasting: bool
+    ) -> Frame:
         known = lasting and size <= self.lasting_bytes
         if lasting and not known:
             self.forget()
         memory = self._lasting if known else SharedMemory.made(size)
         if lasting and any(t.is_cuda for t in tensors.values()):
             memory.pin()
-        places = memory.put(tensors)
-        header = _HEADER.pack(_MAGIC, _LASTING if lasting else _SHARED, len(body))
+        put(tensors, places, memory.bytes)
         if lasting:
             self._lasting = memory
-        return Frame(header + body + msgspec.msgpack.encode(places), None if known else memory)
+        head = _head(_LASTING if lasting else _SHARED, body, msgspec.msgpack.encode(places))
+        return _bytes_frame(head, None if known else memory)
 
     def receive(self) -> tuple[Message, dict[str, torch.Tensor]]:
         """The next message and its tensors.
@@ -169,27 +180,30 @@ class Channel:
         frame, fd, lost = self._receive_frame(self._limit)
         try:
             return self._read(frame, fd, lost)
-        except (msgspec.MsgspecError, ValueError, SafetensorError, KeyError) as error:
+        except (msgspec.MsgspecError, ValueError) as error:
             raise ProtocolError(f"a frame was refused: {error}") from error
         finally:
             _close(fd)
 
-    def _read(self, frame: bytes, fd: int | None, lost: bool) -> tuple[Message, dict[str, torch.Tensor]]:
-        if len(frame) < _HEADER.size:
-            raise ProtocolError(f"a frame of {len(frame)} bytes is too short")
-        magic, carrier, length = _HEADER.unpack_from(frame)
-        body, rest = frame[_HEADER.size : _HEADER.size + length], frame[_HEADER.size + length :]
-        if magic != _MAGIC or len(body) != length or carrier > _LASTING or (rest and carrier == _NONE):
+    def _read(self, frame: torch.Tensor, fd: int | None, lost: bool) -> tuple[Message, dict[str, torch.Tensor]]:
+        data = memoryview(frame.numpy())
+        if len(data) < _HEADER.size:
+            raise ProtocolError(f"a frame of {len(data)} bytes is too short")
+        magic, carrier, length, listed = _HEADER.unpack_from(data)
+        end = _HEADER.size + length + listed
+        whole = len(data) >= end if carrier == _INLINE else len(data) == end
+        if magic != _MAGIC or carrier > _LASTING or not whole or (listed and carrier == _NONE):
             raise ProtocolError("a frame has a malformed header")
-        message = self._decoder.decode(body)
+        message = self._decoder.decode(data[_HEADER.size : _HEADER.size + length])
         if carrier == _NONE:
             return message, {}
         if carrier == _INLINE:
-            return message, inline_tensors(rest)
+            places = self._places.decode(data[end - listed : end])
+            return message, {name: place.find(frame[aligned(end) :]) for name, place in places.items()}
         try:
             if lost:
                 raise ProtocolError(f"a frame's shared memory cannot be taken: too many files are open here; {ADVICE}")
-            places = self._places.decode(rest)
+            places = self._places.decode(data[end - listed :])
             return message, SharedTensors(self._memory(fd, lasting=carrier == _LASTING), places)
         except ProtocolError as error:
             error.message = message
@@ -206,17 +220,22 @@ class Channel:
             raise ProtocolError("a frame announces shared memory but no descriptor came with it")
         return memory
 
-    def _receive_frame(self, most: int) -> tuple[bytes, int | None, bool]:
-        """The next frame, the descriptor that came with it, and whether one came that this process could not take."""
+    def _receive_frame(self, most: int) -> tuple[torch.Tensor, int | None, bool]:
+        """The next frame, as bytes, the descriptor that came with it, and whether one came that this process could not
+        take."""
         prefix, ancillary, flags = self._begin_frame()
         if not prefix:
             raise EOFError
         fd = next((_FD.unpack(data)[0] for _, kind, data in ancillary if kind == socket.SCM_RIGHTS), None)
         try:
-            (length,) = _LENGTH.unpack(prefix + self._receive_exactly(_LENGTH.size - len(prefix)))
+            rest = bytearray(_LENGTH.size - len(prefix))
+            self._fill(memoryview(rest))
+            (length,) = _LENGTH.unpack(prefix + rest)
             if length > most:
                 raise OSError(f"a frame of {length} bytes is too large")
-            return self._receive_exactly(length), fd, fd is None and bool(flags & socket.MSG_CTRUNC)
+            frame = torch.empty(length, dtype=torch.uint8)  # where torch aligns it: products sum alike each time
+            self._fill(memoryview(frame.numpy()))
+            return frame, fd, fd is None and bool(flags & socket.MSG_CTRUNC)
         except BaseException:
             _close(fd)
             raise
@@ -227,15 +246,13 @@ class Channel:
             return self._socket.recv(_LENGTH.size), [], 0
         return self._socket.recvmsg(_LENGTH.size, socket.CMSG_LEN(_FD.size))[:3]
 
-    def _receive_exactly(self, length: int) -> bytes:
-        data = bytearray()
-        while len(data) < length:
-            part = self._socket.recv(min(length - len(data), 1 << 20))
-            if not part:
+    def _fill(self, buffer: memoryview) -> None:
+        while buffer:
+            count = self._socket.recv_into(buffer)
+            if not count:
                 raise EOFError
             self.heard = time.monotonic()
-            data += part
-        return bytes(data)
+            buffer = buffer[count:]
 
     def shut(self) -> None:
         """Ends the stream for both ends, and for threads that read or write here."""
@@ -252,12 +269,9 @@ def _close(fd: int | None) -> None:
         os.close(fd)
 
 
-def _standing_alone(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """On the CPU, contiguous, and no two on the same memory, which safetensors would refuse."""
-    alone, storages = {}, set()
-    for name, t in tensors.items():
-        t = t.detach().cpu().contiguous()
-        t = t.clone() if t.untyped_storage().data_ptr() in storages else t
-        storages.add(t.untyped_storage().data_ptr())
-        alone[name] = t
-    return alone
+def _head(carrier: int, body: bytes, places: bytes = b"") -> bytes:
+    return _HEADER.pack(_MAGIC, carrier, len(body), len(places)) + body + places
+
+
+def _bytes_frame(data: bytes, memory: SharedMemory | None = None) -> Frame:
+    return Frame(_LENGTH.pack(len(data)) + data, memory)

@@ -10,7 +10,7 @@ import msgspec
 
 from ..config import CacheRule, Layout, ModelSpec, Settings, WeightPatch
 
-VERSION = 12
+VERSION = 13
 """Raised whenever a message or the framing changes: client and workers of different versions refuse each other."""
 
 
@@ -215,6 +215,7 @@ class Welcome(Message):
     ranks, device: how many, and whether they are `cpu` or `cuda` ones.
     per_machine: how many of them share a machine.
     bfloat16: whether all devices compute it.
+    side_door: where a client on the server's own machine may come in; empty for nowhere. See `side_door`.
     """
 
     version: int
@@ -222,11 +223,24 @@ class Welcome(Message):
     device: Literal["cpu", "cuda"]
     per_machine: int
     bfloat16: bool
+    side_door: str = ""
 
 
 class Attach(Message):
     """To a server that has said Welcome: this client has requests. Answered by Ready when the workers are, which the
-    server starts where none run."""
+    server starts where none run.
+
+    beside: whether it has connected at the side door, and Found follows.
+    """
+
+    beside: bool = False
+
+
+class Found(Message):
+    """What a client has read in the memory that it was shown at the side door; empty where it could read none, and
+    goes on over TLS. After what was there to be read all else is said at the side door."""
+
+    content: bytes
 
 
 class Shown(Message):
@@ -248,5 +262,5 @@ class Ended(Message):
 
 ToWorker = Hello | Sample | Evaluate | Patch | Cancel | Release | Park | Unmap | Shutdown
 ToClient = Ready | Phase | Held | Step | Done | Failed
-ToServer = Hello | Attach | Sample | Evaluate | Patch | Cancel | Release | Park | Unmap
+ToServer = Hello | Attach | Found | Sample | Evaluate | Patch | Cancel | Release | Park | Unmap
 ToAttached = Welcome | ToClient | Shown | Ended

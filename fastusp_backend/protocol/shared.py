@@ -1,4 +1,5 @@
-"""Tensors in anonymous shared memory: it has no name that could outlive a killed process, and goes with its last user.
+"""Where the tensors of a frame lie: behind the message, or in anonymous shared memory, which has no name that could
+outlive a killed process, and goes with its last user.
 
 Fresh memory costs more than what is copied into it: the system clears each page before it is first written. So a
 sender may keep it, and write the next request's tensors where the last one's were.
@@ -34,8 +35,37 @@ class Place(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     shape: tuple[Annotated[int, msgspec.Meta(ge=0)], ...]
     offset: Annotated[int, msgspec.Meta(ge=0)]
 
+    def find(self, memory: torch.Tensor) -> torch.Tensor:
+        """The tensor, in memory of bytes. Raises ProtocolError for one that does not lie within it."""
+        dtype = getattr(torch, self.dtype)
+        end = self.offset + math.prod(self.shape) * dtype.itemsize
+        try:
+            if end > len(memory):
+                raise ProtocolError(f"a tensor ends at byte {end} of {len(memory)} of a frame's memory")
+            return memory[self.offset : end].view(dtype).view(self.shape)
+        except (RuntimeError, OverflowError, TypeError) as error:
+            raise ProtocolError(f"a frame's memory holds no tensor {self}: {error}") from error
+
 
 Places = dict[str, Place]
+
+
+def placed(tensors: dict[str, torch.Tensor]) -> tuple[Places, int]:
+    """Where tensors lie one behind the other, each at a multiple of 256 bytes, and the bytes that this takes. Raises
+    ProtocolError for a type that does not travel."""
+    places, end = {}, 0
+    for name, t in tensors.items():
+        places[name] = Place(_type_name(name, t), tuple(t.shape), aligned(end))
+        end = places[name].offset + t.nbytes
+    return places, end
+
+
+def put(tensors: dict[str, torch.Tensor], places: Places, memory: torch.Tensor) -> None:
+    """Writes tensors of any device to where they lie in memory of bytes."""
+    for name, t in tensors.items():
+        places[name].find(memory).copy_(t, non_blocking=True)
+    for device in {t.device for t in tensors.values() if t.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
 
 
 def inline_tensors(blob: bytes) -> dict[str, torch.Tensor]:
@@ -48,7 +78,7 @@ class SharedTensors(dict[str, torch.Tensor]):
     """Tensors in `memory`, where others find them by `places`."""
 
     def __init__(self, memory: "SharedMemory", places: Places):
-        super().__init__({name: memory.tensor(place) for name, place in places.items()})
+        super().__init__({name: place.find(memory.bytes) for name, place in places.items()})
         self.memory, self.places = memory, places
 
 
@@ -98,28 +128,6 @@ class SharedMemory:
         except ProtocolError as error:
             raise RequestError(str(error)) from error
 
-    def put(self, tensors: dict[str, torch.Tensor]) -> Places:
-        """Writes tensors of any device; see `room_for`."""
-        places, end = {}, 0
-        for name, t in tensors.items():
-            places[name] = Place(_type_name(name, t), tuple(t.shape), end)
-            self.tensor(places[name]).copy_(t, non_blocking=True)
-            end = _aligned(end + t.nbytes)
-        for device in {t.device for t in tensors.values() if t.is_cuda}:
-            torch.cuda.current_stream(device).synchronize()
-        return places
-
-    def tensor(self, place: Place) -> torch.Tensor:
-        """Raises ProtocolError for one that does not lie within the memory."""
-        dtype = getattr(torch, place.dtype)
-        end = place.offset + math.prod(place.shape) * dtype.itemsize
-        try:
-            if end > len(self.bytes):
-                raise ProtocolError(f"a tensor ends at byte {end} of {len(self.bytes)} of shared memory")
-            return self.bytes[place.offset : end].view(dtype).view(place.shape)
-        except (RuntimeError, OverflowError, TypeError) as error:
-            raise ProtocolError(f"shared memory holds no tensor {place}: {error}") from error
-
     def pin(self) -> None:
         """Pins it, once, so that GPUs' copy engines reach it. Where CUDA cannot, the log says so: copies are slow
         then."""
@@ -140,12 +148,8 @@ class SharedMemory:
             self._pinned = None
 
 
-def room_for(tensors: dict[str, torch.Tensor]) -> int:
-    """Bytes that `SharedMemory.put` takes."""
-    return sum(_aligned(t.nbytes) for t in tensors.values())
-
-
-def _aligned(size: int) -> int:
+def aligned(size: int) -> int:
+    """The next multiple of 256 bytes, at which any type may lie."""
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 

@@ -47,19 +47,31 @@ class TlsStream:
 
     def recv(self, most: int) -> bytes:
         """As a socket's; empty also where the other end is gone without a word."""
+        data = bytearray(most)
+        return bytes(data[: self.recv_into(data)])
+
+    def recv_into(self, buffer: bytearray | memoryview) -> int:
+        """As a socket's; 0 also where the other end is gone without a word."""
+        view, got = memoryview(buffer), 0
         while True:
             with self._one:
                 try:
-                    return self._tls.read(most)
+                    while got < len(view):  # a record at a time
+                        part = self._tls.read(len(view) - got, view[got:])
+                        if not part:
+                            return got
+                        got += part
                 except ssl.SSLWantReadError:
                     pass
                 except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
-                    return b""
+                    return got
+            if got:
+                return got
             self._fetch()
             if self._outgoing.pending:  # TLS answers some things by itself
                 self._flush()
 
-    def sendall(self, data: bytes) -> None:
+    def sendall(self, data: bytes | memoryview) -> None:
         view = memoryview(data)
         with self._in_order:
             for start in range(0, len(view), _PIECE):

@@ -24,6 +24,8 @@ from ..protocol import (
     Patch,
     Phase,
     Release,
+    SharedMemory,
+    SharedTensors,
     Shown,
     Unmap,
 )
@@ -55,6 +57,7 @@ class Client:
         self._channel, self._pool, self._turns = channel, pool, turns
         self._cancelled: set[int] = set()
         self._taken = self._answered = 0
+        self._lasting: SharedMemory | None = None  # where its evaluations' tensors lie
         self._unsent: deque[tuple[Future[None], int]] = deque()
         self._posting = threading.Lock()
         self._told = 0.0
@@ -115,7 +118,7 @@ class Client:
                 self._channel.shut()
                 return
             frame = self._channel.frame(message, tensors)
-            self._unsent.append((self._link.post(frame), len(frame.data)))
+            self._unsent.append((self._link.post(frame), frame.nbytes))
 
     def end(self, text: str) -> None:
         """Tells why it is served no longer, and closes the connection."""
@@ -128,6 +131,7 @@ class Client:
         if self.numbers is not None:
             self.numbers.leave()
         self._link.close()
+        self._lasting = None
 
     def _too_early(self, message: Message) -> bool:
         """Whether it came before Ready, while nobody takes what arrives: so much could that one that sends it is let
@@ -145,6 +149,7 @@ class Client:
             )
         elif not isinstance(message, Cancel):
             self._taken = message.id
+            self._keep(message, tensors)
             model = getattr(message, "model", None)
             if model is not None and not model.fingerprint:  # the workers would open whatever path it says
                 text = "Install the same FastUSP here and on the server: a file was asked for by its path, not its name"
@@ -157,6 +162,14 @@ class Client:
             self.post(Failed(id=message.id, kind="cancelled", rank=0, text="it was waiting for its turn"))
         else:
             self._cancelled.add(message.id)
+
+    def _keep(self, message: Message, tensors: Tensors) -> None:
+        """Keeps the memory mapped in which the client will write its next evaluation's tensors, until it is done with
+        it."""
+        if isinstance(message, Release | Unmap):
+            self._lasting = None
+        elif isinstance(tensors, SharedTensors) and tensors.memory.lasting:
+            self._lasting = tensors.memory
 
     def _wait(self, message: Message, tensors: Tensors) -> None:
         """Has a request wait for its turn."""

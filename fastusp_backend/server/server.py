@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from multiprocessing import AuthenticationError
 
+from msgspec.structs import replace
+
 from ..devices import Devices, supports_bfloat16
 from ..door import limited
 from ..errors import FastUSPError, ProtocolError
@@ -17,6 +19,7 @@ from ..pool import Pool
 from ..pool.contact import Contact
 from ..protocol import VERSION, Attach, Channel, Ended, Failed, Hello, Message, TlsStream, Welcome
 from ..protocol.machines import Ask, Join, Meet, ToFirst
+from ..side_door import SideDoor
 from .client import Client
 from .joined import JoinedWorkers
 from .machines import Machines
@@ -110,21 +113,26 @@ class Server:
 
     def _work(self) -> None:
         while not self._stopped.is_set():
-            taken = self._turns.take(IDLE_SECONDS)
-            if taken is None:
+            if not self._do_next():
                 with contextlib.suppress(FastUSPError):  # they have died: whoever needs them hears of it
                     self._pool.unmap()
-                continue
-            client, job = taken
-            try:
-                if not client.gone:
-                    self._relay.run(client, job)
-            except Exception as error:  # one client's request must not end all others'
-                log.exception("a request of %s failed", client.name)
-                client.end(f"the server failed in it: {type(error).__name__}: {error}")
-            finally:
-                self._turns.done(job.message)
-            self._look()
+
+    def _do_next(self) -> bool:
+        """Whether there was a request, in time. What it held goes at its end."""
+        taken = self._turns.take(IDLE_SECONDS)
+        if taken is None:
+            return False
+        client, job = taken
+        try:
+            if not client.gone:
+                self._relay.run(client, job)
+        except Exception as error:  # one client's request must not end all others'
+            log.exception("a request of %s failed", client.name)
+            client.end(f"the server failed in it: {type(error).__name__}: {error}")
+        finally:
+            self._turns.done(job.message)
+        self._look()
+        return True
 
     def _look(self) -> None:
         """Lets the clients go whose workers have ended."""
@@ -178,7 +186,10 @@ class Server:
             return
         try:
             with limited(sock, GREETING_SECONDS):
-                wish = self._greet(channel)
+                wish, beside = self._greet(channel)
+            if beside is not None:
+                channel.close()
+                channel = Channel(beside, ToFirst)
             if isinstance(wish, Attach):
                 self._attached(name, channel)
             elif isinstance(wish, Join) and self._machines is not None:
@@ -204,16 +215,18 @@ class Server:
         channel.authenticate(self._key.secret, listens=True)
         return channel
 
-    def _greet(self, channel: Channel) -> Message | None:
-        """What the other end wants; None where it wanted to know what there is."""
+    def _greet(self, channel: Channel) -> tuple[Message | None, socket.socket | None]:
+        """What the other end wants, None where it wanted to know what there is; and where else it has come in."""
         hello, _ = channel.receive()
         if not isinstance(hello, Hello) or hello.version != VERSION:
             raise ProtocolError(f"expected Hello of protocol version {VERSION}, got {hello}")
-        channel.send(self._welcome)
-        try:
-            return channel.receive()[0]
-        except EOFError:
-            return None
+        with SideDoor() as door:
+            channel.send(replace(self._welcome, side_door=door.name))
+            try:
+                wish, _ = channel.receive()
+            except EOFError:
+                return None, None
+            return wish, door.let_in(channel) if isinstance(wish, Attach) and wish.beside else None
 
     def _attached(self, name: str, channel: Channel) -> None:
         """Serves a client until it is gone."""
@@ -227,7 +240,7 @@ class Server:
             self._refuse(name, text)
             channel.send(Ended(text=text))
             return
-        log.info("%s attaches", name)
+        log.info("%s attaches%s", name, ", and shares memory" if channel.shares_memory else "")
         try:
             if client.attach(self._numbers_of):
                 client.serve()

@@ -108,6 +108,11 @@ class Turns:
             self._changed.notify()
 
     def _check_room(self, client: Hashable, job: Job) -> None:
+        if job.nbytes > ALL_BYTES:
+            raise RequestError(
+                f"Use smaller images, batches or LoRAs: {job.nbytes / 1e9:.2f} GB of tensors at a time are too many "
+                f"for a server, which takes {ALL_BYTES / 1e9:.2f} GB"
+            )
         own = self._waiting.get(client, ())
         of_all = sum(other.nbytes for jobs in self._waiting.values() for other in jobs) + job.nbytes
         if self._working is not None:

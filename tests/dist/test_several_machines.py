@@ -112,6 +112,7 @@ def test_one_machine_of_two_ranks(network, run_dirs, one, dev, tmp_path):
         pool = server.attach()
         for layout in (Layout(ulysses=2, ring=1), Layout(ulysses=1, ring=2)):
             assert relative_difference(evaluate(pool, dev, layout), one[0]) < 2e-5
+        assert not pool._workers.channel.shares_memory
         groups = session(pool, dev, Layout(batch=2, ulysses=1, ring=1))
         assert relative_difference(groups.sample(GIVEN.x, SHORT, **GUIDED), one[1]) < 2e-5
         net = [x for x in listeners(server.process.pid) if x.kind != "unix"]

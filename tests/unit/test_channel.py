@@ -166,7 +166,7 @@ def test_no_descriptor_leaks(tmp_path):
             assert held[0] == SENTINEL
             for content, sealed in ((CONTENT, False), (b"garbage", True)):
                 fd = memory(content, sealed=sealed)
-                pair.send_with(fd, frame(SENTINEL, carrier=SHARED, blob=PLACES))
+                pair.send_with(fd, frame(SENTINEL, carrier=SHARED, places=PLACES))
                 assert_refused_in_place(pair)
                 pair.send_with(fd, header(9, 0))
                 os.close(fd)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastusp_backend.errors import ProtocolError
-from fastusp_backend.protocol.shared import SharedMemory, SharedTensors, room_for
+from fastusp_backend.protocol.shared import SharedMemory, SharedTensors, placed, put
 
 pytestmark = pytest.mark.unit
 
@@ -16,8 +16,9 @@ def test_every_type_and_shape():
     tensors = {f"{dtype}": torch.arange(5).to(dtype) for dtype in TYPES}
     tensors |= {"scalar": torch.tensor(3.5), "empty": torch.empty(0, 4), "matrix": torch.randn(3, 7), "": torch.ones(1)}
     tensors |= {"transposed": torch.randn(3, 7).T, "expanded": torch.randn(1, 3).expand(4, 3)}
-    memory = SharedMemory.made(room_for(tensors))
-    places = memory.put(tensors)
+    places, size = placed(tensors)
+    memory = SharedMemory.made(size)
+    put(tensors, places, memory.bytes)
     got = SharedTensors(SharedMemory(memory.fd, lasting=True), places)
     assert got.keys() == tensors.keys()
     for name, wanted in tensors.items():
@@ -28,4 +29,4 @@ def test_every_type_and_shape():
 
 def test_a_type_that_does_not_travel_is_named():
     with pytest.raises(ProtocolError, match="'z' is torch.complex64"):
-        SharedMemory.made(4096).put({"z": torch.zeros(2, dtype=torch.complex64)})
+        placed({"z": torch.zeros(2, dtype=torch.complex64)})

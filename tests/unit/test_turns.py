@@ -151,6 +151,8 @@ def test_no_more_waits_than_may(queue, monkeypatch):
     with pytest.raises(RequestError, match="^Queue the prompt again when"):
         queue.turns.add("b", large)
     queue.turns.add("c", large)
+    with pytest.raises(RequestError, match="^Use smaller images, batches or LoRAs: .* too many"):
+        queue.turns.add("d", Job(SAMPLE, {"x": torch.zeros(5)}))
     with pytest.raises(RequestError, match="^Queue the prompt again later: the requests of all clients"):
         queue.turns.add("d", large)
     client, job = queue.turns.take(0)

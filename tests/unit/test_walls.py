@@ -48,6 +48,7 @@ ROOMS = {
     "servers": {"keyfile", "errors"},
     "keyfile": {"command", "errors"},
     "door": {"protocol", "keyfile", "errors"},
+    "side_door": {"protocol", "errors"},
     "meeting": {"protocol", "door", "errors"},
     "protocol": BASE | {"pinning"},
     "comm": {"config", "kernels", "pinning", "ports", "pulse"},
@@ -65,8 +66,9 @@ ROOMS = {
     | {"comm.groups", "meeting", "ports", "pulse"},
     "worker.process": {"pulse"},
     "pool": BASE
-    | {"prompt", "protocol", "devices", "environment", "library", "door", "worker.process", "ports", "pulse"},
-    "server": BASE | {"prompt", "pool", "protocol", "devices", "keyfile", "door", "meeting", "pulse"},
+    | {"prompt", "protocol", "devices", "environment", "library", "door", "side_door"}
+    | {"worker.process", "ports", "pulse"},
+    "server": BASE | {"prompt", "pool", "protocol", "devices", "keyfile", "door", "side_door", "meeting", "pulse"},
 }
 ABOVE_ALL = {"cli", "__main__"}
 FOR_NODES = (

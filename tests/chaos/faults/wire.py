@@ -14,7 +14,7 @@ from fastusp_backend.protocol.messages import ToClient
 from ..requests import ENDLESS
 from .base import ANY, STANDING, Fault
 
-_HEADER = struct.Struct(">2sBxI")
+_HEADER = struct.Struct(">2sBxII")
 
 
 class Frames(Fault):
@@ -38,7 +38,7 @@ class Frames(Fault):
         rng = self.rng
         garbage = rng.randbytes(rng.choice((0, 3, 8, 40, 2000)))
         carrier, length = rng.randrange(6), rng.choice((len(garbage), rng.randrange(1 << 32)))
-        return rng.choice((garbage, _HEADER.pack(b"FU", carrier, length) + garbage))
+        return rng.choice((garbage, _HEADER.pack(b"FU", carrier, length, rng.choice((0, 10))) + garbage))
 
     def lift(self) -> None:
         """Refusals that the request did not meet are the next one's."""

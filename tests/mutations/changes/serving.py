@@ -2,6 +2,7 @@
 
 KEYFILE = "fastusp_backend/keyfile.py"
 LIBRARY = "fastusp_backend/library.py"
+SIDE_DOOR = "fastusp_backend/side_door.py"
 NUMBERS = "fastusp_backend/server/numbers.py"
 TURNS = "fastusp_backend/server/turns.py"
 
@@ -61,6 +62,27 @@ CHANGES = [
         "oldest = max(self._from.values(), key=len)[0]",
         "oldest = min(self._from.values(), key=len)[0]",
         "unit/test_server_doors.py",
+    ),
+    (
+        SIDE_DOOR,
+        "who has not read the memory is let in",
+        "if sock is not None and hmac.compare_digest(found.content, content):",
+        "if sock is not None and found.content:",
+        "unit/test_side_door.py",
+    ),
+    (
+        SIDE_DOOR,
+        "a client connects wherever a server says",
+        "if not _NAME.fullmatch(name):",
+        "if not name.strip():",
+        "unit/test_side_door.py",
+    ),
+    (
+        SIDE_DOOR,
+        "another user's client, or server, is taken",
+        "return _CREDENTIALS.unpack(credentials)[1] == os.geteuid()",
+        "return _CREDENTIALS.unpack(credentials)[1] >= 0",
+        "unit/test_side_door.py",
     ),
     (
         "fastusp_backend/planner.py",
