@@ -32,7 +32,7 @@ MESSAGE = 5e-6
 """Seconds of each peer's messages in a block, however short."""
 COOL = 0.86
 """What computing takes where GPUs wait between, since they stay below their power limit."""
-STAGED = 2.05
+STAGED = 1.85
 """How much longer tokens take by way of the host's memory: first into it, then out of it."""
 STAGED_TOGETHER = 0.08
 """How much longer still for each GPU beyond two, with which they share that memory. Measured with four."""

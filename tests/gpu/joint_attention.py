@@ -99,6 +99,15 @@ def check(transport: Transport, layout: Layout, mesh, packed, shape: tuple[int, 
     return worst
 
 
+def ways(kind: str) -> list[tuple[torch.dtype | None, int, int]]:
+    """How the wire is packed, how many bytes kernels write to a peer themselves, and from how many on messages that
+    take two hops go in pieces."""
+    all_ = 1 << 40
+    written = [(None, 40_000, all_), (None, all_, all_)]
+    pieces = [(None, 0, 0), (torch.int8, 0, 0)]
+    return [(packed, 0, all_) for packed in BOUNDS] + (written if kind.startswith("symmetric") else pieces)
+
+
 def main(kind: str) -> None:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = torch.device("cuda", rank % torch.cuda.device_count())
@@ -111,10 +120,7 @@ def main(kind: str) -> None:
         dist.init_process_group("gloo")
     degrees = [2] if between else [u for u in range(1, world + 1) if world % u == 0]
     layouts = [Layout(ulysses=u, ring=world // u) for u in degrees]
-    # What a kernel may write to a peer itself: nothing, of these shapes some, all.
-    for layout, (packed, peers._WRITTEN) in itertools.product(
-        layouts, [*((p, 0) for p in BOUNDS), (None, 40_000), (None, 1 << 40)]
-    ):
+    for layout, (packed, peers._WRITTEN, peers._PIECE) in itertools.product(layouts, ways(kind)):
         mesh = make_mesh(layout, device)
         transport = Transport(mesh, kind)
         transport.wire("auto")  # measures over an arena of its own
@@ -123,7 +129,7 @@ def main(kind: str) -> None:
             worst = max(check(transport, layout, mesh, packed, shape, pipelined) for shape in SHAPES)
             torch.cuda.synchronize()
             dist.all_reduce(torch.zeros(1))
-            how = f"packed {packed}, written {peers._WRITTEN}, pipelined {pipelined}"
+            how = f"packed {packed}, written {peers._WRITTEN}, piece {peers._PIECE}, pipelined {pipelined}"
             print(f"rank {rank}: {layout} over {kind}, {how}: largest difference {worst:.1e}", flush=True)
     dist.destroy_process_group()
 

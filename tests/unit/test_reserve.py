@@ -21,6 +21,8 @@ LAYOUT = Layout(batch=2, ulysses=2, ring=2)
 class Arena:
     """Notes each time that it grows."""
 
+    hops = 1
+
     def __init__(self, group, device):
         self.size, self.position, self.generation = LAYOUT.sequence_ranks, 0, 0
         self.grown = []
