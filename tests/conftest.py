@@ -15,6 +15,21 @@ ORDER = ("host", "dist", "unit", "chaos", "mutations", "gpu")
 """Of the folders: each of xdist's processes takes the next group, and the longest begin first."""
 LIVES = ("tests/dist/test_pool_", "tests/dist/test_changing_files")
 SERVERS = ("tests/dist/test_serve", "tests/dist/test_several_machines", "tests/dist/test_machines_end")
+PAGES = tuple(
+    f"tests/host/test_host_{name}"
+    for name in (
+        "browser",
+        "choose",
+        "controls",
+        "convert",
+        "demo",
+        "examples",
+        "locales",
+        "measure",
+        "pages",
+        "templates",
+    )
+)
 BY_FILE = ("tests/unit/", "tests/dist/test_chaos", "tests/dist/test_cli", "tests/dist/test_benchmarks")
 
 
@@ -37,7 +52,8 @@ def pytest_xdist_make_scheduler(config, log):
             path = nodeid.partition("::")[0]
             if path.startswith(BY_FILE):
                 return path
-            return path.rpartition("/")[0] + "/lives" * path.startswith(LIVES) + "/servers" * path.startswith(SERVERS)
+            groups = {"/lives": LIVES, "/servers": SERVERS, "/pages": PAGES}
+            return path.rpartition("/")[0] + "".join(name for name, of in groups.items() if path.startswith(of))
 
     config.option.loadscopereorder = False  # nothing before those that take longest
     return Scheduler(config, log)
