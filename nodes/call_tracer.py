@@ -44,9 +44,9 @@ class CallTracer:
         sys.setprofile(None)
 
     def _called(self, frame: FrameType, event: str, _argument) -> None:
-        code = frame.f_code
         if event != "call":
             return
+        code = frame.f_code
         if code.co_filename.startswith(provenance.COMFY) and code.co_argcount and code.co_varnames[0] == "self":
             instance = frame.f_locals["self"]
             self._instances[id(instance)] = instance

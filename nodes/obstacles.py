@@ -3,7 +3,7 @@
 The loop leaves out what ComfyUI does around the transformer at each step. It takes a run only where that makes no
 difference, and what it cannot take is stepped from ComfyUI, with the same result. What the sampler alone tells is asked
 before ComfyUI prepares the run (`in_sampler`), all else right before the loop (`in_run`), since wrappers in between may
-change it. Last of all one evaluation is rehearsed (rehearsal.py), which finds what other packs have changed.
+change it. Last of all one evaluation is rehearsed (`in_rehearsal`), which finds what other packs have changed.
 """
 
 import inspect
@@ -46,13 +46,17 @@ def in_sampler(sampler, guider) -> str | None:
     return _change_of_sampler(name, guider.inner_model)
 
 
-def in_run(model, guider, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict) -> str | None:
-    """The obstacle that a run meets as its sampler function is called with these; None if there is none."""
-    return (
-        _in_schedule(guider.inner_model.model_sampling, sigmas)
-        or _in_conditioning(guider)
-        or rehearse(model, guider, x, sigmas, extra_args, list(evaluated_conditionings(guider)))
-    )
+def in_run(model, guider, sigmas: torch.Tensor) -> str | None:
+    """The obstacle that a run meets as its sampler function is called with these, but for what a rehearsal finds; None
+    if there is none."""
+    if type(model) is not samplers.KSamplerX0Inpaint or model.inner_model is not guider:
+        return f"{provenance.owner(model)} wraps the model in {type(model).__name__}"
+    return _in_schedule(guider.inner_model.model_sampling, sigmas) or _in_conditioning(guider)
+
+
+def in_rehearsal(model, guider, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict) -> str | None:
+    """The obstacle that a rehearsal finds, where `in_run` has found none."""
+    return rehearse(model, guider, x, sigmas, extra_args, list(evaluated_conditionings(guider)))
 
 
 def _in_schedule(model_sampling, sigmas: torch.Tensor) -> str | None:

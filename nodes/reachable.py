@@ -35,11 +35,12 @@ def reached(module: ModuleType, name: str, library: str) -> tuple[Place, ...]:
     return tuple(found)
 
 
-def codes_at(place: Place) -> Iterator[CodeType]:
+@functools.cache
+def codes_at(place: Place) -> tuple[CodeType, ...]:
     """The code that a place's file has there: a function's, or of all methods of a class; none for an imported name."""
-    for code, name in provenance.codes(place.module).items():
-        if name == place.name or name.startswith(f"{place.name}."):
-            yield code
+    inside = f"{place.name}."
+    codes = provenance.codes(place.module).items()
+    return tuple(code for code, name in codes if name == place.name or name.startswith(inside))
 
 
 def _decorators(place: Place) -> Iterator[Place]:
@@ -129,7 +130,7 @@ class Unchanged:
         """Place, qualified name and value of what is not."""
         for place in self.places:
             known = self._known.get(place)
-            if known is not None and all(scope.get(name) is value for scope, name, value in known):
+            if known is not None and _still_there(known):
                 continue
             change = changed(place)
             if change is None:
@@ -150,6 +151,15 @@ class Unchanged:
 def unchanged(kind: type) -> Unchanged:
     """The one `Unchanged` of a class."""
     return Unchanged(kind)
+
+
+def _still_there(known: list[tuple[dict, str, object]]) -> bool:
+    """Whether each scope has each value at its name. A plain loop: this runs before each evaluation, and a rehearsal's
+    tracer sees every step of a generator."""
+    for scope, name, value in known:
+        if scope.get(name) is not value:
+            return False
+    return True
 
 
 def _values_at(place: Place) -> Iterator[tuple[dict, str, object]]:

@@ -3,7 +3,7 @@
 A sampling loop in the workers leaves out what ComfyUI does around the transformer at each step. That is right only as
 long as nobody has changed it, and there are many places for a change: options, wrappers, hooks, methods of instances,
 functions of modules, classes. Instead of looking at lists of such places, one evaluation runs through ComfyUI with a
-transformer that answers zeros (two milliseconds), and is watched:
+transformer that answers zeros (some milliseconds), and is watched:
 
 - each Python function that is called must be ComfyUI's, as its file has it, or of torch, Python or a library that the
   calling file imports (a profile function sees every call);
@@ -15,6 +15,7 @@ nothing calls it here: it is looked at by name alone (obstacles.py).
 """
 
 import contextlib
+import copy
 import functools
 import logging
 import sys
@@ -24,7 +25,6 @@ import torch
 
 from . import provenance
 from .call_tracer import CallTracer, Obstacle
-from .comfyui import samplers
 from .reachable import Unchanged
 
 log = logging.getLogger(__name__)
@@ -40,8 +40,6 @@ def rehearse(
 ) -> str | None:
     """What a sampler function's evaluations, model(x, sigma, **extra_args), meet that the workers' loop would leave
     out; None if nothing. conditionings: the names of those of the guider that are evaluated."""
-    if type(model) is not samplers.KSamplerX0Inpaint or model.inner_model is not guider:
-        return f"{provenance.owner(model)} wraps the model in {type(model).__name__}"
     if sys.getprofile() is not None:
         return "a profiler is active"
     transformer = guider.inner_model.diffusion_model
@@ -120,15 +118,27 @@ def _says_nothing(key, value) -> bool:
 @contextlib.contextmanager
 def _observed_conditionings(guider, names: list[str], fail: Callable[[str], None]) -> Iterator[None]:
     given = guider.conds
-    observed = {
-        name: [_Observed(part, _KNOWN_CONDITIONING, f"on the {name} conditioning", fail) for part in given[name]]
-        for name in names
-    }
+    observed = {}
+    for name in names:
+        where = f"on the {name} conditioning"
+        observed[name] = [_Observed(_short(part), _KNOWN_CONDITIONING, where, fail) for part in given[name]]
     guider.conds = given | observed
     try:
         yield
     finally:
         guider.conds = given
+
+
+def _short(conditioning: dict) -> dict:
+    """The same with a text of one token: the whole one, 8 MB for FLUX.1, would be copied and sent to the GPU for a
+    transformer that does not look at it. Left alone where a mask counts its tokens."""
+    conds = conditioning.get("model_conds", {})
+    text = conds.get("c_crossattn")
+    if "attention_mask" in conds or not isinstance(getattr(text, "cond", None), torch.Tensor):
+        return conditioning
+    one = copy.copy(text)  # with whatever lies on the instance
+    one.cond = text.cond[:, :1]
+    return conditioning | {"model_conds": conds | {"c_crossattn": one}}
 
 
 def _check_transformer_options(given: dict, arrived: dict, tracer: CallTracer, stock: Unchanged) -> None:

@@ -69,6 +69,8 @@ class RemoteTransformer(torch.nn.Module, metaclass=_Sealed):
         self._shapes = self._file_shapes()
         self._patches_uuid = None
         self._arrived: dict | None = None
+        self.unobstructed = False
+        """Whether the last rehearsal of a run with this model has found nothing."""
         # The last of all: from here on these names are refused.
         self._fixed = frozenset({*dir(stock)} - {*dir(torch.nn.Module())} | {"__class__"})
 

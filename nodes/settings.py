@@ -42,6 +42,7 @@ TOOLTIPS = {
     "cache_start": "Before this share of the steps none is skipped. Only with a cache.",
     "cache_end": "After this share of the steps none is skipped. Only with a cache.",
 }
+_OPTIONS = msgspec.structs.fields(Settings)
 _REQUIRED = {"wire", "attention"}
 """What every saved workflow has; those that came later may lack in one."""
 _ADVANCED = {"compile", "cuda_graphs", "overlap", "ring_pipeline", "cache_start", "cache_end"}
@@ -73,7 +74,7 @@ class USPSettings(io.ComfyNode):
             **search_aliases("multi gpu", "multigpu", "parallel", "compile", "attention"),
             description="Options of the distributed transformer. Connect it to USP Loader; without it the defaults "
             "apply.",
-            inputs=[_input(option) for option in msgspec.structs.fields(Settings)],
+            inputs=[_input(option) for option in _OPTIONS],
             outputs=[SettingsType.Output(display_name="settings", tooltip="Connect to USP Loader.")],
         )
 

@@ -96,6 +96,7 @@ class JointAttention:
             ulysses.position,
             self._own_regions,
             self._eps,
+            ulysses.peers_memory(which, text=text, image=image),
         )
         self._ulysses.send(which, text=text, image=image)
         if not self._overlap:

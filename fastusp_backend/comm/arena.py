@@ -20,11 +20,13 @@ _ALIGNMENT = 256
 class Arena(Protocol):
     """Memory of this rank that all ranks of a group reach. `position`, `peer`: positions in that group.
 
+    hops: how many copies bring what a rank sends to where it is read.
     generation: changes when addresses that a CUDA graph has captured have moved.
     """
 
     position: int
     size: int
+    hops: int
     generation: int
 
     def reserve(self, capacity: int) -> None:
@@ -37,8 +39,15 @@ class Arena(Protocol):
     def own(self, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> torch.Tensor:
         """Returns this rank's memory on its own device."""
 
+    def addresses(self, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> torch.Tensor | None:
+        """Returns where such a tensor begins in the memory of each rank, (P,) int64 on this rank's device, for kernels
+        that write there themselves; None where they cannot."""
+
     def side_stream(self) -> AbstractContextManager:
         """Queues what is called inside on a stream of its own, behind what the main stream has been given so far."""
+
+    def reading_stream(self) -> AbstractContextManager:
+        """The same for what is read from peers, beside what this rank publishes."""
 
     def put_signals(self, peers: Iterable[int], channel: int) -> None:
         """Signals to `peers`, behind what was queued before on the current stream. They must have heard the last
@@ -77,6 +86,11 @@ class Region:
     @cached_property
     def _views(self) -> list[torch.Tensor]:
         return [self.arena.view(p, self.shape, self.dtype, self.offset) for p in range(self.arena.size)]
+
+    @cached_property
+    def addresses(self) -> torch.Tensor | None:
+        """See `Arena.addresses`."""
+        return self.arena.addresses(self.shape, self.dtype, self.offset)
 
     def of(self, position: int) -> torch.Tensor:
         """Returns `Arena.view` of the rank at `position`."""

@@ -30,12 +30,16 @@ class Ulysses(Protocol):
     position: this rank's Ulysses position.
     received (3, B, N, h, D): q, k, v of the gathered sequence, this rank's own part written by the caller.
     outgoing (3, U, B, L, *row): what is sent, by Ulysses position, as rows of the wire (see wire.py), written by the
-        caller before `send`; the own slot is unused.
+        caller before `send`, unless `peers_memory` says where it goes instead; the own slot is unused.
     """
 
     position: int
     received: torch.Tensor
     outgoing: torch.Tensor
+
+    def peers_memory(self, which: slice, *, text: bool = True, image: bool = True) -> torch.Tensor | None:
+        """Returns the addresses (U,) int64 of all ranks' `received`, by Ulysses position, where the caller itself
+        writes what is sent next, rather than to `outgoing`; None where it does not."""
 
     def send(self, which: slice, *, text: bool = True, image: bool = True) -> None:
         """Starts sending outgoing[which], its text rows, image rows or both."""
@@ -89,6 +93,9 @@ class LocalUlysses:
         self.received = received
         self.outgoing = received.new_empty(3, 0, *received.shape[1:])
         self._attended: torch.Tensor | None = None
+
+    def peers_memory(self, which: slice, *, text: bool = True, image: bool = True) -> None:
+        return None
 
     def send(self, which: slice, *, text: bool = True, image: bool = True) -> None:
         pass

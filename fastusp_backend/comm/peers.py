@@ -12,6 +12,9 @@ over any number of graph replays. A ring's block is read by its peers while they
 and only then are attended tokens given back. The final gather has an arena of its own: a peer's next one comes after a
 whole step of other messages.
 
+What is too little for a copy to be worth its beginning, some microseconds, kernels write to peers themselves: q, k and
+v that which lays them out, attended tokens one for all ranks. The order is the same.
+
 Where the ring and the gather go by a group's collectives (transport.py), Ulysses' arena keeps this order: such a ring
 has sent all of its block before attended tokens are given back, and such a gather has a part of every rank, which sent
 it after it had read its last attended tokens. A step of another shape, whose messages lie elsewhere, follows that.
@@ -21,14 +24,21 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from ..kernels.scatter import scatter
 from .arena import CHANNELS, Arena, Part, Region, carve
 from .copies import copy
 from .links import Block, Pending
 from .shards import SequenceShards
 from .wire import Wire, unpack_gathered, unpack_returned
 
-_RETURN, _RETURN_TEXT, _READY, _DONE, _FIRST_SEND = range(5)
+_RETURN, _RETURN_REST, _RETURN_TEXT, _READY, _READY_REST, _DONE, _FIRST_SEND = range(7)
 """Channels of signals. q, k and v may travel in several messages, each on its own channel: _FIRST_SEND and above."""
+
+_WRITTEN = 1 << 20
+"""Bytes to each peer up to which a kernel writes them there."""
+_PIECE = 1 << 20
+"""Bytes to each peer from which on, where they take several hops, a part is on its second while the next is on its
+first."""
 
 
 class PeerUlysses:
@@ -58,6 +68,9 @@ class PeerUlysses:
         self.outgoing = torch.empty(outgoing, dtype=wire.carrier, device=device)
         self._targets = [(self.position + i) % len(members) for i in range(1, len(members))]
         self._peers = [members[target] for target in self._targets]
+        # Of what is packed the other side makes something else.
+        bases = [None if wire.packed else region.addresses for region in (gathered, returned)]
+        self._received_there, self._returned_there = (None if b is None else b[members] for b in bases)
         self._in_flight: list[slice] = []
         self._messages = 0  # of this layer, awaited or not: a channel is used again when all have heard it
         self._attended: torch.Tensor | None = None
@@ -74,20 +87,36 @@ class PeerUlysses:
                 parts.append((Part(self._gathered, index), (b, rows)))
         return parts
 
+    def _rows(self, *, text: bool, image: bool) -> int:
+        return self._shards.local_text * text + self._shards.local_image * image
+
+    def _bytes(self, rows: int) -> int:
+        """Of so many rows of one tensor, to a peer."""
+        return self._batch * rows * torch.Size(self._wire.row).numel() * self._wire.carrier.itemsize
+
+    def peers_memory(self, which: slice, *, text: bool = True, image: bool = True) -> torch.Tensor | None:
+        size = (which.stop - which.start) * self._bytes(self._rows(text=text, image=image))
+        return self._received_there if size <= _WRITTEN else None
+
     def send(self, which: slice, *, text: bool = True, image: bool = True) -> None:
-        channel = _FIRST_SEND + self._messages
-        assert channel < CHANNELS
-        self._messages += 1
         self._in_flight.append(which)
-        mine = self._arrival(self.position, which, text=text, image=image)
-        with self._arena.side_stream():
-            for part, rows in mine:
-                for to in self._targets:
-                    copy(part.of(self._members[to]), self.outgoing[(which, to, *rows)])
-            self._arena.put_signals(self._peers, channel)
-        for source in self._targets:
-            parts = [part for part, _ in self._arrival(source, which, text=text, image=image)]
-            self._arena.expect(self._members[source], channel, parts)
+        written = self.peers_memory(which, text=text, image=image) is not None
+        pieces = [which]
+        if self._arena.hops > 1 and self._bytes(self._rows(text=text, image=image)) >= _PIECE:
+            pieces = [slice(tensor, tensor + 1) for tensor in range(which.start, which.stop)]
+        for piece in pieces:
+            channel = _FIRST_SEND + self._messages
+            assert channel < CHANNELS
+            self._messages += 1
+            mine = [] if written else self._arrival(self.position, piece, text=text, image=image)
+            with self._arena.side_stream():
+                for part, rows in mine:
+                    for to in self._targets:
+                        copy(part.of(self._members[to]), self.outgoing[(piece, to, *rows)])
+                self._arena.put_signals(self._peers, channel)
+            for source in self._targets:
+                parts = [part for part, _ in self._arrival(source, piece, text=text, image=image)]
+                self._arena.expect(self._members[source], channel, parts)
 
     def wait(self) -> None:
         self._arena.wait_all()
@@ -103,30 +132,51 @@ class PeerUlysses:
         attended = attended.contiguous()  # a token's heads in one piece
         rows_of = self._wire.encode(attended)
         self._attended, self._leaving = attended, rows_of  # must not be reused while they travel
+        text, local = self._shards.local_text, self._shards.local
         if text_first:
-            self._return(rows_of, _RETURN_TEXT, image=False)
+            self._return(rows_of, _RETURN_TEXT, slice(0, text))
             self._wait_for_text = self._arena.checkpoint()
-            self._return(rows_of, _RETURN, text=False)
+        first = text if text_first else 0
+        cut = (first + local) // 2
+        if self._arena.hops > 1 and self._bytes(local - cut) >= _PIECE:
+            self._return(rows_of, _RETURN, slice(first, cut))
+            self._return(rows_of, _RETURN_REST, slice(cut, local))
         else:
-            self._return(rows_of, _RETURN)
+            self._return(rows_of, _RETURN, slice(first, local))
 
-    def _return(self, rows_of: torch.Tensor, channel: int, **streams: bool) -> None:
+    def _return(self, rows_of: torch.Tensor, channel: int, rows: slice) -> None:
+        """rows: which of the rows of each rank."""
+        shards = self._shards
         with self._arena.side_stream():
-            regions = [self._shards.regions(to, **streams) for to in range(len(self._members))]
-            for stream, (rows, _) in enumerate(regions[self.position]):
-                for b in range(self._batch):
-                    part = self._place_of(self.position, b, rows)
-                    for to in self._targets:
-                        copy(part.of(self._members[to]), rows_of[b, regions[to][stream][1]])
-            self._arena.put_signals(self._peers, channel)
-            if not self._wire.packed:
-                for rows, own in regions[self.position]:
-                    for b in range(self._batch):
-                        copy(self._place_of(self.position, b, rows).own, rows_of[b, own])
+            if self._returned_there is not None and self._bytes(rows.stop - rows.start) <= _WRITTEN:
+                scatter(rows_of, self._returned_there, self.position, shards.local_text, shards.local_image, rows)
+                self._arena.put_signals(self._peers, channel)
+            else:
+                for to in self._targets:
+                    self._bring(rows_of, to, rows)
+                self._arena.put_signals(self._peers, channel)
+                if not self._wire.packed:
+                    self._bring(rows_of, self.position, rows)
         for source in self._targets:
-            local = self._shards.regions(self.position, **streams)
-            parts = [self._place_of(source, b, rows) for rows, _ in local for b in range(self._batch)]
+            parts = [self._place_of(source, b, mine) for mine, _ in self._within(0, rows) for b in range(self._batch)]
             self._arena.expect(self._members[source], channel, parts)
+
+    def _bring(self, rows_of: torch.Tensor, to: int, rows: slice) -> None:
+        for theirs, region in self._within(to, rows):
+            for b in range(self._batch):
+                part = self._place_of(self.position, b, theirs)
+                copy(part.own if to == self.position else part.of(self._members[to]), rows_of[b, region])
+
+    def _within(self, member: int, rows: slice) -> list[tuple[slice, slice]]:
+        """A member's local rows by stream, and where they lie in what is gathered."""
+        found = []
+        for local, region in self._shards.regions(member):
+            start, stop = max(rows.start, local.start), min(rows.stop, local.stop)
+            if start < stop:
+                found.append(
+                    (slice(start, stop), slice(region.start + start - local.start, region.start + stop - local.start))
+                )
+        return found
 
     def _place_of(self, source: int, b: int, rows: slice) -> Part:
         """Where attended rows of an image come back, of the heads that `source` attends."""
@@ -170,6 +220,9 @@ class PeerRing:
         self._started = False
         own = self._block.own
         self._buffers = [torch.empty_like(own) for _ in range(min(2, size - 1))]
+        # Where a block takes two hops its values are on their first while its keys are on their second.
+        in_two = self._arena.hops > 1 and own.nbytes >= _PIECE
+        self._pieces = [(slice(0, 1), _READY), (slice(1, 2), _READY_REST)] if in_two else [(slice(0, 2), _READY)]
         shape = (*own.shape[:3], wire.heads, wire.dim)
         self._unpacked = torch.empty(shape, dtype=wire.dtype, device=own.device) if wire.packed else None
 
@@ -177,8 +230,9 @@ class PeerRing:
         if self._wire.packed:
             self._block.own.copy_(self._wire.encode(own.flatten(0, 1)).view_as(self._block.own))
         with self._arena.side_stream():
-            self._arena.publish(self._block)
-            self._arena.put_signals(self._peers, _READY)
+            for piece, channel in self._pieces:
+                self._arena.publish(self._piece(piece))
+                self._arena.put_signals(self._peers, channel)
         self._pull(0)
         self._started = True
 
@@ -201,10 +255,19 @@ class PeerRing:
     def _pull(self, hop: int) -> None:
         """Reads the block that follows `hop` others."""
         peer = self._peers[hop]
-        with self._arena.side_stream():
-            self._arena.wait_signals([peer], _READY)
-            self._buffers[hop % 2].copy_(self._block.of(peer), non_blocking=True)
+        with self._arena.reading_stream():
+            for piece, channel in self._pieces:
+                self._arena.wait_signals([peer], channel)
+                self._buffers[hop % 2][piece].copy_(self._piece(piece).of(peer), non_blocking=True)
             self._arena.put_signals([peer], _DONE)
+
+    def _piece(self, piece: slice) -> Part:
+        """Keys, values or both of the block, which is a part of its region or all of it."""
+        region, index = self._block.region, self._block.index
+        if index:
+            first = index[0].start
+            return Part(region, (slice(first + piece.start, first + piece.stop), *index[1:]))
+        return Part(region, (piece,))
 
 
 class PeerGather:

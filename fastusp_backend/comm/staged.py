@@ -22,11 +22,27 @@ from .copies import copy
 from .groups import allocate_together
 from .mapped import check, map_memory_of_all, pin_all, unpin_all
 
+_WAIT, _WRITE = 1, 2
 _WAIT_EQUAL = 1
+
+
+class _Operation(ctypes.Structure):
+    """CUstreamBatchMemOpParams, of a wait for a value of 32 bits and of a write of one."""
+
+    _fields_ = [
+        ("kind", ctypes.c_int),
+        ("address", ctypes.c_uint64),
+        ("value", ctypes.c_uint64),
+        ("flags", ctypes.c_uint32),
+        ("alias", ctypes.c_uint64),
+        ("unused", ctypes.c_uint64),
+    ]
 
 
 class StagedArena:
     """See `Arena`. group: ranks of one host."""
+
+    hops = 2
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
         self._group, self._device = group, device
@@ -62,18 +78,21 @@ class StagedArena:
     def own(self, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> torch.Tensor:
         return _typed(self._buffer, shape, dtype, offset)
 
+    def addresses(self, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> None:
+        return None  # what a kernel writes to the host's memory keeps it, and its SMs, for as long as a copy takes
+
     def side_stream(self):
         return self._on(self._sending)
 
+    def reading_stream(self):
+        return self._on(self._fetching)
+
     def put_signals(self, peers: Iterable[int], channel: int) -> None:
-        for peer in peers:
-            _stream_operation("cuStreamWriteValue32_v2", self._slot(peer, self.position, channel), 1, 0)
+        _stream_operations([(_WRITE, self._slot(peer, self.position, channel), 1) for peer in peers])
 
     def wait_signals(self, peers: Iterable[int], channel: int) -> None:
-        for peer in peers:
-            slot = self._slot(self.position, peer, channel)
-            _stream_operation("cuStreamWaitValue32_v2", slot, 1, _WAIT_EQUAL)
-            _stream_operation("cuStreamWriteValue32_v2", slot, 0, 0)
+        slots = [self._slot(self.position, peer, channel) for peer in peers]
+        _stream_operations([(_WAIT, slot, 1) for slot in slots] + [(_WRITE, slot, 0) for slot in slots])
 
     def publish(self, part: Part) -> None:
         part.of(self.position).copy_(part.own, non_blocking=True)
@@ -128,8 +147,10 @@ def _device_address(tensor: torch.Tensor) -> int:
     return address.value
 
 
-def _stream_operation(name: str, address: int, value: int, flags: int) -> None:
+def _stream_operations(operations: list[tuple[int, int, int]]) -> None:
+    """Queues (kind, address, value) in this order, as one operation of the stream: of a graph one node."""
+    told = (_Operation * len(operations))()
+    for each, (kind, address, value) in zip(told, operations, strict=True):
+        each.kind, each.address, each.value, each.flags = kind, address, value, _WAIT_EQUAL if kind == _WAIT else 0
     stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-    check(
-        getattr(driver(), name)(stream, ctypes.c_uint64(address), ctypes.c_uint32(value), ctypes.c_uint32(flags)), name
-    )
+    check(driver().cuStreamBatchMemOp_v2(stream, len(told), told, 0), "cuStreamBatchMemOp")

@@ -34,6 +34,8 @@ def _meet(buffer: torch.Tensor, group: dist.ProcessGroup):
 class SymmetricArena:
     """See `Arena`."""
 
+    hops = 1
+
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
         self._group, self._device = group, device
         self.position, self.size = dist.get_rank(group), dist.get_world_size(group)
@@ -60,9 +62,15 @@ class SymmetricArena:
     def own(self, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> torch.Tensor:
         return self.view(self.position, shape, dtype, offset)
 
+    def addresses(self, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> torch.Tensor:
+        views = (self.view(position, shape, dtype, offset) for position in range(self.size))
+        return torch.tensor([view.data_ptr() for view in views], device=self._device)
+
     def side_stream(self):
         self._stream.wait_stream(torch.cuda.current_stream())
         return torch.cuda.stream(self._stream)
+
+    reading_stream = side_stream
 
     def put_signals(self, peers: Iterable[int], channel: int) -> None:
         signals.put(self._pads, _mask(peers), self.position * CHANNELS + channel)

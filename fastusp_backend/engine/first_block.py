@@ -1,9 +1,11 @@
 """Evaluations of which only the first block is computed (as FBCache, "first block cache", of ParaAttention).
 
 What a block adds to the image's tokens says how much the others will add: while the first one's part is nearly what it
-was when all were computed last, the others' is taken from then. How near is one number: the sum of the differences over
-the sum of the values, over all tokens of the image, on whichever ranks they lie. Those of references do not count: they
-hardly change from step to step, and the more of them there are the less would the image's change weigh.
+was when all were computed last, the others' is taken from then, and on along the line through what it was then and the
+time before (as TaylorSeer, arXiv 2503.06923, in its first order), but no farther than these two are apart: beyond that
+the line leads away. How near is one number: the sum of the differences over the sum of the values, over all tokens of
+the image, on whichever ranks they lie. Those of references do not count: they hardly change from step to step, and the
+more of them there are the less would the image's change weigh.
 
 So all ranks of a sequence decide alike, and batch groups each for their own prompt: nothing is exchanged between these
 within an evaluation, and what is decided of a prompt does not depend on where it is evaluated. Where the groups divide
@@ -23,19 +25,35 @@ from ..config import CacheRule
 from ..models.family import Stage
 from ..prompt import Prompt
 
-KEPT = 5
-"""Tensors of the size of the image's tokens, (B, Li, C), that a prompt takes: what is kept, and what is compared."""
+KEPT = 6
+"""Tensors of the size of the image's tokens, (B, Li, C), that a prompt takes: what is kept, twice while it is replaced,
+or what is kept and what is compared."""
 
 Gather = Callable[[list[float]], list[list[float]]]
 """numbers -> those of every rank of the pool, in their order, on all of them."""
 
 
 class Kept(NamedTuple):
-    """Of the last evaluation with all blocks: what the first one added to the image's tokens, and what the others did,
-    (B, Li, C) each."""
+    """Of the last evaluation with all blocks.
+
+    first, others: what the first block added to the image's tokens, and what the others did, (B, Li, C).
+    timestep: whose it is.
+    change: what of `others` had changed since the one with all blocks before it, (B, Li, C); None where there is none.
+    over: the difference of their timesteps.
+    """
 
     first: torch.Tensor
     others: torch.Tensor
+    timestep: float
+    change: torch.Tensor | None = None
+    over: float = 0.0
+
+    def at(self, timestep: float) -> torch.Tensor:
+        """What the others add there, nearly."""
+        if self.change is None:
+            return self.others
+        share = (timestep - self.timestep) / self.over
+        return torch.add(self.others, self.change, alpha=min(max(share, 0.0), 1.0))
 
 
 class FirstBlockCache:
@@ -89,9 +107,17 @@ class PromptCache:
         before = kept.first[:, :tokens]
         change = (head.after - head.before)[:, :tokens] - before
         sums = torch.stack([values.abs().sum(dtype=torch.float32) for values in (change, before)])
-        return head.after + kept.others if self.cache.near_enough(sums.tolist(), self.groups) else None
+        return head.after + kept.at(self.timestep) if self.cache.near_enough(sums.tolist(), self.groups) else None
 
     def keep(self, head: Stage, end: Stage) -> None:
         """For those that follow; end: after the last block."""
-        if self.timestep > self.cache.end:
-            self.cache.kept[self.prompt] = Kept(head.after - head.before, end.after - head.after)
+        if self.timestep <= self.cache.end:
+            return
+        first, others, change, over = head.after - head.before, end.after - head.after, None, 0.0
+        if (kept := self.cache.kept.get(self.prompt)) is not None:
+            over = self.timestep - kept.timestep
+            if over:
+                change = others - kept.others
+            else:  # of two at one timestep, as some samplers have them, the second says more of none between
+                change, over = kept.change, kept.over
+        self.cache.kept[self.prompt] = Kept(first, others, self.timestep, change, over)

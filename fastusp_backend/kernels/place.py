@@ -41,6 +41,7 @@ def place(
     position: int,
     regions: Regions,
     eps: float = EPS,
+    peers: torch.Tensor | None = None,
 ) -> None:
     """Writes tensors `which` of local rows [first_row, first_row + R).
 
@@ -51,10 +52,13 @@ def place(
     position: this rank's in its Ulysses group.
     regions: where its own rows go.
     eps: epsilon of the norms.
+    peers: the addresses (U,) int64 of all ranks' `received`, this one's too, where a head goes to its rank at once:
+        nothing is written to `outgoing` then. For CUDA devices with Triton.
     """
     if projected.is_cuda and triton is not None:
-        _launch(projected, scales, rope, which, first_row, received, outgoing, position, regions, eps)
+        _launch(projected, scales, rope, which, first_row, received, outgoing, position, regions, eps, peers)
     else:
+        assert peers is None
         place_reference(projected, scales, rope, which, first_row, received, outgoing, position, regions, eps)
 
 
@@ -103,6 +107,7 @@ if triton is not None:
         sin,
         received,
         outgoing,
+        peers,
         rows,
         first_row,
         local,
@@ -118,6 +123,7 @@ if triton is not None:
         LOCAL_HEADS: tl.constexpr,
         D: tl.constexpr,
         PITCH: tl.constexpr,
+        DIRECT: tl.constexpr,
         INTEGER: tl.constexpr,
         HARDWARE: tl.constexpr,
         NORMED: tl.constexpr,
@@ -153,11 +159,15 @@ if triton is not None:
         rank = head // LOCAL_HEADS
         slot = head % LOCAL_HEADS
         local_row = first_row + row
-        if rank == position:
-            target = tl.where(local_row < local_text, text_target + local_row, image_target + local_row)
-            place = received + ((tensor * batch + item).to(tl.int64) * gathered) * LOCAL_HEADS * D
-            place += (target[:, None].to(tl.int64) * LOCAL_HEADS + slot) * D + column
-            tl.store(place, value, mask=inside)
+        # Of what is gathered a rank's rows are at the same place on all ranks.
+        target = tl.where(local_row < local_text, text_target + local_row, image_target + local_row)
+        place = ((tensor * batch + item).to(tl.int64) * gathered) * LOCAL_HEADS * D
+        place += (target[:, None].to(tl.int64) * LOCAL_HEADS + slot) * D + column
+        if DIRECT:
+            there = tl.multiple_of(tl.load(peers + rank).to(tl.pointer_type(received.dtype.element_ty)), 16)
+            tl.store(there + place, value, mask=inside)
+        elif rank == position:
+            tl.store(received + place, value, mask=inside)
         else:
             leaving = ((tensor * ulysses + rank) * batch + item).to(tl.int64) * local + local_row[:, None]
             if PITCH == 0:
@@ -166,7 +176,7 @@ if triton is not None:
                 store_packed(outgoing + leaving * PITCH, value, slot, inside, LOCAL_HEADS, D, INTEGER, HARDWARE)
 
 
-def _launch(projected, scales, rope, which, first_row, received, outgoing, position, regions, eps) -> None:
+def _launch(projected, scales, rope, which, first_row, received, outgoing, position, regions, eps, peers) -> None:
     batch, rows = projected.shape[:2]
     d = received.shape[-1]
     heads = projected.shape[2] // (len(scales) * d)
@@ -185,6 +195,7 @@ def _launch(projected, scales, rope, which, first_row, received, outgoing, posit
         *((some, some) if rope is None else rope),
         received,
         outgoing,
+        outgoing if peers is None else peers,
         rows,
         first_row,
         outgoing.shape[3],
@@ -200,6 +211,7 @@ def _launch(projected, scales, rope, which, first_row, received, outgoing, posit
         LOCAL_HEADS=received.shape[3],
         D=d,
         PITCH=outgoing.shape[4] if outgoing.dtype in eight_bits.LARGEST else 0,
+        DIRECT=peers is not None,
         INTEGER=outgoing.dtype == torch.int8,
         HARDWARE=eight_bits.has_e4m3(outgoing.device),
         NORMED=any(s is not None for s in scales),

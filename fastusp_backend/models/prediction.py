@@ -7,7 +7,8 @@ A step of P ranks takes
 
 where nothing else is slower, and what crosses links beside computing or after it (`Prediction.seconds`). Of it only the
 first part falls with P. Fitted to FLUX.1 at 1024 x 1024 on H200 with NVLink, 118.6, 66.2, 35.7 and 22.4 ms for P = 1,
-2, 4 and 8, the last as benchmarks/scale.py plays one rank's share of so many on two GPUs.
+2, 4 and 8, the last as benchmarks/scale.py plays one rank's share of so many on two GPUs. Without peer access, where
+tokens go through the host's memory, two and four H200 took 96.8 and 88.1 ms, and 76.5 and 58.5 with int8 wire.
 """
 
 import re
@@ -27,8 +28,20 @@ BESIDE = 0.05
 """How much longer they take where GPUs exchange: the copies beside them, and a share of the heads, cost time."""
 KERNELS = 60e-6
 """Seconds of each stream of a block however few tokens a rank has: launches, gaps, kernels that do not fill a GPU."""
-MESSAGE = 5.8e-6
+MESSAGE = 5e-6
 """Seconds of each peer's messages in a block, however short."""
+COOL = 0.86
+"""What computing takes where GPUs wait between, since they stay below their power limit."""
+STAGED = 2.05
+"""How much longer tokens take by way of the host's memory: first into it, then out of it."""
+STAGED_TOGETHER = 0.08
+"""How much longer still for each GPU beyond two, with which they share that memory. Measured with four."""
+STAGED_MESSAGE = 57e-6
+"""Seconds of each peer's messages in a block that take that way: copies and signals of each."""
+HIDDEN_BEHIND = 0.55, 0.3
+"""Of the computing of blocks of one stream, whose MLP is beside attention, and of two: what of it hides tokens."""
+HIDDEN_OF = 0.76, 0.25
+"""Of the tokens of such blocks: what of them can be hidden; the last are waited for."""
 FP8_PRODUCTS = 0.6
 """Products with `linear = fp8`, of those in 16 bits; measured 0.57 to 0.64."""
 EIGHT_BITS = 0.5
@@ -203,7 +216,23 @@ class Prediction:
             hidden = cost.attention / rate * (layout.ring - 1) / layout.ring
             messages = cost.messages if network.joins_ulysses(layout) else cost.turns
             away = TURN * messages + waited * per_byte + max(0.0, turned * per_byte - hidden)
-        return prompts / layout.batch * (self._on_a_machine(found, link, computing, inside * self._of_tokens) + away)
+        sent = inside * self._of_tokens
+        if sent and not link.apart and not found.streamed_bytes:
+            here = self._through_the_host(sent / (link.peers * 1e9), computing * COOL, cost, layout.sequence_ranks)
+        else:
+            here = self._on_a_machine(found, link, computing, sent)
+        return prompts / layout.batch * (here + away)
+
+    def _through_the_host(self, tokens: float, computing: float, cost: StepCost, ranks: int) -> float:
+        """Seconds where all weights are there. tokens: seconds of one way. computing: seconds."""
+        both = self._config.two_stream_blocks
+        shares = 1 - both / (cost.streams - both), both / (cost.streams - both)
+        tokens *= STAGED * (1 + STAGED_TOGETHER * (ranks - 2))
+        hidden = sum(
+            share * min(behind * computing, of * tokens)
+            for share, behind, of in zip(shares, HIDDEN_BEHIND, HIDDEN_OF, strict=True)
+        )
+        return computing + tokens - hidden + STAGED_MESSAGE * cost.messages
 
     def _on_a_machine(self, found: Placement, link: Link, computing: float, sent: float) -> float:
         """computing: seconds. sent: bytes of tokens."""

@@ -57,9 +57,9 @@ class Contact(ABC):
         self.channel: Channel | None = None
         self._link: Link | None = None
         self._behind = 0  # the last request or order whose answer nobody waits for
-        self._unread = 0  # the last evaluation: its answer says that its tensors were read
+        self._unread = 0  # the last that had tensors to compute from: its answer says that they were read
         self._refused = False  # a message, and perhaps memory that came with it
-        self._unsent = False  # an evaluation whose caller was interrupted, and perhaps memory that goes with it
+        self._unsent = False  # one whose caller was interrupted, and perhaps memory that goes with it
 
     @property
     @abstractmethod
@@ -131,10 +131,10 @@ class Contact(ABC):
     def send(
         self, message: Message, tensors: Tensors | None = None, meanwhile: Callable[[], None] = lambda: None
     ) -> None:
-        """Sends a request or an order to workers that are ready, as `Link.send`. An evaluation's tensors lie where the
-        last one's did, as soon as those were read."""
-        evaluates = isinstance(message, Evaluate)
-        if isinstance(message, Evaluate | Sample):
+        """Sends a request or an order to workers that are ready, as `Link.send`. The tensors of an evaluation, or of a
+        sampling run, lie where the last ones did, as soon as those were read."""
+        evaluates = isinstance(message, Evaluate | Sample)
+        if evaluates:
             self.layout = message.layout
         if isinstance(message, Evaluate | Sample | Patch):
             self.model = message.model
@@ -155,7 +155,7 @@ class Contact(ABC):
 
     @property
     def _memory_in_doubt(self) -> bool:
-        """Whether the ranks may read the last evaluation's tensors still, or may never have had their memory."""
+        """Whether the ranks may read the last tensors still, or may never have had their memory."""
         return self._refused or self._unsent or self._unread > self.answered
 
     def post(self, message: Message) -> None:

@@ -1,6 +1,7 @@
 """One request to the workers: sent, followed to its end, cancelled."""
 
 import time
+from collections.abc import Callable
 
 from ..errors import Cancelled, FastUSPError, OutOfRoom, PatchesLost, ProtocolError, RequestError, TensorsLost
 from ..prompt import Tensors
@@ -21,8 +22,15 @@ class NotSent(Exception):
     """The workers were gone before they had the request; its cause is the channel's error."""
 
 
-def submit(workers: Contact, message: Message, tensors: Tensors, progress: Progress) -> Tensors:
+def submit(
+    workers: Contact,
+    message: Message,
+    tensors: Tensors,
+    progress: Progress,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> Tensors:
     """Sends a request, waits for its answer, and gives its tensors. Cancels what it does not see the end of.
+    meanwhile: called once the request is on its way, before anything is heard of it.
 
     Raises Cancelled, RequestError (refused; the workers go on), PoolError (they died, or hang), NotSent, ProtocolError,
     or what the caller's callbacks raise.
@@ -32,6 +40,7 @@ def submit(workers: Contact, message: Message, tensors: Tensors, progress: Progr
             workers.send(message, tensors, lambda: call(progress.go_on))
         except OSError as error:
             raise NotSent from error
+        call(meanwhile)
         return follow(workers, message.id, progress)
     except (NotSent, Cancelled, RequestError):
         raise

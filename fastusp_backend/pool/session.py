@@ -91,11 +91,13 @@ class Session:
         timestep_scale: float = 1.0,
         cache: CacheRule | None = None,
         progress: Progress = QUIET,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> torch.Tensor:
         """Samples in a loop: noised x (B, C, h, w), sigmas (n + 1,) -> latents, as x, on the CPU. Raises as `submit`.
 
         noise (k, B, C, h, w): the sampler's draws (`sampling.SAMPLERS[sampler].noise_draws` says how many).
         cache: which evaluations are skipped; None leaves it to the settings. `Progress.done` is told how many were.
+        meanwhile: called while the workers prepare; what it raises cancels the run, as from `progress`.
         """
         cache = cache or self.settings.cache_rule(sigmas.tolist())
         progress = self.pool.following(progress, cached=cache is not None)
@@ -123,7 +125,7 @@ class Session:
                 },
                 cache=cache,
             )
-            return submit(workers, message, tensors, progress)
+            return submit(workers, message, tensors, progress, meanwhile)
 
         return self._run(request, progress)
 

@@ -1,4 +1,4 @@
-"""A ControlNet's tensors travel in memory that lasts from one evaluation to the next, and goes when it should."""
+"""Tensors to compute from travel in memory that lasts from one request to the next, and goes when it should."""
 
 import errno
 import os
@@ -66,6 +66,21 @@ def test_it_carries_every_evaluation_and_is_mapped_once(session, model, shared_p
         assert relative_difference(got, evaluate(one, control(seed))) < 2e-5
     monkeypatch.setattr(channels, "INLINE_LIMIT", 1 << 40)
     assert torch.equal(evaluate(session, control(10)), others[0])
+
+
+def test_it_carries_every_sampling_run(session, monkeypatch):
+    """Fresh pages for a prompt of 8 MB would take longer than its copying, in the sender and in each rank."""
+    monkeypatch.setattr(channels, "INLINE_LIMIT", 1 << 16)
+
+    def sample(seed: int) -> torch.Tensor:
+        noise = randn(*GIVEN.x.shape, seed=seed)
+        return session.sample(noise, torch.linspace(1, 0, 3), sampler="euler", positive=PROMPT)
+
+    first = sample(0)
+    lasting = session.pool._workers.channel._lasting
+    others = [sample(1), evaluate(session, None), sample(2)]
+    assert session.pool._workers.channel._lasting is lasting and mapped(session.pool) == [1, 1]
+    assert torch.equal(sample(0), first) and torch.equal(sample(2), others[2])
 
 
 def test_memory_that_may_be_read_still_is_not_written_to(session):
@@ -148,7 +163,8 @@ def test_a_rank_with_too_many_open_files_harms_no_workers(session, full, monkeyp
 
     def run():
         if kind == "sampling":
-            return session.sample(GIVEN.x, torch.linspace(1, 0, 3), sampler="euler", positive=PROMPT)
+            guided = {"positive": PROMPT, "negative": PROMPT, "cfg": 2.0}  # more than what was sent before
+            return session.sample(GIVEN.x, torch.linspace(1, 0, 3), sampler="euler", **guided)
         return evaluate(changed, None if kind == "patches" else control(0))
 
     monkeypatch.setattr(channels, "INLINE_LIMIT", 1 << 16)

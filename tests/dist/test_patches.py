@@ -67,10 +67,10 @@ def messages(pool, monkeypatch):
     """The Patch messages that go to the workers: weights and number of tensors."""
     seen, send = [], sessions.submit
 
-    def record(workers, message, tensors, progress):
+    def record(workers, message, tensors, *more):
         if isinstance(message, Patch) and workers is pool._workers:
             seen.append(({key: len(patches) for key, patches in message.weights.items()}, len(tensors)))
-        return send(workers, message, tensors, progress)
+        return send(workers, message, tensors, *more)
 
     monkeypatch.setattr(sessions, "submit", record)
     return seen

@@ -42,17 +42,22 @@ def pixels(file) -> torch.Tensor:
 @dataclass
 class Outcome:
     """What one prompt brought: saved latents by node id, saved images (3, h, w) from 0 to 1, and the websocket's
-    events. preview: the last, as an image. queued, ended: when, as those of `progress`, by time.monotonic()."""
+    events. queued, ended: when, as those of `progress`, by time.monotonic()."""
 
     latents: dict = field(default_factory=dict)
     images: list = field(default_factory=list)
     progress: list = field(default_factory=list)
     previews: int = 0
-    preview: torch.Tensor | None = None
+    last_preview: bytes = b""
     texts: list = field(default_factory=list)
     interrupted: bool = False
     queued: float = 0.0
     ended: float = 0.0
+
+    @property
+    def preview(self) -> torch.Tensor:
+        """The last preview. Decoded when it is asked for: what comes behind one would seem to come later."""
+        return pixels(io.BytesIO(self.last_preview))
 
     def texts_of(self, node: str) -> list[str]:
         """The status lines that a node showed."""
@@ -153,7 +158,7 @@ class ComfyUI:
                         outcome.previews += 1
                         # Before the picture: what kind it is; in newer ones the length of what is told of it, and that.
                         start = 8 if kind == 1 else 8 + int.from_bytes(frame[4:8], "big")
-                        outcome.preview = pixels(io.BytesIO(frame[start:]))
+                        outcome.last_preview = frame[start:]
                     elif kind == 3:
                         length = int.from_bytes(frame[4:8], "big")
                         outcome.texts.append((frame[8 : 8 + length].decode(), frame[8 + length :].decode()))

@@ -119,3 +119,14 @@ def test_a_torch_that_is_too_old_is_named(comfyui, monkeypatch):
         load()
     monkeypatch.setattr("torch.__version__", "2.10.0a0+git123")
     load()
+
+
+def test_a_schema_is_looked_at_once(comfyui, monkeypatch):
+    """ComfyUI asks for each node's anew, several times a prompt, on the thread that serves everybody."""
+    module, looks = load(), []
+    monkeypatch.setattr(module.io, "Schema", thing("node_id, search_aliases)"))
+    look = inspect.signature
+    monkeypatch.setattr(module.inspect, "signature", lambda of: looks.append(of) or look(of))
+    for _ in range(3):
+        assert module.search_aliases("one", "two") == {"search_aliases": ["one", "two"]} and module.dev_only() == {}
+    assert looks == [module.io.Schema]

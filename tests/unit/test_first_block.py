@@ -57,8 +57,8 @@ def skipped_to(cache, factor, *, tokens=6, prompt=PROMPT, timestep=HALF, prompts
     return cache.of(prompt, timestep, prompts=prompts).skip_to(stage(factor * FIRST, OTHERS, X)[0], tokens)
 
 
-def kept(cache, prompt=PROMPT, timestep=HALF):
-    cache.of(prompt, timestep, prompts=1).keep(*stage(FIRST, OTHERS, X))
+def kept(cache, prompt=PROMPT, timestep=HALF, others=OTHERS):
+    cache.of(prompt, timestep, prompts=1).keep(*stage(FIRST, others, X))
     return cache
 
 
@@ -72,6 +72,19 @@ def test_the_change_is_relative_to_what_it_was():
 
 def test_a_threshold_of_nothing_skips_not_even_what_is_equal():
     assert skipped_to(kept(cache_of(threshold=0.0)), 1.0) is None
+
+
+def test_what_the_others_add_goes_on_along_a_line_no_farther_than_it_is_long():
+    """From 1 at 0.9 to 2 at 0.7: 2.5 at 0.6, but 3 at the most."""
+    cache = kept(kept(cache_of(), timestep=torch.tensor([0.9])), timestep=torch.tensor([0.7]), others=2 * OTHERS)
+    for timestep, factor in ((0.6, 2.5), (0.5, 3), (0.2, 3), (0.7, 2), (0.8, 2)):
+        torch.testing.assert_close(
+            skipped_to(cache, 1.0, timestep=torch.tensor([timestep])), X + FIRST + factor * OTHERS, atol=1e-5, rtol=1e-5
+        )
+    kept(cache, timestep=torch.tensor([0.7]), others=4 * OTHERS)  # once more at 0.7, as some samplers do
+    torch.testing.assert_close(
+        skipped_to(cache, 1.0, timestep=torch.tensor([0.6])), X + FIRST + 4.5 * OTHERS, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_only_between_start_and_end_and_with_something_kept():

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.unit
 
@@ -12,9 +13,8 @@ class Obstacle(BaseException):
 
 
 @pytest.fixture
-def observed(node_module):
-    """observed(values) gives a dict of which `known` alone may be read."""
-    module = node_module(
+def rehearsal(node_module):
+    return node_module(
         "rehearsal",
         provenance={"owner": lambda value: type(value).__module__, "packs_naming": lambda text: ["the-pack"]},
         call_tracer={"CallTracer": None, "Obstacle": Obstacle},
@@ -22,10 +22,15 @@ def observed(node_module):
         reachable={"Unchanged": None},
     )
 
-    def fail(text):
-        raise Obstacle(text)
 
-    return lambda values: module._Observed(values, {"known"}, "on the model", fail)
+def fail(text):
+    raise Obstacle(text)
+
+
+@pytest.fixture
+def observed(rehearsal):
+    """observed(values) gives a dict of which `known` alone may be read."""
+    return lambda values: rehearsal._Observed(values, {"known"}, "on the model", fail)
 
 
 READS = [
@@ -59,3 +64,20 @@ def test_what_is_known_or_absent_may_be_read(observed):
     assert values["known"] == 1 and values.get("absent", 3) == 3 and values["strength"] == 1.0
     with pytest.raises(Obstacle, match="^strength"):
         observed({"strength": 0.5})["strength"]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_text_that_nobody_looks_at_is_not_carried_along(rehearsal, masked):
+    """8 MB of FLUX.1's; what a pack left on it is. A mask counts the tokens of the whole."""
+    text = SimpleNamespace(cond=torch.randn(1, 512, 8), changed=abs)
+    conds = {"c_crossattn": text, "y": 1} | ({"attention_mask": 2} if masked else {})
+    guider = SimpleNamespace(conds={"positive": [{"model_conds": conds, "foreign": 1}], "negative": None})
+    given = guider.conds
+    with rehearsal._observed_conditionings(guider, ["positive"], fail):
+        (part,) = guider.conds["positive"]
+        carried = part["model_conds"]["c_crossattn"]
+        assert carried.cond.shape == (1, 512 if masked else 1, 8) and carried.changed is abs
+        assert part["model_conds"].keys() == conds.keys()
+        with pytest.raises(Obstacle):
+            part["foreign"]
+    assert guider.conds is given and text.cond.shape == (1, 512, 8)

@@ -6,7 +6,7 @@ import torch
 from fastusp_backend.errors import Cancelled, PatchesLost, ProtocolError, RequestError, TensorsLost
 from fastusp_backend.pool import request
 from fastusp_backend.pool.progress import QUIET, Progress
-from fastusp_backend.pool.request import follow
+from fastusp_backend.pool.request import follow, submit
 from fastusp_backend.protocol import Cancel, Done, Failed, Held, Phase, Ready, Step
 
 pytestmark = pytest.mark.unit
@@ -86,3 +86,35 @@ def test_a_cancel_that_is_not_answered_leaves_the_request_behind(monkeypatch):
     with pytest.raises(Cancelled, match="will come to it"):
         follow(workers, 2, Progress(step=lambda event, _: steps.append(event.index), interrupted=lambda: True))
     assert workers.posted == [Cancel(id=2)] and workers.left == 2 and not steps
+
+
+class Taking(Workers):
+    """Take requests as well."""
+
+    def __init__(self, *replies):
+        super().__init__(*replies)
+        self.did = []
+
+    def send(self, message, tensors, meanwhile):
+        self.did.append("sent")
+
+    def receive(self, seconds):
+        self.did.append("heard")
+        return super().receive(seconds)
+
+
+def test_something_is_done_while_the_workers_have_the_request():
+    workers = Taking((Done(id=2), {}))
+    submit(workers, Done(id=2), {}, QUIET, lambda: workers.did.append("meanwhile"))
+    assert workers.did == ["sent", "meanwhile", "heard"]
+
+
+def test_what_is_raised_meanwhile_cancels_the_request_and_is_raised():
+    workers = Taking((step(2, 0), {}), (Failed(id=2, kind="cancelled", rank=0, text=""), {}))
+
+    def obstructed():
+        raise OSError("the caller's own")  # no error of the channel
+
+    with pytest.raises(OSError, match="^the caller's own$"):
+        submit(workers, Done(id=2), {}, QUIET, obstructed)
+    assert workers.posted == [Cancel(id=2)] and not workers.replies

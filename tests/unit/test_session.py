@@ -39,7 +39,7 @@ def sampled(monkeypatch):
         contact._link = SimpleNamespace(send=lambda *_: None)
         sent = []
 
-        def submit(workers, message, tensors, progress):
+        def submit(workers, message, tensors, progress, meanwhile):
             sent.append(message)
             workers.send(message, tensors)
             return {"output": tensors["x"]}

@@ -26,8 +26,15 @@ CHANGES = [
     (
         FIRST_BLOCK,
         "what no later evaluation may use is kept",
-        "if self.timestep > self.cache.end:",
-        "if True:",
+        "if self.timestep <= self.cache.end:",
+        "if False:",
+        "unit/test_first_block.py",
+    ),
+    (
+        FIRST_BLOCK,
+        "a line is followed for as long as evaluations are skipped",
+        "alpha=min(max(share, 0.0), 1.0)",
+        "alpha=share",
         "unit/test_first_block.py",
     ),
     (
