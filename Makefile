@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-TEST := PYTHONDONTWRITEBYTECODE= OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
+TEST := PYTHONDONTWRITEBYTECODE= OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 $(RUN) -m pytest -n 3
 
 .PHONY: demo test test-thorough test-portable lint clean
 
@@ -24,7 +24,7 @@ test-thorough: $(VENV)/ready
 
 # The unit tests that compute as another processor would run them: without vector instructions, on one thread.
 test-portable: $(VENV)/ready
-	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m "unit and not any_processor" tests/unit
+	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 $(RUN) -m pytest -n 3 -m "unit and not any_processor and not thorough" tests/unit
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

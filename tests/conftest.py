@@ -1,6 +1,7 @@
 """What all tests share: `support` beside this file is importable. Where pytest-xdist runs tests side by side, those of
-one folder stay together, since they share a ComfyUI, or pools (three groups of them: pools' lives, what they compute,
-and servers, whose tests wait most of the time); unit tests of one file do, and commands that start all they need."""
+one folder stay together, since they share a ComfyUI (two groups of them: with its page, and without), or pools (three:
+pools' lives, what they compute, and servers, whose tests wait most of the time); unit tests of one file do, and
+commands that start all they need."""
 
 import gc
 from collections import Counter
@@ -15,6 +16,8 @@ ORDER = ("host", "dist", "unit", "chaos", "mutations", "gpu")
 """Of the folders: each of xdist's processes takes the next group, and the longest begin first."""
 LIVES = ("tests/dist/test_pool_", "tests/dist/test_changing_files")
 SERVERS = ("tests/dist/test_serve", "tests/dist/test_several_machines", "tests/dist/test_machines_end")
+WITH_PAGE = "browser choose controls convert demo examples locales measure pages templates".split()
+PAGES = tuple(f"tests/host/test_host_{name}" for name in WITH_PAGE)
 BY_FILE = ("tests/unit/", "tests/dist/test_chaos", "tests/dist/test_cli", "tests/dist/test_benchmarks")
 
 
@@ -37,7 +40,8 @@ def pytest_xdist_make_scheduler(config, log):
             path = nodeid.partition("::")[0]
             if path.startswith(BY_FILE):
                 return path
-            return path.rpartition("/")[0] + "/lives" * path.startswith(LIVES) + "/servers" * path.startswith(SERVERS)
+            groups = {"/lives": LIVES, "/servers": SERVERS, "/pages": PAGES}
+            return path.rpartition("/")[0] + "".join(name for name, of in groups.items() if path.startswith(of))
 
     config.option.loadscopereorder = False  # nothing before those that take longest
     return Scheduler(config, log)

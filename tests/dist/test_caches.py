@@ -110,9 +110,9 @@ def sample(
     [
         ((2, 1), {"cfg": 3.0}),
         ((1, 3), {"cfg": 3.0, "text": 24}),
-        ((1, 1, 2), {"cfg": 3.0}),
+        pytest.param((1, 1, 2), {"cfg": 3.0}, marks=pytest.mark.thorough),
         ((1, 1, 2), {"cfg": 3.0, "text": 24}),
-        ((1, 2), {"batch": 2, "sampler": "heun"}),
+        pytest.param((1, 2), {"batch": 2, "sampler": "heun"}, marks=pytest.mark.thorough),
         ((1, 1, 2), {"batch": 2, "sampler": "heun"}),
     ],
     ids=str,

@@ -118,7 +118,9 @@ def lora(key: str, shape: tuple[int, int], seed: int) -> WeightPatches:
     return WeightPatches({key: (patch,)}, {name_of(up): up, name_of(down): down})
 
 
-@pytest.mark.parametrize("name", ["flux", "scaled_tensors", "mixed", "gguf_Q8_0"])
+@pytest.mark.parametrize(
+    "name", ["flux", pytest.param("scaled_tensors", marks=pytest.mark.thorough), "mixed", "gguf_Q8_0"]
+)
 def test_patches_and_their_undoing(pool, park, files, name):
     one = lora("double_blocks.1.img_mlp.0.weight", (1024, 512), 21)
     other = lora("single_blocks.0.linear2.weight", (512, 1536), 23)

@@ -12,7 +12,7 @@ from fastusp_backend.sampling import SAMPLERS
 
 pytestmark = pytest.mark.dist
 
-LAYOUTS = [(1, 1), (2, 1), (1, 2), (1, 3), (2, 2), (4, 1), (1, 4)]
+LAYOUTS = [(1, 1), (2, 1), (1, 2), (1, 3), (2, 2), (4, 1), pytest.param(1, 4, marks=pytest.mark.thorough)]
 TEXTS = (1, 7, 24, 97, 130)
 # 1, 6, 20, 63 and 96 image tokens: odd sizes, fewer tokens than ranks, and counts that no number of ranks divides.
 SIZES = [((2, 2), 1), ((3, 5), 2), ((10, 7), 1), ((14, 18), 2), ((24, 16), 1)]

@@ -31,13 +31,25 @@ def test_an_installed_copy(second_host):
         assert second_host.get(f"/object_info/{node}")[node]["python_module"] == f"custom_nodes.{PACK}"
 
 
-@pytest.mark.skipif(not (REPOSITORY / ".git").exists() or not shutil.which("git"), reason="no git repository")
-def test_a_clone(host, tmp_path):
-    """By the repository's address. Manager would also run an install.py: there is none."""
+@pytest.fixture
+def clone(tmp_path):
+    """By the repository's address."""
+    if not (REPOSITORY / ".git").exists() or not shutil.which("git"):
+        pytest.skip("no git repository")
     pack = tmp_path / "custom_nodes" / PACK
     subprocess.run(["git", "clone", "-q", "--depth", "1", REPOSITORY.as_uri(), pack], check=True, timeout=60)
-    assert not (pack / "install.py").exists()
-    nothing_is_missing(host.python, pack)
+    return pack
+
+
+def test_a_clone(host, clone):
+    """Manager would also run an install.py: there is none."""
+    assert not (clone / "install.py").exists()
+    nothing_is_missing(host.python, clone)
+
+
+@pytest.mark.thorough
+def test_a_host_with_a_clone(host, clone, tmp_path):
+    """As one with the archive, which another test starts."""
     command = [host.python, "main.py", "--cpu", "--quick-test-for-ci", "--base-directory", tmp_path]
     command += ["--disable-api-nodes", "--database-url", f"sqlite:///{tmp_path}/comfyui.db"]
     answer = subprocess.run(command, cwd=host.path, capture_output=True, text=True, timeout=120)

@@ -81,6 +81,9 @@ def labelled(text: str, within: str) -> str:
 
 
 @pytest.mark.skipif(PROGRAM is None, reason="no Chromium")
+@pytest.mark.parametrize(
+    "renderer", [False, pytest.param(True, marks=pytest.mark.thorough)], ids=["canvas", "Nodes 2.0"], indirect=True
+)
 def test_from_an_empty_page_to_a_picture_of_two_ranks(host, page, renderer):
     """By what is on the screen alone: ComfyUI's templates, ours among them, two ranks, Run. Nothing is typed, and the
     page is not loaded again. A small window, in which the whole of it is legible."""

@@ -89,6 +89,7 @@ def assert_progress(seen: list) -> None:
 def test_measured_and_applied(host, page):
     """Also by how much 8 bits change a step and the latents, of the rows that have some."""
     graph = Graph()
+    graph.node("TestQuickMeasuring")
     graph.save(graph.sample(graph.usp("cpu:1"), steps=1))
     host.run(graph)
     before = starts(host)

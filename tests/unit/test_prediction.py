@@ -1,5 +1,7 @@
 """What `plan` predicts, beside what was measured (benchmarks/results)."""
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -37,14 +39,20 @@ pytestmark = [pytest.mark.unit, pytest.mark.any_processor]
 NVLINK = CARDS["H100"].nvlink
 
 
-def predicted(
-    config, ranks, link=NVLINK, *, dtype=torch.bfloat16, linear="exact", wire="exact", prompts=1, ring=0, **room
-):
+@cache
+def placed(config, ranks, dtype, linear, **room):
+    """(the header of a file, where its weights lie): models of full size take a while to make."""
     with torch.device("meta"):
         model = config.build()
     header = {model.file_key(name): TensorInfo(tuple(p.shape), dtype) for name, p in model.named_parameters()}
     spec = ModelSpec(path="x", file=FileState(0, 0, 0, 0), storage=None, compute="bfloat16", linear=linear)
-    found = place_file(header, spec, ranks, **room)
+    return header, place_file(header, spec, ranks, **room)
+
+
+def predicted(
+    config, ranks, link=NVLINK, *, dtype=torch.bfloat16, linear="exact", wire="exact", prompts=1, ring=0, **room
+):
+    header, found = placed(config, ranks, dtype, linear, **room)
     made = Prediction(header, config, plan_batches(ranks, config.heads, ring=ring), CARDS["H100"], linear, wire)
     return found, made.seconds(found, link, prompts=prompts) * 1000
 

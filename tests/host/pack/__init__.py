@@ -10,7 +10,7 @@ import comfy.supported_models
 import torch
 from comfy.controlnet import ControlBase
 
-from . import changed
+from . import changed, quick
 from .patched_fp8 import PatchedFP8
 
 
@@ -296,4 +296,5 @@ NODE_CLASS_MAPPINGS = {
     "TestReferenceMethod": ReferenceMethod,
     "TestPatchedFP8": PatchedFP8,
     **changed.NODES,
+    **quick.NODES,
 }
