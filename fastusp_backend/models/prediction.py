@@ -32,8 +32,11 @@ MESSAGE = 5e-6
 """Seconds of each peer's messages in a block, however short."""
 COOL = 0.86
 """What computing takes where GPUs wait between, since they stay below their power limit."""
-STAGED = 1.85
-"""How much longer tokens take by way of the host's memory: first into it, then out of it."""
+STAGED = 1.4
+"""How much longer tokens take by way of the host's memory: into it, then out of it, a piece of a message behind the
+other."""
+STAGED_RATE = 27
+"""GB/s that a GPU was seen to send so, and to receive at the same time, of the 50 that one of these alone reaches."""
 STAGED_TOGETHER = 0.08
 """How much longer still for each GPU beyond two, with which they share that memory. Measured with four."""
 STAGED_MESSAGE = 57e-6
@@ -218,16 +221,16 @@ class Prediction:
             away = TURN * messages + waited * per_byte + max(0.0, turned * per_byte - hidden)
         sent = inside * self._of_tokens
         if sent and not link.apart and not found.streamed_bytes:
-            here = self._through_the_host(sent / (link.peers * 1e9), computing * COOL, cost, layout.sequence_ranks)
+            here = self._through_the_host(sent, link, computing * COOL, cost, layout.sequence_ranks)
         else:
             here = self._on_a_machine(found, link, computing, sent)
         return prompts / layout.batch * (here + away)
 
-    def _through_the_host(self, tokens: float, computing: float, cost: StepCost, ranks: int) -> float:
-        """Seconds where all weights are there. tokens: seconds of one way. computing: seconds."""
+    def _through_the_host(self, sent: float, link: Link, computing: float, cost: StepCost, ranks: int) -> float:
+        """Seconds where all weights are there. sent: bytes. computing: seconds."""
         both = self._config.two_stream_blocks
         shares = 1 - both / (cost.streams - both), both / (cost.streams - both)
-        tokens *= STAGED * (1 + STAGED_TOGETHER * (ranks - 2))
+        tokens = sent / (min(link.peers / STAGED, STAGED_RATE) * 1e9) * (1 + STAGED_TOGETHER * (ranks - 2))
         hidden = sum(
             share * min(behind * computing, of * tokens)
             for share, behind, of in zip(shares, HIDDEN_BEHIND, HIDDEN_OF, strict=True)

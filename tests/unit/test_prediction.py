@@ -106,21 +106,24 @@ FP8 = torch.float8_e4m3fn
         (FLUX_DEV, 1, {}, 118.6),  # H200, but for the last ones
         (FLUX_DEV, 2, {}, 66.2),
         (FLUX_DEV, 4, {}, 35.7),
-        (FLUX_DEV, 8, {}, 22.4),  # one rank's share, played
-        (FLUX_DEV, 2, {"link": PCIE[0], "peers": False}, 96.6),
+        (FLUX_DEV, 8, {}, 21.7),  # one rank's share, played
+        (FLUX_DEV, 2, {"link": PCIE[0], "peers": False}, 92.7),
+        (FLUX_DEV, 2, {"link": PCIE[0], "peers": False, "wire": "int8"}, 73.6),
         (FLUX_DEV, 1, {"linear": "fp8"}, 84.2),
         (FLUX_DEV, 2, {"linear": "fp8"}, 47.0),
         (FLUX2_DEV, 1, {}, 432.9),
         (FLUX2_DEV, 1, {"linear": "fp8"}, 274.2),
         (FLUX2_DEV, 2, {}, 225.6),
+        (FLUX2_DEV, 4, {}, 117.5),  # played
+        (FLUX2_DEV, 8, {}, 64.4),
+        (QWEN_IMAGE, 1, {}, 117.9),
+        (QWEN_IMAGE, 2, {}, 70.6),
         (SD35_LARGE, 1, {}, 57.6),
         (SD35_LARGE, 2, {}, 32.8),
         (Z_IMAGE, 1, {}, 89.3),
         (Z_IMAGE, 2, {}, 50.3),
         (FLUX_DEV, 1, {}, 125),  # H100
         (FLUX_DEV, 2, {}, 66.3),
-        (FLUX_DEV, 2, {"link": PCIE[0], "peers": False}, 99.2),
-        (FLUX_DEV, 2, {"link": PCIE[0], "peers": False, "wire": "int8"}, 80.5),
     ],
 )
 def test_within_a_twentieth_where_weights_stay(config, ranks, given, measured):
@@ -128,10 +131,10 @@ def test_within_a_twentieth_where_weights_stay(config, ranks, given, measured):
 
 
 def test_efficiency_falls_with_the_number_of_gpus():
-    """As measured: 0.90, 0.83 and 0.66 of one GPU's time by their number."""
+    """As measured: 0.90, 0.82 and 0.68 of one GPU's time by their number."""
     alone = predicted(FLUX_DEV, 1)[1]
     shares = [alone / predicted(FLUX_DEV, ranks)[1] / ranks for ranks in (2, 4, 8)]
-    assert shares == pytest.approx([0.90, 0.83, 0.66], abs=0.03)
+    assert shares == pytest.approx([0.90, 0.82, 0.68], abs=0.03)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +144,12 @@ def test_efficiency_falls_with_the_number_of_gpus():
         (FLUX_DEV, 2, {}, 0, 68.5),
         (FLUX_DEV, 2, {"available": 13_100_000_000}, 52, 70.8),
         (FLUX_DEV, 2, {"linear": "fp8"}, 0, 52.0),
-        (FLUX_DEV, 2, {"link": PCIE[0], "peers": False, "wire": "int8"}, 0, 75.7),  # H200
+        (FLUX_DEV, 4, {"link": PCIE[0], "peers": False, "wire": "int8"}, 0, 58.5),  # H200
+        (FLUX_DEV, 4, {"link": PCIE[0], "peers": False}, 0, 88.1),  # H200, messages in one piece
+        (FLUX2_DEV, 2, {"link": PCIE[0], "peers": False}, 0, 230),  # likewise
+        (QWEN_IMAGE, 2, {"link": PCIE[0], "peers": False}, 0, 107),  # likewise
+        (QWEN_IMAGE, 4, {}, 0, 41.2),  # H200
+        (QWEN_IMAGE, 8, {}, 0, 25.6),  # played
         (FLUX_DEV, 2, {"dtype": FP8}, 0, 71.0),  # H200
         (FLUX_DEV, 2, {"link": PCIE[0], "peers": False}, 0, 103.5),
         (FLUX_DEV, 2, {"link": PCIE[0], "peers": False, "available": 18_600_000_000}, 10, 119.7),
