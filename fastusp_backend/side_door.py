@@ -11,6 +11,7 @@ socket and the memory go with the processes that have them, however these end.
 
 import contextlib
 import hmac
+import logging
 import os
 import re
 import secrets
@@ -19,6 +20,8 @@ import struct
 
 from .errors import ProtocolError, RequestError
 from .protocol import Channel, Found, SharedMemory
+
+log = logging.getLogger(__name__)
 
 SECONDS = 5.0
 """How long a client waits for what it is to read."""
@@ -40,9 +43,10 @@ class SideDoor:
                 self._listener.bind(f"\0{self.name}")
                 self._listener.listen(_BACKLOG)
                 self._listener.setblocking(False)
-            except BaseException:
+            except OSError as error:
+                log.warning("Raise `ulimit -n`: clients of this machine send tensors inside TLS meanwhile (%s)", error)
                 self.close()
-                raise
+                self.name, self._listener = "", None
 
     def let_in(self, channel: Channel) -> socket.socket | None:
         """The socket of the client at the other end of `channel`, which has said that it has connected; None where it
@@ -79,7 +83,7 @@ class SideDoor:
 
     def _accept(self) -> socket.socket | None:
         """The first that is of the same user."""
-        with contextlib.suppress(BlockingIOError):  # there is none more
+        with contextlib.suppress(OSError):  # there is none more, or no more files: it stays inside TLS
             while self._listener is not None:
                 sock, _ = self._listener.accept()
                 if _is_ours(sock):

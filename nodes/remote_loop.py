@@ -78,8 +78,11 @@ def _loop_for(function, guider):
         # Only now: a wrapper between here and `sample_in_workers` may have changed any of it.
         cached = _cache_node(guider, x, extra_args)
         transformer: RemoteTransformer = guider.inner_model.diffusion_model
+        begun = False
 
         def rehearsed() -> None:
+            nonlocal begun
+            begun, transformer.unobstructed = True, False
             aside = contextlib.nullcontext(extra_args) if cached is None else cached.set_aside(guider, extra_args)
             with aside as given:
                 found = obstacles.in_rehearsal(model, guider, x, sigmas, given)
@@ -90,12 +93,18 @@ def _loop_for(function, guider):
         obstacle = obstacles.in_run(model, guider, sigmas)
         if obstacle is None:
             try:
-                # Where the last run met nothing, this one will not, mostly: the workers need not wait for it.
-                later = transformer.unobstructed and cached is None
+                # Where the last run met nothing, this one will not, mostly: the workers need not wait for it. Without
+                # a seed noise is of torch's own generator, from which nothing may be drawn before.
+                later = transformer.unobstructed and cached is None and extra_args.get("seed") is not None
                 if not later:
                     rehearsed()
                 more = {"meanwhile": rehearsed} if later else {}
-                return in_workers(model, x, sigmas, extra_args, callback, disable, options, cached, more)
+                try:
+                    return in_workers(model, x, sigmas, extra_args, callback, disable, options, cached, more)
+                except Exception:
+                    if not begun:  # another pack's conditioning, say, which the rehearsal finds
+                        rehearsed()
+                    raise
             except _Obstructed as found:
                 obstacle = str(found)
         callback = _step_from_here(obstacle, guider, sigmas, callback)

@@ -40,8 +40,8 @@ _SHARED = {"fp8 wire": {"wire": "fp8"}, "int8 wire": {"wire": "int8"}}
 _ANYWHERE = {"fp8 products": {"linear": "fp8"}}
 CACHES = {
     f"cache {kind}, threshold {threshold}": {"cache": kind, "cache_threshold": threshold}
-    for kind in ("easy", "first_block")
-    for threshold in (0.05, 0.1, 0.2)
+    for kind, thresholds in (("easy", (0.05, 0.1, 0.2)), ("first_block", (0.1, 0.2, 0.5)))
+    for threshold in thresholds
 }
 _BOTH = {"int8 wire and fp8 products": {"wire": "int8", "linear": "fp8"}}
 _ATTENTION = {"sage": "sage attention", "flash3-fp8": "fp8 attention"}

@@ -219,23 +219,28 @@ class Prediction:
             hidden = cost.attention / rate * (layout.ring - 1) / layout.ring
             messages = cost.messages if network.joins_ulysses(layout) else cost.turns
             away = TURN * messages + waited * per_byte + max(0.0, turned * per_byte - hidden)
-        sent = inside * self._of_tokens
-        if sent and not link.apart and not found.streamed_bytes:
-            here = self._through_the_host(sent, link, computing * COOL, cost, layout.sequence_ranks)
-        else:
-            here = self._on_a_machine(found, link, computing, sent)
+        sent, per_machine = inside * self._of_tokens, network.per_machine if network is not None else layout.ranks
+        here = self._on_a_machine(found, link, computing, sent)
+        if sent and not link.apart:
+            whole = self._through_the_host(sent, link, computing * COOL, cost, layout, per_machine)
+            here = max(here, whole) if found.streamed_bytes else whole
         return prompts / layout.batch * (here + away)
 
-    def _through_the_host(self, sent: float, link: Link, computing: float, cost: StepCost, ranks: int) -> float:
-        """Seconds where all weights are there. sent: bytes. computing: seconds."""
+    def _through_the_host(
+        self, sent: float, link: Link, computing: float, cost: StepCost, layout: Layout, per_machine: int
+    ) -> float:
+        """Seconds where all weights are there. sent: bytes. computing: seconds. per_machine: GPUs of one."""
+        beside = min(layout.ranks, per_machine)  # those of other prompts, too
+        peers = min(layout.ulysses, per_machine) - 1 + (layout.ring - 1) * (layout.sequence_ranks <= per_machine)
+        messages = cost.messages // (layout.ulysses + layout.ring - 2) * peers
         both = self._config.two_stream_blocks
         shares = 1 - both / (cost.streams - both), both / (cost.streams - both)
-        tokens = sent / (min(link.peers / STAGED, STAGED_RATE) * 1e9) * (1 + STAGED_TOGETHER * (ranks - 2))
+        tokens = sent / (min(link.peers / STAGED, STAGED_RATE) * 1e9) * (1 + STAGED_TOGETHER * (beside - 2))
         hidden = sum(
             share * min(behind * computing, of * tokens)
             for share, behind, of in zip(shares, HIDDEN_BEHIND, HIDDEN_OF, strict=True)
         )
-        return computing + tokens - hidden + STAGED_MESSAGE * cost.messages
+        return computing + tokens - hidden + STAGED_MESSAGE * messages
 
     def _on_a_machine(self, found: Placement, link: Link, computing: float, sent: float) -> float:
         """computing: seconds. sent: bytes of tokens."""

@@ -246,7 +246,7 @@ def test_plan_says_of_what_text_times_are():
 
 def test_plan_says_where_more_gpus_are_slower():
     _, slower = steps_of_flux("H100", 80)
-    assert "4 GPUs are predicted to be slower than 2 on PCIe 4 x8, cfg above 1" in slower
+    assert "4 GPUs are predicted to be slower than 2 on PCIe 4 x16 and PCIe 4 x8, cfg above 1" in slower
     assert "4 GPUs are predicted to be slower than 1 on PCIe 4 x8, cfg 1" in slower
     assert not any("NVLink" in line or "PCIe 5" in line for line in slower)
     cells, slower = steps_of_flux("RTX 5090", 34)

@@ -76,6 +76,10 @@ def run(node_module):
 
     transformer = SimpleNamespace(session=Session(did), unobstructed=False)
     text = SimpleNamespace(process_cond=lambda **_: SimpleNamespace(cond=torch.zeros(1, 2, 4)))
+
+    def broken(**_):
+        raise AttributeError("a pack's own")
+
     guider = SimpleNamespace(
         inner_model=SimpleNamespace(diffusion_model=transformer, model_sampling=None),
         conditioning={"model_conds": {"c_crossattn": text}},
@@ -83,12 +87,14 @@ def run(node_module):
         cfg=1.0,
     )
 
-    def once(found: str | None = None, cached=None) -> list[str]:
+    def once(found: str | None = None, cached=None, seed: int | None = 1, foreign=False) -> list[str]:
         did.clear()
         finds.append(found)
         step_cache["cached"] = cached
+        guider.conditioning["model_conds"]["c_crossattn"] = SimpleNamespace(process_cond=broken) if foreign else text
         loop = module._loop_for(stepping, guider)
-        loop(SimpleNamespace(), torch.zeros(1, 4, 2, 2), SIGMAS, {"model_options": {}}, disable=True)
+        given = {"model_options": {}} | ({} if seed is None else {"seed": seed})
+        loop(SimpleNamespace(), torch.zeros(1, 4, 2, 2), SIGMAS, given, disable=True)
         return [*did]
 
     return once
@@ -116,3 +122,17 @@ def test_a_cache_is_set_aside_before_anything_is_sent(run):
     run()
     aside = SimpleNamespace(set_aside=lambda guider, given: contextlib.nullcontext(given), rule=None)
     assert run(cached=aside) == FIRST
+
+
+def test_without_a_seed_the_workers_wait_since_noise_would_be_drawn_twice(run):
+    run()
+    assert run(seed=None) == FIRST
+
+
+def test_what_cannot_be_sent_is_rehearsed_then(run):
+    """Another pack's conditioning: stepped if that is what is found, as where it is rehearsed before."""
+    run()
+    assert run("a pack", foreign=True) == ["loop in the workers", "rehearsed", "stepping a pack", "stepped"]
+    run()
+    with pytest.raises(AttributeError, match="a pack's own"):
+        run(foreign=True)

@@ -1,6 +1,7 @@
 """Who is let in at the side door, where memory is shared: whoever proves it, and nobody else."""
 
 import contextlib
+import errno
 import os
 import secrets
 import socket
@@ -217,3 +218,21 @@ def test_what_a_server_shows_that_is_no_memory(kind, tmp_path):
         os.close(fd)
     near.close()
     far.close()
+
+
+def test_where_no_more_files_can_be_open_there_is_no_door_and_the_client_stays_where_it_is(monkeypatch, ends, caplog):
+    client, server = ends
+    door = SideDoor()
+    with monkeypatch.context() as patch, find(door.name) as sock:
+
+        def full(*_):
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        patch.setattr(socket.socket, "accept", full)
+        answering = answers(client, None)
+        assert door.let_in(server) is None and sock is not None
+        answering.join(10)
+        patch.setattr(socket.socket, "bind", full)
+        with SideDoor() as none:
+            assert none.name == "" and find(none.name) is None
+    assert "Raise `ulimit -n`" in caplog.text
