@@ -18,8 +18,8 @@ from fastusp_backend.models.family import Transformer
 from fastusp_backend.models.patchify import patch_grid, patchify
 from fastusp_backend.prompt import Prompt
 
-WARM_UP = 4
-"""Steps that are never skipped, as many as ours of 28 are by default."""
+WARM_UP = 2
+"""Steps that are never skipped, of all engines."""
 
 Skipped = Callable[[], int]
 

@@ -6,6 +6,7 @@
 
 Random weights, of which a cache may skip none or all: so the rows are what a run costs where it skips nothing, which is
 the overhead, and where it skips all that it may. `quality.py` says how many a model that draws skips, at what error.
+A cache may skip all steps but the first two, with all engines.
 With `--peers` (FLUX.1) other engines' caches do the same, then all draw pictures of the shipped model at several
 thresholds; the last table joins both: what a run costs where its pictures differ by no more than so many dB.
 """
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import paths  # noqa: F401
 import torch
-from cached_peers import CACHES, MODULES, captioned
+from cached_peers import CACHES, MODULES, WARM_UP, captioned
 from common import CONFIGS, MODELS, Case, Inputs, random_inputs
 from files import write_model
 from process_sets import ProcessSet, run_all
@@ -85,9 +86,11 @@ def run_of(pool: Pool, spec: ModelSpec, given: Inputs, a: argparse.Namespace, co
     (tensors,) = given.prompts
     prompt, sigmas = Prompt(tensors.context, tensors.y, tensors.guidance), torch.linspace(1, 0, a.steps + 1)
     layout = plan(pool.devices.ranks, config.heads)
+    allowed = {"cache_start": max(0.0, (WARM_UP - 0.5) / a.steps), "cache_end": 1.0}  # between two steps
 
     def run(options: dict) -> tuple[torch.Tensor, float, int]:
-        session, told, began = Session(pool, spec, (layout,), Settings(**options)), [], time.perf_counter()
+        settings = Settings(**options | (allowed if options else {}))
+        session, told, began = Session(pool, spec, (layout,), settings), [], time.perf_counter()
         more = {"timestep_scale": config.timestep_scale, "progress": Progress(done=told.append)}
         x = session.sample(given.x, sigmas, sampler="euler", positive=prompt, **more)
         return x, time.perf_counter() - began, told[-1].skipped
