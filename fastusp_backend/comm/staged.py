@@ -79,7 +79,7 @@ class StagedArena:
         return _typed(self._buffer, shape, dtype, offset)
 
     def addresses(self, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> None:
-        return None  # what a kernel writes to the host's memory keeps it, and its SMs, for as long as a copy takes
+        return None  # what lies there is the host's memory, to which copy engines write
 
     def side_stream(self):
         return self._on(self._sending)

@@ -6,9 +6,10 @@ A step of P ranks takes
     F / P / (sustained * peak) * (1 + BESIDE, where P > 1) + KERNELS * streams + MESSAGE * messages
 
 where nothing else is slower, and what crosses links beside computing or after it (`Prediction.seconds`). Of it only the
-first part falls with P. Fitted to FLUX.1 at 1024 x 1024 on H200 with NVLink, 118.6, 66.2, 35.7 and 22.4 ms for P = 1,
+first part falls with P. Fitted to FLUX.1 at 1024 x 1024 on H200 with NVLink, 118.6, 66.2, 35.7 and 21.7 ms for P = 1,
 2, 4 and 8, the last as benchmarks/scale.py plays one rank's share of so many on two GPUs. Without peer access, where
-tokens go through the host's memory, two and four H200 took 96.8 and 88.1 ms, and 76.5 and 58.5 with int8 wire.
+tokens go through the host's memory, two H200 took 92.7 ms, 73.6 with int8 wire; four, before messages went in pieces,
+88.1 and 58.5.
 """
 
 import re
