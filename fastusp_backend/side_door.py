@@ -38,8 +38,8 @@ class SideDoor:
         self.name, self._listener = "", None
         if hasattr(os, "memfd_create"):
             self.name = f"fastusp-{secrets.token_hex(_CONTENT // 2)}"
-            self._listener = socket.socket(socket.AF_UNIX)
             try:
+                self._listener = socket.socket(socket.AF_UNIX)
                 self._listener.bind(f"\0{self.name}")
                 self._listener.listen(_BACKLOG)
                 self._listener.setblocking(False)

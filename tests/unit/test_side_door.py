@@ -232,7 +232,8 @@ def test_where_no_more_files_can_be_open_there_is_no_door_and_the_client_stays_w
         answering = answers(client, None)
         assert door.let_in(server) is None and sock is not None
         answering.join(10)
-        patch.setattr(socket.socket, "bind", full)
-        with SideDoor() as none:
-            assert none.name == "" and find(none.name) is None
+        for place, call in ((socket.socket, "bind"), (socket, "socket")):
+            patch.setattr(place, call, full)
+            with SideDoor() as none:
+                assert none.name == "" and find(none.name) is None
     assert "Raise `ulimit -n`" in caplog.text
