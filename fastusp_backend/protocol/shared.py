@@ -20,13 +20,12 @@ from ..pinning import pin, unpin
 
 log = logging.getLogger(__name__)
 
-TYPES = ("float64", "float32", "float16", "bfloat16", "complex128", "complex64", "complex32")
-TYPES += ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu", "float4_e2m1fn_x2")
+TYPES = ("float64", "float32", "float16", "bfloat16", "complex128", "complex64")
+TYPES += ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
 TYPES += ("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8", "bool")
-TYPES += ("bits16", "bits8", "bits4x2", "bits2x4", "bits1x8")
-"""torch's names of the types that travel: all whose bytes are all there is to them. A quantised tensor has a scale
-beside them, and those of 1 to 7 bits (`uint4`) torch itself does not copy. torch 2.7 has all of these but
-float4_e2m1fn_x2."""
+"""torch's names of the types that travel: of torch 2.7 to 2.13 all that a tensor's bytes are enough for and that a rank
+can compute from. Quantised types have a scale beside the bytes; torch does not copy those of 1 to 7 bits (uint4),
+converts neither bits8 and its kin nor float4_e2m1fn_x2, and does not compare complex32."""
 _ALIGNMENT = 256
 
 ADVICE = "close other programs, or where too many files are open, raise `ulimit -n` before ComfyUI starts"

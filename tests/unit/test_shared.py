@@ -20,7 +20,8 @@ pytestmark = pytest.mark.unit
 
 HERE = [name for name in TYPES if hasattr(torch, name)]
 NONE_OF_THEM = {"uint1", "uint2", "uint3", "uint4", "uint5", "uint6", "uint7", "quint8", "qint8", "qint32", "quint4x2"}
-NONE_OF_THEM |= {"int1", "int2", "int3", "int4", "int5", "int6", "int7", "quint2x4"}
+NONE_OF_THEM |= {"int1", "int2", "int3", "int4", "int5", "int6", "int7", "quint2x4", "bits8", "bits16", "bits1x8"}
+NONE_OF_THEM |= {"bits2x4", "bits4x2", "float4_e2m1fn_x2", "complex32"}
 
 
 def of_type(name: str, count: int) -> torch.Tensor:
@@ -54,6 +55,12 @@ def test_every_type_of_torch_travels_or_is_refused():
     types = {str(value).removeprefix("torch.") for value in vars(torch).values() if isinstance(value, torch.dtype)}
     assert types == {*HERE} | NONE_OF_THEM & types
     assert not {*TYPES} & NONE_OF_THEM
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_what_travels_is_compared_here_and_converted_there(name):
+    ones = torch.ones(4).to(getattr(torch, name))
+    assert torch.equal(ones, ones.clone()) and torch.equal(ones.to(torch.bfloat16), torch.ones(4).bfloat16())
 
 
 @pytest.mark.parametrize("count", [5, INLINE_LIMIT // 8], ids=["inline", "shared"])
