@@ -146,7 +146,7 @@ def qwen_names(hidden: int, seed: int) -> dict[str, torch.Tensor]:
 
 
 def sd3_names(hidden: int, seed: int) -> dict[str, torch.Tensor]:
-    """diffusers' names, whose queries, keys and values are parts of one weight, and the file's own."""
+    """diffusers' names, whose queries, keys and values are parts of one weight, the file's own, and kohya's."""
     random, tensors = _Random(seed), {}
     block = "transformer.transformer_blocks.0"
     for name, out, width in (
@@ -161,6 +161,15 @@ def sd3_names(hidden: int, seed: int) -> dict[str, torch.Tensor]:
         tensors[f"{name}.lora_B.weight"] = random(out, RANK)
     tensors["diffusion_model.x_embedder.proj.lora_A.weight"] = random(RANK, 16, 2, 2)
     tensors["diffusion_model.x_embedder.proj.lora_B.weight"] = random(hidden, RANK, 1, 1)
+    for name, out, width in (
+        ("joint_blocks_0_context_block_attn_qkv", 3 * hidden, hidden),
+        ("joint_blocks_1_x_block_mlp_fc1", 4 * hidden, hidden),
+    ):
+        tensors |= {
+            f"lora_unet_{name}.lora_up.weight": random(out, RANK),
+            f"lora_unet_{name}.lora_down.weight": random(RANK, width),
+            f"lora_unet_{name}.alpha": torch.tensor(2.0),
+        }
     return tensors
 
 
@@ -237,7 +246,9 @@ def write(folder: Path, name: str, tensors: dict[str, torch.Tensor]) -> str:
 def check_stack(
     host, file: str, names: list[str], gpus: str, positive: Callable[[Graph], Link], *, steps: int = 1
 ) -> None:
-    """Two LoRAs one behind the other change what the workers give as they change what stock gives, and change it."""
+    """Two LoRAs one behind the other change what the workers give as they change what stock gives, and change it.
+    ComfyUI knows all their names."""
+    unknown = host.log_text().count("lora key not loaded")
     both = Comparison()
     graph = both.graph
     models, prompt = [graph.usp(gpus, file=file), graph.stock(file)], positive(graph)
@@ -248,3 +259,4 @@ def check_stack(
     both.add("stack", *(graph.sample(model, positive=prompt, negative=prompt, steps=steps) for model in models))
     latents = both.check(host).latents
     assert difference(latents[both.pairs[0][4]], latents[plain]) > 1e-2
+    assert host.log_text().count("lora key not loaded") == unknown
