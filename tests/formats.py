@@ -23,6 +23,11 @@ def is_matrix(tensor: torch.Tensor) -> bool:
     return tensor.dim() == 2
 
 
+def in_block(name: str, tensor: torch.Tensor) -> bool:
+    """Whether it is a matrix of a block, which files have in their format; Z-Image's blocks are `layers`."""
+    return is_matrix(tensor) and ("blocks" in name or name.startswith("layers."))
+
+
 def plain_fp8(state: State, path: Path, dtype: torch.dtype) -> State:
     """Everything cast, as tools do that know no scales."""
     save_file({name: tensor.to(dtype) for name, tensor in state.items()}, path)
@@ -34,7 +39,7 @@ def _scaled(state: State, dtype: torch.dtype) -> tuple[State, State, State]:
     tensors, scales, values = {}, {}, {}
     for name, tensor in state.items():
         tensors[name] = values[name] = tensor.bfloat16()
-        if is_matrix(tensor) and "blocks" in name:
+        if in_block(name, tensor):
             scale = tensor.abs().max() / LIMITS[dtype]
             tensors[name] = (tensor / scale).to(dtype)
             scales[name.removesuffix(".weight")] = scale
@@ -81,7 +86,7 @@ def packed_layers(state: State, path: Path, *kinds: str, metadata: bool = False,
     """The matrices of blocks in these formats in turn, "" for none. more: what is said of each layer beside its format;
     in the metadata, else in `comfy_quant` tensors."""
     tensors, said, values = {}, {}, {}
-    matrices = [name for name, tensor in state.items() if is_matrix(tensor) and "blocks" in name]
+    matrices = [name for name, tensor in state.items() if in_block(name, tensor)]
     for name, tensor in state.items():
         layer, kind = name.removesuffix(".weight"), ""
         if name in matrices:
@@ -149,7 +154,7 @@ def as_gguf(state: State, path: Path, packing: str) -> State:
     writer = gguf.GGUFWriter(path, "flux")
     values = {}
     for i, (name, tensor) in enumerate(state.items()):
-        if is_matrix(tensor) and "blocks" in name:
+        if in_block(name, tensor):
             data = random_blocks(packing, *tensor.shape, seed=i)
             writer.add_tensor(name, data, raw_dtype=kind)
             values[name] = torch.from_numpy(gguf.quants.dequantize(data, kind).copy())

@@ -5,7 +5,7 @@ import torch
 from formats import write
 from safetensors.torch import load_file, save_file
 from support import REORDERED
-from workflows import DEV, SCHNELL, SMALL, TOLERANCE, Comparison, Graph, difference
+from workflows import DEV, SCHNELL, SMALL, SMALL_Z_IMAGE, TOLERANCE, Comparison, Graph, difference
 
 from benchmarks.diffusers_weights import to_diffusers
 from fastusp_backend.models.synthetic import write_checkpoint
@@ -161,3 +161,17 @@ def test_storage_types_of_a_quantised_file(host, models):
     )
     latents = host.run(graph).latents
     assert difference(latents[kept], latents[converted]) < REORDERED
+
+
+def test_z_image(host, models, z_image):
+    """Its blocks have other names, and of its padding tokens GGUF leaves out the first dimension."""
+    formats = Comparison()
+    graph = formats.graph
+    positive = graph.prompt(width=SMALL_Z_IMAGE.context)
+    inputs = {"positive": positive, "negative": positive, "steps": 1}
+    for name, file in (("gguf_Q8_0", "z.gguf"), ("scaled_old", "z_scaled.safetensors")):
+        save_file(write(name, models / z_image, models / file), models / f"plain_{file}.safetensors")
+        got = graph.sample(graph.usp(file=file), **inputs)
+        formats.add(f"{name}, values", got, graph.sample(graph.stock(f"plain_{file}.safetensors"), **inputs))
+    formats.add("scaled_old, file", got, graph.sample(graph.stock(file), **inputs))
+    formats.check(host)
