@@ -31,7 +31,7 @@ def ask(question: str) -> Any:
             remedy = "Run pip install --force-reinstall nvidia-ml-py with the Python that runs ComfyUI"
         text = str(error).rstrip(".")
         raise DeviceError(
-            f"NVML, the library that reports NVIDIA's GPUs, failed: {text}. {remedy}, or {_CPU}"
+            f"{remedy}, or {_CPU}: NVML, the library that reports NVIDIA's GPUs, failed: {text}"
         ) from error
     return json.loads(answer.splitlines()[-1])
 

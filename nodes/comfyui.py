@@ -144,14 +144,14 @@ def check() -> None:
     if tuple(map(int, torch.__version__.split(".")[:2])) < TORCH:
         wanted = ".".join(map(str, TORCH))
         raise UnsupportedComfyUI(
-            f"FastUSP needs torch {wanted} or newer, and this ComfyUI has {torch.__version__}: update its torch"
+            f"Update ComfyUI's torch: FastUSP needs {wanted} or newer, and this is {torch.__version__}"
         )
     missing = [problem for module, uses in USED.items() for use in uses if (problem := _missing(module, use))]
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise UnsupportedComfyUI(
-            f"FastUSP does not run in this ComfyUI (version {version()}): {missing[0]}{more}. It was tested with "
-            f"ComfyUI {TESTED}: update ComfyUI, or FastUSP if ComfyUI is newer"
+            f"Update ComfyUI, or FastUSP if ComfyUI is newer: FastUSP was tested with ComfyUI {TESTED}, and does not "
+            f"run in this one (version {version()}): {missing[0]}{more}"
         )
 
 

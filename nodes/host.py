@@ -15,16 +15,18 @@ STOPPED = Cancelled, model_management.InterruptProcessingException
 class Unsupported(FastUSPError):
     """Raised where a node wants of a remote transformer what it does not do yet.
 
-    what: names the node's feature.
+    what: names the node's feature, within a sentence.
     instead: what gives the same in another way, where there is one.
     """
 
     def __init__(self, what: str, instead: str = ""):
-        instead = instead or (
-            "Remove that node from the path between USP Loader and the sampler, or load the model with Load Diffusion "
-            "Model"
-        )
-        super().__init__(f"{what}: USP Loader does not support this yet. {instead}")
+        if instead:
+            super().__init__(f"{instead}: USP Loader does not support {what} yet")
+        else:  # the feature soon, since the status line has the beginning alone
+            super().__init__(
+                f"Remove the node that asks for {what}, or load the model with Load Diffusion Model: USP Loader does "
+                "not support this yet"
+            )
 
 
 def progress(step: Callable | None = None, **more: Callable) -> Progress:

@@ -60,7 +60,7 @@ class RemoteFlux(RemoteTransformer):
     ):
         if attention_mask is not None and not masks_nothing(attention_mask):
             raise Unsupported(
-                "A prompt with an attention mask (Apply Style Model with attn_bias)",
+                "a prompt with an attention mask (Apply Style Model with attn_bias)",
                 "Set strength_type to multiply in Apply Style Model",
             )
         refuse_unsupported(transformer_options, kwargs, self.stock)
@@ -109,7 +109,7 @@ class RemoteQwenImage(RemoteTransformer):
     def process_img(self, *args, **kwargs):
         """What a ControlNet calls that computes with weights of the model itself."""
         raise Unsupported(
-            "A ControlNet that needs the model's own weights (Qwen-Image Fun)",
+            "a ControlNet that needs the model's own weights (Qwen-Image Fun)",
             "Use an InstantX ControlNet, or load the model with Load Diffusion Model",
         )
 
@@ -136,9 +136,9 @@ class RemoteQwenImage(RemoteTransformer):
     ):
         shown = [context.shape[1]] if attention_mask is None else self.shown(attention_mask, context.shape[1])
         if shown is None:
-            raise Unsupported("A prompt with an attention mask that hides more than the end of a text")
+            raise Unsupported("a prompt with an attention mask that hides more than the end of a text")
         if additional_t_cond is not None:
-            raise Unsupported("The timestep condition of Qwen-Image-Layered (additional_t_cond)")
+            raise Unsupported("the timestep condition of Qwen-Image-Layered (additional_t_cond)")
         refuse_unsupported(transformer_options, kwargs, self.stock)
         prompt = Prompt(context, references=tuple(ref_latents or ()), reference_method=ref_latents_method)
         blocks = {"input": self._config.blocks}
@@ -167,7 +167,7 @@ class RemoteSD3(RemoteTransformer):
     def y_embedder(self):
         """What Stability's ControlNets copy the weights of, or `x_embedder`'s."""
         raise Unsupported(
-            "A ControlNet that needs the model's own weights (Stability's for 3.5 large)",
+            "a ControlNet that needs the model's own weights (Stability's for 3.5 large)",
             "Use one of diffusers' kind (InstantX), or load the model with Load Diffusion Model",
         )
 
@@ -230,7 +230,7 @@ class RemoteZImage(RemoteTransformer):
         **kwargs,
     ):
         if ref_latents or ref_contexts or siglip_feats:
-            raise Unsupported("A prompt with images (Z-Image Omni)", "Remove the images from the prompt")
+            raise Unsupported("a prompt with images (Z-Image Omni)", "Remove the images from the prompt")
         refuse_unsupported(transformer_options, kwargs, self.stock)
         return self._on_workers(x, timesteps, Prompt(context), None)
 

@@ -91,7 +91,7 @@ class RemotePatcher(ModelPatcher):
 
     def add_object_patch(self, name, obj):
         if name.startswith("diffusion_model."):
-            raise Unsupported(f"A change inside the transformer ({name})")
+            raise Unsupported(f"a change inside the transformer ({name})")
         return super().add_object_patch(name, obj)
 
     def patch_model(self, *args, **kwargs):
@@ -105,13 +105,13 @@ class RemotePatcher(ModelPatcher):
         return patched
 
     def add_weight_wrapper(self, name, function):
-        raise Unsupported(f"A function around a weight ({name})")
+        raise Unsupported(f"a function around a weight ({name})")
 
     @ends_told()
     def add_hook_patches(self, hook, patches, strength_patch=1.0, strength_model=1.0):
         if patches:
             raise Unsupported(
-                "A weight hook (Create Hook LoRA)",
+                "a weight hook (Create Hook LoRA)",
                 "Load the LoRA with LoraLoaderModelOnly, for the whole run, or the model with Load Diffusion Model",
             )
 
@@ -120,7 +120,7 @@ class RemotePatcher(ModelPatcher):
 
 
 def _no_weights(*_args, **_kwargs):
-    raise Unsupported("Reading the weights (model merging, saving)", MERGE)
+    raise Unsupported("reading the weights (model merging, saving)", MERGE)
 
 
 def remote_model(session: Session, header: dict[str, TensorInfo]) -> RemotePatcher:
@@ -137,7 +137,7 @@ def remote_model(session: Session, header: dict[str, TensorInfo]) -> RemotePatch
     detected = config.unet_config if config is not None else {}
     if detected.get("image_model") != name or not transformer.fits(detected, family):
         what = f"{family.family} of hidden size {family.hidden}"
-        raise FastUSPError(f"{session.model.path}: this ComfyUI does not know {what}; update it")
+        raise FastUSPError(f"Update ComfyUI: this one does not know {what}, as {session.model.path} is")
     config.set_inference_dtype(compute, None)
     model = config.get_model(meta, "", device=torch.device("meta"))  # with a transformer that has no memory
     model.device = None

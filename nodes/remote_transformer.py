@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 def _refused(name: str) -> Unsupported:
-    return Unsupported(f"A change inside the transformer ({name})")
+    return Unsupported(f"a change inside the transformer ({name})")
 
 
 class _Sealed(type):
@@ -102,10 +102,10 @@ class RemoteTransformer(torch.nn.Module, metaclass=_Sealed):
                 return self.__dict__[registered][name]
         if sys._getframe(1).f_globals.get("__name__") == "comfy.weight_adapter.bypass":
             # It takes an AttributeError for a layer that the LoRA does not fit, and goes on without it.
-            raise Unsupported("A LoRA in bypass mode", "Load it with LoraLoaderModelOnly")
+            raise Unsupported("a LoRA in bypass mode", "Load it with LoraLoaderModelOnly")
         raise AttributeError(
-            f"a model of USP Loader has no {name!r}: its transformer is in the workers, not in ComfyUI's process. Load "
-            "the model with Load Diffusion Model for a node that needs it"
+            f"load the model with Load Diffusion Model for a node that needs it: a model of USP Loader has no {name!r} "
+            "in ComfyUI's process"
         )
 
     def __repr__(self) -> str:
@@ -201,12 +201,12 @@ def refuse_unsupported(transformer_options: dict, extra: dict, stock: Unchanged)
         given = transformer_options.get(kind, {})
         names = [name for name, value in given.items() if value and stock.reader(name) is not None]
         if names:
-            raise Unsupported(f"A patch inside the transformer ({kind}: {', '.join(names)})")
+            raise Unsupported(f"a patch inside the transformer ({kind}: {', '.join(names)})")
     for option, node, instead in (
-        ("rope_options", "Scaled rotary positions (ScaleROPE)", ""),
+        ("rope_options", "scaled rotary positions (ScaleROPE)", ""),
         (
             "optimized_attention_override",
-            "A replaced attention function",
+            "a replaced attention function",
             "Remove that node, and choose the attention in USP Optimization Settings",
         ),
     ):
@@ -214,7 +214,7 @@ def refuse_unsupported(transformer_options: dict, extra: dict, stock: Unchanged)
             raise Unsupported(node, instead)
     for name, value in extra.items():
         if value is not None:
-            raise Unsupported(f"The conditioning's {name!r}")
+            raise Unsupported(f"the conditioning's {name!r}")
 
 
 def refuse_replaced(stock: Unchanged) -> None:
@@ -226,7 +226,7 @@ def refuse_replaced(stock: Unchanged) -> None:
             _tell_of_attention(whole, by)
         else:
             raise Unsupported(
-                f"{by} has replaced {whole}",
+                f"{whole} as {by} has replaced it",
                 f"Disable {by} and restart ComfyUI, or load the model with Load Diffusion Model",
             )
 

@@ -56,7 +56,7 @@ def check_supported(patches: Mapping[str | tuple, object], shapes: Shapes, confi
         _swaps(function)
         wide = _parts(patch).reshape
         if wide not in (None, shapes[name]) and config.reshaped(name.removeprefix(PREFIX), wide) is None:
-            raise Unsupported(f"A LoRA or patch that turns {name} from {shapes[name]} into {wide}")
+            raise Unsupported(f"a LoRA or patch that turns {name} from {shapes[name]} into {wide}")
 
 
 def weight_patches(
@@ -99,20 +99,20 @@ def weight_patches(
 def _parts(patch) -> _Parts:
     if isinstance(patch, weight_adapter.WeightAdapterBase):
         if type(patch) not in _ROLES:
-            raise Unsupported(f"A weight patch of kind {patch.name!r}")
+            raise Unsupported(f"a weight patch of kind {patch.name!r}")
         kind, roles = _ROLES[type(patch)]
         given = {role: value for role, value in zip(roles, patch.weights, strict=True) if value is not None}
         alpha, wide = given.pop("alpha", None), given.pop("reshape", None)
         if not isinstance(alpha, int | float | None):
-            raise Unsupported(f"A weight patch of kind {patch.name!r} with alpha {alpha!r}")
+            raise Unsupported(f"a weight patch of kind {patch.name!r} with alpha {alpha!r}")
         if wide is not None and not (isinstance(wide, list) and all(type(n) is int and n > 0 for n in wide)):
-            raise Unsupported(f"A LoRA with reshape_weight {wide!r}, which is not a shape")
+            raise Unsupported(f"a LoRA whose reshape_weight {wide!r} is not a shape")
         return _Parts(kind, given, None if alpha is None else float(alpha), None if wide is None else tuple(wide))
     if isinstance(patch, list):
-        raise Unsupported("Another model's weights (model merging)", MERGE)
+        raise Unsupported("another model's weights (model merging)", MERGE)
     kind, value = ("diff", patch) if len(patch) == 1 else patch
     if kind not in _PLAIN:
-        raise Unsupported(f"A weight patch of kind {kind!r}")
+        raise Unsupported(f"a weight patch of kind {kind!r}")
     widens = kind == "diff" and len(value) > 1 and value[1].get("pad_weight")
     return _Parts(kind, {_PLAIN[kind]: value[0]}, reshape=tuple(value[0].shape) if widens else None)
 
@@ -121,4 +121,4 @@ def _swaps(function) -> bool:
     """Whether a patch key's function swaps the halves; it is the one that ComfyUI gives to FLUX's keys."""
     if function is None or function is swap_scale_shift:
         return function is not None
-    raise Unsupported(f"A weight patch through the function {getattr(function, '__name__', function)!r}")
+    raise Unsupported(f"a weight patch through the function {getattr(function, '__name__', function)!r}")

@@ -140,10 +140,10 @@ def check_fp8_products(device: torch.device, dtype: torch.dtype) -> None:
         return
     if torch.cuda.get_device_capability(device) < _MIN_CAPABILITY:
         name = torch.cuda.get_device_name(device)
-        raise ValueError(f"linear = 'fp8' needs a GPU of compute capability 8.9 (Ada) or newer, not {name}; use exact")
+        raise ValueError(f"set linear = exact: fp8 needs a GPU of compute capability 8.9 (Ada) or newer, not {name}")
     if dtype != torch.bfloat16:
         kind = str(dtype).removeprefix("torch.")
-        raise ValueError(f"linear = 'fp8' computes in bfloat16, not {kind}; set weight_dtype to bf16, or use exact")
+        raise ValueError(f"set weight_dtype to bf16, or linear = exact: fp8 computes in bfloat16, not {kind}")
 
 
 def check_fp8_sizes(device: torch.device, shapes: Iterable[tuple[int, ...]]) -> None:
@@ -153,6 +153,6 @@ def check_fp8_sizes(device: torch.device, shapes: Iterable[tuple[int, ...]]) -> 
     for shape in shapes:
         if device.type == "cuda" and any(size % _MULTIPLE for size in shape):
             raise ValueError(
-                f"linear = 'fp8' needs layers whose sizes are multiples of {_MULTIPLE}; this model has one of "
-                f"{' x '.join(map(str, shape))}. Use exact"
+                f"set linear = exact: fp8 needs layers whose sizes are multiples of {_MULTIPLE}; this model has one of "
+                f"{' x '.join(map(str, shape))}"
             )

@@ -34,7 +34,7 @@ FAMILIES: tuple[type[FamilyConfig], ...] = (
 )
 """In the order of asking: files of FLUX.2 and Chroma have FLUX.1's marks, too."""
 RUNS = ", ".join(family.runs for family in FAMILIES)
-OTHERS = "for other diffusion models use Load Diffusion Model, or Load Checkpoint for an all-in-one checkpoint"
+OTHERS = "Use Load Diffusion Model, or Load Checkpoint for an all-in-one checkpoint"
 CONTROLNET = "a ControlNet"
 
 # Parts of keys of files that hold no diffusion model, checked in this order: where in the key (its start, or anywhere),
@@ -45,27 +45,27 @@ _PARTS: tuple[tuple[re.Pattern, str, str], ...] = tuple(
         (
             r"^lora_|lora\d?[._](A|B|up|down)\.|\.(hada_w1|lokr_w1|oft_blocks)|\.diff(_b)?$|\.a1\.weight$",
             "a LoRA",
-            "load it with LoraLoaderModelOnly after USP Loader",
+            "Load it with LoraLoaderModelOnly after USP Loader",
         ),
         (
             r"^control_(layers|noise_refiner|all_x_embedder)\.",
             "a ControlNet of Z-Image's, which FastUSP does not run",
-            "load it with ModelPatchLoader, and the model with Load Diffusion Model",
+            "Load it with ModelPatchLoader, and the model with Load Diffusion Model",
         ),
         (
             r"^control(net_|_blocks\.|_model\.)",
             CONTROLNET,
-            "load it with Load ControlNet Model and apply it to the prompt",
+            "Load it with Load ControlNet Model and apply it to the prompt",
         ),
         (
             r"^(text_model|model\.layers|language_model|transformer\.resblocks|enc\.blk|blk)\.|^shared\.weight"
             r"|^encoder\.(block|embed_tokens|final_layer_norm)\.",
             "a text encoder",
-            "load it with DualCLIPLoader (FLUX.1), TripleCLIPLoader (Stable Diffusion 3) or CLIPLoader (FLUX.2, "
+            "Load it with DualCLIPLoader (FLUX.1), TripleCLIPLoader (Stable Diffusion 3) or CLIPLoader (FLUX.2, "
             "Chroma, Qwen-Image, Z-Image), from models/text_encoders",
         ),
-        (r"^vision_model\.", "a vision encoder", "load it with Load CLIP Vision, from models/clip_vision"),
-        (r"^(encoder|decoder|first_stage_model)\.", "a VAE", "load it with Load VAE, from models/vae"),
+        (r"^vision_model\.", "a vision encoder", "Load it with Load CLIP Vision, from models/clip_vision"),
+        (r"^(encoder|decoder|first_stage_model)\.", "a VAE", "Load it with Load VAE, from models/vae"),
     )
 )
 
@@ -131,7 +131,7 @@ def family_of(header: dict[str, TensorInfo], path: str, names: Collection[str] =
         some = ", ".join(sorted(names or header)[:3]) or "no tensors at all"
         known = " or ".join(family.family for family in FAMILIES)
         raise CheckpointError(
-            f"{path} is not a {known} transformer in its original key layout: it begins with {some}; {OTHERS}"
+            f"{OTHERS}: {path} is not a {known} transformer in its original key layout: it begins with {some}"
         )
     raise _incomplete(nearest, header, path)
 
@@ -220,7 +220,7 @@ def _nearest(fits: Sequence[_Fit]) -> _Fit:
 def _incomplete(fit: _Fit, header: dict[str, TensorInfo], path: str) -> CheckpointError:
     for mark, part, advice in _PARTS:
         if part == CONTROLNET and any(map(mark.search, header)):
-            return CheckpointError(f"{path} holds {part}, not a diffusion model: {advice}")
+            return CheckpointError(f"{advice}: {path} holds {part}, not a diffusion model")
     if fit.family is ChromaConfig and any(key.startswith(_OTHER_SPELLING) for key in header):
         own = _OTHER_SPELLING.removesuffix("0.")
         return CheckpointError(
@@ -265,7 +265,7 @@ def _refuse_parts(names: Collection[str], path: str) -> None:
     """Raises CheckpointError naming what a file holds that is no diffusion model, if that can be told."""
     for mark, part, advice in _PARTS:
         if any(map(mark.search, names)):
-            raise CheckpointError(f"{path} holds {part}, not a diffusion model: {advice}")
+            raise CheckpointError(f"{advice}: {path} holds {part}, not a diffusion model")
 
 
 def _refuse_foreign(names: Collection[str], path: str) -> None:
@@ -277,4 +277,4 @@ def _refuse_foreign(names: Collection[str], path: str) -> None:
 
 
 def _foreign(path: str, foreign: str) -> CheckpointError:
-    return CheckpointError(f"{path} holds {foreign}, which FastUSP does not run yet; it runs {RUNS}; {OTHERS}")
+    return CheckpointError(f"{OTHERS}: {path} holds {foreign}, which FastUSP does not run yet; it runs {RUNS}")

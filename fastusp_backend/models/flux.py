@@ -114,8 +114,8 @@ class Flux(FluxTransformer):
         y, pooled = prompt.y, self.config.pooled
         if prompt.references and prompt.reference_method == "index_timestep_zero":
             raise RequestError(
-                "FLUX.1 knows no reference method index_timestep_zero; choose offset, index or uxo/uno in Edit Model "
-                "Reference Method"
+                "choose offset, index or uxo/uno in Edit Model Reference Method: FLUX.1 knows no reference method "
+                "index_timestep_zero"
             )
         if y is not None and (y.dim() != 2 or len(y) != len(x) or y.shape[1] < pooled):
             raise RequestError(

@@ -129,8 +129,8 @@ class QwenImage(Transformer):
         channels = self.config.channels
         if x.dim() == 5 and x.shape[2] > 1:
             raise RequestError(
-                f"latents {tuple(x.shape)} hold {x.shape[2]} layers: Qwen-Image-Layered is not supported yet; give it "
-                "one image per batch item"
+                f"give one image per batch item, not latents {tuple(x.shape)} of {x.shape[2]} layers: "
+                "Qwen-Image-Layered is not supported yet"
             )
         if x.dim() not in (4, 5) or x.shape[1] != channels or not x.numel():
             raise RequestError(f"latents {tuple(x.shape)} do not fit the model: expected (B, {channels}, [1,] h, w)")

@@ -32,7 +32,7 @@ def _base() -> Path:
     base.mkdir(mode=0o700, exist_ok=True)
     info = base.lstat()  # never through a link that another user may have planted
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
-        raise PoolError(f"{base} is not private to this user; remove it, or set TMPDIR to a directory of your own")
+        raise PoolError(f"Remove {base}, or set TMPDIR to a directory of your own: it is not private to this user")
     return base
 
 

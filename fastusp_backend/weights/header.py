@@ -28,8 +28,8 @@ def read_file_header(source: Source) -> tuple[dict[str, TensorInfo], dict[str, s
             tensors, metadata = gguf_tensors(source.read, length), {}
         elif begin[:4] == b"PK\x03\x04" or begin[:2] == b"\x80\x02":
             raise CheckpointError(
-                f"{path} is a PyTorch pickle file, which can run code when it is read; FastUSP reads safetensors "
-                "and GGUF. Convert it to safetensors"
+                f"Convert {path} to safetensors: it is a PyTorch pickle file, which can run code when it is read; "
+                "FastUSP reads safetensors and GGUF"
             )
         else:
             tensors, metadata = safetensors_header(source.read, length)
@@ -40,7 +40,7 @@ def read_file_header(source: Source) -> tuple[dict[str, TensorInfo], dict[str, s
     for name, info in tensors.items():
         if info.dtype is not None and (end := info.start + info.size) > length:
             raise CheckpointError(
-                f"{path} is truncated: tensor {name!r} ends at byte {end}, the file at byte {length}. Download it again"
+                f"Download {path} again. It is truncated: tensor {name!r} ends at byte {end}, the file at byte {length}"
             )
     return tensors, metadata
 
@@ -49,14 +49,14 @@ def _refuse_other_downloads(path: str, begin: bytes) -> None:
     """Names what often lies in a model's place, by its first bytes."""
     if _WEB_PAGE.match(begin):
         raise CheckpointError(
-            f"{path} is a web page, not a model: log in where it was downloaded, and download the file itself"
+            f"Log in where {path} was downloaded, and download the file itself: this is a web page, not a model"
         )
     if begin.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{path} is a git-lfs pointer, not a model: run git lfs pull in its folder")
+        raise CheckpointError(f"Run git lfs pull in the folder of {path}: it is a git-lfs pointer, not a model")
 
 
 def _unreadable(path: str, why: str) -> CheckpointError:
     return CheckpointError(
-        f"{path} cannot be read as safetensors or GGUF ({why}): it is truncated, corrupt or of another format. "
-        "Download it again, or convert it to safetensors"
+        f"Download {path} again, or convert it to safetensors: it cannot be read as safetensors or GGUF ({why}); it is "
+        "truncated, corrupt or of another format"
     )

@@ -16,7 +16,10 @@ def type_of(info: TensorInfo) -> str:
 def refusal(path: str, kind: str, where: str) -> CheckpointError:
     """kind: the quantisation, as its file names it. where: a tensor or layer that has it."""
     kind = kind[:_LONGEST_FORM]
-    return CheckpointError(f"{path} is quantised as {kind} ({where!r}), which FastUSP does not read; it reads {READS}")
+    return CheckpointError(
+        f"Use a file in another format: {path} is quantised as {kind} ({where!r}), which FastUSP does not read; it "
+        f"reads {READS}"
+    )
 
 
 def lacks(path: str, form: str, scale: str) -> CheckpointError:

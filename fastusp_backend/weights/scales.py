@@ -172,8 +172,9 @@ def _unread(contents: Contents, name: str) -> CheckpointError:
     if info.dtype not in (torch.int8, torch.uint8):
         return refusal(contents.path, type_of(info), name)
     return CheckpointError(
-        f"{contents.path} is quantised as {type_of(info)} ({name!r}), and neither a tensor '{layer}.comfy_quant' nor "
-        f"_quantization_metadata in its header says what these bytes mean. FastUSP reads {READS}"
+        f"Use another file: {contents.path} is quantised as {type_of(info)} ({name!r}), and neither a tensor "
+        f"'{layer}.comfy_quant' nor _quantization_metadata in its header says what these bytes mean. FastUSP reads "
+        f"{READS}"
     )
 
 

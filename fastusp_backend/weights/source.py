@@ -50,7 +50,7 @@ class Source:
             raise self._unreadable(error) from error
         if done < count:
             self.check("while it was being read")
-            raise CheckpointError(f"{self.path} is truncated: it ends at byte {start + done}. Download it again")
+            raise CheckpointError(f"Download {self.path} again. It is truncated: it ends at byte {start + done}")
         return b"".join(pieces)
 
     def check(self, when: str) -> None:

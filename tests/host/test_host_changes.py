@@ -118,13 +118,13 @@ def test_a_change_that_a_model_carries_counts(host):
     ("change", "words"),
     [
         ("forward_orig", ["USP Loader has no 'forward_orig'"]),
-        ("set forward_orig", ["A change inside the transformer (forward_orig)"]),
-        ("set blocks", ["A change inside the transformer (double_blocks)"]),
-        ("set of the class", ["A change inside the transformer (forward_orig)"]),
-        ("add module", ["A change inside the transformer (double_blocks)"]),
-        ("as PuLID", ["A change inside the transformer (forward_orig)"]),
+        ("set forward_orig", ["Remove the node that asks for a change inside the transformer (forward_orig)"]),
+        ("set blocks", ["Remove the node that asks for a change inside the transformer (double_blocks)"]),
+        ("set of the class", ["Remove the node that asks for a change inside the transformer (forward_orig)"]),
+        ("add module", ["Remove the node that asks for a change inside the transformer (double_blocks)"]),
+        ("as PuLID", ["Remove the node that asks for a change inside the transformer (forward_orig)"]),
         ("mock", ["Load the model with Load Diffusion Model", "does not have the attribute 'forward_orig'"]),
-        ("set class", ["A change inside the transformer (__class__)"]),
+        ("set class", ["Remove the node that asks for a change inside the transformer (__class__)"]),
         ("stock's forward_orig", ["comfy.ldm.flux.model.Flux.forward_orig", "Disable fastusp-test-pack"]),
         ("stock's blocks", ["comfy.ldm.flux.model.DoubleStreamBlock", "Disable fastusp-test-pack"]),
     ],
@@ -146,7 +146,7 @@ def test_a_change_that_cannot_count_is_refused_and_leaves_nothing(host, change, 
 def test_a_block_that_is_patched_while_the_model_runs(host):
     graph = Graph()
     model = graph.node("TestChangedModel", model=graph.usp(), change="patched in the run")
-    assert "fastusp-test-pack has replaced comfy.ldm.flux.layers.DoubleStreamBlock.forward" in failure(
+    assert "comfy.ldm.flux.layers.DoubleStreamBlock.forward as fastusp-test-pack has replaced it" in failure(
         host, graph, model
     )
 

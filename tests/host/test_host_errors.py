@@ -64,14 +64,14 @@ def test_a_choice_that_is_not_offered(host):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("truncated", ["is truncated", "Download it again"]),
-        ("pointer", ["is a git-lfs pointer", "run git lfs pull"]),
+        ("truncated", ["Download", "again. It is truncated"]),
+        ("pointer", ["Run git lfs pull", "is a git-lfs pointer"]),
         (
             "radiance",
             [
                 "holds Chroma Radiance",
                 "FLUX.2 dev and klein, Chroma1-HD, Base and Flash, FLUX.1 dev, schnell",
-                "use Load Diffusion",
+                "Use Load Diffusion",
             ],
         ),
         ("lora", ["holds a LoRA", "LoraLoaderModelOnly"]),
@@ -157,7 +157,7 @@ def test_a_lora_that_widens_to_no_shape(host, shape):
     name = loras.write(host.base / "models/loras", f"shapeless {shape.tolist()}", tensors)
     graph = Graph()
     model = graph.node("LoraLoaderModelOnly", model=graph.usp(), lora_name=name, strength_model=1.0)
-    assert f"A LoRA with reshape_weight {shape.tolist()}, which is not a shape" in failure(host, graph, model)
+    assert f"a LoRA whose reshape_weight {shape.tolist()} is not a shape" in failure(host, graph, model)
 
 
 def test_lora_hook(host, lora):
@@ -168,7 +168,8 @@ def test_lora_hook(host, lora):
     )
     with pytest.raises(PromptFailed, match="LoraLoaderModelOnly, for the whole run") as error:
         short_run(host, graph, graph.usp(), positive=positive)
-    assert error.value.outcome.texts[-1][1].startswith("FastUSP: failed: A weight hook (Create Hook LoRA)")
+    assert error.value.outcome.texts[-1][1].startswith("FastUSP: failed: Load the LoRA with LoraLoaderModelOnly")
+    assert "USP Loader does not support a weight hook (Create Hook LoRA)" in error.value.text
 
 
 def test_an_attention_mask(host):

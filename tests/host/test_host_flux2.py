@@ -162,4 +162,4 @@ def test_a_comfyui_that_does_not_know_it(host, folder):
     graph.save(graph.sample(graph.usp(file=DEV)))
     with pytest.raises(PromptFailed) as refused:
         host.run(graph)
-    assert "this ComfyUI does not know FLUX.2 of hidden size 256; update it" in refused.value.text
+    assert "Update ComfyUI: this one does not know FLUX.2 of hidden size 256" in refused.value.text

@@ -95,7 +95,7 @@ def test_what_the_nodes_refuse(host):
     positive = graph.node("TestMaskedConditioning", conditioning=graph.prompt())
     kind, line = failed(host, graph, sampling(graph, positive=positive))
     assert kind == "FastUSP.Unsupported"
-    assert line.startswith("FastUSP: failed: A prompt with an attention mask"), line
+    assert line.startswith("FastUSP: failed: Set strength_type to multiply in Apply Style Model: "), line
 
 
 @pytest.mark.any_host

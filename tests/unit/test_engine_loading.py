@@ -66,7 +66,7 @@ def test_layers_that_gpus_cannot_multiply_in_fp8_are_refused_by_the_header(engin
     assert engine.describe(odd).mlp == 264  # CPU ranks multiply in float32
     monkeypatch.setattr(engine_module, "check_fp8_products", lambda *_: None)
     engine.device = torch.device("cuda")
-    with pytest.raises(ValueError, match="linear = 'fp8' needs layers .* multiples of 16.* 264"):
+    with pytest.raises(ValueError, match="linear = exact: fp8 needs layers .* multiples of 16.* 264"):
         engine.describe(odd)
     assert engine.is_resident(specs[0])
 

@@ -105,9 +105,9 @@ PACKAGE = (
 @pytest.mark.parametrize(
     ("machine", "told"),
     [
-        ({"init": "NVMLError_DriverNotLoaded"}, f"Driver Not Loaded. {DRIVER}"),
-        ({"init": "crash"}, f"it crashed, exit status -11. {DRIVER}"),
-        ({"gpus": [{"compute_capability": None}]}, f"Not Supported. {DRIVER}"),
+        ({"init": "NVMLError_DriverNotLoaded"}, "Driver Not Loaded"),
+        ({"init": "crash"}, "it crashed, exit status -11"),
+        ({"gpus": [{"compute_capability": None}]}, "Not Supported"),
     ],
 )
 def test_what_fails_is_told_with_what_to_do_and_cpu_ranks_do_not_ask(nvml, machine, told):
@@ -117,7 +117,7 @@ def test_what_fails_is_told_with_what_to_do_and_cpu_ranks_do_not_ask(nvml, machi
     assert cuda_visible(ranks) == "" and count() == 0
     with pytest.raises(DeviceError) as failed:
         parse_devices("auto")
-    assert str(failed.value) == f"NVML, the library that reports NVIDIA's GPUs, failed: {told}"
+    assert str(failed.value) == f"{DRIVER}: NVML, the library that reports NVIDIA's GPUs, failed: {told}"
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_a_package_that_is_missing_or_another_is_told(nvml, monkeypatch, tmp_pat
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(DeviceError) as failed:
         list_gpus()
-    assert told in str(failed.value) and str(failed.value).endswith(PACKAGE)
+    assert told in str(failed.value) and str(failed.value).startswith(PACKAGE)
 
 
 def test_a_driver_that_hangs_is_not_waited_for(nvml, monkeypatch):
@@ -148,7 +148,7 @@ def test_a_driver_that_hangs_is_not_waited_for(nvml, monkeypatch):
     nvml(init="hang")
     began = time.monotonic()
     for remembered in (r"$", r" \(\d+ s ago"):
-        with pytest.raises(DeviceError, match=rf"failed: no answer within 0.3 s\. {DRIVER}{remembered}"):
+        with pytest.raises(DeviceError, match=rf"^{DRIVER}: .* failed: no answer within 0.3 s{remembered}"):
             parse_devices("auto")
     assert time.monotonic() - began < 6
 
