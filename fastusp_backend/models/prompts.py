@@ -27,8 +27,8 @@ def check_prompt(x: torch.Tensor, prompt: Prompt, config: "FamilyConfig") -> str
     context, guidance, b = prompt.context, prompt.guidance, len(x)
     if context.dim() != 3 or context.shape[0] != b or context.shape[1] < 1 or context.shape[2] != config.context:
         return (
-            f"the prompt's tensor {tuple(context.shape)} does not fit the model: expected ({b}, T, {config.context}). "
-            f"Was it made by the text encoders of another model? {config.family} takes {config.encoders}"
+            f"choose the text encoders of {config.family}, {config.encoders}: the prompt's tensor "
+            f"{tuple(context.shape)} does not fit the model: expected ({b}, T, {config.context})"
         )
     if guidance is not None and guidance.shape not in ((1,), (b,)):
         return f"the guidance {tuple(guidance.shape)} does not fit the latents: expected ({b},)"
@@ -74,7 +74,7 @@ def check_control(x: torch.Tensor, prompt: Prompt, residuals: Residuals, config:
         fits = tensor.dim() == 3 and tensor.shape[0] in (1, len(x)) and tensor.shape[2] == config.hidden
         if not fits or not 0 < tensor.shape[1] <= most:
             return (
-                f"a ControlNet's tensor {tuple(tensor.shape)} does not fit the model: expected ({len(x)}, up to "
-                f"{most}, {config.hidden}). Was it made for another model?"
+                f"choose a ControlNet that was made for this model: its tensor {tuple(tensor.shape)} does not fit: "
+                f"expected ({len(x)}, up to {most}, {config.hidden})"
             )
     return None

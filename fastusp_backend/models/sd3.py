@@ -164,8 +164,8 @@ class SD3(Transformer):
             raise RequestError(f"{config.family} takes no embedded guidance")
         if y is not None and y.shape != (len(x), config.pooled):
             raise RequestError(
-                f"the pooled text {tuple(y.shape)} does not fit the model: expected ({len(x)}, {config.pooled}). Was "
-                f"it made by the text encoders of another model? {config.family} takes {config.encoders}"
+                f"choose the text encoders of {config.family}, {config.encoders}: the pooled text {tuple(y.shape)} "
+                f"does not fit the model: expected ({len(x)}, {config.pooled})"
             )
 
     def embed_text(self, context: torch.Tensor) -> torch.Tensor:

@@ -190,7 +190,7 @@ def test_references_at_timestep_zero(host):
 def test_a_control_net_of_another_width(host):
     graph = Graph()
     positive = graph.node("TestAppliedControl", conditioning=graph.prompt(), hidden=512, blocks=0)
-    assert "made for another model" in failure(host, graph, graph.usp(), positive=positive)
+    assert "choose a ControlNet that was made for this model" in failure(host, graph, graph.usp(), positive=positive)
 
 
 LAYERS = {"double_layers": "0", "single_layers": "", "scale": 3.0, "start_percent": 0.0, "end_percent": 1.0}
@@ -239,4 +239,4 @@ def test_prompts_of_another_model(host):
     graph = Graph()
     positive = graph.node("TestSeededConditioning", seed=1, tokens=7, width=2048, guidance=3.5)
     text = failure(host, graph, graph.usp(), positive=positive)
-    assert "(1, 7, 2048)" in text and "FLUX.1 takes those of DualCLIPLoader, type flux" in text
+    assert "(1, 7, 2048)" in text and "choose the text encoders of FLUX.1, those of DualCLIPLoader, type flux" in text

@@ -199,5 +199,5 @@ def test_control_of_another_model_is_refused(models, shape):
     given = inputs(denoiser.model.config, text=7, size=(8, 8), batch=2)
     prompt = Prompt(given.context, given.y, given.guidance)
     denoiser.check(given.x, [prompt], Residuals((torch.ones(2, 16, 512),), (0,)))
-    with pytest.raises(RequestError, match="Was it made for another model"):
+    with pytest.raises(RequestError, match="choose a ControlNet that was made for this model"):
         denoiser.check(given.x, [prompt], Residuals((torch.ones(shape),), (0,)))

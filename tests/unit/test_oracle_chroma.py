@@ -153,7 +153,7 @@ def test_control(models):
     "shape, more, words",
     [
         ((1, 4, 8, 8), {}, "expected (B, 16, h, w)"),
-        ((2, 16, 8, 8), {}, "expected (2, T, 64). Was it made by the text encoders of another model? Chroma takes"),
+        ((2, 16, 8, 8), {}, "choose the text encoders of Chroma, that of CLIPLoader"),
         ((1, 16, 8, 8), {"references": (torch.ones(1, 16, 8, 8),)}, "Chroma takes none"),
         ((1, 16, 8, 8), {"concat": torch.ones(1, 16, 8, 8)}, "it takes latents alone"),
         ((1, 16, 8, 8), {"guidance": torch.ones(3)}, "the guidance (3,) does not fit"),

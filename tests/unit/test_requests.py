@@ -75,7 +75,7 @@ WRONG = {
     "sampler": ("sampler 'euler_x' is not one of: euler,", sample("euler_x"), {}),
     "option": ("sampler 'euler' has no option eta", sample(options={"eta": 1.0}), {}),
     "context width": (
-        "another model. FLUX.1 takes those of DualCLIPLoader",
+        "choose the text encoders of FLUX.1, those of DualCLIPLoader",
         sample(),
         {"positive.context": randn(1, 7, 65, seed=0)},
     ),
