@@ -46,11 +46,13 @@ def test_layouts_and_guidance(host, chroma):
 
 @pytest.mark.any_host
 def test_odd_sizes_masks_and_stepping(host, chroma):
-    """Prompts of one length are evaluated together where ComfyUI steps. A guidance counts where a node sets it."""
+    """Prompts of one length are evaluated together where ComfyUI steps. A guidance counts where a node sets it; a mask
+    of text does not, as in ComfyUI."""
     others = Comparison()
     graph = others.graph
     positive, same, shorter = prompt(graph, 12), prompt(graph, 12, seed=2), prompt(graph, 6)
     set_to = {value: graph.node("FluxGuidance", conditioning=positive, guidance=value) for value in (0.5, 3.5)}
+    hiding = graph.node("TestMaskedConditioning", conditioning=positive, digits=6 * "10")
     stock, usp = graph.stock(chroma), graph.usp("cpu:2", file=chroma)
     shifted = [graph.node("ModelSamplingAuraFlow", model=model, shift=1.5) for model in (usp, stock)]
     odd, masked = graph.latent(8 * 9, 8 * 7), graph.latent(64, 72, 2, masked=True)
@@ -62,6 +64,7 @@ def test_odd_sizes_masks_and_stepping(host, chroma):
         ("stepping, two lengths", (usp, stock), {"negative": shorter, **step}, STEPPING),
         ("guidance", (usp, stock), {"positive": set_to[3.5], "negative": set_to[0.5]}, IN_WORKERS),
         ("guidance, stepping", (usp, stock), {"positive": set_to[3.5], "negative": shorter, **step}, STEPPING),
+        ("mask of text", (usp, stock), {"positive": hiding, "steps": 1, "cfg": 1.0}, IN_WORKERS),
     ):
         inputs = {"positive": positive, "steps": 2, "cfg": 2.5} | more
         got, want = (graph.sample(model, **inputs) for model in models)
