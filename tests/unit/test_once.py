@@ -19,7 +19,7 @@ def test_a_driver_that_fails_is_asked_once_for_a_while(nvml, monkeypatch):
             parse_devices("auto")
     assert count() == 1
     nvml({}, forget=False)
-    with pytest.raises(DeviceError, match=r"Loaded\. .* CPU ranks \(\d+ s ago; FastUSP asks again in \d+ s\)$"):
+    with pytest.raises(DeviceError, match=r"^Restart .* Not Loaded \(\d+ s ago; FastUSP asks again in \d+ s\)$"):
         parse_devices("0")
     monkeypatch.setattr(once, "SECONDS", 0.0)
     assert parse_devices("auto").gpus == (0,)
