@@ -59,6 +59,7 @@ def test_a_rank_elsewhere_dies_while_nobody_waits(pool):
     assert f"rank 1 (process {rank}) was ended by SIGKILL" in pool.status()["error"]
 
 
+@pytest.mark.thorough
 def test_a_rank_here_dies(pool, dev):
     rank = pids(pool)[0]
     told = failure(pool, dev, lambda: os.kill(rank, signal.SIGKILL))

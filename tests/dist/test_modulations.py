@@ -147,8 +147,10 @@ def test_more_timesteps_than_are_kept(shared_pool, dev, qwen):
         other = Prompt(two.context * 0.5, two.y, two.guidance)
         results.append([])
         for n, t in enumerate([*timesteps, *timesteps[:3]]):
-            velocity = run.evaluate(x, torch.tensor([t, 1 - t]), other if n % 7 == 0 else two, Progress())
-            results[-1] += [velocity] if n % 9 == 0 or n >= len(timesteps) else []
+            compared = n % 9 == 0 or n >= len(timesteps)
+            if where.ranks > 1 or compared:  # of the one rank nothing else is wanted
+                velocity = run.evaluate(x, torch.tensor([t, 1 - t]), other if n % 7 == 0 else two, Progress())
+                results[-1] += [velocity] if compared else []
         loop = Session(shared_pool(where.ranks), spec_of(qwen), (where,), Settings())
         given, negative = (inputs(SMALL_QWEN, text=n, size=(4, 6), seed=n) for n in (5, 2))
         references = (randn(1, 16, 3, 3, seed=1),)

@@ -28,7 +28,14 @@ def expected(shared_pool, dev):
     return evaluate(shared_pool(1), dev)
 
 
-@pytest.mark.parametrize("victim, by", [(0, signal.SIGKILL), (1, signal.SIGTERM), ("torchrun", signal.SIGKILL)])
+@pytest.mark.parametrize(
+    "victim, by",
+    [
+        pytest.param(0, signal.SIGKILL, marks=pytest.mark.thorough),
+        (1, signal.SIGTERM),
+        ("torchrun", signal.SIGKILL),
+    ],
+)
 def test_death_in_mid_run(mortal, dev, expected, victim, by):
     sample(mortal, dev)
     before, directory = pids(mortal), run_dir(mortal)
@@ -223,7 +230,7 @@ session.sample(given.x, sigmas, sampler="euler", positive=prompt, progress=Progr
 """
 
 
-@pytest.mark.parametrize("moment", ["starting", "sampling"])
+@pytest.mark.parametrize("moment", [pytest.param("starting", marks=pytest.mark.thorough), "sampling"])
 def test_a_killed_client_takes_its_workers_along(new_pool, dev, moment):
     program = CLIENT.format(tests=str(ROOT / "tests"), model=str(dev))
     env = os.environ | {"PYTHONPATH": str(ROOT)}
