@@ -172,7 +172,7 @@ def test_special_conditioning(host):
         ("no guidance", node("FluxDisableGuidance", conditioning=positive), IN_WORKERS),
         ("weak guidance", node("FluxGuidance", conditioning=positive, guidance=1.5), IN_WORKERS),
     ):
-        inputs = {"positive": conditioning, "negative": negative, "latent_image": latent, "steps": 4}
+        inputs = {"positive": conditioning, "negative": negative, "latent_image": latent, "steps": 2}
         custom.both(label, lambda model, inputs=inputs: sample(model, **inputs), where)
         custom.both(f"{label}, cfg", lambda model, inputs=inputs: sample(model, cfg=2.0, **inputs), where)
     custom.check(host)
@@ -193,7 +193,7 @@ def test_nodes_that_change_the_guidance(host):
         def patched(model, kind=kind, options=options):
             model = custom.graph.node(kind, model=model, **options)
             inputs = {"positive": custom.positive, "negative": custom.negative, "latent_image": masked}
-            return custom.graph.sample(model, steps=4, cfg=2.0, **inputs)
+            return custom.graph.sample(model, steps=2, cfg=2.0, **inputs)
 
         custom.both(kind, patched, STEPPING)
     custom.check(host)

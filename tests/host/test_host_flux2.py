@@ -58,10 +58,10 @@ def test_layouts_and_guidance(host, folder, file, cfg):
     layouts = Comparison()
     graph = layouts.graph
     inputs = {"positive": prompt(graph, 530), "negative": prompt(graph, 6), "latent_image": empty(graph, 112, 80)}
-    want = graph.sample(graph.stock(file), cfg=cfg, steps=3, **inputs)
+    want = graph.sample(graph.stock(file), cfg=cfg, steps=2, **inputs)
     for gpus, ulysses, ring in LAYOUTS:
         usp = graph.usp(gpus, ulysses, ring, file=file)
-        got = graph.sample(usp, cfg=cfg, steps=3, **inputs)
+        got = graph.sample(usp, cfg=cfg, steps=2, **inputs)
         layouts.add(f"cfg {cfg}", got, want, f"ulysses {ulysses} x ring {ring} on {gpus}, {IN_WORKERS}")
     layouts.check(host)
 
