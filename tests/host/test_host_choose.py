@@ -98,6 +98,7 @@ def test_nothing_of_it_is_saved_or_sent(page):
 
 def test_values_that_are_set_elsewhere(page):
     """On the box of a subgraph, in the settings' node outside of it; one that a node computes is not known."""
+    page.load()  # for ComfyUI remembers values of nodes of earlier workflows, by number, and gives a box another one's
     loader(page)
     user(page, "of(2).connect(0, of(1), 'settings'); box(1, 'gpus')")
     inner = "[...app.graph.rootGraph.subgraphs.values()].at(-1).nodes[0]"
