@@ -54,7 +54,7 @@ def run(shared_pool, monkeypatch, capsys):
 
 
 def test_verify(run, dev, monkeypatch):
-    for name, value in {"CAPTIONS": 1, "PIXELS": 128, "PICTURE_STEPS": 10}.items():  # takes a quarter of the time
+    for name, value in {"CAPTIONS": 1, "PIXELS": 128, "PICTURE_STEPS": 20}.items():  # takes half the time
         monkeypatch.setattr(verify, name, value)
     caches = {name: of for name, of in verify.CACHES.items() if of["cache_threshold"] == 0.1}
     monkeypatch.setattr(verify, "CACHES", caches)

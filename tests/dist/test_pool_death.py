@@ -76,6 +76,7 @@ def test_the_next_request_survives_a_death_while_idle(mortal, dev, expected):
     assert not set(pids(mortal)) & set(before) and "error" not in mortal.status()
 
 
+@pytest.mark.thorough
 def test_a_death_that_nobody_has_noticed_yet(mortal, dev, monkeypatch):
     """torchrun is halted, so that it does not: it takes the request's way to find out. The prompt, which the dead held,
     is sent anew."""

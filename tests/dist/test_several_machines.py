@@ -101,6 +101,7 @@ def test_bench_measures_both_links(four, dev, monkeypatch, capsys):
     assert f"gpus = {four.servers[0].address} (4 ranks), ulysses = 0, ring = 0 (automatic)" in rows[2]
 
 
+@pytest.mark.thorough
 def test_one_machine_of_two_ranks(network, run_dirs, one, dev, tmp_path):
     """That its clients reach by its address, which is all that it listens at."""
     with serving(
