@@ -46,7 +46,7 @@ ROWS = {
     "first_block, skips all": {"cache": "first_block", "cache_threshold": ALL},
     "off again": {},
 }
-THRESHOLDS = (0.03, 0.05, 0.08, 0.12, 0.17, 0.24, 0.34, 0.5, 0.7, 1.0)
+THRESHOLDS = (0.05, 0.08, 0.12, 0.17, 0.2, 0.24, 0.28, 0.34, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
 """Of the pictures."""
 BUDGETS = (50, 45, 40, 35, 30)
 """In dB."""

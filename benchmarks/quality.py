@@ -22,6 +22,7 @@ from ours import held_by_rows
 from PIL import Image, ImageDraw
 
 from fastusp_backend import shapes
+from fastusp_backend.attention import sage
 from fastusp_backend.attention.lossy import installed
 from fastusp_backend.cli.table import Column, Table
 from fastusp_backend.cli.verify import with_caches
@@ -50,9 +51,12 @@ OPTIONS = {
 }
 
 
-def options(device: str) -> dict[str, dict[str, str]]:
-    """Returns what is compared: on GPUs also attention in 8 bits, as far as its packages are installed."""
+def options(device: str, ring: int) -> dict[str, dict[str, str]]:
+    """Returns what is compared: on GPUs also attention in 8 bits, as far as its packages are installed and, of a ring,
+    give what it needs."""
     attentions = installed() if device == "cuda" else []
+    if ring > 1 and "sage" in attentions and not sage.gives_lse():
+        attentions.remove("sage")
     both = OPTIONS["int8 wire, fp8 products"]
     return OPTIONS | {
         name: option
@@ -123,7 +127,7 @@ def rank(a: argparse.Namespace) -> None:
         wanted = results(model, alone, Transport(alone), eager)
         rows = held_by_rows(model)
         for mesh, transport in places:
-            for name, option in _chosen(options(a.device), a).items():
+            for name, option in _chosen(options(a.device, mesh.layout.ring), a).items():
                 held = rows if option.get("linear") == "fp8" else model
                 found = results(held, mesh, transport, Settings(**option))
                 errors = [((f - w).norm() / w.norm()).item() for f, w in zip(found, wanted, strict=True)]
@@ -194,14 +198,14 @@ def pictures(a: argparse.Namespace, places: list, alone, dtype: torch.dtype) -> 
     if number == 0:
         told("1 rank", "exact, eager", wanted, wanted)
     for mesh, transport in places:
-        for name, option in _chosen(with_caches(options(a.device)), a).items():
+        for name, option in _chosen(with_caches(options(a.device, mesh.layout.ring)), a).items():
             held = rows if option.get("linear") == "fp8" else model
             found, skipped = drawn(held, mesh, transport, Settings(**option))
             if number == 0:
                 told(str(mesh.layout), name, found, wanted, skipped)
     if number == 0 and a.sheet:
-        shown = len(_chosen(with_caches(options(a.device)), a))
-        contact_sheet([sheet[0], *sheet[-shown:]]).save(a.sheet)
+        last = f"{places[-1][0].layout}: "
+        contact_sheet([sheet[0], *(row for row in sheet if row[0].startswith(last))]).save(a.sheet)
 
 
 def contact_sheet(rows: list[tuple[str, torch.Tensor]]) -> Image.Image:
