@@ -12,6 +12,7 @@ import pytest
 import torch
 from pools import GIVEN, LONG, ROOT, Stopwatch, evaluate, pids, processes_of, run_dir, sample, session
 from support import open_files, relative_difference, wait_until
+from test_patches import QKV, lora, patched, stack
 
 from fastusp_backend import pulse
 from fastusp_backend.devices import Devices
@@ -74,6 +75,15 @@ def test_the_next_request_survives_a_death_while_idle(mortal, dev, expected):
     assert f"rank 1 (process {before[1]}) was ended by SIGKILL" in mortal.status()["error"]
     assert relative_difference(evaluate(mortal, dev), expected) < 2e-5
     assert not set(pids(mortal)) & set(before) and "error" not in mortal.status()
+
+
+def test_new_workers_get_the_patches_again(mortal, shared_pool, dev):
+    patches = stack({QKV: [lora(QKV, 1)]})
+    before = patched(mortal, dev, patches)
+    assert relative_difference(before, patched(shared_pool(1), dev, patches)) < 2e-5
+    starts = mortal.starts
+    mortal._workers.kill()
+    assert torch.equal(patched(mortal, dev, patches), before) and mortal.starts == starts + 1
 
 
 @pytest.mark.thorough

@@ -26,7 +26,7 @@ def pool(mortal):
     return mortal
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(3, marks=pytest.mark.thorough)])
 def test_parked_weights_come_back_as_they_were(shared_pool, park, dev, schnell, ranks):
     pool, layout = shared_pool(ranks), Layout(ulysses=1, ring=ranks)
     mapped = evaluate(pool, dev, layout)

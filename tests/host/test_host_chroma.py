@@ -36,11 +36,11 @@ def test_layouts_and_guidance(host, chroma):
     stock = graph.stock(chroma)
     inputs = {"positive": prompt(graph, 37), "negative": prompt(graph, 1), "latent_image": graph.empty(112, 80)}
     for cfg, among in LAYOUTS.items():
-        want = graph.sample(stock, cfg=cfg, steps=3, **inputs)
+        want = graph.sample(stock, cfg=cfg, steps=2, **inputs)
         for gpus, ulysses, ring in among:
-            got = graph.sample(graph.usp(gpus, ulysses, ring, file=chroma), cfg=cfg, steps=3, **inputs)
+            got = graph.sample(graph.usp(gpus, ulysses, ring, file=chroma), cfg=cfg, steps=2, **inputs)
             layouts.add(f"cfg {cfg}", got, want, f"ulysses {ulysses} x ring {ring} on {gpus}, loop in the workers")
-    got = graph.sample(graph.usp("cpu:2", file=chroma), cfg=cfg, steps=3, **inputs)
+    got = graph.sample(graph.usp("cpu:2", file=chroma), cfg=cfg, steps=2, **inputs)
     layouts.add("a prompt for each", got, want, "batch 2 x ulysses 1 x ring 1 on cpu:2, loop in the workers")
     layouts.check(host)
 
