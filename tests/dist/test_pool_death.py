@@ -67,23 +67,17 @@ def test_death_in_mid_run(mortal, dev, expected, victim, by):
     assert not directory.exists()
 
 
-def test_the_next_request_survives_a_death_while_idle(mortal, dev, expected):
-    evaluate(mortal, dev)
-    before = pids(mortal)
+def test_the_next_request_survives_a_death_while_idle(mortal, shared_pool, dev, expected):
+    """New workers get its patches again."""
+    patches = stack({QKV: [lora(QKV, 1)]})
+    want, before = patched(mortal, dev, patches), pids(mortal)
+    assert relative_difference(want, patched(shared_pool(1), dev, patches)) < 2e-5
     os.kill(before[1], signal.SIGKILL)
     wait_until(lambda: mortal.status()["state"] == "off", 10)
     assert f"rank 1 (process {before[1]}) was ended by SIGKILL" in mortal.status()["error"]
+    assert torch.equal(patched(mortal, dev, patches), want)
     assert relative_difference(evaluate(mortal, dev), expected) < 2e-5
     assert not set(pids(mortal)) & set(before) and "error" not in mortal.status()
-
-
-def test_new_workers_get_the_patches_again(mortal, shared_pool, dev):
-    patches = stack({QKV: [lora(QKV, 1)]})
-    before = patched(mortal, dev, patches)
-    assert relative_difference(before, patched(shared_pool(1), dev, patches)) < 2e-5
-    starts = mortal.starts
-    mortal._workers.kill()
-    assert torch.equal(patched(mortal, dev, patches), before) and mortal.starts == starts + 1
 
 
 @pytest.mark.thorough

@@ -19,6 +19,9 @@ PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 SETTLED = "window.app?.extensionManager?.spinner === false && !!app.graph && !!document.querySelector('canvas')"
 """ComfyUI's application spins until it has opened its first workflow, which takes the place of any opened earlier."""
 
+PAUSED = "app.canvas.pause_rendering = true"
+"""Nodes are not drawn again in each step: by software that takes half of the time."""
+
 CLEAR = """(async () => {
     const { extensionManager: open } = app;
     if (open.sidebarTab.activeSidebarTabId) open.sidebarTab.toggleSidebarTab(open.sidebarTab.activeSidebarTabId);

@@ -82,6 +82,7 @@ def page(tab):
 @pytest.fixture(params=[False, True], ids=["canvas", "Nodes 2.0"])
 def renderer(request, page):
     """Who draws the nodes of `page`; whether it is Nodes 2.0."""
+    page.evaluate("app.canvas.pause_rendering = false")
     page.evaluate(f"app.extensionManager.setting.set('Comfy.VueNodes.Enabled', {json.dumps(request.param)})")
     yield request.param
     page.evaluate("app.extensionManager.setting.set('Comfy.VueNodes.Enabled', false)")

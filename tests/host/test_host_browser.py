@@ -7,7 +7,7 @@ import os
 import signal
 
 import pytest
-from browser import CONTRAST, PROGRAM, Page
+from browser import CONTRAST, PAUSED, PROGRAM, Page
 from workflows import IN_WORKERS, Graph
 
 pytestmark = [pytest.mark.host, pytest.mark.skipif(PROGRAM is None, reason="no Chromium")]
@@ -36,13 +36,11 @@ def queue(page: Page, graph: Graph) -> None:
 
 def test_a_reload_in_the_middle_of_a_run(host, page):
     host.run(short("cpu:1"))  # workers that start may take longer than anything that is waited for here
-    graph = Graph()
-    inputs = {"latent_image": graph.empty(384, 384), "positive": graph.prompt(1, 256)}
-    graph.save(graph.sample(graph.usp("cpu:1"), steps=4000, seed=320, **inputs))  # one core; the page wants the other
-    queue(page, graph)
+    queue(page, endless(page))
     page.wait_for(has(TEXTS, IN_WORKERS), 60)
     try:
         page.load()
+        page.evaluate(PAUSED)
         page.wait_for(has(TEXTS, IN_WORKERS), 60)
         page.evaluate("""(async () => {
             const other = app.graph.serialize();
@@ -201,17 +199,8 @@ def test_workers_that_die_are_told_and_reported(host, page):
     page.wait_for(has(PANEL, died))
     assert "Last log lines:" in page.evaluate(PANEL)
     report = copied(page, button("Copy report", "cpu:1"))
-    for part in (
-        "ComfyUI ",
-        "FastUSP ",
-        "Python ",
-        "PyTorch ",
-        "Rank 0: cpu",
-        "Layout: ",
-        "dev.safetensors",
-        died,
-        "Log:",
-    ):
+    parts = "ComfyUI ", "FastUSP ", "Python ", "PyTorch ", "Rank 0: cpu", "Layout: ", "dev.safetensors", "Log:"
+    for part in (*parts, died):
         assert part in report, report
     assert str(host.base) not in report and str(host.path) not in report and "/models/" not in report
     in_mid_run(page)
@@ -283,12 +272,18 @@ def test_themes_narrow_bars_and_the_keyboard(host, page):
     assert "cpu:1: idle: warm, waiting for a run" in page.evaluate(announced)
 
 
-def in_mid_run(page: Page) -> None:
-    """Of a long one on cpu:1, as the panel shows it."""
+def endless(page: Page) -> Graph:
+    """On one core; the page wants the other, and is not drawn."""
+    page.evaluate(PAUSED)
     graph = Graph()
     given = {"latent_image": graph.empty(384, 384), "positive": graph.prompt(1, 256)}
     graph.save(graph.sample(graph.usp("cpu:1"), steps=4000, seed=next(SEEDS), **given))
-    queue(page, graph)
+    return graph
+
+
+def in_mid_run(page: Page) -> None:
+    """Of a long one on cpu:1, as the panel shows it."""
+    queue(page, endless(page))
     page.wait_for(f"/step [0-9]+ of 4000, [0-9.]+ ms a step, [0-9]+ s left/.test({PANEL})", 60)
 
 
