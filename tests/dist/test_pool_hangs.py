@@ -141,6 +141,7 @@ def test_stop_is_heard_while_a_request_is_sent(mortal, dev, right, monkeypatch):
     assert "was stopped" in mortal.status()["error"]
 
 
+@pytest.mark.thorough
 def test_an_order_that_hung_workers_do_not_follow(mortal, dev, right):
     os.kill(pids(mortal)[1], signal.SIGSTOP)
     with pytest.raises(PoolError, match="stopped while no prompt ran: rank 1 .* was stopped"):

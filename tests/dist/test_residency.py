@@ -189,6 +189,7 @@ def test_an_evaluation_that_does_not_fit_is_refused(pool, dev, cramped, rank):
     assert pids(pool) == before
 
 
+@pytest.mark.thorough
 def test_the_modulations_of_many_steps_that_do_not_fit_are_refused(pool, dev, cramped):
     """Their evaluations would: 32 rows for 64 images take 134 MB."""
     many = inputs(SMALL, text=2, size=(2, 2), batch=64)

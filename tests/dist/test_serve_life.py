@@ -118,6 +118,7 @@ def test_a_client_whose_process_is_killed_takes_nothing_with_it(server, dev):
     assert client.exitcode == -signal.SIGKILL
 
 
+@pytest.mark.thorough
 def test_a_server_that_is_killed_and_comes_back(server, dev):
     pool = server.now.attach()
     expected = evaluate(pool, dev)

@@ -216,6 +216,7 @@ def test_weights_do_not_travel_between_machines(four, dev, weights):
     assert evaluate(pool, dev).isfinite().all()
 
 
+@pytest.mark.thorough
 def test_the_client_is_cut_off(four, dev, monkeypatch):
     """The workers stay. How long it really takes, `test_a_server_that_is_stopped_is_lost` tells."""
     monkeypatch.setattr(attached, "LOST_SECONDS", 4)

@@ -203,14 +203,20 @@ def test_workers_that_die_are_told_and_reported(host, page):
     for part in (*parts, died):
         assert part in report, report
     assert str(host.base) not in report and str(host.path) not in report and "/models/" not in report
+    host.run(short("cpu:1"))
+    page.wait_for(f"!{has(PANEL, died)} && /starting 1 worker.s. on cpu:1 [0-9.]+ s/.test({PANEL})")
+
+
+@pytest.mark.thorough
+def test_workers_that_die_in_a_run_are_told_once(host, page):
+    """By the pool, not by the run as well."""
+    panel(page)
     in_mid_run(page)
     pid = host.pool("cpu:1")["pids"][0]
     os.kill(pid, signal.SIGKILL)
     page.wait_for(has(TOASTS, f"stopped while a prompt ran: rank 0 (process {pid}) was ended"), 60)
     page.evaluate("new Promise(done => setTimeout(done, 500))")
-    assert page.evaluate(TOASTS).count(f"process {pid}") == 1, "the pool and the run tell it once"
-    host.run(short("cpu:1"))
-    page.wait_for(f"!{has(PANEL, died)} && /starting 1 worker.s. on cpu:1 [0-9.]+ s/.test({PANEL})")
+    assert page.evaluate(TOASTS).count(f"process {pid}") == 1
 
 
 def test_steps_of_comfyui_count_too(host, page):

@@ -104,7 +104,7 @@ def test_control_net(host, control_net):
     ):
         # ComfyUI's own ControlNet takes no odd number of latent pixels.
         layouts = LAYOUTS if label == "cfg" else LAYOUTS[:1]
-        control.both(label, **inputs, steps=3, latent_image=graph.empty(80, 112), where=STEPPING, layouts=layouts)
+        control.both(label, **inputs, latent_image=graph.empty(80, 112), where=STEPPING, layouts=layouts)
     control.check(host)
 
 
@@ -126,10 +126,10 @@ def test_union_control_nets(host):
         ("late", LAYOUTS[:1], {"positive": late}),
         ("two", LAYOUTS[:1], {"positive": two[0], "negative": two[1]}),
     ):
-        inputs |= {"steps": 3, "latent_image": latent, "where": STEPPING, "layouts": layouts}
+        inputs |= {"steps": 2, "latent_image": latent, "where": STEPPING, "layouts": layouts}
         control.both(label, file="deep.safetensors", **inputs)
     stock = graph.stock("deep.safetensors")
-    runs = [graph.sample(stock, steps=3, positive=p, latent_image=latent) for p in (plain, late, positive, two[0])]
+    runs = [graph.sample(stock, steps=2, positive=p, latent_image=latent) for p in (plain, late, positive, two[0])]
     saved = [graph.save(run) for run in runs]
     latents = control.check(host).latents
     for one, another in zip(saved, saved[1:], strict=False):

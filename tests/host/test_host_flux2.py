@@ -52,7 +52,7 @@ def check(host, cases, **common) -> None:
     both.check(host)
 
 
-@pytest.mark.parametrize("file, cfg", [(DEV, 2.5), (KLEIN, 1.0)])
+@pytest.mark.parametrize("file, cfg", [(DEV, 2.5), pytest.param(KLEIN, 1.0, marks=pytest.mark.thorough)])
 def test_layouts_and_guidance(host, folder, file, cfg):
     """5 x 7 tokens; prompts of two lengths, of which ComfyUI pads the shorter one to 512 tokens."""
     layouts = Comparison()

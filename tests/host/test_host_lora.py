@@ -128,7 +128,9 @@ def test_a_scaled_fp8_file(host, files):
             path.unlink()
 
 
-@pytest.mark.parametrize("form, name", [("gguf_Q4_K", "lora.gguf"), ("nvfp4", "lora_nvfp4.safetensors")])
+@pytest.mark.parametrize(
+    "form, name", [("gguf_Q4_K", "lora.gguf"), pytest.param("nvfp4", "lora_nvfp4.safetensors", marks=THOROUGH)]
+)
 def test_packed_weights(host, files, form, name):
     """A file whose weights stay packed, against stock with a plain file of the same values."""
     folder = host.base / "models"
