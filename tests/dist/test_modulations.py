@@ -100,9 +100,12 @@ def _compare(rank: int, ranks: int, folder: str, paths: dict[str, str]) -> None:
     dist.destroy_process_group()
 
 
-def test_rows_are_one_ranks_to_the_bit(dev, qwen, chroma, tmp_path):
+@pytest.mark.parametrize(
+    "names", [("qwen", "chroma"), pytest.param(("flux",), marks=pytest.mark.thorough)], ids=" ".join
+)
+def test_rows_are_one_ranks_to_the_bit(dev, qwen, chroma, tmp_path, names):
     paths = {"flux": str(dev), "qwen": str(qwen), "chroma": str(chroma)}
-    run_ranks(_compare, 3, str(tmp_path), paths, ranks=3)
+    run_ranks(_compare, 3, str(tmp_path), {name: paths[name] for name in names}, ranks=3)
 
 
 MODULATIONS = {
