@@ -47,6 +47,7 @@ OPTIONS = {
     "fp8 wire": {"wire": "fp8"},
     "int8 wire": {"wire": "int8"},
     "fp8 products": {"linear": "fp8"},
+    "fp8 wire, fp8 products": {"wire": "fp8", "linear": "fp8"},
     "int8 wire, fp8 products": {"wire": "int8", "linear": "fp8"},
 }
 
@@ -57,13 +58,13 @@ def options(device: str, ring: int) -> dict[str, dict[str, str]]:
     attentions = installed() if device == "cuda" else []
     if ring > 1 and "sage" in attentions and not sage.gives_lse():
         attentions.remove("sage")
-    both = OPTIONS["int8 wire, fp8 products"]
+    both = [name for name, option in OPTIONS.items() if len(option) > 1]
     return OPTIONS | {
         name: option
         for attention in attentions
         for name, option in (
             (f"attention {attention}", {"attention": attention}),
-            (f"attention {attention}, int8 wire, fp8 products", both | {"attention": attention}),
+            *((f"attention {attention}, {name}", OPTIONS[name] | {"attention": attention}) for name in both),
         )
     }
 

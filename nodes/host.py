@@ -8,6 +8,9 @@ from ..fastusp_backend.pool import Progress
 from .comfyui import model_management
 from .status import node_status, push_pools
 
+STOPPED = Cancelled, model_management.InterruptProcessingException
+"""How a run ends that is stopped. In ComfyUI 0.3.64 the second is an Exception as others are."""
+
 
 class Unsupported(FastUSPError):
     """Raised where a node wants of a remote transformer what it does not do yet.

@@ -21,7 +21,7 @@ from ..fastusp_backend.prompt import Inpainting, Prompt
 from ..fastusp_backend.sampling import SAMPLERS
 from . import obstacles, step_caches
 from .comfyui import k_diffusion
-from .host import interruptible, progress
+from .host import STOPPED, interruptible, progress
 from .obstacles import PROMPT_FIELDS, evaluated_conditionings, name_in_workers, neutral, text_length, timestep_scale
 from .remote_transformer import RemoteTransformer
 from .status import node_status, push_pools, set_headline
@@ -101,6 +101,8 @@ def _loop_for(function, guider):
                 more = {"meanwhile": rehearsed} if later else {}
                 try:
                     return in_workers(model, x, sigmas, extra_args, callback, disable, options, cached, more)
+                except STOPPED:
+                    raise
                 except Exception:
                     if not begun:  # another pack's conditioning, say, which the rehearsal finds
                         rehearsed()

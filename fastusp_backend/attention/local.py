@@ -106,7 +106,7 @@ def choose(
     if choice in lossy.BACKENDS:
         return choice, lossy.back_end(choice, device, dtype, heads, ring=ring)
     have = [name for (kind, name), (_, types) in _BACKENDS.items() if kind == device.type and dtype in types]
-    where, hint, capability = f"{device.type} ranks", "", None
+    where, remedy, limit, capability = f"{device.type} ranks", "choose", "", None
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if capability < _MIN_FLASH_CAPABILITY:
@@ -115,9 +115,9 @@ def choose(
         if "flash3" in have and not _flash3_works(device, heads):
             have = [name for name in have if name != "flash3"]
     if choice == "flash3" and capability == flash3.CAPABILITY and dtype == torch.bfloat16:
-        hint = "install the package fa3-fwd, for this torch, with the Python of ComfyUI, or "
+        remedy = "install the package fa3-fwd, for this torch, with the Python of ComfyUI, or choose"
     elif choice == "flash3":
-        hint = "it needs an H100 or H200, in bf16: "
+        limit = ": it needs an H100 or H200, in bf16"
     if choice == "auto":
         if capability is not None and "cudnn" in have and capability >= _MIN_CUDNN_CAPABILITY:
             if "flash3" in have:
@@ -128,7 +128,7 @@ def choose(
     if choice not in have:
         type_name = str(dtype).removeprefix("torch.")
         raise ValueError(
-            f"attention = {choice!r} does not exist for {type_name} on {where}; {hint}choose 'auto' or one of: "
-            + ", ".join(have)
+            f"{remedy} attention = 'auto' or one of {', '.join(have)}: {choice!r} does not exist for {type_name} on "
+            f"{where}{limit}"
         )
     return choice, _BACKENDS[device.type, choice][0]

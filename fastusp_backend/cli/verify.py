@@ -43,7 +43,7 @@ CACHES = {
     for kind, thresholds in (("easy", (0.05, 0.1, 0.2)), ("first_block", (0.1, 0.2, 0.5)))
     for threshold in thresholds
 }
-_BOTH = {"int8 wire and fp8 products": {"wire": "int8", "linear": "fp8"}}
+_BOTH = {f"{wire} wire and fp8 products": {"wire": wire, "linear": "fp8"} for wire in ("fp8", "int8")}
 _ATTENTION = {"sage": "sage attention", "flash3-fp8": "fp8 attention"}
 
 
@@ -134,22 +134,24 @@ def run(arguments: argparse.Namespace) -> int:
 def options_of(devices: Devices) -> dict[str, dict[str, str]]:
     """Returns the options in 8 bits that are measured, alone and together, by what the rows say: all that these devices
     may have and, of attention, what is installed."""
-    options = (_SHARED if devices.ranks > 1 else {}) | _ANYWHERE | (_BOTH if devices.ranks > 1 else {})
-    (together, values), attentions = list(options.items())[-1], installed() if devices.gpus else []
+    together, attentions = _BOTH if devices.ranks > 1 else _ANYWHERE, installed() if devices.gpus else []
+    options = (_SHARED if devices.ranks > 1 else {}) | _ANYWHERE | together
     for attention in attentions:
         options[_ATTENTION[attention]] = {"attention": attention}
     for attention in attentions:
-        options[f"{together}, {_ATTENTION[attention]}"] = values | {"attention": attention}
+        for name, values in together.items():
+            options[f"{name}, {_ATTENTION[attention]}"] = values | {"attention": attention}
     return options
 
 
 def with_caches(options: dict[str, dict[str, str]]) -> dict[str, dict[str, str | float]]:
-    """Returns options of 8 bits, caches alone, and caches beside as many of the 8 bits as there are at a time."""
+    """Returns options of 8 bits, caches alone, and caches beside as many of the 8 bits as there are at a time, of both
+    kinds of wire the closer one."""
     most = max(map(len, options.values()))
     together = {
         f"{name}, cache {kind}": option | {"cache": kind, "cache_threshold": Settings().cache_threshold}
         for name, option in options.items()
-        if len(option) == most
+        if len(option) == most and option.get("wire") != "fp8"
         for kind in dict.fromkeys(of["cache"] for of in CACHES.values())
     }
     return options | CACHES | together

@@ -47,15 +47,18 @@ def submit(
     except (OSError, EOFError) as error:
         raise workers.failure("stopped while a prompt ran") from error
     except CallersOwn as own:
-        cancel(workers, message.id)
+        cancel(workers, message.id, progress)
         raise own.error from own.error.__cause__
     except BaseException:  # Ctrl-C; or one message was refused, but the request may run
-        cancel(workers, message.id)
+        cancel(workers, message.id, progress)
         raise
 
 
-def follow(workers: Contact, number: int, progress: Progress) -> Tensors:
-    """Waits for the answer to request `number`, and gives its tensors.
+def follow(
+    workers: Contact, number: int, progress: Progress, had_enough: Callable[[], bool] = lambda: False
+) -> Tensors:
+    """Waits for the answer to request `number`, and gives its tensors. had_enough: polled once it is cancelled; True
+    leaves it behind at once.
 
     Raises Cancelled, RequestError (refused), ProtocolError (one message was not understood; the request may run),
     CallersOwn, or EOFError or OSError where the workers are gone.
@@ -69,7 +72,7 @@ def follow(workers: Contact, number: int, progress: Progress) -> Tensors:
         if received is None:
             if not workers.alive:
                 raise EOFError
-            if cancelled_at is not None and time.monotonic() - cancelled_at > CANCEL_SECONDS:
+            if cancelled_at is not None and (call(had_enough) or time.monotonic() - cancelled_at > CANCEL_SECONDS):
                 workers.leave_behind(number)
                 raise Cancelled(f"request {number} was cancelled; the workers will come to it")
             continue
@@ -95,9 +98,12 @@ def follow(workers: Contact, number: int, progress: Progress) -> Tensors:
             raise _REFUSALS.get(message.kind, RequestError)(message.text)
 
 
-def cancel(workers: Contact, number: int) -> None:
-    """Cancels a request and waits for its end, so that the next one finds the ranks free."""
+def cancel(workers: Contact, number: int, progress: Progress) -> None:
+    """Cancels a request and waits for its end, so that the next one finds the ranks free; not where its caller is
+    stopped meanwhile."""
     try:
-        follow(workers, number, Progress(interrupted=lambda: True))
+        follow(workers, number, Progress(interrupted=lambda: True), progress.interrupted)
+    except CallersOwn:
+        workers.leave_behind(number)  # whoever cannot be asked is not kept waiting
     except (FastUSPError, OSError, EOFError):
         pass  # ended, one way or another; the caller's exception is what is raised

@@ -26,7 +26,7 @@ from .messages import (
     Unmap,
     Welcome,
 )
-from .shared import ADVICE, Places, SharedMemory, SharedTensors, inline_tensors
+from .shared import ADVICE, Places, SharedMemory, SharedTensors, found, placed, put
 from .tls import LOST_SECONDS, TlsStream
 
 __all__ = [
@@ -61,5 +61,7 @@ __all__ = [
     "TlsStream",
     "Unmap",
     "Welcome",
-    "inline_tensors",
+    "found",
+    "placed",
+    "put",
 ]

@@ -24,7 +24,7 @@ import torch
 
 from ..errors import ProtocolError, RequestError
 from .messages import Message
-from .shared import ADVICE, Places, SharedMemory, SharedTensors, aligned, placed, put
+from .shared import ADVICE, Places, SharedMemory, SharedTensors, aligned, found, placed, put
 from .tls import TlsStream
 
 _HEADER = struct.Struct(">2sBxII")
@@ -106,7 +106,7 @@ class Channel:
         lasting: large tensors are written where the last ones sent so lay, which the receiver must have read; it holds
         the memory's `SharedTensors` from one to the next. See `forget`.
 
-        Raises RequestError for more than travels.
+        Raises RequestError for more than travels, and for a tensor of a type that does not.
         """
         tensors = {name: t.detach() for name, t in (tensors or {}).items()}
         body, (places, size) = msgspec.msgpack.encode(message), placed(tensors)
@@ -199,7 +199,7 @@ class Channel:
             return message, {}
         if carrier == _INLINE:
             places = self._places.decode(data[end - listed : end])
-            return message, {name: place.find(frame[aligned(end) :]) for name, place in places.items()}
+            return message, found(places, frame[aligned(end) :])
         try:
             if lost:
                 raise ProtocolError(f"a frame's shared memory cannot be taken: too many files are open here; {ADVICE}")

@@ -13,7 +13,6 @@ import weakref
 from typing import Annotated, Literal
 
 import msgspec
-import safetensors.torch
 import torch
 
 from ..errors import ProtocolError, RequestError
@@ -21,8 +20,12 @@ from ..pinning import pin, unpin
 
 log = logging.getLogger(__name__)
 
-_TYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
-_TYPES += ("int64", "int32", "int16", "int8", "uint8", "bool")
+TYPES = ("float64", "float32", "float16", "bfloat16", "complex128", "complex64")
+TYPES += ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
+TYPES += ("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8", "bool")
+"""torch's names of the types that travel: of torch 2.7 to 2.13 all that a tensor's bytes are enough for and that a rank
+can compute from. Quantised types have a scale beside the bytes; torch does not copy those of 1 to 7 bits (uint4),
+converts neither bits8 and its kin nor float4_e2m1fn_x2, and does not compare complex32."""
 _ALIGNMENT = 256
 
 ADVICE = "close other programs, or where too many files are open, raise `ulimit -n` before ComfyUI starts"
@@ -31,13 +34,18 @@ ADVICE = "close other programs, or where too many files are open, raise `ulimit 
 class Place(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Where a tensor lies: `offset` bytes from the memory's start."""
 
-    dtype: Literal[_TYPES]
+    dtype: Literal[TYPES]
     shape: tuple[Annotated[int, msgspec.Meta(ge=0)], ...]
     offset: Annotated[int, msgspec.Meta(ge=0)]
 
     def find(self, memory: torch.Tensor) -> torch.Tensor:
-        """The tensor, in memory of bytes. Raises ProtocolError for one that does not lie within it."""
-        dtype = getattr(torch, self.dtype)
+        """The tensor, in memory of bytes. Raises ProtocolError for one that does not lie within it, and for a type
+        that the other end's torch has and this one's has not."""
+        dtype = getattr(torch, self.dtype, None)
+        if dtype is None:
+            raise ProtocolError(
+                f"Install the same torch at both ends: torch {torch.__version__} has no type {self.dtype}"
+            )
         end = self.offset + math.prod(self.shape) * dtype.itemsize
         try:
             if end > len(memory):
@@ -52,7 +60,7 @@ Places = dict[str, Place]
 
 def placed(tensors: dict[str, torch.Tensor]) -> tuple[Places, int]:
     """Where tensors lie one behind the other, each at a multiple of 256 bytes, and the bytes that this takes. Raises
-    ProtocolError for a type that does not travel."""
+    RequestError for a type that does not travel."""
     places, end = {}, 0
     for name, t in tensors.items():
         places[name] = Place(_type_name(name, t), tuple(t.shape), aligned(end))
@@ -68,17 +76,16 @@ def put(tensors: dict[str, torch.Tensor], places: Places, memory: torch.Tensor) 
         torch.cuda.current_stream(device).synchronize()
 
 
-def inline_tensors(blob: bytes) -> dict[str, torch.Tensor]:
-    """What `safetensors.torch.save` made bytes of, in memory of torch's own: as it lies, it is aligned by chance, and
-    a product over it may sum otherwise the next time. Raises SafetensorError."""
-    return {name: tensor.clone() for name, tensor in safetensors.torch.load(blob).items()}
+def found(places: Places, memory: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The tensors that lie in memory of bytes, as they lie there. Raises ProtocolError as `Place.find`."""
+    return {name: place.find(memory) for name, place in places.items()}
 
 
 class SharedTensors(dict[str, torch.Tensor]):
     """Tensors in `memory`, where others find them by `places`."""
 
     def __init__(self, memory: "SharedMemory", places: Places):
-        super().__init__({name: place.find(memory.bytes) for name, place in places.items()})
+        super().__init__(found(places, memory.bytes))
         self.memory, self.places = memory, places
 
 
@@ -155,8 +162,12 @@ def aligned(size: int) -> int:
 
 def _type_name(name: str, tensor: torch.Tensor) -> str:
     kind = str(tensor.dtype).removeprefix("torch.")
-    if kind not in _TYPES:
-        raise ProtocolError(f"tensor {name!r} is {tensor.dtype}, which does not travel")
+    if kind not in TYPES or tensor.layout != torch.strided:
+        what = tensor.dtype if kind not in TYPES else tensor.layout
+        raise RequestError(
+            f"Convert tensor {name!r} to dense float32 before it reaches the sampler: it is {what}, which does not "
+            "travel to the workers"
+        )
     return kind
 
 

@@ -21,7 +21,7 @@ Parts = dict[str, torch.Tensor]
 
 _TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 _TYPES += (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
-"""The types that a patch's tensors may have; the protocol carries the same."""
+"""The types that a patch's tensors may have, of those that the protocol carries: numbers that the formulas take."""
 
 
 def check(patch: WeightPatch, tensors: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -9,24 +9,25 @@ from datetime import timedelta
 from typing import NoReturn
 
 import msgspec
-import safetensors.torch
 import torch
 import torch.distributed as dist
 
 from ..errors import ProtocolError, RequestError
 from ..ports import close_ports
-from ..protocol import ADVICE, Places, SharedMemory, SharedTensors, inline_tensors
-
-_SHARED = b"S"
-"""In front of a `_Where`; no safetensors file starts so: its first byte is a multiple of 8."""
+from ..protocol import ADVICE, Places, SharedMemory, SharedTensors, found, placed, put
 
 
 class _Where(msgspec.Struct, frozen=True):
-    """path: of a descriptor of the memory; None for the lasting memory that all ranks have mapped."""
+    """Where a request's tensors lie.
 
-    path: str | None
-    lasting: bool
+    path: of a descriptor of the memory; None for the lasting memory that all ranks have mapped.
+    sent: the bytes in which they are sent next; None for tensors in shared memory.
+    """
+
     places: Places
+    path: str | None = None
+    lasting: bool = False
+    sent: int | None = None
 
 
 class Unmapped(Mapping):
@@ -69,8 +70,13 @@ class Crew:
             data = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
         else:
             data = torch.empty(int(length), dtype=torch.uint8)
-        dist.broadcast(data, 0, group=self._group)
+        self._broadcast(data)
         return payload if payload is not None else data.numpy().tobytes()
+
+    def _broadcast(self, data: torch.Tensor) -> None:
+        """Writes rank 0's bytes, whose number all know, over the others'."""
+        if len(data):
+            dist.broadcast(data, 0, group=self._group)
 
     def broadcast_tensors(self, tensors: dict[str, torch.Tensor] | None) -> Mapping[str, torch.Tensor]:
         """Rank 0's tensors (contiguous, on the CPU), on every rank; the others pass None. Those in shared memory are
@@ -92,18 +98,23 @@ class Crew:
 
     def _send_tensors(self, tensors: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         if not isinstance(tensors, SharedTensors) or not self._one_machine:
-            self.broadcast(safetensors.torch.save(tensors) if tensors else b"")
+            places, size = placed(tensors)
+            self.broadcast(msgspec.msgpack.encode(_Where(places, sent=size)))
+            data = torch.empty(size, dtype=torch.uint8)
+            put(tensors, places, data)
+            self._broadcast(data)
             return tensors
         memory = tensors.memory
         path = None if memory is self._lasting else f"/proc/{os.getpid()}/fd/{memory.fd}"
-        self.broadcast(_SHARED + msgspec.msgpack.encode(_Where(path, memory.lasting, tensors.places)))
+        self.broadcast(msgspec.msgpack.encode(_Where(tensors.places, path, memory.lasting)))
         return tensors if path is None else self._all_or_none(tensors, "")
 
     def _receive_tensors(self) -> Mapping[str, torch.Tensor]:
-        blob = self.broadcast(None)
-        if not blob.startswith(_SHARED):
-            return inline_tensors(blob) if blob else {}
-        where = msgspec.msgpack.decode(blob[1:], type=_Where)
+        where = msgspec.msgpack.decode(self.broadcast(None), type=_Where)
+        if where.sent is not None:
+            data = torch.empty(where.sent, dtype=torch.uint8)  # where torch aligns it: products sum alike each time
+            self._broadcast(data)
+            return found(where.places, data)
         if where.path is None:
             return SharedTensors(self._lasting, where.places)
         tensors, problem = None, ""

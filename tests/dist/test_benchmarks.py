@@ -99,10 +99,10 @@ def test_the_quality_of_lossy_options(printed):
     of_command, _ = printed
     lines = [line for line in of_command("quality").splitlines() if line.startswith("| ")]
     rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines[2:]]  # behind the head
-    rows, pictures = rows[: 2 * 2 * 5], rows[2 * 2 * 5 :]  # weights, layouts, options
+    rows, pictures = rows[: 2 * 2 * 6], rows[2 * 2 * 6 :]  # weights, layouts, options
     caches = [row[1] for row in pictures if row[1].startswith("cache")]
     assert len(caches) == 2 * 6 and len(set(caches)) == 6
-    options = [row[2] for row in rows[:5]]
+    options = [row[2] for row in rows[:6]]
     together = [f"{options[-1]}, cache {kind}" for kind in ("easy", "first_block")]
     assert [row[1] for row in pictures[2:]] == ["exact, eager", *2 * (options + caches[:6] + together)]
     pictures = [row for row in pictures if row[1] not in caches]

@@ -63,10 +63,10 @@ def test_verify(run, dev, monkeypatch):
     assert (code, closed) == (0, [2, 1]), printed + errors
     lines = {line[:60].strip(): line[60:] for line in printed.splitlines()[2:]}
     both = "int8 wire and fp8 products"
-    lossy, cached = ["fp8 wire", "int8 wire", "fp8 products", both], [*caches]
+    lossy, cached = ["fp8 wire", "int8 wire", "fp8 products", "fp8 wire and fp8 products", both], [*caches]
     cached += [f"{both}, cache easy", f"{both}, cache first_block"]
     ranks = "2 ranks, against one"
-    assert [*lines][:8] == lossy + cached and ranks in lines
+    assert [*lines][:9] == lossy + cached and ranks in lines
     figures = {name: [float(x) for x in re.findall(r"[0-9.]+e[-+][0-9]+", line)] for name, line in lines.items()}
     assert figures["int8 wire"][0] < figures["fp8 wire"][0]
     for name in lossy + cached[2:]:

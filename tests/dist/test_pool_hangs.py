@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pools import GIVEN, LONG, PROMPT, Stopwatch, evaluate, pids, processes_of, run_dir, sample, session
+from pools import GIVEN, LONG, PROMPT, SHORT, Stopwatch, evaluate, pids, processes_of, run_dir, sample, session
 from support import SMALL, inputs, wait_until
 
 from fastusp_backend.errors import Cancelled, PoolError
@@ -139,6 +139,32 @@ def test_stop_is_heard_while_a_request_is_sent(mortal, dev, right, monkeypatch):
     assert watch.seconds < 1.5 and mortal.status()["state"] == "stopping"
     wait_until(lambda: mortal.status()["state"] == "off", 10)  # found though nobody asks
     assert "was stopped" in mortal.status()["error"]
+
+
+def test_stop_is_heard_while_what_was_taken_back_is_not_answered(mortal, dev):
+    """Another pack is found while the ranks load weights: they hear no cancel, as where one stands still. The next
+    prompt waits for them, and is right."""
+    expected, before = sample(mortal, dev), pids(mortal)
+    mortal.release()
+    watches = []
+
+    def found():
+        os.kill(before[1], signal.SIGSTOP)
+        watches.append(Stopwatch())
+        raise LookupError("another pack")
+
+    progress = Progress(interrupted=lambda: bool(watches) and watches[0].seconds > 0.3)
+    try:
+        with pytest.raises(LookupError, match="another pack"):
+            session(mortal, dev).sample(
+                GIVEN.x, SHORT, sampler="euler", positive=PROMPT, progress=progress, meanwhile=found
+            )
+        with pytest.raises(Cancelled):  # what ComfyUI's sampler would go on with
+            one_evaluation(mortal, dev, progress)
+        assert watches[0].seconds < 1.3 and mortal.status()["state"] == "stopping"
+    finally:
+        os.kill(before[1], signal.SIGCONT)
+    assert torch.equal(sample(mortal, dev), expected) and pids(mortal) == before
 
 
 @pytest.mark.thorough

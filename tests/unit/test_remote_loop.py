@@ -13,9 +13,14 @@ pytestmark = pytest.mark.unit
 SIGMAS = torch.linspace(1, 0, 3)
 
 
-class Session:
-    """Notes what it is asked for; the workers' latents are ones."""
+class Stopped(Exception):
+    """As ComfyUI's own, of 0.3.64."""
 
+
+class Session:
+    """Notes what it is asked for; the workers' latents are ones. stopped: before the workers have the request."""
+
+    stopped = False
     settings = SimpleNamespace(cache="off")
     model = SimpleNamespace(compute="float32")
 
@@ -27,6 +32,8 @@ class Session:
         return "a layout"
 
     def sample(self, x, sigmas, *, meanwhile=lambda: None, **_):
+        if self.stopped:
+            raise Stopped
         self.did.append("sent")
         meanwhile()
         self.did.append("done")
@@ -50,7 +57,7 @@ def run(node_module):
     module = node_module(
         "remote_loop",
         comfyui={"k_diffusion": SimpleNamespace()},
-        host={"interruptible": ends, "progress": lambda step, **_: Progress(step=step)},
+        host={"STOPPED": (Stopped,), "interruptible": ends, "progress": lambda step, **_: Progress(step=step)},
         obstacles={
             "PROMPT_FIELDS": {"c_crossattn": "context"},
             "evaluated_conditionings": lambda guider: {"positive": [guider.conditioning]},
@@ -87,8 +94,9 @@ def run(node_module):
         cfg=1.0,
     )
 
-    def once(found: str | None = None, cached=None, seed: int | None = 1, foreign=False) -> list[str]:
+    def once(found: str | None = None, cached=None, seed: int | None = 1, foreign=False, stopped=False) -> list[str]:
         did.clear()
+        transformer.session.stopped = stopped
         finds.append(found)
         step_cache["cached"] = cached
         guider.conditioning["model_conds"]["c_crossattn"] = SimpleNamespace(process_cond=broken) if foreign else text
@@ -136,3 +144,10 @@ def test_what_cannot_be_sent_is_rehearsed_then(run):
     run()
     with pytest.raises(AttributeError, match="a pack's own"):
         run(foreign=True)
+
+
+def test_a_run_that_is_stopped_before_it_is_rehearsed_ends(run):
+    """Whatever the rehearsal would find: stepping would go on, since ComfyUI raises its interruption once."""
+    run()
+    with pytest.raises(Stopped):
+        run("a pack", stopped=True)

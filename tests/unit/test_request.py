@@ -1,5 +1,7 @@
 """A request takes its own answer, whatever comes late of others."""
 
+import time
+
 import pytest
 import torch
 
@@ -118,3 +120,38 @@ def test_what_is_raised_meanwhile_cancels_the_request_and_is_raised():
     with pytest.raises(OSError, match="^the caller's own$"):
         submit(workers, Done(id=2), {}, QUIET, obstructed)
     assert workers.posted == [Cancel(id=2)] and not workers.replies
+
+
+def found():
+    raise LookupError("another pack")
+
+
+def test_stop_is_heard_while_a_request_that_was_taken_back_is_not_answered():
+    """Ranks that load weights hear no cancel. The next prompt waits for them."""
+    workers, asked = Taking(), []
+
+    def interrupted():
+        asked.append(1)
+        return len(asked) == 3
+
+    began = time.monotonic()
+    with pytest.raises(LookupError, match="another pack"):
+        submit(workers, Done(id=2), {}, Progress(interrupted=interrupted), found)
+    assert time.monotonic() - began < 1 and len(asked) == 3
+    assert workers.posted == [Cancel(id=2)] and workers.left == 2
+
+
+def test_who_cannot_be_asked_whether_to_stop_is_not_kept_waiting():
+    workers = Taking()
+    with pytest.raises(LookupError, match="another pack"):
+        submit(workers, Done(id=2), {}, Progress(interrupted=lambda: 1 / 0), found)
+    assert workers.posted == [Cancel(id=2)] and workers.left == 2
+
+
+def test_a_request_that_was_taken_back_is_waited_for_where_nobody_stops():
+    """So that the next one finds the ranks free."""
+    cancelled = Failed(id=2, kind="cancelled", rank=0, text="")
+    workers = Taking(*[None] * 5, (cancelled, {}))
+    with pytest.raises(LookupError):
+        submit(workers, Done(id=2), {}, QUIET, found)
+    assert not workers.replies and workers.left is None

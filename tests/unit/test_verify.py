@@ -23,22 +23,25 @@ pytestmark = pytest.mark.unit
 def test_options_alone_and_together(monkeypatch):
     """Attention in 8 bits where it is installed, on GPUs."""
     monkeypatch.setattr(verify, "installed", lambda: ["sage", "flash3-fp8"])
-    both = {"wire": "int8", "linear": "fp8"}
+    fp8, int8 = ({"wire": wire, "linear": "fp8"} for wire in ("fp8", "int8"))
     assert list(verify.options_of(Devices(ranks=1))) == ["fp8 products"]
     assert list(verify.options_of(Devices(ranks=2)).values()) == [
         {"wire": "fp8"},
         {"wire": "int8"},
         {"linear": "fp8"},
-        both,
+        fp8,
+        int8,
     ]
     found = verify.options_of(Devices(ranks=2, gpus=(0, 1)))
-    assert list(found)[4:] == [
+    assert list(found)[5:] == [
         "sage attention",
         "fp8 attention",
+        "fp8 wire and fp8 products, sage attention",
         "int8 wire and fp8 products, sage attention",
+        "fp8 wire and fp8 products, fp8 attention",
         "int8 wire and fp8 products, fp8 attention",
     ]
-    assert list(found.values())[-2:] == [both | {"attention": "sage"}, both | {"attention": "flash3-fp8"}]
+    assert list(found.values())[-2:] == [fp8 | {"attention": "flash3-fp8"}, int8 | {"attention": "flash3-fp8"}]
     alone = verify.options_of(Devices(ranks=1, gpus=(0,)))
     assert alone["fp8 products, fp8 attention"] == {"linear": "fp8", "attention": "flash3-fp8"}
     assert not any(Settings(**option).lossless for option in (found | alone).values())
@@ -47,7 +50,7 @@ def test_options_alone_and_together(monkeypatch):
 def test_caches_alone_and_beside_all_there_is_in_8_bits(monkeypatch):
     monkeypatch.setattr(verify, "installed", lambda: ["flash3-fp8"])
     found = verify.with_caches(verify.options_of(Devices(ranks=2, gpus=(0, 1))))
-    lossy, cached = [*found][:6], [*found][6:]
+    lossy, cached = [*found][:8], [*found][8:]
     assert lossy == [*verify.options_of(Devices(ranks=2, gpus=(0, 1)))]
     most = "int8 wire and fp8 products, fp8 attention"
     assert cached == [*verify.CACHES, f"{most}, cache easy", f"{most}, cache first_block"]

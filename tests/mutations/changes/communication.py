@@ -25,6 +25,20 @@ CHANGES = [
         "dist/test_short_transport.py",
     ),
     (
+        PEERS,
+        "tokens that a kernel writes to peers are signalled before they are there",
+        "shards.local_image, rows)\n                self._arena.put_signals(self._peers, channel)",
+        "shards.local_image, rows) if self._arena.put_signals(self._peers, channel) is None else None",
+        "unit/test_kernels_write_to_peers.py",
+    ),
+    (
+        PEERS,
+        "what a kernel has written to peers is copied over",
+        "mine = [] if written else self._arrival",
+        "mine = self._arrival",
+        "unit/test_kernels_write_to_peers.py",
+    ),
+    (
         USP,
         "queries of a text that does not attend are what lay there",
         "q[:, : self._text_rows] = 0",

@@ -174,6 +174,20 @@ CHANGES = [
     ),
     (
         "fastusp_backend/pool/request.py",
+        "Stop is not heard while what was taken back is not answered",
+        "call(had_enough) or ",
+        "",
+        "unit/test_request.py",
+    ),
+    (
+        "nodes/remote_loop.py",
+        "a run that was stopped is rehearsed",
+        "                except STOPPED:\n                    raise\n",
+        "",
+        "unit/test_remote_loop.py",
+    ),
+    (
+        "fastusp_backend/pool/request.py",
         "a run goes on unrehearsed",
         "        call(meanwhile)\n",
         "",
