@@ -76,7 +76,6 @@ def test_a_rank_elsewhere_is_stopped(pool, dev):
     assert hangs.STOPPED_SECONDS <= later.watch.seconds < hangs.STOPPED_SECONDS + 5
 
 
-@pytest.mark.thorough
 def test_a_machine_is_lost_and_comes_back(pool, two, dev):
     told = failure(pool, dev, lambda: two.servers[1].end(signal.SIGKILL))
     assert f"machine 1 ({machines.address(1)})" in told, told
