@@ -162,7 +162,7 @@ def test_what_does_not_fit_is_refused_and_the_next_request_runs(session_of):
     x, timestep, prompt = given("flux", references=1)
     with pytest.raises(RequestError, match="a reference latent"):
         evaluate(session, x, timestep, replace(prompt, references=(torch.ones(BATCH, 4, 2, 2),)))
-    with pytest.raises(RequestError, match="a ControlNet's tensor"):
+    with pytest.raises(RequestError, match="choose a ControlNet that was made for this model"):
         evaluate(session, x, timestep, prompt, {"input": [torch.ones(1, 20, 64)]})
     with pytest.raises(RequestError, match="takes 80 channels of an image or mask beside the latents; got none"):
         evaluate(session_of("fill", LAYOUTS[0]), x, timestep, replace(prompt, references=()))

@@ -95,7 +95,7 @@ def test_memory_that_may_be_read_still_is_not_written_to(session):
 
 def test_what_was_refused_is_followed_by_what_is_right(session):
     first = evaluate(session, control(0))
-    with pytest.raises(RequestError, match="a ControlNet's tensor"):
+    with pytest.raises(RequestError, match="choose a ControlNet that was made for this model"):
         evaluate(session, control(0, images=3))
     assert torch.equal(evaluate(session, control(0)), first)
 
