@@ -22,9 +22,10 @@ test: $(VENV)/ready
 test-thorough: $(VENV)/ready
 	$(TEST) $(PYTEST_ARGS)
 
-# The unit tests that compute as another processor would run them: without vector instructions, on one thread.
+# The unit tests that compute as another processor would run them: without vector instructions, on one thread. Two at a
+# time: they wait for nothing, and each process imports torch.
 test-portable: $(VENV)/ready
-	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 $(RUN) -m pytest -n 3 -m "unit and not any_processor and not thorough" tests/unit
+	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m "unit and not any_processor and not thorough" tests/unit
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

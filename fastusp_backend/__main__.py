@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import sys
+from pathlib import Path
 
 from .errors import FastUSPError
 from .worker.process import importing, leave
@@ -16,6 +17,9 @@ COMMANDS = {
     "verify": "what each lossy option costs in exactness, alone and together, on your own file, and what to take",
 }
 
+PACKAGES = ("PIL", "msgspec", "numpy", "safetensors", "tqdm")
+"""Of requirements.txt, by the names under which they are imported; nvml.py tells of its own."""
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m fastusp_backend", description="FastUSP without ComfyUI.")
@@ -23,8 +27,15 @@ def main() -> int:
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text)
         if name in sys.argv[1:2]:  # it alone is imported: `doctor` runs where the others' imports fail
-            with importing():
-                module = importlib.import_module(f".cli.{name}", __package__)
+            try:
+                with importing():
+                    module = importlib.import_module(f".cli.{name}", __package__)
+            except ModuleNotFoundError as error:
+                remedy = _remedy((error.name or "").partition(".")[0])
+                if remedy is None:
+                    raise
+                print(f"{remedy}: {error}", file=sys.stderr)
+                return 2
             module.add_arguments(command)
     arguments = parser.parse_args()
     if arguments.command is None:
@@ -35,6 +46,15 @@ def main() -> int:
     except FastUSPError as error:
         print(error, file=sys.stderr)
         return 2
+
+
+def _remedy(package: str) -> str | None:
+    """What brings a package that commands import; None for one that FastUSP does not ask for."""
+    if package == "torch":
+        return "Install torch as pytorch.org says, or use the Python that runs ComfyUI"
+    if package not in PACKAGES:
+        return None
+    return f"{sys.executable} -m pip install -r {Path(__file__).resolve().parents[1] / 'requirements.txt'}"
 
 
 if __name__ == "__main__":

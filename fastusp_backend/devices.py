@@ -122,12 +122,14 @@ def parse_devices(
     visible: str | None = None,
     counted: Callable[[], Sequence[str]] = counted_by_cuda,
     seen_by_torch: int = 0,
+    servers: str = "",
 ) -> Devices:
     """Reads a `gpus` input.
 
     gpus, visible: all GPUs and CUDA_VISIBLE_DEVICES; this machine's where they are not given.
     counted: as for `visible_gpus`.
     seen_by_torch: how many GPUs the caller's torch sees, where it has one.
+    servers: what the caller takes beside it, in words, which an error names.
 
     Raises DeviceError saying what to set, what exists, and the value.
     """
@@ -163,10 +165,9 @@ def parse_devices(
             some = f"GPU {missing[0]} does" if len(missing) == 1 else f"GPUs {', '.join(map(str, missing))} do"
             raise DeviceError(f"{todo}: gpus = {text!r}, and {some} not exist")
         return _of(_each_once(text, wanted))
-    raise DeviceError(
-        f"Set 'auto', 'all', GPU numbers such as '0,1' or 'cuda:0,1', or 'cpu:N' for N CPU ranks: "
-        f"gpus = {text!r} is not understood"
-    )
+    local = "'auto', 'all', GPU numbers such as '0,1' or 'cuda:0,1'"
+    todo = f"{local}, 'cpu:N' for N CPU ranks, or {servers}" if servers else f"{local}, or 'cpu:N' for N CPU ranks"
+    raise DeviceError(f"Set {todo}: gpus = {text!r} is not understood")
 
 
 def _each_once(text: str, wanted: tuple[int, ...]) -> tuple[int, ...]:
@@ -210,11 +211,11 @@ def _without_gpus(text: str, seen: Seen, seen_by_torch: int) -> Devices:
     return Devices(ranks=1)
 
 
-def local_devices(text: str) -> Devices:
-    """Calls `parse_devices` where torch works, and may see GPUs that NVML does not name."""
+def local_devices(text: str, servers: str = "") -> Devices:
+    """Calls `parse_devices` where torch works, and may see GPUs that NVML does not name. servers: as there."""
     import torch  # not above: doctor reads `gpus` where torch is broken
 
-    return parse_devices(text, seen_by_torch=torch.cuda.device_count())
+    return parse_devices(text, seen_by_torch=torch.cuda.device_count(), servers=servers)
 
 
 @functools.cache

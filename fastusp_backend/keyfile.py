@@ -60,6 +60,11 @@ class Key:
     def server_context(self) -> ssl.SSLContext:
         """TLS for the server's end. Raises KeyFileError where the private key is not there, or another's."""
         private = _private_key(self.path)
+        if not os.path.exists(private):
+            raise KeyFileError(
+                f"Name another file with --key, or remove {self.path}, for a new one to be made: it is another "
+                f"server's, since {private} is not there"
+            )
         _private_text(private)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -96,7 +101,7 @@ def _private_text(path: Path) -> str:
             return file.read(1 << 16)
     except OSError as error:
         raise KeyFileError(
-            f"Copy the key file from the server (it prints where it lies), and name it in fastusp.toml: {path}: "
+            f"Copy the key file from the server (it prints where it lies) to {path}: it cannot be read: "
             f"{error.strerror}"
         ) from error
 

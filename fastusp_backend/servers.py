@@ -51,6 +51,13 @@ def named_server(text: str, file: Path) -> Server | None:
     return Server(value, _key(known[0], file)) if known else Server(value, usual_path(), listed=False)
 
 
+def known_servers(file: Path) -> str:
+    """Says how `gpus` may name servers, and those that `file`, fastusp.toml, has. Raises DeviceError where it cannot be
+    read."""
+    names = ", ".join(map(repr, _read(file)))
+    return f"a server: 'host:port', or a name from {file}, " + (f"which has {names}" if names else "which has none")
+
+
 def address_of(text: str) -> str | None:
     """Returns the host:port that a `gpus` value is; None where it is none."""
     value = text.strip()

@@ -17,6 +17,7 @@ from ..fastusp_backend.weights.tensor_info import TensorInfo
 from .comfyui import advanced, command_line, io, search_aliases
 from .fewer_gpus import faster_with_fewer
 from .files import model_names, model_path
+from .machines import warn_if_slower
 from .pools import pool_for
 from .remote_model import remote_model
 from .servers import devices_of, served
@@ -186,6 +187,8 @@ class USPLoader(io.ComfyNode):
         session.pool.start()
         fewer = faster_with_fewer(session, file)
         hint = f"; {fewer} may be faster: see ComfyUI's log" if fewer is not None else ""
+        if warn_if_slower(devices, session.layouts):
+            hint += "; one machine may be faster: see ComfyUI's log"
         if devices.gpus and command_line.use_sage_attention and settings.attention not in EIGHT_BIT_ATTENTION:
             hint += f"; {_sage_is_not_followed()}"
         show(f"{file.config.family} on {devices}{hint}")

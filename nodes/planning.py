@@ -20,6 +20,7 @@ from .answers import FOREIGN, foreign, refused
 from .comfyui import PromptServer
 from .fewer_gpus import known_links
 from .loader import STORAGE, read_named, spec_on, state_of
+from .machines import may_be_slower
 from .pools import all_pools
 from .servers import devices_of, server_of
 
@@ -106,11 +107,8 @@ def _costs(values: Values, devices: Devices, file: ModelFile, layouts: tuple[Lay
     if not devices.gpus:
         whole = size_in_words(described.whole(1, settings.linear).device_bytes)
         if isinstance(devices, ServerDevices):
-            told = "no times known for a server's devices: `bench` measures them there"
-            if devices.per_machine < layouts[-1].sequence_ranks:
-                machines = devices.ranks // devices.per_machine
-                told = f"{machines} machines may be slower than one: `plan --nnodes {machines}` there predicts both"
-            return told, f"weights: {whole} in all"
+            unknown = "no times known for a server's devices: `bench` measures them there"
+            return may_be_slower(devices, layouts) or unknown, f"weights: {whole} in all"
         return "no times known for CPU ranks: measure them", f"weights: {whole}, which the ranks share"
     used = [gpu for gpu in list_gpus() if gpu.index in devices.gpus]
     card = slowest_card(gpu.name for gpu in used)

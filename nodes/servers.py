@@ -5,13 +5,13 @@ from pathlib import Path
 from ..fastusp_backend.devices import Devices, ServerDevices, local_devices
 from ..fastusp_backend.errors import DeviceError
 from ..fastusp_backend.pool import ask
-from ..fastusp_backend.servers import Server, named_server
+from ..fastusp_backend.servers import Server, known_servers, named_server
 from .comfyui import folder_paths
 
 
 def devices_of(gpus: str) -> Devices:
     """This machine's devices, or those of a server, which is asked. Raises DeviceError, KeyFileError, ProtocolError."""
-    return served(gpus) or local_devices(gpus)
+    return served(gpus) or local_devices(gpus, known_servers(_file()))
 
 
 def served(gpus: str | None) -> ServerDevices | None:
@@ -24,7 +24,11 @@ def served(gpus: str | None) -> ServerDevices | None:
 
 def server_of(gpus: str) -> Server | None:
     """Which server is meant, which is not asked; None where it means none. Raises DeviceError as `named_server`."""
-    return named_server(gpus, Path(folder_paths.get_user_directory()) / "fastusp.toml")
+    return named_server(gpus, _file())
+
+
+def _file() -> Path:
+    return Path(folder_paths.get_user_directory()) / "fastusp.toml"
 
 
 def own_devices(gpus: str) -> Devices:

@@ -15,7 +15,7 @@ gc.disable()  # until all tests are imported, as `importing` of the workers does
 HERE = Path(__file__).parent
 ORDER = ("host", "dist", "unit", "chaos", "mutations", "gpu")
 """Of the folders: each of xdist's processes takes the next group, and the longest begin first."""
-LIVES = ("tests/dist/test_pool_", "tests/dist/test_changing_files")
+LIVES = ("tests/dist/test_pool_", "tests/dist/test_changing_files", "tests/dist/test_residency")
 SERVERS = ("tests/dist/test_serve", "tests/dist/test_several_machines", "tests/dist/test_machines_end")
 WITH_PAGE = "browser choose controls convert demo examples locales measure pages templates".split()
 PAGES = tuple(f"tests/host/test_host_{name}" for name in WITH_PAGE)

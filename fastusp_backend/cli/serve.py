@@ -99,7 +99,7 @@ def place(listen: str | None, machines: int, machine: int, endpoint: str | None)
         raise RequestError(f"Give --rdzv-endpoint, where machine 0 listens, as 10.0.0.1:{PORT}")
     if listen not in (None, endpoint):
         raise RequestError("Leave --listen out: machine 0 listens at --rdzv-endpoint, to clients as well")
-    found = address(endpoint)
+    found = address(endpoint, "--rdzv-endpoint")
     if found[0] in ANY:
         raise RequestError(
             f"Give --rdzv-endpoint the address by which the other machines reach machine 0, not {found[0]}"
@@ -124,9 +124,9 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def address(text: str) -> tuple[str, int]:
-    """Reads (host, port) from 'host:port' or '[host]:port'. Raises RequestError."""
+def address(text: str, argument: str = "--listen") -> tuple[str, int]:
+    """Reads (host, port) from 'host:port' or '[host]:port', as `argument` has it. Raises RequestError."""
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([\w.-]+)):(\d{1,5})", text)
     if match is None or int(match[3]) > 65535:
-        raise RequestError(f"Give --listen an address and a port, as 10.0.0.1:{PORT}, not {text!r}")
+        raise RequestError(f"Give {argument} an address and a port, as 10.0.0.1:{PORT}, not {text!r}")
     return match[1] or match[2], int(match[3])

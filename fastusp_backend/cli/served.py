@@ -39,7 +39,7 @@ def add_devices(parser: argparse.ArgumentParser) -> None:
 def devices_of(gpus: str, key: Path) -> Devices:
     """Raises DeviceError, KeyFileError or ProtocolError."""
     address = address_of(gpus)
-    return local_devices(gpus) if address is None else ask(address, str(key))
+    return local_devices(gpus, "a server's 'host:port'") if address is None else ask(address, str(key))
 
 
 def links(devices: ServerDevices, spec: ModelSpec, config: FamilyConfig, seconds: float) -> Iterator[str]:

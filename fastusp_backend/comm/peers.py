@@ -35,7 +35,8 @@ _RETURN, _RETURN_REST, _RETURN_TEXT, _READY, _READY_REST, _DONE, _FIRST_SEND = r
 """Channels of signals. q, k and v may travel in several messages, each on its own channel: _FIRST_SEND and above."""
 
 _WRITTEN = 1 << 20
-"""Bytes to each peer up to which a kernel writes them there."""
+"""Bytes to each peer up to which a kernel writes them there: of 0.5 to 4 MiB and all, by one run at 2, 4 and 8 ranks,
+none was faster for FLUX.1 and Qwen-Image (benchmarks/results/2026-11-27-published.md)."""
 _PIECE = 1 << 20
 """Bytes to each peer from which on, where they take several hops, a part is on its second while the next is on its
 first."""

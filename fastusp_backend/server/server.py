@@ -52,9 +52,10 @@ class Server:
         try:
             family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
             self._listener = socket.create_server((host, port), family=family, backlog=STRANGERS)
-        except (OSError, OverflowError) as error:
+        except (OSError, OverflowError, UnicodeError) as error:  # the last of a name that no host can have
+            argument = "--listen" if machines == 1 else "--rdzv-endpoint (on all machines)"
             raise FastUSPError(
-                f"Give --listen another address of this machine, or port: {host}:{port}: {error}"
+                f"Give {argument} another address of this machine, or port: {host}:{port}: {error}"
             ) from error
         self.port: int = self._listener.getsockname()[1]
         self._machines: Machines | None = None

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from pools import processes_of, run_dir
+from serving import serving
 from support import SMALL
 
 from fastusp_backend.devices import Devices
@@ -79,6 +80,24 @@ def pytest_runtest_teardown(item, nextitem):
     """A ComfyUI of other tests has the cores to itself."""
     if nextitem is None or nextitem.path.parent != item.path.parent:
         _close_warm()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory, dev, schnell):
+    """The models of `server`, in a folder inside that which it is given."""
+    folder = tmp_path_factory.mktemp("server")
+    inside = folder / "models" / "flux"
+    inside.mkdir(parents=True)
+    for path in (dev, schnell):
+        shutil.copy(path, inside / path.name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(run_dirs, folder):
+    """Of two ranks, which no test ends."""
+    with serving(folder, "--gpus", "cpu:2", "--models", str(folder / "models")) as server:
+        yield server
 
 
 LOOPS = """

@@ -60,8 +60,18 @@ def alone(shared_pool, dev):
     return functools.cache(lambda make, **how: make(one, **how))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS[:3], ids=str)
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    "batch, layout",
+    [
+        (1, LAYOUTS[0]),
+        (1, LAYOUTS[1]),
+        (3, LAYOUTS[2]),
+        pytest.param(3, LAYOUTS[0], marks=pytest.mark.thorough),
+        pytest.param(3, LAYOUTS[1], marks=pytest.mark.thorough),
+        pytest.param(1, LAYOUTS[2], marks=pytest.mark.thorough),
+    ],
+    ids=str,
+)
 def test_prompts_of_different_lengths_are_shared_out(shared_pool, dev, alone, layout, batch):
     got = sample(session(shared_pool, dev, layout), batch=batch, cfg=3.0)
     assert relative_difference(got, alone(sample, batch=batch, cfg=3.0)) < TOLERANCE

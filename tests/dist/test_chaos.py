@@ -12,6 +12,7 @@ pytestmark = pytest.mark.dist
 KINDS = "cancel,interrupt,kill,files,memory,descriptors"
 
 
+@pytest.mark.thorough
 def test_faults_of_many_kinds():
     """One of each, in an order and at moments that the seed decides."""
     command = [sys.executable, "-m", "tests.chaos", "--gpus", "cpu:2", "--seed", "7", "--kinds", KINDS]

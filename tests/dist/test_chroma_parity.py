@@ -77,8 +77,14 @@ def sample(session: Session, cfg: float) -> torch.Tensor:
     )
 
 
-@pytest.mark.parametrize("cfg", [1.0, 2.5])
-@pytest.mark.parametrize("layout", [LAYOUTS[1], LAYOUTS[3], *GROUPS], ids=str)
+@pytest.mark.parametrize(
+    "layout, cfg",
+    [
+        pytest.param(layout, cfg, marks=() if cfg == usual else pytest.mark.thorough, id=f"{layout}-{cfg}")
+        for layout, usual in ((LAYOUTS[1], 1.0), (LAYOUTS[3], 2.5), (GROUPS[0], 2.5), (GROUPS[1], 1.0))
+        for cfg in (1.0, 2.5)
+    ],
+)
 def test_a_loop_with_prompts_of_two_lengths(session_of, expected, layout, cfg):
     one = expected(sample, cfg)
     assert one.shape == (2, 16, 7, 10)

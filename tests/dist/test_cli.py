@@ -132,6 +132,7 @@ def test_demo_draws_what_its_caption_says(run, tmp_path):
         assert picture.size == (3 * 256, 256)
 
 
+@pytest.mark.thorough
 def test_demo_fails_where_the_ranks_differ(run, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "TOLERANCE", -1)
     code, printed, _, _ = run("demo", "--output", str(tmp_path))

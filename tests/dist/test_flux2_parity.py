@@ -79,8 +79,14 @@ def sample(session: Session, cfg: float) -> torch.Tensor:
     )
 
 
-@pytest.mark.parametrize("cfg", [1.0, 2.5])
-@pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[3], *GROUPS[:3]], ids=str)
+@pytest.mark.parametrize(
+    "layout, cfg",
+    [
+        pytest.param(layout, cfg, marks=() if cfg == usual else pytest.mark.thorough, id=f"{layout}-{cfg}")
+        for layout, usual in zip([LAYOUTS[0], LAYOUTS[3], *GROUPS[:3]], (1.0, 2.5, 2.5, 1.0, 2.5), strict=True)
+        for cfg in (1.0, 2.5)
+    ],
+)
 def test_a_loop(session_of, expected, layout, cfg):
     """Guided: prompts of two lengths."""
     assert relative_difference(sample(session_of(layout), cfg), expected(sample, cfg)) < TOLERANCE

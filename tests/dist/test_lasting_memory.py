@@ -153,7 +153,15 @@ def full(session):
     limit(None)
 
 
-@pytest.mark.parametrize("rank, kind", [(0, "evaluation"), (1, "evaluation"), (1, "sampling"), (1, "patches")])
+@pytest.mark.parametrize(
+    "rank, kind",
+    [
+        (0, "evaluation"),
+        (1, "sampling"),
+        pytest.param(1, "evaluation", marks=pytest.mark.thorough),
+        pytest.param(1, "patches", marks=pytest.mark.thorough),
+    ],
+)
 def test_a_rank_with_too_many_open_files_harms_no_workers(session, full, monkeypatch, rank, kind):
     """The request is refused, on all ranks, and the next one finds what it needs."""
     up, down = randn(SMALL.hidden, 80, seed=1), randn(80, 64, seed=2)

@@ -52,6 +52,7 @@ def test_a_rank_elsewhere_dies(pool, dev):
     assert f"rank 1 (process {rank}) was ended by SIGKILL" in told and f"({machines.address(1)})" in told, told
 
 
+@pytest.mark.thorough
 def test_a_rank_elsewhere_dies_while_nobody_waits(pool):
     rank = pids(pool)[1]
     os.kill(rank, signal.SIGKILL)
@@ -59,6 +60,7 @@ def test_a_rank_elsewhere_dies_while_nobody_waits(pool):
     assert f"rank 1 (process {rank}) was ended by SIGKILL" in pool.status()["error"]
 
 
+@pytest.mark.thorough
 def test_a_rank_here_dies(pool, dev):
     rank = pids(pool)[0]
     told = failure(pool, dev, lambda: os.kill(rank, signal.SIGKILL))

@@ -21,6 +21,8 @@ pytestmark = pytest.mark.dist
 
 TRAVELLING = ("shared", "host")
 LAYOUTS = [Layout(ulysses=2, ring=1), Layout(ulysses=1, ring=2), Layout(ulysses=1, ring=1, batch=2)]
+FORMATS = "scaled_tensors", "mixed", "gguf_Q8_0"
+FAMILIES = "qwen", "flux2", "chroma", "sd3", "z_image"
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,7 @@ def files(dev, tmp_path_factory):
     write_checkpoint(str(folder / "z_image"), SMALL_Z_IMAGE, seed=5)
     write_checkpoint(str(folder / "flux2"), SMALL_FLUX2, seed=4)
     write_checkpoint(str(folder / "chroma"), SMALL_CHROMA, seed=5)
-    for name in ("scaled_tensors", "mixed", "gguf_Q8_0"):
+    for name in FORMATS:
         write(name, dev, folder / name)
     return {"flux": dev, **{path.name: path for path in folder.iterdir()}}
 
@@ -67,8 +69,9 @@ def test_layouts(pool, park, files, layout):
             assert torch.equal(outcome(pool, files["flux"], layout, weights=weights), expected), weights
 
 
-@pytest.mark.parametrize("name", ["qwen", "flux2", "chroma", "sd3", "z_image", "scaled_tensors", "mixed", "gguf_Q8_0"])
+@pytest.mark.parametrize("name", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.thorough) for name in FORMATS)])
 def test_families_and_formats(pool, park, files, name):
+    """Formats are in the test of patches, too."""
     expected = whole(pool, park, files[name], LAYOUTS[0])
     for weights in TRAVELLING:
         for _ in range(2):
@@ -119,9 +122,11 @@ def lora(key: str, shape: tuple[int, int], seed: int) -> WeightPatches:
 
 
 @pytest.mark.parametrize(
-    "name", ["flux", pytest.param("scaled_tensors", marks=pytest.mark.thorough), "mixed", "gguf_Q8_0"]
+    "name",
+    ["mixed", "gguf_Q8_0", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("flux", "scaled_tensors"))],
 )
 def test_patches_and_their_undoing(pool, park, files, name):
+    """A mixed file has layers in all formats of safetensors, and plain ones."""
     one = lora("double_blocks.1.img_mlp.0.weight", (1024, 512), 21)
     other = lora("single_blocks.0.linear2.weight", (512, 1536), 23)
     both = WeightPatches(one.weights | other.weights, one.tensors | other.tensors)

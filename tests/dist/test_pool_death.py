@@ -12,6 +12,7 @@ import pytest
 import torch
 from pools import GIVEN, LONG, ROOT, Stopwatch, evaluate, pids, processes_of, run_dir, sample, session
 from support import open_files, relative_difference, wait_until
+from test_patches import QKV, lora, patched, stack
 
 from fastusp_backend import pulse
 from fastusp_backend.devices import Devices
@@ -28,7 +29,14 @@ def expected(shared_pool, dev):
     return evaluate(shared_pool(1), dev)
 
 
-@pytest.mark.parametrize("victim, by", [(0, signal.SIGKILL), (1, signal.SIGTERM), ("torchrun", signal.SIGKILL)])
+@pytest.mark.parametrize(
+    "victim, by",
+    [
+        pytest.param(0, signal.SIGKILL, marks=pytest.mark.thorough),
+        (1, signal.SIGTERM),
+        ("torchrun", signal.SIGKILL),
+    ],
+)
 def test_death_in_mid_run(mortal, dev, expected, victim, by):
     sample(mortal, dev)
     before, directory = pids(mortal), run_dir(mortal)
@@ -59,16 +67,20 @@ def test_death_in_mid_run(mortal, dev, expected, victim, by):
     assert not directory.exists()
 
 
-def test_the_next_request_survives_a_death_while_idle(mortal, dev, expected):
-    evaluate(mortal, dev)
-    before = pids(mortal)
+def test_the_next_request_survives_a_death_while_idle(mortal, shared_pool, dev, expected):
+    """New workers get its patches again."""
+    patches = stack({QKV: [lora(QKV, 1)]})
+    want, before = patched(mortal, dev, patches), pids(mortal)
+    assert relative_difference(want, patched(shared_pool(1), dev, patches)) < 2e-5
     os.kill(before[1], signal.SIGKILL)
     wait_until(lambda: mortal.status()["state"] == "off", 10)
     assert f"rank 1 (process {before[1]}) was ended by SIGKILL" in mortal.status()["error"]
+    assert torch.equal(patched(mortal, dev, patches), want)
     assert relative_difference(evaluate(mortal, dev), expected) < 2e-5
     assert not set(pids(mortal)) & set(before) and "error" not in mortal.status()
 
 
+@pytest.mark.thorough
 def test_a_death_that_nobody_has_noticed_yet(mortal, dev, monkeypatch):
     """torchrun is halted, so that it does not: it takes the request's way to find out. The prompt, which the dead held,
     is sent anew."""
@@ -138,19 +150,21 @@ def test_close_in_mid_run_leaves_nothing(run_dirs, shared_pool, dev, expected):
 
 
 def test_workers_of_another_version_are_told_so(new_pool, dev, monkeypatch):
-    """The pack was replaced on disk while this process runs: nothing but its restart helps. A prompt that is stopped
-    while the right ones start leaves them be."""
-    with monkeypatch.context() as patch:
-        patch.setattr(workers, "VERSION", VERSION + 1)
-        pool = new_pool(1)
-        with pytest.raises(PoolError, match=r"did not start: they speak another protocol version: .*restart ComfyUI"):
-            evaluate(pool, dev)
+    """The pack was replaced on disk while this process runs: nothing but its restart helps."""
+    monkeypatch.setattr(workers, "VERSION", VERSION + 1)
+    with pytest.raises(PoolError, match=r"did not start: they speak another protocol version: .*restart ComfyUI"):
+        evaluate(new_pool(1), dev)
+
+
+@pytest.mark.thorough
+def test_a_prompt_that_is_stopped_while_workers_start_leaves_them_be(new_pool, dev):
+    pool = new_pool(1)
     prompt = Prompt(GIVEN.context, GIVEN.y, GIVEN.guidance)
     with pytest.raises(Cancelled):
         session(pool, dev).evaluate(GIVEN.x, GIVEN.timestep, prompt, Progress(interrupted=lambda: True))
-    assert pool.starts == 2 and pool.status()["state"] == "starting"
+    assert pool.starts == 1 and pool.status()["state"] == "starting"
     assert session(pool, dev).evaluate(GIVEN.x, GIVEN.timestep, prompt, Progress()).isfinite().all()
-    assert pool.starts == 2
+    assert pool.starts == 1
 
 
 SLOW = """
@@ -223,7 +237,7 @@ session.sample(given.x, sigmas, sampler="euler", positive=prompt, progress=Progr
 """
 
 
-@pytest.mark.parametrize("moment", ["starting", "sampling"])
+@pytest.mark.parametrize("moment", [pytest.param("starting", marks=pytest.mark.thorough), "sampling"])
 def test_a_killed_client_takes_its_workers_along(new_pool, dev, moment):
     program = CLIENT.format(tests=str(ROOT / "tests"), model=str(dev))
     env = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -1,7 +1,5 @@
 """A pool starts, answers and ends whatever launcher surrounds its host."""
 
-import shutil
-
 import pytest
 import torch
 from pools import evaluate, pids, processes_of, run_dir
@@ -84,10 +82,11 @@ def test_a_launcher_around_the_host_harms_nothing(shared_pool, new_pool, dev, mo
     assert process.wait(30) == 0 and not processes_of(directory) and not directory.exists()
 
 
-def test_a_temporary_directory_that_is_cleaned(new_pool, dev):
+def test_a_temporary_directory_that_is_cleaned(mortal, dev):
     """As systems do with files that are some days old; workers make new groups at any time."""
-    pool = new_pool(2)
-    expected, before = evaluate(pool, dev), pids(pool)
-    shutil.rmtree(run_dir(pool))
-    assert relative_difference(evaluate(pool, dev, Layout(ulysses=1, ring=2)), expected) < 2e-5
-    assert pids(pool) == before
+    expected, before, directory = evaluate(mortal, dev), pids(mortal), run_dir(mortal)
+    kept = directory.with_name("kept")
+    directory.rename(kept)
+    assert relative_difference(evaluate(mortal, dev, Layout(ulysses=1, ring=2)), expected) < 2e-5
+    assert pids(mortal) == before and not directory.exists()
+    kept.rename(directory)  # for other tests

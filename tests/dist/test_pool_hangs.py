@@ -63,7 +63,7 @@ def test_a_rank_that_is_stopped_while_it_starts(mortal, dev, impatient):
     assert sample(mortal, dev).isfinite().all()
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.thorough), 1])
 def test_a_rank_that_is_stopped_in_a_step(mortal, dev, right, victim):
     pid = pids(mortal)[victim]
     progress, watches = in_step(victim, signal.SIGSTOP, mortal)
@@ -106,6 +106,7 @@ def test_stop_and_the_next_prompts(mortal, dev, right, monkeypatch, caplog):
     assert "stopped before a prompt ran: rank 0 (process" in caplog.text
 
 
+@pytest.mark.thorough
 def test_ranks_that_end_at_what_was_stopped_while_torchrun_does_not_see_it(mortal, dev, right, monkeypatch):
     """No answer comes: the next prompt does not wait for one."""
     monkeypatch.setattr(requests, "CANCEL_SECONDS", 0.0)
@@ -166,6 +167,7 @@ def test_stop_is_heard_while_what_was_taken_back_is_not_answered(mortal, dev):
     assert torch.equal(sample(mortal, dev), expected) and pids(mortal) == before
 
 
+@pytest.mark.thorough
 def test_an_order_that_hung_workers_do_not_follow(mortal, dev, right):
     os.kill(pids(mortal)[1], signal.SIGSTOP)
     with pytest.raises(PoolError, match="stopped while no prompt ran: rank 1 .* was stopped"):

@@ -10,7 +10,6 @@ import threading
 import pytest
 import torch
 from pools import LONG, PROMPT, SHORT, Stopwatch, evaluate, pids, sample, session
-from serving import serving
 from support import wait_until
 from test_patches import QKV, lora, patched, stack
 
@@ -23,23 +22,6 @@ pytestmark = pytest.mark.dist
 
 LIMIT = 10.0
 """Seconds within which whatever goes wrong is told."""
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, dev, schnell):
-    """The server's models, in a folder inside that which it is given."""
-    folder = tmp_path_factory.mktemp("server")
-    inside = folder / "models" / "flux"
-    inside.mkdir(parents=True)
-    for path in (dev, schnell):
-        shutil.copy(path, inside / path.name)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def server(run_dirs, folder):
-    with serving(folder, "--gpus", "cpu:2", "--models", str(folder / "models")) as server:
-        yield server
 
 
 @pytest.fixture

@@ -81,8 +81,13 @@ def test_a_rank_that_dies_is_named_and_replaced(server, dev):
     assert f"rank 1 (process {before[1]}) was ended by SIGKILL" in told and "Last log lines:" in told
     assert torch.equal(evaluate(pool, dev), expected) and not set(pids(pool)) & set(before)
 
-    idle = pids(pool)
-    os.kill(idle[0], signal.SIGKILL)  # while nobody waits: nobody's prompt fails
+
+@pytest.mark.thorough
+def test_a_rank_that_dies_while_nobody_waits_is_replaced(server, dev):
+    """Nobody's prompt fails."""
+    pool = server.now.attach()
+    expected, idle = evaluate(pool, dev), pids(pool)
+    os.kill(idle[0], signal.SIGKILL)
     wait_until(lambda: pool.status()["state"] == "off", LIMIT)
     assert "rank 0" in pool.status()["error"]
     assert torch.equal(evaluate(pool, dev), expected) and not set(pids(pool)) & set(idle)
@@ -113,6 +118,7 @@ def test_a_client_whose_process_is_killed_takes_nothing_with_it(server, dev):
     assert client.exitcode == -signal.SIGKILL
 
 
+@pytest.mark.thorough
 def test_a_server_that_is_killed_and_comes_back(server, dev):
     pool = server.now.attach()
     expected = evaluate(pool, dev)

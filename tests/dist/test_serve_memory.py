@@ -14,7 +14,6 @@ from support import SMALL, inputs, randn, spec_of, wait_until
 
 from fastusp_backend import side_door
 from fastusp_backend.config import Layout, Settings
-from fastusp_backend.models.synthetic import write_checkpoint
 from fastusp_backend.pool import Pool, Progress, Session, ask, attached
 from fastusp_backend.prompt import Prompt
 from fastusp_backend.protocol import channel as channels
@@ -24,19 +23,6 @@ pytestmark = pytest.mark.dist
 SIZE, TOKENS = (30, 34), 15 * 17
 GIVEN = inputs(SMALL, text=301, size=SIZE)
 PROMPT = Prompt(GIVEN.context, GIVEN.y, GIVEN.guidance)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("memory") / "model.safetensors"
-    write_checkpoint(str(path), SMALL, seed=4)
-    return path
-
-
-@pytest.fixture(scope="module")
-def server(run_dirs, model):
-    with serving(model.parent, "--gpus", "cpu:2", "--models", str(model.parent)) as server:
-        yield server
 
 
 def evaluate(pool: Pool, model: Path, seed: int = 0) -> torch.Tensor:
@@ -58,14 +44,14 @@ def named() -> set[str]:
     return {*os.listdir("/dev/shm")} | sockets
 
 
-def test_each_way_gives_the_same_result(server, model, shared_pool, monkeypatch):
+def test_each_way_gives_the_same_result(server, dev, shared_pool, monkeypatch):
     near = server.attach()
-    got = [evaluate(near, model, seed) for seed in (0, 10, 0)]
+    got = [evaluate(near, dev, seed) for seed in (0, 10, 0)]
     workers = near._workers
     assert workers.channel.shares_memory and workers.channel.lasting_bytes > 2 * channels.INLINE_LIMIT
     server.says("127.0.0.1:\\d+ attaches, and shares memory\n")
     assert torch.equal(got[0], got[2]) and not torch.equal(got[0], got[1])
-    assert torch.equal(evaluate(shared_pool(2), model), got[0])
+    assert torch.equal(evaluate(shared_pool(2), dev), got[0])
     nowhere = f"fastusp-{secrets.token_hex(16)}"
     for name, elsewhere in (
         ("find", lambda _: side_door.find(nowhere)),  # as in another network namespace
@@ -74,23 +60,23 @@ def test_each_way_gives_the_same_result(server, model, shared_pool, monkeypatch)
         with monkeypatch.context() as patch:
             patch.setattr(attached, name, elsewhere)
             far = server.attach()
-            assert torch.equal(evaluate(far, model), got[0])
+            assert torch.equal(evaluate(far, dev), got[0])
             assert not far._workers.channel.shares_memory and far._workers.channel.lasting_bytes == 0
         far.close()
     near.close()
 
 
-def test_memory_goes_with_the_model_and_with_the_client(server, model):
+def test_memory_goes_with_the_model_and_with_the_client(server, dev):
     before = held(server)
     for end in ("release", "close"):
         pool = server.attach()
-        expected = evaluate(pool, model)
+        expected = evaluate(pool, dev)
         with_it = held(server)
         assert with_it >= 2
         getattr(pool, end)()
         wait_until(lambda: held(server) < with_it, 5)  # noqa: B023
         if end == "release":
-            assert held(server) == 0 and torch.equal(evaluate(pool, model), expected)
+            assert held(server) == 0 and torch.equal(evaluate(pool, dev), expected)
             pool.close()
     wait_until(lambda: held(server) <= max(1, before), 5)
 
@@ -103,12 +89,12 @@ def _client(address: str, key: str, model: Path, told) -> None:
     signal.pause()
 
 
-def test_nothing_is_left_of_what_was_killed(run_dirs, model, tmp_path):
+def test_nothing_is_left_of_what_was_killed(run_dirs, dev, tmp_path):
     before = named()
-    with serving(tmp_path, "--gpus", "cpu:2", "--models", str(model.parent)) as server:
+    with serving(tmp_path, "--gpus", "cpu:2", "--models", str(dev.parent)) as server:
         address, context = server.address, forked()
         told, tell = context.Pipe(duplex=False)
-        client = context.Process(target=_client, args=(address, str(server.key), model, tell))
+        client = context.Process(target=_client, args=(address, str(server.key), dev, tell))
         client.start()
         assert told.poll(60) and told.recv() is True
         assert held(server) == 2
@@ -116,7 +102,7 @@ def test_nothing_is_left_of_what_was_killed(run_dirs, model, tmp_path):
         client.join()
         wait_until(lambda: held(server) == 1, 5)
         pool = server.attach()
-        evaluate(pool, model)
+        evaluate(pool, dev)
         assert pool._workers.channel.shares_memory
         server.end(signal.SIGKILL)
         wait_until(lambda: pool.status()["state"] == "off", 10)

@@ -101,6 +101,7 @@ def test_bench_measures_both_links(four, dev, monkeypatch, capsys):
     assert f"gpus = {four.servers[0].address} (4 ranks), ulysses = 0, ring = 0 (automatic)" in rows[2]
 
 
+@pytest.mark.thorough
 def test_one_machine_of_two_ranks(network, run_dirs, one, dev, tmp_path):
     """That its clients reach by its address, which is all that it listens at."""
     with serving(
@@ -215,6 +216,7 @@ def test_weights_do_not_travel_between_machines(four, dev, weights):
     assert evaluate(pool, dev).isfinite().all()
 
 
+@pytest.mark.thorough
 def test_the_client_is_cut_off(four, dev, monkeypatch):
     """The workers stay. How long it really takes, `test_a_server_that_is_stopped_is_lost` tells."""
     monkeypatch.setattr(attached, "LOST_SECONDS", 4)
@@ -226,6 +228,28 @@ def test_the_client_is_cut_off(four, dev, monkeypatch):
     assert torch.equal(evaluate(pool, dev), expected) and pids(pool) == before
 
 
+@pytest.mark.parametrize(
+    "how, counted",
+    [
+        ("tbf rate 20mbit burst 32kbit latency 400ms", "overlimits"),
+        ("tbf rate 20mbit burst 32kbit limit 6000", "drops"),
+        ("netem delay 30ms 10ms loss 2%", "drops"),
+    ],
+    ids=["slow", "slow and lossy", "late and lossy"],
+)
+def test_a_slow_link_gives_the_same_image(four, dev, how, counted):
+    """At one of two machines; the system's own counts say that packets had to wait, or were lost."""
+    pool, layout = four.attach(), Layout(ulysses=2, ring=2)
+    expected = sample(pool, dev, layout=layout)
+    with contextlib.ExitStack() as shaped:
+        try:
+            counts = shaped.enter_context(machines.shaped(1, *how.split()))
+        except OSError as error:
+            pytest.skip(f"this system's tc cannot do it: {error}")
+        assert torch.equal(sample(pool, dev, layout=layout), expected)
+        assert counts()[counted] > 0, counts()
+
+
 def test_sigterm_on_a_machine_ends_all(four, dev):
     """The last test of these servers."""
     pool = four.attach()
@@ -233,6 +257,7 @@ def test_sigterm_on_a_machine_ends_all(four, dev):
     four.sigterm_ends_all(0, pids(pool), LIMIT)
 
 
+@pytest.mark.thorough
 def test_three_machines_of_one_rank(three, one, dev):
     """A ring, and batch groups of three images."""
     pool = three.attach()
@@ -244,28 +269,7 @@ def test_three_machines_of_one_rank(three, one, dev):
     assert relative_difference(images, sample(three.attach(), dev, layout=RING).repeat(3, 1, 1, 1)) < 2e-5
 
 
-@pytest.mark.parametrize(
-    "how, counted",
-    [
-        ("tbf rate 20mbit burst 32kbit latency 400ms", "overlimits"),
-        ("tbf rate 20mbit burst 32kbit limit 6000", "drops"),
-        ("netem delay 30ms 10ms loss 2%", "drops"),
-    ],
-    ids=["slow", "slow and lossy", "late and lossy"],
-)
-def test_a_slow_link_gives_the_same_image(three, dev, how, counted):
-    """At one machine of three; the system's own counts say that packets had to wait, or were lost."""
-    pool = three.attach()
-    expected = sample(pool, dev, layout=RING)
-    with contextlib.ExitStack() as shaped:
-        try:
-            counts = shaped.enter_context(machines.shaped(1, *how.split()))
-        except OSError as error:
-            pytest.skip(f"this system's tc cannot do it: {error}")
-        assert torch.equal(sample(pool, dev, layout=RING), expected)
-        assert counts()[counted] > 0, counts()
-
-
+@pytest.mark.thorough
 def test_a_machine_of_three_dies(three, dev):
     """The last test of these servers: it is named among the others, and none of their processes stays."""
     pool = three.attach()

@@ -12,8 +12,8 @@ pytestmark = pytest.mark.dist
 
 
 def test_captions_that_it_never_saw_are_met(shared_pool):
-    """The first 20 of the 200 by which its card says how well it draws."""
-    captions = shapes.examples(20)
+    """The first 10 of the 200 by which its card says how well it draws."""
+    captions = shapes.examples(10)
     noise = torch.randn(len(captions), 16, 32, 32, generator=torch.Generator().manual_seed(0))
     spec = ModelSpec.of_file(str(shapes.MODEL), storage=None, compute="float32")
     session = Session(shared_pool(2), spec, (Layout(ulysses=2, ring=1),), Settings())
@@ -24,4 +24,4 @@ def test_captions_that_it_never_saw_are_met(shared_pool):
         for caption, picture in zip(captions, pictures, strict=True)
         if (said := shapes.unmet(caption, picture))
     }
-    assert len(wrong) <= 1, wrong
+    assert not wrong, wrong

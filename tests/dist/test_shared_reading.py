@@ -41,6 +41,6 @@ def _read(rank: int, ranks: int, folder: str, path: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.thorough), 3])
 def test_all_ranks_hold_all_bytes_and_each_reads_its_part(schnell, tmp_path, ranks):
     run_ranks(_read, ranks, str(tmp_path), str(schnell), ranks=ranks)

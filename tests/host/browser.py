@@ -19,6 +19,17 @@ PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 SETTLED = "window.app?.extensionManager?.spinner === false && !!app.graph && !!document.querySelector('canvas')"
 """ComfyUI's application spins until it has opened its first workflow, which takes the place of any opened earlier."""
 
+PAUSED = "app.canvas.pause_rendering = true"
+"""Nodes are not drawn again in each step: by software that takes half of the time."""
+
+CLEAR = """(async () => {
+    const { extensionManager: open } = app;
+    if (open.sidebarTab.activeSidebarTabId) open.sidebarTab.toggleSidebarTab(open.sidebarTab.activeSidebarTabId);
+    await open.command.execute("Comfy.NewBlankWorkflow");
+    open.toast.removeAll();
+    app.canvas.pause_rendering = false;
+})()"""
+
 CONTRAST = """(() => {
     const rgb = text => text.match(/[0-9.]+/g).map(Number);
     const seen = node => {
@@ -98,6 +109,11 @@ class Page:
         self._call("Page.navigate", url=self.url)
         self.wait_for(SETTLED, 90)
 
+    def clear(self) -> None:
+        """Closes what tests have left open over an empty workflow: the side bar, dialogs, messages."""
+        self.press("Escape", 27)
+        self.evaluate(CLEAR)
+
     def evaluate(self, expression: str):
         """What an expression is, promises awaited."""
         answer = self._call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
@@ -143,7 +159,9 @@ class Page:
         self._number += 1
         self._socket.send(json.dumps({"id": self._number, "method": method, "params": params}))
         while (answer := json.loads(self._socket.recv())).get("id") != self._number:
-            pass
+            if answer.get("method") == "Page.javascriptDialogOpening":  # whether to leave what is not saved
+                accept = {"id": 0, "method": "Page.handleJavaScriptDialog", "params": {"accept": True}}
+                self._socket.send(json.dumps(accept))
         assert "error" not in answer, answer
         return answer["result"]
 

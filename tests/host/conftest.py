@@ -65,16 +65,24 @@ def browser(host, tmp_path_factory):
         yield browser
 
 
-@pytest.fixture(scope="module")
-def page(host, browser):
-    """The host's page in a tab of its own."""
+@pytest.fixture(scope="session")
+def tab(host, browser):
+    """The host's page. One for all files: to load it takes longer than most tests of it."""
     with closing(Page(browser, f"http://127.0.0.1:{host.port}/")) as page:
         yield page
+
+
+@pytest.fixture(scope="module")
+def page(tab):
+    """The host's page with an empty workflow, beside those that other tests have opened."""
+    tab.clear()
+    return tab
 
 
 @pytest.fixture(params=[False, True], ids=["canvas", "Nodes 2.0"])
 def renderer(request, page):
     """Who draws the nodes of `page`; whether it is Nodes 2.0."""
+    page.evaluate("app.canvas.pause_rendering = false")
     page.evaluate(f"app.extensionManager.setting.set('Comfy.VueNodes.Enabled', {json.dumps(request.param)})")
     yield request.param
     page.evaluate("app.extensionManager.setting.set('Comfy.VueNodes.Enabled', false)")

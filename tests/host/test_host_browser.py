@@ -7,7 +7,7 @@ import os
 import signal
 
 import pytest
-from browser import CONTRAST, PROGRAM, Page
+from browser import CONTRAST, PAUSED, PROGRAM, Page
 from workflows import IN_WORKERS, Graph
 
 pytestmark = [pytest.mark.host, pytest.mark.skipif(PROGRAM is None, reason="no Chromium")]
@@ -36,13 +36,11 @@ def queue(page: Page, graph: Graph) -> None:
 
 def test_a_reload_in_the_middle_of_a_run(host, page):
     host.run(short("cpu:1"))  # workers that start may take longer than anything that is waited for here
-    graph = Graph()
-    inputs = {"latent_image": graph.empty(384, 384), "positive": graph.prompt(1, 256)}
-    graph.save(graph.sample(graph.usp("cpu:1"), steps=4000, seed=320, **inputs))  # one core; the page wants the other
-    queue(page, graph)
+    queue(page, endless(page))
     page.wait_for(has(TEXTS, IN_WORKERS), 60)
     try:
         page.load()
+        page.evaluate(PAUSED)
         page.wait_for(has(TEXTS, IN_WORKERS), 60)
         page.evaluate("""(async () => {
             const other = app.graph.serialize();
@@ -67,13 +65,13 @@ def test_what_a_run_says_is_drawn_on_its_node(host, page, renderer):
 
 
 def test_found_by_what_people_search_for(page):
+    found = "[...document.querySelectorAll('[role=option]')].map(found => found.innerText).join()"
     page.evaluate("app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
     page.wait_for("document.activeElement.role == 'combobox'")
     page.type("multi gpu")
-    page.wait_for(
-        has("[...document.querySelectorAll('[role=option]')].map(found => found.innerText).join()", "USP Loader")
-    )
-    page.press("Escape", 27)
+    page.wait_for(has(found, "USP Loader"))
+    page.evaluate("app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
+    page.wait_for(f"!({found})")
 
 
 def test_a_run_of_another_page_shows_nothing_here(host, page):
@@ -201,27 +199,24 @@ def test_workers_that_die_are_told_and_reported(host, page):
     page.wait_for(has(PANEL, died))
     assert "Last log lines:" in page.evaluate(PANEL)
     report = copied(page, button("Copy report", "cpu:1"))
-    for part in (
-        "ComfyUI ",
-        "FastUSP ",
-        "Python ",
-        "PyTorch ",
-        "Rank 0: cpu",
-        "Layout: ",
-        "dev.safetensors",
-        died,
-        "Log:",
-    ):
+    parts = "ComfyUI ", "FastUSP ", "Python ", "PyTorch ", "Rank 0: cpu", "Layout: ", "dev.safetensors", "Log:"
+    for part in (*parts, died):
         assert part in report, report
     assert str(host.base) not in report and str(host.path) not in report and "/models/" not in report
+    host.run(short("cpu:1"))
+    page.wait_for(f"!{has(PANEL, died)} && /starting 1 worker.s. on cpu:1 [0-9.]+ s/.test({PANEL})")
+
+
+@pytest.mark.thorough
+def test_workers_that_die_in_a_run_are_told_once(host, page):
+    """By the pool, not by the run as well."""
+    panel(page)
     in_mid_run(page)
     pid = host.pool("cpu:1")["pids"][0]
     os.kill(pid, signal.SIGKILL)
     page.wait_for(has(TOASTS, f"stopped while a prompt ran: rank 0 (process {pid}) was ended"), 60)
     page.evaluate("new Promise(done => setTimeout(done, 500))")
-    assert page.evaluate(TOASTS).count(f"process {pid}") == 1, "the pool and the run tell it once"
-    host.run(short("cpu:1"))
-    page.wait_for(f"!{has(PANEL, died)} && /starting 1 worker.s. on cpu:1 [0-9.]+ s/.test({PANEL})")
+    assert page.evaluate(TOASTS).count(f"process {pid}") == 1
 
 
 def test_steps_of_comfyui_count_too(host, page):
@@ -283,12 +278,18 @@ def test_themes_narrow_bars_and_the_keyboard(host, page):
     assert "cpu:1: idle: warm, waiting for a run" in page.evaluate(announced)
 
 
-def in_mid_run(page: Page) -> None:
-    """Of a long one on cpu:1, as the panel shows it."""
+def endless(page: Page) -> Graph:
+    """On one core; the page wants the other, and is not drawn."""
+    page.evaluate(PAUSED)
     graph = Graph()
     given = {"latent_image": graph.empty(384, 384), "positive": graph.prompt(1, 256)}
     graph.save(graph.sample(graph.usp("cpu:1"), steps=4000, seed=next(SEEDS), **given))
-    queue(page, graph)
+    return graph
+
+
+def in_mid_run(page: Page) -> None:
+    """Of a long one on cpu:1, as the panel shows it."""
+    queue(page, endless(page))
     page.wait_for(f"/step [0-9]+ of 4000, [0-9.]+ ms a step, [0-9]+ s left/.test({PANEL})", 60)
 
 

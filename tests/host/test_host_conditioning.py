@@ -21,7 +21,7 @@ class Both(Comparison):
     """Adds runs of a stock model and of ours under two layouts."""
 
     def both(self, label: str, *, file: str = DEV, where: str = LOOP, layouts=LAYOUTS, **inputs) -> None:
-        inputs = {"steps": 4, "latent_image": self.graph.empty(*SIZE)} | inputs
+        inputs = {"steps": 2, "latent_image": self.graph.empty(*SIZE)} | inputs
         want = self.graph.sample(self.graph.stock(file), **inputs)
         for ulysses, ring in layouts:
             got = self.graph.sample(self.graph.usp("cpu:2", ulysses, ring, file=file), **inputs)
@@ -31,27 +31,27 @@ class Both(Comparison):
 @pytest.mark.any_host
 def test_a_reference(host):
     kontext = Both()
-    kontext.both("Kontext", positive=kontext.graph.referring(kontext.graph.prompt(), (48, 80)), steps=2)
+    kontext.both("Kontext", positive=kontext.graph.referring(kontext.graph.prompt(), (48, 80)))
     kontext.check(host)
 
 
 @pytest.mark.parametrize("method", [None, "offset", "index", "uxo/uno"])
 def test_references(host, method):
+    """With the model's own method in all kinds of runs; with each other one in the loop and stepping."""
     kontext = Both()
     graph = kontext.graph
     positive, negative = graph.prompt(1, 7), graph.prompt(2, 5)
     two = graph.referring(positive, *KONTEXT, method=method)
     kontext.both("two", positive=two)
     kontext.both("stepping", positive=two, sampler_name="uni_pc", where=STEPPING, layouts=LAYOUTS[:1])
-    one = graph.referring(negative, KONTEXT[0], method=method)
-    kontext.both("cfg, two and one", positive=two, negative=one, cfg=2.0, layouts=LAYOUTS[:1])
-    batch = {"latent_image": graph.latent(*SIZE, 2, masked=True), "denoise": 0.7}
-    kontext.both("batch of two, masked", positive=two, **batch)
     if method is None:
-        alike = graph.referring(graph.prompt(2, 7), *KONTEXT)
+        one, alike = graph.referring(negative, KONTEXT[0]), graph.referring(graph.prompt(2, 7), *KONTEXT)
+        kontext.both("cfg, two and one", positive=two, negative=one, cfg=2.0, layouts=LAYOUTS[:1])
+        batch = {"latent_image": graph.latent(*SIZE, 2, masked=True), "denoise": 0.7}
+        kontext.both("batch of two, masked", positive=two, **batch, layouts=LAYOUTS[1:])
         stepped = {"sampler_name": "uni_pc", "where": STEPPING, "cfg": 2.0}
-        kontext.both("cfg, evaluated together", positive=two, negative=alike, **stepped)
-        kontext.both("cfg, one by one", positive=two, negative=negative, **stepped)
+        kontext.both("cfg, evaluated together", positive=two, negative=alike, **stepped, layouts=LAYOUTS[:1])
+        kontext.both("cfg, one by one", positive=two, negative=negative, **stepped, layouts=LAYOUTS[1:])
     kontext.check(host)
 
 
@@ -76,7 +76,7 @@ def test_channels(host, channels):
     fill.both("loop", positive=positive, **inputs)
     fill.both("nothing given", positive=graph.prompt(), **inputs, layouts=LAYOUTS[:1])
     masked = graph.latent(*SIZE, 2, masked=True)
-    fill.both("masked batch, cfg", positive=positive, latent_image=masked, cfg=2.0, **inputs)
+    fill.both("masked batch, cfg", positive=positive, latent_image=masked, cfg=2.0, **inputs, layouts=LAYOUTS[1:])
     area = graph.node("ConditioningSetArea", conditioning=positive, width=64, height=64, x=8, y=32, strength=1.0)
     both = graph.node("ConditioningCombine", conditioning_1=area, conditioning_2=positive)
     fill.both("area", positive=both, cfg=2.0, where=STEPPING, layouts=LAYOUTS[:1], **inputs)
@@ -103,7 +103,8 @@ def test_control_net(host, control_net):
         ("with references", {"positive": graph.referring(positive, *KONTEXT)}),
     ):
         # ComfyUI's own ControlNet takes no odd number of latent pixels.
-        control.both(label, **inputs, latent_image=graph.empty(80, 112), where=STEPPING)
+        layouts = LAYOUTS if label == "cfg" else LAYOUTS[:1]
+        control.both(label, **inputs, latent_image=graph.empty(80, 112), where=STEPPING, layouts=layouts)
     control.check(host)
 
 
@@ -120,14 +121,15 @@ def test_union_control_nets(host):
     late = applied(graph, union, plain, other, mode="auto", start_percent=0.3, end_percent=0.7, **common)[0]
     two = applied(graph, union, positive, negative, mode="openpose", **common)
     latent = graph.empty(80, 112)
-    for label, inputs in (
-        ("cfg", {"positive": positive, "negative": negative, "cfg": 2.0}),
-        ("late", {"positive": late}),
-        ("two", {"positive": two[0], "negative": two[1]}),
+    for label, layouts, inputs in (
+        ("cfg", LAYOUTS[1:], {"positive": positive, "negative": negative, "cfg": 2.0}),
+        ("late", LAYOUTS[:1], {"positive": late}),
+        ("two", LAYOUTS[:1], {"positive": two[0], "negative": two[1]}),
     ):
-        control.both(label, file="deep.safetensors", **inputs, latent_image=latent, where=STEPPING)
+        inputs |= {"steps": 2, "latent_image": latent, "where": STEPPING, "layouts": layouts}
+        control.both(label, file="deep.safetensors", **inputs)
     stock = graph.stock("deep.safetensors")
-    runs = [graph.sample(stock, steps=4, positive=p, latent_image=latent) for p in (plain, late, positive, two[0])]
+    runs = [graph.sample(stock, steps=2, positive=p, latent_image=latent) for p in (plain, late, positive, two[0])]
     saved = [graph.save(run) for run in runs]
     latents = control.check(host).latents
     for one, another in zip(saved, saved[1:], strict=False):
@@ -141,7 +143,7 @@ def test_control_after_single_blocks_and_other_parts(host):
     graph = control.graph
     applied = graph.node("TestAppliedControl", conditioning=graph.prompt(), hidden=SMALL.hidden, blocks=3)
     plain = graph.prompt(2)
-    control.both("residuals", positive=applied, where=STEPPING)
+    control.both("residuals", positive=applied, steps=3, where=STEPPING)
     area = graph.node("ConditioningSetArea", conditioning=applied, width=64, height=64, x=8, y=32, strength=1.0)
     both = graph.node("ConditioningCombine", conditioning_1=area, conditioning_2=plain)
     control.both("area", positive=both, where=STEPPING, layouts=LAYOUTS[:1])
@@ -161,5 +163,5 @@ def test_special_conditioning_with_references(host):
     area = graph.node("ConditioningSetArea", conditioning=first, width=64, height=64, x=8, y=32, strength=0.8)
     for label, parts in (("range", (early, late)), ("mask", (masked, second)), ("area", (area, second))):
         positive = graph.node("ConditioningCombine", conditioning_1=parts[0], conditioning_2=parts[1])
-        special.both(label, positive=positive, negative=second, cfg=2.0, where=STEPPING, layouts=LAYOUTS[:1])
+        special.both(label, positive=positive, negative=second, cfg=2.0, steps=4, where=STEPPING, layouts=LAYOUTS[:1])
     special.check(host)

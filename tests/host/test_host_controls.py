@@ -20,6 +20,7 @@ def pressed(page: Page, label: str) -> None:
 
 
 def test_buttons_that_release_and_restart(host, page):
+    """What workers that start write, their last line, is below the phase and its seconds until they are ready."""
     host.run(short("cpu:1"))
     panel(page)
     (pid,) = host.pool("cpu:1")["pids"]
@@ -29,23 +30,15 @@ def test_buttons_that_release_and_restart(host, page):
     page.wait_for(has(TOASTS, "memory on cpu:1 was released"))
     assert (host.pool("cpu:1")["held"], host.pool("cpu:1")["pids"]) == ("none", [pid]), "its worker stays"
     starts = host.pool("cpu:1")["starts"]
-    pressed(page, "Restart")
-    page.wait_for(has(TOASTS, "new workers on cpu:1"))
-    page.wait_for(has(STATE, "idle: warm, waiting for a run"), 60)
-    assert host.pool("cpu:1")["starts"] == starts + 1 and host.pool("cpu:1")["pids"] != [pid]
-    assert host.run(short("cpu:1")).latents
-
-
-def test_what_workers_that_start_write_is_on_the_card(host, page):
-    """Their last line, below the phase and its seconds, until they are ready."""
-    host.run(short("cpu:1"))
-    panel(page)
     line = f"""(({STATE}) + ": " + {STATE.replace(" p'", " .line'")})"""
     page.evaluate(f"window.lines = new Set(), window.looks = setInterval(() => lines.add({line}), 20), 0")
     pressed(page, "Restart")
+    page.wait_for(has(TOASTS, "new workers on cpu:1"))
     page.wait_for("[...lines].some(line => line == 'starting: [torchrun] importing torch')", 60)
     page.wait_for(f"{line} == 'idle: warm, waiting for a run: '", 60)
     page.evaluate("clearInterval(looks)")
+    assert host.pool("cpu:1")["starts"] == starts + 1 and host.pool("cpu:1")["pids"] != [pid]
+    assert host.run(short("cpu:1")).latents
 
 
 def test_commands_that_keys_can_be_bound_to(host, page):

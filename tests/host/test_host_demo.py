@@ -39,7 +39,7 @@ def test_the_shipped_model_draws_in_stock_and_in_usp_nodes_alike(host):
     both = Comparison()
     graph = both.graph
     prompt, empty = graph.node("FastUSPDemoPrompt", text=CAPTION), graph.empty(256, 256)
-    given = {"positive": prompt, "negative": prompt, "latent_image": empty, "steps": 20, "seed": 1}
+    given = {"positive": prompt, "negative": prompt, "latent_image": empty, "steps": 5, "seed": 1}
     want = graph.sample(graph.stock(shapes.MODEL.name), **given)
     for gpus in ("cpu:1", "cpu:2"):
         got = graph.sample(graph.usp(gpus, file=shapes.MODEL.name), node="FastUSPSampler", **given)

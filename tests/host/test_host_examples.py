@@ -40,6 +40,9 @@ def pressed(page: Page, button: str) -> None:
     page.evaluate(f"({found}).click()")
 
 
+@pytest.mark.parametrize(
+    "renderer", [pytest.param(False, marks=pytest.mark.thorough), True], ids=["canvas", "Nodes 2.0"], indirect=True
+)
 def test_room_for_each_node(page, renderer):
     """USP Loader's foot would be under the next node if what Nodes 2.0 draws below its inputs were forgotten."""
     assert EXAMPLES

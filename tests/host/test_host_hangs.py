@@ -8,6 +8,8 @@ import pytest
 import torch
 from workflows import Graph
 
+from fastusp_backend.pool import hangs
+
 pytestmark = [pytest.mark.host, pytest.mark.any_host]
 
 
@@ -21,8 +23,21 @@ def run(host, *, seed, steps=3, on_progress=None, again=False):
     return host.run(graph, on_progress=on_progress)
 
 
+def stopped_after(host, seconds: float) -> None:
+    graph = Graph()
+    graph.node("TestStoppedSeconds", seconds=seconds)
+    host.run(graph)
+
+
 @pytest.fixture
-def expected(host):
+def impatient(host):
+    stopped_after(host, 6.0)  # a second more than an answer to Stop is waited for
+    yield
+    stopped_after(host, hangs.STOPPED_SECONDS)
+
+
+@pytest.fixture
+def expected(host, impatient):
     """The latents of a prompt, which has other workers afterwards."""
     (latents,), before = run(host, seed=901).latents.values(), host.pool("cpu:2")["pids"]
     yield

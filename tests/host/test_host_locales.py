@@ -1,10 +1,11 @@
 """The page in other languages: the nodes, the commands and the help, as ComfyUI and its page look for them."""
 
+import contextlib
 import json
 import urllib.request
 
 import pytest
-from browser import PROGRAM
+from browser import PROGRAM, Page
 from comfy import REPOSITORY
 
 pytestmark = pytest.mark.host
@@ -51,11 +52,12 @@ OURS = """(() => {
 
 @pytest.mark.skipif(PROGRAM is None, reason="no Chromium")
 @pytest.mark.parametrize("language", ["zh", pytest.param("ja", marks=pytest.mark.thorough)])
-def test_shown(host, page, language):
+def test_shown(host, page, browser, language):
     assert dict(page.evaluate(COMMANDS)) == locale("en", "commands"), "all of them, as the page calls them"
-    page.evaluate(f"app.extensionManager.setting.set('Comfy.Locale', '{language}')")
-    try:
-        page.load()
+    host.post("/settings", {"Comfy.Locale": language})
+    with contextlib.ExitStack() as after:
+        after.callback(host.post, "/settings", {"Comfy.Locale": "en"})
+        page = after.enter_context(contextlib.closing(Page(browser, page.url)))
         node = locale(language, "nodeDefs")["FastUSPSampler"]
         names = {entry["name"] for entry in node["inputs"].values()}
         title, *inputs, output = page.evaluate(SHOWN)
@@ -75,5 +77,3 @@ def test_shown(host, page, language):
         english = ("FastUSP pools", "Measure here ...", "Measure", "Cancel", "Close")
         assert {words[text] for text in english} <= {*shown}
         assert shown[-1].startswith(next(text for key, text in words.items() if key.startswith("Times steps on 1")))
-    finally:
-        page.evaluate("app.extensionManager.setting.set('Comfy.Locale', 'en')")

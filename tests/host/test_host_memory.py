@@ -78,6 +78,7 @@ def test_residency(host, sampler, where):
         assert moves[1] == 1
 
 
+@pytest.mark.thorough
 def test_unloading_workers_that_have_just_died_does_not_stop_the_host(host):
     run(host, seed=140)
     pids = host.pool("cpu:2")["pids"]

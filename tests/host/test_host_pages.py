@@ -7,7 +7,7 @@ import time
 from contextlib import closing
 
 import pytest
-from browser import PROGRAM, Browser, Page
+from browser import PROGRAM, Page
 from conversion import node, open_prompt, user
 from test_host_browser import LOG, PANEL, STATE, TOASTS, button, choose, has, panel, queue
 from test_host_choose import TOLD, loader
@@ -29,11 +29,11 @@ POOLS.append({"state": "busy", "phase": "sampling", "phase_seconds": 9, "step": 
 POOLS[-1] |= {"ms_per_step": 99999.9, "seconds_left": 9999}
 
 
-@pytest.fixture(scope="module")
-def other(host, tmp_path_factory):
-    """Another browser with the host's page."""
-    with closing(Browser(tmp_path_factory.mktemp("other"))) as browser:
-        yield Page(browser, f"http://127.0.0.1:{host.port}/")
+@pytest.fixture
+def other(page, browser):
+    """The host's page once more."""
+    with closing(Page(browser, page.url)) as other:
+        yield other
 
 
 def run(gpus: str = "cpu:1", **inputs) -> Graph:
@@ -59,13 +59,13 @@ def test_two_pages_of_one_pool(host, page, other):
     for each in (page, other):
         each.wait_for(has(STATE, "off: starts with the next run"))
         each.wait_for(has(TOASTS, "the workers on cpu:1 were stopped"))
-    page.evaluate(f"window.states = new Set(), window.looks = setInterval(() => states.add({STATE}), 50), 0")
+    other.evaluate(f"window.states = new Set(), window.looks = setInterval(() => states.add({STATE}), 50), 0")
     for each in (page, other):
         queue(each, run(steps=5))
     for each in (page, other):
         each.wait_for(f"{PANEL}.split('96 x 64: 5 steps').length == 3 && {has(STATE, 'idle: warm')}", 60)
     assert host.pool("cpu:1")["starts"] == starts + 1
-    states = page.evaluate("clearInterval(looks), [...states]")
+    states = other.evaluate("clearInterval(looks), [...states]")
     counted = [state for state in states if state.startswith(STARTING) and state.endswith(" s)")]
     assert len(counted) > 2, states
 
@@ -250,20 +250,38 @@ def test_copied_where_the_browser_has_no_clipboard_for_the_page(host, page):
         page.evaluate("Object.defineProperty(Navigator.prototype, 'clipboard', hidden), 0")
 
 
-def test_a_loader_in_a_subgraph_is_measured_and_set(host, page):
-    """Under the number that its box gives it; Apply writes where the box shows the value."""
+def loader_in_a_box(page) -> str:
+    """Opens a workflow with a loader in a subgraph, and that; what its box is."""
     values = {"unet_name": DEV, "weight_dtype": "default", "gpus": "cpu:1", "ulysses": 0, "ring": 0}
     open_prompt(page, {"1": node("FastUSPLoader", **values), "2": node("FastUSPSettings", linear="fp8")})
     user(page, "of(2).connect(0, of(1), 'settings'); box(1, 'gpus')")
     box = "app.rootGraph.nodes.find(node => node.subgraph)"
     page.evaluate(f"app.canvas.openSubgraph({box}.subgraph, {box})")
+    return box
+
+
+def kinds(prompt: dict) -> dict[str, str]:
+    return {each["class_type"]: number for number, each in prompt.items()}
+
+
+def test_a_loader_in_a_subgraph_is_measured(host, page):
+    """Under the number that its box gives it, with its settings, which are outside."""
+    box = loader_in_a_box(page)
+    measure(page)
+    page.wait_for(f"{LINE}.includes('starting 1 worker(s) on cpu:1')", 60)
+    ((_, _, running, *_),) = host.get("/queue")["queue_running"]
+    assert kinds(running) == {"FastUSPMeasure": f"{page.evaluate(f'{box}.id')}:1", "FastUSPSettings": "2"}
+    press(page, "Cancel")
+    page.wait_for(f"{LINE}.startsWith('cancelled: ')", 30)
+    press(page, "Close")
+
+
+@pytest.mark.thorough
+def test_a_loader_in_a_subgraph_is_set(page):
+    """Apply writes where the box shows the value."""
+    box = loader_in_a_box(page)
     measure(page)
     page.wait_for(f"{LINE} == 'measured'", 90)
-    *_, (_, _, measured, *_) = (ran["prompt"] for ran in host.get("/history").values())
-    assert {each["class_type"]: number for number, each in measured.items()} == {
-        "FastUSPMeasure": f"{page.evaluate(f'{box}.id')}:1",
-        "FastUSPSettings": "2",
-    }
     first, *_ = page.evaluate(ROWS)
     assert first[:5] == ["1", "ulysses 1 x ring 1", "exact", "exact", "auto"] and float(first[5]) > 0
     gpus = f"{box}.widgets.find(({{ name }}) => name == 'gpus')"

@@ -46,7 +46,7 @@ def check(host, names, **inputs) -> None:
 def test_every_sampler_of_the_host(host):
     (names, *_) = host.get("/object_info/KSampler")["KSampler"]["input"]["required"]["sampler_name"]
     assert {*LOOP_SAMPLERS, "test_midpoint"} < set(names)
-    check(host, names, steps=4)
+    check(host, [name for name in names if name not in LOOP_SAMPLERS], steps=2)  # those have a test of their own
 
 
 @pytest.mark.any_host

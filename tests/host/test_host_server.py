@@ -60,7 +60,8 @@ def test_what_is_wrong_is_told_at_the_node(host, server):
 
     assert "no server answers at 127.0.0.1:1:" in failure("gone")
     assert "Copy the key file from the server" in failure("127.0.0.1:2")
-    assert "is not understood" in failure("other")
+    told = failure("other")
+    assert "a server: 'host:port', or a name from " in told and "fastusp.toml, which has 'box', 'gone': gpus" in told
     graph = Graph()
     graph.save(graph.sample(graph.usp("box"), steps=500))
     killed = []

@@ -169,6 +169,7 @@ def test_a_long_reason_is_cut_on_the_node_and_whole_in_the_log(host):
 
 
 @pytest.mark.any_host
+@pytest.mark.thorough
 def test_workers_that_died_while_nobody_asked_anything(host):
     graph = Graph()
     sampling(graph, seed=308)

@@ -11,6 +11,8 @@ from fastusp_backend.__main__ import COMMANDS, main
 
 pytestmark = pytest.mark.unit
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 @pytest.mark.parametrize("command", [["demo"], ["plan"], ["bench", "x.safetensors"], ["verify", "x.safetensors"]])
 def test_gpus_that_do_not_exist(monkeypatch, capsys, command):
@@ -35,10 +37,25 @@ def test_without_a_command_all_are_told(monkeypatch, capsys):
     assert all(f"{name} {text}" in said for name, text in COMMANDS.items())
 
 
+@pytest.mark.parametrize(
+    "package, remedy",
+    [
+        ("msgspec", f"{sys.executable} -m pip install -r {ROOT}/requirements.txt"),
+        ("torch", "Install torch as pytorch.org"),
+    ],
+)
+def test_a_package_that_is_not_installed(tmp_path, package, remedy):
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules[{package!r}] = None")
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "fastusp_backend", "serve", "--help"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.startswith(remedy) and done.stderr.count("\n") == 1, done.stderr
+    assert package in done.stderr.partition(": ")[2]
+
+
 def test_doctor_starts_where_torch_is_broken(tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('broken')")
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "-m", "fastusp_backend", "doctor", "--help"]
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "cpu:N" in done.stdout, done.stderr

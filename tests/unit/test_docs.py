@@ -3,12 +3,17 @@ user's; README stays short."""
 
 import argparse
 import importlib
+import os
 import re
 import shlex
+import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from fastusp_backend.keyfile import Key
 
 pytestmark = pytest.mark.unit
 
@@ -134,6 +139,33 @@ def test_every_page_of_docs_is_in_its_index():
     index = ROOT / "docs/README.md"
     listed = {(index.parent / link.partition("#")[0]).resolve() for link in LINK.findall(index.read_text("utf-8"))}
     assert {page.resolve() for page in (ROOT / "docs").glob("**/*.md")} - {index} <= listed
+
+
+FRESH = """
+set -e
+umask 022
+git() { mkdir ComfyUI-FastUSP && cp "$ROOT/requirements.txt" ComfyUI-FastUSP; }
+python3() { [ "$1 $2" = "-m venv" ] && mkdir -p "$3/bin" && touch "$3/bin/activate"; }
+pip() { [ "$1 $2 $3" = "install torch -r" ] && cat "$4"; }
+scp() { cp --no-preserve=all -T "$FIRST/${1#gpubox:}" "$2" && chmod 600 "$2"; }
+python() { echo "$@"; "$PYTHON" -c 'from fastusp_backend.keyfile import Key, usual_path; Key.read(usual_path())'; }
+"""
+
+
+def test_two_fresh_machines(tmp_path):
+    """The lines of the page, from a clone to the second machine's key file, where neither has a folder for it."""
+    page = (ROOT / "docs/several-machines.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    clone, scp = (next(x for x in blocks if words in x) for words in ("git clone", "scp gpubox:.config/fastusp/key ~"))
+    home, first = tmp_path / "home", tmp_path / "first"
+    home.mkdir()
+    Key.read_or_make(first / ".config/fastusp/key")
+    env = {"PATH": os.environ["PATH"], "HOME": str(home), "FIRST": str(first), "ROOT": str(ROOT)}
+    env |= {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+    command = ["bash", "-c", FRESH + clone + scp]
+    done = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0 and "msgspec" in done.stdout and "--node-rank 1 " in done.stdout, done.stderr
+    assert stat.S_IMODE((home / ".config/fastusp").stat().st_mode) == 0o700
 
 
 SLURM = """

@@ -10,7 +10,7 @@ from placing import header, spec_with
 
 import fastusp_backend.models.prediction  # noqa: F401 - the node takes it as a part of its own package
 from fastusp_backend.config import Settings
-from fastusp_backend.devices import Devices, GpuState
+from fastusp_backend.devices import Devices, GpuState, ServerDevices
 from fastusp_backend.errors import DeviceError
 from fastusp_backend.models.synthetic import FLUX_DEV, QWEN_IMAGE
 from fastusp_backend.planner import plan_batches
@@ -140,32 +140,44 @@ def test_what_nvml_tells(nvml, node_module):
     assert module.faster_with_fewer(*session_on((0, 1))) == Devices(ranks=1, gpus=(0,))
 
 
+@pytest.fixture
+def loader(node_module):
+    """loader(fewer, sage) is USP Loader's module on two GPUs, and the list of what it does and shows."""
+
+    def make(fewer=None, sage=False):
+        order, devices = [], Devices(ranks=2, gpus=(0, 1))
+        nodes = {
+            "comfyui": {
+                "command_line": SimpleNamespace(use_sage_attention=sage),
+                "advanced": None,
+                "search_aliases": None,
+                "io": SimpleNamespace(ComfyNode=object, Schema=None, NodeOutput=list),
+            },
+            "files": {"model_names": None, "model_path": None},
+            "fewer_gpus": {"faster_with_fewer": lambda session, file: order.append("asked") or fewer},
+            "machines": {"warn_if_slower": node_module("machines").warn_if_slower},
+            "pools": {"pool_for": lambda devices: SimpleNamespace(start=lambda: order.append("started"))},
+            "remote_model": {"remote_model": lambda session, header: []},
+            "servers": {"devices_of": lambda _: devices, "served": None},
+            "settings": {"SettingsType": None},
+            "status": {"node_run": None, "show": order.append},
+        }
+        module = node_module("loader", **nodes)
+        file = SimpleNamespace(
+            header=header(FLUX_DEV), config=FLUX_DEV, spec=lambda **types: spec_with("auto"), log_ignored=lambda: None
+        )
+        module.read_named = lambda _: file
+        module.supports_bfloat16 = lambda _: True
+        return module, order
+
+    return make
+
+
 @pytest.mark.parametrize("sage", [False, True])
 @pytest.mark.parametrize("fewer", [None, Devices(ranks=1, gpus=(0,))])
-def test_the_node_points_at_the_log(node_module, fewer, sage, caplog):
+def test_the_node_points_at_the_log(loader, fewer, sage, caplog):
     """Behind the start of the workers, for which it does not wait. And what ComfyUI's own argument would do."""
-    order, devices = [], Devices(ranks=2, gpus=(0, 1))
-    nodes = {
-        "comfyui": {
-            "command_line": SimpleNamespace(use_sage_attention=sage),
-            "advanced": None,
-            "search_aliases": None,
-            "io": SimpleNamespace(ComfyNode=object, Schema=None, NodeOutput=list),
-        },
-        "files": {"model_names": None, "model_path": None},
-        "fewer_gpus": {"faster_with_fewer": lambda session, file: order.append("asked") or fewer},
-        "pools": {"pool_for": lambda devices: SimpleNamespace(start=lambda: order.append("started"))},
-        "remote_model": {"remote_model": lambda session, header: []},
-        "servers": {"devices_of": lambda _: devices, "served": None},
-        "settings": {"SettingsType": None},
-        "status": {"node_run": None, "show": order.append},
-    }
-    module = node_module("loader", **nodes)
-    file = SimpleNamespace(
-        header=header(FLUX_DEV), config=FLUX_DEV, spec=lambda **types: spec_with("auto"), log_ignored=lambda: None
-    )
-    module.read_named = lambda _: file
-    module.supports_bfloat16 = lambda _: True
+    module, order = loader(fewer, sage)
     module.USPLoader._load("x", "bf16", "0,1", 0, 0, Settings(), "auto")
     hint = "; gpu 0 may be faster: see ComfyUI's log" if fewer else ""
     advice = "set attention to sage in USP Optimization Settings for what ComfyUI's --use-sage-attention does"
@@ -177,3 +189,14 @@ def test_the_node_points_at_the_log(node_module, fewer, sage, caplog):
     module.devices_of = lambda _: Devices(ranks=2)
     module.USPLoader._load("x", "bf16", "cpu:2", 0, 0, Settings(), "auto")
     assert advice not in order[-1]
+
+
+def test_machines_that_may_be_slower(loader, caplog):
+    """Said once in the log, for whoever queues prompts without a page, and at the node."""
+    module, order = loader()
+    text, hint = "a:1: 2 machines may be slower than one: `plan --nnodes 2` there", "; one machine may be faster: see"
+    kind = {"ranks": 4, "address": "a:1", "key": "k", "kind": "cuda", "bfloat16": True}
+    for per_machine, slower in ((4, False), (2, True), (2, True)):
+        module.devices_of = lambda _, own=per_machine: ServerDevices(per_machine=own, **kind)
+        module.USPLoader._load("x", "bf16", "a:1", 0, 0, Settings(), "auto")
+        assert caplog.text.count(text) == slower and (hint in order[-1]) == slower, order

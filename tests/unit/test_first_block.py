@@ -182,14 +182,19 @@ class Graph:
 GRAPHS: list[Graph] = []
 
 
+@pytest.fixture(scope="module")
+def weights():
+    return random_state(SMALL.build(), seed=0, dtype=torch.float32)
+
+
 @pytest.fixture
-def on_gpu(monkeypatch):
+def on_gpu(weights, monkeypatch):
     """evaluate(cache) -> the velocity of `prompt` at `x`, by a model on one rank whose evaluations are captured, as if
     it was a GPU."""
     monkeypatch.setattr(evaluations, "_Graph", Graph)
     GRAPHS.clear()
     model = OneRank(SMALL.build())
-    model.model.load_state_dict(random_state(model.model, seed=0, dtype=torch.float32))
+    model.model.load_state_dict(weights)
     given = inputs(SMALL, text=9, size=(6, 4))
     prompt = Prompt(given.context, given.y, given.guidance)
     made = evaluations.Evaluation.__init__

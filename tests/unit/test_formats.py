@@ -57,14 +57,21 @@ def test_a_format_means_what_its_plain_file_means(mini, tmp_path, name):
     assert relative_difference(evaluate(model), evaluate(reference)) < REORDERED
 
 
-@pytest.mark.parametrize("name", ["fp8_e4m3fn", "scaled_old_prefixed", "scaled_tensors", "all_in_one", "gguf_Q8_0"])
+NO_MATRICES = {
+    "Stable Diffusion 3": (replace(SMALL_SD3, context=256, pooled=256), ("pos_embed", "x_embedder.proj.weight")),
+    "Z-Image": (replace(SMALL_Z_IMAGE, context=256), ("x_pad_token", "cap_pad_token", "cap_embedder.norm.weight")),
+}
+
+
 @pytest.mark.parametrize(
-    "config, parameters",
+    "config, parameters, name",
     [
-        (replace(SMALL_SD3, context=256, pooled=256), ("pos_embed", "x_embedder.proj.weight")),
-        (replace(SMALL_Z_IMAGE, context=256), ("x_pad_token", "cap_pad_token", "cap_embedder.norm.weight")),
+        pytest.param(*given, name, id=f"{family}-{name}", marks=pytest.mark.thorough if (n + number) % 2 else ())
+        for n, (family, given) in enumerate(NO_MATRICES.items())
+        for number, name in enumerate(
+            ("gguf_Q8_0", "fp8_e4m3fn", "scaled_old_prefixed", "scaled_tensors", "all_in_one")
+        )
     ],
-    ids=["Stable Diffusion 3", "Z-Image"],
 )
 def test_tensors_that_are_no_matrices(tmp_path, name, config, parameters):
     """Stable Diffusion 3 begins with a convolution and a table of positions, and Z-Image's streams are filled up with

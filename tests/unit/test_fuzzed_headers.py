@@ -131,8 +131,9 @@ def damaged(data: bytes, start: int, stop: int, chance: random.Random) -> bytes:
     return bytes(data)
 
 
+@pytest.mark.parametrize("times", [200, pytest.param(500, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("name", ["flux", *OTHERS, "scaled_old", "scaled_tensors", "mixed", "all_in_one"])
-def test_safetensors(mini, tmp_path, name):
+def test_safetensors(mini, tmp_path, name, times):
     path = tmp_path / "x.safetensors"
     if name == "flux":
         path.write_bytes(mini.read_bytes())
@@ -146,7 +147,7 @@ def test_safetensors(mini, tmp_path, name):
     header.pop("__metadata__", None)
     tensors = {key: (entry["dtype"], tuple(entry["shape"])) for key, entry in header.items()}
     small = {key: data[begin:][slice(*e["data_offsets"])] for key, e in header.items() if math.prod(e["shape"]) < 99}
-    for _ in range(500):
+    for _ in range(times):
         header, end, body = {}, 0, {}
         for key, (kind, shape) in other_tensors(tensors, chance).items():
             start, end = end, end + math.prod(shape) * SIZES[kind]
@@ -161,7 +162,7 @@ def test_safetensors(mini, tmp_path, name):
         parts[0] = length.to_bytes(8, "little") + text
         file.write(parts, 8 + len(text) + min(end, LARGE) - (chance.random() < 0.1))
         seen[file.outcome()] += 1
-    assert seen["read"] > 10 and seen["refused"] > 100, seen
+    assert seen["read"] > times / 50 and seen["refused"] > times / 5, seen
 
 
 def test_gguf(mini, tmp_path):

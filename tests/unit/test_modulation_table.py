@@ -24,7 +24,7 @@ def prompt_of(seed: int = 0, batch: int = 3) -> Prompt:
     return Prompt(given.context, given.y, given.guidance)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model():
     built = TINY_FLUX.build()
     built.load_state_dict(random_state(built, seed=0, dtype=torch.float32), assign=True)

@@ -46,6 +46,7 @@ def planning(node_module, monkeypatch):
         neighbours = {"comfyui": {"PromptServer": None}, "answers": dict.fromkeys(("FOREIGN", "foreign", "refused"))}
         neighbours["servers"] = {"devices_of": local_devices, "server_of": lambda gpus: None}
         neighbours["pools"] = {"all_pools": list}
+        neighbours["machines"] = {"may_be_slower": node_module("machines").may_be_slower}
         module = node_module("planning", loader=loader, fewer_gpus=links, **neighbours)
         module.closed = closed
         return module

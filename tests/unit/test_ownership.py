@@ -51,6 +51,7 @@ def test_owners_balance(ranks):
     assert owners == balanced(sizes, ranks)
 
 
+@pytest.mark.any_processor
 @pytest.mark.parametrize("name", FULL_SIZES)
 @pytest.mark.parametrize("kind, dtype", [("bf16", torch.bfloat16), ("fp8", torch.float8_e4m3fn)])
 def test_the_figures_of_the_page_on_memory(name, kind, dtype):
@@ -80,23 +81,25 @@ def files(tmp_path_factory):
     return folder
 
 
+@pytest.mark.any_processor
 @pytest.mark.parametrize(
     "name, changes, ranks",
     [
         ("flux", {}, 1),
-        ("flux", {}, 2),
+        pytest.param("flux", {}, 2, marks=pytest.mark.thorough),
         ("flux", {}, 9),  # more than layers
         ("flux", {"linear": "fp8"}, 2),
         ("flux", {"storage": "float8_e4m3fn"}, 2),
         ("flux2", {}, 3),
-        ("flux2", {"linear": "fp8"}, 5),  # no biases
+        ("flux2", {"linear": "fp8"}, 2),  # no biases
+        pytest.param("flux2", {"linear": "fp8"}, 5, marks=pytest.mark.thorough),
         ("chroma", {}, 3),
-        ("chroma", {"linear": "fp8"}, 2),
+        pytest.param("chroma", {"linear": "fp8"}, 2, marks=pytest.mark.thorough),
         ("qwen", {}, 3),
         ("sd3", {}, 3),
-        ("sd3", {"linear": "fp8"}, 2),
+        pytest.param("sd3", {"linear": "fp8"}, 2, marks=pytest.mark.thorough),
         ("z_image", {}, 3),
-        ("z_image", {"linear": "fp8"}, 2),
+        pytest.param("z_image", {"linear": "fp8"}, 2, marks=pytest.mark.thorough),
         ("scaled_tensors", {}, 2),
         ("scaled_tensors", {"linear": "fp8"}, 2),
         ("gguf_Q8_0", {}, 2),

@@ -90,9 +90,19 @@ def places_of(layout: Layout) -> list[tuple[Mesh, Transport]]:
     return places
 
 
-@pytest.mark.parametrize("overlap", [True, False])
-@pytest.mark.parametrize("packed, bound", [(None, 1e-6), (torch.int8, 0.03), (torch.uint8, 0.1)])
-@pytest.mark.parametrize("ulysses, ring, arena", [(2, 2, ThreadArena), (2, 2, MirroredArena), (2, 3, ThreadArena)])
+WIRES = [(None, 1e-6), (torch.int8, 0.03), (torch.uint8, 0.1)]
+PLACES = [(2, 2, ThreadArena), (2, 2, MirroredArena), (2, 3, ThreadArena)]
+
+
+@pytest.mark.parametrize(
+    "ulysses, ring, arena, packed, bound, overlap",
+    [
+        pytest.param(*place, *wire, overlap, marks=() if (n + number + overlap) % 3 == 0 else pytest.mark.thorough)
+        for n, place in enumerate(PLACES)
+        for number, wire in enumerate(WIRES)
+        for overlap in (True, False)
+    ],
+)
 def test_ranks_agree_with_one(ulysses, ring, arena, packed, bound, overlap, monkeypatch):
     monkeypatch.setattr(transport, "allocate_together", lambda allocate, group: allocate())
     monkeypatch.setattr(transport, "GroupExchange", ThreadExchange)

@@ -40,8 +40,19 @@ def test_no_more_of_three_ranks_blocks_travel_than_need_be():
         assert found.device_bytes <= available < fewer.device_bytes
 
 
-@pytest.mark.parametrize("available", [20, 18, 16, 13])
-@pytest.mark.parametrize("peers, source", [(True, "shared"), (False, "host")])
+@pytest.mark.parametrize(
+    "available, peers, source",
+    [
+        (20, True, "shared"),
+        (18, False, "host"),
+        (16, True, "shared"),
+        (13, False, "host"),
+        pytest.param(20, False, "host", marks=pytest.mark.thorough),
+        pytest.param(18, True, "shared", marks=pytest.mark.thorough),
+        pytest.param(16, False, "host", marks=pytest.mark.thorough),
+        pytest.param(13, True, "shared", marks=pytest.mark.thorough),
+    ],
+)
 def test_as_few_as_need_be_travel(available, peers, source):
     found = placed(FLUX_DEV, available=available * GB, peers=peers)
     assert found.source == source and 0 < len(found.slabs) <= found.blocks == 57

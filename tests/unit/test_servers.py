@@ -10,12 +10,14 @@ import pytest
 from fastusp_backend import keyfile
 from fastusp_backend.__main__ import main
 from fastusp_backend.cli.serve import address, place
+from fastusp_backend.devices import Devices, local_devices
 from fastusp_backend.door import enter
-from fastusp_backend.errors import DeviceError, KeyFileError, RequestError
+from fastusp_backend.errors import DeviceError, FastUSPError, KeyFileError, RequestError
 from fastusp_backend.keyfile import Key, usual_path
 from fastusp_backend.protocol.messages import ToAttached
+from fastusp_backend.server import Server as Serving
 from fastusp_backend.server.interfaces import interface_of
-from fastusp_backend.servers import Server, named_server
+from fastusp_backend.servers import Server, known_servers, named_server
 
 pytestmark = pytest.mark.unit
 
@@ -53,6 +55,19 @@ def test_an_address_that_is_none(toml):
         named_server("box", toml)
 
 
+def test_a_name_that_is_none(toml):
+    assert known_servers(toml) == f"a server: 'host:port', or a name from {toml}, which has 'box', 'bare'"
+    with pytest.raises(
+        DeviceError, match="^Set 'auto', .*, or a server: 'host:port', or a name from .* has none: gpus"
+    ):
+        local_devices("bix", known_servers(toml.parent / "no.toml"))
+
+
+def test_bench_takes_addresses(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["fastusp_backend", "bench", "x", "--gpus", "bix"])
+    assert main() == 2 and ", or a server's 'host:port': gpus = 'bix' is not" in capsys.readouterr().err
+
+
 def test_where_to_listen():
     assert address("10.0.0.1:80") == ("10.0.0.1", 80) and address("[::1]:0") == ("::1", 0)
     for wrong in ("80", "host", "host:", "host:99999", "a b:1"):
@@ -69,9 +84,30 @@ def test_machine_0_of_several():
         ((None, 2, 0, None), "Give --rdzv-endpoint"),
         (("10.0.0.2:80", 2, 0, "10.0.0.1:80"), "Leave --listen out"),
         ((None, 2, 0, "0.0.0.0:80"), "Give --rdzv-endpoint the address by which"),
+        ((None, 2, 0, "foo"), "Give --rdzv-endpoint an address and a port, as 10.0.0.1:8189, not 'foo'"),
     ):
         with pytest.raises(RequestError, match=f"^{told}"):
             place(*wrong)
+
+
+@pytest.mark.parametrize("host", ["203.0.113.7", "a..b"])
+@pytest.mark.parametrize("machines, given", [(1, "--listen"), (2, r"--rdzv-endpoint \(on all machines\)")])
+def test_an_address_of_another_machine(tmp_path, host, machines, given):
+    key = Key.read_or_make(tmp_path / "key")
+    with pytest.raises(FastUSPError, match=f"^Give {given} another address of this machine, or port: {host}:81: "):
+        Serving(Devices(ranks=1), key, host, 81, machines)
+
+
+def test_another_machine_has_no_key_file(tmp_path, monkeypatch, capsys):
+    """fastusp.toml, which it does not read, is not named."""
+    several = "--nnodes 2 --node-rank 1 --rdzv-endpoint 127.0.0.1:81".split()
+    command = ["fastusp_backend", "serve", "--gpus", "cpu:1", *several, "--key", str(tmp_path / "key")]
+    monkeypatch.setattr(sys, "argv", command)
+    assert main() == 2
+    told = (
+        f"Copy the key file from the server (it prints where it lies) to {tmp_path / 'key'}: it cannot be read: No such"
+    )
+    assert capsys.readouterr().err.startswith(told)
 
 
 def test_a_network_must_be_trusted(monkeypatch, capsys):
@@ -101,6 +137,9 @@ def test_a_key_file_is_made_once_and_for_its_owner(tmp_path):
     assert other.secret != key.secret and other.certificate != key.certificate
     other.path.with_name("other.private").replace(private)
     with pytest.raises(KeyFileError, match="^Remove .*key and .*key.private, for new ones to be made"):
+        key.server_context()
+    private.unlink()
+    with pytest.raises(KeyFileError, match="^Name another file with --key, or remove .*key, .*it is another server's"):
         key.server_context()
 
 
@@ -137,5 +176,6 @@ def test_no_key_file_and_no_openssl(tmp_path, monkeypatch):
 @pytest.mark.parametrize("host", ["a..b", "a" * 64])
 def test_a_name_that_no_host_can_have(tmp_path, host):
     Key.read_or_make(tmp_path / "key")
-    with pytest.raises(DeviceError, match="or correct the address"):
+    several = f"machine 0 of several: with --nnodes and --rdzv-endpoint {host}:81 in place of --listen"
+    with pytest.raises(DeviceError, match=rf"^Start .* \({several}\), or correct the address"):
         enter(f"{host}:81", str(tmp_path / "key"), ToAttached)
