@@ -3,6 +3,7 @@ one folder stay together, since they share a ComfyUI (two groups of them: with i
 pools' lives, what they compute, and servers, whose tests wait most of the time); unit tests of one file do, and
 commands that start all they need."""
 
+import contextlib
 import gc
 from collections import Counter
 from pathlib import Path
@@ -45,6 +46,19 @@ def pytest_xdist_make_scheduler(config, log):
 
     config.option.loadscopereorder = False  # nothing before those that take longest
     return Scheduler(config, log)
+
+
+@pytest.fixture(scope="session")
+def network():
+    """Three machines, see `machines`."""
+    import machines  # not before `gc.disable`: PyTorch comes with it
+
+    with contextlib.ExitStack() as made:
+        try:
+            made.enter_context(machines.network(3))
+        except OSError as error:
+            pytest.skip(f"no network namespaces here: {error}")
+        yield
 
 
 def pytest_terminal_summary(terminalreporter):

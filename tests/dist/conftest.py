@@ -1,7 +1,6 @@
 """Pools of gloo ranks for the whole session: one per number of ranks, and one for tests that harm its processes; fresh
 ones where it takes one."""
 
-import contextlib
 import multiprocessing.util
 import os
 import shutil
@@ -10,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-import machines
 import pytest
 from pools import processes_of, run_dir
 from serving import serving
@@ -49,17 +47,6 @@ def schnell(tmp_path_factory):
     path = tmp_path_factory.mktemp("models") / "schnell.safetensors"
     write_checkpoint(str(path), replace(SMALL, guidance=False, double_blocks=1, single_blocks=1), seed=2)
     return path
-
-
-@pytest.fixture(scope="session")
-def network():
-    """Three machines, see `machines`."""
-    with contextlib.ExitStack() as made:
-        try:
-            made.enter_context(machines.network(3))
-        except OSError as error:
-            pytest.skip(f"no network namespaces here: {error}")
-        yield
 
 
 _warm: dict[int | str, Pool] = {}
