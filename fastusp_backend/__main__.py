@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import shlex
 import sys
 from pathlib import Path
 
@@ -54,7 +55,8 @@ def _remedy(package: str) -> str | None:
         return "Install torch as pytorch.org says, or use the Python that runs ComfyUI"
     if package not in PACKAGES:
         return None
-    return f"{sys.executable} -m pip install -r {Path(__file__).resolve().parents[1] / 'requirements.txt'}"
+    requirements = Path(__file__).resolve().parents[1] / "requirements.txt"
+    return shlex.join((sys.executable, "-m", "pip", "install", "-r", str(requirements)))
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ def enter(address: str, key: str, receives: type) -> tuple[Channel, Welcome, str
     except (OSError, OverflowError, UnicodeError) as error:  # that of a name that no host can have
         raise DeviceError(
             f"Start `python -m fastusp_backend serve --listen {address}` there (machine 0 of several: with --nnodes "
-            f"and --rdzv-endpoint {address} in place of --listen), or correct the address: no server answers at "
-            f"{address}: {error}"
+            f"and --rdzv-endpoint {address} in place of --listen), open its port, or correct the address: no server "
+            f"answers at {address}: {error}"
         ) from error
     own, stream = sock.getsockname()[0], TlsStream(sock, known.client_context(), listens=False)
     try:

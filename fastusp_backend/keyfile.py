@@ -62,8 +62,8 @@ class Key:
         private = _private_key(self.path)
         if not os.path.exists(private):
             raise KeyFileError(
-                f"Name another file with --key, or remove {self.path}, for a new one to be made: it is another "
-                f"server's, since {private} is not there"
+                f"Name another file with --key, for one to be made, or of several machines, if this is not the first, "
+                f"give --node-rank: {self.path} is another server's, since {private} is not there"
             )
         _private_text(private)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -101,8 +101,8 @@ def _private_text(path: Path) -> str:
             return file.read(1 << 16)
     except OSError as error:
         raise KeyFileError(
-            f"Copy the key file from the server (it prints where it lies) to {path}: it cannot be read: "
-            f"{error.strerror}"
+            f"Copy the key file from the server (it prints where it lies) to {path}, or correct the path: it cannot be "
+            f"read: {error.strerror}"
         ) from error
 
 

@@ -188,7 +188,7 @@ class USPLoader(io.ComfyNode):
         fewer = faster_with_fewer(session, file)
         hint = f"; {fewer} may be faster: see ComfyUI's log" if fewer is not None else ""
         if warn_if_slower(devices, session.layouts):
-            hint += "; one machine may be faster: see ComfyUI's log"
+            hint += "; one machine may be faster at cfg 1: see ComfyUI's log"
         if devices.gpus and command_line.use_sage_attention and settings.attention not in EIGHT_BIT_ATTENTION:
             hint += f"; {_sage_is_not_followed()}"
         show(f"{file.config.family} on {devices}{hint}")

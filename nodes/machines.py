@@ -11,11 +11,12 @@ log = logging.getLogger(__name__)
 
 def may_be_slower(devices: Devices, layouts: tuple[Layout, ...]) -> str | None:
     """Says that they may, and who knows it; None where the ranks of a sequence share a machine. The network is not
-    known here."""
+    known here, nor whether a prompt's cfg lets batch groups divide it, between which hardly anything travels."""
     if not isinstance(devices, ServerDevices) or devices.per_machine >= layouts[-1].sequence_ranks:
         return None
     machines = devices.ranks // devices.per_machine
-    return f"{machines} machines may be slower than one: `plan --nnodes {machines}` there predicts both"
+    command = f"python -m fastusp_backend plan FILE --nnodes {machines} --network GBIT"
+    return f"{machines} machines may be slower than one at cfg 1: `{command}` there predicts both"
 
 
 def warn_if_slower(devices: Devices, layouts: tuple[Layout, ...]) -> bool:

@@ -226,7 +226,7 @@ def refuse_replaced(stock: Unchanged) -> None:
             _tell_of_attention(whole, by)
         else:
             raise Unsupported(
-                f"{whole} as {by} has replaced it",
+                f"{by}'s change of {whole}",
                 f"Disable {by} and restart ComfyUI, or load the model with Load Diffusion Model",
             )
 

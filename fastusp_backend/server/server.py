@@ -53,10 +53,13 @@ class Server:
             family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
             self._listener = socket.create_server((host, port), family=family, backlog=STRANGERS)
         except (OSError, OverflowError, UnicodeError) as error:  # the last of a name that no host can have
-            argument = "--listen" if machines == 1 else "--rdzv-endpoint (on all machines)"
-            raise FastUSPError(
-                f"Give {argument} another address of this machine, or port: {host}:{port}: {error}"
-            ) from error
+            todo = "Give --listen another address of this machine, or port"
+            if machines > 1:
+                todo = (
+                    "Give --rdzv-endpoint (on all machines) another address of this machine, or port, or if it is not "
+                )
+                todo += "machine 0 its --node-rank"
+            raise FastUSPError(f"{todo}: {host}:{port}: {error}") from error
         self.port: int = self._listener.getsockname()[1]
         self._machines: Machines | None = None
         if machines > 1:

@@ -128,8 +128,11 @@ def test_another_comfyui_and_one_that_ends(host, four, second_host):
     assert host.pool(at(four))["pids"] == pids
 
 
-def test_comfyui_is_started_again(host, four, second_host):
+def test_comfyui_is_started_again(host, four, second_hosts, request):
     """It attaches to the same workers, which have its model."""
+    for comfyui in second_hosts:
+        comfyui.stop()
+    second_host = request.getfixturevalue("second_host")
     want, pids = right(host, seed=97), host.pool(at(four))["pids"]
     know(second_host, four=four)
     assert run(second_host, seed=97)[1].equal(want) and second_host.pool(at(four))["pids"] == pids

@@ -194,7 +194,10 @@ def test_the_node_points_at_the_log(loader, fewer, sage, caplog):
 def test_machines_that_may_be_slower(loader, caplog):
     """Said once in the log, for whoever queues prompts without a page, and at the node."""
     module, order = loader()
-    text, hint = "a:1: 2 machines may be slower than one: `plan --nnodes 2` there", "; one machine may be faster: see"
+    text, hint = (
+        "a:1: 2 machines may be slower than one at cfg 1: `python -m",
+        "; one machine may be faster at cfg 1: see",
+    )
     kind = {"ranks": 4, "address": "a:1", "key": "k", "kind": "cuda", "bfloat16": True}
     for per_machine, slower in ((4, False), (2, True), (2, True)):
         module.devices_of = lambda _, own=per_machine: ServerDevices(per_machine=own, **kind)

@@ -92,7 +92,11 @@ def test_a_server_that_only_the_workflow_names(planning, monkeypatch):
 @pytest.mark.parametrize(
     ("per_machine", "said"),
     [
-        (2, "2 machines may be slower than one: `plan --nnodes 2` there predicts both"),
+        (
+            2,
+            "2 machines may be slower than one at cfg 1: `python -m fastusp_backend plan FILE --nnodes 2 "
+            "--network GBIT` there predicts both",
+        ),
         (4, "no times known for a server's devices: `bench` measures them there"),
     ],
 )
