@@ -55,10 +55,8 @@ class Server:
         except (OSError, OverflowError, UnicodeError) as error:  # the last of a name that no host can have
             todo = "Give --listen another address of this machine, or port"
             if machines > 1:
-                todo = (
-                    "Give --rdzv-endpoint (on all machines) another address of this machine, or port, or if it is not "
-                )
-                todo += "machine 0 its --node-rank"
+                todo = "Give --rdzv-endpoint (on all machines) another address of this machine, or port"
+                todo += ", or if it is not machine 0 its --node-rank"
             raise FastUSPError(f"{todo}: {host}:{port}: {error}") from error
         self.port: int = self._listener.getsockname()[1]
         self._machines: Machines | None = None
