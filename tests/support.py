@@ -5,6 +5,7 @@ import itertools
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -166,3 +167,8 @@ def open_files() -> list[str]:
         with contextlib.suppress(FileNotFoundError):  # that by which the folder is read
             found.append(os.readlink(f"/proc/self/fd/{name}"))
     return found
+
+
+def parent(process: int) -> int:
+    """The process that started this one."""
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])

@@ -22,6 +22,8 @@ _HINTS = {
 
 KILLED = 2
 """Of `ranked_cause`: what ended the processes was the pool."""
+UNTOLD = 5
+"""Behind all that `ranked_cause` ranks: nobody can tell."""
 
 
 def find_cause(directory: Path, torchrun: subprocess.Popen, killed: bool, model: ModelSpec | None) -> str:

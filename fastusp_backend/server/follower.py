@@ -9,7 +9,7 @@ from functools import partial
 from ..devices import Devices, supports_bfloat16
 from ..door import enter
 from ..errors import DeviceError, PoolError, ProtocolError
-from ..pool.cause import KILLED, last_log_lines
+from ..pool.cause import KILLED, UNTOLD, last_log_lines
 from ..pool.hangs import LOOK_SECONDS, HangDetector, Suspicion
 from ..pool.link import Link
 from ..pool.log import WorkerLog
@@ -77,7 +77,8 @@ class _Part:
             return Broke(run=self.run, order=0, text=self._why, lines=[])
         order, text = self.processes.ranked_cause(None)
         lines = [] if self._stopped else last_log_lines(self._run_dir.path)
-        order = max(order, KILLED + 1) if self._stopped else order
+        if self._stopped:  # to have been ended explains nothing, not even beside ranks that merely lost others
+            order = UNTOLD if order == KILLED else max(order, KILLED + 1)
         return Broke(run=self.run, order=order, text=text, lines=lines)
 
     def close(self) -> None:

@@ -9,10 +9,14 @@ from ..pool.cause import KILLED
 from ..pool.hangs import Hang, Suspicion
 from ..pool.log import WorkerLog
 from ..pool.workers import Workers
-from .machines import Machines, Report
+from .machines import SURE, Machines, Report
 
-OWN_SECONDS = 2.0
-"""How long the ranks here may take to end by themselves when others do: they may be the cause, and tell it."""
+OWN_SECONDS = 4.0
+"""How long ranks may take to end by themselves when others that merely lost them did: they may be the cause, and tell
+it. Their torchrun sees it a moment later, more on a machine that is at its limits."""
+
+REPORT_SECONDS = 5.0
+"""How long a machine may take to say why its part has ended, once it was told to end it."""
 
 
 class JoinedWorkers(Workers):
@@ -37,8 +41,14 @@ class JoinedWorkers(Workers):
 
     def _tell(self, changed: Callable[[], None]) -> None:
         if not self.alive:
-            self._machines.end(self._run)
+            self._end_elsewhere()
         changed()
+
+    def _end_elsewhere(self) -> None:
+        """Has the other machines end their parts, the one here having ended."""
+        if self.processes.ranked_cause(self.model)[0] > SURE:
+            self._machines.reports(self._run, OWN_SECONDS)
+        self._machines.end(self._run)
 
     def _broke(self, why: str | None, sure: bool) -> None:
         """A part elsewhere has ended."""
@@ -80,8 +90,8 @@ class JoinedWorkers(Workers):
         if self._why:
             return self._why
         if self._reports is None:
-            self._machines.end(self._run)
-            self._reports = self._machines.reports(self._run)
+            self._end_elsewhere()
+            self._reports = self._machines.reports(self._run, REPORT_SECONDS)
         order, text = self.processes.ranked_cause(self.model)
         first = min([Report(order, text, []), *self._reports], key=lambda report: report.order)
         return first.text

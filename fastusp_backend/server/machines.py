@@ -21,8 +21,6 @@ from .interfaces import interface_of
 
 log = logging.getLogger(__name__)
 
-REPORT_SECONDS = 5.0
-"""How long a machine may take to say why its part has ended."""
 SURE = 2
 """Up to which `Broke.order` a machine's report is a cause, rather than what another's end did to it."""
 
@@ -168,9 +166,9 @@ class Machines:
         """What was written to their logs since the last time."""
         return [line for machine in self._all() for line in machine.take_lines()]
 
-    def reports(self, run: str) -> list[Report]:
-        """Why their parts of a run have ended, after `end`: waits for them, unless another run begins."""
-        deadline = time.monotonic() + REPORT_SECONDS
+    def reports(self, run: str, seconds: float) -> list[Report]:
+        """Why their parts of a run have ended: waits so long for all of them, unless another run begins."""
+        deadline = time.monotonic() + seconds
         while True:
             with self._lock:
                 reports = [machine.report for machine in self._machines.values() if machine.run == run]

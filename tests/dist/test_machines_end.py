@@ -4,12 +4,13 @@ machine, and the next prompt is right."""
 import os
 import re
 import signal
+import threading
 
 import machines
 import pytest
 import torch
 from pools import GIVEN, LONG, PROMPT, SHORT, evaluate, pids, sample, session
-from support import relative_difference, wait_until
+from support import parent, relative_difference, wait_until
 from test_serve_life import LIMIT, Later, failure
 
 from fastusp_backend.config import Layout
@@ -49,6 +50,24 @@ def test_two_machines_of_one_rank(two, shared_pool, dev):
 def test_a_rank_elsewhere_dies(pool, dev):
     rank = pids(pool)[1]
     told = failure(pool, dev, lambda: os.kill(rank, signal.SIGKILL))
+    assert f"rank 1 (process {rank}) was ended by SIGKILL" in told and f"({machines.address(1)})" in told, told
+
+
+def test_a_rank_elsewhere_dies_and_its_torchrun_is_late(pool, dev):
+    """The ranks here, which lose it at once, are not taken for the cause, nor is that machine ended before it tells."""
+    rank = pids(pool)[1]
+    torchrun = parent(rank)
+    late = threading.Timer(2.0, os.kill, (torchrun, signal.SIGCONT))
+
+    def die() -> None:
+        os.kill(torchrun, signal.SIGSTOP)
+        os.kill(rank, signal.SIGKILL)
+        late.start()
+
+    try:
+        told = failure(pool, dev, die)
+    finally:
+        late.join()
     assert f"rank 1 (process {rank}) was ended by SIGKILL" in told and f"({machines.address(1)})" in told, told
 
 

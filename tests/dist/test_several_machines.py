@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import socket
-from pathlib import Path
 
 import machines
 import pytest
@@ -14,7 +13,7 @@ import torch
 from listening import listeners
 from pools import GIVEN, PROMPT, SHORT, evaluate, pids, sample, session
 from serving import serving
-from support import SMALL, relative_difference, wait_until
+from support import SMALL, parent, relative_difference, wait_until
 from test_patches import QKV, lora, patched, stack
 from test_serve_life import LIMIT, failure
 
@@ -160,10 +159,6 @@ def test_what_listens(four, dev):
     assert len(torchruns) == 2
     for silent in (four.servers[1].process.pid, *torchruns):
         assert [x for x in listeners(silent) if x.kind != "unix"] == []
-
-
-def parent(process: int) -> int:
-    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def test_a_machine_that_lacks_the_file_is_named(four, dev):

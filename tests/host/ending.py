@@ -3,6 +3,8 @@
 import time
 from pathlib import Path
 
+from support import parent
+
 
 def lives(pid: int) -> bool:
     try:
@@ -13,7 +15,7 @@ def lives(pid: int) -> bool:
 
 def with_torchrun(pids: list[int]) -> list[int]:
     """The ranks and the process that started them."""
-    return [*pids, int(Path(f"/proc/{pids[0]}/stat").read_text().rpartition(")")[2].split()[1])]
+    return [*pids, parent(pids[0])]
 
 
 def wait_for_the_end(pids: list[int], seconds: float) -> list[int]:

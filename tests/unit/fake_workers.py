@@ -33,6 +33,9 @@ class FakeProcesses:
     def cause(self, model):
         return "they were told to"
 
+    def ranked_cause(self, model):
+        return 0, self.cause(model)
+
 
 class FakeWorkers(Workers):
     """`Workers` whose ranks are a `Rank`. script: how the next requests fare, in order; those after them are served.

@@ -57,8 +57,8 @@ def test_what_ends_late_does_not_end_the_next_run(first, second):
     second.send(Broke(run=old, order=0, text="it was told to", lines=[]))
     second.send(Broke(run=new, order=3, text="it died", lines=[]))
     assert told.get(timeout=5) == ("new", None, False) and told.empty()
-    assert first.reports(old) == []
-    assert [report.text for report in first.reports(new)] == ["it died, on machine 1 (10.0.0.2)"]
+    assert first.reports(old, 5) == []
+    assert [report.text for report in first.reports(new, 5)] == ["it died, on machine 1 (10.0.0.2)"]
 
 
 def test_workers_that_are_ended_late_end_no_others(first, second):
@@ -180,6 +180,3 @@ class Slow(FakeProcesses):
             self.asked.release()
         self.going.wait(10)
         super().kill(ranks)
-
-    def ranked_cause(self, model):
-        return 0, self.cause(model)
