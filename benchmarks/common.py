@@ -7,7 +7,7 @@ uses the same ones. Speed and parity are real, images are not.
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import paths  # noqa: F401
 import torch
@@ -20,13 +20,17 @@ from fastusp_backend.models.family import FamilyConfig, Transformer
 from fastusp_backend.models.files import read_model
 from fastusp_backend.prompt import Prompt
 
+_SIZES = synthetic.MODELS | {
+    "sd35_medium": synthetic.FullAndTiny(synthetic.SD35_MEDIUM, synthetic.TINY_SD3),
+    "sd3_medium": synthetic.FullAndTiny(
+        synthetic.SD3_MEDIUM, replace(synthetic.TINY_SD3, second_attentions=0, normed=False)
+    ),
+}
 CONFIGS: dict[tuple[str, bool], FamilyConfig] = {
-    (name, tiny): sizes.tiny if tiny else sizes.full
-    for name, sizes in synthetic.MODELS.items()
-    for tiny in (False, True)
+    (name, tiny): sizes.tiny if tiny else sizes.full for name, sizes in _SIZES.items() for tiny in (False, True)
 }
 """By name and whether it is the tiny one."""
-MODELS = tuple(synthetic.MODELS)
+MODELS = tuple(_SIZES)
 
 TIMESTEP, GUIDANCE = 0.5, 4.0
 """A thousand times either is exact in bfloat16: diffusers multiplies in the compute type."""

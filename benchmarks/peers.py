@@ -129,7 +129,7 @@ def _xdit(ring: bool):
     return setup
 
 
-PLANNED = tuple(name for name in MODELS if name not in ("chroma", "sd3", "z_image"))
+PLANNED = tuple(name for name in MODELS if name not in ("chroma", "sd3", "sd35_medium", "sd3_medium", "z_image"))
 """diffusers has no plan for running Chroma, Stable Diffusion 3 or Z-Image in parallel."""
 
 PEERS = {

@@ -113,11 +113,12 @@ def main() -> None:
     parser.add_argument("--text", type=int, default=512)
     parser.add_argument("--count", type=int, default=12)
     parser.add_argument("--variant", default="overlap")
+    parser.add_argument("--tiny", action="store_true", help="2 blocks of 512 channels instead of the full size")
     a = parser.parse_args()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
-    config, dtype = CONFIGS[a.model, False], torch.bfloat16
+    config, dtype = CONFIGS[a.model, a.tiny], torch.bfloat16
     model, given = random_model(config, device, dtype), random_inputs(config, Case(a.size, (a.text,), 1), device, dtype)
     peers = reach_each_other(dist.group.WORLD)
     rows, steps, alone = [], [], None

@@ -20,7 +20,8 @@ from variants import VARIANTS
 from fastusp_backend.config import Layout
 from fastusp_backend.planner import plan
 
-TEXTS = {"flux": "512", "flux2": "512", "chroma": "512", "qwen": "256", "sd3": "154", "z_image": "128"}
+TEXTS = {"flux": "512", "flux2": "512", "chroma": "512", "qwen": "256", "z_image": "128"}
+TEXTS |= dict.fromkeys(("sd3", "sd35_medium", "sd3_medium"), "154")
 GUIDED_TEXTS = "35,6"
 
 

@@ -1,6 +1,7 @@
 """Random checkpoints in the true key layout, for the demo, tests and benchmarks: shapes and speed are real, images
 are not."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -99,6 +100,8 @@ SD35_MEDIUM = SD3Config(
     positions=384,
 )
 """Stable Diffusion 3.5 medium's own sizes."""
+SD3_MEDIUM = replace(SD35_MEDIUM, second_attentions=0, normed=False, positions=192)
+"""Stable Diffusion 3 medium's own sizes."""
 TINY_SD3 = SD3Config(
     hidden=256,
     heads=4,

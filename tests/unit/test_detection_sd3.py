@@ -10,7 +10,7 @@ from support import SMALL_SD3, load_model, refusal_of_changed, spec_of
 
 from fastusp_backend.errors import CheckpointError
 from fastusp_backend.models.detection import detect
-from fastusp_backend.models.synthetic import SD35_LARGE, SD35_MEDIUM, write_checkpoint
+from fastusp_backend.models.synthetic import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, write_checkpoint
 from fastusp_backend.weights.tensor_info import TensorInfo
 
 pytestmark = pytest.mark.unit
@@ -47,7 +47,7 @@ def test_sizes(tmp_path, config):
     [
         (SD35_LARGE, 8.146, "joint_blocks.37"),
         (SD35_MEDIUM, 2.470, "joint_blocks.23"),
-        (replace(SD35_MEDIUM, second_attentions=0, normed=False, positions=192), 2.085, "joint_blocks.23"),
+        (SD3_MEDIUM, 2.085, "joint_blocks.23"),
     ],
     ids=["3.5 large", "3.5 medium", "3 medium"],
 )
