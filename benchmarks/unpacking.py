@@ -8,13 +8,13 @@ the product. inside: the product reads packed values and multiplies them by thei
 
 import argparse
 import functools
-import statistics
 from collections.abc import Callable
 
 import paths  # noqa: F401
 import torch
 import triton
 import triton.language as tl
+from segments import replayed
 from storages import STORAGES
 from tiles import heat
 
@@ -153,15 +153,7 @@ def milliseconds(run: Callable[[], torch.Tensor], count: int) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    times = []
-    for _ in range(count):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop))
-    return statistics.median(times)
+    return replayed(graph, count)
 
 
 @torch.inference_mode()
