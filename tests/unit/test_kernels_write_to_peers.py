@@ -9,14 +9,12 @@ import time
 
 import pytest
 import torch
-from test_peers import BATCH, CPU, DIM, HEADS, IMAGE, TEXT, Ground, ThreadArena, agree_with_one
+from test_peers import BATCH, DIM, HEADS, IMAGE, TEXT, ThreadArena, agree_by_arenas, agree_with_one
 from test_peers_and_ring import ThreadExchange, places_of
 
 from fastusp_backend.attention import usp
 from fastusp_backend.comm import peers, transport
-from fastusp_backend.comm.mesh import Mesh
 from fastusp_backend.comm.shards import SequenceShards
-from fastusp_backend.comm.transport import Transport
 from fastusp_backend.config import Layout
 from fastusp_backend.kernels.place import place, place_reference
 
@@ -99,15 +97,7 @@ def test_ranks_agree_with_one(kernels, ulysses, ring, limit, overlap, monkeypatc
     copied = itertools.count()
     copy = peers.copy
     monkeypatch.setattr(peers, "copy", lambda *given: (next(copied), copy(*given)))
-    grounds = [Ground(layout.ranks), Ground(layout.ranks)]
-    groups = {"sequence": object(), "ring": object() if ring > 1 else None}
-    places = []
-    for rank in range(layout.ranks):
-        mesh = Mesh(layout=layout, device=CPU, sequence_position=rank, **groups)
-        places.append((mesh, Transport(mesh, "gloo")))
-        places[-1][1]._arenas = [WritableArena(ground, rank) for ground in grounds]
-    agree_with_one(places, packed=None, overlap=overlap, bound=1e-6)
-    assert not grounds[0].raised and not grounds[1].raised, "a signal was never heard"
+    agree_by_arenas(layout, WritableArena, packed=None, overlap=overlap, bound=1e-6)
     # Three double blocks and two single ones, twice: of a double block the image's q, k and v one by one and the text's
     # together, then the image's once more; of a single one all together, which may be too large.
     whole = 2 * 2 * (limit == "all")

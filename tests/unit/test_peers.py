@@ -206,6 +206,19 @@ EXACT, EIGHT_BITS = (None, 1e-6), ((torch.uint8, 0.1), (torch.int8, 0.03))
 ORDERS = product(enumerate((ThreadArena, MirroredArena)), enumerate([(2, 1), (1, 2), (4, 1), (2, 2), (1, 3)]), (0, 1))
 
 
+def agree_by_arenas(layout: Layout, arena: type[ThreadArena], **how) -> None:
+    """As `agree_with_one`, of ranks whose messages go through arenas of this kind."""
+    grounds = [Ground(layout.ranks), Ground(layout.ranks)]
+    groups = {"sequence": object(), "ring": object() if layout.ring > 1 else None}
+    places = []
+    for rank in range(layout.ranks):
+        mesh = Mesh(layout=layout, device=CPU, sequence_position=rank, **groups)
+        places.append((mesh, Transport(mesh, "gloo")))
+        places[-1][1]._arenas = [arena(ground, rank) for ground in grounds]
+    agree_with_one(places, **how)
+    assert not grounds[0].raised and not grounds[1].raised, "a signal was never heard"
+
+
 @pytest.mark.parametrize(
     "arena, ulysses, ring, overlap, packed, bound",
     [
@@ -225,15 +238,7 @@ def test_ranks_agree_with_one(ulysses, ring, packed, bound, overlap, arena, monk
         peers, "unpack_gathered", lambda p, *args, **kw: (unpacked.append(len(p)), unpack(p, *args, **kw))
     )
     layout = Layout(ulysses=ulysses, ring=ring)
-    grounds = [Ground(layout.ranks), Ground(layout.ranks)]
-    groups = {"sequence": object(), "ring": object() if ring > 1 else None}
-    places = []
-    for rank in range(layout.ranks):
-        mesh = Mesh(layout=layout, device=CPU, sequence_position=rank, **groups)
-        places.append((mesh, Transport(mesh, "gloo")))
-        places[-1][1]._arenas = [arena(ground, rank) for ground in grounds]
-    agree_with_one(places, packed=packed, overlap=overlap, bound=bound)
-    assert not grounds[0].raised and not grounds[1].raised, "a signal was never heard"
+    agree_by_arenas(layout, arena, packed=packed, overlap=overlap, bound=bound)
     # Three double blocks and two single ones, twice: q, k, v once, or the image's one by one and all with the text; and
     # of the image's own attention.
     tensors = 3 * (3 if overlap else 6) + 3 * 3 + 2 * 3

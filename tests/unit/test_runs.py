@@ -12,6 +12,7 @@ from support import wait_until
 from fastusp_backend.devices import Devices, supports_bfloat16
 from fastusp_backend.errors import PoolError
 from fastusp_backend.pool import workers
+from fastusp_backend.pool.cause import KILLED, UNTOLD
 from fastusp_backend.pool.hangs import Hang, Suspicion
 from fastusp_backend.protocol import Channel, Welcome
 from fastusp_backend.protocol.machines import Awaits, Broke, Join, Run, Seen, Stop, ToFirst, ToMachine
@@ -151,6 +152,17 @@ def test_a_part_that_cannot_begin_is_told_and_another_one_may(leader, monkeypatc
     for run in ("one", "two"):
         leader.send(Run(run=run, addresses=["127.0.0.1", "127.0.0.1"]))
         assert hear(leader, Broke) == Broke(run=run, order=0, text="Free space in /tmp", lines=[])
+
+
+def test_to_have_been_ended_explains_nothing(leader, monkeypatch):
+    """Behind whatever another machine's ranks tell, be it that they lost these."""
+    monkeypatch.setattr(follower, "Processes", FakeProcesses)
+    for order, told in ((KILLED, UNTOLD), (1, KILLED + 1), (4, 4)):
+        monkeypatch.setattr(FakeProcesses, "ranked_cause", lambda *_, order=order: (order, "why"))
+        leader.send(Run(run=str(order), addresses=["127.0.0.1", "127.0.0.1"]))
+        wait_until(lambda order=order: hear(leader, Seen).run == str(order), 5)
+        leader.send(Stop())
+        assert hear(leader, Broke) == Broke(run=str(order), order=told, text="why", lines=[])
 
 
 def test_a_machine_is_heard_of_while_its_processes_end(leader, monkeypatch):
