@@ -3,7 +3,9 @@ unpacked in several ways, beside the same in bfloat16.
 
 serial: each weight by one kernel before its product, as the engine does it. ahead: the next weight on a second stream,
 while the product before it runs, by as many programs as said (each loops), so that few multiprocessors are taken from
-the product. inside: the product reads packed values and multiplies them by their scales on their way.
+the product. inside: the product reads packed values and multiplies them by their scales on their way. parts: so many
+bytes of a weight are unpacked and multiplied before the next ones come to the same place, so that they need not leave
+the GPU's cache.
 """
 
 import argparse
@@ -102,6 +104,23 @@ class Work:
             out = self._product(number, self._by(weight))
         return out
 
+    def parts(self, size: int) -> torch.Tensor:
+        for number, packed in enumerate(self.packed):
+            n, k = self.plain[number].shape
+            rows = -(-n // -(-n * k * 2 // size))  # as even as they can be
+            place = packed.new_empty(rows, k, dtype=torch.bfloat16)
+
+            def product(x, packed=packed, n=n, rows=rows, place=place):
+                out = x.new_empty(len(x), n)
+                for first in range(0, n, rows):
+                    count = min(rows, n - first)
+                    by_many(packed[first : first + count], place[:count])
+                    torch.mm(x, place[:count].t(), out=out[:, first : first + count])
+                return out
+
+            out = self._product(number, product)
+        return out
+
     def ahead(self, unpack: Callable) -> torch.Tensor:
         main, side = torch.cuda.current_stream(), self._side
         room = [torch.empty(max(w.numel() for w in self.plain), device="cuda", dtype=torch.bfloat16) for _ in range(2)]
@@ -164,11 +183,13 @@ def main() -> None:
     work = Work(torch.device("cuda"))
     ways: dict[str, Callable] = {"bf16": work.bf16, "serial": functools.partial(work.serial, by_many)}
     ways["ahead, all"] = functools.partial(work.ahead, by_many)
-    for programs in (8, 16, 32, 64, 132, 264):
+    for programs in (16, 64, 264):
         unpack = functools.partial(by_few, programs=programs)
         ways[f"ahead, {programs}"] = functools.partial(work.ahead, unpack)
     ways["serial, 528"] = functools.partial(work.serial, functools.partial(by_few, programs=528))
-    for tile in ((128, 128, 64, 4, 8), (256, 128, 64, 3, 8), (128, 128, 128, 3, 8)):
+    for size in (10, 15, 20, 25, 30, 40):
+        ways[f"parts, {size} MB"] = functools.partial(work.parts, size * 10**6)
+    for tile in ((128, 128, 64, 4, 8), (256, 128, 64, 3, 8)):
         ways[f"inside, {'x'.join(map(str, tile))}"] = functools.partial(work.inside, tile)
     ways["bf16 again"] = work.bf16
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: ms of {BLOCKS} blocks of {ROWS} rows\n")
