@@ -107,7 +107,7 @@ class Work:
     def parts(self, size: int) -> torch.Tensor:
         for number, packed in enumerate(self.packed):
             n, k = self.plain[number].shape
-            rows = -(-n // -(-n * k * 2 // size))  # as even as they can be
+            rows = triton.cdiv(n, triton.cdiv(n * k * 2, size) * 128) * 128  # as even as they can be, of whole tiles
             place = packed.new_empty(rows, k, dtype=torch.bfloat16)
 
             def product(x, packed=packed, n=n, rows=rows, place=place):
@@ -187,7 +187,7 @@ def main() -> None:
         unpack = functools.partial(by_few, programs=programs)
         ways[f"ahead, {programs}"] = functools.partial(work.ahead, unpack)
     ways["serial, 528"] = functools.partial(work.serial, functools.partial(by_few, programs=528))
-    for size in (10, 15, 20, 25, 30, 40):
+    for size in (10, 15, 20, 30, 40, 50):
         ways[f"parts, {size} MB"] = functools.partial(work.parts, size * 10**6)
     for tile in ((128, 128, 64, 4, 8), (256, 128, 64, 3, 8)):
         ways[f"inside, {'x'.join(map(str, tile))}"] = functools.partial(work.inside, tile)

@@ -25,10 +25,11 @@ log = logging.getLogger(__name__)
 CAPABILITY = (9, 0)
 _MODULES = "fa3_fwd_interface", "flash_attn_interface"
 """Of fa3-fwd and of flash-attn 3, whose function is the same."""
-_QUERIES, _ROUNDS = 128, 3
-"""Queries of one tile, and how often tiles must fill the GPU for this kernel to lead cuDNN's: on an H100 12 heads x
-4608 tokens (3.3 times) took 220 us for 235, 6 heads 131 for 124, 6 x 16896 (6 times) 1249 for 1348. (On an H200 it led
-with 6 heads too, 108 for 117.) A rule and no timing at each start, whose chance would decide a picture's last bits."""
+_LONG, _QUERIES, _ROUNDS = 4096, 128, 3
+"""For how many tokens this kernel leads cuDNN's; and for fewer, queries of one tile, and how often tiles must fill the
+GPU. In CUDA graphs, on an H100: 4608 tokens x 24, 12, 6 and 3 heads 385, 217, 110 and 58 us for 406, 235, 119 and 61;
+2304 tokens x 24 heads (3.3 times) 121 for 124, 12 heads and fewer within 3.5 % of each other, 1152 x 12 21.9 for 20.8.
+On an H200 it led in all of these. A rule and no timing at each start, whose chance would decide a picture's last bits."""
 _DIM = 128
 """The head dim of which that was measured: its tiles are others for any other."""
 
@@ -94,4 +95,5 @@ def leads(q: torch.Tensor) -> bool:
     128 it is not known to be."""
     batch, length, heads, dim = q.shape
     units = torch.cuda.get_device_properties(q.device).multi_processor_count
-    return dim == _DIM and batch * heads * -(-length // _QUERIES) >= _ROUNDS * units
+    fills = batch * heads * -(-length // _QUERIES) >= _ROUNDS * units
+    return dim == _DIM and (length >= _LONG or fills)

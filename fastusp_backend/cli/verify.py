@@ -107,11 +107,13 @@ def run(arguments: argparse.Namespace) -> int:
         row = Row.of(option, result, exact, seconds, drawn[name], shown)._replace(here=here)
         print(_line(table, name, row))
         rows.append(row)
+    met = "there are none" if isinstance(shown, str) else f"exact ones meet {_met(shown)} captions"
     print(
         f"pictures: {CAPTIONS} of {shapes.MODEL.name}, {PIXELS} x {PIXELS}, {PICTURE_STEPS} steps less those "
-        f"that are skipped; exact ones meet {_met(shown)} captions\n"
-        "ms/step with a cache: where as many steps are skipped as in the pictures"
+        f"that are skipped; {met}"
     )
+    print("\n".join(undrawn({"exact values": shown} | {name: drawn[name] for name in options})))
+    print("ms/step with a cache: where as many steps are skipped as in the pictures")
     print("\n".join(recommend(rows, clock.step("exact"), _met(shown))))
     if devices.ranks == 1:
         return 0
@@ -205,6 +207,15 @@ def _pictures(pool: Pool, compute: str, settings: Settings) -> _Drawn | str:
     except FastUSPError as error:
         return str(error)
     return _Drawn(shapes.decode(latents), told[-1].skipped)
+
+
+def undrawn(drawn: dict[str, _Drawn | str]) -> list[str]:
+    """Says which options have no pictures, and why."""
+    reasons: dict[str, list[str]] = {}
+    for name, found in drawn.items():
+        if isinstance(found, str):
+            reasons.setdefault(found.splitlines()[0], []).append(name)
+    return [f"no pictures with {'; '.join(names)}: {reason}" for reason, names in reasons.items()]
 
 
 def _met(drawn: _Drawn | str) -> int | None:

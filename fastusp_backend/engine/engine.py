@@ -68,8 +68,8 @@ class Engine:
 
     @property
     def unpacked(self) -> bool:
-        """Whether the resident model's weights were unpacked as they were read."""
-        return self._resident is not None and self._placement.unpacked
+        """Whether weights of the resident model were unpacked as they were read, all or some."""
+        return self._resident is not None and self._placement.unpacked > 0
 
     @property
     def streams(self) -> bool:

@@ -32,6 +32,8 @@ KEPT_TOKENS, LEAST_TOKENS = 9728, 4608
 room."""
 CONTEXT = 1050 << 20
 """Bytes of a GPU that a rank has taken when it asks how much is free: CUDA's context, NCCL. Measured on two H100."""
+LEAST_UNPACKED = 0.01
+"""A smaller share of the weights is not unpacked: it would be told, and saves nothing."""
 _UNKNOWN = 1 << 62
 
 
@@ -68,21 +70,43 @@ class Settled(NamedTuple):
 
 
 def settle(model: Transformer, plans: dict[str, StoragePlan], spec: ModelSpec, ranks: int, room: Room) -> Settled:
-    """Decides where the weights lie, and whether they are unpacked there. plans: their forms if they are not. Raises as
+    """Decides where the weights lie, and which are unpacked there. plans: their forms if none are. Raises as
     `placement.place`."""
     allowed = spec.unpack and spec.linear == "exact" and spec.weights in ("auto", "whole")
     if allowed and room.device_bytes is not None:
-        wide = unpacked_plans(model, plans, spec)
-        ownership, kept = Ownership(model, wide, ranks), kept_free(model.config, wide.values(), ranks)
-        if wide != plans and max(ownership.nbytes) <= room.device_bytes - kept.usual:
+        if (found := _unpacked(model, plans, spec, ranks, room.device_bytes)) is not None:
+            wide, share = found
+            ownership = Ownership(model, wide, ranks)
             whole = place(model, wide, ownership, "whole", peers=room.peers)
-            return Settled(wide, ownership, replace(whole, unpacked=True))
+            return Settled(wide, ownership, replace(whole, unpacked=share))
     ownership, available, spare = Ownership(model, plans, ranks), None, 0
     if room.device_bytes is not None:
         kept = kept_free(model.config, plans.values(), ranks)
         available, spare = room.device_bytes - kept.usual, kept.usual - kept.least
     found = place(model, plans, ownership, spec.weights, peers=room.peers, available=available, spare=spare)
     return Settled(plans, ownership, found)
+
+
+def _unpacked(
+    model: Transformer, plans: dict[str, StoragePlan], spec: ModelSpec, ranks: int, free: int
+) -> tuple[dict[str, StoragePlan], float] | None:
+    """The forms of weights that are unpacked, all or as many as there is room for on each device, and what share that
+    is; None where it is hardly any."""
+    every = unpacked_plans(model, plans, spec)
+    if every == plans:
+        return None
+    kept, kept_packed = (kept_free(model.config, forms.values(), ranks).usual for forms in (every, plans))
+    if max(Ownership(model, every, ranks).nbytes) <= free - kept:
+        return every, 1.0
+    room = free - max(kept, kept_packed) - max(Ownership(model, plans, ranks).nbytes)
+    some = unpacked_plans(model, plans, spec, room)
+    share = _widened(some) / _widened(every)
+    return (some, share) if share >= LEAST_UNPACKED else None
+
+
+def _widened(plans: dict[str, StoragePlan]) -> int:
+    """Bytes that layers need not unpack in each step."""
+    return sum(plan.small.unpacked_bytes for plan in plans.values() if plan.small is not None)
 
 
 def kept_free(config: FamilyConfig, plans: Iterable[StoragePlan], ranks: int) -> Kept:

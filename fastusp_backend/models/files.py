@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 import os
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -128,18 +129,22 @@ def model_and_plans(header: dict[str, TensorInfo], spec: ModelSpec) -> tuple[Tra
     return model, storage_plans(model, header, spec)
 
 
-def unpacked_plans(model: Transformer, plans: dict[str, StoragePlan], spec: ModelSpec) -> dict[str, StoragePlan]:
+def unpacked_plans(
+    model: Transformer, plans: dict[str, StoragePlan], spec: ModelSpec, room: float = math.inf
+) -> dict[str, StoragePlan]:
     """The forms of a model whose layers compute with what lies in memory, in place of `plans`; the same where they do
-    that anyway. Layers of modulations, which are used once a prompt, keep theirs."""
+    that anyway. Layers of modulations, which are used once a prompt, keep theirs.
+
+    room: the bytes that this may take more; where not all layers fit into it, as many, from the first on, as do.
+    """
     seldom = {id(part) for layer in model.modulations() for part in layer.modules()}
-    compute = getattr(torch, spec.compute)
-
-    def form(name: str, plan: StoragePlan) -> StoragePlan:
-        if not plan.unpacked_bytes or id(model.get_submodule(name.rpartition(".")[0])) in seldom:
-            return plan
-        return plan.unpacked_to(compute)
-
-    return {name: form(name, plan) for name, plan in plans.items()}
+    compute, found = getattr(torch, spec.compute), dict(plans)
+    for name, plan in plans.items():
+        if plan.unpacked_bytes and id(model.get_submodule(name.rpartition(".")[0])) not in seldom:
+            wide = plan.unpacked_to(compute)
+            if wide.nbytes - plan.nbytes <= room:
+                found[name], room = wide, room - (wide.nbytes - plan.nbytes)
+    return found
 
 
 def storage_plans(model: Transformer, header: dict[str, TensorInfo], spec: ModelSpec) -> dict[str, StoragePlan]:

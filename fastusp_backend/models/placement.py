@@ -55,7 +55,7 @@ class Placement:
     device_bytes: what the weights take of a device: those that stay, slots, and of shared blocks its own.
     streamed_bytes: what comes to a device in a step.
     host_bytes: what they take of the host's memory.
-    unpacked: whether layers compute with what lies there, where the file has less.
+    unpacked: of the weights that layers would convert at each use, the share that lies there as they compute with it.
     """
 
     source: Source | None
@@ -65,13 +65,14 @@ class Placement:
     beside_tokens: bool = False
     streamed_bytes: int = 0
     host_bytes: int = 0
-    unpacked: bool = False
+    unpacked: float = 0.0
 
     def __str__(self) -> str:
         """Says, for people, where the weights are."""
         size = f"{size_in_words(self.device_bytes)} a device"
         if not self.slabs:
-            return f"whole, {'unpacked, ' if self.unpacked else ''}{size}"
+            part = "" if self.unpacked == 1 else f"{100 * self.unpacked:.0f} % "
+            return f"whole, {part + 'unpacked, ' if self.unpacked else ''}{size}"
         stay = self.blocks - len(self.slabs)
         where = "shared" if self.source == "shared" else "come from host memory"
         return f"{stay} of {self.blocks} blocks stay, {len(self.slabs)} {where}: {size}"

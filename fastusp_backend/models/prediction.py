@@ -211,8 +211,9 @@ class Prediction:
         if layout.sequence_ranks > 1:
             computing *= 1 + BESIDE
         computing += KERNELS * cost.streams + MESSAGE * cost.messages
-        if self._linear == "exact" and not found.unpacked:
-            computing += cost.parameters * UNPACKING.get(self._stored, 0) / (self._card.memory * 1e12)
+        if self._linear == "exact":
+            converted = (1 - found.unpacked) * cost.parameters * UNPACKING.get(self._stored, 0)
+            computing += converted / (self._card.memory * 1e12)
         inside, waited, turned = network.sent(layout, cost) if network is not None else (cost.sent_bytes, 0.0, 0.0)
         away = 0.0
         if waited or turned:

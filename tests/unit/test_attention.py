@@ -127,7 +127,7 @@ def test_flash_attention_3_is_for_hopper_with_its_package(monkeypatch, capabilit
 
 @pytest.mark.parametrize(
     ("shape", "leads"),  # as measured on an H100: docs of attention/flash3.py
-    [((4608, 24), True), ((4608, 12), True), ((4608, 6), False), ((4608, 3), False), ((16896, 6), True)],
+    [((4608, 12), True), ((4608, 3), True), ((2304, 24), True), ((2304, 12), False), ((1152, 12), False)],
 )
 def test_the_faster_kernel_for_a_shape_is_taken(monkeypatch, shape, leads):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))

@@ -20,7 +20,7 @@ from fastusp_backend.engine.checkpoint import Checkpoint
 from fastusp_backend.engine.patching import PatchedWeights
 from fastusp_backend.engine.room import Room, kept_free, settle
 from fastusp_backend.errors import OutOfRoom, PatchesLost
-from fastusp_backend.models.files import model_and_plans, unpacked_plans
+from fastusp_backend.models.files import model_and_plans, read_model, unpacked_plans
 from fastusp_backend.models.ownership import Ownership
 from fastusp_backend.models.synthetic import FLUX_DEV, write_checkpoint
 from fastusp_backend.pool import Progress, Session
@@ -131,15 +131,22 @@ def test_a_weight_that_is_widened(path):
 
 
 def test_an_engine_gives_the_same_bits(path, monkeypatch):
+    """Of weights that are all unpacked, none of which are, and some."""
     given = inputs(MINI, text=3, size=(4, 4))
-    outs = []
-    for unpack in (True, False):
-        monkeypatch.setattr(engine, "measure_room", lambda device: Room(False, 1 << 40))
+    outs, sizes = [], []
+    for unpack, room in ((True, 1 << 40), (False, 1 << 40), (True, None)):
+        if room is None:
+            spec = spec_to(path, unpack=True)
+            model, plans = model_and_plans(read_model(str(path)).header, spec)
+            forms = plans, unpacked_plans(model, plans, spec)
+            room = sum(sizes) // 2 + max(kept_free(MINI, of.values(), 1).usual for of in forms)
+        monkeypatch.setattr(engine, "measure_room", lambda device, room=room: Room(False, room))
         own = Engine(CPU)
         own.describe(spec_to(path, unpack=unpack))
         own.make_room()
         own.load()
-        assert own.unpacked == unpack
+        sizes.append(own.nbytes)
+        assert own.unpacked == unpack and ("% unpacked" in own.placement) == (len(sizes) == 3)
         # What was unpacked is read anew for who forbids it; what was not need not be.
         assert own.is_resident(spec_to(path, unpack=True)) and own.is_resident(spec_to(path, unpack=False)) != unpack
         denoiser = own.denoiser(Layout(ulysses=1, ring=1), Settings())
@@ -147,7 +154,8 @@ def test_an_engine_gives_the_same_bits(path, monkeypatch):
         outs.append(denoiser(given.x.to(BF16), given.timestep, [prompt], lambda: None)[0])
         own.release()
         gc.collect()
-    assert torch.equal(*outs)
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+    assert sizes[1] < sizes[2] < sizes[0]
 
 
 def settled(free, *, ranks=2, config=FLUX_DEV, **spec):
@@ -168,7 +176,7 @@ def test_where_it_fits_beside_what_is_kept_free():
     found, *_ = settled(size + kept)
     assert found.placement.unpacked and found.placement.device_bytes == size and found.plans == wide
     assert found.ownership.nbytes == Ownership(model, wide, 2).nbytes
-    for free, more in ((size + kept - 1, {}), (None, {}), (size + kept, {"unpack": False})):
+    for free, more in ((None, {}), (size + kept, {"unpack": False})):
         found, *_ = settled(free, **more)
         assert not found.placement.unpacked and not found.placement.slabs and found.plans == plans
     for weights in ("shared", "host"):  # who asks for these wants room
@@ -176,6 +184,26 @@ def test_where_it_fits_beside_what_is_kept_free():
         assert not found.placement.unpacked and found.placement.slabs
     assert settled(1 << 40, weights="whole")[0].placement.unpacked
     assert not settled(1 << 40, linear="fp8")[0].placement.unpacked, "the products take what is there"
+
+
+def test_as_many_as_fit_where_not_all_do():
+    _, model, plans, spec = settled(None)
+    packed = max(Ownership(model, plans, 2).nbytes)
+    wide = unpacked_plans(model, plans, spec)
+    kept = max(kept_free(FLUX_DEV, forms.values(), 2).usual for forms in (plans, wide))
+    more, largest = max(Ownership(model, wide, 2).nbytes) - packed, max(plan.nbytes for plan in plans.values())
+    for part in (0.25, 0.5, 0.9):
+        found, *_ = settled(packed + kept + int(part * more))
+        assert part - 0.02 < found.placement.unpacked <= part and not found.placement.slabs
+        assert f"whole, {100 * found.placement.unpacked:.0f} % unpacked, " in str(found.placement)
+        took = found.placement.device_bytes - packed
+        assert part * more - largest < took <= part * more
+        assert max(found.ownership.nbytes) == packed + took
+        forms = [(plan.small or plan, plan.small is not None) for plan in found.plans.values()]
+        assert [form for form, _ in forms] == list(plans.values()) and {small for _, small in forms} == {True, False}
+    for few in (packed + kept - 1, packed + kept + more // 200):  # too little to be told
+        found, *_ = settled(few)
+        assert not found.placement.unpacked and found.plans == plans
 
 
 def test_files_in_16_bits_have_nothing_to_unpack():

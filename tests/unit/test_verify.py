@@ -5,6 +5,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from fastusp_backend import shapes
 from fastusp_backend.__main__ import main
@@ -97,6 +98,16 @@ def test_the_fastest_for_an_error(rows, at_40, at_30):
 def test_what_a_recommendation_says_besides():
     (said, _) = verify.recommend([LINEAR], 1.0, 6)
     assert said.endswith("1.67 x as fast as exact values; 41.0 dB in the pictures, 2.0e-02 in the latents.")
+
+
+def test_why_there_are_no_pictures_is_said():
+    drawn = verify._Drawn(torch.zeros(1, 3, 8, 8), 0)
+    few = "install version 2: version 1 is right for multiples of 64\nmore"
+    found = {"exact values": drawn, "sage": few, "wire": drawn, "all": few, "other": "no room"}
+    assert verify.undrawn(found) == [
+        "no pictures with sage; all: install version 2: version 1 is right for multiples of 64",
+        "no pictures with other: no room",
+    ]
 
 
 def test_steps_are_timed_and_those_that_warm_up_are_not():

@@ -54,8 +54,15 @@ CHANGES = [
     (
         "fastusp_backend/engine/room.py",
         "weights are unpacked into what is to be kept free",
-        "<= room.device_bytes - kept.usual",
-        "<= room.device_bytes",
+        "<= free - kept:",
+        "<= free:",
+        "unit/test_unpacked.py",
+    ),
+    (
+        "fastusp_backend/engine/room.py",
+        "some weights are unpacked into what is to be kept free",
+        "room = free - max(kept, kept_packed) - max(",
+        "room = free - max(",
         "unit/test_unpacked.py",
     ),
     (
