@@ -12,6 +12,7 @@ real one, and both ways of taking it must agree. A last line says where it stops
 import argparse
 import functools
 import os
+import statistics
 import time
 from itertools import pairwise
 
@@ -34,6 +35,8 @@ from fastusp_backend.comm.transport import Transport, reach_each_other
 from fastusp_backend.config import Layout
 from fastusp_backend.planner import plan
 
+TURNS = 4
+"""How often each way for a number of GPUs is measured, one after the other."""
 HALF = 0.5
 """Of a GPU's speed, below which more of them are hardly worth it."""
 
@@ -123,38 +126,49 @@ def main() -> None:
     peers = reach_each_other(dist.group.WORLD)
     rows, steps, alone = [], [], None
 
-    def timed(name: str, mesh: Mesh, transport: Transport) -> None:
-        nonlocal alone
-        run = evaluation(model, mesh, transport, VARIANTS[a.variant], given, dtype)
-        run()
-        for arena in transport._arenas[:1]:
-            if mesh.layout.ranks > 1:
-                arena._buffer.view(dtype).normal_()  # what nobody sends; zeros would take less power
+    def heat(run) -> None:
+        """Brings the GPUs to their power limit, as sampling does."""
         started, go_on = time.perf_counter(), torch.ones(1)
         while go_on:
             run()
             torch.cuda.synchronize()
             go_on = torch.tensor([float(time.perf_counter() - started < 3)])
             dist.broadcast(go_on, 0)
-        figures, _ = measure(run, a.count, device)
-        ms = figures["median"]
-        parts = breakdown(run, ms, device)
-        alone = alone or ms * mesh.layout.ranks
-        shares = [parts[part] for part in ("gemm", "attention", "elementwise", "exposed", "gaps")]
-        if not steps or steps[-1][0] != mesh.layout.ranks:  # two are real ones, and then played
-            steps.append((mesh.layout.ranks, ms))
-        rows.append((name, str(mesh.layout), ms, alone / ms, alone / ms / mesh.layout.ranks, *shares))
+
+    def timed(ways: dict[str, tuple[Mesh, Transport]]) -> None:
+        """Several ways for as many GPUs are measured in turns: GPUs get slower as they get hotter."""
+        nonlocal alone
+        runs, found = {}, {name: [] for name in ways}
+        for name, (mesh, transport) in ways.items():
+            runs[name] = evaluation(model, mesh, transport, VARIANTS[a.variant], given, dtype)
+            runs[name]()
+            for arena in transport._arenas[:1]:
+                if mesh.layout.ranks > 1:
+                    arena._buffer.view(dtype).normal_()  # what nobody sends; zeros would take less power
+            heat(runs[name])
+        for _ in range(TURNS):
+            for name, run in runs.items():
+                figures, _ = measure(run, -(-a.count // TURNS), device)
+                found[name].append(figures["median"])
+        for name, (mesh, _) in ways.items():
+            ms = statistics.median(found[name])
+            parts = breakdown(runs[name], ms, device)
+            alone = alone or ms * mesh.layout.ranks
+            shares = [parts[part] for part in ("gemm", "attention", "elementwise", "exposed", "gaps")]
+            if not steps or steps[-1][0] != mesh.layout.ranks:  # two are real ones, and then played
+                steps.append((mesh.layout.ranks, ms))
+            rows.append((name, str(mesh.layout), ms, alone / ms, alone / ms / mesh.layout.ranks, *shares))
 
     for count in map(int, a.gpus.split(",")):
         if count == 1:
             mesh = single_rank_mesh(device)
-            timed("1", mesh, Transport(mesh))
+            timed({"1": (mesh, Transport(mesh))})
             continue
-        layout = plan(count, config.heads)
+        layout, ways = plan(count, config.heads), {}
         if count == 2:
             mesh = make_mesh(layout, device)
-            timed("2, real", mesh, Transport(mesh))
-        timed(f"{count}, played" if count == 2 else str(count), *played(layout, device, peers))
+            ways["2, real"] = mesh, Transport(mesh)
+        timed(ways | {f"{count}, played" if count == 2 else str(count): played(layout, device, peers)})
     if dist.get_rank() == 0:
         columns = [
             Column("GPUs"),

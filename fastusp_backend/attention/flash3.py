@@ -13,6 +13,7 @@ import functools
 import importlib.util
 import inspect
 import logging
+import math
 from collections.abc import Callable
 
 import torch
@@ -25,13 +26,15 @@ log = logging.getLogger(__name__)
 CAPABILITY = (9, 0)
 _MODULES = "fa3_fwd_interface", "flash_attn_interface"
 """Of fa3-fwd and of flash-attn 3, whose function is the same."""
-_LONG, _QUERIES, _ROUNDS = 4096, 128, 3
-"""For how many tokens this kernel leads cuDNN's; and for fewer, queries of one tile, and how often tiles must fill the
-GPU. In CUDA graphs, on an H100: 4608 tokens x 24, 12, 6 and 3 heads 385, 217, 110 and 58 us for 406, 235, 119 and 61;
-2304 tokens x 24 heads (3.3 times) 121 for 124, 12 heads and fewer within 3.5 % of each other, 1152 x 12 21.9 for 20.8.
-On an H200 it led in all of these. A rule and no timing at each start, whose chance would decide a picture's last bits."""
-_DIM = 128
-"""The head dim of which that was measured: its tiles are others for any other."""
+_QUERIES = 128
+"""Of one of the kernel's tiles."""
+_LEADS = {64: (math.inf, 2), 128: (4096, 3)}
+"""Where this kernel leads cuDNN's, for the head dims of which that was measured: from so many tokens on, or where tiles
+fill the GPU so many times. In CUDA graphs on an H100: of 128, 4608 tokens x 24, 12, 6 and 3 heads 385, 217, 110 and
+58 us for 406, 235, 119 and 61; 2304 x 24 (3.3 times) 121 for 124, x 12 and fewer within 3.5 % of each other, 1152 x 12
+21.9 for 20.8 (an H200 was 2 to 4 % faster in the last). Of 64, 4250 x 38, 19, 12 and 6 (9.8, 4.9, 3.1 and 1.5 times)
+352, 211, 160 and 107 for 441, 232, 186 and 95; 2125 x 19 (2.5 times) 60 for 73; an H200 alike. A rule and no timing at
+each start, whose chance would decide a picture's last bits."""
 
 
 @functools.cache
@@ -91,9 +94,8 @@ def flash3_fp8(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) 
 
 
 def leads(q: torch.Tensor) -> bool:
-    """Whether it is the fastest for queries (B, L, h, D) of so many tokens and heads. Of another head dim than
-    128 it is not known to be."""
+    """Whether it is the fastest for queries (B, L, h, D) of so many tokens and heads; not where that is not known."""
     batch, length, heads, dim = q.shape
     units = torch.cuda.get_device_properties(q.device).multi_processor_count
-    fills = batch * heads * -(-length // _QUERIES) >= _ROUNDS * units
-    return dim == _DIM and (length >= _LONG or fills)
+    tokens, rounds = _LEADS.get(dim, (math.inf, math.inf))
+    return length >= tokens or batch * heads * -(-length // _QUERIES) >= rounds * units

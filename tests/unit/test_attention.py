@@ -127,11 +127,21 @@ def test_flash_attention_3_is_for_hopper_with_its_package(monkeypatch, capabilit
 
 @pytest.mark.parametrize(
     ("shape", "leads"),  # as measured on an H100: docs of attention/flash3.py
-    [((4608, 12), True), ((4608, 3), True), ((2304, 24), True), ((2304, 12), False), ((1152, 12), False)],
+    [
+        ((4608, 12, 128), True),
+        ((4608, 3, 128), True),
+        ((2304, 24, 128), True),
+        ((2304, 12, 128), False),
+        ((1152, 12, 128), False),
+        ((4250, 12, 64), True),
+        ((4250, 6, 64), False),
+        ((2125, 19, 64), True),
+        ((16896, 24, 96), False),
+    ],
 )
 def test_the_faster_kernel_for_a_shape_is_taken(monkeypatch, shape, leads):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
-    q = torch.empty(1, *shape, 128, device="meta")
+    q = torch.empty(1, *shape, device="meta")
     called = []
     monkeypatch.setattr(flash3, "flash3", lambda *_: called.append("flash3"))
     monkeypatch.setattr(local, "cudnn", lambda *_: called.append("cudnn"))
