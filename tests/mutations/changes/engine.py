@@ -56,14 +56,14 @@ CHANGES = [
         "weights are unpacked into what is to be kept free",
         "<= free - kept:",
         "<= free:",
-        "unit/test_unpacked.py",
+        "unit/test_unpacked_room.py",
     ),
     (
         "fastusp_backend/engine/room.py",
         "some weights are unpacked into what is to be kept free",
         "room = free - max(kept, kept_packed) - max(",
         "room = free - max(",
-        "unit/test_unpacked.py",
+        "unit/test_unpacked_room.py",
     ),
     (
         PATCHING,
