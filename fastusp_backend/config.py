@@ -208,8 +208,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     keep_quantised: whether weights that are fp8 or packed in the file stay so, whatever `storage` is for the others.
     linear: as in Settings: the products that the weights serve decide how they are stored.
     weights: as in Settings.
-    unpack: whether weights that stay quantised are unpacked to `compute` once, as they are read, on GPUs where that
-        fits beside what they must keep free; not for products in fp8.
+    unpack: whether weights that stay quantised are unpacked to `compute` once, as they are read, on GPUs, as many as
+        fit beside what they must keep free; not for products in fp8.
     fingerprint: where `path` is a name alone, of a file that each machine has its own copy of (`library`); else empty.
     """
 

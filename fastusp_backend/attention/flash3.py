@@ -26,15 +26,16 @@ log = logging.getLogger(__name__)
 CAPABILITY = (9, 0)
 _MODULES = "fa3_fwd_interface", "flash_attn_interface"
 """Of fa3-fwd and of flash-attn 3, whose function is the same."""
-_QUERIES = 128
-"""Of one of the kernel's tiles."""
-_LEADS = {64: (math.inf, 2), 128: (4096, 3)}
-"""Where this kernel leads cuDNN's, for the head dims of which that was measured: from so many tokens on, or where tiles
-fill the GPU so many times. In CUDA graphs on an H100: of 128, 4608 tokens x 24, 12, 6 and 3 heads 385, 217, 110 and
-58 us for 406, 235, 119 and 61; 2304 x 24 (3.3 times) 121 for 124, x 12 and fewer within 3.5 % of each other, 1152 x 12
-21.9 for 20.8 (an H200 was 2 to 4 % faster in the last). Of 64, 4250 x 38, 19, 12 and 6 (9.8, 4.9, 3.1 and 1.5 times)
-352, 211, 160 and 107 for 441, 232, 186 and 95; 2125 x 19 (2.5 times) 60 for 73; an H200 alike. A rule and no timing at
-each start, whose chance would decide a picture's last bits."""
+_LONG, _ROUNDS = 4096, 3
+"""Of heads of 128 values: for how many tokens this kernel leads cuDNN's; and for fewer, how often tiles must fill the
+GPU. In CUDA graphs, on an H100: 4608 tokens x 24, 12, 6 and 3 heads 385, 217, 110 and 58 us for 406, 235, 119 and 61;
+2304 x 24 (3.3 times) 121 for 124, x 12 and fewer within 4 % of each other, 1152 x 12 21.9 for 20.8. On an H200 it led,
+by 2 to 4 %, in the last two as well. A rule and no timing at each start, whose chance would decide a picture's last
+bits."""
+_TILES = {64: 192, 128: 128}
+"""Queries of its tiles by head dim; cuDNN's have 128. Of heads of 64 values each round of tiles over the GPU takes 6/5
+as long as one of cuDNN's: that told the faster one of all 35 shapes that were measured on an H100, as 4250 tokens x 19,
+12 and 6 heads, 211, 160 and 107 us for 232, 186 and 95, and 1125 x 24 and 19, 34.8 and 20.6 for 30.5 and 30.2."""
 
 
 @functools.cache
@@ -97,5 +98,10 @@ def leads(q: torch.Tensor) -> bool:
     """Whether it is the fastest for queries (B, L, h, D) of so many tokens and heads; not where that is not known."""
     batch, length, heads, dim = q.shape
     units = torch.cuda.get_device_properties(q.device).multi_processor_count
-    tokens, rounds = _LEADS.get(dim, (math.inf, math.inf))
-    return length >= tokens or batch * heads * -(-length // _QUERIES) >= rounds * units
+
+    def filled(queries: int) -> float:
+        return batch * heads * -(-length // queries) / units
+
+    if dim == 64:
+        return 6 * math.ceil(filled(_TILES[64])) < 5 * math.ceil(filled(128))
+    return dim == 128 and (length >= _LONG or filled(_TILES[128]) >= _ROUNDS)

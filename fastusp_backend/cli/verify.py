@@ -112,8 +112,9 @@ def run(arguments: argparse.Namespace) -> int:
         f"pictures: {CAPTIONS} of {shapes.MODEL.name}, {PIXELS} x {PIXELS}, {PICTURE_STEPS} steps less those "
         f"that are skipped; {met}"
     )
-    print("\n".join(undrawn({"exact values": shown} | {name: drawn[name] for name in options})))
-    print("ms/step with a cache: where as many steps are skipped as in the pictures")
+    for line in undrawn({"exact values": shown} | drawn):
+        print(line)
+    print("ms/step with a cache: where as many steps are skipped as in the pictures; empty without pictures")
     print("\n".join(recommend(rows, clock.step("exact"), _met(shown))))
     if devices.ranks == 1:
         return 0
@@ -124,6 +125,8 @@ def run(arguments: argparse.Namespace) -> int:
         by_one = _pictures(pool, spec.compute, Settings())
     row = Row.of({}, exact, alone, clock.step("exact"), shown, by_one)
     print(_line(table, f"{devices.ranks} ranks, against one", row))
+    if isinstance(by_one, str):
+        print(f"no pictures of one rank: {by_one}")
     if isinstance(alone, str):
         return 1
     worst = max(difference(a, b) for a, b in zip(exact[:-1], alone[:-1], strict=True))
@@ -215,7 +218,10 @@ def undrawn(drawn: dict[str, _Drawn | str]) -> list[str]:
     for name, found in drawn.items():
         if isinstance(found, str):
             reasons.setdefault(found.splitlines()[0], []).append(name)
-    return [f"no pictures with {'; '.join(names)}: {reason}" for reason, names in reasons.items()]
+    return [
+        f"no pictures of {'; '.join(names) if len(names) < len(drawn) else 'any option'}: {reason}"
+        for reason, names in reasons.items()
+    ]
 
 
 def _met(drawn: _Drawn | str) -> int | None:
@@ -273,9 +279,11 @@ def _line(table: Table, label: str, row: Row) -> str:
 def recommend(rows: Sequence[Row], exact: float, met: int | None) -> list[str]:
     """Says for each of BUDGETS what to set: of the rows whose pictures are so close, and meet as many captions as exact
     ones, the closest of those as fast as the fastest, to MARGIN. exact: seconds of an exact step."""
+    known = [row for row in rows if row.seconds is not None and row.decibels is not None]
+    if not known:
+        return ["Nothing can be recommended: no option has pictures and a time of its steps."]
     said = []
     for budget in BUDGETS:
-        known = [row for row in rows if row.seconds is not None and row.decibels is not None]
         near = [row for row in known if row.decibels >= budget and row.met >= met]
         fastest = min((row.seconds for row in near), default=exact)
         if fastest >= exact * (1 - MARGIN):

@@ -71,7 +71,7 @@ class Placement:
         """Says, for people, where the weights are."""
         size = f"{size_in_words(self.device_bytes)} a device"
         if not self.slabs:
-            part = "" if self.unpacked == 1 else f"{100 * self.unpacked:.0f} % "
+            part = "" if self.unpacked == 1 else f"{min(99, round(100 * self.unpacked))} % of the weights "
             return f"whole, {part + 'unpacked, ' if self.unpacked else ''}{size}"
         stay = self.blocks - len(self.slabs)
         where = "shared" if self.source == "shared" else "come from host memory"

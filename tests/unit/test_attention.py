@@ -136,6 +136,9 @@ def test_flash_attention_3_is_for_hopper_with_its_package(monkeypatch, capabilit
         ((4250, 12, 64), True),
         ((4250, 6, 64), False),
         ((2125, 19, 64), True),
+        ((2125, 12, 64), False),
+        ((1125, 19, 64), True),
+        ((1125, 24, 64), False),
         ((16896, 24, 96), False),
     ],
 )

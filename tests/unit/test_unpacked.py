@@ -70,7 +70,7 @@ def loaded(path, *, unpack, room=1 << 40):
     if room == 1 << 40:
         assert placement.unpacked == unpack and ("unpacked" in str(placement)) == unpack
     else:
-        assert 0 < placement.unpacked < 1 and " % unpacked, " in str(placement)
+        assert 0 < placement.unpacked < 1 and " % of the weights unpacked, " in str(placement)
     checkpoint.allocate(CPU)
     checkpoint.read()
     return checkpoint
@@ -158,7 +158,7 @@ def test_an_engine_gives_the_same_bits(path, monkeypatch):
         own.make_room()
         own.load()
         sizes.append(own.nbytes)
-        assert own.unpacked == unpack and ("% unpacked" in own.placement) == (len(sizes) == 3)
+        assert own.unpacked == unpack and ("% of the weights unpacked" in own.placement) == (len(sizes) == 3)
         # What was unpacked is read anew for who forbids it; what was not need not be.
         assert own.is_resident(spec_to(path, unpack=True)) and own.is_resident(spec_to(path, unpack=False)) != unpack
         denoiser = own.denoiser(Layout(ulysses=1, ring=1), Settings())

@@ -1,5 +1,7 @@
 """How many weights are unpacked: all where they fit beside what is kept free, else as many as do."""
 
+from dataclasses import replace
+
 import msgspec
 import pytest
 import torch
@@ -54,12 +56,13 @@ def test_as_many_as_fit_where_not_all_do():
     for part in (0.25, 0.5, 0.9):
         found, *_ = settled(packed + kept + int(part * more))
         assert part - 0.02 < found.placement.unpacked <= part and not found.placement.slabs
-        assert f"whole, {100 * found.placement.unpacked:.0f} % unpacked, " in str(found.placement)
+        assert f"whole, {100 * found.placement.unpacked:.0f} % of the weights unpacked, " in str(found.placement)
         took = found.placement.device_bytes - packed
         assert part * more - largest < took <= part * more
         assert max(found.ownership.nbytes) == packed + took
         forms = [(plan.small or plan, plan.small is not None) for plan in found.plans.values()]
         assert [form for form, _ in forms] == list(plans.values()) and {small for _, small in forms} == {True, False}
+    assert "whole, 99 % of the weights unpacked, " in str(replace(found.placement, unpacked=0.999))
     for few in (packed + kept - 1, packed + kept + more // 200):  # too little to be told
         found, *_ = settled(few)
         assert not found.placement.unpacked and found.plans == plans

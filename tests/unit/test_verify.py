@@ -84,15 +84,21 @@ EASY, FIRST = row(0.5, 35.0, cache="easy", cache_threshold=0.1), row(0.49, 31.0,
             "wire = int8: 900.0",
         ),
         ([row(0.98, 60.0), EASY], "exact values, 1000.0", "cache = easy, cache_threshold = 0.1: 500.0"),
-        ([], "exact values, 1000.0", "exact values, 1000.0"),
     ],
-    ids=["all", "fewer captions", "not run", "hardly faster", "none"],
+    ids=["all", "fewer captions", "not run", "hardly faster"],
 )
 def test_the_fastest_for_an_error(rows, at_40, at_30):
     """Of two that are as fast the closer one; none that meets fewer captions than exact values."""
     said = verify.recommend(rows, 1.0, 6)
     assert len(said) == 2
     assert said[0].startswith(f"For 40 dB: {at_40} ms a step") and said[1].startswith(f"For 30 dB: {at_30} ms a step")
+
+
+@pytest.mark.parametrize("rows", [[], [NOT_RUN, row(0.5, None)]], ids=["none", "no pictures"])
+def test_nothing_is_recommended_by_no_pictures(rows):
+    assert verify.recommend(rows, 1.0, None) == [
+        "Nothing can be recommended: no option has pictures and a time of its steps."
+    ]
 
 
 def test_what_a_recommendation_says_besides():
@@ -105,9 +111,10 @@ def test_why_there_are_no_pictures_is_said():
     few = "install version 2: version 1 is right for multiples of 64\nmore"
     found = {"exact values": drawn, "sage": few, "wire": drawn, "all": few, "other": "no room"}
     assert verify.undrawn(found) == [
-        "no pictures with sage; all: install version 2: version 1 is right for multiples of 64",
-        "no pictures with other: no room",
+        "no pictures of sage; all: install version 2: version 1 is right for multiples of 64",
+        "no pictures of other: no room",
     ]
+    assert verify.undrawn({"exact values": "no room", "wire": "no room"}) == ["no pictures of any option: no room"]
 
 
 def test_steps_are_timed_and_those_that_warm_up_are_not():
