@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 ROWS = 2304
 SHAPES = ((3072, 3072), (3072, 9216), (3072, 12288), (12288, 3072), (15360, 3072))
 """K and N of FLUX's products."""
-TILES = ((128, 256, 64, 3, 8), (128, 256, 64, 4, 8), (128, 128, 64, 4, 4), (256, 128, 64, 3, 8))
+TILES = ((128, 256, 64, 3, 8), (128, 128, 64, 4, 4), (256, 128, 64, 3, 8))
 """Rows and columns of a tile, depth of an iteration, stages, warps."""
 
 

@@ -1,5 +1,5 @@
-"""Products of weights in Q8_0, on one GPU: microseconds of a single-stream block's products and attention, its weights
-unpacked in several ways, beside the same in bfloat16.
+"""Products of weights in Q8_0, on one GPU: milliseconds of the products and attention of single-stream blocks, their
+weights unpacked in several ways, beside the same in bfloat16.
 
 serial: each weight by one kernel before its product, as the engine does it. ahead: the next weight on a second stream,
 while the product before it runs, by as many programs as said (each loops), so that few multiprocessors are taken from

@@ -32,10 +32,11 @@ GPU. In CUDA graphs, on an H100: 4608 tokens x 24, 12, 6 and 3 heads 385, 217, 1
 2304 x 24 (3.3 times) 121 for 124, x 12 and fewer within 4 % of each other, 1152 x 12 21.9 for 20.8. On an H200 it led,
 by 2 to 4 %, in the last two as well. A rule and no timing at each start, whose chance would decide a picture's last
 bits."""
-_TILES = {64: 192, 128: 128}
-"""Queries of its tiles by head dim; cuDNN's have 128. Of heads of 64 values each round of tiles over the GPU takes 6/5
-as long as one of cuDNN's: that told the faster one of all 35 shapes that were measured on an H100, as 4250 tokens x 19,
-12 and 6 heads, 211, 160 and 107 us for 232, 186 and 95, and 1125 x 24 and 19, 34.8 and 20.6 for 30.5 and 30.2."""
+_QUERIES, _QUERIES_OF_64 = 128, 192
+"""Of a tile: cuDNN's, and this kernel's for heads of 128; its for heads of 64. There each round of tiles over the GPU
+takes 6/5 as long as one of cuDNN's: that told the faster one of all 35 shapes that were measured on an H100, as 4250
+tokens x 19, 12 and 6 heads, 211, 160 and 107 us for 232, 186 and 95, and 1125 x 24 and 19, 34.8 and 20.6 for 30.5 and
+30.2."""
 
 
 @functools.cache
@@ -103,5 +104,5 @@ def leads(q: torch.Tensor) -> bool:
         return batch * heads * -(-length // queries) / units
 
     if dim == 64:
-        return 6 * math.ceil(filled(_TILES[64])) < 5 * math.ceil(filled(128))
-    return dim == 128 and (length >= _LONG or filled(_TILES[128]) >= _ROUNDS)
+        return 6 * math.ceil(filled(_QUERIES_OF_64)) < 5 * math.ceil(filled(_QUERIES))
+    return dim == 128 and (length >= _LONG or filled(_QUERIES) >= _ROUNDS)

@@ -126,7 +126,7 @@ def run(arguments: argparse.Namespace) -> int:
     row = Row.of({}, exact, alone, clock.step("exact"), shown, by_one)
     print(_line(table, f"{devices.ranks} ranks, against one", row))
     if isinstance(by_one, str):
-        print(f"no pictures of one rank: {by_one}")
+        print(f"no pictures of one rank: {by_one.splitlines()[0]}")
     if isinstance(alone, str):
         return 1
     worst = max(difference(a, b) for a, b in zip(exact[:-1], alone[:-1], strict=True))

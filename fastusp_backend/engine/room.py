@@ -98,6 +98,7 @@ def _unpacked(
     kept, kept_packed = (kept_free(model.config, forms.values(), ranks).usual for forms in (every, plans))
     if max(Ownership(model, every, ranks).nbytes) <= free - kept:
         return every, 1.0
+    # A mix of both forms takes no more beside itself than the one that takes more.
     room = free - max(kept, kept_packed) - max(Ownership(model, plans, ranks).nbytes)
     some = unpacked_plans(model, plans, spec, room)
     share = _widened(some) / _widened(every)

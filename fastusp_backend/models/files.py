@@ -135,7 +135,7 @@ def unpacked_plans(
     """The forms of a model whose layers compute with what lies in memory, in place of `plans`; the same where they do
     that anyway. Layers of modulations, which are used once a prompt, keep theirs.
 
-    room: the bytes that this may take more; where not all layers fit into it, as many, from the first on, as do.
+    room: the bytes that this may take more; from the first layer on, those that still fit into it.
     """
     seldom = {id(part) for layer in model.modulations() for part in layer.modules()}
     compute, found = getattr(torch, spec.compute), dict(plans)

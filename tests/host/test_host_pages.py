@@ -9,6 +9,7 @@ from contextlib import closing
 import pytest
 from browser import PROGRAM, Page
 from conversion import node, open_prompt, user
+from ending import held_up
 from test_host_browser import LOG, PANEL, STATE, TOASTS, button, choose, has, panel, queue
 from test_host_choose import TOLD, loader
 from test_host_measure import LINE, ROWS, WINDOW, measure, press
@@ -19,7 +20,7 @@ pytestmark = [pytest.mark.host, pytest.mark.skipif(PROGRAM is None, reason="no C
 SEEDS = itertools.count(740)
 ASKED = """performance.getEntriesByType('resource').filter(({ startTime }) => startTime > (window.since ?? 0))
     .map(({ name }) => name).filter(name => name.includes('fastusp/'))"""
-"""What was asked for since then: a request that is answered later than what it brings is seen has begun before."""
+"""What was asked for, since `window.since` where that is set: what began before may be listed later, when it ends."""
 CARD = """document.querySelector('.fastusp section[aria-label="Pool on cpu:1"]')"""
 STARTING = "starting 1 worker(s) on cpu:1"
 POOLS = [{"state": state} for state in ("off", "starting", "idle", "busy", "stopping")]
@@ -62,14 +63,15 @@ def test_two_pages_of_one_pool(host, page, other):
         each.wait_for(has(STATE, "off: starts with the next run"))
         each.wait_for(has(TOASTS, "the workers on cpu:1 were stopped"))
     other.evaluate(f"window.states = new Set(), window.looks = setInterval(() => states.add({STATE}), 50), 0")
-    for each in (page, other):
-        queue(each, run(steps=5))
+    with held_up(host.process.pid, seconds=2.5):  # a start may take less than the seconds that are to be counted
+        for each in (page, other):
+            queue(each, run(steps=5))
     for each in (page, other):
         each.wait_for(f"{PANEL}.split('96 x 64: 5 steps').length == 3 && {has(STATE, 'idle: warm')}", 60)
     assert host.pool("cpu:1")["starts"] == starts + 1
     states = other.evaluate("clearInterval(looks), [...states]")
     counted = [int(state.split("(")[-1].removesuffix(" s)")) for state in states if state.startswith(f"{STARTING} (")]
-    assert len(counted) > 1 and counted == sorted(set(counted)), states
+    assert len(counted) > 2 and counted == sorted(set(counted)), states
 
 
 def test_pages_ask_for_nothing_again_and_again(host, page):

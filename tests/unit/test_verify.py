@@ -14,6 +14,7 @@ from fastusp_backend.cli.clock import Clock
 from fastusp_backend.cli.verify import Row
 from fastusp_backend.config import Settings
 from fastusp_backend.devices import Devices
+from fastusp_backend.errors import RequestError
 from fastusp_backend.models.synthetic import TINY_FLUX, write_checkpoint
 from fastusp_backend.pool import Progress
 from fastusp_backend.protocol import Done
@@ -154,19 +155,40 @@ class Counted:
         return x
 
 
-def test_caches_are_timed_where_they_skip_what_they_skip_of_the_pictures(tmp_path, monkeypatch, capsys):
-    """Of a file's random inputs they may skip nothing, which says nothing of what they gain at those dB."""
+class OnePicture(Counted):
+    """Draws with exact values alone."""
+
+    def sample(self, x, sigmas, **given):
+        if self.pictures and self.settings != Settings():
+            raise RequestError("not so many tokens\nof a picture")
+        return super().sample(x, sigmas, **given)
+
+
+def said_of(session, tmp_path, monkeypatch, capsys) -> str:
     path = tmp_path / "flux.safetensors"
     write_checkpoint(str(path), TINY_FLUX, seed=1)
-    for name, value in {"Session": Counted, "CAPTIONS": 1, "PIXELS": 64}.items():
+    for name, value in {"Session": session, "CAPTIONS": 1, "PIXELS": 64}.items():
         monkeypatch.setattr(verify, name, value)
     monkeypatch.setattr(verify, "Pool", lambda devices: SimpleNamespace(devices=devices, close=lambda: None))
     given = ("verify", str(path), "--gpus", "cpu:1", "--size", "64", "--text", "4", "--steps", "5")
     monkeypatch.setattr(sys, "argv", ["fastusp_backend", *given])
     assert main() == 0
-    said = capsys.readouterr().out
+    return capsys.readouterr().out
+
+
+def test_caches_are_timed_where_they_skip_what_they_skip_of_the_pictures(tmp_path, monkeypatch, capsys):
+    """Of a file's random inputs they may skip nothing, which says nothing of what they gain at those dB."""
+    said = said_of(Counted, tmp_path, monkeypatch, capsys)
     rows = {line[:60].strip(): line[60:].split() for line in said.splitlines()}
     assert rows["cache easy, threshold 0.1"][4] == rows["fp8 products, cache easy"][4] == "550.0"
     assert rows["cache easy, threshold 0.1"][-2:] == ["0", "14"], "skipped of the file's steps, and of the pictures'"
     assert rows["fp8 products"][4] == "1000.0"
-    assert "550.0 ms a step, 1.82 x as fast" in said
+    assert "550.0 ms a step, 1.82 x as fast" in said and "no pictures of" not in said and "\n\n" not in said
+
+
+def test_options_without_pictures_are_named(tmp_path, monkeypatch, capsys):
+    said = said_of(OnePicture, tmp_path, monkeypatch, capsys)
+    (line,) = [line for line in said.splitlines() if line.startswith("no pictures of ")]
+    assert line.startswith("no pictures of fp8 products; cache easy, threshold 0.05; ")
+    assert line.endswith(", cache first_block: not so many tokens")
+    assert "Nothing can be recommended" in said
