@@ -20,6 +20,6 @@ Latents are no tokens yet: theirs are (B, C, h, w), channels, height and width. 
 they are Lq and Lk. Heads, then their values, are the last dimensions, as matrix products give them.
 """
 
-from .usp import ALL, ONLY_K, ONLY_Q, ONLY_V, JointAttention, Rope
+from .usp import ALL, IN_TURN, ONLY_K, ONLY_Q, ONLY_V, JointAttention, Rope
 
-__all__ = ["ALL", "ONLY_K", "ONLY_Q", "ONLY_V", "JointAttention", "Rope"]
+__all__ = ["ALL", "IN_TURN", "ONLY_K", "ONLY_Q", "ONLY_V", "JointAttention", "Rope"]

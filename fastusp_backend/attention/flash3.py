@@ -27,11 +27,11 @@ CAPABILITY = (9, 0)
 _MODULES = "fa3_fwd_interface", "flash_attn_interface"
 """Of fa3-fwd and of flash-attn 3, whose function is the same."""
 _LONG, _ROUNDS = 4096, 3
-"""Of heads of 128 values: for how many tokens this kernel leads cuDNN's; and for fewer, how often tiles must fill the
+"""Of heads of 128 values: for how many keys this kernel leads cuDNN's; and for fewer, how often tiles must fill the
 GPU. In CUDA graphs, on an H100: 4608 tokens x 24, 12, 6 and 3 heads 385, 217, 110 and 58 us for 406, 235, 119 and 61;
 2304 x 24 (3.3 times) 121 for 124, x 12 and fewer within 4 % of each other, 1152 x 12 21.9 for 20.8. On an H200 it led,
-by 2 to 4 %, in the last two as well. A rule and no timing at each start, whose chance would decide a picture's last
-bits."""
+by 2 to 4 %, in the last two as well, and with 2048 queries x 24, 12 and 6 heads and 4608 keys 170, 111 and 56 us for
+178, 120 and 61. A rule and no timing at each start, whose chance would decide a picture's last bits."""
 _QUERIES, _QUERIES_OF_64 = 128, 192
 """Of a tile: cuDNN's, and this kernel's for heads of 128; its for heads of 64. There each round of tiles over the GPU
 takes 6/5 as long as one of cuDNN's: that told the faster one of all 35 shapes that were measured on an H100, as 4250
@@ -95,8 +95,8 @@ def flash3_fp8(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) 
     return out, lse.add_(heads.shift, alpha=scale)
 
 
-def leads(q: torch.Tensor) -> bool:
-    """Whether it is the fastest for queries (B, L, h, D) of so many tokens and heads; not where that is not known."""
+def leads(q: torch.Tensor, k: torch.Tensor) -> bool:
+    """Whether it is the fastest for queries (B, Lq, h, D) and keys (B, Lk, h, D); not where that is not known."""
     batch, length, heads, dim = q.shape
     units = torch.cuda.get_device_properties(q.device).multi_processor_count
 
@@ -105,4 +105,4 @@ def leads(q: torch.Tensor) -> bool:
 
     if dim == 64:
         return 6 * math.ceil(filled(_QUERIES_OF_64)) < 5 * math.ceil(filled(_QUERIES))
-    return dim == 128 and (length >= _LONG or filled(_QUERIES) >= _ROUNDS)
+    return dim == 128 and (k.shape[1] >= _LONG or filled(_QUERIES) >= _ROUNDS)

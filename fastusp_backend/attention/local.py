@@ -60,7 +60,7 @@ def efficient(q, k, v, scale):
 
 def hopper(q, k, v, scale):
     """The faster one for the shape of cuDNN's and FlashAttention-3's."""
-    return (flash3.flash3 if flash3.leads(q) else cudnn)(q, k, v, scale)
+    return (flash3.flash3 if flash3.leads(q, k) else cudnn)(q, k, v, scale)
 
 
 _BACKENDS: dict[tuple[str, AttentionChoice], tuple[Attend, frozenset[torch.dtype]]] = {}

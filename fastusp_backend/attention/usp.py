@@ -22,6 +22,9 @@ from .local import Attend
 
 ALL = slice(Q, V + 1)
 ONLY_Q, ONLY_K, ONLY_V = slice(Q, Q + 1), slice(K, K + 1), slice(V, V + 1)
+IN_TURN = ONLY_V, ONLY_K, ONLY_Q
+"""The order in which each had better travel while the next is computed."""
+KEYS_AND_VALUES = slice(K, V + 1)
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 
@@ -37,6 +40,9 @@ class JointAttention:
     pipelined: the ring's next block travels while the current one is attended.
     arrived, returned: called as a layer attends and when its tokens are back: nothing of Ulysses travels then.
     eps: epsilon of the norms of queries and keys.
+
+    parts: those of q, k and v that a layer whose other half leaves them time to travel had better project, one after
+        the other.
     """
 
     def __init__(
@@ -64,6 +70,11 @@ class JointAttention:
         self._scale = self._ulysses.received.shape[-1] ** -0.5
         # With Ulysses, what the ring passes on is not there before tokens have arrived.
         self._ring_early = self._ring is not None and overlap and pipelined and mesh.layout.ulysses == 1
+        self.parts = (ALL,)
+        if self._ulysses.in_turn:
+            self.parts = IN_TURN
+        elif self._ring_early and self._ring.in_turn:
+            self.parts = KEYS_AND_VALUES, ONLY_Q
         self._projected: set[tuple[int, str]] = set()  # keys and values that the ring may take
 
     def project(
@@ -109,7 +120,7 @@ class JointAttention:
         before = len(self._projected)
         self._projected |= {(tensor, rows) for tensor in tensors for rows in ("text",) * text + ("image",) * image}
         if before < len(self._projected) == 4:
-            self._ring.start(self._ulysses.received[K:])
+            self._ring.start(self._ulysses.received[KEYS_AND_VALUES])
 
     def attend(self, *, text_first: bool = False, image_only: bool = False) -> None:
         """Waits for what was projected, attends, and starts returning the tokens to their owners.
@@ -127,12 +138,29 @@ class JointAttention:
         if image_only:
             q[:, : self._text_rows] = 0
         if self._ring:
-            attended = self._over_ring(q, self._ulysses.received[K:], valid)
+            self._ulysses.give_back(
+                self._over_ring(q, self._ulysses.received[KEYS_AND_VALUES], valid), text_first=text_first
+            )
+        elif self._ulysses.own_last:
+            self._own_last(q, k[:, valid[0]], v[:, valid[0]], text_first)
         else:
             attended = self._attend(q, k[:, valid[0]], v[:, valid[0]], self._scale)[0]
-        self._ulysses.give_back(attended, text_first=text_first)
+            self._ulysses.give_back(attended, text_first=text_first)
         if not self._overlap:
             self._returned = self._ulysses.take_back()
+
+    def _own_last(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, text_first: bool) -> None:
+        """Attends the other's tokens and all text, and while these travel this rank's part of the image."""
+        own, attended = self._own_regions[1][1], q.new_empty(q.shape)
+        first = [rows for rows in (slice(0, own.start), slice(own.stop, q.shape[1])) if rows.start < rows.stop]
+        queries = [q[:, rows] for rows in first]
+        # In one call, since few tokens do not fill a GPU.
+        out = self._attend(queries[0] if len(first) == 1 else torch.cat(queries, dim=1), k, v, self._scale)[0]
+        for rows, part in zip(first, out.split([part.shape[1] for part in queries], dim=1), strict=True):
+            attended[:, rows] = part
+        self._ulysses.give_back(attended, text_first=text_first, own_later=True)
+        attended[:, own] = self._attend(q[:, own], k, v, self._scale)[0]
+        self._ulysses.keep()
 
     def collect(self) -> torch.Tensor:
         """Returns the attended tokens of this rank (B, L, C), text first, valid until the next `attend`."""

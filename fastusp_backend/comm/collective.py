@@ -64,6 +64,8 @@ def _awaiting(out: torch.Tensor, works: list[dist.Work], sent: torch.Tensor) -> 
 class CollectiveUlysses:
     """See `Ulysses`. By the group's all-to-all."""
 
+    in_turn = own_last = False
+
     def __init__(self, group: dist.ProcessGroup, shards: SequenceShards, batch: int, wire: Wire, device: torch.device):
         self._group, self._shards, self._wire = group, shards, wire
         self.position, self._size = dist.get_rank(group), dist.get_world_size(group)
@@ -99,7 +101,8 @@ class CollectiveUlysses:
                     self.received[which][:, :, region] = part
         self._pending.clear()
 
-    def give_back(self, attended: torch.Tensor, *, text_first: bool = False) -> None:
+    def give_back(self, attended: torch.Tensor, *, text_first: bool = False, own_later: bool = False) -> None:
+        assert not own_later
         b, _, h, d = attended.shape
         sent = attended.new_empty(self._size, b, self._shards.local, h, d)
         for target in range(self._size):
@@ -109,6 +112,9 @@ class CollectiveUlysses:
         arrived = torch.empty_like(sent)
         work = dist.all_to_all_single(arrived, sent, group=self._group, async_op=True)
         self._returning = work, sent, arrived, attended
+
+    def keep(self) -> None:
+        pass
 
     def take_text(self) -> torch.Tensor:
         self._taken = self.take_back()  # all came in one message
@@ -129,6 +135,8 @@ class CollectiveUlysses:
 class CollectiveRing:
     """See `Ring`. Each rank forwards what it has received; a block is packed once, at its owner. An exact one is sent
     from where it lies: it has left when the second block is yielded, ahead of what the caller queues then."""
+
+    in_turn = False
 
     def __init__(self, group: GroupExchange, wire: Wire):
         self._group, self._wire = group, wire

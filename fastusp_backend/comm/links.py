@@ -31,9 +31,14 @@ class Ulysses(Protocol):
     received (3, B, N, h, D): q, k, v of the gathered sequence, this rank's own part written by the caller.
     outgoing (3, U, B, L, *row): what is sent, by Ulysses position, as rows of the wire (see wire.py), written by the
         caller before `send`, unless `peers_memory` says where it goes instead; the own slot is unused.
+    in_turn: whether what it sends had better be projected one after the other, v, k and q, even where what follows
+        leaves it time to travel.
+    own_last: whether it pays to attend this rank's image tokens last, while the others' travel.
     """
 
     position: int
+    in_turn: bool
+    own_last: bool
     received: torch.Tensor
     outgoing: torch.Tensor
 
@@ -47,9 +52,12 @@ class Ulysses(Protocol):
     def wait(self) -> None:
         """Orders what follows behind the arrival of all that was sent to this rank."""
 
-    def give_back(self, attended: torch.Tensor, *, text_first: bool = False) -> None:
+    def give_back(self, attended: torch.Tensor, *, text_first: bool = False, own_later: bool = False) -> None:
         """Starts returning attended (B, N, h, D) tokens to their owners. text_first: the text's in a message of their
-        own."""
+        own. own_later: this rank's image tokens are not there yet; the caller writes them and calls `keep`."""
+
+    def keep(self) -> None:
+        """Takes this rank's image tokens, which were not there when `give_back` was called."""
 
     def take_text(self) -> torch.Tensor:
         """Waits for the attended text tokens of this rank, where they came first, and returns (B, L, H D), in which the
@@ -60,6 +68,11 @@ class Ulysses(Protocol):
 
 
 class Ring(Protocol):
+    """in_turn: whether keys and values had better be projected ahead of queries, even where what follows leaves them
+    time to travel."""
+
+    in_turn: bool
+
     def start(self, own: torch.Tensor) -> None:
         """Starts passing this rank's keys and values on, which stay as they are until the `rotate` that follows is
         exhausted."""
@@ -87,7 +100,7 @@ class Links:
 class LocalUlysses:
     """See `Ulysses`. For one rank, where nothing moves: the caller writes all of `received` (3, B, N, H, D)."""
 
-    position = 0
+    position, in_turn, own_last = 0, False, False
 
     def __init__(self, received: torch.Tensor):
         self.received = received
@@ -103,8 +116,11 @@ class LocalUlysses:
     def wait(self) -> None:
         pass
 
-    def give_back(self, attended: torch.Tensor, *, text_first: bool = False) -> None:
+    def give_back(self, attended: torch.Tensor, *, text_first: bool = False, own_later: bool = False) -> None:
         self._attended = attended
+
+    def keep(self) -> None:
+        pass
 
     def take_back(self) -> torch.Tensor:
         return self._attended.flatten(2)

@@ -25,9 +25,9 @@ from collections.abc import Callable, Iterator
 import torch
 
 from ..kernels.scatter import scatter
-from .arena import CHANNELS, Arena, Part, Region, carve
+from .arena import CHANNELS, Part, Region
 from .copies import copy
-from .links import Block, Pending
+from .links import Block
 from .shards import SequenceShards
 from .wire import Wire, unpack_gathered, unpack_returned
 
@@ -72,6 +72,10 @@ class PeerUlysses:
         # Of what is packed the other side makes something else.
         bases = [None if wire.packed else region.addresses for region in (gathered, returned)]
         self._received_there, self._returned_there = (None if b is None else b[members] for b in bases)
+        self.in_turn = self._arena.hops > 1
+        # What is packed takes less than a second call for attention costs; of more ranks the own part hides little.
+        long = self._bytes(shards.local_image) >= _PIECE
+        self.own_last = self._arena.hops > 1 and long and len(members) == 2 and not wire.packed
         self._in_flight: list[slice] = []
         self._messages = 0  # of this layer, awaited or not: a channel is used again when all have heard it
         self._attended: torch.Tensor | None = None
@@ -128,8 +132,8 @@ class PeerUlysses:
             unpack_gathered(packed, received, self._shards, self.position, text=True, image=True)
         self._in_flight.clear()
 
-    def give_back(self, attended: torch.Tensor, *, text_first: bool = False) -> None:
-        self._messages = 0
+    def give_back(self, attended: torch.Tensor, *, text_first: bool = False, own_later: bool = False) -> None:
+        self._messages, self._own_later = 0, own_later
         attended = attended.contiguous()  # a token's heads in one piece
         rows_of = self._wire.encode(attended)
         self._attended, self._leaving = attended, rows_of  # must not be reused while they travel
@@ -157,10 +161,15 @@ class PeerUlysses:
                     self._bring(rows_of, to, rows)
                 self._arena.put_signals(self._peers, channel)
                 if not self._wire.packed:
-                    self._bring(rows_of, self.position, rows)
+                    stop = min(rows.stop, shards.local_text) if self._own_later else rows.stop
+                    self._bring(rows_of, self.position, slice(rows.start, stop))
         for source in self._targets:
             parts = [self._place_of(source, b, mine) for mine, _ in self._within(0, rows) for b in range(self._batch)]
             self._arena.expect(self._members[source], channel, parts)
+
+    def keep(self) -> None:
+        with self._arena.side_stream():
+            self._bring(self._attended, self.position, slice(self._shards.local_text, self._shards.local))
 
     def _bring(self, rows_of: torch.Tensor, to: int, rows: slice) -> None:
         for theirs, region in self._within(to, rows):
@@ -216,6 +225,7 @@ class PeerRing:
 
     def __init__(self, members: list[int], wire: Wire, block: Part):
         self._arena, self._wire, self._block = block.region.arena, wire, block
+        self.in_turn = self._arena.hops > 1
         self._position, size = members.index(self._arena.position), len(members)
         self._peers = [members[(self._position - hop) % size] for hop in range(1, size)]  # as their blocks are read
         self._started = False
@@ -269,30 +279,3 @@ class PeerRing:
             first = index[0].start
             return Part(region, (slice(first + piece.start, first + piece.stop), *index[1:]))
         return Part(region, (piece,))
-
-
-class PeerGather:
-    """See `Gather`. For x of one shape."""
-
-    def __init__(self, arena: Arena, shape: tuple[int, ...], dtype: torch.dtype):
-        self._arena = arena
-        (self._all,) = carve(arena, [((arena.size, *shape), dtype)])
-
-    def all_gather(self, x: torch.Tensor) -> Pending:
-        arena, x = self._arena, x.contiguous()
-        others = [(arena.position + i) % arena.size for i in range(1, arena.size)]
-        mine = Part(self._all, (arena.position,))
-        with arena.side_stream():
-            for other in others:
-                mine.of(other).copy_(x, non_blocking=True)
-            arena.put_signals(others, _FIRST_SEND)
-            mine.own.copy_(x)
-        for other in others:
-            arena.expect(other, _FIRST_SEND, [Part(self._all, (other,))])
-
-        def wait() -> torch.Tensor:
-            arena.wait_all()
-            x.numel()  # `x` lives in this closure: its memory must not be reused while it travels
-            return self._all.own
-
-        return wait

@@ -29,7 +29,8 @@ from .groups import all_gather_single, allocate_together, machine
 from .link_speed import measure_link_speed
 from .links import Links, LocalUlysses, Ring, Ulysses
 from .mesh import Mesh
-from .peers import PeerGather, PeerRing, PeerUlysses
+from .peer_gather import PeerGather
+from .peers import PeerRing, PeerUlysses
 from .shards import SequenceShards
 from .staged import StagedArena
 from .symmetric import SymmetricArena

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..attention import ALL, ONLY_K, ONLY_Q, ONLY_V, JointAttention, Rope
+from ..attention import ALL, IN_TURN, JointAttention, Rope
 from .layers import Activations, HeadNorm, Linear, StreamModulation
 from .segments import Segments
 
@@ -95,7 +95,7 @@ class StreamBlock(nn.Module):
 
     def project_in_turn(self, normed: Activations, rope: Rope, joint: JointAttention, **stream: bool) -> None:
         """v, k, q one after the other, right for a long stream: each travels while the next is computed."""
-        for which in (ONLY_V, ONLY_K, ONLY_Q):
+        for which in IN_TURN:
             rows = slice(which.start * self.hidden, which.stop * self.hidden)
             joint.project(self.attn.qkv(normed, rows), self.attn.norm.scales[which], rope, which, **stream)
 
@@ -145,7 +145,9 @@ class SingleStreamBlock(nn.Module):
     def forward(self, normed: Activations, rope: Rope, joint: JointAttention, ops: Segments) -> torch.Tensor:
         """normed (B, L, C) -> what to add to x (B, L, C)."""
         c = self.hidden
-        joint.project(self.linear1(normed, slice(0, 3 * c)), self.norm.scales, rope)
+        for which in joint.parts:
+            qkv = self.linear1(normed, slice(which.start * c, which.stop * c))
+            joint.project(qkv, self.norm.scales[which], rope, which)
         mlp = ops.mlp_in(self.linear1, normed, slice(3 * c, None), gated=self.gated)  # while q, k, v travel
         joint.attend()
         out = self.linear2(mlp, columns=slice(c, None))  # while the attended tokens travel

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..attention import ALL, ONLY_K, ONLY_Q, ONLY_V, JointAttention
+from ..attention import ALL, IN_TURN, ONLY_K, ONLY_Q, ONLY_V, JointAttention
 from .layers import Activations, Linear, ModulationOut, RMSNorm, StreamModulation
 from .segments import Segments
 
@@ -93,9 +93,7 @@ class Attention(nn.Module):
         """For q, k and v, as `JointAttention.project` takes them."""
         return self.ln_q and self.ln_q.weight, self.ln_k and self.ln_k.weight, None
 
-    def project_image(
-        self, normed: Activations, joint: JointAttention, order: tuple[slice, ...] = (ONLY_V, ONLY_K, ONLY_Q)
-    ) -> None:
+    def project_image(self, normed: Activations, joint: JointAttention, order: tuple[slice, ...] = IN_TURN) -> None:
         """One after the other, right for a long stream: each travels while the next is computed."""
         for which in order:
             rows = slice(which.start * self.hidden, which.stop * self.hidden)

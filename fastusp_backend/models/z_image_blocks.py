@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..attention import ONLY_K, ONLY_Q, ONLY_V, JointAttention, Rope
+from ..attention import IN_TURN, JointAttention, Rope
 from ..kernels.place import rotate
 from ..kernels.sandwich import EPS, swiglu_reference
 from ..kernels.tokens import bounded
@@ -45,7 +45,7 @@ class Attention(nn.Module):
     def project(self, normed: Activations, rope: Rope, joint: JointAttention, *, text: bool) -> None:
         """v, k, q one after the other: each travels while the next is computed."""
         scales = self.q_norm.weight, self.k_norm.weight, None
-        for which in (ONLY_V, ONLY_K, ONLY_Q):
+        for which in IN_TURN:
             rows = slice(which.start * self.hidden, which.stop * self.hidden)
             joint.project(self.qkv(normed, rows), scales[which], rope, which, text=text)
 

@@ -152,6 +152,14 @@ def test_the_faster_kernel_for_a_shape_is_taken(monkeypatch, shape, leads):
     assert called == ["flash3" if leads else "cudnn"]
 
 
+def test_of_part_of_the_queries_the_keys_decide(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    k, called = torch.empty(1, 4608, 12, 128, device="meta"), []
+    monkeypatch.setattr(flash3, "flash3", lambda *_: called.append("flash3"))
+    local.hopper(k[:, :2048], k, k, 1.0)
+    assert called == ["flash3"]
+
+
 def test_a_package_that_does_not_load_is_told_and_left_alone(monkeypatch, tmp_path, caplog):
     (tmp_path / "fa3_fwd_interface.py").write_text("raise ImportError('undefined symbol: of another torch')\n")
     monkeypatch.syspath_prepend(str(tmp_path))

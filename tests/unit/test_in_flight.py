@@ -11,7 +11,8 @@ from support import randn
 from fastusp_backend.comm import peers
 from fastusp_backend.comm.arena import Part, carve
 from fastusp_backend.comm.collective import CollectiveRing
-from fastusp_backend.comm.peers import PeerGather, PeerRing, PeerUlysses
+from fastusp_backend.comm.peer_gather import PeerGather
+from fastusp_backend.comm.peers import PeerRing, PeerUlysses
 from fastusp_backend.comm.shards import SequenceShards
 from fastusp_backend.comm.wire import Wire
 from fastusp_backend.config import Layout
@@ -25,10 +26,9 @@ class Arena:
     """Rank 0's, of `size` ranks that lie in its own memory. Notes in `calls` what is pulled and awaited."""
 
     position = generation = 0
-    hops = 1
 
-    def __init__(self, size: int, calls: list[str]):
-        self.size, self.calls = size, calls
+    def __init__(self, size: int, calls: list[str], hops: int = 1):
+        self.size, self.calls, self.hops = size, calls, hops
 
     def reserve(self, capacity):
         self.memory = torch.zeros(capacity, dtype=torch.uint8)
@@ -133,6 +133,25 @@ def test_attended_rows_live_until_their_readers_are_done(monkeypatch, packed):
     ulysses.take_back()
     gc.collect()
     assert all(kept() is None for kept in alive)
+
+
+@pytest.mark.parametrize(
+    "ranks, hops, packed, image, in_turn, own_last",
+    [
+        (2, 2, None, 2000, True, True),
+        (2, 1, None, 2000, False, False),  # nothing to hide for
+        (2, 2, torch.int8, 8000, True, False),
+        (4, 2, None, 8000, True, False),
+        (2, 2, None, 20, True, False),
+    ],
+)
+def test_when_a_rank_attends_its_own_image_last(ranks, hops, packed, image, in_turn, own_last):
+    shards = SequenceShards(Layout(ulysses=ranks, ring=1), 8, ranks * image)
+    wire = Wire(16, 64, torch.bfloat16, packed)
+    gathered = (3, ranks, BATCH, shards.local, *wire.row) if packed else (3, BATCH, shards.gathered, 16, 64)
+    regions = carve(Arena(ranks, [], hops), [(gathered, wire.carrier), ((1,), wire.carrier)])
+    ulysses = PeerUlysses(list(range(ranks)), shards, wire, *regions, BATCH)
+    assert (ulysses.in_turn, ulysses.own_last) == (in_turn, own_last)
 
 
 def test_what_is_gathered_lives_until_all_have_it():

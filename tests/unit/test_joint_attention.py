@@ -34,9 +34,13 @@ class Recorder(LocalUlysses):
     def wait(self):
         self.calls.append("wait")
 
-    def give_back(self, attended, *, text_first=False):
-        self.calls.append("give back, text first" if text_first else "give back")
+    def give_back(self, attended, *, text_first=False, own_later=False):
+        self.calls.append("give back" + ", text first" * text_first + ", own later" * own_later)
+        self.given_back = attended.clone()
         super().give_back(attended)
+
+    def keep(self):
+        self.calls.append("keep")
 
     def take_text(self):
         self.calls.append("take text")
@@ -75,11 +79,41 @@ def test_order(overlap, expected):
     assert ulysses.calls == ["wait", "give back, text first", *taken]
 
 
+@pytest.mark.parametrize("position", [0, 1])
+@pytest.mark.parametrize("image_only", [False, True])
+def test_own_image_is_attended_while_the_others_tokens_travel(position, image_only):
+    """Of 2 x 2 tokens of text, the first one padding, and 2 x 3 of the image, the last one padding."""
+    mesh, shards = single_rank_mesh(CPU), SequenceShards(Layout(ulysses=2, ring=1), 3, 5)
+    mesh = dataclasses.replace(mesh, layout=shards.layout)
+    given, called = randn(3, 2, shards.gathered, 2, 8, seed=0), []
+
+    def attend(q, k, v, scale):
+        called.append((q, k))
+        return math(q, k, v, scale)
+
+    links = []
+    for own_last in (False, True):
+        ulysses = Recorder(given.clone())
+        ulysses.position, ulysses.own_last = position, own_last
+        joint = JointAttention(mesh, attend, shards, Links(ulysses, None, None), overlap=True, pipelined=True)
+        joint.attend(text_first=True, image_only=image_only)
+        links.append((ulysses, joint.collect()))
+    (_, wanted), (ulysses, got) = links
+    assert ulysses.calls == ["wait", "give back, text first, own later", "keep", "take back"]
+    torch.testing.assert_close(got, wanted)
+    own = slice(4 + 3 * position, 7 + 3 * position)
+    others = [*range(own.start), *range(own.stop, shards.gathered)]
+    torch.testing.assert_close(ulysses.given_back.flatten(2)[:, others], wanted[:, others])
+    assert [q.shape[1] for q, _ in called] == [10, 7, 3]
+    assert all(k.shape[1] == (5 if image_only else 8) for _, k in called)
+    torch.testing.assert_close(called[2][0], given[0][:, own])
+
+
 class Ring:
     """Three blocks of keys and values, (2, B, N, h, D) each. Notes how it was asked for them."""
 
-    def __init__(self, blocks):
-        self.blocks, self.asked = blocks, []
+    def __init__(self, blocks, in_turn=False):
+        self.blocks, self.in_turn, self.asked = blocks, in_turn, []
 
     def start(self, own):
         self.asked.append("start")
@@ -152,6 +186,28 @@ def test_keys_and_values_leave_as_soon_as_they_are_complete(ulysses, overlap, pi
     project(slice(0, 3), 3, text=False)
     joint.attend(image_only=True)
     assert ring.asked == [pipelined], "the text's were not projected"
+
+
+@pytest.mark.parametrize(
+    "ulysses, ring, overlap, parts",
+    [
+        (True, None, True, (ONLY_V, ONLY_K, ONLY_Q)),
+        (True, True, True, (ONLY_V, ONLY_K, ONLY_Q)),
+        (False, True, True, (slice(1, 3), ONLY_Q)),
+        (False, True, False, (ALL,)),  # nothing of the ring travels before attention
+        (False, False, True, (ALL,)),
+        (False, None, True, (ALL,)),
+    ],
+)
+def test_what_travels_long_is_projected_first(ulysses, ring, overlap, parts):
+    """ulysses, ring: whether each wants it, None where there is no ring."""
+    layout = Layout(ulysses=2 if ulysses else 1, ring=1 if ring is None else 2)
+    mesh = dataclasses.replace(single_rank_mesh(CPU), layout=layout)
+    local = LocalUlysses(torch.zeros(3, 1, 10, 2, 8))
+    local.in_turn = ulysses
+    links = Links(local, None if ring is None else Ring([], in_turn=ring), None)
+    joint = JointAttention(mesh, math, SequenceShards(layout, 8, 12), links, overlap=overlap, pipelined=True)
+    assert joint.parts == parts
 
 
 def test_the_texts_queries_are_zeros_where_the_image_attends_alone():

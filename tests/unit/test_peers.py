@@ -137,7 +137,8 @@ def layers(joint: JointAttention, x, scales, rope, local_text: int, count: int) 
     for layer in range(count):
         text, image = x[:, :local_text], x[:, local_text:]
         if layer % 2:
-            joint.project(x, scales, rope)
+            for which in joint.parts:
+                joint.project(x[..., which.start * c : which.stop * c], scales[which], rope, which)
             joint.attend()
             attended = joint.collect()
         else:
