@@ -7,6 +7,7 @@ from unittest.mock import patch
 
 import torch
 
+from fastusp_backend.attention.usp import ALL, IN_TURN, KEYS_AND_VALUES, ONLY_Q
 from fastusp_backend.models import layers
 from fastusp_backend.models.family import FamilyConfig
 from fastusp_backend.models.positions import References
@@ -40,7 +41,8 @@ class Part(NamedTuple):
 class _Joint:
     """Attention that gives tokens of the right shape."""
 
-    def __init__(self, tokens: torch.Tensor, text: int):
+    def __init__(self, tokens: torch.Tensor, text: int, parts: tuple[slice, ...]):
+        self.parts = parts
         self.collect = lambda: tokens
         self.collect_text = lambda: tokens[:, :text]
         self.collect_image = lambda: tokens[:, text:]
@@ -69,8 +71,10 @@ def parts(config: FamilyConfig) -> set[Part]:
         txt, img = torch.empty(2, 1, 3, config.hidden, dtype=torch.bfloat16)
         patches = torch.empty(1, 3, config.patch**2 * (config.channels + config.concat_channels), dtype=torch.bfloat16)
         mods = model.split_modulations(torch.empty(1, 1, model.modulation_width, dtype=torch.bfloat16))
-        joint = _Joint(torch.empty(1, 6, config.hidden, dtype=torch.bfloat16), text=3)
+        tokens = torch.empty(1, 6, config.hidden, dtype=torch.bfloat16)
         rope = model.rope(3, (1, 3), References(config.patch), img.device)
         rope = tuple(tuple(table[:3] for table in tables) for tables in rope)  # without what fills a stream up
-        model(patches, txt, mods, rope, joint, Segments(img.device, fused=False, fp8=True))
+        for projected in ((ALL,), IN_TURN, (KEYS_AND_VALUES, ONLY_Q)):
+            joint = _Joint(tokens, 3, projected)
+            model(patches, txt, mods, rope, joint, Segments(img.device, fused=False, fp8=True))
     return found
