@@ -38,7 +38,8 @@ class JointAttention:
 
     overlap: exchanges run while the layer computes what lies between these calls; else each is awaited where it starts.
     pipelined: the ring's next block travels while the current one is attended.
-    arrived, returned: called as a layer attends and when its tokens are back: nothing of Ulysses travels then.
+    arrived, returned: called as a layer attends and when its tokens are back: nothing of Ulysses travels then, but what
+        is given back while a rank attends its own image tokens.
     eps: epsilon of the norms of queries and keys.
 
     parts: those of q, k and v that a layer whose other half leaves them time to travel had better project, one after
@@ -71,7 +72,7 @@ class JointAttention:
         # With Ulysses, what the ring passes on is not there before tokens have arrived.
         self._ring_early = self._ring is not None and overlap and pipelined and mesh.layout.ulysses == 1
         self.parts = (ALL,)
-        if self._ulysses.in_turn:
+        if overlap and self._ulysses.in_turn:
             self.parts = IN_TURN
         elif self._ring_early and self._ring.in_turn:
             self.parts = KEYS_AND_VALUES, ONLY_Q
@@ -141,7 +142,7 @@ class JointAttention:
             self._ulysses.give_back(
                 self._over_ring(q, self._ulysses.received[KEYS_AND_VALUES], valid), text_first=text_first
             )
-        elif self._ulysses.own_last:
+        elif self._overlap and self._ulysses.own_last:
             self._own_last(q, k[:, valid[0]], v[:, valid[0]], text_first)
         else:
             attended = self._attend(q, k[:, valid[0]], v[:, valid[0]], self._scale)[0]

@@ -73,12 +73,14 @@ class PeerUlysses:
         bases = [None if wire.packed else region.addresses for region in (gathered, returned)]
         self._received_there, self._returned_there = (None if b is None else b[members] for b in bases)
         self.in_turn = self._arena.hops > 1
-        # What is packed takes less than a second call for attention costs; of more ranks the own part hides little.
+        # What is given back says that all was read, which its own part was not: only the other hop keeps what a peer
+        # sends next from where it still is. Of more ranks the own part hides little.
         long = self._bytes(shards.local_image) >= _PIECE
-        self.own_last = self._arena.hops > 1 and long and len(members) == 2 and not wire.packed
+        self.own_last = self._arena.hops > 1 and long and len(members) == 2
         self._in_flight: list[slice] = []
         self._messages = 0  # of this layer, awaited or not: a channel is used again when all have heard it
         self._attended: torch.Tensor | None = None
+        self._own_later = False
         self._wait_for_text: Callable[[], None] | None = None
         self._unpacked: torch.Tensor | None = None
 
@@ -168,6 +170,8 @@ class PeerUlysses:
             self._arena.expect(self._members[source], channel, parts)
 
     def keep(self) -> None:
+        if self._wire.packed:  # see `take_back`
+            return
         with self._arena.side_stream():
             self._bring(self._attended, self.position, slice(self._shards.local_text, self._shards.local))
 

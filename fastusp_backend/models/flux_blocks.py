@@ -146,8 +146,8 @@ class SingleStreamBlock(nn.Module):
         """normed (B, L, C) -> what to add to x (B, L, C)."""
         c = self.hidden
         for which in joint.parts:
-            qkv = self.linear1(normed, slice(which.start * c, which.stop * c))
-            joint.project(qkv, self.norm.scales[which], rope, which)
+            rows = slice(which.start * c, which.stop * c)
+            joint.project(self.linear1(normed, rows), self.norm.scales[which], rope, which)
         mlp = ops.mlp_in(self.linear1, normed, slice(3 * c, None), gated=self.gated)  # while q, k, v travel
         joint.attend()
         out = self.linear2(mlp, columns=slice(c, None))  # while the attended tokens travel

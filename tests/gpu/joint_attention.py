@@ -44,7 +44,9 @@ def layer(joint: JointAttention, gather, text, image, scales, rope) -> torch.Ten
         joint.project(image[..., which.start * c : which.stop * c], scales[which], None, which, text=False)
     joint.attend(image_only=True)
     first[:, local_text:] += joint.collect_image()
-    joint.project(torch.cat([text, image], 1) + first.repeat(1, 1, 3), scales, rope)
+    both = torch.cat([text, image], 1) + first.repeat(1, 1, 3)
+    for which in joint.parts:
+        joint.project(both[..., which.start * c : which.stop * c], scales[which], rope, which)
     joint.attend()
     done = (first + joint.collect())[:, local_text:]
     return gather.all_gather(done)() if gather else done[None]

@@ -26,7 +26,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 2**-7), (torch.float16, 2**-10), (torch.float32, 1e-6)])
-@pytest.mark.parametrize("which", [slice(0, 3), slice(0, 1), slice(1, 2), slice(2, 3)])
+@pytest.mark.parametrize("which", [slice(0, 3), slice(0, 1), slice(1, 2), slice(2, 3), slice(1, 3)])
 @pytest.mark.parametrize("text, image", [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("ulysses, position", [(1, 0), (2, 0), (2, 1), (4, 2)])
 def test_kernel_equals_reference(ulysses, position, text, image, which, dtype, bound, kind):

@@ -140,7 +140,7 @@ def test_attended_rows_live_until_their_readers_are_done(monkeypatch, packed):
     [
         (2, 2, None, 2000, True, True),
         (2, 1, None, 2000, False, False),  # nothing to hide for
-        (2, 2, torch.int8, 8000, True, False),
+        (2, 2, torch.int8, 4000, True, True),
         (4, 2, None, 8000, True, False),
         (2, 2, None, 20, True, False),
     ],

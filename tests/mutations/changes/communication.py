@@ -227,4 +227,25 @@ CHANGES = [
         "link_speed > FAST_LINK",
         "unit/test_wire.py",
     ),
+    (
+        PEERS,
+        "own rows that are attended last stay as they were",
+        "self._bring(self._attended, self.position,",
+        "self._bring(self._attended[:, :0], self.position,",
+        "unit/test_peers.py",
+    ),
+    (
+        USP,
+        "own rows are taken before they are attended",
+        "text_first=text_first, own_later=True)",
+        "text_first=text_first)",
+        "unit/test_joint_attention.py",
+    ),
+    (
+        USP,
+        "q, k and v of a single block leave together where they travel long",
+        "self.parts = IN_TURN",
+        "self.parts = (ALL,)",
+        "unit/test_joint_attention.py",
+    ),
 ]
