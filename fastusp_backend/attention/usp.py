@@ -42,8 +42,8 @@ class JointAttention:
         is given back while a rank attends its own image tokens.
     eps: epsilon of the norms of queries and keys.
 
-    parts: those of q, k and v that a layer whose other half leaves them time to travel had better project, one after
-        the other.
+    parts: of q, k and v, in the order in which a layer projects them that leaves them time to travel: all at once, or
+        one after the other where they travel long.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class JointAttention:
         self.parts = (ALL,)
         if overlap and self._ulysses.in_turn:
             self.parts = IN_TURN
-        elif self._ring_early and self._ring.in_turn:
+        elif self._ring_early and self._ring.keys_first:
             self.parts = KEYS_AND_VALUES, ONLY_Q
         self._projected: set[tuple[int, str]] = set()  # keys and values that the ring may take
 
@@ -138,27 +138,25 @@ class JointAttention:
         valid = self._valid_image if image_only else self._valid
         if image_only:
             q[:, : self._text_rows] = 0
+        if self._overlap and not self._ring and self._ulysses.own_last:
+            self._attend_own_last(q, k[:, valid[0]], v[:, valid[0]], text_first)
+            return
         if self._ring:
-            self._ulysses.give_back(
-                self._over_ring(q, self._ulysses.received[KEYS_AND_VALUES], valid), text_first=text_first
-            )
-        elif self._overlap and self._ulysses.own_last:
-            self._own_last(q, k[:, valid[0]], v[:, valid[0]], text_first)
+            attended = self._over_ring(q, self._ulysses.received[KEYS_AND_VALUES], valid)
         else:
             attended = self._attend(q, k[:, valid[0]], v[:, valid[0]], self._scale)[0]
-            self._ulysses.give_back(attended, text_first=text_first)
+        self._ulysses.give_back(attended, text_first=text_first)
         if not self._overlap:
             self._returned = self._ulysses.take_back()
 
-    def _own_last(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, text_first: bool) -> None:
+    def _attend_own_last(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, text_first: bool) -> None:
         """Attends the other's tokens and all text, and while these travel this rank's part of the image."""
-        own, attended = self._own_regions[1][1], q.new_empty(q.shape)
-        first = [rows for rows in (slice(0, own.start), slice(own.stop, q.shape[1])) if rows.start < rows.stop]
-        queries = [q[:, rows] for rows in first]
+        _, (_, own) = self._own_regions
+        before, behind = q[:, : own.start], q[:, own.stop :]
         # In one call, since few tokens do not fill a GPU.
-        out = self._attend(queries[0] if len(first) == 1 else torch.cat(queries, dim=1), k, v, self._scale)[0]
-        for rows, part in zip(first, out.split([part.shape[1] for part in queries], dim=1), strict=True):
-            attended[:, rows] = part
+        out = self._attend(torch.cat([before, behind], 1) if behind.shape[1] else before, k, v, self._scale)[0]
+        attended = q.new_empty(q.shape)
+        attended[:, : own.start], attended[:, own.stop :] = out[:, : own.start], out[:, own.start :]
         self._ulysses.give_back(attended, text_first=text_first, own_later=True)
         attended[:, own] = self._attend(q[:, own], k, v, self._scale)[0]
         self._ulysses.keep()

@@ -136,7 +136,7 @@ class CollectiveRing:
     """See `Ring`. Each rank forwards what it has received; a block is packed once, at its owner. An exact one is sent
     from where it lies: it has left when the second block is yielded, ahead of what the caller queues then."""
 
-    in_turn = False
+    keys_first = False
 
     def __init__(self, group: GroupExchange, wire: Wire):
         self._group, self._wire = group, wire

@@ -31,9 +31,10 @@ class Ulysses(Protocol):
     received (3, B, N, h, D): q, k, v of the gathered sequence, this rank's own part written by the caller.
     outgoing (3, U, B, L, *row): what is sent, by Ulysses position, as rows of the wire (see wire.py), written by the
         caller before `send`, unless `peers_memory` says where it goes instead; the own slot is unused.
-    in_turn: whether what it sends had better be projected one after the other, v, k and q, even where what follows
-        leaves it time to travel.
-    own_last: whether it pays to attend this rank's image tokens last, while the others' travel.
+    in_turn: whether v, k and q had better be projected one after the other even where what follows leaves them time to
+        travel.
+    own_last: whether this rank's image tokens may be attended last, while the others' travel, and that pays. Not for
+        what goes round a ring as well.
     """
 
     position: int
@@ -54,7 +55,8 @@ class Ulysses(Protocol):
 
     def give_back(self, attended: torch.Tensor, *, text_first: bool = False, own_later: bool = False) -> None:
         """Starts returning attended (B, N, h, D) tokens to their owners. text_first: the text's in a message of their
-        own. own_later: this rank's image tokens are not there yet; the caller writes them and calls `keep`."""
+        own. own_later, where `own_last`: this rank's image tokens are not there yet; the caller writes them to
+        `attended`, which is contiguous, and calls `keep`."""
 
     def keep(self) -> None:
         """Takes this rank's image tokens, which were not there when `give_back` was called."""
@@ -68,10 +70,10 @@ class Ulysses(Protocol):
 
 
 class Ring(Protocol):
-    """in_turn: whether keys and values had better be projected ahead of queries, even where what follows leaves them
+    """keys_first: whether keys and values had better be projected ahead of queries even where what follows leaves them
     time to travel."""
 
-    in_turn: bool
+    keys_first: bool
 
     def start(self, own: torch.Tensor) -> None:
         """Starts passing this rank's keys and values on, which stay as they are until the `rotate` that follows is

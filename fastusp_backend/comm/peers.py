@@ -8,7 +8,9 @@ this file's; an arena (arena.py) brings the memory, the signals and the stream.
 A buffer is written again only when its readers are known to be done. Messages of Ulysses alternate between q/k/v and
 attended tokens, and a rank sends the next of one kind only after it has received the other kind from every peer, which
 they sent after they had read the last one: one slot of each kind is enough, and one word for each signal of a layer,
-over any number of graph replays. A ring's block is read by its peers while they attend; they say when they are done,
+over any number of graph replays. (Where own tokens come last, attended ones leave while keys and values are still being
+read. With two hops the next ones wait in the host's memory until this rank, behind that attention, fetches them; with
+one they would overwrite.) A ring's block is read by its peers while they attend; they say when they are done,
 and only then are attended tokens given back. The final gather has an arena of its own: a peer's next one comes after a
 whole step of other messages.
 
@@ -39,7 +41,9 @@ _WRITTEN = 1 << 20
 none was faster for FLUX.1 and Qwen-Image (benchmarks/results/2026-11-27-published.md)."""
 _PIECE = 1 << 20
 """Bytes to each peer from which on, where they take several hops, a part is on its second while the next is on its
-first."""
+first; and own tokens come last."""
+_TURN = 1 << 19
+"""The same for tensors that had better be projected one after the other. Measured from 0.9 MB on."""
 
 
 class PeerUlysses:
@@ -72,11 +76,10 @@ class PeerUlysses:
         # Of what is packed the other side makes something else.
         bases = [None if wire.packed else region.addresses for region in (gathered, returned)]
         self._received_there, self._returned_there = (None if b is None else b[members] for b in bases)
-        self.in_turn = self._arena.hops > 1
-        # What is given back says that all was read, which its own part was not: only the other hop keeps what a peer
-        # sends next from where it still is. Of more ranks the own part hides little.
-        long = self._bytes(shards.local_image) >= _PIECE
-        self.own_last = self._arena.hops > 1 and long and len(members) == 2
+        size = self._bytes(shards.local_image) if self._arena.hops > 1 else 0
+        self.in_turn = size >= _TURN
+        # Of more ranks the own part is shorter than what it is to hide.
+        self.own_last = size >= _PIECE and len(members) == 2
         self._in_flight: list[slice] = []
         self._messages = 0  # of this layer, awaited or not: a channel is used again when all have heard it
         self._attended: torch.Tensor | None = None
@@ -136,6 +139,7 @@ class PeerUlysses:
 
     def give_back(self, attended: torch.Tensor, *, text_first: bool = False, own_later: bool = False) -> None:
         self._messages, self._own_later = 0, own_later
+        assert not own_later or (self.own_last and attended.is_contiguous())  # `keep` reads what is written later
         attended = attended.contiguous()  # a token's heads in one piece
         rows_of = self._wire.encode(attended)
         self._attended, self._leaving = attended, rows_of  # must not be reused while they travel
@@ -229,11 +233,11 @@ class PeerRing:
 
     def __init__(self, members: list[int], wire: Wire, block: Part):
         self._arena, self._wire, self._block = block.region.arena, wire, block
-        self.in_turn = self._arena.hops > 1
         self._position, size = members.index(self._arena.position), len(members)
         self._peers = [members[(self._position - hop) % size] for hop in range(1, size)]  # as their blocks are read
         self._started = False
         own = self._block.own
+        self.keys_first = self._arena.hops > 1 and own[0].nbytes >= _TURN
         self._buffers = [torch.empty_like(own) for _ in range(min(2, size - 1))]
         # Where a block takes two hops its values are on their first while its keys are on their second.
         in_two = self._arena.hops > 1 and own.nbytes >= _PIECE

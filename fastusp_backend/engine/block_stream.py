@@ -138,7 +138,7 @@ class BlockStream:
             self._fetch(self._share)
 
     def tokens_arrived(self) -> None:
-        """Says that the links are free while the main stream attends."""
+        """Says that the links are free while the main stream attends, but for tokens given back meanwhile."""
         self._fetch(self._half if self.placement.source == "shared" else self._share)
 
     def tokens_returned(self) -> None:

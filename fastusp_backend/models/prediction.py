@@ -8,8 +8,8 @@ A step of P ranks takes
 where nothing else is slower, and what crosses links beside computing or after it (`Prediction.seconds`). Of it only the
 first part falls with P. Fitted to FLUX.1 at 1024 x 1024 on H200 with NVLink, 118.6, 66.2, 35.7 and 21.7 ms for P = 1,
 2, 4 and 8, the last as benchmarks/scale.py plays one rank's share of so many on two GPUs. Without peer access, where
-tokens go through the host's memory, two H200 took 83.1 ms, 70.8 with int8 wire, and four 82.3 and 55.3; two with
-Qwen-Image 98.3 and 82.3.
+tokens go through the host's memory, two H200 took 83.1 ms, 70.8 with int8 wire, and four 82.3 and 55.3; a ring
+of two 96.0 and 73.9; two with Qwen-Image 98.3 and 82.3.
 """
 
 import re
@@ -38,14 +38,16 @@ STAGED = 1.4
 other."""
 STAGED_RATE = 27
 """GB/s that a GPU was seen to send so, and to receive at the same time, of the 50 that one of these alone reaches."""
-STAGED_TOGETHER = 0.16
-"""How much longer still for each GPU beyond two, with which they share that memory. Measured with four."""
+STAGED_TOGETHER = 0.08
+"""How much longer still for each GPU beyond two, with which they share that memory. Fitted to four; of more it is a
+guess."""
 STAGED_MESSAGE = 66e-6
 """Seconds of each peer's messages in a block that take that way: copies and signals of each."""
-HIDDEN_BEHIND = 0.8, 0.4
-"""Of the computing of blocks of one stream, whose MLP is beside attention, and of two: what of it hides tokens."""
-HIDDEN_OF = 0.72, 0.36
-"""Of the tokens of such blocks: what of them can be hidden; the last are waited for."""
+HIDDEN = (0.55, 0.76), (0.3, 0.25)
+"""Of blocks of one stream, whose MLP is beside attention, and of two: what of their computing hides tokens, and what of
+their tokens can be hidden; the last are waited for."""
+HIDDEN_OF_TWO = (0.75, 0.74), (0.35, 0.36)
+"""The same where two ranks attend their own image tokens last: see `Ulysses.own_last`."""
 FP8_PRODUCTS = 0.6
 """Products with `linear = fp8`, of those in 16 bits; measured 0.57 to 0.64."""
 EIGHT_BITS = 0.5
@@ -238,9 +240,9 @@ class Prediction:
         both = self._config.two_stream_blocks
         shares = 1 - both / (cost.streams - both), both / (cost.streams - both)
         tokens = sent / (min(link.peers / STAGED, STAGED_RATE) * 1e9) * (1 + STAGED_TOGETHER * (beside - 2))
+        fractions = HIDDEN_OF_TWO if (layout.ulysses, layout.ring) == (2, 1) else HIDDEN
         hidden = sum(
-            share * min(behind * computing, of * tokens)
-            for share, behind, of in zip(shares, HIDDEN_BEHIND, HIDDEN_OF, strict=True)
+            share * min(behind * computing, of * tokens) for share, (behind, of) in zip(shares, fractions, strict=True)
         )
         return computing + tokens - hidden + STAGED_MESSAGE * messages
 

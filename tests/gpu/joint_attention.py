@@ -123,6 +123,7 @@ def main(kind: str) -> None:
     degrees = [2] if between else [u for u in range(1, world + 1) if world % u == 0]
     layouts = [Layout(ulysses=u, ring=world // u) for u in degrees]
     for layout, (packed, peers._WRITTEN, peers._PIECE) in itertools.product(layouts, ways(kind)):
+        peers._TURN = peers._PIECE
         mesh = make_mesh(layout, device)
         transport = Transport(mesh, kind)
         transport.wire("auto")  # measures over an arena of its own

@@ -142,7 +142,8 @@ def test_attended_rows_live_until_their_readers_are_done(monkeypatch, packed):
         (2, 1, None, 2000, False, False),  # nothing to hide for
         (2, 2, torch.int8, 4000, True, True),
         (4, 2, None, 8000, True, False),
-        (2, 2, None, 20, True, False),
+        (4, 2, torch.int8, 600, True, False),
+        (2, 2, None, 20, False, False),
     ],
 )
 def test_when_a_rank_attends_its_own_image_last(ranks, hops, packed, image, in_turn, own_last):

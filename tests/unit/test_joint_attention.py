@@ -112,8 +112,8 @@ def test_own_image_is_attended_while_the_others_tokens_travel(position, image_on
 class Ring:
     """Three blocks of keys and values, (2, B, N, h, D) each. Notes how it was asked for them."""
 
-    def __init__(self, blocks, in_turn=False):
-        self.blocks, self.in_turn, self.asked = blocks, in_turn, []
+    def __init__(self, blocks, keys_first=False):
+        self.blocks, self.keys_first, self.asked = blocks, keys_first, []
 
     def start(self, own):
         self.asked.append("start")
@@ -205,7 +205,7 @@ def test_what_travels_long_is_projected_first(ulysses, ring, overlap, parts):
     mesh = dataclasses.replace(single_rank_mesh(CPU), layout=layout)
     local = LocalUlysses(torch.zeros(3, 1, 10, 2, 8))
     local.in_turn = ulysses
-    links = Links(local, None if ring is None else Ring([], in_turn=ring), None)
+    links = Links(local, None if ring is None else Ring([], keys_first=ring), None)
     joint = JointAttention(mesh, math, SequenceShards(layout, 8, 12), links, overlap=overlap, pipelined=True)
     assert joint.parts == parts
 

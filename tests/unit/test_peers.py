@@ -52,7 +52,9 @@ class ThreadArena:
 
     def view(self, position, shape, dtype, offset):
         time.sleep(self._dawdle.random() * 1e-3)
+        end = time.monotonic() + 20
         while self.ground.memory[position].numel() == 0:
+            assert time.monotonic() < end, f"rank {position} has no memory"
             time.sleep(1e-3)
         size = torch.Size(shape).numel() * dtype.itemsize
         return self.ground.memory[position][offset : offset + size].view(dtype).view(shape)
@@ -193,7 +195,7 @@ def agree_with_one(places: list[tuple[Mesh, Transport]], *, packed: torch.dtype 
 
     results = []
     how = {"packed": packed, "overlap": overlap, "results": results}
-    threads = [threading.Thread(target=run_rank, args=(*place, given), kwargs=how) for place in places]
+    threads = [threading.Thread(target=run_rank, args=(*place, given), kwargs=how, daemon=True) for place in places]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -233,7 +235,8 @@ def agree_by_arenas(layout: Layout, arena: type[ThreadArena], **how) -> None:
 def test_ranks_agree_with_one(ulysses, ring, packed, bound, overlap, arena, monkeypatch):
     """Packed in one of the types of 8 bits each: messages take the same order with either. Where they take two hops,
     in pieces or whole."""
-    monkeypatch.setattr(peers, "_PIECE", 0 if overlap else 1 << 30)
+    for bound_of in ("_PIECE", "_TURN"):
+        monkeypatch.setattr(peers, bound_of, 0 if overlap else 1 << 30)
     unpacked, unpack = [], peers.unpack_gathered
     monkeypatch.setattr(
         peers, "unpack_gathered", lambda p, *args, **kw: (unpacked.append(len(p)), unpack(p, *args, **kw))

@@ -109,6 +109,8 @@ FP8 = torch.float8_e4m3fn
         (FLUX_DEV, 8, {}, 21.7),  # one rank's share, played
         (FLUX_DEV, 2, {"link": PCIE[0], "peers": False}, 83.1),
         (FLUX_DEV, 2, {"link": PCIE[0], "peers": False, "wire": "int8"}, 70.8),
+        (FLUX_DEV, 2, {"link": PCIE[0], "peers": False, "ring": 2}, 96.0),
+        (FLUX_DEV, 2, {"link": PCIE[0], "peers": False, "ring": 2, "wire": "int8"}, 73.9),
         (FLUX_DEV, 4, {"link": PCIE[0], "peers": False}, 82.3),
         (FLUX_DEV, 4, {"link": PCIE[0], "peers": False, "wire": "int8"}, 55.3),
         (QWEN_IMAGE, 2, {"link": PCIE[0], "peers": False}, 98.3),
