@@ -9,9 +9,11 @@ from .messages import Failed, Message, ToServer, Welcome
 
 
 class Join(Message):
-    """Machine `machine` has `ranks` devices for runs, of which the server says when one begins."""
+    """Machine `machine` has `ranks` devices for runs, of which the server says when one begins. software: see
+    `server.software.Software`."""
 
     machine: int
+    software: str
     ranks: int
     device: Literal["cpu", "cuda"]
     bfloat16: bool

@@ -10,7 +10,7 @@ import msgspec
 
 from ..config import CacheRule, Layout, ModelSpec, Settings, WeightPatch
 
-VERSION = 14
+VERSION = 15
 """Raised whenever a message or the framing changes: client and workers of different versions refuse each other."""
 
 

@@ -19,6 +19,7 @@ from ..protocol import Channel, Failed
 from ..protocol.machines import Awaits, Broke, Join, Leave, Run, Seen, Stop, ToMachine
 from .interfaces import interface_of
 from .meanwhile import meanwhile
+from .software import Software
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +94,7 @@ class Follower:
     def __init__(self, devices: Devices, machine: int, address: str, key: str):
         self._devices, self._machine = devices, machine
         self._address, self._key = address, key
+        self._software = Software()
         self._stopped = threading.Event()
         self._awaited: str | None = None
 
@@ -127,7 +129,13 @@ class Follower:
 
     def _join(self) -> Join:
         own = self._devices
-        return Join(machine=self._machine, ranks=own.ranks, device=own.type, bfloat16=supports_bfloat16(own))
+        return Join(
+            machine=self._machine,
+            software=str(self._software),
+            ranks=own.ranks,
+            device=own.type,
+            bfloat16=supports_bfloat16(own),
+        )
 
     def _follow(self, link: Link, channel: Channel, interface: str) -> None:
         """Raises EOFError or OSError where the first machine is lost."""
@@ -180,6 +188,8 @@ class Follower:
                 part.close()
 
     def _begin(self, run: Run, interface: str) -> _Part:
+        """Raises PoolError."""
+        self._software.check()
         place = Place(
             machine=self._machine,
             run=run.run,

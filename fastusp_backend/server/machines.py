@@ -18,6 +18,7 @@ from ..protocol import LOST_SECONDS, Channel, Message
 from ..protocol.machines import Awaits, Broke, Join, Leave, Run, Seen, Stop
 from ..pulse import Memory
 from .interfaces import interface_of
+from .software import Software
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ class Machines:
         ended: Callable[[], None],
     ):
         """Raises RequestError where `here` is no address of this machine."""
-        self.count, self.devices = count, devices
+        self.count, self.devices, self._software = count, devices, Software()
         self._interface = interface_of(here)
         self._here, self._address, self._key = here, f"{here}:{port}", key
         self._complete, self._ended = complete, ended
@@ -104,8 +105,9 @@ class Machines:
 
         broke: called when a part ends, with why where its machine cannot tell it, and whether it is plainly the cause.
 
-        Raises PoolError where some are not there.
+        Raises PoolError where some are not there, or what they agreed in has changed here.
         """
+        self._software.check()
         with self._lock:
             missing = [number for number in range(1, self.count) if number not in self._machines]
             if missing:
@@ -181,6 +183,11 @@ class Machines:
         own = self.devices
         if not 0 < join.machine < self.count:
             raise ProtocolError(f"Give --node-rank 1 to {self.count - 1}, not {join.machine}: --nnodes is {self.count}")
+        if join.software != str(self._software):
+            raise ProtocolError(
+                f"Install the same FastUSP and torch on all machines: machine {join.machine} has {join.software}, the "
+                f"first one {self._software}"
+            )
         if (join.ranks, join.device, join.bfloat16) != (own.ranks, own.type, supports_bfloat16(own)):
             raise ProtocolError(
                 f"Give --gpus {own.ranks} {own.type} devices of the kind that the first machine has, not {join.ranks} "

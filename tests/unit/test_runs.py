@@ -20,6 +20,7 @@ from fastusp_backend.server import follower
 from fastusp_backend.server.follower import Follower
 from fastusp_backend.server.joined import JoinedWorkers
 from fastusp_backend.server.machines import Machines
+from fastusp_backend.server.software import Software
 
 pytestmark = pytest.mark.unit
 
@@ -37,7 +38,7 @@ def first(tmp_path):
 def second(first):
     """The channel of the second one, which has joined."""
     near, far = socket.socketpair()
-    join = Join(machine=1, ranks=1, device="cpu", bfloat16=supports_bfloat16(DEVICES))
+    join = Join(machine=1, software=str(Software()), ranks=1, device="cpu", bfloat16=supports_bfloat16(DEVICES))
     far.settimeout(10)
     served = threading.Thread(target=first.serve, args=(join, "10.0.0.2", Channel(near, ToFirst)), daemon=True)
     served.start()
@@ -152,6 +153,14 @@ def test_a_part_that_cannot_begin_is_told_and_another_one_may(leader, monkeypatc
     for run in ("one", "two"):
         leader.send(Run(run=run, addresses=["127.0.0.1", "127.0.0.1"]))
         assert hear(leader, Broke) == Broke(run=run, order=0, text="Free space in /tmp", lines=[])
+
+
+def test_no_part_begins_with_other_code_than_was_told(leader, first, second, monkeypatch):
+    monkeypatch.setattr(Software, "_look", lambda self: "FastUSP 1234abcd and torch 2.13.0")
+    leader.send(Run(run="one", addresses=["127.0.0.1", "127.0.0.1"]))
+    assert hear(leader, Broke).text.startswith("Restart `serve`: it started with FastUSP ")
+    with pytest.raises(PoolError, match="and there is FastUSP 1234abcd and torch 2.13.0 now$"):
+        first.begin(lambda *_: None)
 
 
 def test_to_have_been_ended_explains_nothing(leader, monkeypatch):

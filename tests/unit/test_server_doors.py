@@ -19,6 +19,7 @@ from fastusp_backend.protocol.machines import Join, ToFirst, ToMachine
 from fastusp_backend.protocol.messages import ToAttached
 from fastusp_backend.server import follower, machines, server, strangers
 from fastusp_backend.server.machines import Machines
+from fastusp_backend.server.software import Software
 from fastusp_backend.server.strangers import STRANGERS, Strangers
 
 pytestmark = pytest.mark.unit
@@ -212,14 +213,16 @@ def first(key):
 
 
 def test_a_machine_that_does_not_fit_is_refused(first, monkeypatch):
-    """Of another size, with a number that none has, in the place of another."""
+    """Of another size, with a number that none has, of other software, in the place of another."""
     monkeypatch.setattr(machines, "LOST_SECONDS", -1)
     near, far = socket.socketpair()
-    join = {"machine": 1, "ranks": 1, "device": "cpu", "bfloat16": supports_bfloat16(Devices(ranks=1))}
+    bfloat16, other = supports_bfloat16(Devices(ranks=1)), "FastUSP 1234abcd and torch 2.7.0"
+    join = {"machine": 1, "software": str(Software()), "ranks": 1, "device": "cpu", "bfloat16": bfloat16}
     first._add(1, "10.0.0.2", Channel(near, ToFirst))
     for given, told in (
         ({"ranks": 2}, "^Give --gpus 1 cpu devices of the kind that the first machine has, not 2 cpu ones"),
         ({"machine": 2}, "^Give --node-rank 1 to 1, not 2: --nnodes is 2"),
+        ({"software": other}, f"^Install the same FastUSP and torch .*: machine 1 has {other}, the first one FastUSP"),
         ({}, r"^Give another --node-rank than 1: machine 1 \(10.0.0.2\) has joined"),
     ):
         with pytest.raises(ProtocolError, match=told):

@@ -91,4 +91,18 @@ CHANGES = [
         "degrees.sort(key=lambda u: False)",
         "unit/test_planner.py",
     ),
+    (
+        "fastusp_backend/server/machines.py",
+        "a machine with other code joins",
+        "if join.software != str(self._software):",
+        "if not join.software:",
+        "unit/test_server_doors.py",
+    ),
+    (
+        "fastusp_backend/server/software.py",
+        "a run begins with code that was changed",
+        "if (now := self._look()) != self._found:",
+        "if not (now := self._look()):",
+        "unit/test_software.py",
+    ),
 ]
