@@ -7,6 +7,11 @@ Both GPUs run the first rank's share. What a rank sends to each of its P - 1 pee
 comes from there, at the same time and over the same link: as where all GPUs reach each other at full speed (NVSwitch),
 or each has its own link to the host (NCCL_P2P_DISABLE=1). What is computed of it is no picture. With two the step is a
 real one, and both ways of taking it must agree. A last line says where it stops scaling.
+
+On one GPU (--nproc_per_node=1) a rank stands for its peers itself: what it sends comes back to it, when it sent it.
+Without peer access that takes the link to the host as a real step does, both ways at once, but nobody is waited for who
+is slower; with it, messages only cross the GPU's own memory, so that products, attention and gaps are told, and what is
+exposed is not.
 """
 
 import argparse
@@ -42,22 +47,22 @@ HALF = 0.5
 
 
 class PlayedSymmetric(SymmetricArena):
-    """The first of `size` ranks; the other GPU stands for all its peers."""
+    """The first of `size` ranks; the other GPU, or where there is one this one, stands for all its peers."""
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, *, size: int):
         super().__init__(group, device)
-        self._me = dist.get_rank(group)
+        self._me, self._other = self.position, self.size - 1 - self.position
         self.position, self.size = 0, size
 
     def view(self, position, shape, dtype, offset):
-        real = self._me if position == 0 else 1 - self._me
+        real = self._me if position == 0 else self._other
         return self._handle.get_buffer(real, shape, dtype, storage_offset=offset // dtype.itemsize)
 
     def _make_signals(self) -> None:
         self._signals = self._allocate((self.size, CHANNELS), torch.int32).zero_()
         self._signals_handle = symmetric_memory.rendezvous(self._signals, self._group)
-        there = self._signals_handle.get_buffer(1 - self._me, self._signals.shape, torch.int32).data_ptr()
-        # What is meant for peer p comes to the other GPU as if p had sent it.
+        there = self._signals_handle.get_buffer(self._other, self._signals.shape, torch.int32).data_ptr()
+        # What is meant for peer p comes there as if p had sent it.
         self._pads = torch.tensor([there + 4 * CHANNELS * p for p in range(self.size)], device=self._device)
         torch.cuda.synchronize(self._device)
         dist.all_reduce(torch.zeros(1), group=self._group)
@@ -68,19 +73,19 @@ class PlayedStaged(StagedArena):
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, *, size: int):
         super().__init__(group, device)
-        self._me = dist.get_rank(group)
+        self._me, self._other = self.position, self.size - 1 - self.position
         self.position, self.size = 0, size
         unpin_all(self._pinned)
         self._signals = self._map(4 * CHANNELS * size)
         self._slots = [_device_address(signals) for signals in self._signals]
 
     def view(self, position, shape, dtype, offset):
-        return _typed(self._mirrors[self._me if position == 0 else 1 - self._me], shape, dtype, offset)
+        return _typed(self._mirrors[self._me if position == 0 else self._other], shape, dtype, offset)
 
     def _slot(self, receiver: int, sender: int, channel: int) -> int:
         if receiver == 0:
             return self._slots[self._me] + 4 * (sender * CHANNELS + channel)
-        return self._slots[1 - self._me] + 4 * (receiver * CHANNELS + channel)
+        return self._slots[self._other] + 4 * (receiver * CHANNELS + channel)
 
 
 def played(layout: Layout, device: torch.device, peers: bool) -> tuple[Mesh, Transport]:
@@ -112,6 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="flux")
     parser.add_argument("--gpus", default="1,2,4,8", help="without 1, one is taken for half as fast as two")
+    parser.add_argument("--ring", type=int, default=0, help="degree of the ring; default: planned")
     parser.add_argument("--size", type=int, default=1024)
     parser.add_argument("--text", type=int, default=512)
     parser.add_argument("--count", type=int, default=12)
@@ -164,11 +170,11 @@ def main() -> None:
             mesh = single_rank_mesh(device)
             timed({"1": (mesh, Transport(mesh))})
             continue
-        layout, ways = plan(count, config.heads), {}
-        if count == 2:
+        layout, ways = plan(count, config.heads, ring=a.ring), {}
+        if count == dist.get_world_size():
             mesh = make_mesh(layout, device)
             ways["2, real"] = mesh, Transport(mesh)
-        timed(ways | {f"{count}, played" if count == 2 else str(count): played(layout, device, peers)})
+        timed(ways | {f"{count}, played" if ways else str(count): played(layout, device, peers)})
     if dist.get_rank() == 0:
         columns = [
             Column("GPUs"),
