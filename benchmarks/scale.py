@@ -46,13 +46,20 @@ HALF = 0.5
 """Of a GPU's speed, below which more of them are hardly worth it."""
 
 
-class PlayedSymmetric(SymmetricArena):
-    """The first of `size` ranks; the other GPU, or where there is one this one, stands for all its peers."""
+def seen_from_there(layout: Layout, peer: int) -> int:
+    """Returns who the first rank is to its `peer`, both by the way from one to the other through Ulysses group and
+    ring: what all ranks send in the same order arrives in this one's."""
+    ring, ulysses = divmod(peer, layout.ulysses)
+    return -ring % layout.ring * layout.ulysses + -ulysses % layout.ulysses
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, *, size: int):
+
+class PlayedSymmetric(SymmetricArena):
+    """The first of a layout's ranks; the other GPU, or where there is one this one, stands for all its peers."""
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, *, layout: Layout):
         super().__init__(group, device)
-        self._me, self._other = self.position, self.size - 1 - self.position
-        self.position, self.size = 0, size
+        self._me, self._other, self._layout = self.position, self.size - 1 - self.position, layout
+        self.position, self.size = 0, layout.ranks
 
     def view(self, position, shape, dtype, offset):
         real = self._me if position == 0 else self._other
@@ -62,8 +69,8 @@ class PlayedSymmetric(SymmetricArena):
         self._signals = self._allocate((self.size, CHANNELS), torch.int32).zero_()
         self._signals_handle = symmetric_memory.rendezvous(self._signals, self._group)
         there = self._signals_handle.get_buffer(self._other, self._signals.shape, torch.int32).data_ptr()
-        # What is meant for peer p comes there as if p had sent it.
-        self._pads = torch.tensor([there + 4 * CHANNELS * p for p in range(self.size)], device=self._device)
+        senders = [seen_from_there(self._layout, peer) for peer in range(self.size)]
+        self._pads = torch.tensor([there + 4 * CHANNELS * sender for sender in senders], device=self._device)
         torch.cuda.synchronize(self._device)
         dist.all_reduce(torch.zeros(1), group=self._group)
 
@@ -71,12 +78,12 @@ class PlayedSymmetric(SymmetricArena):
 class PlayedStaged(StagedArena):
     """The same by way of the host's memory."""
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, *, size: int):
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, *, layout: Layout):
         super().__init__(group, device)
-        self._me, self._other = self.position, self.size - 1 - self.position
-        self.position, self.size = 0, size
+        self._me, self._other, self._layout = self.position, self.size - 1 - self.position, layout
+        self.position, self.size = 0, layout.ranks
         unpin_all(self._pinned)
-        self._signals = self._map(4 * CHANNELS * size)
+        self._signals = self._map(4 * CHANNELS * self.size)
         self._slots = [_device_address(signals) for signals in self._signals]
 
     def view(self, position, shape, dtype, offset):
@@ -85,7 +92,7 @@ class PlayedStaged(StagedArena):
     def _slot(self, receiver: int, sender: int, channel: int) -> int:
         if receiver == 0:
             return self._slots[self._me] + 4 * (sender * CHANNELS + channel)
-        return self._slots[self._other] + 4 * (receiver * CHANNELS + channel)
+        return self._slots[self._other] + 4 * (seen_from_there(self._layout, receiver) * CHANNELS + channel)
 
 
 def played(layout: Layout, device: torch.device, peers: bool) -> tuple[Mesh, Transport]:
@@ -97,7 +104,7 @@ def played(layout: Layout, device: torch.device, peers: bool) -> tuple[Mesh, Tra
     }
     mesh = Mesh(layout=layout, device=device, **groups)
     transport = Transport(mesh, "symmetric memory" if peers else "host memory")
-    make = functools.partial(PlayedSymmetric if peers else PlayedStaged, size=layout.ranks)
+    make = functools.partial(PlayedSymmetric if peers else PlayedStaged, layout=layout)
     transport._arenas = [make(world, device) for _ in range(2)]
     return mesh, transport
 
