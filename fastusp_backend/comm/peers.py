@@ -73,6 +73,7 @@ class PeerUlysses:
         self.outgoing = torch.empty(outgoing, dtype=wire.carrier, device=device)
         self._targets = [(self.position + i) % len(members) for i in range(1, len(members))]
         self._peers = [members[target] for target in self._targets]
+        self._sources = self._targets[::-1]  # in the order in which theirs arrive
         # Of what is packed the other side makes something else.
         bases = [None if wire.packed else region.addresses for region in (gathered, returned)]
         self._received_there, self._returned_there = (None if b is None else b[members] for b in bases)
@@ -120,13 +121,23 @@ class PeerUlysses:
             self._messages += 1
             mine = [] if written else self._arrival(self.position, piece, text=text, image=image)
             with self._arena.side_stream():
-                for part, rows in mine:
-                    for to in self._targets:
+                for to in self._each_signalled(channel):
+                    for part, rows in mine:
                         copy(part.of(self._members[to]), self.outgoing[(piece, to, *rows)])
-                self._arena.put_signals(self._peers, channel)
-            for source in self._targets:
+            for source in self._sources:
                 parts = [part for part, _ in self._arrival(source, piece, text=text, image=image)]
                 self._arena.expect(self._members[source], channel, parts)
+
+    def _each_signalled(self, channel: int) -> Iterator[int]:
+        """Yields the Ulysses position of each peer, and signals to it what was queued since: at once where a part has
+        another way to go, else to all together, which takes one kernel."""
+        at_once = self._arena.hops > 1
+        for to, peer in zip(self._targets, self._peers, strict=True):
+            yield to
+            if at_once:
+                self._arena.put_signals([peer], channel)
+        if not at_once:
+            self._arena.put_signals(self._peers, channel)
 
     def wait(self) -> None:
         self._arena.wait_all()
@@ -163,13 +174,12 @@ class PeerUlysses:
                 scatter(rows_of, self._returned_there, self.position, shards.local_text, shards.local_image, rows)
                 self._arena.put_signals(self._peers, channel)
             else:
-                for to in self._targets:
+                for to in self._each_signalled(channel):
                     self._bring(rows_of, to, rows)
-                self._arena.put_signals(self._peers, channel)
                 if not self._wire.packed:
                     stop = min(rows.stop, shards.local_text) if self._own_later else rows.stop
                     self._bring(rows_of, self.position, slice(rows.start, stop))
-        for source in self._targets:
+        for source in self._sources:
             parts = [self._place_of(source, b, mine) for mine, _ in self._within(0, rows) for b in range(self._batch)]
             self._arena.expect(self._members[source], channel, parts)
 

@@ -28,7 +28,7 @@ class Arena:
     position = generation = 0
 
     def __init__(self, size: int, calls: list[str], hops: int = 1):
-        self.size, self.calls, self.hops = size, calls, hops
+        self.size, self.calls, self.hops, self.signalled, self.expected = size, calls, hops, [], []
 
     def reserve(self, capacity):
         self.memory = torch.zeros(capacity, dtype=torch.uint8)
@@ -56,13 +56,13 @@ class Arena:
         self.calls.append("await")
 
     def put_signals(self, peers_, channel):
-        pass
+        self.signalled += [list(peers_)]
 
     def publish(self, part):
         pass
 
     def expect(self, peer, channel, parts):
-        pass
+        self.expected += [peer]
 
 
 class Group:
@@ -153,6 +153,23 @@ def test_when_a_rank_attends_its_own_image_last(ranks, hops, packed, image, in_t
     regions = carve(Arena(ranks, [], hops), [(gathered, wire.carrier), ((1,), wire.carrier)])
     ulysses = PeerUlysses(list(range(ranks)), shards, wire, *regions, BATCH)
     assert (ulysses.in_turn, ulysses.own_last) == (in_turn, own_last)
+
+
+@pytest.mark.parametrize("hops, signalled", [(1, [[1, 2, 3]]), (2, [[1], [2], [3]])])
+def test_a_part_that_has_another_way_to_go_is_signalled_at_once(hops, signalled):
+    """Rank 0 sends to rank 1 first, and rank 3 to rank 0: theirs arrives first."""
+    shards, wire = SequenceShards(Layout(ulysses=4, ring=1), 8, 16), Wire(HEADS, DIM, torch.float32, torch.int8)
+    shapes = (3, 4, BATCH, shards.local, *wire.row), (4, BATCH, shards.local, *wire.row)
+    arena = Arena(4, [], hops)
+    ulysses = PeerUlysses([0, 1, 2, 3], shards, wire, *carve(arena, [(s, wire.carrier) for s in shapes]), BATCH)
+    for start in (
+        lambda: ulysses.send(slice(0, 3)),
+        lambda: ulysses.give_back(randn(BATCH, shards.gathered, HEADS, DIM, seed=0)),
+    ):
+        arena.signalled.clear()
+        arena.expected.clear()
+        start()
+        assert arena.signalled == signalled and arena.expected == [3, 2, 1]
 
 
 def test_what_is_gathered_lives_until_all_have_it():

@@ -248,4 +248,18 @@ CHANGES = [
         "self.parts = (ALL,)",
         "unit/test_joint_attention.py",
     ),
+    (
+        PEERS,
+        "a part that has another way to go is signalled when all have theirs",
+        "at_once = self._arena.hops > 1",
+        "at_once = False",
+        "unit/test_in_flight.py",
+    ),
+    (
+        PEERS,
+        "what arrives last is fetched first",
+        "self._sources = self._targets[::-1]",
+        "self._sources = self._targets",
+        "unit/test_in_flight.py",
+    ),
 ]
