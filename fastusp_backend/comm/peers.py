@@ -27,23 +27,15 @@ from collections.abc import Callable, Iterator
 import torch
 
 from ..kernels.scatter import scatter
+from . import messages
 from .arena import CHANNELS, Part, Region
 from .copies import copy
-from .links import Block
 from .shards import SequenceShards
 from .wire import Wire, unpack_gathered, unpack_returned
-
-_RETURN, _RETURN_REST, _RETURN_TEXT, _READY, _READY_REST, _DONE, _FIRST_SEND = range(7)
-"""Channels of signals. q, k and v may travel in several messages, each on its own channel: _FIRST_SEND and above."""
 
 _WRITTEN = 1 << 20
 """Bytes to each peer up to which a kernel writes them there: of 0.5 to 4 MiB and all, by one run at 2, 4 and 8 ranks,
 none was faster for FLUX.1 and Qwen-Image (benchmarks/results/2026-11-27-published.md)."""
-_PIECE = 1 << 20
-"""Bytes to each peer from which on, where they take several hops, a part is on its second while the next is on its
-first; and own tokens come last."""
-_TURN = 1 << 19
-"""The same for tensors that had better be projected one after the other. Measured from 0.9 MB on."""
 
 
 class PeerUlysses:
@@ -78,9 +70,9 @@ class PeerUlysses:
         bases = [None if wire.packed else region.addresses for region in (gathered, returned)]
         self._received_there, self._returned_there = (None if b is None else b[members] for b in bases)
         size = self._bytes(shards.local_image) if self._arena.hops > 1 else 0
-        self.in_turn = size >= _TURN
+        self.in_turn = size >= messages.TURN
         # Of more ranks the own part is shorter than what it is to hide.
-        self.own_last = size >= _PIECE and len(members) == 2
+        self.own_last = size >= messages.PIECE and len(members) == 2
         self._in_flight: list[slice] = []
         self._messages = 0  # of this layer, awaited or not: a channel is used again when all have heard it
         self._attended: torch.Tensor | None = None
@@ -113,10 +105,10 @@ class PeerUlysses:
         self._in_flight.append(which)
         written = self.peers_memory(which, text=text, image=image) is not None
         pieces = [which]
-        if self._arena.hops > 1 and self._bytes(self._rows(text=text, image=image)) >= _PIECE:
+        if self._arena.hops > 1 and self._bytes(self._rows(text=text, image=image)) >= messages.PIECE:
             pieces = [slice(tensor, tensor + 1) for tensor in range(which.start, which.stop)]
         for piece in pieces:
-            channel = _FIRST_SEND + self._messages
+            channel = messages.FIRST_SEND + self._messages
             assert channel < CHANNELS
             self._messages += 1
             mine = [] if written else self._arrival(self.position, piece, text=text, image=image)
@@ -156,15 +148,15 @@ class PeerUlysses:
         self._attended, self._leaving = attended, rows_of  # must not be reused while they travel
         text, local = self._shards.local_text, self._shards.local
         if text_first:
-            self._return(rows_of, _RETURN_TEXT, slice(0, text))
+            self._return(rows_of, messages.RETURN_TEXT, slice(0, text))
             self._wait_for_text = self._arena.checkpoint()
         first = text if text_first else 0
         cut = (first + local) // 2
-        if self._arena.hops > 1 and self._bytes(local - cut) >= _PIECE:
-            self._return(rows_of, _RETURN, slice(first, cut))
-            self._return(rows_of, _RETURN_REST, slice(cut, local))
+        if self._arena.hops > 1 and self._bytes(local - cut) >= messages.PIECE:
+            self._return(rows_of, messages.RETURN, slice(first, cut))
+            self._return(rows_of, messages.RETURN_REST, slice(cut, local))
         else:
-            self._return(rows_of, _RETURN, slice(first, local))
+            self._return(rows_of, messages.RETURN, slice(first, local))
 
     def _return(self, rows_of: torch.Tensor, channel: int, rows: slice) -> None:
         """rows: which of the rows of each rank."""
@@ -230,70 +222,3 @@ class PeerUlysses:
         if self._wire.packed:
             return unpack_returned(self._returned.own, attended, self._shards, self.position)
         return self._returned.own.flatten(2)
-
-
-class PeerRing:
-    """See `Ring`. Every rank reads each block straight from its owner, so nothing is forwarded and no rank waits for
-    its neighbour.
-
-    members: the ring's positions in the arena, in its order.
-    block (2, B, N, *row): what peers read; where the wire is not packed it must be the memory that `start` and `rotate`
-        are given.
-    """
-
-    def __init__(self, members: list[int], wire: Wire, block: Part):
-        self._arena, self._wire, self._block = block.region.arena, wire, block
-        self._position, size = members.index(self._arena.position), len(members)
-        self._peers = [members[(self._position - hop) % size] for hop in range(1, size)]  # as their blocks are read
-        self._started = False
-        own = self._block.own
-        self.keys_first = self._arena.hops > 1 and own[0].nbytes >= _TURN
-        self._buffers = [torch.empty_like(own) for _ in range(min(2, size - 1))]
-        # Where a block takes two hops its values are on their first while its keys are on their second.
-        in_two = self._arena.hops > 1 and own.nbytes >= _PIECE
-        self._pieces = [(slice(0, 1), _READY), (slice(1, 2), _READY_REST)] if in_two else [(slice(0, 2), _READY)]
-        shape = (*own.shape[:3], wire.heads, wire.dim)
-        self._unpacked = torch.empty(shape, dtype=wire.dtype, device=own.device) if wire.packed else None
-
-    def start(self, own: torch.Tensor) -> None:
-        if self._wire.packed:
-            self._block.own.copy_(self._wire.encode(own.flatten(0, 1)).view_as(self._block.own))
-        with self._arena.side_stream():
-            for piece, channel in self._pieces:
-                self._arena.publish(self._piece(piece))
-                self._arena.put_signals(self._peers, channel)
-        self._pull(0)
-        self._started = True
-
-    def rotate(self, own: torch.Tensor, *, pipelined: bool) -> Iterator[Block]:
-        if not self._started:
-            self.start(own)
-        self._started = False
-        arena, size, current = self._arena, 1 + len(self._peers), own
-        for hop in range(size):
-            if 0 < hop < size - 1:
-                self._pull(hop)
-            if hop < size - 1 and not pipelined:
-                arena.wait_all()
-            yield (self._position - hop) % size, current
-            if hop < size - 1:
-                arena.wait_all()
-                current = self._wire.decode_ring(self._buffers[hop % 2], self._unpacked)
-        arena.wait_signals(self._peers, _DONE)
-
-    def _pull(self, hop: int) -> None:
-        """Reads the block that follows `hop` others."""
-        peer = self._peers[hop]
-        with self._arena.reading_stream():
-            for piece, channel in self._pieces:
-                self._arena.wait_signals([peer], channel)
-                self._buffers[hop % 2][piece].copy_(self._piece(piece).of(peer), non_blocking=True)
-            self._arena.put_signals([peer], _DONE)
-
-    def _piece(self, piece: slice) -> Part:
-        """Keys, values or both of the block, which is a part of its region or all of it."""
-        region, index = self._block.region, self._block.index
-        if index:
-            first = index[0].start
-            return Part(region, (slice(first + piece.start, first + piece.stop), *index[1:]))
-        return Part(region, (piece,))

@@ -30,7 +30,8 @@ from .link_speed import measure_link_speed
 from .links import Links, LocalUlysses, Ring, Ulysses
 from .mesh import Mesh
 from .peer_gather import PeerGather
-from .peers import PeerRing, PeerUlysses
+from .peer_ring import PeerRing
+from .peers import PeerUlysses
 from .shards import SequenceShards
 from .staged import StagedArena
 from .symmetric import SymmetricArena

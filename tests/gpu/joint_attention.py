@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from fastusp_backend.attention import ALL, ONLY_K, ONLY_Q, ONLY_V, JointAttention
 from fastusp_backend.attention.local import choose
-from fastusp_backend.comm import peers
+from fastusp_backend.comm import messages, peers
 from fastusp_backend.comm.mesh import make_mesh, single_rank_mesh
 from fastusp_backend.comm.shards import SequenceShards
 from fastusp_backend.comm.transport import Transport
@@ -122,8 +122,8 @@ def main(kind: str) -> None:
         dist.init_process_group("gloo")
     degrees = [2] if between else [u for u in range(1, world + 1) if world % u == 0]
     layouts = [Layout(ulysses=u, ring=world // u) for u in degrees]
-    for layout, (packed, peers._WRITTEN, peers._PIECE) in itertools.product(layouts, ways(kind)):
-        peers._TURN = peers._PIECE
+    for layout, (packed, peers._WRITTEN, messages.PIECE) in itertools.product(layouts, ways(kind)):
+        messages.TURN = messages.PIECE
         mesh = make_mesh(layout, device)
         transport = Transport(mesh, kind)
         transport.wire("auto")  # measures over an arena of its own
@@ -132,7 +132,7 @@ def main(kind: str) -> None:
             worst = max(check(transport, layout, mesh, packed, shape, pipelined) for shape in SHAPES)
             torch.cuda.synchronize()
             dist.all_reduce(torch.zeros(1))
-            how = f"packed {packed}, written {peers._WRITTEN}, piece {peers._PIECE}, pipelined {pipelined}"
+            how = f"packed {packed}, written {peers._WRITTEN}, piece {messages.PIECE}, pipelined {pipelined}"
             print(f"rank {rank}: {layout} over {kind}, {how}: largest difference {worst:.1e}", flush=True)
     dist.destroy_process_group()
 

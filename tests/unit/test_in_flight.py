@@ -8,11 +8,12 @@ import pytest
 import torch
 from support import randn
 
-from fastusp_backend.comm import peers
+from fastusp_backend.comm import messages
 from fastusp_backend.comm.arena import Part, carve
 from fastusp_backend.comm.collective import CollectiveRing
 from fastusp_backend.comm.peer_gather import PeerGather
-from fastusp_backend.comm.peers import PeerRing, PeerUlysses
+from fastusp_backend.comm.peer_ring import PeerRing
+from fastusp_backend.comm.peers import PeerUlysses
 from fastusp_backend.comm.shards import SequenceShards
 from fastusp_backend.comm.wire import Wire
 from fastusp_backend.config import Layout
@@ -49,7 +50,7 @@ class Arena:
     reading_stream = side_stream
 
     def wait_signals(self, peers_, channel):
-        if channel == peers._READY:
+        if channel == messages.READY:
             self.calls.append("start")
 
     def wait_all(self):
@@ -153,6 +154,31 @@ def test_when_a_rank_attends_its_own_image_last(ranks, hops, packed, image, in_t
     regions = carve(Arena(ranks, [], hops), [(gathered, wire.carrier), ((1,), wire.carrier)])
     ulysses = PeerUlysses(list(range(ranks)), shards, wire, *regions, BATCH)
     assert (ulysses.in_turn, ulysses.own_last) == (in_turn, own_last)
+
+
+@pytest.mark.parametrize(
+    "hops, images, tokens, pieces",
+    [
+        (1, 1, 1 << 12, [(2, 1, 1 << 12)]),
+        (2, 1, 1 << 6, [(2, 1, 1 << 6)]),
+        (2, 1, 1 << 10, [(1, 1, 1 << 10)] * 2),
+        (2, 1, (1 << 11) + 1, [(1, 1, (1 << 10) + 1), (1, 1, 1 << 10)] * 2),
+        (2, 3, 1 << 11, [(1, 2, 1 << 11), (1, 1, 1 << 11)] * 2),
+    ],
+)
+def test_the_pieces_of_a_rings_block(hops, images, tokens, pieces):
+    """Each lies in one, so that a copy engine takes it, and all of them are the block."""
+    wire, arena = Wire(1, 1 << 8, torch.float32, None), Arena(2, [], hops)
+    (region,) = carve(arena, [((3, images, tokens, 1, 1 << 8), torch.float32)])
+    arena.signalled.clear()
+    ring, published = PeerRing([0, 1], wire, Part(region, (slice(1, 3),))), []
+    arena.publish = lambda part: published.append(part.own)
+    ring.start(region.own[1:])
+    assert [part.shape[:3] for part in published] == pieces
+    assert all(part.is_contiguous() for part in published)
+    for part in published:
+        part += 1
+    assert (region.own[1:] == 1).all() and (region.own[0] == 0).all()
 
 
 @pytest.mark.parametrize("hops, signalled", [(1, [[1, 2, 3]]), (2, [[1], [2], [3]])])

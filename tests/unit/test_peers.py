@@ -14,7 +14,7 @@ from support import relative_difference
 
 from fastusp_backend.attention import ALL, ONLY_K, ONLY_Q, ONLY_V, JointAttention
 from fastusp_backend.attention.local import math
-from fastusp_backend.comm import peers
+from fastusp_backend.comm import messages, peers
 from fastusp_backend.comm.mesh import Mesh, single_rank_mesh
 from fastusp_backend.comm.shards import SequenceShards
 from fastusp_backend.comm.transport import Transport
@@ -235,8 +235,8 @@ def agree_by_arenas(layout: Layout, arena: type[ThreadArena], **how) -> None:
 def test_ranks_agree_with_one(ulysses, ring, packed, bound, overlap, arena, monkeypatch):
     """Packed in one of the types of 8 bits each: messages take the same order with either. Where they take two hops,
     in pieces or whole."""
-    for bound_of in ("_PIECE", "_TURN"):
-        monkeypatch.setattr(peers, bound_of, 0 if overlap else 1 << 30)
+    for bound_of in ("PIECE", "TURN"):
+        monkeypatch.setattr(messages, bound_of, 0 if overlap else 1 << 30)
     unpacked, unpack = [], peers.unpack_gathered
     monkeypatch.setattr(
         peers, "unpack_gathered", lambda p, *args, **kw: (unpacked.append(len(p)), unpack(p, *args, **kw))

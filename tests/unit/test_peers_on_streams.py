@@ -13,7 +13,7 @@ import pytest
 import torch
 from test_peers import CPU, Ground, MirroredArena, ThreadArena, agree_with_one
 
-from fastusp_backend.comm import peers
+from fastusp_backend.comm import messages, peers
 from fastusp_backend.comm.mesh import Mesh
 from fastusp_backend.comm.transport import Transport
 from fastusp_backend.config import Layout
@@ -131,8 +131,8 @@ def late(monkeypatch):
     ],
 )
 def test_ranks_whose_streams_run_late_agree_with_one(late, monkeypatch, ulysses, packed, pieces):
-    for bound_of in ("_PIECE", "_TURN"):
-        monkeypatch.setattr(peers, bound_of, 0 if pieces else 1 << 30)
+    for bound_of in ("PIECE", "TURN"):
+        monkeypatch.setattr(messages, bound_of, 0 if pieces else 1 << 30)
     layout, grounds = Layout(ulysses=ulysses, ring=1), (Ground(ulysses), Ground(ulysses))
     places, arenas = [], []
     for rank in range(ulysses):
