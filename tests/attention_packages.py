@@ -10,7 +10,7 @@ import torch
 from fastusp_backend.attention import flash3, sage, trial
 
 LOG2_E = 1.44269504
-REMEMBERED = flash3._function, flash3.installed, sage._function, sage.gives_lse, trial.problem
+REMEMBERED = flash3._package, flash3._operator, flash3.installed, sage._function, sage.gives_lse, trial.problem
 
 
 def clear() -> None:

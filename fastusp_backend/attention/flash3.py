@@ -15,17 +15,20 @@ import inspect
 import logging
 import math
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 
 from ..kernels.smooth import add_mean, quantise_heads
-from .trial import FAILURES
+from . import trial
+from .rounds import fill
 
 log = logging.getLogger(__name__)
 
 CAPABILITY = (9, 0)
-_MODULES = "fa3_fwd_interface", "flash_attn_interface"
-"""Of fa3-fwd and of flash-attn 3, whose function is the same."""
+_MODULES = {"fa3_fwd_interface": "fa3_fwd", "flash_attn_interface": "flash_attn_3"}
+"""Of fa3-fwd and of flash-attn 3, whose functions are the same, and where each one's operator is."""
+_OPTIONS = {"out", "q_descale", "k_descale", "v_descale", "softmax_scale", "num_splits"}
 _LONG, _ROUNDS = 4096, 3
 """Of heads of 128 values: for how many keys this kernel leads cuDNN's; and for fewer, how often tiles must fill the
 GPU. In CUDA graphs, on an H100: 4608 tokens x 24, 12, 6 and 3 heads 385, 217, 110 and 58 us for 406, 235, 119 and 61;
@@ -40,21 +43,32 @@ tokens x 19, 12 and 6 heads, 211, 160 and 107 us for 232, 186 and 95, and 1125 x
 
 
 @functools.cache
-def _function() -> Callable | None:
-    """The function of the first package that loads, None where none is installed. Raises what the last one raised
-    where none loads, as one that was built for another torch, or is from before `return_attn_probs`."""
+def _package() -> ModuleType | None:
+    """The first package that loads, None where none is installed. Raises what the last one raised where none loads, as
+    one that was built for another torch, or is from before `return_attn_probs`."""
     failure = None
-    for module in filter(importlib.util.find_spec, _MODULES):
+    for name in filter(importlib.util.find_spec, _MODULES):
         try:
-            function = importlib.import_module(module).flash_attn_func
-            if "return_attn_probs" not in inspect.signature(function).parameters:
-                raise ImportError(f"{module} is an older version, without return_attn_probs")
-            return function
-        except FAILURES as error:
+            package = importlib.import_module(name)
+            if "return_attn_probs" not in inspect.signature(package.flash_attn_func).parameters:
+                raise ImportError(f"{name} is an older version, without return_attn_probs")
+            return package
+        except trial.FAILURES as error:
             failure = error
     if failure is not None:
         raise failure
     return None
+
+
+@functools.cache
+def _operator() -> Callable:
+    """The package's operator, which also writes into memory that it is given and attends to parts of the keys. Raises
+    AttributeError where a version has none that takes these."""
+    name = _MODULES[_package().__name__]
+    operator = getattr(torch.ops, name).fwd
+    if lacks := _OPTIONS.difference(argument.name for argument in operator.default._schema.arguments):
+        raise AttributeError(f"{name}::fwd has no {', '.join(sorted(lacks))}")
+    return operator
 
 
 def present() -> bool:
@@ -66,39 +80,97 @@ def present() -> bool:
 def installed() -> bool:
     """Whether it can be used. A package that does not load is told in the log, once."""
     try:
-        return _function() is not None
-    except FAILURES as error:
+        return _package() is not None
+    except trial.FAILURES as error:
         log.warning("FlashAttention-3 is installed but does not load, so that cuDNN's attention is used: %s", error)
         return False
 
 
 def flash3(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """See attention/local.py."""
-    return _function()(q, k, v, softmax_scale=scale, return_attn_probs=True)
+    return _package().flash_attn_func(q, k, v, softmax_scale=scale, return_attn_probs=True)
+
+
+def flash3_filled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, None]:
+    """The same over all keys, without a log-sum-exp, and with full rounds of tiles: see rounds.py."""
+    return _filled(q, k, v, scale), None
 
 
 def flash3_fp8(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """See attention/local.py; bfloat16, which is what the kernel gives for 8 bits."""
     heads = quantise_heads(q, k, v)
-    of_q, of_k, of_v = heads.scales
-    out, lse = _function()(
+    out, lse = _package().flash_attn_func(
         heads.q,
         heads.k,
         heads.v,
         softmax_scale=scale,
-        q_descale=of_q,
-        k_descale=of_k,
-        v_descale=of_v,
         return_attn_probs=True,
+        **_descales(heads.scales),
     )
     add_mean(out, heads.mean)
     return out, lse.add_(heads.shift, alpha=scale)
 
 
+def flash3_fp8_filled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, None]:
+    """As `flash3_filled`."""
+    heads = quantise_heads(q, k, v)
+    out = _filled(heads.q, heads.k, heads.v, scale, **_descales(heads.scales))
+    add_mean(out, heads.mean)
+    return out, None
+
+
+def fills(device: torch.device, heads: tuple[int, int], *, eight: bool) -> bool:
+    """Whether the package attends in parts, rightly, to heads (h, D); eight: in 8 bits. Waits for the device."""
+    attend = _in_two_fp8 if eight else _in_two
+    return heads[1] == 128 and not trial.problem(attend, device, torch.bfloat16, heads, lse=False)
+
+
+def _in_two(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, None]:
+    return _in_parts(q, k, v, scale, q.shape[1] // 2, 2), None
+
+
+def _in_two_fp8(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, None]:
+    heads = quantise_heads(q, k, v)
+    out = _in_parts(heads.q, heads.k, heads.v, scale, q.shape[1] // 2, 2, **_descales(heads.scales))
+    add_mean(out, heads.mean)
+    return out, None
+
+
+def _descales(scales: torch.Tensor) -> dict[str, torch.Tensor]:
+    return dict(zip(("q_descale", "k_descale", "v_descale"), scales, strict=True))
+
+
+def _filled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, **descales: torch.Tensor) -> torch.Tensor:
+    batch, queries, heads, _ = q.shape
+    whole, parts = fill(queries, k.shape[1], batch * heads, _units(q.device))
+    return _in_parts(q, k, v, scale, whole, parts, **descales)
+
+
+def _in_parts(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    whole: int,
+    parts: int,
+    **descales: torch.Tensor,
+) -> torch.Tensor:
+    """Attends the first `whole` queries to all keys at once, the others to `parts` of them."""
+    out = torch.empty(q.shape, dtype=torch.bfloat16, device=q.device)
+    for rows, count in ((slice(0, whole), 1), (slice(whole, q.shape[1]), parts)):
+        if rows.start < rows.stop:
+            _operator()(q[:, rows], k, v, out=out[:, rows], softmax_scale=scale, num_splits=count, **descales)
+    return out
+
+
+def _units(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def leads(q: torch.Tensor, k: torch.Tensor) -> bool:
     """Whether it is the fastest for queries (B, Lq, h, D) and keys (B, Lk, h, D); not where that is not known."""
     batch, length, heads, dim = q.shape
-    units = torch.cuda.get_device_properties(q.device).multi_processor_count
+    units = _units(q.device)
 
     def filled(queries: int) -> float:
         return batch * heads * -(-length // queries) / units

@@ -2,7 +2,7 @@
 
 Every back end is f(q, k, v, scale) -> (out, lse) with q, out (B, Lq, h, D), k, v (B, Lk, h, D) and lse (B, h, Lq)
 float32, the natural logarithm of the softmax denominators, by which kernels/merge.py joins results over parts of the
-keys.
+keys; or, of some that attend to all keys, None.
 
 These are torch's own kernels, called by their operator names because `scaled_dot_product_attention` hides the LSE, and
 FlashAttention-3 where its package is installed. Those that attend in 8 bits are in lossy.py.
@@ -63,6 +63,11 @@ def hopper(q, k, v, scale):
     return (flash3.flash3 if flash3.leads(q, k) else cudnn)(q, k, v, scale)
 
 
+def hopper_filled(q, k, v, scale):
+    """The same over all keys, whose log-sum-exp nobody asks for."""
+    return (flash3.flash3_filled if flash3.leads(q, k) else cudnn)(q, k, v, scale)
+
+
 _BACKENDS: dict[tuple[str, AttentionChoice], tuple[Attend, frozenset[torch.dtype]]] = {}
 _HALF = frozenset((torch.bfloat16, torch.float16))
 _ALL = _HALF | {torch.float32}
@@ -118,10 +123,11 @@ def choose(
         remedy = "install the package fa3-fwd, for this torch, with the Python of ComfyUI, or choose"
     elif choice == "flash3":
         limit = ": it needs an H100 or H200, in bf16"
+    filled = not ring and "flash3" in have and choice in ("auto", "flash3") and flash3.fills(device, heads, eight=False)
     if choice == "auto":
         if capability is not None and "cudnn" in have and capability >= _MIN_CUDNN_CAPABILITY:
             if "flash3" in have:
-                return "cudnn and flash3", hopper
+                return "cudnn and flash3", hopper_filled if filled else hopper
             choice = "cudnn"
         else:
             choice = "flash" if "flash" in have else "efficient"
@@ -131,4 +137,4 @@ def choose(
             f"{remedy} attention = 'auto' or one of {', '.join(have)}: {choice!r} does not exist for {type_name} on "
             f"{where}{limit}"
         )
-    return choice, _BACKENDS[device.type, choice][0]
+    return choice, flash3.flash3_filled if choice == "flash3" and filled else _BACKENDS[device.type, choice][0]

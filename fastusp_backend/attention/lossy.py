@@ -62,7 +62,8 @@ def _flash3_fp8(device: torch.device, dtype: torch.dtype, heads: tuple[int, int]
             f"install the package fa3-fwd, for this torch, with the Python of ComfyUI, {_OTHERWISE}: attention = "
             f"'flash3-fp8' finds none that loads"
         )
-    return _working("flash3-fp8", device, dtype, heads, ring, "install a fa3-fwd that has fp8")
+    found = _working("flash3-fp8", device, dtype, heads, ring, "install a fa3-fwd that has fp8")
+    return flash3.flash3_fp8_filled if not ring and flash3.fills(device, heads, eight=True) else found
 
 
 def _fits(device: torch.device, dtype: torch.dtype, types: tuple[torch.dtype, ...], capable: Callable) -> bool:

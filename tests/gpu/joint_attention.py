@@ -57,7 +57,7 @@ def check(transport: Transport, layout: Layout, mesh, packed, shape: tuple[int, 
     batch, text_tokens, image_tokens, head_dim = shape
     device, position = mesh.device, mesh.sequence_position
     generator = torch.Generator().manual_seed(text_tokens)
-    _, attend = choose("auto", device, DTYPE, (HEADS // layout.ulysses, head_dim))
+    _, attend = choose("auto", device, DTYPE, (HEADS // layout.ulysses, head_dim), ring=layout.ring > 1)
     own_mesh = single_rank_mesh(device)
     joints, all_shards = [], []
     for where, how, on_wire in ((mesh, transport, packed), (own_mesh, Transport(own_mesh), None)):

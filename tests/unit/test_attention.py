@@ -115,8 +115,8 @@ def test_flash_attention_3_is_for_hopper_with_its_package(monkeypatch, capabilit
     device = torch.device("cuda", 0)
     there = capability == (9, 0) and dtype == torch.bfloat16
     if there and installed and not problem:
-        assert local.choose("flash3", device, dtype, HEADS) == ("flash3", flash3.flash3)
-        assert local.choose("auto", device, dtype, HEADS) == ("cudnn and flash3", local.hopper)
+        assert local.choose("flash3", device, dtype, HEADS) == ("flash3", flash3.flash3_filled)
+        assert local.choose("auto", device, dtype, HEADS) == ("cudnn and flash3", local.hopper_filled)
         return
     with pytest.raises(ValueError, match="'flash3' does not exist") as refused:
         local.choose("flash3", device, dtype, HEADS)
@@ -163,11 +163,11 @@ def test_of_part_of_the_queries_the_keys_decide(monkeypatch):
 def test_a_package_that_does_not_load_is_told_and_left_alone(monkeypatch, tmp_path, caplog):
     (tmp_path / "fa3_fwd_interface.py").write_text("raise ImportError('undefined symbol: of another torch')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    for function in (flash3._function, flash3.installed):
+    for function in (flash3._package, flash3.installed):
         function.cache_clear()
     try:
         assert not flash3.installed() and not flash3.installed()
         assert caplog.text.count("does not load") == 1 and "of another torch" in caplog.text
     finally:
-        for function in (flash3._function, flash3.installed):
+        for function in (flash3._package, flash3.installed):
             function.cache_clear()
