@@ -198,7 +198,7 @@ if triton is not None:
         return value
 
     @triton.jit
-    def _put_kernel(
+    def _write_kernel(
         q,
         q_batch,
         q_row,
@@ -287,7 +287,7 @@ def _launch(q, k, v, out: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     _finish_kernel[(heads, (last - first) * batch)](
         observed, means, scales, runs, keys, batch, FIRST=first, D=dim, RUNS=_RUNS
     )
-    _put_kernel[(heads, triton.cdiv(max(queries, keys), _ROWS), last * batch)](
+    _write_kernel[(heads, triton.cdiv(max(queries, keys), _ROWS), last * batch)](
         *given, *out, means, scales, shift, queries, keys, batch, EIGHT=eight, D=dim, R=_ROWS
     )
     return scales, shift, means

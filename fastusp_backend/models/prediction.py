@@ -8,8 +8,8 @@ A step of P ranks takes
 where nothing else is slower, and what crosses links beside computing or after it (`Prediction.seconds`). Of it only the
 first part falls with P. Fitted to FLUX.1 at 1024 x 1024 on H200 with NVLink, 118.6, 66.2, 35.7 and 21.7 ms for P = 1,
 2, 4 and 8, the last as benchmarks/scale.py plays one rank's share of so many on two GPUs. Without peer access, where
-tokens go through the host's memory, two H200 took 83.1 ms, 70.8 with int8 wire, and four 82.3 and 55.3; a ring
-of two 96.0 and 73.9; two with Qwen-Image 98.3 and 82.3.
+tokens go through the host's memory, two H200 took 82.8 ms, 70.9 with int8 wire, and a ring of two 88.0 and 73.8; two
+with Qwen-Image 98.3 and 82.3; four 82.3 and 55.3, before each peer was signalled at once.
 """
 
 import re
@@ -47,7 +47,7 @@ HIDDEN = (0.55, 0.76), (0.3, 0.25)
 """Of blocks of one stream, whose MLP is beside attention, and of two: what of their computing hides tokens, and what of
 their tokens can be hidden; the last are waited for."""
 HIDDEN_OF_TWO = (0.75, 0.74), (0.35, 0.36)
-"""The same where two ranks attend their own image tokens last: see `Ulysses.own_last`."""
+"""The same of two ranks: they attend their own image tokens last (`Ulysses.own_last`), or a ring passes pieces on."""
 FP8_PRODUCTS = 0.6
 """Products with `linear = fp8`, of those in 16 bits; measured 0.57 to 0.64."""
 EIGHT_BITS = 0.5
@@ -240,7 +240,7 @@ class Prediction:
         both = self._config.two_stream_blocks
         shares = 1 - both / (cost.streams - both), both / (cost.streams - both)
         tokens = sent / (min(link.peers / STAGED, STAGED_RATE) * 1e9) * (1 + STAGED_TOGETHER * (beside - 2))
-        fractions = HIDDEN_OF_TWO if (layout.ulysses, layout.ring) == (2, 1) else HIDDEN
+        fractions = HIDDEN_OF_TWO if layout.sequence_ranks == 2 else HIDDEN
         hidden = sum(
             share * min(behind * computing, of * tokens) for share, (behind, of) in zip(shares, fractions, strict=True)
         )
