@@ -2,6 +2,7 @@
 
 from ..change import Change
 from . import (
+    attention,
     command_line,
     communication,
     engine,
@@ -18,6 +19,7 @@ from . import (
 
 ROOMS = (
     communication,
+    attention,
     kernels,
     sampling,
     models,

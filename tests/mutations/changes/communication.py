@@ -1,4 +1,4 @@
-"""comm and attention: (file, what, old, new, tests that should notice)."""
+"""comm, and attention over ranks: (file, what, old, new, tests that should notice)."""
 
 SHARDS = "fastusp_backend/comm/shards.py"
 PEERS = "fastusp_backend/comm/peers.py"
@@ -7,7 +7,6 @@ COLLECTIVE = "fastusp_backend/comm/collective.py"
 TRANSPORT = "fastusp_backend/comm/transport.py"
 ARENA = "fastusp_backend/comm/arena.py"
 USP = "fastusp_backend/attention/usp.py"
-LOSSY = "unit/test_lossy_attention.py"
 MESH = "fastusp_backend/comm/mesh.py"
 
 CHANGES = [
@@ -52,41 +51,6 @@ CHANGES = [
         "if before < len(self._projected) == 4:",
         "if before < len(self._projected) == 2:",
         "unit/test_joint_attention.py",
-    ),
-    (
-        "fastusp_backend/attention/trial.py",
-        "a package is tried with heads of 128 values, whatever the model has",
-        "_TOKENS, *heads, generator",
-        "_TOKENS, 2, 128, generator",
-        "unit/test_attention_trial.py",
-    ),
-    (
-        "fastusp_backend/attention/flash3.py",
-        "the log-sum-exp of 8 bits lacks the keys' mean",
-        "return out, lse.add_(heads.shift, alpha=scale)",
-        "return out, lse",
-        LOSSY,
-    ),
-    (
-        "fastusp_backend/attention/sage.py",
-        "SageAttention 2 corrects the log-sum-exp by itself, in 16 bits",
-        "    smoothed, shift = smooth(q, k)\n    out, lse",
-        "    smoothed, shift = k, smooth(q, k)[1] * 0\n    out, lse",
-        LOSSY,
-    ),
-    (
-        "fastusp_backend/attention/sage.py",
-        "SageAttention 1 attends to any number of keys",
-        "if gives_lse() or keys % _KEYS == 0:",
-        "if gives_lse() or keys:",
-        LOSSY,
-    ),
-    (
-        "fastusp_backend/attention/local.py",
-        "a ring may have a back end without a log-sum-exp",
-        "lossy.back_end(choice, device, dtype, heads, ring=ring)",
-        "lossy.back_end(choice, device, dtype, heads, ring=False)",
-        LOSSY,
     ),
     (
         "fastusp_backend/comm/block_store.py",
