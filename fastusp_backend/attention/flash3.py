@@ -1,5 +1,6 @@
 """FlashAttention-3 (arXiv 2407.08608), a kernel for Hopper, from the package `fa3-fwd` or `flash-attn` 3; in the type
-of queries, keys and values, and in 8 bits.
+of queries, keys and values, and in 8 bits. Of all keys at once, where nobody asks for a log-sum-exp, some queries may
+be attended in parts, by the package's operator: rounds.py.
 
 In 8 bits it multiplies e4m3 with one scale for each (batch item, head) of q, k and v, the only ones it takes; 2^8 times
 the probabilities are e4m3 too, and sums what the tensor cores give. Its log-sum-exp is natural, of scaled scores. What
@@ -21,14 +22,14 @@ import torch
 
 from ..kernels.smooth import add_mean, quantise_heads
 from . import trial
-from .rounds import fill
+from .rounds import split
 
 log = logging.getLogger(__name__)
 
 CAPABILITY = (9, 0)
 _MODULES = {"fa3_fwd_interface": "fa3_fwd", "flash_attn_interface": "flash_attn_3"}
 """Of fa3-fwd and of flash-attn 3, whose functions are the same, and where each one's operator is."""
-_OPTIONS = {"out", "q_descale", "k_descale", "v_descale", "softmax_scale", "num_splits"}
+_OPERATOR_TAKES = {"out", "q_descale", "k_descale", "v_descale", "softmax_scale", "num_splits"}
 _LONG, _ROUNDS = 4096, 3
 """Of heads of 128 values: for how many keys this kernel leads cuDNN's; and for fewer, how often tiles must fill the
 GPU. In CUDA graphs, on an H100: 4608 tokens x 24, 12, 6 and 3 heads 385, 217, 110 and 58 us for 406, 235, 119 and 61;
@@ -66,7 +67,7 @@ def _operator() -> Callable:
     AttributeError where a version has none that takes these."""
     name = _MODULES[_package().__name__]
     operator = getattr(torch.ops, name).fwd
-    if lacks := _OPTIONS.difference(argument.name for argument in operator.default._schema.arguments):
+    if lacks := _OPERATOR_TAKES.difference(argument.name for argument in operator.default._schema.arguments):
         raise AttributeError(f"{name}::fwd has no {', '.join(sorted(lacks))}")
     return operator
 
@@ -91,9 +92,9 @@ def flash3(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> t
     return _package().flash_attn_func(q, k, v, softmax_scale=scale, return_attn_probs=True)
 
 
-def flash3_filled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, None]:
-    """The same over all keys, without a log-sum-exp, and with full rounds of tiles: see rounds.py."""
-    return _filled(q, k, v, scale), None
+def flash3_split(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, None]:
+    """The same over all keys, without a log-sum-exp: the last tiles' queries in parts where rounds.py says so."""
+    return _split(q, k, v, scale), None
 
 
 def flash3_fp8(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,15 +112,15 @@ def flash3_fp8(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) 
     return out, lse.add_(heads.shift, alpha=scale)
 
 
-def flash3_fp8_filled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, None]:
-    """As `flash3_filled`."""
+def flash3_fp8_split(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, None]:
+    """As `flash3_split`."""
     heads = quantise_heads(q, k, v)
-    out = _filled(heads.q, heads.k, heads.v, scale, **_descales(heads.scales))
+    out = _split(heads.q, heads.k, heads.v, scale, **_descales(heads.scales))
     add_mean(out, heads.mean)
     return out, None
 
 
-def fills(device: torch.device, heads: tuple[int, int], *, eight: bool) -> bool:
+def can_split(device: torch.device, heads: tuple[int, int], *, eight: bool) -> bool:
     """Whether the package attends in parts, rightly, to heads (h, D); eight: in 8 bits. Waits for the device."""
     attend = _in_two_fp8 if eight else _in_two
     return heads[1] == 128 and not trial.problem(attend, device, torch.bfloat16, heads, lse=False)
@@ -140,9 +141,9 @@ def _descales(scales: torch.Tensor) -> dict[str, torch.Tensor]:
     return dict(zip(("q_descale", "k_descale", "v_descale"), scales, strict=True))
 
 
-def _filled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, **descales: torch.Tensor) -> torch.Tensor:
+def _split(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, **descales: torch.Tensor) -> torch.Tensor:
     batch, queries, heads, _ = q.shape
-    whole, parts = fill(queries, k.shape[1], batch * heads, _units(q.device))
+    whole, parts = split(queries, k.shape[1], batch * heads, _units(q.device))
     return _in_parts(q, k, v, scale, whole, parts, **descales)
 
 
@@ -172,9 +173,9 @@ def leads(q: torch.Tensor, k: torch.Tensor) -> bool:
     batch, length, heads, dim = q.shape
     units = _units(q.device)
 
-    def filled(queries: int) -> float:
+    def rounds(queries: int) -> float:
         return batch * heads * -(-length // queries) / units
 
     if dim == 64:
-        return 6 * math.ceil(filled(_QUERIES_OF_64)) < 5 * math.ceil(filled(_QUERIES))
-    return dim == 128 and (k.shape[1] >= _LONG or filled(_QUERIES) >= _ROUNDS)
+        return 6 * math.ceil(rounds(_QUERIES_OF_64)) < 5 * math.ceil(rounds(_QUERIES))
+    return dim == 128 and (k.shape[1] >= _LONG or rounds(_QUERIES) >= _ROUNDS)

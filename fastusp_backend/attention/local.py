@@ -63,9 +63,9 @@ def hopper(q, k, v, scale):
     return (flash3.flash3 if flash3.leads(q, k) else cudnn)(q, k, v, scale)
 
 
-def hopper_filled(q, k, v, scale):
+def hopper_split(q, k, v, scale):
     """The same over all keys, whose log-sum-exp nobody asks for."""
-    return (flash3.flash3_filled if flash3.leads(q, k) else cudnn)(q, k, v, scale)
+    return (flash3.flash3_split if flash3.leads(q, k) else cudnn)(q, k, v, scale)
 
 
 _BACKENDS: dict[tuple[str, AttentionChoice], tuple[Attend, frozenset[torch.dtype]]] = {}
@@ -123,11 +123,12 @@ def choose(
         remedy = "install the package fa3-fwd, for this torch, with the Python of ComfyUI, or choose"
     elif choice == "flash3":
         limit = ": it needs an H100 or H200, in bf16"
-    filled = not ring and "flash3" in have and choice in ("auto", "flash3") and flash3.fills(device, heads, eight=False)
+    splits = not ring and "flash3" in have and choice in ("auto", "flash3")
+    splits = splits and flash3.can_split(device, heads, eight=False)
     if choice == "auto":
         if capability is not None and "cudnn" in have and capability >= _MIN_CUDNN_CAPABILITY:
             if "flash3" in have:
-                return "cudnn and flash3", hopper_filled if filled else hopper
+                return "cudnn and flash3", hopper_split if splits else hopper
             choice = "cudnn"
         else:
             choice = "flash" if "flash" in have else "efficient"
@@ -137,4 +138,4 @@ def choose(
             f"{remedy} attention = 'auto' or one of {', '.join(have)}: {choice!r} does not exist for {type_name} on "
             f"{where}{limit}"
         )
-    return choice, flash3.flash3_filled if choice == "flash3" and filled else _BACKENDS[device.type, choice][0]
+    return choice, flash3.flash3_split if choice == "flash3" and splits else _BACKENDS[device.type, choice][0]

@@ -63,7 +63,7 @@ def _flash3_fp8(device: torch.device, dtype: torch.dtype, heads: tuple[int, int]
             f"'flash3-fp8' finds none that loads"
         )
     found = _working("flash3-fp8", device, dtype, heads, ring, "install a fa3-fwd that has fp8")
-    return flash3.flash3_fp8_filled if not ring and flash3.fills(device, heads, eight=True) else found
+    return flash3.flash3_fp8_split if not ring and flash3.can_split(device, heads, eight=True) else found
 
 
 def _fits(device: torch.device, dtype: torch.dtype, types: tuple[torch.dtype, ...], capable: Callable) -> bool:

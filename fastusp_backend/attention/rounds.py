@@ -1,5 +1,5 @@
-"""Which queries of FlashAttention-3 are attended in parts of the keys, so that no round of tiles leaves most of a GPU
-idle.
+"""Which queries of FlashAttention-3 are attended in parts of the keys, where a round of tiles would leave most of a GPU
+idle and parts were measured to take less.
 
 A tile is 128 queries of one head, which one multiprocessor attends from the first key to the last. So many tiles as the
 GPU has multiprocessors are a round, and a last round that is nearly empty takes as long as a full one: 4608 queries of
@@ -20,11 +20,12 @@ for 241; 6 x 4608 in 22 + 14, 3 and 6 parts, 120 and 139 for 114; 24 x 4608 in 3
 2048 of 4608 in 11 + 5, 2 parts, 105 for 118; 12 x 4352 in 33 + 1, 8 parts, 181 for 225; 12 x 8704 of 16896 in 66 + 2, 5
 parts, 1300 for 1420. Of these, those that gain, in e4m3: 160 for 173, 80 for 88, 142 for 166 and 998 for 1091."""
 _GAIN = 0.95
-"""Of the time in one call, that parts must take less than."""
+"""Of the time in one call, that parts must take less than. With bf16 on an H200, like all of these: an H100 has as many
+multiprocessors of the same kind."""
 
 
 @functools.cache
-def fill(queries: int, keys: int, heads: int, units: int) -> tuple[int, int]:
+def split(queries: int, keys: int, heads: int, units: int) -> tuple[int, int]:
     """Returns how many of so many queries are attended as they are, and in how many parts of the keys the others;
     (queries, 1) where that would gain nothing.
 

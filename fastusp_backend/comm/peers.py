@@ -3,7 +3,7 @@
 A rank copies its part straight to where its peers will read it (Ulysses, gather), or reads a peer's (ring), on a stream
 beside the main one, and signals. The alternative, NCCL's collectives, are kernels: they take SMs from the products
 behind which they are to be hidden, while the copy engines are idle. What copy engines do not bring is order, which is
-this file's; an arena (arena.py) brings the memory, the signals and the stream.
+that of this file and of the ring's (peer_ring.py); an arena (arena.py) brings the memory, the signals and the stream.
 
 A buffer is written again only when its readers are known to be done. Messages of Ulysses alternate between q/k/v and
 attended tokens, and a rank sends the next of one kind only after it has received the other kind from every peer, which

@@ -54,21 +54,21 @@ def test_it_is_captured_in_a_graph():
 @pytest.mark.parametrize("eight", [False, True], ids=["bf16", "e4m3"])
 def test_parts_of_the_keys_are_joined(monkeypatch, eight, queries, keys, heads):
     """As exact as in one call, in a graph as well; the same bits each time."""
-    assert flash3.fills(torch.device("cuda", torch.cuda.current_device()), (heads, 128), eight=eight)
+    assert flash3.can_split(torch.device("cuda", torch.cuda.current_device()), (heads, 128), eight=eight)
     generator = torch.Generator("cuda").manual_seed(0)
     q, k, v = (
         torch.randn(1, n, heads, 128, device="cuda", generator=generator).bfloat16() for n in (queries, keys, keys)
     )
-    split, fill = [], flash3.fill
-    monkeypatch.setattr(flash3, "fill", lambda *given: split.append(fill(*given)) or split[-1])
-    filled, whole = (flash3.flash3_fp8_filled, flash3.flash3_fp8) if eight else (flash3.flash3_filled, flash3.flash3)
+    found, split = [], flash3.split
+    monkeypatch.setattr(flash3, "split", lambda *given: found.append(split(*given)) or found[-1])
+    in_parts, whole = (flash3.flash3_fp8_split, flash3.flash3_fp8) if eight else (flash3.flash3_split, flash3.flash3)
     expected, _ = local.math(q.float(), k.float(), v.float(), 0.09)
     with torch.inference_mode():
-        out, lse = filled(q, k, v, 0.09)
+        out, lse = in_parts(q, k, v, 0.09)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            again, _ = filled(q, k, v, 0.09)
+            again, _ = in_parts(q, k, v, 0.09)
         graph.replay()
-    assert split[0][1] > 1 and lse is None and torch.equal(out, again)
+    assert found[0][1] > 1 and lse is None and torch.equal(out, again)
     bound = ((whole(q, k, v, 0.09)[0] - expected).norm() / expected.norm()).item()
     assert (out - expected).norm() / expected.norm() < 1.05 * bound

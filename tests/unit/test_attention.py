@@ -115,8 +115,8 @@ def test_flash_attention_3_is_for_hopper_with_its_package(monkeypatch, capabilit
     device = torch.device("cuda", 0)
     there = capability == (9, 0) and dtype == torch.bfloat16
     if there and installed and not problem:
-        assert local.choose("flash3", device, dtype, HEADS) == ("flash3", flash3.flash3_filled)
-        assert local.choose("auto", device, dtype, HEADS) == ("cudnn and flash3", local.hopper_filled)
+        assert local.choose("flash3", device, dtype, HEADS) == ("flash3", flash3.flash3_split)
+        assert local.choose("auto", device, dtype, HEADS) == ("cudnn and flash3", local.hopper_split)
         return
     with pytest.raises(ValueError, match="'flash3' does not exist") as refused:
         local.choose("flash3", device, dtype, HEADS)

@@ -199,7 +199,7 @@ def test_by_name_alone(install, monkeypatch, name):
     on_gpus(monkeypatch)
     assert {*lossy.BACKENDS} == {*EIGHT_BIT_ATTENTION} == {*lossy.installed()}
     whole, of_parts = lossy.BACKENDS[name][0]
-    whole = flash3.flash3_fp8_filled if name == "flash3-fp8" else whole
+    whole = flash3.flash3_fp8_split if name == "flash3-fp8" else whole
     for ring, function in ((False, whole), (True, of_parts)):
         assert local.choose(name, CUDA, torch.bfloat16, HEADS, ring=ring) == (name, function)
     assert local.choose("auto", CUDA, torch.bfloat16, HEADS)[0] == "cudnn and flash3"

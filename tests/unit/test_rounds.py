@@ -9,7 +9,7 @@ import torch
 from support import randn, relative_difference
 
 from fastusp_backend.attention import flash3, local, trial
-from fastusp_backend.attention.rounds import fill
+from fastusp_backend.attention.rounds import split
 
 pytestmark = pytest.mark.unit
 
@@ -34,14 +34,14 @@ SCALE = 128**-0.5
     ],
 )
 def test_parts_are_taken_where_they_were_faster(heads, queries, keys, found):
-    assert fill(queries, keys, heads, 132) == found
+    assert split(queries, keys, heads, 132) == found
 
 
 @pytest.mark.parametrize("units", [78, 114, 132])
 @pytest.mark.parametrize("heads", [1, 5, 12, 19, 24, 38])
 def test_never_more_rounds_than_in_one_call(heads, units):
     for queries in range(100, 9000, 457):
-        whole, parts = fill(queries, queries, heads, units)
+        whole, parts = split(queries, queries, heads, units)
         if parts == 1:
             assert whole == queries
             continue
@@ -77,22 +77,22 @@ def operator(monkeypatch):
     attention_packages.clear()
 
 
-@pytest.mark.parametrize("attend", [flash3.flash3_filled, flash3.flash3_fp8_filled], ids=["bf16", "e4m3"])
+@pytest.mark.parametrize("attend", [flash3.flash3_split, flash3.flash3_fp8_split], ids=["bf16", "e4m3"])
 @pytest.mark.parametrize("queries, calls", [(1300, [(1024, 1), (276, 2)]), (1024, [(1024, 1)])])
 def test_all_queries_are_attended(operator, monkeypatch, attend, queries, calls):
-    monkeypatch.setattr(flash3, "fill", lambda *given: calls[0] if len(calls) == 1 else (1024, 2))
+    monkeypatch.setattr(flash3, "split", lambda *given: calls[0] if len(calls) == 1 else (1024, 2))
     q, k, v = (randn(1, n, 3, 128, seed=i).bfloat16() for i, n in enumerate((queries, 500, 500)))
     out, lse = attend(q, k, v, SCALE)
     assert operator.calls == calls and lse is None and out.dtype == torch.bfloat16
     expected = local.math(q.float(), k.float(), v.float(), SCALE)[0]
-    assert relative_difference(out.float(), expected) < (5e-3 if attend is flash3.flash3_filled else 8e-2)
+    assert relative_difference(out.float(), expected) < (5e-3 if attend is flash3.flash3_split else 8e-2)
 
 
 def test_the_heads_of_all_images_fill_a_round(operator, monkeypatch):
     given = []
-    monkeypatch.setattr(flash3, "fill", lambda *of: given.append(of) or (of[0], 1))
+    monkeypatch.setattr(flash3, "split", lambda *of: given.append(of) or (of[0], 1))
     q, k = (torch.zeros(2, n, 3, 128, dtype=torch.bfloat16) for n in (200, 300))
-    flash3.flash3_filled(q, k, k, SCALE)
+    flash3.flash3_split(q, k, k, SCALE)
     assert given == [(200, 300, 6, 4)]
 
 
@@ -109,9 +109,9 @@ def hopper(monkeypatch):
 @pytest.mark.parametrize(
     ("choice", "whole", "in_two", "of_parts"),
     [
-        ("auto", local.hopper_filled, flash3._in_two, local.hopper),
-        ("flash3", flash3.flash3_filled, flash3._in_two, flash3.flash3),
-        ("flash3-fp8", flash3.flash3_fp8_filled, flash3._in_two_fp8, flash3.flash3_fp8),
+        ("auto", local.hopper_split, flash3._in_two, local.hopper),
+        ("flash3", flash3.flash3_split, flash3._in_two, flash3.flash3),
+        ("flash3-fp8", flash3.flash3_fp8_split, flash3._in_two_fp8, flash3.flash3_fp8),
     ],
 )
 def test_parts_need_a_package_that_joins_them(hopper, choice, whole, in_two, of_parts):
@@ -127,11 +127,11 @@ def test_parts_need_a_package_that_joins_them(hopper, choice, whole, in_two, of_
 
 def test_the_kernel_that_leads_is_taken_with_parts(monkeypatch):
     called = []
-    monkeypatch.setattr(flash3, "flash3_filled", lambda *_: called.append("flash3"))
+    monkeypatch.setattr(flash3, "flash3_split", lambda *_: called.append("flash3"))
     monkeypatch.setattr(local, "cudnn", lambda *_: called.append("cudnn"))
     for leads in (True, False):
         monkeypatch.setattr(flash3, "leads", lambda *_, leads=leads: leads)
-        local.hopper_filled(None, None, None, 1.0)
+        local.hopper_split(None, None, None, 1.0)
     assert called == ["flash3", "cudnn"]
 
 

@@ -52,8 +52,8 @@ CHANGES = [
     (
         FLASH3,
         "of several images the heads of one fill a round",
-        "fill(queries, k.shape[1], batch * heads,",
-        "fill(queries, k.shape[1], heads,",
+        "split(queries, k.shape[1], batch * heads,",
+        "split(queries, k.shape[1], heads,",
         OF_ROUNDS,
     ),
     (
@@ -66,15 +66,15 @@ CHANGES = [
     (
         LOCAL,
         "a ring gets no log-sum-exp, since last tiles are in parts",
-        'filled = not ring and "flash3"',
-        'filled = "flash3"',
+        'splits = not ring and "flash3"',
+        'splits = "flash3"',
         OF_ROUNDS,
     ),
     (
         "fastusp_backend/attention/lossy.py",
         "the same in 8 bits",
-        "if not ring and flash3.fills(",
-        "if flash3.fills(",
+        "if not ring and flash3.can_split(",
+        "if flash3.can_split(",
         OF_ROUNDS,
     ),
     (
