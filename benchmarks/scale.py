@@ -180,7 +180,7 @@ def main() -> None:
         layout, ways = plan(count, config.heads, ring=a.ring), {}
         if count == dist.get_world_size():
             mesh = make_mesh(layout, device)
-            ways["2, real"] = mesh, Transport(mesh)
+            ways[f"{count}, real"] = mesh, Transport(mesh)
         timed(ways | {f"{count}, played" if ways else str(count): played(layout, device, peers)})
     if dist.get_rank() == 0:
         columns = [

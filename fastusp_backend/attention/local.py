@@ -15,7 +15,7 @@ import torch
 from ..config import AttentionChoice
 from . import flash3, lossy, trial
 
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]]
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor | None]]
 
 _aten = torch.ops.aten
 

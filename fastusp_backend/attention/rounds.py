@@ -5,7 +5,8 @@ A tile is 128 queries of one head, which one multiprocessor attends from the fir
 GPU has multiprocessors are a round, and a last round that is nearly empty takes as long as a full one: 4608 queries of
 12 heads on 132 multiprocessors are 3.27 rounds and take 4. If the queries of the last tiles attend to parts of the keys
 each, those parts fill a shorter round, and the kernel joins them by their log-sum-exp, in float32 (Flash-Decoding's
-split-KV). It costs what the parts write and what joins them reads.
+split-KV). It costs what the parts write and what joins them reads. (Parts are of whole tiles of keys, 176 each or 224
+in e4m3, so that some are longer than others; the rule counts them as if they were not.)
 """
 
 import functools

@@ -15,7 +15,8 @@ import torch
 
 log = logging.getLogger(__name__)
 
-_TOKENS = 128
+_TOKENS = 512
+"""Several tiles of keys in every package: what is made of parts must join some that are not empty."""
 _BOUND = 0.1
 """Of the relative error of results, and of the error of the log-sum-exp: 8 bits give half of it. What lies on another
 stream gives 1 and more."""

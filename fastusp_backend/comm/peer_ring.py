@@ -6,6 +6,7 @@ import torch
 
 from . import messages
 from .arena import Part
+from .copies import copy
 from .links import Block
 from .wire import Wire
 
@@ -28,6 +29,7 @@ class PeerRing:
         self.keys_first = self._arena.hops > 1 and own[0].nbytes >= messages.TURN
         self._buffers = [torch.empty_like(own) for _ in range(min(2, size - 1))]
         self._pieces = self._in_pieces(own) if self._arena.hops > 1 else [()]
+        assert len(self._pieces) <= messages.FIRST_SEND - messages.READY
         shape = (*own.shape[:3], wire.heads, wire.dim)
         self._unpacked = torch.empty(shape, dtype=wire.dtype, device=own.device) if wire.packed else None
 
@@ -63,7 +65,7 @@ class PeerRing:
         with self._arena.reading_stream():
             for channel, piece in enumerate(self._pieces, messages.READY):
                 self._arena.wait_signals([peer], channel)
-                self._buffers[hop % 2][piece].copy_(self._piece(piece).of(peer), non_blocking=True)
+                copy(self._buffers[hop % 2][piece], self._piece(piece).of(peer))
             self._arena.put_signals([peer], messages.DONE)
 
     @staticmethod

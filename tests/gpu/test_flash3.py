@@ -47,19 +47,27 @@ def test_it_is_captured_in_a_graph():
 
 
 @pytest.mark.parametrize(
-    ("queries", "keys", "heads"),
-    [(4608, 4608, 12), (4352, 4352, 12), (2048, 4608, 12), (77, 4608, 3), (4300, 4605, 12)],
+    ("images", "queries", "keys", "heads"),
+    [
+        (1, 4608, 4608, 12),
+        (1, 4352, 4352, 12),
+        (1, 2048, 4608, 12),
+        (1, 77, 4608, 3),
+        (1, 4300, 4605, 12),
+        (2, 4608, 4608, 6),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("eight", [False, True], ids=["bf16", "e4m3"])
-def test_parts_of_the_keys_are_joined(monkeypatch, eight, queries, keys, heads):
-    """As exact as in one call, in a graph as well; the same bits each time."""
+def test_parts_of_the_keys_are_joined(monkeypatch, eight, images, queries, keys, heads):
+    """As exact as in one call, in a graph as well; the same bits each time. As on 132 multiprocessors."""
     assert flash3.can_split(torch.device("cuda", torch.cuda.current_device()), (heads, 128), eight=eight)
     generator = torch.Generator("cuda").manual_seed(0)
     q, k, v = (
-        torch.randn(1, n, heads, 128, device="cuda", generator=generator).bfloat16() for n in (queries, keys, keys)
+        torch.randn(images, n, heads, 128, device="cuda", generator=generator).bfloat16() for n in (queries, keys, keys)
     )
     found, split = [], flash3.split
+    monkeypatch.setattr(flash3, "_units", lambda device: 132)
     monkeypatch.setattr(flash3, "split", lambda *given: found.append(split(*given)) or found[-1])
     in_parts, whole = (flash3.flash3_fp8_split, flash3.flash3_fp8) if eight else (flash3.flash3_split, flash3.flash3)
     expected, _ = local.math(q.float(), k.float(), v.float(), 0.09)

@@ -163,7 +163,7 @@ def layers(joint: JointAttention, x, scales, rope, local_text: int, count: int) 
 
 def run_rank(mesh, transport, given, *, packed, overlap, results):
     rank, shards = mesh.sequence_position, SequenceShards(mesh.layout, TEXT, IMAGE)
-    links = transport.connect(shards, BATCH, HEADS, DIM, torch.float32, packed=packed, width=3)
+    links = transport.connect(shards, len(given[0]), HEADS, DIM, torch.float32, packed=packed, width=3)
     joint = JointAttention(mesh, math, shards, links, overlap=overlap, pipelined=overlap)
 
     def local(x, dim):
@@ -178,18 +178,25 @@ def run_rank(mesh, transport, given, *, packed, overlap, results):
         results.append(SimpleNamespace(rank=rank, image=whole))
 
 
-def agree_with_one(places: list[tuple[Mesh, Transport]], *, packed: torch.dtype | None, overlap: bool, bound: float):
+def agree_with_one(
+    places: list[tuple[Mesh, Transport]],
+    *,
+    packed: torch.dtype | None,
+    overlap: bool,
+    bound: float,
+    batch: int = BATCH,
+):
     """Runs the ranks at `places`, each in a thread, and one rank alone, and compares."""
     layout = places[0][0].layout
     generator = torch.Generator().manual_seed(layout.ulysses * 10 + layout.ring)
-    x = torch.randn(BATCH, TEXT + IMAGE, 3 * HEADS * DIM, generator=generator)
+    x = torch.randn(batch, TEXT + IMAGE, 3 * HEADS * DIM, generator=generator)
     angles = torch.rand(TEXT + IMAGE, DIM // 2, generator=generator)
     scales = torch.rand(DIM, generator=generator), torch.rand(DIM, generator=generator), None
     given = x, scales, (angles.cos(), angles.sin())
 
     alone = single_rank_mesh(CPU)
     shards = SequenceShards(alone.layout, TEXT, IMAGE)
-    links = Transport(alone).connect(shards, BATCH, HEADS, DIM, torch.float32, packed=None, width=3)
+    links = Transport(alone).connect(shards, batch, HEADS, DIM, torch.float32, packed=None, width=3)
     joint = JointAttention(alone, math, shards, links, overlap=True, pipelined=True)
     expected = layers(joint, x, scales, given[2], TEXT, 5)[:, TEXT:, :3]
 

@@ -79,9 +79,10 @@ def operator(monkeypatch):
 
 @pytest.mark.parametrize("attend", [flash3.flash3_split, flash3.flash3_fp8_split], ids=["bf16", "e4m3"])
 @pytest.mark.parametrize("queries, calls", [(1300, [(1024, 1), (276, 2)]), (1024, [(1024, 1)])])
-def test_all_queries_are_attended(operator, monkeypatch, attend, queries, calls):
+@pytest.mark.parametrize("images", [1, 2])
+def test_all_queries_are_attended(operator, monkeypatch, attend, images, queries, calls):
     monkeypatch.setattr(flash3, "split", lambda *given: calls[0] if len(calls) == 1 else (1024, 2))
-    q, k, v = (randn(1, n, 3, 128, seed=i).bfloat16() for i, n in enumerate((queries, 500, 500)))
+    q, k, v = (randn(images, n, 3, 128, seed=i).bfloat16() for i, n in enumerate((queries, 500, 500)))
     out, lse = attend(q, k, v, SCALE)
     assert operator.calls == calls and lse is None and out.dtype == torch.bfloat16
     expected = local.math(q.float(), k.float(), v.float(), SCALE)[0]
@@ -166,3 +167,17 @@ def test_an_older_operator_is_told(monkeypatch, schema, lacks):
         library._destroy()
         vars(torch.ops).pop("fastusp_test_rounds", None)
         attention_packages.clear()
+
+
+@pytest.mark.parametrize("eight", [False, True], ids=["bf16", "e4m3"])
+def test_a_package_that_loses_parts_is_found(operator, monkeypatch, eight):
+    """Of the keys' parts it attends the first alone; a part is some tiles of 176 or 224 keys."""
+
+    def first_alone(q, k, v, *, num_splits, **options):
+        keys = 256 if num_splits > 1 else k.shape[1]
+        operator(q, k[:, :keys], v[:, :keys], num_splits=1, **options)
+
+    assert flash3.can_split(torch.device("cpu"), (3, 128), eight=eight)
+    trial.problem.cache_clear()
+    monkeypatch.setattr(flash3, "_operator", lambda: first_alone)
+    assert not flash3.can_split(torch.device("cpu"), (3, 128), eight=eight)

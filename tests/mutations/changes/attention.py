@@ -51,6 +51,20 @@ CHANGES = [
     ),
     (
         FLASH3,
+        "of several images parts are written elsewhere",
+        "out=out[:, rows], softmax",
+        "out=out[:, rows].contiguous(), softmax",
+        OF_ROUNDS,
+    ),
+    (
+        "fastusp_backend/attention/trial.py",
+        "a package is tried with so few keys that there is one part of them",
+        "_TOKENS = 512",
+        "_TOKENS = 128",
+        OF_ROUNDS,
+    ),
+    (
+        FLASH3,
         "of several images the heads of one fill a round",
         "split(queries, k.shape[1], batch * heads,",
         "split(queries, k.shape[1], heads,",

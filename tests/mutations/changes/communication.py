@@ -229,6 +229,21 @@ CHANGES = [
     ),
     (
         PEER_RING,
+        "of a ring's block the first piece is read in place of each",
+        "copy(self._buffers[hop % 2][piece], self._piece(piece).of(peer))",
+        "copy(self._buffers[hop % 2][piece], self._piece(self._pieces[0]).of(peer))",
+        "unit/test_peers_on_streams.py",
+    ),
+    (
+        PEER_RING,
+        "a block may be overwritten when a piece of it was read",
+        "            self._arena.put_signals([peer], messages.DONE)",
+        "                if channel == messages.READY:\n"
+        "                    self._arena.put_signals([peer], messages.DONE)",
+        "unit/test_peers_on_streams.py",
+    ),
+    (
+        PEER_RING,
         "of a ring's long block the second half of the tokens stays behind",
         "for start in range(0, size, cut)",
         "for start in range(0, cut, cut)",
