@@ -15,7 +15,6 @@ attention and gaps are told, and what is exposed is not.
 """
 
 import argparse
-import functools
 import os
 import statistics
 import time
@@ -24,89 +23,21 @@ from itertools import pairwise
 import paths  # noqa: F401
 import torch
 import torch.distributed as dist
-import torch.distributed._symmetric_memory as symmetric_memory
 from breakdown import breakdown
 from common import CONFIGS, MODELS, Case, measure, random_inputs, random_model
 from ours import evaluation
+from played import played
 from variants import VARIANTS
 
 from fastusp_backend.cli.table import Column, fitted
-from fastusp_backend.comm.arena import CHANNELS
-from fastusp_backend.comm.mapped import unpin_all
 from fastusp_backend.comm.mesh import Mesh, make_mesh, single_rank_mesh
-from fastusp_backend.comm.staged import StagedArena, _device_address, _typed
-from fastusp_backend.comm.symmetric import SymmetricArena
 from fastusp_backend.comm.transport import Transport, reach_each_other
-from fastusp_backend.config import Layout
 from fastusp_backend.planner import plan
 
 TURNS = 4
 """How often each way for a number of GPUs is measured, one after the other."""
 HALF = 0.5
 """Of a GPU's speed, below which more of them are hardly worth it."""
-
-
-def seen_from_there(layout: Layout, peer: int) -> int:
-    """Returns who the first rank is to its `peer`, both by the way from one to the other through Ulysses group and
-    ring: what all ranks send in the same order arrives in this one's."""
-    ring, ulysses = divmod(peer, layout.ulysses)
-    return -ring % layout.ring * layout.ulysses + -ulysses % layout.ulysses
-
-
-class PlayedSymmetric(SymmetricArena):
-    """The first of a layout's ranks; the other GPU, or where there is one this one, stands for all its peers."""
-
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, *, layout: Layout):
-        super().__init__(group, device)
-        self._me, self._other, self._layout = self.position, self.size - 1 - self.position, layout
-        self.position, self.size = 0, layout.ranks
-
-    def view(self, position, shape, dtype, offset):
-        real = self._me if position == 0 else self._other
-        return self._handle.get_buffer(real, shape, dtype, storage_offset=offset // dtype.itemsize)
-
-    def _make_signals(self) -> None:
-        self._signals = self._allocate((self.size, CHANNELS), torch.int32).zero_()
-        self._signals_handle = symmetric_memory.rendezvous(self._signals, self._group)
-        there = self._signals_handle.get_buffer(self._other, self._signals.shape, torch.int32).data_ptr()
-        senders = [seen_from_there(self._layout, peer) for peer in range(self.size)]
-        self._pads = torch.tensor([there + 4 * CHANNELS * sender for sender in senders], device=self._device)
-        torch.cuda.synchronize(self._device)
-        dist.all_reduce(torch.zeros(1), group=self._group)
-
-
-class PlayedStaged(StagedArena):
-    """The same by way of the host's memory."""
-
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, *, layout: Layout):
-        super().__init__(group, device)
-        self._me, self._other, self._layout = self.position, self.size - 1 - self.position, layout
-        self.position, self.size = 0, layout.ranks
-        unpin_all(self._pinned)
-        self._signals = self._map(4 * CHANNELS * self.size)
-        self._slots = [_device_address(signals) for signals in self._signals]
-
-    def view(self, position, shape, dtype, offset):
-        return _typed(self._mirrors[self._me if position == 0 else self._other], shape, dtype, offset)
-
-    def _slot(self, receiver: int, sender: int, channel: int) -> int:
-        if receiver == 0:
-            return self._slots[self._me] + 4 * (sender * CHANNELS + channel)
-        return self._slots[self._other] + 4 * (seen_from_there(self._layout, receiver) * CHANNELS + channel)
-
-
-def played(layout: Layout, device: torch.device, peers: bool) -> tuple[Mesh, Transport]:
-    world = dist.group.WORLD
-    groups = {
-        "sequence": world,
-        "ulysses": world if layout.ulysses > 1 else None,
-        "ring": world if layout.ring > 1 else None,
-    }
-    mesh = Mesh(layout=layout, device=device, **groups)
-    transport = Transport(mesh, "symmetric memory" if peers else "host memory")
-    make = functools.partial(PlayedSymmetric if peers else PlayedStaged, layout=layout)
-    transport._arenas = [make(world, device) for _ in range(2)]
-    return mesh, transport
 
 
 def where_it_ends(steps: list[tuple[int, float]]) -> str:
@@ -181,7 +112,7 @@ def main() -> None:
         if count == dist.get_world_size():
             mesh = make_mesh(layout, device)
             ways[f"{count}, real"] = mesh, Transport(mesh)
-        timed(ways | {f"{count}, played" if ways else str(count): played(layout, device, peers)})
+        timed(ways | {f"{count}, played" if ways else str(count): played(layout, device, peers, a.text)})
     if dist.get_rank() == 0:
         columns = [
             Column("GPUs"),

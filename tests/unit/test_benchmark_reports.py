@@ -160,18 +160,3 @@ def test_of_our_kernels_those_that_only_signal_are_exchange():
         names = set(re.findall(r"^ *def (\w+_kernel)\(", file.read_text(encoding="utf-8"), re.MULTILINE))
         kinds = {breakdown.kind(name) for name in names}
         assert kinds <= {"exchange" if file.name == "signals.py" else "elementwise"}, (file.name, names, kinds)
-
-
-def test_a_played_peer_sends_what_a_real_one_would():
-    """Of four in a Ulysses group rank 0 sends to 1, 2 and 3, and gets first what 3 sends to the next one first. Each
-    one's signals come to one place, in its own Ulysses group or ring."""
-    from scale import seen_from_there
-
-    from fastusp_backend.config import Layout
-
-    assert [seen_from_there(Layout(ulysses=4, ring=1), peer) for peer in range(4)] == [0, 3, 2, 1]
-    assert [seen_from_there(Layout(ulysses=1, ring=3), peer) for peer in range(3)] == [0, 2, 1]
-    layout = Layout(ulysses=4, ring=3)
-    there = [seen_from_there(layout, peer) for peer in range(12)]
-    assert sorted(there) == list(range(12)) and [there[peer] for peer in there] == list(range(12))
-    assert there[:4] == [0, 3, 2, 1] and there[::4] == [0, 8, 4]
