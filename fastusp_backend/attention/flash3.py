@@ -156,7 +156,7 @@ def _in_parts(
     parts: int,
     **descales: torch.Tensor,
 ) -> torch.Tensor:
-    """Attends the first `whole` queries to all keys at once, the others to `parts` of them."""
+    """Attends the first `whole` queries to all keys at once, the others to so many parts of them, which are joined."""
     out = torch.empty(q.shape, dtype=torch.bfloat16, device=q.device)
     for rows, count in ((slice(0, whole), 1), (slice(whole, q.shape[1]), parts)):
         if rows.start < rows.stop:
