@@ -85,8 +85,8 @@ def test_pages_ask_for_nothing_again_and_again(host, page):
     lines = page.evaluate(f"({LOG}).split('\\n').length")
     page.evaluate("performance.clearResourceTimings(), window.since = performance.now(), 0")
     page.evaluate(f"window.states = new Set(), window.looks = setInterval(() => states.add({STATE}), 20), 0")
-    host.run(run(steps=40, latent_image=None))
-    page.wait_for(f"/64 x 64: 40 steps in [0-9.]+ s/.test({PANEL}) && ({LOG}).split('\\n').length > {lines}")
+    host.run(run(steps=400, latent_image=None))  # some seconds, of which the page is told a few times
+    page.wait_for(f"/64 x 64: 400 steps in [0-9.]+ s/.test({PANEL}) && ({LOG}).split('\\n').length > {lines}")
     host.post("/free", {"unload_models": True})
     page.wait_for(has(PANEL, "released: loads with the next run"))
     time.sleep(2)
