@@ -114,31 +114,40 @@ def flash3_fp8(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) 
 
 def flash3_fp8_split(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, None]:
     """As `flash3_split`."""
-    heads = quantise_heads(q, k, v)
-    out = _split(heads.q, heads.k, heads.v, scale, **_descales(heads.scales))
-    add_mean(out, heads.mean)
-    return out, None
+    return _in_eight_bits(_split, q, k, v, scale), None
 
 
 def can_split(device: torch.device, heads: tuple[int, int], *, eight: bool) -> bool:
     """Whether the package attends in parts, rightly, to heads (h, D); eight: in 8 bits. Waits for the device."""
-    attend = _in_two_fp8 if eight else _in_two
+    attend = parts_of_keys_fp8 if eight else parts_of_keys
     return heads[1] == 128 and not trial.problem(attend, device, torch.bfloat16, heads, lse=False)
 
 
-def _in_two(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, None]:
-    return _in_parts(q, k, v, scale, q.shape[1] // 2, 2), None
+def parts_of_keys(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, None]:
+    """For a trial: half of the queries in two parts, whatever would gain."""
+    return _in_halves(q, k, v, scale), None
 
 
-def _in_two_fp8(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, None]:
+def parts_of_keys_fp8(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, None]:
+    """As `parts_of_keys`."""
+    return _in_eight_bits(_in_halves, q, k, v, scale), None
+
+
+def _in_eight_bits(
+    attend: Callable[..., torch.Tensor], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> torch.Tensor:
     heads = quantise_heads(q, k, v)
-    out = _in_parts(heads.q, heads.k, heads.v, scale, q.shape[1] // 2, 2, **_descales(heads.scales))
+    out = attend(heads.q, heads.k, heads.v, scale, **_descales(heads.scales))
     add_mean(out, heads.mean)
-    return out, None
+    return out
 
 
 def _descales(scales: torch.Tensor) -> dict[str, torch.Tensor]:
     return dict(zip(("q_descale", "k_descale", "v_descale"), scales, strict=True))
+
+
+def _in_halves(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, **descales) -> torch.Tensor:
+    return _in_parts(q, k, v, scale, q.shape[1] // 2, 2, **descales)
 
 
 def _split(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, **descales: torch.Tensor) -> torch.Tensor:

@@ -28,7 +28,7 @@ SIZE, BATCH = (7, 10), 2
 REFERENCES = ((5, 3), (8, 7), (2, 2))
 """6, 16 and 1 tokens behind the image's 20 (FLUX.2: 15, 56 and 4 behind 70): on four ranks the border lies inside a
 rank's part."""
-FAMILIES = {"flux": SMALL, "split": replace(SMALL, concat_channels=80), "flux2": SMALL_FLUX2, "qwen": SMALL_QWEN}
+FAMILIES = {"flux": SMALL, "fill": replace(SMALL, concat_channels=80), "flux2": SMALL_FLUX2, "qwen": SMALL_QWEN}
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ CASES = [
     ("flux", 1, None),
     ("flux", 2, "index"),
     ("flux", 3, "uxo"),
-    ("split", 0, None),
+    ("fill", 0, None),
     ("flux2", 3, None),
     ("flux2", 2, "index_timestep_zero"),
     ("qwen", 3, None),
@@ -145,14 +145,14 @@ METHODS = dict.fromkeys(("flux2", "qwen"), "index_timestep_zero")
 
 def guided(session: Session, family: str) -> torch.Tensor:
     """Positive and negative prompt differ in length and, where the model takes any, in their references."""
-    many = 0 if family == "split" else 2
+    many = 0 if family == "fill" else 2
     x, _, positive = given(family, text=9, references=many, method=METHODS.get(family, "uxo"))
     _, _, negative = given(family, text=6, seed=20, references=many // 2, method="index" if many else None)
     sigmas = torch.tensor([1.0, 0.7, 0.3, 0.0])
     return session.sample(x, sigmas, sampler="heun", positive=positive, negative=negative, cfg=2.5, progress=Progress())
 
 
-@pytest.mark.parametrize("family, layout", turns({"flux": (2,), "split": (0,), "flux2": (0, 3), "qwen": (2,)}))
+@pytest.mark.parametrize("family, layout", turns({"flux": (2,), "fill": (0,), "flux2": (0, 3), "qwen": (2,)}))
 def test_a_guided_loop(session_of, expected, layout, family):
     assert relative_difference(guided(session_of(family, layout), family), expected(guided, family)) < TOLERANCE
 
@@ -165,5 +165,5 @@ def test_what_does_not_fit_is_refused_and_the_next_request_runs(session_of):
     with pytest.raises(RequestError, match="choose a ControlNet that was made for this model"):
         evaluate(session, x, timestep, prompt, {"input": [torch.ones(1, 20, 64)]})
     with pytest.raises(RequestError, match="takes 80 channels of an image or mask beside the latents; got none"):
-        evaluate(session_of("split", LAYOUTS[0]), x, timestep, replace(prompt, references=()))
+        evaluate(session_of("fill", LAYOUTS[0]), x, timestep, replace(prompt, references=()))
     assert torch.isfinite(evaluate(session, x, timestep, prompt)).all()

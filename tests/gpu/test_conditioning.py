@@ -28,7 +28,7 @@ pytestmark = [
 EAGER = Settings(compile=False, cuda_graphs=False, overlap=False)
 CONFIGS = {
     "flux": TINY_FLUX,
-    "split": replace(TINY_FLUX, concat_channels=80),
+    "fill": replace(TINY_FLUX, concat_channels=80),
     "flux2": TINY_FLUX2,
     "qwen": TINY_QWEN_IMAGE,
     "sd3": TINY_SD3,
@@ -60,7 +60,7 @@ def prompt(family: str, randn, references: int, method: str | None) -> Prompt:
     [
         ("flux", 2, "uxo", False),
         ("flux", 1, None, True),
-        ("split", 0, None, False),
+        ("fill", 0, None, False),
         ("flux2", 2, None, True),
         ("flux2", 2, "index_timestep_zero", False),
         ("qwen", 2, "index", True),

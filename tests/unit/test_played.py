@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_in_flight import Arena
 
 from fastusp_backend.comm.arena import Part, carve
 from fastusp_backend.comm.peers import PeerUlysses
@@ -35,30 +36,13 @@ def test_a_played_peer_sends_what_a_real_one_would():
     assert there[:4] == [0, 3, 2, 1] and there[::4] == [0, 8, 4]
 
 
-class Arena:
-    hops, generation = 2, 0
-
-    def __init__(self, position: int, size: int):
-        self.position, self.size = position, size
-
-    def reserve(self, capacity):
-        self.memory = torch.zeros(capacity, dtype=torch.uint8)
-
-    def own(self, shape, dtype, offset):
-        size = torch.Size(shape).numel() * dtype.itemsize
-        return self.memory[offset : offset + size].view(dtype).view(shape)
-
-    def addresses(self, shape, dtype, offset):
-        return None
-
-
-def ulysses_of(position: int, layout: Layout, packed: torch.dtype | None) -> PeerUlysses:
+def first_rank(layout: Layout, packed: torch.dtype | None) -> PeerUlysses:
     shards, wire = SequenceShards(layout, TEXT, IMAGE), Wire(HEADS, DIM, torch.float32, packed)
     u, local = layout.ulysses, shards.local
     gathered, returned = (3, BATCH, shards.gathered, HEADS, DIM), (BATCH, local, u, *wire.row)
     if packed:
         gathered, returned = (3, u, BATCH, local, *wire.row), (u, BATCH, local, *wire.row)
-    regions = carve(Arena(position, layout.ranks), [(shape, wire.carrier) for shape in (gathered, returned)])
+    regions = carve(Arena(layout.ranks, [], hops=2), [(shape, wire.carrier) for shape in (gathered, returned)])
     return PeerUlysses([*range(u)], shards, wire, *regions, BATCH)
 
 
@@ -75,7 +59,7 @@ def test_what_is_sent_lies_where_it_is_fetched(layout, packed):
     """All of what a rank fetches from its peers is written, and of those peers' parts each once."""
     from played import WhereItIsFetched, seen_from_there
 
-    ulysses = ulysses_of(0, layout, packed)
+    ulysses = first_rank(layout, packed)
     for peer in range(1, layout.ulysses):
         source, written = seen_from_there(layout, peer), 0
         assert 0 < source < layout.ulysses

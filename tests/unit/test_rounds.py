@@ -110,9 +110,9 @@ def hopper(monkeypatch):
 @pytest.mark.parametrize(
     ("choice", "whole", "in_two", "of_parts"),
     [
-        ("auto", local.hopper_split, flash3._in_two, local.hopper),
-        ("flash3", flash3.flash3_split, flash3._in_two, flash3.flash3),
-        ("flash3-fp8", flash3.flash3_fp8_split, flash3._in_two_fp8, flash3.flash3_fp8),
+        ("auto", local.hopper_split, flash3.parts_of_keys, local.hopper),
+        ("flash3", flash3.flash3_split, flash3.parts_of_keys, flash3.flash3),
+        ("flash3-fp8", flash3.flash3_fp8_split, flash3.parts_of_keys_fp8, flash3.flash3_fp8),
     ],
 )
 def test_parts_need_a_package_that_joins_them(hopper, choice, whole, in_two, of_parts):
@@ -161,8 +161,7 @@ def test_an_older_operator_is_told(monkeypatch, schema, lacks):
             return
         with pytest.raises(AttributeError, match=lacks):
             flash3._operator()
-        q = torch.zeros(3, 1, 128, 3, 128, dtype=torch.bfloat16)
-        assert trial.problem(flash3._in_two, q.device, q.dtype, (3, 128), lse=False)
+        assert not flash3.can_split(torch.device("cpu"), (3, 128), eight=False)
     finally:
         library._destroy()
         vars(torch.ops).pop("fastusp_test_rounds", None)
