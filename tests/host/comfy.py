@@ -79,8 +79,10 @@ class ComfyUI:
 
     def __init__(self, path: Path, base: Path, arguments: Sequence[str] = ("--cpu",), *, installed: bool = False):
         self.path, self.base = path, base
-        for folder in ("custom_nodes", "models/diffusion_models", "output", "input", "temp", "user"):
+        for folder in ("custom_nodes", "models/diffusion_models", "output", "input", "temp", "user/default"):
             (base / folder).mkdir(parents=True, exist_ok=True)
+        # Else the page shows its templates over everything else some time after it was loaded, as to new users.
+        (base / "user/default/comfy.settings.json").write_text('{"Comfy.TutorialCompleted": true}')
         pack = base / "custom_nodes/ComfyUI-FastUSP"
         install(pack) if installed else pack.symlink_to(REPOSITORY)
         (base / "custom_nodes/fastusp-test-pack").symlink_to(REPOSITORY / "tests/host/pack")

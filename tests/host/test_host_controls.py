@@ -13,7 +13,6 @@ def command(page: Page, name: str) -> None:
 
 
 def pressed(page: Page, label: str) -> None:
-    page.press("Escape", 27)  # ComfyUI's templates, which a new user is shown
     page.wait_for(f"({button(label, 'cpu:1')})?.disabled === false", 60)
     page.evaluate(f"app.extensionManager.toast.removeAll(), ({button(label, 'cpu:1')}).scrollIntoView()")
     page.click(button(label, "cpu:1"))

@@ -1,8 +1,7 @@
 """Two pages of one ComfyUI, which are sent what changes and ask for nothing again and again; what cards say of CPU
-ranks and of phases; commands, and copying where the browser has no clipboard for the page."""
+ranks; commands, and copying where the browser has no clipboard for the page."""
 
 import itertools
-import json
 import time
 from contextlib import closing
 
@@ -23,13 +22,6 @@ ASKED = """performance.getEntriesByType('resource').filter(({ startTime }) => st
 """What was asked for, since `window.since` where that is set: what began before may be listed later, when it ends."""
 CARD = """document.querySelector('.fastusp section[aria-label="Pool on cpu:1"]')"""
 STARTING = "starting 1 worker(s) on cpu:1"
-POOLS = [{"state": state} for state in ("off", "starting", "idle", "busy", "stopping")]
-POOLS += [
-    {"state": "busy", "phase": phase, "phase_seconds": 999}
-    for phase in ("starting 8 worker(s) on 0,1,2,3,4,5,6,7", "waiting for the workers", "loading the model")
-]
-POOLS.append({"state": "busy", "phase": "sampling", "phase_seconds": 9, "step": 100, "steps": 100})
-POOLS[-1] |= {"ms_per_step": 99999.9, "seconds_left": 9999}
 
 
 @pytest.fixture
@@ -99,40 +91,6 @@ def test_pages_ask_for_nothing_again_and_again(host, page):
     page.wait_for(f"{ASKED}.map(name => name.split('/').at(-1)) == 'watch'")  # that it is closed
 
 
-def test_what_is_open_is_told_again_to_a_comfyui_that_was_away(host, page):
-    host.run(run())
-    panel(page)
-    time.sleep(1)  # until that it is open has been told
-    page.evaluate("performance.clearResourceTimings()")
-    page.evaluate("import('/scripts/api.js').then(({ api }) => { api.dispatchCustomEvent('reconnecting'); })")
-    page.wait_for(has(PANEL, "ComfyUI does not answer."))
-    page.evaluate("import('/scripts/api.js').then(({ api }) => { api.dispatchCustomEvent('reconnected'); })")
-    page.wait_for(has(PANEL, "Started"))
-    page.wait_for(f"['status', 'watch'].every(route => {ASKED}.some(name => name.endsWith(route)))")
-    page.evaluate("app.extensionManager.sidebarTab.toggleSidebarTab('fastusp')")
-    page.wait_for(f"{ASKED}.filter(name => name.endsWith('watch')).length == 2")
-
-
-REFUSING = """
-window.refusing = true, window.asks = window.fetch, window.fetch = (url, ...rest) =>
-    window.refusing && String(url).includes("/fastusp/status")
-        ? Promise.resolve(Response.json({ error: "no such session" }, { status: 500 }))
-        : window.asks(url, ...rest), 0
-"""
-
-
-def test_a_refusal_is_told_and_not_the_last_question(host, page):
-    host.run(run())
-    page.evaluate(REFUSING)
-    try:
-        panel(page)
-        page.wait_for(has(PANEL, "ComfyUI does not answer (no such session)."))
-        page.evaluate("window.refusing = false, 0")
-        page.wait_for(has(PANEL, "Started"))
-    finally:
-        page.evaluate("window.fetch = window.asks, 0")
-
-
 def test_a_cpu_ranks_threads_and_memory_are_on_its_card(host, page):
     host.run(run())
     panel(page)
@@ -142,69 +100,6 @@ def test_a_cpu_ranks_threads_and_memory_are_on_its_card(host, page):
         f"{rows}.some(([name, text]) => name == 'Rank 0' && "
         f"/^cpu \\(1 thread\\), process {pid}\\n[0-9.]+ [MG]B of memory$/.test(text))"
     )
-
-
-@pytest.mark.parametrize("pool", POOLS, ids=lambda pool: pool.get("phase") or pool["state"])
-def test_what_a_pool_is_at_takes_two_lines_at_most(host, page, pool):
-    """At the side bar's first width, with its buttons right below, in sight without scrolling however much follows."""
-    run = {"ended": 0, "width": 1024, "height": 1024, "images": 1, "steps": 20, "seconds": 99.9, "ms_per_step": 999.9}
-    run |= {"evaluations": 0, "phases": {"starting 8 worker(s) on 0,1,2,3,4,5,6,7": 20, "sampling": 79}}
-    given = {
-        "devices": "0,1,2,3,4,5,6,7",
-        "ranks": 8,
-        "gpus": [],
-        "starts": 1,
-        "history": [run] * 5,
-        "error": "No\n" * 99,
-    }
-    panel(page)
-    page.evaluate(f"""import('/extensions/ComfyUI-FastUSP/card.js').then(({{ Card }}) => {{
-        window.card = new Card("0,1,2,3,4,5,6,7");
-        document.querySelector(".fastusp > div").prepend(card.section);
-        card.show({json.dumps(given | pool)}, [], []);
-    }})""")
-    lines = "card.state.getBoundingClientRect().height / parseFloat(getComputedStyle(card.state).lineHeight)"
-    assert 0.9 < page.evaluate(lines) < 2.1, page.evaluate("card.state.textContent")
-    assert page.evaluate("Math.max(...card.buttons.map(({ button }) => button.getBoundingClientRect().bottom))") < 250
-    page.evaluate("card.section.remove()")
-
-
-def test_a_panel_without_pools_says_how_to_come_to_one(host, page):
-    host.run(run())
-    panel(page)
-    page.wait_for(has(PANEL, "Started"))
-    none = "api.dispatchCustomEvent('fastusp.pools', { pools: [] })"
-    page.evaluate(f"import('/scripts/api.js').then(({{ api }}) => {{ {none}; }})")
-    first, second = (
-        f"[...document.querySelectorAll('.fastusp button')].find(({{ innerText }}) => innerText == '{label}')"
-        for label in ("Use FastUSP here", "Open templates")
-    )
-    open_prompt(page, {"1": node("UNETLoader", unet_name=DEV, weight_dtype="default")})
-    page.evaluate("app.extensionManager.toast.removeAll()")
-    page.press("Escape", 27)  # ComfyUI's templates, which a new user is shown
-    page.click(first)
-    page.wait_for(has(TOASTS, "FastUSP: nothing was changed"))  # its model goes nowhere
-    page.click(second)
-    page.wait_for(
-        "[...document.querySelectorAll('[role=dialog]')].some(({ innerText }) => /Templates/.test(innerText))"
-    )
-    page.press("Escape", 27)
-    page.evaluate("import('/scripts/api.js').then(({ api }) => { api.dispatchCustomEvent('reconnected'); })")
-    page.wait_for(has(PANEL, "Started"))
-
-
-def test_what_gpus_do_is_on_the_card_when_it_is_sent(host, page):
-    host.run(run())
-    panel(page)
-    page.wait_for(has(PANEL, "Started"))
-    pool = {"devices": "7", "ranks": 1, "gpus": [7], "starts": 1, "state": "off", "history": []}
-    gpus = [{"index": 7, "used": 38_200_000_000, "total": 80_000_000_000, "utilisation": 97, "temperature": 64}]
-    for event, sent in (("pools", {"pools": [pool]}), ("loads", {"gpus": gpus})):
-        told = f"api.dispatchCustomEvent('fastusp.{event}', {json.dumps(sent)})"
-        page.evaluate(f"import('/scripts/api.js').then(({{ api }}) => {{ {told}; }})")
-    page.wait_for(has(PANEL, "97 % busy, 38.2 GB of 80.0 GB in use, 64 °C"), 5)
-    page.evaluate("import('/scripts/api.js').then(({ api }) => { api.dispatchCustomEvent('reconnected'); })")
-    page.wait_for(f"!{has(PANEL, '97 % busy')}")
 
 
 def test_a_new_loaders_texts_fit_it(page, renderer):
@@ -244,7 +139,6 @@ def test_copied_where_the_browser_has_no_clipboard_for_the_page(host, page):
         document.addEventListener("copy", ({ target }) => window.copied = target.value);
     } 0""")
     try:
-        page.press("Escape", 27)  # as above
         page.evaluate(f"window.copied = null, ({button('Copy report', 'cpu:1')}).scrollIntoView()")
         page.click(button("Copy report", "cpu:1"))
         assert "Rank 0: cpu (1 thread)" in page.wait_for("window.copied")
