@@ -24,8 +24,8 @@ def seen_from_there(layout: Layout, peer: int) -> int:
 
 class WhereItIsFetched:
     """A region of the GPU that stands for a peer: what the first rank puts there comes to where it is fetched from, as
-    what that peer's own peer would put there. Else what is fetched lies where nobody has written, and comes from memory
-    in place of the processor's cache.
+    what that peer's own peer would put there. Else what is fetched lies where nobody has written, and may come from
+    memory in place of the processor's cache.
 
     region: as comm/transport.py lays it out. text: tokens of the whole sequence.
     """
