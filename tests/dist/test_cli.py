@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from pools import GIVEN, PROMPT, ROOT, pids
-from support import spec_of
+from support import spec_of, wait_until
 
 from fastusp_backend.__main__ import main
 from fastusp_backend.cli import bench, demo, verify
@@ -175,8 +175,10 @@ def test_trials_have_a_limit(new_pool, dev, monkeypatch):
 
     assert job.run(pool, one)[1] > 0
     assert job.run(pool, one)[1] is None
+    wait_until(lambda: any("request 2 (Sample) took" in line for line in pool.log_since(0)[0]), 20)  # behind the answer
     os.kill(pids(pool)[0], signal.SIGSTOP)
-    with pytest.raises(PoolError, match=r"(?s)within 1 s.*Last log lines:.*request 3 \(Sample\) took"):
+    known = r"(?s)within 1 s.*Rank 0 was in:\n  File .*Last log lines:.*request 2 \(Sample\) took"
+    with pytest.raises(PoolError, match=known):
         replace(job, seconds=1.0).run(pool, one)
     assert pool.status()["state"] == "off"
 
