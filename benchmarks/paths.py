@@ -8,4 +8,4 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 RESULTS = HERE / "results"
 
-sys.path[:0] = [str(ROOT), str(ROOT / "tests/host")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/host")]

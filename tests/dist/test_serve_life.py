@@ -8,6 +8,7 @@ import signal
 import pytest
 import torch
 from pools import LONG, Stopwatch, evaluate, forked, pids, processes_of, sample
+from ports import free_port
 from serving import run_dirs_of, serving
 from support import wait_until
 
@@ -38,12 +39,12 @@ def server(run_dirs, folder):
 class Again:
     def __init__(self, folder, made: contextlib.ExitStack):
         self._folder, self._made, self.now = folder, made, None
+        self._listen = f"127.0.0.1:{free_port()}"
 
     def start(self) -> None:
         """Again, where the last one was."""
-        listen = self.now.address if self.now is not None else "127.0.0.1:0"
         how = ["--gpus", "cpu:2", "--models", str(self._folder)]
-        self.now = self._made.enter_context(serving(self._folder, *how, listen=listen))
+        self.now = self._made.enter_context(serving(self._folder, *how, listen=self._listen))
 
     @property
     def address(self) -> str:

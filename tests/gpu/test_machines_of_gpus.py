@@ -4,13 +4,13 @@ results as one GPU's."""
 import contextlib
 import shutil
 import signal
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from ports import free_port
 from serving import Serving, serving
 from support import relative_difference
 from test_batch_groups_on_gpus import GROUPS, guided
@@ -46,9 +46,7 @@ def machines(folder: Path, model: str, gpus: tuple[str, ...], environment: dict[
     for home in homes[1:]:
         home.mkdir()
         shutil.copy(key.path, home)
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        endpoint = f"127.0.0.1:{found.getsockname()[1]}"
+    endpoint = f"127.0.0.1:{free_port()}"
     with contextlib.ExitStack() as servers:
         made = []
         for number, names in enumerate(gpus):

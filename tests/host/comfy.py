@@ -5,7 +5,6 @@ import io
 import json
 import os
 import shutil
-import socket
 import subprocess
 import time
 import urllib.error
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 import websocket
 from PIL import Image
+from ports import free_port
 from safetensors.torch import load_file
 
 from fastusp_backend.worker.process import die_with_parent
@@ -86,9 +86,7 @@ class ComfyUI:
         pack = base / "custom_nodes/ComfyUI-FastUSP"
         install(pack) if installed else pack.symlink_to(REPOSITORY)
         (base / "custom_nodes/fastusp-test-pack").symlink_to(REPOSITORY / "tests/host/pack")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.python = os.environ.get("COMFYUI_PYTHON") or str(path / "venv/bin/python")
         command = [self.python, "main.py", *arguments, "--listen", "127.0.0.1", "--port", str(self.port)]
         command += ["--disable-auto-launch", "--base-directory", str(base), "--preview-method", "latent2rgb"]
