@@ -9,7 +9,7 @@ where nothing else is slower, and what crosses links beside computing or after i
 first part falls with P. Fitted to FLUX.1 at 1024 x 1024 on H200 with NVLink, 118.6, 66.2, 35.7 and 21.7 ms for P = 1,
 2, 4 and 8, the last as benchmarks/scale.py plays one rank's share of so many on two GPUs. Without peer access, where
 tokens go through the host's memory, two H200 took 82.8 ms, 70.9 with int8 wire, and a ring of two 88.0 and 73.8; two
-with Qwen-Image 98.3 and 82.3; four 82.3 and 55.3, before each peer was signalled at once.
+with Qwen-Image 98.3 and 82.3, with FLUX.2 228.5; four with FLUX.1 71.4 and 50.4.
 """
 
 import re
@@ -38,16 +38,14 @@ STAGED = 1.4
 other."""
 STAGED_RATE = 27
 """GB/s that a GPU was seen to send so, and to receive at the same time, of the 50 that one of these alone reaches."""
-STAGED_TOGETHER = 0.08
+STAGED_TOGETHER = 0.05
 """How much longer still for each GPU beyond two, with which they share that memory. Fitted to four; of more it is a
 guess."""
 STAGED_MESSAGE = 66e-6
 """Seconds of each peer's messages in a block that take that way: copies and signals of each."""
-HIDDEN = (0.55, 0.76), (0.3, 0.25)
+HIDDEN = (0.75, 0.77), (0.35, 0.36)
 """Of blocks of one stream, whose MLP is beside attention, and of two: what of their computing hides tokens, and what of
 their tokens can be hidden; the last are waited for."""
-HIDDEN_OF_TWO = (0.75, 0.74), (0.35, 0.36)
-"""The same of two ranks: they attend their own image tokens last (`Ulysses.own_last`), or a ring passes pieces on."""
 FP8_PRODUCTS = 0.6
 """Products with `linear = fp8`, of those in 16 bits; measured 0.57 to 0.64."""
 EIGHT_BITS = 0.5
@@ -240,9 +238,8 @@ class Prediction:
         both = self._config.two_stream_blocks
         shares = 1 - both / (cost.streams - both), both / (cost.streams - both)
         tokens = sent / (min(link.peers / STAGED, STAGED_RATE) * 1e9) * (1 + STAGED_TOGETHER * (beside - 2))
-        fractions = HIDDEN_OF_TWO if layout.sequence_ranks == 2 else HIDDEN
         hidden = sum(
-            share * min(behind * computing, of * tokens) for share, (behind, of) in zip(shares, fractions, strict=True)
+            share * min(behind * computing, of * tokens) for share, (behind, of) in zip(shares, HIDDEN, strict=True)
         )
         return computing + tokens - hidden + STAGED_MESSAGE * messages
 
