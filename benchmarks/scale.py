@@ -9,9 +9,9 @@ or each has its own link to the host (NCCL_P2P_DISABLE=1). What is computed of i
 real one, too, and both ways should agree within 3 %. A last line says where it stops scaling.
 
 On one GPU (--nproc_per_node=1) a rank stands for its peers itself: what it sends comes back to it at once. Without peer
-access that takes its link to the host both ways, as a real step does, but no other GPU is on the host's memory: two
-ranks came out 3 to 4 % too fast, four 17. With peer access
-they only cross the GPU's own memory, so that products, attention and gaps are told, and what is exposed is not.
+access that takes its link to the host both ways, as a real step does, but no other GPU is on the host's memory: with
+exact values two ranks came out 3 to 4 % too fast, four 15 to 19. With peer access they only cross the GPU's own memory,
+so that products, attention and gaps are told, and what is exposed is not.
 """
 
 import argparse

@@ -4,12 +4,12 @@ not fit, and how long a step takes then."""
 import argparse
 import re
 
-from ..config import Layout
+from ..config import Layout, LinearChoice, WireChoice
 from ..devices import Devices, gpu_states, list_gpus, local_devices
 from ..engine import host_memory
 from ..errors import DeviceError, RequestError
 from ..models.placement import Placement
-from ..models.prediction import CARDS, PCIE, SIZE, Link, Prediction, measured_link, slowest_card
+from ..models.prediction import CARDS, SIZE, Link, Prediction, measured_link, pcie_of, slowest_card
 from ..planner import legal_layouts, plan_batches
 from .arguments import add_degrees, add_gpus
 from .file import File
@@ -21,7 +21,8 @@ from .table import Column, fitted
 WITH, WITHOUT = "that reach each other's memory (doctor tells)", "that do not"
 CLAIM = """Of one
 and two H100 and H200 they are within about 5 % of what was measured where weights stay, else within a fifth. Four H200
-with NVLink were measured with FLUX.1, of eight one rank's share; other cards were not."""
+were measured with FLUX.1, with NVLink and without peer access, of eight one rank's share with NVLink; eight without
+peer access are a guess, and other cards were not measured."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--free",
         type=_gigabytes,
         metavar="GB",
-        help="as if each GPU had so much free memory, in 10^9 bytes: 17 for a card of 16 GB, 25 for 24, 34 for 32; the "
-        "GPUs of --gpus 0,1 need not exist then",
+        help="as if each GPU had so much free memory, in 10^9 bytes: 17 for a card of 16 GB, 25 for 24, 34 for 32; "
+        "needs a model file; the GPUs of --gpus 0,1 need not exist then",
     )
     parser.add_argument(
         "--card",
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_machines(parser)
     parser.add_argument("--linear", choices=("exact", "fp8"), default="exact", help="as USP Optimization Settings'")
+    parser.add_argument("--wire", choices=("exact", "int8", "fp8"), default="exact", help="likewise")
 
 
 def _gigabytes(text: str) -> float:
@@ -89,6 +91,8 @@ def run(arguments: argparse.Namespace) -> int:
     card = arguments.card or ("H100" if imagined else None)
     if arguments.link and not (arguments.model and devices.gpus):
         raise RequestError(f"Name a model file, and GPUs: --link {arguments.link:g} predicts steps over it")
+    if arguments.wire != "exact" and not (arguments.model and devices.gpus):
+        raise RequestError(f"Name a model file, and GPUs: --wire {arguments.wire} predicts steps with it")
     if arguments.linear == "fp8" and not arguments.model:
         raise RequestError("Name a model file: --linear fp8 halves the weights of its blocks")
     if arguments.linear == "fp8" and not _has_fp8(devices, card):
@@ -107,6 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
     whole = file.whole(devices.ranks if devices.gpus else 1, arguments.linear).device_bytes / 1e9
     if not devices.gpus:
         print(f"weights: {whole:.2f} GB, in pages of the file that the ranks share")
+        print("GPUs that need not be there: --gpus 0,1 --free 25 says what cards of 24 GB hold, and how fast they are")
         return 0
     print(f"weights: {whole:.2f} GB on each GPU, as in the file, if they stay whole")
     hint = arguments.linear == "exact" and _has_fp8(devices, card)
@@ -122,7 +127,19 @@ def run(arguments: argparse.Namespace) -> int:
         if card is None:
             print(f"no times: choose the card that is most like yours with --card, of {', '.join(CARDS)}")
     print(
-        "\n".join(fits(file, layouts, free, host, linear=arguments.linear, card=card, hint=hint, link=arguments.link))
+        "\n".join(
+            fits(
+                file,
+                layouts,
+                free,
+                host,
+                linear=arguments.linear,
+                wire=arguments.wire,
+                card=card,
+                hint=hint,
+                link=arguments.link,
+            )
+        )
     )
     if arguments.nnodes > 1 and card is not None:
         print("\n".join(["", *several(file, arguments, devices.ranks, free, card)]))
@@ -169,7 +186,8 @@ def fits(
     free: int,
     host: int | None,
     *,
-    linear: str,
+    linear: LinearChoice,
+    wire: WireChoice,
     card: str | None,
     hint: bool,
     link: float | None = None,
@@ -185,11 +203,12 @@ def fits(
     Raises RequestError where the weights fit neither way.
     """
     ranks = layouts[-1].ranks
-    made = Prediction(file.header, file.config, layouts, CARDS[card], linear) if card is not None else None
-    fp8 = Prediction(file.header, file.config, layouts, CARDS[card], "fp8") if card is not None and hint else None
+    made = Prediction(file.header, file.config, layouts, CARDS[card], linear, wire) if card is not None else None
+    fp8 = Prediction(file.header, file.config, layouts, CARDS[card], "fp8", wire) if card is not None and hint else None
     placed: dict[bool, Placement | RequestError] = {}
     told: list[str] = []
     nvlink = CARDS[card].nvlink if card is not None else None
+    pcie = pcie_of(CARDS[card]) if card is not None else ()
     measured = () if card is None or link is None else (measured_link(link, CARDS[card]),)
     apart = ranks == 1 or card is not None and nvlink is None
     ways = (False,) if apart else (True, False)
@@ -213,18 +232,18 @@ def fits(
         if found.device_bytes > free - kept:
             larger = "set weights = host for" if found.source == "shared" else "nothing is left for"
             told.append(f"  little room is left: {larger} images above 1024 x 1024")
-        links = measured + ((nvlink,) if nvlink and peers else ()) + PCIE
+        links = measured + ((nvlink,) if nvlink and peers else ()) + pcie
         if made is not None:
             told += _times(made, found, links, ranks)
         if hint:
-            told += _in_fp8(file, ranks, peers, free, found, fp8, links[0])
+            told += _in_fp8(file, ranks, peers, free, found, fp8, links)
         told.append("")
-    if made is not None and not apart and _better_apart(made, placed[True], placed[False]):
+    if made is not None and not apart and _better_apart(made, placed[True], placed[False], pcie):
         told += ["over PCIe the second way is faster: set NCCL_P2P_DISABLE=1 where ComfyUI starts", ""]
     if made is not None:
-        told += [*scaling(file, layouts, free, CARDS[card], linear, measured), ""]
-        what = f"{SIZE[0]} x {SIZE[1]}, {file.config.text} tokens of text"
-        told.append(f"times: predicted for {card}, {what}, wire = exact. {CLAIM}")
+        told += [*scaling(file, layouts, free, CARDS[card], linear, wire, measured), ""]
+        what = f"{SIZE[0]} x {SIZE[1]}, {file.config.text} tokens of text, wire = {wire}"
+        told.append(f"times: predicted for {card}, {what}. {CLAIM}")
     return [f"of {free / 1e9:.1f} GB of each GPU {kept / 1e9:.1f} GB are kept for all else", "", *told]
 
 
@@ -241,7 +260,7 @@ def _journeys(found: Placement, host: int | None) -> list[str]:
 
 
 def _in_fp8(
-    file: File, ranks: int, peers: bool, free: int, exact: Placement, made: Prediction | None, link: Link
+    file: File, ranks: int, peers: bool, free: int, exact: Placement, made: Prediction | None, links: tuple[Link, ...]
 ) -> list[str]:
     """What `linear = fp8` would make of a placement, unless it needs more room. made: which predicts its times."""
     try:
@@ -250,16 +269,18 @@ def _in_fp8(
         return []
     if found.streamed_bytes > exact.streamed_bytes:
         return []
-    ms = f", {1000 * made.seconds(found, link):.0f} ms a step ({link})" if made is not None else ""
+    ms = f", {1000 * made.seconds(found, links[0]):.0f} ms a step ({links[0]})" if made is not None else ""
     return [f"  with linear = fp8 (the picture changes a little): {found}{ms}"]
 
 
-def _better_apart(made: Prediction, together: Placement | RequestError, apart: Placement | RequestError) -> bool:
+def _better_apart(
+    made: Prediction, together: Placement | RequestError, apart: Placement | RequestError, pcie: tuple[Link, ...]
+) -> bool:
     """Whether GPUs that reach each other over PCIe had better not: what comes from other GPUs takes no less of a link
     than what comes from the host."""
     if not isinstance(together, Placement) or not isinstance(apart, Placement):
         return False
-    return any(made.seconds(apart, link) < 0.95 * made.seconds(together, link) for link in PCIE)
+    return any(made.seconds(apart, link) < 0.95 * made.seconds(together, link) for link in pcie)
 
 
 def _times(prediction: Prediction, found: Placement, links: tuple[Link, ...], ranks: int) -> list[str]:

@@ -1,8 +1,8 @@
 """`plan`'s table of what a step takes on 1, 2, 4 and 8 GPUs, and where more of them are slower."""
 
-from ..config import Layout
+from ..config import Layout, LinearChoice, WireChoice
 from ..errors import RequestError
-from ..models.prediction import PCIE, Card, Link, Prediction, fewer_are_faster
+from ..models.prediction import Card, Link, Prediction, fewer_are_faster, pcie_of
 from ..planner import plan_batches
 from .file import File
 from .table import Column, fitted
@@ -12,7 +12,13 @@ PROMPTS = {1: "cfg 1", 2: "cfg above 1"}
 
 
 def scaling(
-    file: File, layouts: tuple[Layout, ...], free: int, card: Card, linear: str, measured: tuple[Link, ...] = ()
+    file: File,
+    layouts: tuple[Layout, ...],
+    free: int,
+    card: Card,
+    linear: LinearChoice,
+    wire: WireChoice,
+    measured: tuple[Link, ...] = (),
 ) -> list[str]:
     """Says what a step is predicted to take on so many GPUs as are meant, and on `COUNTS`.
 
@@ -22,9 +28,9 @@ def scaling(
     """
     meant = layouts[-1].ranks
     counts = sorted({*COUNTS, meant})
-    links = (*measured, *filter(None, [card.nvlink]), *PCIE)
+    links = (*measured, *filter(None, [card.nvlink]), *pcie_of(card))
     of_count = {count: plan_batches(count, file.config.heads) for count in COUNTS} | {meant: layouts}
-    made = {count: Prediction(file.header, file.config, some, card, linear) for count, some in of_count.items()}
+    made = {count: Prediction(file.header, file.config, some, card, linear, wire) for count, some in of_count.items()}
     seconds: dict[tuple[Link, int], dict[int, float]] = {(link, prompts): {} for link in links for prompts in PROMPTS}
     for count in counts:
         for peers in {link.apart for link in links}:

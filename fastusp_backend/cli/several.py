@@ -61,7 +61,7 @@ def several(file: File, arguments: argparse.Namespace, per_machine: int, free: i
         ]
     link: Link = CARDS[card].nvlink or over_pcie(CARDS[card].pcie, 16)
     about = file.header, file.config
-    alone = Prediction(*about, plan_batches(per_machine, heads), CARDS[card], arguments.linear)
+    alone = Prediction(*about, plan_batches(per_machine, heads), CARDS[card], arguments.linear, arguments.wire)
     across = plan_batches(per_machine * machines, heads, **wish, per_machine=per_machine)
     made = {wire: Prediction(*about, across, CARDS[card], arguments.linear, wire) for wire in WIRES}
     seconds = {(None, ""): [alone.seconds(found, link, prompts=n) for n in PROMPTS]}

@@ -32,20 +32,22 @@ KERNELS = 60e-6
 MESSAGE = 5e-6
 """Seconds of each peer's messages in a block, however short."""
 COOL = 0.86
-"""What computing takes where GPUs wait between, since they stay below their power limit."""
+"""What computing takes where GPUs wait between, since they stay below their power limit. Together with its waits it
+takes no less than where they never wait: only what they do not use then makes them faster."""
 STAGED = 1.4
 """How much longer tokens take by way of the host's memory: into it, then out of it, a piece of a message behind the
 other."""
 STAGED_RATE = 27
 """GB/s that a GPU was seen to send so, and to receive at the same time, of the 50 that one of these alone reaches."""
 STAGED_TOGETHER = 0.05
-"""How much longer still for each GPU beyond two, with which they share that memory. Fitted to four; of more it is a
-guess."""
+"""How much longer still for each GPU beyond two, with which they share that memory. Fitted to four
+under Ulysses; of more, and of batch groups, it is a guess."""
 STAGED_MESSAGE = 66e-6
 """Seconds of each peer's messages in a block that take that way: copies and signals of each."""
 HIDDEN = (0.75, 0.77), (0.35, 0.36)
 """Of blocks of one stream, whose MLP is beside attention, and of two: what of their computing hides tokens, and what of
-their tokens can be hidden; the last are waited for."""
+their tokens can be hidden; the last are waited for. Fitted to two GPUs, under Ulysses and in a ring, and to four under
+Ulysses: longer rings, rings of Ulysses groups and more GPUs are a guess."""
 FP8_PRODUCTS = 0.6
 """Products with `linear = fp8`, of those in 16 bits; measured 0.57 to 0.64."""
 EIGHT_BITS = 0.5
@@ -127,6 +129,11 @@ def over_pcie(generation: int, width: int) -> Link:
 
 
 PCIE = (over_pcie(5, 16), over_pcie(4, 16), over_pcie(4, 8))
+
+
+def pcie_of(card: Card) -> tuple[Link, ...]:
+    """Those of `PCIE` that a card can have."""
+    return tuple(link for link in PCIE if link.host <= over_pcie(card.pcie, 16).host)
 
 
 def measured_link(rate: float, card: Card) -> Link:
@@ -224,7 +231,7 @@ class Prediction:
         sent, per_machine = inside * self._of_tokens, network.per_machine if network is not None else layout.ranks
         here = self._on_a_machine(found, link, computing, sent)
         if sent and not link.apart:
-            whole = self._through_the_host(sent, link, computing * COOL, cost, layout, per_machine)
+            whole = max(computing, self._through_the_host(sent, link, computing * COOL, cost, layout, per_machine))
             here = max(here, whole) if found.streamed_bytes else whole
         return prompts / layout.batch * (here + away)
 

@@ -58,7 +58,8 @@ def test_plan_answers_for_cards_that_are_not_there(monkeypatch, capsys, tiny_flu
     assert code == 0 and "RTX 4090: 0 of 4 blocks stay, 4 come from host memory" in said
     assert "GB of host memory are needed" in said and "little room is left: nothing is left for" in said
     assert "NVLink," not in said and said.count("\n  PCIe 4 x8") == 1 and "predicted for RTX 4090" in said
-    assert "with linear = fp8" in said and " ms a step (PCIe 5 x16)" in said and "times are an H100's" not in said
+    assert "with linear = fp8" in said and " ms a step (PCIe 4 x16)" in said and "times are an H100's" not in said
+    assert "PCIe 5" not in said  # which the card cannot have
     code, said, _ = plan_says(monkeypatch, capsys, tiny_flux, "--gpus", "0,1", "--free", f"{free}GB", "--card", "3090")
     assert code == 0 and "linear = fp8" not in said and "NVLink bridge" in said and said.count("\n  PCIe 4 x8") == 2
     assert "reach each other's memory (doctor tells): 0 of 4 blocks stay, 4 shared" in said
@@ -78,6 +79,7 @@ def test_plan_answers_for_cards_that_are_not_there(monkeypatch, capsys, tiny_flu
         (("--gpus", "auto", "--free", "24"), "Give --gpus a number for each GPU, as 0,1"),
         (("--gpus", "0,0", "--free", "24"), "Give --gpus a number for each GPU, as 0,1"),
         (("--gpus", "cpu:2", "--card", "H100"), "Name a model file, and GPUs: --card H100"),
+        (("--gpus", "cpu:2", "--wire", "int8"), "Name a model file, and GPUs: --wire int8"),
         (("--gpus", "0", "--free", "24", "--linear", "fp8", "--card", "A100"), "Leave out --linear fp8"),
     ],
 )
@@ -146,7 +148,9 @@ def test_plan_answers_for_the_gpus_that_are_there(monkeypatch, capsys, tiny_flux
 def plan_of_flux2(host=None, free=24 * GB, tensors=None):
     """What `fits` says of FLUX.2 on two GPUs."""
     file = plan.File(tensors or header(FLUX2_DEV), FLUX2_DEV, spec_with("auto"))
-    return "\n".join(plan.fits(file, (Layout(ulysses=2, ring=1),), free, host, linear="exact", card=None, hint=True))
+    return "\n".join(
+        plan.fits(file, (Layout(ulysses=2, ring=1),), free, host, linear="exact", wire="exact", card=None, hint=True)
+    )
 
 
 @pytest.mark.parametrize("host", [None, 32 * GB, 64 * GB])
@@ -188,7 +192,7 @@ def test_room_for_larger_images_is_given_up_before_blocks_come_from_the_host(
         header(config), config, msgspec.structs.replace(spec_with("auto"), storage=storage, compute="bfloat16")
     )
     layouts = (Layout(ulysses=2, ring=1),)
-    said = plan.fits(file, layouts, free * GB, None, linear="exact", card=None, hint=False)
+    said = plan.fits(file, layouts, free * GB, None, linear="exact", wire="exact", card=None, hint=False)
     if with_access is None:
         assert any(line == f"any GPUs: {without}" for line in said) and LITTLE not in said
         return
@@ -199,10 +203,10 @@ def test_room_for_larger_images_is_given_up_before_blocks_come_from_the_host(
     assert any(line.endswith(without) for line in said)
 
 
-def steps_of_flux(card, free, *, linear="exact", counts=2, link=None):
+def steps_of_flux(card, free, *, linear="exact", wire="exact", counts=2, link=None):
     """The table of GPUs and links, each cell (cfg 1, above 1), and the sentences below it."""
     file, layouts = plan.File(header(FLUX_DEV), FLUX_DEV, spec_with("auto")), plan_batches(counts, FLUX_DEV.heads)
-    said = plan.fits(file, layouts, int(free * GB), None, linear=linear, card=card, hint=False, link=link)
+    said = plan.fits(file, layouts, int(free * GB), None, linear=linear, wire=wire, card=card, hint=False, link=link)
     first = next(i for i, line in enumerate(said) if line.startswith("ms a step, cfg 1 / above 1"))
     rows = [re.split(r"\s\s+", line.strip()) for line in said[first + 1 : said.index("", first)] if line[0] == " "]
     cells = {int(count): dict(zip(rows[0][1:], cells, strict=True)) for count, *cells in rows[1:]}
@@ -218,6 +222,14 @@ def test_plan_says_what_a_step_takes_on_one_to_eight_gpus():
     assert list(steps_of_flux("H200", 140, counts=3)[0]) == [1, 2, 3, 4, 8]
     (quick, _), (slow, _) = (steps_of_flux("H200", 140, linear=linear) for linear in ("fp8", "exact"))
     assert all(int(quick[n][link].split()[0]) < int(slow[n][link].split()[0]) for n in slow for link in slow[n])
+
+
+def test_plan_takes_a_wire():
+    """Half of the bytes over a link make what a link of twice the rate does."""
+    (exact, _), (packed, slower) = (steps_of_flux("H200", 140, wire=wire) for wire in ("exact", "int8"))
+    assert packed[2]["PCIe 5 x16"] == "71 / 120" and packed[4]["PCIe 5 x16"] == "51 / 72"
+    assert [of["PCIe 4 x8"] for of in packed.values()] == [of["PCIe 4 x16"] for of in exact.values()] and not slower
+    assert all(packed[count][link] == exact[count][link] for count in packed for link in packed[1] if "NVLink" in link)
 
 
 def test_plan_takes_a_link_that_was_measured():
@@ -240,7 +252,7 @@ def test_a_link_is_a_number_of_gigabytes(monkeypatch, capsys, tiny_flux, rate):
 def test_plan_says_of_what_text_times_are():
     for config in (FLUX_DEV, CHROMA):
         file, layouts = plan.File(header(config), config, spec_with("auto")), plan_batches(2, config.heads)
-        said = plan.fits(file, layouts, 140 * GB, None, linear="exact", card="H200", hint=False)
+        said = plan.fits(file, layouts, 140 * GB, None, linear="exact", wire="exact", card="H200", hint=False)
         assert f"{config.text} tokens of text, wire = exact. Of one\nand" in said[-1]
 
 
@@ -251,6 +263,7 @@ def test_plan_says_where_more_gpus_are_slower():
     assert not any("NVLink" in line or "PCIe 5" in line for line in slower)
     cells, slower = steps_of_flux("RTX 5090", 34)
     assert list(cells[1]) == ["PCIe 5 x16", "PCIe 4 x16", "PCIe 4 x8"] and not slower
+    assert list(steps_of_flux("RTX 4090", 34)[0][1]) == ["PCIe 4 x16", "PCIe 4 x8"]
     _, slower = steps_of_flux("RTX 5090", 34, counts=5)  # a ring sends more
     assert slower == [
         "5 GPUs are predicted to be slower than 4 on PCIe 5 x16 and PCIe 4 x16 and PCIe 4 x8, cfg above 1",
