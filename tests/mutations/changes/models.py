@@ -14,6 +14,20 @@ CHANGES = [
         "unit/test_prediction.py",
     ),
     (
+        "fastusp_backend/models/prediction.py",
+        "waiting makes slow GPUs faster than not waiting",
+        "max(computing, self._through_the_host(sent, link, computing * COOL, cost, layout, per_machine))",
+        "self._through_the_host(sent, link, computing * COOL, cost, layout, per_machine)",
+        "unit/test_prediction_through_the_host.py",
+    ),
+    (
+        "fastusp_backend/cli/scaling.py",
+        "plan's table leaves out the wire",
+        "card, linear, wire) for",
+        "card, linear) for",
+        "unit/test_plan_memory.py",
+    ),
+    (
         "fastusp_backend/models/placement.py",
         "modulations travel with their block",
         "plans[name].linear and id(layer) not in apart",
