@@ -128,6 +128,25 @@ class Page:
             time.sleep(0.05)
         return value
 
+    def watch(self, expression: str) -> None:
+        """Notes what an expression is now and after each change of the page: who looks in intervals misses what is
+        there shortly, and what comes last."""
+        self.evaluate(f"""{{
+            window.seen = [];
+            const note = () => {{
+                const found = JSON.stringify({expression});
+                if (seen.at(-1) !== found) seen.push(found);
+            }};
+            note();
+            window.watching = new MutationObserver(note);
+            const changes = {{ childList: true, characterData: true, attributes: true }};
+            watching.observe(document.body, {{ subtree: true, ...changes }});
+        }} 0""")
+
+    def seen(self) -> list:
+        """What `watch` noted, in its order; it notes no more."""
+        return self.evaluate("watching.disconnect(), seen.map(one => JSON.parse(one))")
+
     def resize(self, width: int, height: int) -> None:
         """What there is of the page, in its own pixels."""
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}

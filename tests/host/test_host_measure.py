@@ -94,10 +94,10 @@ def test_measured_and_applied(host, page):
     host.run(graph)
     before = starts(host)
     loader(page, batch_parallel="on")
-    page.evaluate(f"window.seen = [], window.looks = setInterval(() => {{ if ({WINDOW}) seen.push({SEEN}); }}, 10), 0")
+    page.watch(f"{WINDOW} && {SEEN}")
     measure(page, exactness=True)
     page.wait_for(f"{LINE} == 'measured'", 150)
-    assert_progress(page.evaluate("clearInterval(looks), seen"))
+    assert_progress([seen for seen in page.seen() if seen])
     rows = page.evaluate(ROWS)
     assert [row[:5] for row in rows[:3]] == [
         ["1", "ulysses 1 x ring 1", "exact", "exact", "auto"],

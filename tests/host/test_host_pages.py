@@ -54,14 +54,14 @@ def test_two_pages_of_one_pool(host, page, other):
     for each in (page, other):
         each.wait_for(has(STATE, "off: starts with the next run"))
         each.wait_for(has(TOASTS, "the workers on cpu:1 were stopped"))
-    other.evaluate(f"window.states = new Set(), window.looks = setInterval(() => states.add({STATE}), 50), 0")
+    other.watch(STATE)
     with held_up(host.process.pid, seconds=2.5):  # a start may take less than the seconds that are to be counted
         for each in (page, other):
             queue(each, run(steps=5))
     for each in (page, other):
         each.wait_for(f"{PANEL}.split('96 x 64: 5 steps').length == 3 && {has(STATE, 'idle: warm')}", 60)
     assert host.pool("cpu:1")["starts"] == starts + 1
-    states = other.evaluate("clearInterval(looks), [...states]")
+    states = other.seen()
     counted = [int(state.split("(")[-1].removesuffix(" s)")) for state in states if state.startswith(f"{STARTING} (")]
     assert len(counted) > 2 and counted == sorted(set(counted)), states
 
@@ -76,14 +76,14 @@ def test_pages_ask_for_nothing_again_and_again(host, page):
     page.wait_for(has(LOG, "(Sample)"))
     lines = page.evaluate(f"({LOG}).split('\\n').length")
     page.evaluate("performance.clearResourceTimings(), window.since = performance.now(), 0")
-    page.evaluate(f"window.states = new Set(), window.looks = setInterval(() => states.add({STATE}), 20), 0")
+    page.watch(STATE)
     host.run(run(steps=400, latent_image=None))  # some seconds, of which the page is told a few times
     page.wait_for(f"/64 x 64: 400 steps in [0-9.]+ s/.test({PANEL}) && ({LOG}).split('\\n').length > {lines}")
     host.post("/free", {"unload_models": True})
     page.wait_for(has(PANEL, "released: loads with the next run"))
     time.sleep(2)
     assert page.evaluate(ASKED) == []
-    states = page.evaluate("clearInterval(looks), [...states]")
+    states = page.seen()
     assert any(state.startswith("step ") for state in states), states
     written = host.get("/fastusp/pools/log?devices=cpu:1")["lines"]
     assert page.evaluate(f"({LOG}).trim().split('\\n')") == written
