@@ -196,6 +196,7 @@ def fits(
 
     layouts: as `plan_batches` gives them.
     host: bytes of host memory that are available; None for any number.
+    linear, wire: as USP Optimization Settings'.
     card: of `CARDS`, whose times to predict; None for none.
     hint: whether to say what `linear = fp8` would change.
     link: GB/s that were measured between the GPUs.

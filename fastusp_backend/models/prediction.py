@@ -40,8 +40,8 @@ other."""
 STAGED_RATE = 27
 """GB/s that a GPU was seen to send so, and to receive at the same time, of the 50 that one of these alone reaches."""
 STAGED_TOGETHER = 0.05
-"""How much longer still for each GPU beyond two, with which they share that memory. Fitted to four
-under Ulysses; of more, and of batch groups, it is a guess."""
+"""How much longer still for each GPU beyond two, with which they share that memory. Fitted to four under Ulysses; of
+more, and of batch groups, it is a guess."""
 STAGED_MESSAGE = 66e-6
 """Seconds of each peer's messages in a block that take that way: copies and signals of each."""
 HIDDEN = (0.75, 0.77), (0.35, 0.36)
