@@ -138,6 +138,7 @@ class Page:
                 if (seen.at(-1) !== found) seen.push(found);
             }};
             note();
+            window.watching?.disconnect(); // of a test before, on the same page
             window.watching = new MutationObserver(note);
             const changes = {{ childList: true, characterData: true, attributes: true }};
             watching.observe(document.body, {{ subtree: true, ...changes }});

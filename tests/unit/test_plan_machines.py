@@ -5,10 +5,12 @@ from argparse import Namespace
 from types import SimpleNamespace
 
 import pytest
-from test_plan_memory import plan_says
+from placing import header, spec_with
+from test_plan_memory import GB, plan_says
 
+from fastusp_backend.cli.file import File
 from fastusp_backend.cli.several import several
-from fastusp_backend.models.synthetic import TINY_FLUX
+from fastusp_backend.models.synthetic import FLUX_DEV, TINY_FLUX
 
 pytestmark = [pytest.mark.unit, pytest.mark.any_processor]
 
@@ -42,6 +44,16 @@ def test_what_is_given_already_or_not_to_be_had_is_no_remedy(linear, card, remed
     arguments = Namespace(nnodes=2, linear=linear, ulysses=0, ring=0)
     (said,) = several(file, arguments, 2, 2_000_000_000, card)
     assert said.startswith(f"2 machines: take a smaller {remedy} weights stay whole there, which takes 2.0 GB")
+
+
+def test_one_machine_has_the_wire_that_is_asked_for():
+    file = File(header(FLUX_DEV), FLUX_DEV, spec_with("auto"))
+
+    def alone(wire: str) -> int:
+        arguments = Namespace(nnodes=2, network=25, linear="exact", wire=wire, ulysses=0, ring=0)
+        return int(re.search(r"one machine +(\d+)", "\n".join(several(file, arguments, 4, 80 * GB, "RTX 5090")))[1])
+
+    assert alone("int8") < 0.95 * alone("exact")
 
 
 def test_what_is_slower_is_said(monkeypatch, capsys, tiny_flux):

@@ -115,6 +115,7 @@ def test_products_in_fp8_are_not_asked_of_gpus_that_are_not_meant(monkeypatch, c
     for devices in (("--gpus", "cpu:2"), ("--gpus", "0,1", "--free", "24")):
         code, said, errors = plan_says(monkeypatch, capsys, tiny_flux, *devices, "--linear", "fp8")
         assert code == 0 and not errors and "weights: 0." in said
+        assert ("GPUs that need not be there: --gpus 0,1 --free 25" in said) == (devices[-1] == "cpu:2")
 
 
 @pytest.mark.parametrize(
