@@ -42,6 +42,7 @@ ROOMS = {
     "pinning": set(),
     "pulse": set(),
     "ports": set(),
+    "choices": set(),
     "prompt": {"errors"},
     "planner": BASE,
     "library": BASE,
@@ -55,7 +56,7 @@ ROOMS = {
     "kernels": set(),
     "attention": {"config", "comm", "kernels", "pulse"},
     "weights": BASE | {"kernels", "comm"},
-    "models": BASE | {"prompt", "weights", "kernels", "attention"},
+    "models": BASE | {"prompt", "weights", "kernels", "attention", "choices"},
     "engine": BASE
     | {"prompt", "models", "weights", "attention", "comm", "kernels.fp8_product"}
     | {"library", "pinning", "pulse"},
