@@ -13,7 +13,7 @@ from torch import nn
 
 from ..kernels.fp8_product import Quantised, product
 from ..weights.stored import Stored
-from .products import linear
+from .biased_product import biased_product
 
 Activations = torch.Tensor | Quantised
 
@@ -74,7 +74,8 @@ class Linear(nn.Module):
         offset = self.bias[rows].to(x.dtype) if bias and self.bias is not None else None
         if isinstance(x, Quantised):
             return product(x, self.weight[rows, columns], self.scale[rows], offset)
-        return linear(x, self.stored.values(x.dtype, rows, columns), offset)
+        weight = self.stored.values(x.dtype, rows, columns)
+        return F.linear(x, weight) if offset is None else biased_product(x, weight, offset)
 
     def add_to(self, out: torch.Tensor, x: Activations, columns: slice) -> torch.Tensor:
         """out (B, L, N) + x W^T for some columns of W, in out's memory where that is possible."""

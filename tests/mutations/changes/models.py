@@ -7,6 +7,41 @@ OWNERSHIP = "fastusp_backend/models/ownership.py"
 
 CHANGES = [
     (
+        "fastusp_backend/choices.py",
+        "the last process's choice holds",
+        "os.link(whole, file)",
+        "os.replace(whole, file)",
+        "unit/test_choices.py",
+    ),
+    (
+        "fastusp_backend/models/biased_product.py",
+        "what has the bias in the rows it adds to changes the bias",
+        "bias.repeat(len(flat), 1)",
+        "bias.expand(len(flat), -1)",
+        "unit/test_biased_product.py",
+    ),
+    (
+        "fastusp_backend/models/biased_product.py",
+        "the slower way is taken",
+        'least["prefilled"] < _GAIN',
+        'least["prefilled"] > _GAIN',
+        "unit/test_biased_product.py",
+    ),
+    (
+        LAYERS,
+        "no product chooses",
+        "biased_product(x, weight, offset)",
+        "F.linear(x, weight, offset)",
+        "unit/test_biased_product.py",
+    ),
+    (
+        "fastusp_backend/models/biased_product.py",
+        "a choice is measured in a capture",
+        "if torch.cuda.is_current_stream_capturing():",
+        "if not x.is_cuda:",
+        "unit/test_biased_product.py",
+    ),
+    (
         "fastusp_backend/models/prediction.py",
         "messages take no time, however many peers",
         " + MESSAGE * cost.messages",

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastusp_backend import choices
-from fastusp_backend.models import products
+from fastusp_backend.models import biased_product as module
 
 pytestmark = [
     pytest.mark.gpu,
@@ -15,7 +15,7 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def empty(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(choices, "_made", {})
+    monkeypatch.setattr(choices, "_chosen", {})
 
 
 def operands(rows, dtype=torch.bfloat16):
@@ -31,30 +31,30 @@ def test_an_epilogue_rounds_once_and_the_other_way_at_most_twice(rows, dtype):
     x, weight, bias = operands(rows, dtype)
     exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
     rounding = (exact.to(dtype).double() - exact).norm()
-    for way, roundings in (("epilogue", 1), ("rows", 2)):
-        error = (products._WAYS[way](x, weight, bias).double() - exact).norm()
+    for way, roundings in (("epilogue", 1), ("prefilled", 2)):
+        error = (module._WAYS[way](x, weight, bias).double() - exact).norm()
         assert error < 1.02 * roundings**0.5 * rounding
 
 
 def test_the_choice_is_kept_and_captured(monkeypatch):
     given = operands(576)
     with torch.inference_mode():
-        y = products.linear(*given)
-        ((asked, way),) = choices._made.items()
-        assert torch.equal(y, products._WAYS[way](*given))
-        monkeypatch.setattr(choices, "_made", {})  # another process
-        monkeypatch.setattr(products, "_measured", lambda *_: pytest.fail("measured again"))
+        y = module.biased_product(*given)
+        ((question, way),) = choices._chosen.items()
+        assert torch.equal(y, module._WAYS[way](*given))
+        monkeypatch.setattr(choices, "_chosen", {})  # another process
+        monkeypatch.setattr(module, "_measured", lambda *_: pytest.fail("measured again"))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            captured = products.linear(*given)
+            captured = module.biased_product(*given)
         graph.replay()
-        assert torch.equal(captured, y) and choices._made == {asked: way}
+        assert torch.equal(captured, y) and choices._chosen == {question: way}
 
 
 def test_a_capture_measures_nothing():
     given = operands(576)
-    products._WAYS["epilogue"](*given)
+    module._WAYS["epilogue"](*given)
     graph = torch.cuda.CUDAGraph()
     with torch.inference_mode(), torch.cuda.graph(graph):
-        products.linear(*given)
-    assert not choices._made and not choices.folder().exists()
+        module.biased_product(*given)
+    assert not choices._chosen and not choices.folder().exists()
