@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from .user_folders import user_folder
+
 log = logging.getLogger(__name__)
 
 _chosen: dict[str, str] = {}
@@ -18,10 +20,7 @@ _chosen: dict[str, str] = {}
 def folder() -> Path:
     """Where the choices lie: a file's name is the question, its text the way. To delete them has them measured again by
     processes that start then."""
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not base.is_absolute():  # then it does not count: XDG Base Directory Specification
-        base = Path(os.path.expanduser("~")) / ".cache"
-    return base / "fastusp" / "choices"
+    return user_folder("XDG_CACHE_HOME", ".cache") / "choices"
 
 
 def choose(question: str, ways: Collection[str], measure: Callable[[], str]) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from .command import run
 from .errors import KeyFileError
+from .user_folders import user_folder
 
 _FIRST = "FastUSP key 1"
 _SECRET = re.compile(r"^secret ([0-9a-f]{64})$", re.MULTILINE)
@@ -25,8 +26,7 @@ _SECONDS = 30
 
 def usual_path() -> Path:
     """Where a key file lies that nobody has named."""
-    base = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
-    return Path(base) / "fastusp" / "key"
+    return user_folder("XDG_CONFIG_HOME", ".config") / "key"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,11 @@
 """Choices that are measured once and kept for every later process."""
 
+import os
+
 import pytest
 
 from fastusp_backend import choices
+from fastusp_backend.keyfile import usual_path
 
 pytestmark = pytest.mark.unit
 
@@ -80,8 +83,10 @@ def test_choices_lie_in_the_user_s_cache(monkeypatch, tmp_path):
 def test_a_folder_that_is_not_absolute_does_not_count(monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", "here")
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CONFIG_HOME", "here")
     assert choices.folder() == tmp_path / ".cache" / "fastusp" / "choices"
-    monkeypatch.setattr(choices.os.path, "expanduser", lambda path: path)  # no home
+    assert usual_path() == tmp_path / ".config" / "fastusp" / "key"
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # no home
     monkeypatch.chdir(tmp_path)
     assert choices.choose(QUESTION, WAYS, lambda: "one") == "one"
     assert not list(tmp_path.rglob("*choices*")) and "XDG_CACHE_HOME" in caplog.text
