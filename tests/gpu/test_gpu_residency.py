@@ -1,16 +1,21 @@
 """Weights leave the GPU, its memory with them, and come back; what does not fit is refused before it is tried."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from support import SMALL, inputs
+from formats import write
+from support import SMALL, inputs, relative_difference
 from test_pool import ONE, sample, spec  # noqa: F401 - spec is a fixture
 
-from fastusp_backend.config import Settings
+from fastusp_backend.config import ModelSpec, Settings
 from fastusp_backend.devices import Devices
 from fastusp_backend.engine import Engine
+from fastusp_backend.engine.denoiser import WORKING_SET
 from fastusp_backend.errors import RequestError
 from fastusp_backend.models.files import read_model, storage_plans
 from fastusp_backend.models.ownership import Ownership
+from fastusp_backend.models.synthetic import write_checkpoint
 from fastusp_backend.pool import Pool, Progress, Session
 from fastusp_backend.prompt import Prompt
 
@@ -66,18 +71,62 @@ def test_an_evaluation_that_does_not_fit_is_refused_and_the_next_prompt_runs(spe
         pool.close()
 
 
+def test_unpacked_weights_give_way_to_an_image_that_lacks_their_room(tmp_path):
+    """It is evaluated with weights as the file has them, and is the image that unpacked ones give."""
+    config = replace(SMALL, hidden=1536, heads=12, mlp=6144, double_blocks=4, single_blocks=8)
+    write_checkpoint(str(tmp_path / "plain"), config, dtype=torch.bfloat16)
+    write("gguf_Q8_0", tmp_path / "plain", tmp_path / "model.gguf")
+    packed = ModelSpec.of_file(str(tmp_path / "model.gguf"), storage=None, compute="bfloat16", keep_quantised=True)
+
+    def evaluate(pool: Pool, *size: int) -> torch.Tensor:
+        given = inputs(config, text=24, size=size)
+        prompt = Prompt(given.context, given.y, given.guidance)
+        return Session(pool, packed, (ONE,), Settings()).evaluate(given.x, given.timestep, prompt, Progress())
+
+    def unpacked_bytes(pool: Pool) -> int:
+        evaluate(pool, 16, 16)
+        assert pool.held.unpacked
+        return pool.held.nbytes
+
+    large = 448, 448
+    pool = Pool(Devices(ranks=1, gpus=(0,)))
+    try:
+        gained = unpacked_bytes(pool) - packed.file.size
+        needed = WORKING_SET * (24 + large[0] * large[1] // 4) * config.hidden * torch.bfloat16.itemsize
+        torch.cuda.empty_cache()
+        hog = torch.empty(
+            torch.cuda.mem_get_info()[0] - needed + gained // 2,  # half of what unpacking took is lacking
+            dtype=torch.uint8,
+            device="cuda",
+        )
+        small = evaluate(pool, *large)
+        assert pool.crowded and not pool.held.unpacked and pool.held.nbytes < packed.file.size * 1.05
+        del hog
+        torch.cuda.empty_cache()
+    finally:
+        pool.close()
+    pool = Pool(Devices(ranks=1, gpus=(0,)))
+    try:
+        unpacked_bytes(pool)
+        wide = evaluate(pool, *large)
+        assert pool.held.unpacked
+        assert relative_difference(small, wide) < 0.02
+    finally:
+        pool.close()
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_two_gpus_keep_half_each(spec):  # noqa: F811
+def test_two_gpus_keep_half_each(packed):  # noqa: F811
     """Of what both hold; each keeps its own modulations, whose layers are whole."""
-    file = read_model(spec.path)
-    plans = storage_plans(file.model, file.header, spec)
+    file = read_model(packed.path)
+    plans = storage_plans(file.model, file.header, packed)
     ownership = Ownership(file.model, plans, 2)
     shared = sum(plan.info.size for name, plan in plans.items() if ownership.owner(name) is None)
     parked = max(ownership.nbytes) - shared // 2
     pool, layout = Pool(Devices(ranks=2, gpus=(0, 1))), ONE.__class__(ulysses=2, ring=1)
     try:
-        before = sample(pool, spec, layout)
-        assert pool.held.nbytes == max(ownership.nbytes) < 0.9 * spec.file.size
+        before = sample(pool, packed, layout)
+        assert pool.held.nbytes == max(ownership.nbytes) < 0.9 * packed.file.size
         for _ in range(2):
             pool.park()
             assert pool.held.state == "parked"
