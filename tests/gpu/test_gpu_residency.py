@@ -116,17 +116,17 @@ def test_unpacked_weights_give_way_to_an_image_that_lacks_their_room(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_two_gpus_keep_half_each(packed):  # noqa: F811
+def test_two_gpus_keep_half_each(spec):  # noqa: F811
     """Of what both hold; each keeps its own modulations, whose layers are whole."""
-    file = read_model(packed.path)
-    plans = storage_plans(file.model, file.header, packed)
+    file = read_model(spec.path)
+    plans = storage_plans(file.model, file.header, spec)
     ownership = Ownership(file.model, plans, 2)
     shared = sum(plan.info.size for name, plan in plans.items() if ownership.owner(name) is None)
     parked = max(ownership.nbytes) - shared // 2
     pool, layout = Pool(Devices(ranks=2, gpus=(0, 1))), ONE.__class__(ulysses=2, ring=1)
     try:
-        before = sample(pool, packed, layout)
-        assert pool.held.nbytes == max(ownership.nbytes) < 0.9 * packed.file.size
+        before = sample(pool, spec, layout)
+        assert pool.held.nbytes == max(ownership.nbytes) < 0.9 * spec.file.size
         for _ in range(2):
             pool.park()
             assert pool.held.state == "parked"
