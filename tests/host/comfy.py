@@ -10,7 +10,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -75,9 +75,17 @@ class PromptFailed(Exception):
 
 class ComfyUI:
     """Starts `path`'s ComfyUI, on the CPU if nothing else is said, with this repository and the test pack as its custom
-    nodes. installed: with a copy of what the registry gives, instead."""
+    nodes. installed: with a copy of what the registry gives, instead. environment: variables beside the usual ones."""
 
-    def __init__(self, path: Path, base: Path, arguments: Sequence[str] = ("--cpu",), *, installed: bool = False):
+    def __init__(
+        self,
+        path: Path,
+        base: Path,
+        arguments: Sequence[str] = ("--cpu",),
+        *,
+        installed: bool = False,
+        environment: Mapping[str, str] | None = None,
+    ):
         self.path, self.base = path, base
         for folder in ("custom_nodes", "models/diffusion_models", "output", "input", "temp", "user/default"):
             (base / folder).mkdir(parents=True, exist_ok=True)
@@ -96,7 +104,7 @@ class ComfyUI:
         self.log = base / "comfyui.log"
         # One thread: tensors are small here, and its workers and other tests want the cores.
         env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        env |= {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
+        env |= {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"} | (environment or {})
         with open(self.log, "wb") as output:
             self.process = subprocess.Popen(
                 command,
