@@ -6,7 +6,7 @@ A step of P ranks takes
     F / P / (sustained * peak) * (1 + BESIDE, where P > 1) + KERNELS * streams + MESSAGE * messages
 
 where nothing else is slower, and what crosses links beside computing or after it (`Prediction.seconds`). Of it only the
-first part falls with P. Fitted to FLUX.1 at 1024 x 1024 on H200 with NVLink, 118.6, 66.2, 35.7 and 21.7 ms for P = 1,
+first part falls with P. Fitted to FLUX.1 at 1024 x 1024 on H200 with NVLink, 118.6, 66.2, 35.7 and 20.3 ms for P = 1,
 2, 4 and 8, the last as benchmarks/scale.py plays one rank's share of so many on two GPUs. Without peer access, where
 tokens go through the host's memory, two H200 took 82.8 ms, 70.9 with int8 wire, and a ring of two 88.0 and 73.8; two
 with Qwen-Image 98.3 and 82.3, with FLUX.2 228.5; four with FLUX.1 71.4 and 50.4.
@@ -29,7 +29,7 @@ BESIDE = 0.05
 """How much longer they take where GPUs exchange: the copies beside them, and a share of the heads, cost time."""
 KERNELS = 60e-6
 """Seconds of each stream of a block however few tokens a rank has: launches, gaps, kernels that do not fill a GPU."""
-MESSAGE = 5e-6
+MESSAGE = 3e-6
 """Seconds of each peer's messages in a block, however short."""
 COOL = 0.86
 """What computing takes where GPUs wait between, since they stay below their power limit. Together with its waits it

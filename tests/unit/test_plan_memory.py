@@ -218,7 +218,7 @@ def test_plan_says_what_a_step_takes_on_one_to_eight_gpus():
     """Of one that is meant, too."""
     for counts in (1, 2):
         cells, _ = steps_of_flux("H200", 140, counts=counts)
-        assert [cells[n]["NVLink, PCIe 5 x16"] for n in (1, 2, 4, 8)] == ["120 / 240", "66 / 120", "36 / 66", "22 / 36"]
+        assert [cells[n]["NVLink, PCIe 5 x16"] for n in (1, 2, 4, 8)] == ["120 / 240", "65 / 120", "35 / 65", "21 / 35"]
         assert cells[2]["PCIe 5 x16"] == "85 / 120"
     assert list(steps_of_flux("H200", 140, counts=3)[0]) == [1, 2, 3, 4, 8]
     (quick, _), (slow, _) = (steps_of_flux("H200", 140, linear=linear) for linear in ("fp8", "exact"))

@@ -106,7 +106,7 @@ FP8 = torch.float8_e4m3fn
         (FLUX_DEV, 1, {}, 118.6),  # H200, but for the last ones
         (FLUX_DEV, 2, {}, 66.2),
         (FLUX_DEV, 4, {}, 35.7),
-        (FLUX_DEV, 8, {}, 21.7),  # one rank's share, played
+        (FLUX_DEV, 8, {}, 20.3),  # one rank's share, played
         (FLUX_DEV, 2, {"link": PCIE[0], "peers": False}, 82.8),
         (FLUX_DEV, 2, {"link": PCIE[0], "peers": False, "wire": "int8"}, 70.9),
         (FLUX_DEV, 2, {"link": PCIE[0], "peers": False, "ring": 2}, 88.0),
@@ -139,10 +139,10 @@ def test_within_a_twentieth_where_weights_stay(config, ranks, given, measured):
 
 
 def test_efficiency_falls_with_the_number_of_gpus():
-    """As measured: 0.90, 0.82 and 0.68 of one GPU's time by their number."""
+    """As measured: 0.90, 0.83 and 0.73 of one GPU's time by their number."""
     alone = predicted(FLUX_DEV, 1)[1]
     shares = [alone / predicted(FLUX_DEV, ranks)[1] / ranks for ranks in (2, 4, 8)]
-    assert shares == pytest.approx([0.90, 0.82, 0.68], abs=0.03)
+    assert shares == pytest.approx([0.90, 0.83, 0.73], abs=0.03)
 
 
 @pytest.mark.parametrize(
