@@ -18,6 +18,7 @@ from ..fastusp_backend.models.prediction import (
     Link,
     Prediction,
     fewer_are_faster,
+    in_milliseconds,
     link_of,
     slowest_card,
 )
@@ -29,6 +30,9 @@ log = logging.getLogger(__name__)
 ROOM = 0.7
 """The share of a GPU's memory that all weights may take. Where they take more, blocks may have to travel on fewer GPUs,
 and no more GPUs are advised against."""
+
+NOTICED = 5e-3
+"""Seconds a step. Less, as of a small model to try things with, is not told."""
 
 
 def faster_with_fewer(session: Session, file: ModelFile) -> Devices | None:
@@ -58,9 +62,9 @@ def faster_with_fewer(session: Session, file: ModelFile) -> Devices | None:
         for prompts, kind in enumerate(kinds, 1):
             kind[count] = made.seconds(whole, link, prompts=prompts)
     fewer = fewer_are_faster(kinds, devices.ranks)
-    if fewer is None:
+    if fewer is None or kinds[0][devices.ranks] - kinds[0][fewer] < NOTICED:
         return None
-    some, ms = devices.first(fewer), {count: round(1000 * seconds) for count, seconds in kinds[0].items()}
+    some, ms = devices.first(fewer), {count: in_milliseconds(seconds) for count, seconds in kinds[0].items()}
     wire = "; wire = auto in USP Optimization Settings sends less" if session.settings.wire == "exact" else ""
     _tell(
         f"Set gpus to {','.join(map(str, some.gpus))} in USP Loader: a step of {file.config.family} at 1024 x 1024 and "

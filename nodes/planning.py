@@ -13,7 +13,7 @@ from ..fastusp_backend.devices import Devices, ServerDevices, gpu_states, list_g
 from ..fastusp_backend.errors import FastUSPError, RequestError
 from ..fastusp_backend.models.files import ModelFile
 from ..fastusp_backend.models.placement import Placement, size_in_words
-from ..fastusp_backend.models.prediction import CARDS, SIZE, Link, Prediction, slowest_card
+from ..fastusp_backend.models.prediction import CARDS, SIZE, Link, Prediction, in_milliseconds, slowest_card
 from ..fastusp_backend.planner import plan_batches
 from ..fastusp_backend.servers import Server
 from .answers import FOREIGN, foreign, refused
@@ -138,7 +138,7 @@ def _costs(values: Values, devices: Devices, file: ModelFile, layouts: tuple[Lay
             alone = seconds(whole, plan_batches(1, file.config.heads), links[1])
         except RequestError:
             weights += "; one GPU has no room for them"
-    ms = [f"{1000 * step:.0f} ms a step" for step in steps]
+    ms = [f"{in_milliseconds(step)} ms a step" for step in steps]
     if alone is not None:
         ms = [f"{text} ({one / step:.2f} x one GPU)" for text, step, one in zip(ms, steps, alone, strict=True)]
     return f"{', cfg above 1: '.join(ms)}, predicted for {card} at {SIZE[0]} x {SIZE[1]}", weights

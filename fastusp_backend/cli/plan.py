@@ -9,7 +9,7 @@ from ..devices import Devices, gpu_states, list_gpus, local_devices
 from ..engine import host_memory
 from ..errors import DeviceError, RequestError
 from ..models.placement import Placement
-from ..models.prediction import CARDS, SIZE, Link, Prediction, measured_link, pcie_of, slowest_card
+from ..models.prediction import CARDS, SIZE, Link, Prediction, in_milliseconds, measured_link, pcie_of, slowest_card
 from ..planner import legal_layouts, plan_batches
 from .arguments import add_degrees, add_gpus
 from .file import File
@@ -21,8 +21,8 @@ from .table import Column, fitted
 WITH, WITHOUT = "that reach each other's memory (doctor tells)", "that do not"
 CLAIM = """Of one
 and two H100 and H200 they are within about 5 % of what was measured where weights stay, else within a fifth. Four H200
-were measured with FLUX.1, with NVLink and without peer access, of eight one rank's share with NVLink; eight without
-peer access are a guess, and other cards were not measured."""
+were measured with NVLink (FLUX.1, Qwen-Image) and without peer access (FLUX.1), of eight one rank's share with NVLink;
+eight without peer access are a guess, and other cards were not measured."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -270,7 +270,7 @@ def _in_fp8(
         return []
     if found.streamed_bytes > exact.streamed_bytes:
         return []
-    ms = f", {1000 * made.seconds(found, links[0]):.0f} ms a step ({links[0]})" if made is not None else ""
+    ms = f", {in_milliseconds(made.seconds(found, links[0]))} ms a step ({links[0]})" if made is not None else ""
     return [f"  with linear = fp8 (the picture changes a little): {found}{ms}"]
 
 
@@ -286,7 +286,7 @@ def _better_apart(
 
 def _times(prediction: Prediction, found: Placement, links: tuple[Link, ...], ranks: int) -> list[str]:
     """A row per link; one where nothing crosses any."""
-    rows = [(link, *(1000 * prediction.seconds(found, link, prompts=n) for n in (1, 2))) for link in links]
+    rows = [(link, *(in_milliseconds(prediction.seconds(found, link, prompts=n)) for n in (1, 2))) for link in links]
     if ranks == 1 and not found.slabs:
         rows = [("any", *rows[0][1:])]
     columns = Column("link"), Column("ms a step", format=".0f"), Column("cfg above 1", format=".0f")

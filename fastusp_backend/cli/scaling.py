@@ -2,7 +2,7 @@
 
 from ..config import Layout, LinearChoice, WireChoice
 from ..errors import RequestError
-from ..models.prediction import Card, Link, Prediction, fewer_are_faster, pcie_of
+from ..models.prediction import Card, Link, Prediction, fewer_are_faster, in_milliseconds, pcie_of
 from ..planner import plan_batches
 from .file import File
 from .table import Column, fitted
@@ -44,7 +44,7 @@ def scaling(
 
     def cell(count: int, link: Link) -> str:
         both = [seconds[link, prompts].get(count) for prompts in PROMPTS]
-        return "no room" if None in both else " / ".join(f"{1000 * one:.0f}" for one in both)
+        return "no room" if None in both else " / ".join(map(in_milliseconds, both))
 
     columns = Column("GPUs", format="d"), *(Column(str(link)) for link in links)
     rows = [(count, *(cell(count, link) for link in links)) for count in counts]

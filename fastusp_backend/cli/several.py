@@ -3,7 +3,7 @@
 import argparse
 
 from ..errors import RequestError
-from ..models.prediction import CARDS, MARGIN, Link, Network, Prediction, over_pcie
+from ..models.prediction import CARDS, MARGIN, Link, Network, Prediction, in_milliseconds, over_pcie
 from ..planner import legal_layouts, plan_batches
 from .file import File
 from .scaling import PROMPTS
@@ -81,6 +81,6 @@ def several(file: File, arguments: argparse.Namespace, per_machine: int, free: i
         return ", ".join(name for name, here, one in pairs if here > one * (1 + MARGIN))
 
     columns = [Column("machines"), *(Column(name, format=".0f") for name in ("ms a step", "cfg above 1"))]
-    rows = [(named(*key), *(1000 * one for one in both), slower(both)) for key, both in seconds.items()]
+    rows = [(named(*key), *map(in_milliseconds, both), slower(both)) for key, both in seconds.items()]
     told = [f"{machines} machines of {per_machine} {card} ({link}), predicted, and not tried:"]
     return told + ["  " + line for line in fitted((*columns, Column("slower than one")), rows).splitlines()]

@@ -19,6 +19,8 @@ class StepCost:
     """Of one prompt.
 
     parameters: of all blocks' products.
+    text_parameters: those of them that see the text's tokens alone.
+    text_tokens: those of a rank.
     flops: floating-point operations of all blocks, over all ranks.
     attention: those of them that attention takes.
     streams: of all blocks, each of which has kernels of its own.
@@ -29,6 +31,8 @@ class StepCost:
     """
 
     parameters: int
+    text_parameters: float
+    text_tokens: float
     flops: float
     attention: float
     streams: int
@@ -59,6 +63,8 @@ def step_cost(config: FamilyConfig, layout: Layout, *, size: tuple[int, int], te
     turned = values * 2 * (ring - 1)
     return StepCost(
         sum(blocks),
+        sum(blocks[:both]) / 2,
+        config.filled(text) / layout.sequence_ranks,
         products + attention,
         attention,
         len(blocks) + both,

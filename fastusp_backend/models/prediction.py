@@ -5,8 +5,9 @@ A step of P ranks takes
 
     F / P / (sustained * peak) * (1 + BESIDE, where P > 1) + KERNELS * streams + MESSAGE * messages
 
-where nothing else is slower, and what crosses links beside computing or after it (`Prediction.seconds`). Of it only the
-first part falls with P. Fitted to FLUX.1 at 1024 x 1024 on H200 with NVLink, 118.6, 66.2, 35.7 and 20.3 ms for P = 1,
+where nothing else is slower, more where the text's tokens are so few that products with them wait for their weights
+(`READING`), and what crosses links beside computing or after it (`Prediction.seconds`). Of it only the first part falls
+with P. Fitted to FLUX.1 at 1024 x 1024 on H200 with NVLink, 118.6, 66.2, 35.7 and 20.3 ms for P = 1,
 2, 4 and 8, the last as benchmarks/scale.py plays one rank's share of so many on two GPUs. Without peer access, where
 tokens go through the host's memory, two H200 took 82.8 ms, 70.9 with int8 wire, and a ring of two 88.0 and 73.8; two
 with Qwen-Image 98.3 and 82.3, with FLUX.2 228.5; four with FLUX.1 71.4 and 50.4.
@@ -29,8 +30,12 @@ BESIDE = 0.05
 """How much longer they take where GPUs exchange: the copies beside them, and a share of the heads, cost time."""
 KERNELS = 60e-6
 """Seconds of each stream of a block however few tokens a rank has: launches, gaps, kernels that do not fill a GPU."""
-MESSAGE = 3e-6
-"""Seconds of each peer's messages in a block, however short."""
+MESSAGE = 1e-6
+"""Seconds of each peer's messages in a block, however short. Fitted together with `KERNELS` and `READING`; none of the
+three was measured alone."""
+READING = 0.8
+"""The share of its memory's rate at which a GPU reads the weights of products with few rows. Fitted to Qwen-Image on
+four and eight GPUs, 41.2 and 25.5 ms, the last played."""
 COOL = 0.86
 """What computing takes where GPUs wait between, since they stay below their power limit. Together with its waits it
 takes no less than where they never wait: only what they do not use then makes them faster."""
@@ -178,6 +183,12 @@ def link_of(card: Card, words: Iterable[str], pcie: Iterable[tuple[int, int] | N
     return min((over_pcie(*(found or (card.pcie, 16))) for found in pcie), key=lambda link: link.peers)
 
 
+def in_milliseconds(seconds: float) -> str:
+    """Writes a prediction: whole milliseconds, two digits where they are few."""
+    ms = 1000 * seconds
+    return f"{ms:.0f}" if ms >= 9.5 else f"{ms:.2g}"
+
+
 def fewer_are_faster(seconds: Sequence[Mapping[int, float]], count: int) -> int | None:
     """The number of GPUs below `count` on which steps are faster by more than `MARGIN`, the fastest of several; None
     where there is none. seconds: of one or more kinds of steps, by the number of GPUs."""
@@ -217,7 +228,7 @@ class Prediction:
         computing = (products + cost.attention) / rate
         if layout.sequence_ranks > 1:
             computing *= 1 + BESIDE
-        computing += KERNELS * cost.streams + MESSAGE * cost.messages
+        computing += KERNELS * cost.streams + MESSAGE * cost.messages + self._waiting_for_weights(cost)
         if self._linear == "exact":
             converted = (1 - found.unpacked) * cost.parameters * UNPACKING.get(self._stored, 0)
             computing += converted / (self._card.memory * 1e12)
@@ -234,6 +245,13 @@ class Prediction:
             whole = max(computing, self._through_the_host(sent, link, computing * COOL, cost, layout, per_machine))
             here = max(here, whole) if found.streamed_bytes else whole
         return prompts / layout.batch * (here + away)
+
+    def _waiting_for_weights(self, cost: StepCost) -> float:
+        """Seconds that products of the text's tokens take more than their operations, where they are few."""
+        fp8 = self._linear == "fp8"
+        reading = cost.text_parameters * (1 if fp8 else 2) / (READING * self._card.memory * 1e12)
+        multiplying = 2 * cost.text_tokens * cost.text_parameters * (FP8_PRODUCTS if fp8 else 1)
+        return max(0.0, reading - multiplying / (self._config.sustained * self._card.tflops * 1e12))
 
     def _through_the_host(
         self, sent: float, link: Link, computing: float, cost: StepCost, layout: Layout, per_machine: int

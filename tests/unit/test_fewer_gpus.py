@@ -12,7 +12,7 @@ import fastusp_backend.models.prediction  # noqa: F401 - the node takes it as a 
 from fastusp_backend.config import Settings
 from fastusp_backend.devices import Devices, GpuState, ServerDevices
 from fastusp_backend.errors import DeviceError
-from fastusp_backend.models.synthetic import FLUX_DEV, QWEN_IMAGE
+from fastusp_backend.models.synthetic import FLUX_DEV, QWEN_IMAGE, TINY_FLUX
 from fastusp_backend.planner import plan_batches
 
 pytestmark = [pytest.mark.unit, pytest.mark.any_processor]
@@ -50,6 +50,14 @@ def session_on(gpus, config=FLUX_DEV, *, dtype=torch.bfloat16, batch_parallel="a
     layouts = plan_batches(devices.ranks, config.heads, ring=ring, batch_parallel=batch_parallel)
     session = SimpleNamespace(pool=SimpleNamespace(devices=devices), spec=spec, settings=settings, layouts=layouts)
     return session, SimpleNamespace(header=header(config, dtype), config=config)
+
+
+def test_what_nobody_notices_is_not_told(node, caplog):
+    """Two GPUs over PCIe take longer for a model to try things with, too."""
+    module = node(2)
+    assert module.faster_with_fewer(*session_on((0, 1))) is not None
+    caplog.clear()
+    assert module.faster_with_fewer(*session_on((0, 1), TINY_FLUX)) is None and not caplog.records
 
 
 def test_the_remedy_comes_first_and_once(node, caplog):

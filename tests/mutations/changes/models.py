@@ -50,6 +50,13 @@ CHANGES = [
     ),
     (
         "fastusp_backend/models/prediction.py",
+        "products of few rows do not wait for their weights",
+        " + self._waiting_for_weights(cost)",
+        "",
+        "unit/test_prediction.py",
+    ),
+    (
+        "fastusp_backend/models/prediction.py",
         "waiting makes slow GPUs faster than not waiting",
         "max(computing, self._through_the_host(sent, link, computing * COOL, cost, layout, per_machine))",
         "self._through_the_host(sent, link, computing * COOL, cost, layout, per_machine)",
