@@ -289,5 +289,5 @@ def _times(prediction: Prediction, found: Placement, links: tuple[Link, ...], ra
     rows = [(link, *(in_milliseconds(prediction.seconds(found, link, prompts=n)) for n in (1, 2))) for link in links]
     if ranks == 1 and not found.slabs:
         rows = [("any", *rows[0][1:])]
-    columns = Column("link"), Column("ms a step", format=".0f"), Column("cfg above 1", format=".0f")
+    columns = Column("link"), Column("ms a step", format="s"), Column("cfg above 1", format="s")
     return ["  " + line for line in fitted(columns, [(str(link), *ms) for link, *ms in rows]).splitlines()]

@@ -80,7 +80,7 @@ def several(file: File, arguments: argparse.Namespace, per_machine: int, free: i
         pairs = zip(PROMPTS.values(), both, alone_seconds, strict=True)
         return ", ".join(name for name, here, one in pairs if here > one * (1 + MARGIN))
 
-    columns = [Column("machines"), *(Column(name, format=".0f") for name in ("ms a step", "cfg above 1"))]
+    columns = [Column("machines"), *(Column(name, format="s") for name in ("ms a step", "cfg above 1"))]
     rows = [(named(*key), *map(in_milliseconds, both), slower(both)) for key, both in seconds.items()]
     told = [f"{machines} machines of {per_machine} {card} ({link}), predicted, and not tried:"]
     return told + ["  " + line for line in fitted((*columns, Column("slower than one")), rows).splitlines()]

@@ -14,7 +14,7 @@ class Column:
     width: int = 0
     """Characters, to which cells are filled up; longer ones push what follows."""
     format: str = ""
-    """How numbers are written, as `.1f`: at the right. Columns without are text, at the left."""
+    """How numbers are written, as `.1f`: at the right; `s` for text that stands there, too. Else it is at the left."""
 
     def cell(self, value: object) -> str:
         """Writes a number by the format, None as nothing, and text as it is."""

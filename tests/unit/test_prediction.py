@@ -50,11 +50,20 @@ def placed(config, ranks, dtype, linear, **room):
 
 
 def predicted(
-    config, ranks, link=NVLINK, *, card="H100", dtype=torch.bfloat16, linear="exact", wire="exact", prompts=1, **room
+    config,
+    ranks,
+    link=NVLINK,
+    *,
+    card="H100",
+    dtype=torch.bfloat16,
+    linear="exact",
+    wire="exact",
+    prompts=1,
+    ring=0,
+    **room,
 ):
-    layouts = plan_batches(ranks, config.heads, ring=room.pop("ring", 0))
     header, found = placed(config, ranks, dtype, linear, **room)
-    made = Prediction(header, config, layouts, CARDS[card], linear, wire)
+    made = Prediction(header, config, plan_batches(ranks, config.heads, ring=ring), CARDS[card], linear, wire)
     return found, made.seconds(found, link, prompts=prompts) * 1000
 
 
