@@ -186,7 +186,7 @@ def link_of(card: Card, words: Iterable[str], pcie: Iterable[tuple[int, int] | N
 def in_milliseconds(seconds: float) -> str:
     """Writes a prediction: whole milliseconds, two digits where they are few."""
     ms = 1000 * seconds
-    return f"{ms:.0f}" if ms >= 9.5 else f"{ms:.2g}"
+    return f"{ms:.0f}" if ms >= 9.5 else f"{ms:#.2g}"
 
 
 def fewer_are_faster(seconds: Sequence[Mapping[int, float]], count: int) -> int | None:

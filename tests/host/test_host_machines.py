@@ -118,11 +118,11 @@ def test_another_comfyui_and_one_that_ends(host, four, second_host):
         if value >= 1 and not beside.ident:
             beside.start()
 
-    _, long = run(host, seed=95, steps=80, on_progress=begin)
+    _, long = run(host, seed=95, steps=160, on_progress=begin)
     beside.join()
     ((outcome, latents),) = second
     assert latents.equal(want) and any("waiting for another client" in text for _, text in outcome.texts), outcome.texts
-    assert run(second_host, seed=95, steps=80)[1].equal(long)
+    assert run(second_host, seed=95, steps=160)[1].equal(long)
     second_host.stop()
     right(host, seed=96)
     assert host.pool(at(four))["pids"] == pids

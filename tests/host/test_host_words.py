@@ -60,16 +60,17 @@ def test_a_run_speaks_to_its_own_client_alone(host):
 
 @pytest.mark.any_host
 def test_what_runs_can_be_asked_for(host):
-    """By the page of the client whose prompt it is, while it runs."""
+    """By the page of the client whose prompt it is, while it runs: long enough to ask, however busy this machine is."""
     graph, answers = Graph(), []
-    node = sampling(graph, steps=12, seed=303, latent_image=graph.empty(192, 192))
+    model = graph.node("TestAfterEveryEvaluation", model=graph.usp(), seconds=0.5, error="")
+    node = sampling(graph, model, steps=4, seed=303)
 
     def ask(*_):
         answers.append([host.get(f"/fastusp/texts?client={client}") for client in (host.client, "other", "")])
 
     outcome = host.run(graph, on_progress=ask)
     mine, *others = next(answer for answer in answers if answer[0]["texts"])  # the last ones may come too late
-    assert mine == {"workflow": None, "texts": {node: outcome.texts_of(node)[-1]} | mine["texts"]}
+    assert mine["workflow"] is None and mine["texts"][node] in outcome.texts_of(node)
     nothing = {"workflow": None, "texts": {}}
     assert others == [nothing, nothing] and host.get("/fastusp/texts") == nothing
     assert host.get(f"/fastusp/texts?client={host.client}") == nothing
