@@ -4,8 +4,9 @@
     python benchmarks/host.py --comfyui ~/ComfyUI --gpus 0 --file /tmp/flux.safetensors --shared 40
 
 Needs no text encoder: prompts are seeded tensors. The file is written (FLUX.1-dev, random bf16) where it is missing.
-`first` includes loading, compilation and capture; `prompt` is the median of the later ones, each with another seed:
-from the request to ComfyUI's word that it has ended. A `step` is the median time between two of its progress events;
+Each configuration has a ComfyUI of its own, just started: `first` includes all that a first prompt waits for, workers,
+loading and capture too. `prompt` is the median of the later ones, each with another seed: from the request to ComfyUI's
+word that it has ended. A `step` is the median time between two of its progress events;
 what a prompt takes `beyond` its steps lies `before` the first step has ended (less a step) and `after` the last one.
 Prompts are a second apart: behind each one ComfyUI registers its files, and often collects garbage, which the next one
 would wait for. `difference` is the largest relative (Frobenius) difference of the latents from stock's.
@@ -15,13 +16,15 @@ take turns: what each prompt takes, and how much memory ComfyUI and the workers 
 """
 
 import argparse
+import contextlib
+import itertools
 import os
 import statistics
 import sys
 import tempfile
 import time
 from collections import Counter
-from itertools import pairwise
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,6 +79,28 @@ def model_node(graph: Graph, name: str, a: argparse.Namespace) -> list:
     return graph.node("TorchCompileModel", model=model, backend="inductor") if name == COMPILED else model
 
 
+@contextlib.contextmanager
+def started(a: argparse.Namespace) -> Iterator[ComfyUI]:
+    """A ComfyUI that has just started, and has the file; its last words where something fails."""
+    with tempfile.TemporaryDirectory(prefix="fastusp-bench-") as folder:
+        base = Path(folder)
+        (base / "models/diffusion_models").mkdir(parents=True)
+        (base / "models/diffusion_models" / a.file.name).symlink_to(a.file.resolve())
+        host = ComfyUI(a.comfyui.expanduser(), base, ["--cpu"] if on_cpu(a) else [])
+        try:
+            host.wait_until_ready()
+            yield host
+        except Exception:
+            print(host.log_text()[-6000:], file=sys.stderr)
+            raise
+        finally:
+            host.stop()
+
+
+def on_cpu(a: argparse.Namespace) -> bool:
+    return a.gpus.startswith("cpu")
+
+
 class Times(NamedTuple):
     """Seconds of a prompt: all of it, one step, and what is before and after the steps."""
 
@@ -99,12 +124,12 @@ def prompt(host: ComfyUI, name: str, seed: int, a: argparse.Namespace) -> tuple[
     time.sleep(PAUSE_SECONDS)
     outcome = host.run(graph)
     at = [when for _, _, when in outcome.progress]
-    step = statistics.median(b - a for a, b in pairwise(at))
+    step = statistics.median(b - a for a, b in itertools.pairwise(at))
     times = Times(outcome.ended - outcome.queued, step, at[0] - outcome.queued - step, outcome.ended - at[-1])
     return times, outcome.latents[saved].float()
 
 
-def compare(host: ComfyUI, a: argparse.Namespace) -> None:
+def compare(a: argparse.Namespace) -> None:
     stock: dict[int, torch.Tensor] = {}
     table = Table(
         Column("configuration", 24),
@@ -122,11 +147,12 @@ def compare(host: ComfyUI, a: argparse.Namespace) -> None:
     base = None
     for name in a.configs.split(";"):
         all_times, apart = [], [0.0]
-        for seed in range(a.prompts):
-            times, latents = prompt(host, name, seed, a)
-            all_times.append(times)
-            wanted = stock.setdefault(seed, latents)
-            apart.append(((latents - wanted).norm() / wanted.norm()).item())
+        with started(a) as host:
+            for seed in range(a.prompts):
+                times, latents = prompt(host, name, seed, a)
+                all_times.append(times)
+                wanted = stock.setdefault(seed, latents)
+                apart.append(((latents - wanted).norm() / wanted.norm()).item())
         median = Times(*map(statistics.median, zip(*all_times[1:], strict=True)))
         base = base or median.whole
         beyond = median.whole - a.steps * median.step
@@ -134,7 +160,8 @@ def compare(host: ComfyUI, a: argparse.Namespace) -> None:
         print(table.row(name, all_times[0].whole, median.whole, *of_it, base / median.whole, max(apart)), flush=True)
 
 
-def turns(host: ComfyUI, a: argparse.Namespace) -> None:
+def turns(a: argparse.Namespace) -> None:
+    _hog = torch.empty(int(torch.cuda.mem_get_info(0)[0] - a.shared * 1e9), dtype=torch.uint8, device="cuda:0")
     table = Table(
         Column("prompt", 24),
         Column("s", 6, ".2f"),
@@ -146,8 +173,8 @@ def turns(host: ComfyUI, a: argparse.Namespace) -> None:
     )
     print(table.head(), flush=True)
     names = a.configs.split(";")
-    for turn in range(3):
-        for name in names:
+    with started(a) as host:
+        for turn, name in itertools.product(range(3), names):
             times, _ = prompt(host, name, turn, a)
             (device, *_), pools = host.get("/system_stats")["devices"], host.get("/fastusp/status")["pools"]
             held = "; ".join(f"{pool['held']}" for pool in pools)
@@ -173,27 +200,13 @@ def main() -> None:
     if names[0] != STOCK or not set(names) <= set(configs()) or min(a.prompts, a.steps) < 2:
         others = "; ".join(configs())
         raise SystemExit(f"--configs are {STOCK}, then any of: {others}; --prompts and --steps are 2 or more")
-    cpu = a.gpus.startswith("cpu")
+    cpu = on_cpu(a)
     if not a.file.exists():
         device = torch.device("cpu" if cpu else "cuda")
         write_model(a.file, CONFIGS["flux", cpu], device, torch.float32 if cpu else torch.bfloat16)
     if a.python:
         os.environ["COMFYUI_PYTHON"] = a.python
-    with tempfile.TemporaryDirectory(prefix="fastusp-bench-") as folder:
-        base = Path(folder)
-        (base / "models/diffusion_models").mkdir(parents=True)
-        (base / "models/diffusion_models" / a.file.name).symlink_to(a.file.resolve())
-        if a.shared:
-            _hog = torch.empty(int(torch.cuda.mem_get_info(0)[0] - a.shared * 1e9), dtype=torch.uint8, device="cuda:0")
-        host = ComfyUI(a.comfyui.expanduser(), base, ["--cpu"] if cpu else [])
-        try:
-            host.wait_until_ready()
-            (turns if a.shared else compare)(host, a)
-        except Exception:
-            print(host.log_text()[-6000:], file=sys.stderr)
-            raise
-        finally:
-            host.stop()
+    turns(a) if a.shared else compare(a)
 
 
 if __name__ == "__main__":

@@ -184,7 +184,7 @@ class USPLoader(io.ComfyNode):
         )
         model = remote_model(session, file.header)
         file.log_ignored()
-        session.pool.start()
+        session.start()
         fewer = faster_with_fewer(session, file)
         hint = f"; {fewer} may be faster: see ComfyUI's log" if fewer is not None else ""
         if warn_if_slower(devices, session.layouts):

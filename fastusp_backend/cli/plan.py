@@ -4,9 +4,9 @@ not fit, and how long a step takes then."""
 import argparse
 import re
 
+from .. import host_memory
 from ..config import Layout, LinearChoice, WireChoice
 from ..devices import Devices, gpu_states, list_gpus, local_devices
-from ..engine import host_memory
 from ..errors import DeviceError, RequestError
 from ..models.placement import Placement
 from ..models.prediction import CARDS, SIZE, Link, Prediction, in_milliseconds, measured_link, pcie_of, slowest_card

@@ -3,5 +3,6 @@
 from .denoiser import Denoiser
 from .engine import Engine
 from .first_block import FirstBlockCache
+from .warming import Warming
 
-__all__ = ["Denoiser", "Engine", "FirstBlockCache"]
+__all__ = ["Denoiser", "Engine", "FirstBlockCache", "Warming"]

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from msgspec.structs import replace
 
+from .. import host_memory
 from ..comm.groups import world
 from ..comm.mesh import Mesh, make_mesh, single_rank_mesh
 from ..comm.symmetric import meetings
@@ -22,12 +23,12 @@ from ..kernels.fp8_product import check_fp8_products, check_fp8_sizes
 from ..models.family import FamilyConfig
 from ..models.placement import Placement
 from ..pulse import Memory
-from . import host_memory
 from .checkpoint import Checkpoint
 from .denoiser import Denoiser
 from .patching import PatchedWeights, Patches
 from .resident import Resident
 from .room import LEAST_FREE, check_host_room, make_store, measure_room
+from .warming import Warming
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +37,12 @@ CACHED_LAYOUTS = 2
 
 
 class Engine:
-    """One resident model; a request for another one replaces it."""
+    """One resident model; a request for another one replaces it. warming: what the first evaluation needs beside one,
+    if that has begun."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, warming: Warming | None = None):
         self.device = device
+        self._warming = warming
         self._resident: Resident | None = None
         self._described: Checkpoint | None = None  # to be loaded
         self._meshes: dict[Layout, tuple[Mesh, Transport]] = {}
@@ -156,6 +159,7 @@ class Engine:
                 raise
             raise RuntimeError(f"reading {checkpoint.spec.path} failed when the ranks had begun: {error}") from error
         checkpoint.check_file()
+        self._end_warming()
         self._resident = Resident(checkpoint, PatchedWeights(checkpoint, self.drop_evaluations), self.device)
 
     def _reading_group(self) -> dist.ProcessGroup | None:
@@ -271,6 +275,12 @@ class Engine:
         if self._resident is None or self._resident.parked:
             raise RuntimeError("no model is loaded")
         return self._resident
+
+    def _end_warming(self) -> None:
+        if self._warming is not None:
+            self._warming.wait()
+            self._warming = None
+            self._free_caches()  # else it would go on having memory of its own
 
     def _free_caches(self) -> None:
         if self.device.type == "cuda":

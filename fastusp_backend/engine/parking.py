@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from ..comm.groups import all_gather_single, world
+from ..host_memory import available
 from ..pinning import pin, unpin
-from .host_memory import available
 
 log = logging.getLogger(__name__)
 

@@ -14,13 +14,13 @@ from ..comm.pages import DevicePages, HostPages
 from ..comm.transport import reach_each_other
 from ..config import ModelSpec
 from ..errors import RequestError
+from ..host_memory import available
 from ..models.family import FamilyConfig, Transformer
 from ..models.files import unpacked_plans
 from ..models.ownership import Ownership
 from ..models.placement import Placement, place, smaller_weights
 from ..weights.storage_plan import StoragePlan
 from .denoiser import WORKING_SET
-from .host_memory import available
 
 KEPT_FREE, LEAST_FREE = 2200 << 20, 1800 << 20
 """Bytes of a GPU for what is not counted: libraries, exchanges' buffers, graphs. Where room was short, FLUX.1 and

@@ -11,9 +11,11 @@ import msgspec
 import torch
 
 from ..config import CacheRule, Layout, ModelSpec, Settings
+from ..devices import ServerDevices
 from ..errors import OutOfRoom, PatchesLost, TensorsLost
 from ..prompt import Inpainting, Prompt, Tensors
 from ..protocol import Evaluate, Patch, Sample
+from ..read_ahead import read_ahead
 from .contact import Contact
 from .patches import NO_PATCHES, WeightPatches
 from .pool import Pool
@@ -43,6 +45,14 @@ class Session:
     layouts: tuple[Layout, ...]
     settings: Settings
     patches: WeightPatches = NO_PATCHES
+
+    def start(self) -> None:
+        """Starts the pool's processes, if none run, without waiting for them. Where some begin on this machine, it
+        reads the model's file meanwhile."""
+        before = self.pool.starts
+        self.pool.start()
+        if self.pool.starts > before and not isinstance(self.pool.devices, ServerDevices):
+            read_ahead(self.model.path)
 
     def evaluate(
         self,

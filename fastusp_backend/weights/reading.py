@@ -22,9 +22,9 @@ from ..errors import CheckpointError
 from .source import Source
 from .tensor_info import TensorInfo
 
-PIECE = 16 << 20
+PIECE = 8 << 20
 """Bytes of one read and one copy to the device."""
-READERS = 8
+READERS = 16
 """Threads that read, each with a pinned buffer of `PIECE` bytes: one alone does not fill the link to a GPU."""
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.utils._device  # noqa: F401
 
 from ..comm.groups import GROUP_TIMEOUT
-from ..engine import Engine
+from ..engine import Engine, Warming
 from ..protocol import VERSION, Ready
 from .control import Control
 from .crew import Crew
@@ -38,9 +38,11 @@ def work(run_dir: Path) -> None:
     found = meeting.store() if meeting else dist.FileStore(os.environ[STORE_VARIABLE])
     place = {"store": dist.PrefixStore("ranks", found), "rank": int(os.environ["RANK"])}
     place |= {"world_size": int(os.environ["WORLD_SIZE"]), "timeout": GROUP_TIMEOUT}
+    warming = None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         stay_near(device)
+        warming = Warming(device)
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **place)
         name = torch.cuda.get_device_name(device)
     else:
@@ -61,7 +63,7 @@ def work(run_dir: Path) -> None:
         )
         key = (run_dir / "key").read_bytes()
         control = Control(str(run_dir / "control.sock"), key, ready, functools.partial(record_failure, run_dir, 0))
-    engine = Engine(device)
+    engine = Engine(device, warming)
     Runner(crew, engine, control).serve()
     engine.drop_evaluations()  # NCCL's end waits for that of all graphs it is in
     crew.agree(True)

@@ -42,6 +42,8 @@ ROOMS = {
     "pinning": set(),
     "pulse": set(),
     "ports": set(),
+    "host_memory": set(),
+    "read_ahead": {"host_memory"},
     "choices": {"user_folders"},
     "user_folders": set(),
     "prompt": {"errors"},
@@ -59,8 +61,8 @@ ROOMS = {
     "weights": BASE | {"kernels", "comm"},
     "models": BASE | {"prompt", "weights", "kernels", "attention", "choices"},
     "engine": BASE
-    | {"prompt", "models", "weights", "attention", "comm", "kernels.fp8_product"}
-    | {"library", "pinning", "pulse"},
+    | {"prompt", "models", "weights", "attention", "comm", "kernels.fp8_product", "kernels.tokens"}
+    | {"library", "host_memory", "pinning", "pulse"},
     "sampling": {"prompt", "config"},
     "shapes": BASE | {"prompt"},
     "worker": BASE
@@ -69,7 +71,7 @@ ROOMS = {
     "worker.process": {"pulse"},
     "pool": BASE
     | {"prompt", "protocol", "devices", "environment", "library", "door", "side_door"}
-    | {"worker.process", "ports", "pulse"},
+    | {"worker.process", "ports", "pulse", "read_ahead"},
     "server": BASE | {"prompt", "pool", "protocol", "devices", "keyfile", "door", "side_door", "meeting", "pulse"},
 }
 ABOVE_ALL = {"cli", "__main__"}

@@ -213,7 +213,7 @@ def _run_dir() -> None:
 
 
 def _host_free() -> int | None:
-    from ...engine.host_memory import available
+    from ...host_memory import available
 
     return available()
 

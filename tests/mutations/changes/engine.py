@@ -6,7 +6,7 @@ PARKING = "fastusp_backend/engine/parking.py"
 MODULATIONS = "fastusp_backend/engine/modulations.py"
 BLOCK_STREAM = "fastusp_backend/engine/block_stream.py"
 FIRST_BLOCK = "fastusp_backend/engine/first_block.py"
-HOST_MEMORY = "fastusp_backend/engine/host_memory.py"
+HOST_MEMORY = "fastusp_backend/host_memory.py"
 
 CHANGES = [
     (
@@ -240,7 +240,7 @@ CHANGES = [
         "limits of the groups around a control group do not count",
         "for group in [own, *own.parents]:",
         "for group in [own]:",
-        "unit/test_engine_host_memory.py",
+        "unit/test_free_host_memory.py",
     ),
     (
         "fastusp_backend/engine/resident.py",

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastusp_backend.engine import host_memory
+from fastusp_backend import host_memory
 
 pytestmark = pytest.mark.unit
 
