@@ -164,7 +164,7 @@ def loader(node_module):
             "files": {"model_names": None, "model_path": None},
             "fewer_gpus": {"faster_with_fewer": lambda session, file: order.append("asked") or fewer},
             "machines": {"warn_if_slower": node_module("machines").warn_if_slower},
-            "pools": {"pool_for": lambda devices: None},
+            "pools": {"pool_for": lambda devices: SimpleNamespace(start=lambda: order.append("started"), starts=0)},
             "remote_model": {"remote_model": lambda session, header: []},
             "servers": {"devices_of": lambda _: devices, "served": None},
             "settings": {"SettingsType": None},
@@ -175,7 +175,6 @@ def loader(node_module):
             header=header(FLUX_DEV), config=FLUX_DEV, spec=lambda **types: spec_with("auto"), log_ignored=lambda: None
         )
         module.read_named = lambda _: file
-        module.Session = lambda *_: SimpleNamespace(start=lambda: order.append("started"), layouts=())
         module.supports_bfloat16 = lambda _: True
         return module, order
 

@@ -243,6 +243,20 @@ CHANGES = [
         "unit/test_free_host_memory.py",
     ),
     (
+        "fastusp_backend/engine/engine.py",
+        "an evaluation comes beside what is still being warmed up",
+        "            self._warming.wait()\n",
+        "",
+        "unit/test_warming.py",
+    ),
+    (
+        "fastusp_backend/engine/warming.py",
+        "what cannot be warmed up ends its thread without a word",
+        'log.info("warming up failed:", exc_info=True)',
+        "pass",
+        "unit/test_warming.py",
+    ),
+    (
         "fastusp_backend/engine/resident.py",
         "parked weights are taken for a file's mapping",
         "if self._mapped and not self.parked:",

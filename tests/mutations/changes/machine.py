@@ -7,6 +7,20 @@ VISIBLE = "fastusp_backend/visible.py"
 
 CHANGES = [
     (
+        "fastusp_backend/read_ahead.py",
+        "a file is read ahead that does not fit",
+        "if free is None or size > free:",
+        "if free is None:",
+        "unit/test_read_ahead.py",
+    ),
+    (
+        "fastusp_backend/read_ahead.py",
+        "a reader leaves every other of its pieces out",
+        "range(first * PIECE, size, READERS * PIECE)",
+        "range(first * PIECE, size, 2 * READERS * PIECE)",
+        "unit/test_read_ahead.py",
+    ),
+    (
         DEVICES,
         "every GPU of the machine counts as one of the pool's",
         "g.index in devices.gpus and g.uuid.lower()",
