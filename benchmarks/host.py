@@ -5,14 +5,15 @@
 
 Needs no text encoder: prompts are seeded tensors. The file is written (FLUX.1-dev, random bf16) where it is missing.
 Each configuration has a ComfyUI of its own, just started: `first` includes all that a first prompt waits for, workers,
-loading and capture too. `prompt` is the median of the later ones, each with another seed: from the request to ComfyUI's
+loading and capture too; on a machine that has just started, the first one also reads ComfyUI's and CUDA's own files from
+the disk. `prompt` is the median of the later ones, each with another seed: from the request to ComfyUI's
 word that it has ended. A `step` is the median time between two of its progress events;
 what a prompt takes `beyond` its steps lies `before` the first step has ended (less a step) and `after` the last one.
 Prompts are a second apart: behind each one ComfyUI registers its files, and often collects garbage, which the next one
 would wait for. `difference` is the largest relative (Frobenius) difference of the latents from stock's.
 
 --shared leaves so many GB free on the first GPU, for ComfyUI's model and the workers' together, and lets stock and USP
-take turns: what each prompt takes, and how much memory ComfyUI and the workers use after it.
+take turns in one ComfyUI: what each prompt takes, and how much memory ComfyUI and the workers use after it.
 """
 
 import argparse
@@ -206,7 +207,10 @@ def main() -> None:
         write_model(a.file, CONFIGS["flux", cpu], device, torch.float32 if cpu else torch.bfloat16)
     if a.python:
         os.environ["COMFYUI_PYTHON"] = a.python
-    turns(a) if a.shared else compare(a)
+    if a.shared:
+        turns(a)
+    else:
+        compare(a)
 
 
 if __name__ == "__main__":

@@ -37,8 +37,8 @@ CACHED_LAYOUTS = 2
 
 
 class Engine:
-    """One resident model; a request for another one replaces it. warming: what the first evaluation needs beside one,
-    if that has begun."""
+    """One resident model; a request for another one replaces it. warming: libraries' start that is under way, which has
+    ended before memory is counted or freed."""
 
     def __init__(self, device: torch.device, warming: Warming | None = None):
         self.device = device
@@ -159,7 +159,6 @@ class Engine:
                 raise
             raise RuntimeError(f"reading {checkpoint.spec.path} failed when the ranks had begun: {error}") from error
         checkpoint.check_file()
-        self._end_warming()
         self._resident = Resident(checkpoint, PatchedWeights(checkpoint, self.drop_evaluations), self.device)
 
     def _reading_group(self) -> dist.ProcessGroup | None:
@@ -276,13 +275,10 @@ class Engine:
             raise RuntimeError("no model is loaded")
         return self._resident
 
-    def _end_warming(self) -> None:
+    def _free_caches(self) -> None:
         if self._warming is not None:
             self._warming.wait()
             self._warming = None
-            self._free_caches()  # else it would go on having memory of its own
-
-    def _free_caches(self) -> None:
         if self.device.type == "cuda":
             torch._C._cuda_clearCublasWorkspaces()  # 32 MiB for each stream on Hopper; no graph refers to them any more
             torch.cuda.empty_cache()

@@ -48,11 +48,11 @@ class Session:
 
     def start(self) -> None:
         """Starts the pool's processes, if none run, without waiting for them. Where some begin on this machine, it
-        reads the model's file meanwhile."""
+        reads the model's file into its cache meanwhile, as long as they live."""
         before = self.pool.starts
-        self.pool.start()
+        workers = self.pool.start()
         if self.pool.starts > before and not isinstance(self.pool.devices, ServerDevices):
-            read_ahead(self.model.path)
+            read_ahead(self.model.path, lambda: workers.alive)
 
     def evaluate(
         self,

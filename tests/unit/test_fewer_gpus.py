@@ -149,7 +149,7 @@ def test_what_nvml_tells(nvml, node_module):
 
 
 @pytest.fixture
-def loader(node_module):
+def loader(node_module, monkeypatch):
     """loader(fewer, sage) is USP Loader's module on two GPUs, and the list of what it does and shows."""
 
     def make(fewer=None, sage=False):
@@ -164,7 +164,7 @@ def loader(node_module):
             "files": {"model_names": None, "model_path": None},
             "fewer_gpus": {"faster_with_fewer": lambda session, file: order.append("asked") or fewer},
             "machines": {"warn_if_slower": node_module("machines").warn_if_slower},
-            "pools": {"pool_for": lambda devices: SimpleNamespace(start=lambda: order.append("started"), starts=0)},
+            "pools": {"pool_for": lambda devices: None},
             "remote_model": {"remote_model": lambda session, header: []},
             "servers": {"devices_of": lambda _: devices, "served": None},
             "settings": {"SettingsType": None},
@@ -175,6 +175,7 @@ def loader(node_module):
             header=header(FLUX_DEV), config=FLUX_DEV, spec=lambda **types: spec_with("auto"), log_ignored=lambda: None
         )
         module.read_named = lambda _: file
+        monkeypatch.setattr(module.Session, "start", lambda _: order.append("started"))
         module.supports_bfloat16 = lambda _: True
         return module, order
 

@@ -8,6 +8,7 @@ import pytest
 from fake_workers import session
 
 from fastusp_backend import read_ahead
+from fastusp_backend.devices import ServerDevices
 from fastusp_backend.pool import session as sessions
 
 pytestmark = pytest.mark.unit
@@ -47,25 +48,46 @@ def cached(path) -> float:
 
 
 def test_all_of_a_file_is_read(file):
-    for thread in read_ahead.read_ahead(str(file)):
-        thread.join()
+    read_ahead.read_ahead(str(file), lambda: True).join()
     assert cached(file) == 1
 
 
-@pytest.mark.parametrize("free", [None, (PIECES << 20) - 6])
-def test_a_file_that_would_not_fit_is_left(file, monkeypatch, free):
+def test_it_ends_with_the_workers(file):
+    read_ahead.read_ahead(str(file), lambda: False).join()
+    assert cached(file) < 0.5
+
+
+def test_a_file_whose_mount_passes_the_cache_by_is_left(file, monkeypatch):
+    def is_not_there(*_):
+        raise BlockingIOError
+
+    monkeypatch.setattr(os, "preadv", is_not_there)
+    read_ahead.read_ahead(str(file), lambda: True).join()
+    assert cached(file) < 0.5
+
+
+@pytest.mark.parametrize("free", [None, 1999])
+def test_a_file_that_takes_more_than_half_of_free_memory_is_left(tmp_path, monkeypatch, free):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(bytes(1000))
     monkeypatch.setattr(read_ahead, "available", lambda: free)
-    assert read_ahead.read_ahead(str(file)) == []
+    assert read_ahead.read_ahead(str(path), lambda: True) is None
+    monkeypatch.setattr(read_ahead, "available", lambda: 2000)
+    read_ahead.read_ahead(str(path), lambda: True).join()
 
 
 def test_whoever_needs_a_file_that_is_gone_says_so(tmp_path):
-    assert read_ahead.read_ahead(str(tmp_path / "none")) == []
+    assert read_ahead.read_ahead(str(tmp_path / "none"), lambda: True) is None
 
 
-def test_the_file_is_read_once_where_workers_begin(pool, monkeypatch):
+def test_the_file_is_read_once_where_workers_begin_here(pool, monkeypatch):
     read = []
-    monkeypatch.setattr(sessions, "read_ahead", read.append)
+    monkeypatch.setattr(sessions, "read_ahead", lambda path, go_on: read.append((path, go_on())))
     one = session(pool)
     one.start()
     one.start()
-    assert read == [one.model.path]
+    assert read == [(one.model.path, True)]
+    pool.stop("it is enough")
+    pool.devices = ServerDevices(ranks=1, address="a:1", key="", kind="cpu", per_machine=1, bfloat16=True)
+    one.start()
+    assert len(read) == 1 and pool.starts == 2

@@ -244,7 +244,7 @@ CHANGES = [
     ),
     (
         "fastusp_backend/engine/engine.py",
-        "an evaluation comes beside what is still being warmed up",
+        "memory is freed and counted beside what is still being warmed up",
         "            self._warming.wait()\n",
         "",
         "unit/test_warming.py",

@@ -8,10 +8,38 @@ VISIBLE = "fastusp_backend/visible.py"
 CHANGES = [
     (
         "fastusp_backend/read_ahead.py",
-        "a file is read ahead that does not fit",
-        "if free is None or size > free:",
-        "if free is None:",
+        "a file is read ahead that takes all free memory",
+        "size > SHARE * free",
+        "size > free",
         "unit/test_read_ahead.py",
+    ),
+    (
+        "fastusp_backend/read_ahead.py",
+        "a file is read ahead for workers that have ended",
+        "if not go_on():",
+        "if False:",
+        "unit/test_read_ahead.py",
+    ),
+    (
+        "fastusp_backend/read_ahead.py",
+        "a file is read ahead past the cache",
+        "if not _stays(path):",
+        "if False:",
+        "unit/test_read_ahead.py",
+    ),
+    (
+        "fastusp_backend/pool/session.py",
+        "a server's client reads a file ahead",
+        "if self.pool.starts > before and not isinstance(self.pool.devices, ServerDevices):",
+        "if self.pool.starts > before:",
+        "unit/test_read_ahead.py",
+    ),
+    (
+        "nodes/loader.py",
+        "USP Loader has no file read ahead",
+        "        session.start()\n",
+        "        session.pool.start()\n",
+        "unit/test_fewer_gpus.py",
     ),
     (
         "fastusp_backend/read_ahead.py",
