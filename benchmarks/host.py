@@ -5,8 +5,8 @@
 
 Needs no text encoder: prompts are seeded tensors. The file is written (FLUX.1-dev, random bf16) where it is missing.
 Each configuration has a ComfyUI of its own, just started: `first` includes all that a first prompt waits for, workers,
-loading and capture too; on a machine that has just started, the first one also reads ComfyUI's and CUDA's own files from
-the disk. `prompt` is the median of the later ones, each with another seed: from the request to ComfyUI's
+loading and capture too; on a machine that has just started, the first configuration's also reads ComfyUI's and CUDA's
+own files from the disk. `prompt` is the median of the later ones, each with another seed: from the request to ComfyUI's
 word that it has ended. A `step` is the median time between two of its progress events;
 what a prompt takes `beyond` its steps lies `before` the first step has ended (less a step) and `after` the last one.
 Prompts are a second apart: behind each one ComfyUI registers its files, and often collects garbage, which the next one
