@@ -13,8 +13,8 @@ log = logging.getLogger(__name__)
 PIECE = 8 << 20
 """Bytes that a thread reads at once."""
 READERS = 4
-"""Threads, each with a descriptor of its own, by which the kernel predicts what is read next. From a disk that gives one
-1.9 GB/s they get 2.4."""
+"""Threads, each with a descriptor of its own, by which the kernel predicts what is read next. From a disk that gives
+one 1.9 GB/s they get 2.4."""
 SHARE = 0.5
 """Of free memory, that a file may take of the cache: other models are loaded as well."""
 
