@@ -32,6 +32,7 @@ def read_ahead(path: str, go_on: Callable[[], bool]) -> threading.Thread | None:
         return None
     free = available()
     if free is None or size > SHARE * free:
+        log.info("%s is not read ahead: that leaves too little of free memory", path)
         return None
     thread = threading.Thread(target=_read_all, args=(path, size, go_on), daemon=True)
     thread.start()

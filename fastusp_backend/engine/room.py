@@ -31,7 +31,8 @@ KEPT_TOKENS, LEAST_TOKENS = 9728, 4608
 """Images of 1536 x 1536 pixels, and 1024 x 1024, with 512 tokens of text: for an evaluation of so many there shall be
 room."""
 CONTEXT = 1050 << 20
-"""Bytes of a GPU that a rank has taken when it asks how much is free: CUDA's context, NCCL. Measured on two H100."""
+"""Bytes of a GPU that a rank has taken when it asks how much is free: CUDA's context, NCCL. Measured on two H100, when
+libraries came later (warming.py): what they take is not in it, and `KEPT_FREE` leaves it once more."""
 LEAST_UNPACKED = 0.01
 """A smaller share of the weights is not unpacked: it would be told, and saves nothing."""
 _UNKNOWN = 1 << 62
