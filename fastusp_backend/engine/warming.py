@@ -1,4 +1,4 @@
-"""What a GPU's first evaluation would wait for otherwise, about 1.5 s on an H200: cuDNN and cuBLAS load at their first
+"""What a GPU's first evaluation would wait for otherwise, 2.6 to 2.9 s on an H200: cuDNN and cuBLAS load at their first
 call, and Triton hashes itself before its first kernel. It is done while ranks connect."""
 
 import logging
