@@ -23,8 +23,8 @@ from ..weights.storage_plan import StoragePlan
 from .denoiser import WORKING_SET
 
 KEPT_FREE, LEAST_FREE = 2126 << 20, 1726 << 20
-"""Bytes of a GPU for what is not counted: exchanges' buffers, graphs. Where room was short, FLUX.1 and FLUX.2 took 1.1
-to 1.7 GB, measured on two H100 with 74 MiB of libraries, which are counted with the context since."""
+"""Bytes of a GPU for what is not counted: exchanges' buffers, graphs, libraries that warming.py leaves out. Where room
+was short, FLUX.1 and FLUX.2 took 1.2 to 1.8 GB, measured on two H100 when all libraries were among it."""
 LOADING_FREE = 800 << 20
 """The same while weights are read: less was taken between asking for room and that, on two H100."""
 KEPT_TOKENS, LEAST_TOKENS = 9728, 4608
@@ -32,7 +32,7 @@ KEPT_TOKENS, LEAST_TOKENS = 9728, 4608
 room."""
 CONTEXT = (1050 + 74) << 20
 """Bytes of a GPU that a rank has taken when it asks how much is free: CUDA's context and NCCL, measured on two H100,
-and what libraries take at their first call (warming.py), on an H200."""
+and 74 MiB by warming.py. One rank on an H200 had taken 60 to 160 MB more."""
 LEAST_UNPACKED = 0.01
 """A smaller share of the weights is not unpacked: it would be told, and saves nothing."""
 _UNKNOWN = 1 << 62

@@ -1,5 +1,5 @@
-"""What a GPU's first evaluation would wait for otherwise, 2.6 to 2.9 s on an H200: cuDNN and cuBLAS load at their first
-call, and Triton hashes itself before its first kernel. It is done while ranks connect."""
+"""What a GPU's first evaluation would wait for otherwise: cuDNN and cuBLAS load at their first call, and Triton hashes
+itself before its first kernel. It is done while ranks connect: first prompts on an H200 come 2.6 to 2.9 s sooner."""
 
 import logging
 import threading
